@@ -1,0 +1,118 @@
+"""Writing files so that nothing half-written is ever visible: temporary name, fsync, rename, fsync of the folder."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from saelab.errors import SaelabError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Give a temporary name beside `path`; on a clean exit it is flushed to disk and renamed to `path`.
+
+    Raises `SaelabError` when the disk is full; whatever stood at `path` before is then untouched.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        fsync_dir(path.parent)
+    except OSError as error:
+        raise_if_disk_full(error, path)
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def raise_if_disk_full(error: Exception, path: Path) -> None:
+    """Turn "no space left" (disk, quota or file-size limit) into a `SaelabError` that says what to do."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+    if full or "No space left" in str(error) or "File too large" in str(error):
+        raise SaelabError(
+            f"The disk is full while writing {path}. Everything written before is intact: make room and repeat the same call."
+        ) from error
+
+
+def fsync_dir(path: str | Path) -> None:
+    """Make a rename in the folder `path` durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def atomic_write_text(path: str | Path, text: str) -> None:
+    """Write `text` as UTF-8 to `path`, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def atomic_write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON to `path`, whole or not at all. NaN is refused (`ValueError`): JSON has none."""
+    atomic_write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def atomic_save_safetensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Save tensors (made contiguous) to `path`, whole or not at all."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_path(path) as temporary:
+        try:
+            save_file(ready, temporary, dict(metadata) if metadata else None)
+        except SafetensorError as error:
+            raise_if_disk_full(error, Path(path))
+            raise
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file; a `SaelabError` names the file when it is missing or not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise SaelabError(f"{path} does not exist.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise SaelabError(f"{path} is not valid JSON ({error}). It was altered or truncated: make it anew.") from error
+
+
+def sha256_file(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, as hex."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def claim_folder(folder: str | Path, marker: str, kind: str) -> Path:
+    """Make `folder` for a `kind` ("cache", "SAE", "feature store"), or accept one that already holds `marker`.
+
+    Raises `ValueError` when the folder holds something else, so that a bad `out_dir` never mixes with other work.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out_dir={str(folder)!r} is a file; give a folder for the {kind}.")
+    folder.mkdir(parents=True, exist_ok=True)
+    others = [entry.name for entry in folder.iterdir() if ".tmp-" not in entry.name]
+    if others and marker not in others:
+        raise ValueError(
+            f"out_dir={str(folder)!r} already holds something else ({', '.join(sorted(others)[:3])}) and no {marker}; "
+            f"give an empty or new folder for the {kind}."
+        )
+    return folder
