@@ -1,0 +1,22 @@
+"""One pass over held-out tokens, a store of what every feature does, and the HTML of a feature.
+
+Browsing a store imports no torch: `collect_features` is loaded when first used.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from saelab.features.feature import Example, Feature
+from saelab.features.store import FeatureStore, load_features
+
+if TYPE_CHECKING:
+    from saelab.features.collect import collect_features
+
+__all__ = ["Example", "Feature", "FeatureStore", "collect_features", "load_features"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "collect_features":
+        from saelab.features.collect import collect_features
+
+        return collect_features
+    raise AttributeError(f"module 'saelab.features' has no attribute {name!r}; it has {', '.join(__all__)}")

@@ -1,0 +1,6 @@
+"""Training sparse autoencoders."""
+
+from saelab.training.config import TrainConfig
+from saelab.training.loop import train
+
+__all__ = ["TrainConfig", "train"]

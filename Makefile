@@ -1,0 +1,50 @@
+# Every target works on a fresh clone: it makes .venv, installs saelab there, and runs. Needs python3 (3.11 or newer), git, make.
+PYTHON ?= python3
+SERVE ?= 1
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+STAMP := .venv/.installed
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help install test lint bench demo mutants
+
+help:
+	@echo "make demo      train, evaluate and browse an SAE of a small language model (SERVE=0: do not serve the dashboard)"
+	@echo "make test      all tests (PYTEST_ARGS='-k topk': some of them)"
+	@echo "make lint      ruff format --check, ruff check, pyright"
+	@echo "make bench     the benchmarks, as CSV rows on standard output"
+	@echo "make mutants   break the code in every listed way and see that a test fails"
+	@echo "make install   .venv with saelab and its tools; the others call it"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("saelab needs Python 3.11 or newer; say which with: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	@echo "Installing saelab into .venv; the first time this takes some minutes."
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --progress-bar off -e '.[dev]' -c constraints.txt
+	@touch $(STAMP)
+
+test: install
+	@if [ -z "$$SAELAB_CHROMIUM" ] && ! command -v chromium > /dev/null 2>&1; then \
+		echo "No Chromium found: the browser tests are skipped. To install it: apt-get install chromium (or set SAELAB_CHROMIUM)"; fi
+	python -m pytest $(PYTEST_ARGS)
+
+lint: install
+	ruff format --check .
+	ruff check .
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 pyright
+
+bench: install
+	python -m saelab.activation_cache.bench
+	@for bench in kernels/bench/bench_*.py; do \
+		[ -e "$$bench" ] || continue; \
+		echo "$$bench"; python -m "saelab.kernels.bench.$$(basename "$$bench" .py)" || exit 1; done
+
+demo: install
+	saelab demo $(if $(filter 0,$(SERVE)),--no-serve) $(DEMO_ARGS)
+
+mutants: install
+	python tests/mutants/run.py

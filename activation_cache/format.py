@@ -1,0 +1,202 @@
+"""What an activation cache looks like on disk: names, journal, manifest, sizes. Knows no model.
+
+manifest.json                      written last: a folder without it is unfinished
+journal.jsonl                      append-only: one flushed line for the start, the norm limit, each finished file set
+documents.safetensors              ids (n_documents) int64, in order of appearance
+tokens/seq-000000.safetensors      ids, doc (n_sequences, ctx_len) int32; doc is a row of documents, -1 on padding
+shards/r000-000000/index.safetensors   seq, pos, token (n_rows) int32, shared by all hooks
+shards/r000-000000/HOOK.safetensors    acts (n_rows, d_in) bf16, and fp64 sums for the statistics
+stats/HOOK.safetensors             mean, second_moment (d_in) fp64, mean_norm, median_norm, n
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saelab.errors import CacheError
+from saelab.files import fsync_dir, raise_if_disk_full, read_json, sha256_file
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+JOURNAL = "journal.jsonl"
+INDEX = "index.safetensors"
+DOCUMENTS = "documents.safetensors"
+SEQUENCES_PER_FILE = 4096
+INDEX_BYTES = 12  # seq, pos, token: three int32 a row
+TOKEN_BYTES = 8  # id and document: two int32 a token
+
+
+def shard_folder(number: int, rank: int = 0) -> str:
+    """Path of a shard inside the cache."""
+    return f"shards/r{rank:03d}-{number:06d}"
+
+
+def tokens_file(number: int) -> str:
+    """Path of a file of packed contexts inside the cache."""
+    return f"tokens/seq-{number:06d}.safetensors"
+
+
+def stats_file(hook_name: str) -> str:
+    """Path of a hook's statistics inside the cache."""
+    return f"stats/{hook_name}.safetensors"
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """SHA-256 of everything that decides the bytes of a cache."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """One "key: old here, new asked for" for each key that differs."""
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    return [f"{key}: {old.get(key)!r} there, {new.get(key)!r} asked for" for key in keys]
+
+
+def seeded(*parts: object) -> torch.Generator:
+    """A generator that depends on nothing but `parts`."""
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def human_bytes(n: float) -> str:
+    """A number of bytes for people: 288.0 MB."""
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.0f} {unit}" if unit == "bytes" else f"{n:.1f} {unit}"
+        n /= 1000
+    return f"{n:.1f} TB"
+
+
+def estimate_bytes(n_sequences: int, ctx_len: int, widths: Mapping[str, int], shard_rows: int) -> int:
+    """Disk space of a cache in bytes, at most: nothing masked."""
+    n_rows = n_sequences * ctx_len
+    per_row = 2 * sum(widths.values()) + INDEX_BYTES + TOKEN_BYTES
+    per_shard = sum(16 * d + 1024 for d in widths.values()) + 1024
+    return n_rows * per_row + (n_rows // shard_rows + 2) * per_shard
+
+
+def check_space(folder: Path, needed: int, max_bytes: int | None) -> None:
+    """Print what the cache will take; raise `CacheError` when the disk or `max_bytes` does not allow it."""
+    have = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    free = shutil.disk_usage(folder).free
+    print(f"The cache in {folder} will take up to {human_bytes(needed)} (free there: {human_bytes(free)}).")
+    if max_bytes is not None and needed > max_bytes:
+        raise CacheError(
+            f"the cache would take up to {human_bytes(needed)}, more than max_bytes={max_bytes} "
+            f"({human_bytes(max_bytes)}): lower n_tokens, harvest fewer hooks, or raise max_bytes."
+        )
+    if needed - have > free:
+        raise CacheError(
+            f"the cache would take up to {human_bytes(needed)}, but {folder} has {human_bytes(free)} free: "
+            f"make room, lower n_tokens, or give an out_dir on another disk."
+        )
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a finished file, as journal and manifest keep them."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+
+def check_file(path: Path, known: Mapping[str, Any], part: str, contents: bool = False) -> None:
+    """Raise `CacheError` naming `part` when a file is missing, has another size, or (`contents`) another SHA-256."""
+    size = path.stat().st_size if path.is_file() else None
+    if size is None:
+        problem = "is missing"
+    elif size != known["bytes"]:
+        problem = f"has {size} bytes instead of {known['bytes']}: it was truncated or altered"
+    elif contents and sha256_file(path) != known["sha256"]:
+        problem = "has other contents than were written (SHA-256 differs): it was altered"
+    else:
+        return
+    raise CacheError(f"{part}: {path} {problem}. Put the file back from a copy, or delete the cache and harvest again.")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a finished cache. Raises `CacheError` for an unfinished, foreign or newer one."""
+    if not (folder / MANIFEST).exists():
+        unfinished = (folder / JOURNAL).exists()
+        hint = "it is unfinished: repeat the same harvest call to go on" if unfinished else "harvest one there first"
+        raise CacheError(f"{str(folder)!r} holds no finished activation cache; {hint}.")
+    manifest = read_json(folder / MANIFEST)
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if not isinstance(version, int):
+        raise CacheError(f"{folder / MANIFEST} is no manifest of an activation cache (format_version={version!r}).")
+    if version > FORMAT_VERSION:
+        raise CacheError(
+            f"{folder} has cache format {version}, this saelab reads up to {FORMAT_VERSION}: install a newer saelab."
+        )
+    return manifest
+
+
+class Journal:
+    """Append-only record of what is safely on disk; one process at a time may hold it open.
+
+    `entries` holds every whole line. A half-written last line (the process was killed) is cut off.
+    """
+
+    def __init__(self, folder: Path):
+        self.path = folder / JOURNAL
+        self._file = self.path.open("ab+", buffering=0)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.close()
+            raise CacheError(
+                f"another process is harvesting into {folder}: wait for it, or give another out_dir."
+            ) from error
+        self._lock = threading.Lock()
+        self.entries: list[dict[str, Any]] = []
+        self._read()
+        fsync_dir(folder)
+
+    def of_kind(self, kind: str) -> list[dict[str, Any]]:
+        """Entries of one kind: "start", "mask", "shard" or "tokens"."""
+        return [entry for entry in self.entries if entry["kind"] == kind]
+
+    def append(self, entry: dict[str, Any]) -> None:
+        """Write one line and flush it to disk; on a full disk the journal stays as it was (`SaelabError`)."""
+        with self._lock:
+            end = self._file.seek(0, os.SEEK_END)
+            try:
+                self._file.write(json.dumps(entry).encode() + b"\n")
+                os.fsync(self._file.fileno())
+            except OSError as error:
+                self._file.truncate(end)
+                raise_if_disk_full(error, self.path)
+                raise
+            self.entries.append(entry)
+
+    def clear(self) -> None:
+        """Forget everything: for a start from nothing."""
+        self._file.truncate(0)
+        self.entries = []
+
+    def close(self) -> None:
+        """Let other processes have it."""
+        self._file.close()
+
+    def _read(self) -> None:
+        self._file.seek(0)
+        lines = self._file.read().split(b"\n")
+        good = 0
+        for number, line in enumerate(lines[:-1]):
+            try:
+                self.entries.append(json.loads(line))
+            except ValueError as error:
+                if number < len(lines) - 2:
+                    raise CacheError(
+                        f"{self.path} line {number + 1} was altered: delete the cache and harvest again."
+                    ) from error
+                break
+            good += len(line) + 1
+        self._file.truncate(good)

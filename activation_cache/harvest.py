@@ -1,0 +1,268 @@
+"""From texts and a language model to an activation cache: the one place where the cache meets a model.
+
+Text is packed, run through the model up to the last hook, masked and handed to the writer. The limit on norms has to be
+known before the first row is kept, so the first batches wait in memory until it is; no forward pass is done twice.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from saelab.activation_cache import format
+from saelab.activation_cache.reader import ActivationCache
+from saelab.activation_cache.writer import CacheWriter
+from saelab.errors import CacheError
+from saelab.files import claim_folder
+from saelab.language_model import LanguageModel
+from saelab.masking import MASK_RULE, Mask, NormRule, row_norms
+from saelab.tokens import Texts, TokenBatch, check_split, document_id, load_texts, pack
+
+
+def harvest(
+    lm: LanguageModel,
+    texts: Texts | str | Path | Mapping[str, Any] | Iterable[str],
+    hook_names: str | Sequence[str],
+    n_tokens: int,
+    out_dir: str | Path,
+    ctx_len: int = 256,
+    batch_size: int = 16,
+    seed: int = 0,
+    split: str = "train",
+    shard_rows: int = 32_768,
+    pool_shards: int = 16,
+    prepend_bos: bool = False,
+    max_bytes: int | None = None,
+    progress: bool = True,
+) -> ActivationCache:
+    """Run `lm` over texts and store the activations at `hook_names`, shuffled, in `out_dir`.
+
+    `n_tokens` packed tokens are read (rounded up to whole contexts of `ctx_len`; fewer where the texts end),
+    `batch_size` contexts at a time, from the documents of `split`. Rows that the mask drops are counted, not stored.
+    Rows leave in shards of `shard_rows`, drawn at random from `pool_shards` times as many, which are held in memory
+    (2 * d_in bytes each and hook). The same call again goes on where it stopped, or returns at once when finished.
+
+    Raises `ValueError` for bad arguments, texts that leave no row, and an `out_dir` that holds something else or a
+    cache made with other arguments (naming them); `CacheError` when it does not fit the disk or `max_bytes`, and for
+    NaN or infinite activations; `SaelabError` when the disk is full. What is written stays valid in each case.
+    """
+    hooks = [hook_names] if isinstance(hook_names, str) else list(hook_names)
+    _check_arguments(
+        lm, hooks, split, n_tokens=n_tokens, ctx_len=ctx_len, shard_rows=shard_rows, pool_shards=pool_shards
+    )
+    texts = load_texts(texts)
+    config = {
+        "format_version": format.FORMAT_VERSION,
+        "model_hash": lm.hash,
+        "tokenizer_hash": lm.tokenizer_hash,
+        "model_dtype": str(lm.dtype).removeprefix("torch."),
+        "hooks": {hook: lm.d_in(hook) for hook in hooks},
+        "dtype": "bfloat16",
+        "texts_fingerprint": texts.fingerprint(),
+        "split": split,
+        "packing": "EOS between documents, attention not reset",
+        "ctx_len": ctx_len,
+        "batch_size": batch_size,
+        "prepend_bos": prepend_bos,
+        "special_ids": sorted(lm.special_ids),
+        "mask_rule": MASK_RULE,
+        "n_tokens": n_tokens,
+        "seed": seed,
+        "shard_rows": shard_rows,
+        "pool_shards": pool_shards,
+    }
+    folder = claim_folder(out_dir, format.JOURNAL, "cache")
+    journal = format.Journal(folder)
+    try:
+        if not _open_journal(folder, journal, config, _environment(lm)):
+            print(f"Harvesting {texts.describe(split)}.")
+            needed = format.estimate_bytes(math.ceil(n_tokens / ctx_len), ctx_len, config["hooks"], shard_rows)
+            format.check_space(folder, needed, max_bytes)
+            _Harvest(lm, texts, config, folder, journal).run(progress)
+    finally:
+        journal.close()
+    cache = ActivationCache(folder)
+    masked = ", ".join(f"{n:,} {reason}" for reason, n in cache.manifest["masked"].items())
+    print(f"{cache.n_rows:,} rows in {folder} ({cache.manifest['n_tokens']:,} tokens; masked: {masked}).")
+    return cache
+
+
+def _check_arguments(lm: LanguageModel, hooks: list[str], split: str, **sizes: int) -> None:
+    check_split(split)
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1.")
+    if not hooks or len(set(hooks)) < len(hooks):
+        raise ValueError(f"hook_names={hooks!r}: give at least one hook, each once.")
+    for hook in hooks:
+        lm.check_hook(hook)
+    if sizes["ctx_len"] > lm.max_ctx:
+        raise ValueError(f"ctx_len={sizes['ctx_len']} is more than the {lm.max_ctx} tokens that {lm.name} can read.")
+
+
+def _environment(lm: LanguageModel) -> dict[str, Any]:
+    backend = torch.backends.cpu.get_cpu_capability() if torch.device(lm.device).type == "cpu" else torch.version.cuda
+    threads = torch.get_num_threads()
+    return {"torch": str(torch.__version__), "device": str(lm.device), "threads": threads, "backend": str(backend)}
+
+
+def _open_journal(folder: Path, journal: format.Journal, config: dict[str, Any], environment: dict[str, Any]) -> bool:
+    """Start or continue a journal; True when this very cache is finished. Raises `ValueError` when arguments differ."""
+    finished = (folder / format.MANIFEST).exists()
+    started = journal.of_kind("start")
+    if started and (finished or journal.of_kind("shard")):
+        different = format.differences(started[0]["config"], config)
+        if different:
+            raise ValueError(
+                f"out_dir={str(folder)!r} already holds a cache made with other arguments ({'; '.join(different)}): "
+                f"repeat the call that made it, or give another out_dir."
+            )
+        if not finished and started[0]["environment"] != environment:
+            changed = "; ".join(format.differences(started[0]["environment"], environment))
+            warnings.warn(
+                f"this harvest was begun elsewhere ({changed}): its shards may differ in their last bits "
+                f"from those of an undisturbed run.",
+                stacklevel=3,
+            )
+        return finished
+    if finished:
+        raise CacheError(f"{folder / format.JOURNAL} was emptied: delete the cache and harvest again.")
+    journal.clear()
+    for leftover in folder.rglob("*.safetensors"):  # of an attempt that never finished a shard
+        leftover.unlink()
+    start = {"kind": "start", "config": config, "config_hash": format.config_hash(config), "environment": environment}
+    journal.append(start)
+    return False
+
+
+class _Harvest:
+    """One run of `harvest` over one folder."""
+
+    def __init__(self, lm: LanguageModel, texts: Texts, config: dict[str, Any], folder: Path, journal: format.Journal):
+        self.lm, self.texts, self.config, self.journal = lm, texts, config, journal
+        self.hooks = list(config["hooks"])
+        self.documents: list[int] = []
+        self.rule = NormRule(lm.special_ids)
+        self.medians: dict[str, float] = {}
+        self.mask: Mask | None = None
+        for entry in journal.of_kind("mask"):
+            self.medians, self.mask = entry["median_norm"], Mask(tuple(lm.special_ids), entry["max_norm"])
+        for leftover in folder.rglob(".*.tmp-*"):
+            leftover.unlink()
+        self.writer = CacheWriter(folder, journal, config)
+
+    def run(self, progress: bool) -> None:
+        waiting: list[tuple[TokenBatch, dict[str, Tensor], dict[str, Tensor]]] = []
+        try:
+            with tqdm(total=self.config["n_tokens"], unit=" tokens", unit_scale=True, disable=not progress) as bar:
+                for batch, acts in self._activations(bar):
+                    norms = self._finite_norms(batch, acts)
+                    if self.mask is None:
+                        waiting.append((batch, acts, norms))
+                        self.rule.add(batch, norms)
+                        if self.rule.ready:
+                            self._fix_mask(waiting)
+                    else:
+                        self._keep(batch, acts, norms)
+            if self.mask is None:
+                self._fix_mask(waiting)
+            self._finish()
+        finally:
+            self.writer.close()
+
+    def _batches(self) -> Iterator[TokenBatch]:
+        """Packed contexts, up to the number asked for."""
+        left = math.ceil(self.config["n_tokens"] / self.config["ctx_len"])
+        batch_size = self.config["batch_size"]
+        packed = pack(
+            self.texts.documents(self.config["split"]),
+            self.lm,
+            self.config["ctx_len"],
+            batch_size,
+            self.config["prepend_bos"],
+            on_document=lambda _, text: self.documents.append(document_id(text)),
+        )
+        for batch in islice(packed, math.ceil(left / batch_size)):
+            n = min(left, len(batch.ids))
+            left -= n
+            yield TokenBatch(batch.ids[:n], batch.doc[:n], batch.first_sequence)
+
+    def _activations(self, bar: tqdm) -> Iterator[tuple[TokenBatch, dict[str, Tensor]]]:
+        """Batches that the writer needs, with their activations; all of them leave their tokens with the writer."""
+        sent: deque[TokenBatch] = deque()
+
+        def ids() -> Iterator[Tensor]:
+            for batch in self._batches():
+                self.writer.add_tokens(batch)
+                if batch.first_sequence >= self.writer.start:
+                    sent.append(batch)
+                    yield batch.ids
+                bar.update(batch.ids.numel())
+
+        for acts in self.lm.stream_activations(ids(), self.hooks):
+            yield sent.popleft(), acts
+
+    def _finite_norms(self, batch: TokenBatch, acts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        norms = row_norms(acts)
+        for hook, norm in norms.items():
+            bad = (~norm.isfinite()).cpu() & (batch.doc >= 0)
+            if bad.any():
+                first, last = batch.first_sequence, batch.first_sequence + len(batch.ids) - 1
+                raise CacheError(
+                    f"batch {first // self.config['batch_size']} (contexts {first} to {last}): {int(bad.sum())} of "
+                    f"{bad.numel()} rows at {hook} are NaN or infinite. Load the model in another dtype "
+                    f"(load_model(..., dtype=torch.float32)). What is in {self.writer.folder} is intact."
+                )
+        return norms
+
+    def _keep(self, batch: TokenBatch, acts: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> None:
+        assert self.mask is not None
+        keep, counts = self.mask.apply_norms(batch, norms)
+        self.writer.add(batch, acts, keep, counts)
+
+    def _fix_mask(self, waiting: list[tuple[TokenBatch, dict[str, Tensor], dict[str, Tensor]]]) -> None:
+        """Fix the limit on norms for good, then keep the rows of the batches that waited for it."""
+        self.medians, limits = self.rule.medians(), self.rule.limits()
+        self.mask = Mask(tuple(self.lm.special_ids), limits)
+        self.journal.append({"kind": "mask", "median_norm": self.medians, "max_norm": limits, "rows": self.rule.n_rows})
+        while waiting:
+            self._keep(*waiting.pop(0))
+
+    def _finish(self) -> None:
+        writer, config = self.writer, self.config
+        if not writer.n_tokens:
+            raise ValueError(f"no document in {self.texts.describe(config['split'])}: give more text or another split.")
+        if not writer.n_rows:
+            reasons = ", ".join(f"{n} {reason}" for reason, n in writer.counts.items())
+            raise ValueError(
+                f"the mask leaves nothing of the {writer.n_tokens} tokens of {self.texts.name} ({reasons}): "
+                f"give more text."
+            )
+        if writer.n_tokens < config["n_tokens"]:
+            print(f"The texts hold only {writer.n_tokens:,} of the {config['n_tokens']:,} tokens asked for: took all.")
+        assert self.mask is not None
+        assert self.mask.max_norm is not None
+        ids = torch.tensor(self.documents[: writer.n_documents], dtype=torch.int64)
+        contents = writer.finish(ids, self.medians)
+        start = self.journal.of_kind("start")[0]
+        writer.write_manifest(
+            {
+                "format_version": format.FORMAT_VERSION,
+                "config": config,
+                "config_hash": start["config_hash"],
+                "environment": start["environment"],
+                "model_name": self.lm.name,
+                "texts": self.texts.spec,
+                "max_norm": dict(self.mask.max_norm),
+                **contents,
+            }
+        )

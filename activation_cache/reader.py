@@ -1,0 +1,180 @@
+"""Reading a cache: whole shards one after the other, on their own thread; shuffled batches come out. Knows no model."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import BFloat16, Float32, Int
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from saelab.activation_cache import format
+from saelab.errors import CacheError
+
+
+class ActivationCache:
+    """A finished activation cache in the folder `path`.
+
+    Raises `CacheError` when there is none, when it is unfinished, or written by a newer saelab. Each file's size is
+    checked whenever it is read, its SHA-256 the first time.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.manifest: dict[str, Any] = format.read_manifest(self.path)
+        self._widths: dict[str, int] = self.manifest["config"]["hooks"]
+        self._checked: set[str] = set()
+
+    def __repr__(self) -> str:
+        return f"ActivationCache({str(self.path)!r}: {self.n_rows:,} rows of {', '.join(self.hook_names)})"
+
+    @property
+    def hook_names(self) -> list[str]:
+        """Hooks in the cache."""
+        return list(self._widths)
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of each hook, after the mask."""
+        return self.manifest["n_rows"]
+
+    def d_in(self, hook_name: str | None = None) -> int:
+        """Width of a hook's rows. `hook_name` may be left out when there is only one."""
+        return self._widths[self._hook(hook_name)]
+
+    def stats(self, hook_name: str | None = None) -> dict[str, Any]:
+        """Exact statistics over all rows: `n`, `mean` and `second_moment` (d_in) fp64, `mean_norm`, and `median_norm`.
+
+        `second_moment` is the mean square of each dimension; `median_norm` is the norm rule's (first 16,384 rows).
+        """
+        hook_name = self._hook(hook_name)
+        tensors = self._load(format.stats_file(hook_name), self.manifest["stats"][hook_name], f"stats of {hook_name}")
+        return {name: x if x.ndim else x.item() for name, x in tensors.items()}
+
+    def batches(
+        self, batch_size: int, seed: int = 0, start_step: int = 0, hook_name: str | None = None, prefetch: int = 2
+    ) -> Iterator[Float32[Tensor, "batch d_in"]]:
+        """Shuffled batches without end, a pure function of (cache, seed, step); `start_step` leaves out that many.
+
+        In each epoch shards come in another order, and rows in another order within them; batches run across both
+        borders. `prefetch` shards are read ahead. Raises `ValueError` for bad arguments, and `CacheError` naming a
+        damaged shard.
+        """
+        hook_name = self._hook(hook_name)
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("start_step", start_step, 0),
+            ("prefetch", prefetch, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name}={value} must be at least {least}.")
+        return self._batches(batch_size, seed, start_step * batch_size, hook_name, prefetch)
+
+    def _batches(self, batch_size: int, seed: int, skip: int, hook_name: str, prefetch: int) -> Iterator[Tensor]:
+        plan = self._plan(seed, skip)
+        with ThreadPoolExecutor(1, thread_name_prefix="saelab-cache-reader") as thread:
+            ahead = deque(thread.submit(self._read_shuffled, *next(plan), hook_name, seed) for _ in range(prefetch))
+            parts, missing = [], batch_size
+            try:
+                while True:
+                    rows = ahead.popleft().result()  # (n, d_in)
+                    ahead.append(thread.submit(self._read_shuffled, *next(plan), hook_name, seed))
+                    while len(rows) >= missing:
+                        parts.append(rows[:missing])
+                        rows = rows[missing:]
+                        yield torch.cat(parts).float() if len(parts) > 1 else parts[0].float()
+                        parts, missing = [], batch_size
+                    if len(rows):
+                        parts.append(rows)
+                        missing -= len(rows)
+            finally:  # also when the iterator is closed or forgotten
+                thread.shutdown(wait=False, cancel_futures=True)
+
+    def _plan(self, seed: int, skip: int) -> Iterator[tuple[int, int, int]]:
+        """Without end: (epoch, shard, how many of its shuffled rows to leave out), after `skip` rows of the stream."""
+        epoch, skip = divmod(skip, self.n_rows)
+        while True:
+            shards = self.manifest["shards"]
+            for shard in torch.randperm(len(shards), generator=format.seeded("epoch", seed, epoch)).tolist():
+                if skip < shards[shard]["rows"]:
+                    yield epoch, shard, skip
+                skip = max(0, skip - shards[shard]["rows"])
+            epoch += 1
+
+    def _read_shuffled(
+        self, epoch: int, shard: int, skip: int, hook_name: str, seed: int
+    ) -> BFloat16[Tensor, "n d_in"]:
+        acts = self._read(shard, f"{hook_name}.safetensors")["acts"]
+        order = torch.randperm(len(acts), generator=format.seeded("rows", seed, epoch, shard))
+        return acts[order[skip:]]
+
+    def shards(
+        self, hook_name: str | None = None
+    ) -> Iterator[tuple[BFloat16[Tensor, "n d_in"], dict[str, Int[Tensor, " n"]]]]:
+        """Each shard in order: its rows, and their origin: `seq` (row of `tokens()`), `pos` (column) and `token`."""
+        name = f"{self._hook(hook_name)}.safetensors"
+        numbers = range(len(self.manifest["shards"]))
+        return ((self._read(i, name)["acts"], self._read(i, format.INDEX)) for i in numbers)
+
+    def tokens(self) -> tuple[Int[Tensor, "n_sequences ctx_len"], Int[Tensor, "n_sequences ctx_len"]]:
+        """All packed contexts: token ids, and the index into `document_ids` of each token's document, -1 on padding."""
+        files = [self._load(known["file"], known, known["file"]) for known in self.manifest["tokens"]]
+        return torch.cat([file["ids"] for file in files]), torch.cat([file["doc"] for file in files])
+
+    @property
+    def document_ids(self) -> Int[Tensor, " n_documents"]:
+        """`tokens.document_id` of every document that gave a token, in order of appearance."""
+        return self._load(format.DOCUMENTS, self.manifest["documents"], format.DOCUMENTS)["ids"]
+
+    def origin(self, hook_name: str | None = None) -> dict[str, Any]:
+        """Where a hook's rows come from, JSON-able: what an SAE trained on them keeps in `sae.json`."""
+        hook_name, config = self._hook(hook_name), self.manifest["config"]
+        return {
+            "hook_name": hook_name,
+            "model": {"name": self.manifest["model_name"], "hash": config["model_hash"]},
+            "tokenizer_hash": config["tokenizer_hash"],
+            "ctx_len": config["ctx_len"],
+            "prepend_bos": config["prepend_bos"],
+            "mask": {"max_norm": self.manifest["max_norm"][hook_name], "rule": config["mask_rule"]},
+            "texts": self.manifest["texts"],
+            "dataset_fingerprint": config["texts_fingerprint"],
+            "split": config["split"],
+        }
+
+    def verify(self) -> None:
+        """Read every file again and compare size and SHA-256. Raises `CacheError` naming the first damaged part."""
+        for shard in self.manifest["shards"]:
+            for name, known in shard["files"].items():
+                format.check_file(self.path / shard["folder"] / name, known, f"shard {shard['folder']}", contents=True)
+        for known in self.manifest["tokens"]:
+            format.check_file(self.path / known["file"], known, known["file"], contents=True)
+        for hook, known in self.manifest["stats"].items():
+            format.check_file(self.path / format.stats_file(hook), known, f"stats of {hook}", contents=True)
+        documents = self.path / format.DOCUMENTS
+        format.check_file(documents, self.manifest["documents"], format.DOCUMENTS, contents=True)
+
+    def _hook(self, hook_name: str | None) -> str:
+        if hook_name is None and len(self._widths) == 1:
+            return self.hook_names[0]
+        if hook_name not in self._widths:
+            raise ValueError(f"hook_name={hook_name!r} is not in {self.path}: it holds {', '.join(self.hook_names)}.")
+        return hook_name
+
+    def _read(self, shard: int, name: str) -> dict[str, Tensor]:
+        known = self.manifest["shards"][shard]
+        return self._load(f"{known['folder']}/{name}", known["files"][name], f"shard {known['folder']}")
+
+    def _load(self, file: str, known: dict[str, Any], part: str) -> dict[str, Tensor]:
+        path = self.path / file
+        format.check_file(path, known, part, contents=file not in self._checked)
+        self._checked.add(file)
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise CacheError(f"{part}: {path} cannot be read ({error}). Harvest the cache again.") from error

@@ -1,0 +1,150 @@
+"""The one way to read held-out text through a model for scoring an SAE: same packing, same mask, same split rule.
+
+Evaluation and the feature store both read from here, so that their token counts and masks are the same.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from saelab.masking import MASK_RULE, Mask, NormRule, row_norms
+from saelab.models import LanguageModel
+from saelab.saes import SAE
+from saelab.tokens import Texts, TokenBatch, document_id, load_texts, pack
+
+
+class ScoreBatch(NamedTuple):
+    """One forward pass of the model."""
+
+    tokens: TokenBatch
+    acts: Float[Tensor, "batch ctx_len d_in"]
+    keep: Bool[Tensor, "batch ctx_len"]
+    """Tokens that count under the one mask."""
+
+
+@dataclass
+class ScoreStream:
+    """Iterate to get `ScoreBatch`es; afterwards `n_tokens` and `n_masked` hold the counts."""
+
+    lm: LanguageModel
+    hook_name: str
+    split: str
+    texts: Texts
+    batches: list[TokenBatch]
+    document_ids: list[int]
+    mask: Mask
+    n_tokens: int = 0
+    n_masked: dict[str, int] = field(default_factory=lambda: {"special": 0, "position": 0, "norm": 0})
+    rule: dict[str, Any] = field(default_factory=lambda: dict(MASK_RULE))
+
+    def __iter__(self) -> Iterator[ScoreBatch]:
+        stream = self.lm.stream_activations((batch.ids for batch in self.batches), [self.hook_name])
+        for tokens, found in zip(self.batches, stream, strict=True):
+            keep, counts = self.mask.apply(tokens, found)
+            self.n_tokens += int(keep.sum())
+            for reason, count in counts.items():
+                self.n_masked[reason] += count
+            yield ScoreBatch(tokens, found[self.hook_name], keep)
+
+
+def open_score_stream(
+    sae: SAE,
+    lm: LanguageModel,
+    texts: Any = None,
+    *,
+    split: str | None = None,
+    allow_train: bool = False,
+    hook_name: str | None = None,
+    n_tokens: int | None = None,
+    ctx_len: int | None = None,
+    batch_size: int = 16,
+) -> ScoreStream:
+    """Tokenise what is to be scored and check it against what the SAE was trained on, before any forward pass.
+
+    `texts` None is the SAE's own source. `split` None is the held-out tenth of that source, and all of any other text.
+    Raises `ValueError` when the SAE does not fit the hook, when nothing is left to score, or, naming the count, when a
+    document is among those that trained the SAE (unless `allow_train`).
+    """
+    origin = sae.origin
+    source = load_texts(texts) if texts is not None else _own_texts(origin)
+    own = source.spec is not None and source.spec == origin.get("texts")
+    split = split or ("held_out" if own else "all")
+    hook_name = hook_name or origin.get("hook_name")
+    if hook_name is None:
+        raise ValueError("This SAE does not say which hook it reads (it was trained on bare tensors): give hook_name.")
+    lm.check_hook(hook_name)
+    if lm.d_in(hook_name) != sae.d_in:
+        raise ValueError(f"{hook_name} of {lm.name} has width {lm.d_in(hook_name)}, the SAE reads d_in={sae.d_in}.")
+    if origin.get("model") and origin["model"]["hash"] != lm.hash:
+        warnings.warn(
+            f"The SAE was trained on {origin['model']['name']}, this is {lm.name}: other weights.", stacklevel=3
+        )
+    document_ids: list[int] = []
+    packed = pack(
+        source.documents(split),
+        lm,
+        ctx_len or origin.get("ctx_len") or 256,
+        batch_size,
+        prepend_bos=bool(origin.get("prepend_bos", False)),
+        on_document=lambda _, text: document_ids.append(document_id(text)),
+    )
+    batches = _take(packed, n_tokens)
+    if not batches:
+        raise ValueError(f"There is no text to score: split={split!r} of {source.name} holds no token.")
+    if not allow_train:
+        _refuse_training_documents(sae, document_ids, source, split)
+    max_norm = (origin.get("mask") or {}).get("max_norm")
+    mask = Mask(lm.special_ids, {hook_name: max_norm} if max_norm else None)
+    stream = ScoreStream(lm, hook_name, split, source, batches, document_ids, mask)
+    if max_norm is None:
+        stream.mask = Mask(lm.special_ids, {hook_name: _norm_limit(stream)})
+    return stream
+
+
+def _own_texts(origin: dict[str, Any]) -> Texts:
+    spec = origin.get("texts")
+    if spec is None or spec.get("source") == "strings":
+        raise ValueError("This SAE does not name a text source that can be opened again: give texts.")
+    return Texts.from_spec(spec)
+
+
+def _take(packed: Iterator[TokenBatch], n_tokens: int | None) -> list[TokenBatch]:
+    """Batches up to `n_tokens` tokens; all when None."""
+    batches, total = [], 0
+    for batch in packed:
+        batches.append(batch)
+        total += int((batch.doc >= 0).sum())
+        if n_tokens is not None and total >= n_tokens:
+            break
+    return batches
+
+
+def _refuse_training_documents(sae: SAE, document_ids: list[int], texts: Texts, split: str) -> None:
+    seen = torch.isin(torch.tensor(document_ids, dtype=torch.int64), sae.train_documents)
+    if bool(seen.any()):
+        raise ValueError(
+            f"{int(seen.sum())} of {len(seen)} documents of {texts.name} (split={split!r}) trained this SAE: its numbers "
+            'there would be too good. Score split="held_out" or other text, or pass allow_train=True.'
+        )
+
+
+def _norm_limit(stream: ScoreStream) -> float:
+    """The norm rule on the first rows of the stream itself, for an SAE that brings no mask of its own."""
+    rule = NormRule(stream.lm.special_ids)
+    ids = (batch.ids for batch in stream.batches)
+    for tokens, found in zip(stream.batches, stream.lm.stream_activations(ids, [stream.hook_name]), strict=False):
+        rule.add(tokens, row_norms(found))
+        if rule.ready:
+            break
+    if not rule.n_rows:
+        raise ValueError(
+            f"There is no token to score in {stream.texts.name}: all are masked (first of context, special)."
+        )
+    return rule.limits()[stream.hook_name]

@@ -1,0 +1,280 @@
+"""Writing a cache: rows are shuffled through a pool, and shards leave it safely, one after the other. Knows no model.
+
+Each shard is drawn from the pool by a generator that depends on (seed, shard number) alone. A killed harvest therefore
+goes on with the same bytes: the forward passes since the oldest row still in the pool are repeated, the rows that are
+in shards already are dropped, and the pool is what it was.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from saelab.activation_cache import format
+from saelab.files import atomic_save_safetensors, atomic_write_json
+from saelab.tokens import TokenBatch
+
+
+class Pool:
+    """Rows waiting to be drawn: fixed buffers of slots, and the slots in use in the order in which their rows came."""
+
+    def __init__(self, capacity: int, widths: Mapping[str, int]):
+        self._acts = {hook: torch.empty(capacity, d, dtype=torch.bfloat16) for hook, d in widths.items()}
+        self._index = torch.empty(capacity, 3, dtype=torch.int32)
+        self._order = torch.empty(0, dtype=torch.int64)
+        self._free = torch.arange(capacity)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    @property
+    def oldest_sequence(self) -> int | None:
+        """Sequence of the row that has waited longest."""
+        return int(self._index[self._order[0], 0]) if len(self) else None
+
+    def add(self, index: Int[Tensor, "n 3"], acts: Mapping[str, Float[Tensor, "n d_in"]]) -> None:
+        """Put rows in, `index` being (seq, pos, token)."""
+        slots, self._free = self._free[: len(index)], self._free[len(index) :]
+        self._index[slots] = index
+        for hook, x in acts.items():
+            self._acts[hook].index_copy_(0, slots, x.to("cpu", torch.bfloat16))
+        self._order = torch.cat([self._order, slots])
+
+    def draw(self, n: int, generator: torch.Generator) -> tuple[Int[Tensor, "n 3"], dict[str, Tensor]]:
+        """Take `n` rows out, at random and in random order."""
+        picks = torch.randperm(len(self), generator=generator)[:n]
+        slots = self._order[picks]
+        stays = torch.ones(len(self), dtype=torch.bool)
+        stays[picks] = False
+        self._order = self._order[stays]
+        self._free = torch.cat([self._free, slots])
+        return self._index[slots], {hook: x[slots] for hook, x in self._acts.items()}
+
+
+class _Background:
+    """One thread that does things in the order given. After an error it does nothing more; the next call raises it."""
+
+    def __init__(self, waiting: int = 2):
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="saelab-cache-writer")
+        self._pending: deque[Future[None]] = deque()
+        self._waiting = waiting
+        self._failed = False
+
+    def submit(self, task: Callable[..., None], *arguments: Any) -> None:
+        while self._pending and (self._pending[0].done() or len(self._pending) >= self._waiting):
+            self._pending.popleft().result()
+        self._pending.append(self._executor.submit(self._run, task, arguments))
+
+    def _run(self, task: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+        if self._failed:
+            return
+        try:
+            task(*arguments)
+        except BaseException:
+            self._failed = True
+            raise
+
+    def wait(self) -> None:
+        while self._pending:
+            self._pending.popleft().result()
+
+    def close(self) -> None:
+        self._executor.shutdown(wait=True)
+
+
+class CacheWriter:
+    """Takes packed contexts and the activations of each batch in stream order, and leaves a cache.
+
+    After a restart, give every batch to `add_tokens` again, but activations only from the context `start` on.
+    """
+
+    def __init__(self, folder: Path, journal: format.Journal, config: Mapping[str, Any]):
+        self.folder = folder
+        self.journal = journal
+        self.config = config
+        self.ctx_len: int = config["ctx_len"]
+        self.pool_rows: int = config["shard_rows"] * config["pool_shards"]
+        rows = -(-config["n_tokens"] // self.ctx_len) * self.ctx_len
+        self._pool = Pool(min(self.pool_rows, rows) + config["batch_size"] * self.ctx_len, config["hooks"])
+        self._background = _Background()
+        self._shards = len(journal.of_kind("shard"))
+        self._tokens_written = sum(entry["sequences"] for entry in journal.of_kind("tokens"))
+        self._tokens_waiting: list[TokenBatch] = []
+        self.n_sequences = self.n_tokens = self.n_padding = self.n_documents = 0
+        self._consumed = 0
+        self.counts = {"position": 0, "special": 0, "norm": 0}
+        self.start = self._cursor = 0
+        self.n_rows = sum(entry["rows"] for entry in journal.of_kind("shard"))
+        """Rows in shards or waiting for one."""
+        self._restore()
+
+    def _restore(self) -> None:
+        for entry in self.journal.of_kind("tokens"):
+            format.check_file(self.folder / entry["file"], entry, entry["file"])
+        shards = self.journal.of_kind("shard")
+        for shard in shards:
+            for name, known in shard["files"].items():
+                format.check_file(self.folder / shard["folder"] / name, known, f"shard {shard['folder']}")
+        if not shards:
+            return
+        last = shards[-1]
+        self._cursor, oldest, self.counts = last["cursor"], last["oldest"], dict(last["counts"])
+        self._consumed = self._cursor
+        batch = self.config["batch_size"]
+        self.start = self._cursor if oldest is None else oldest // batch * batch
+        self._written = torch.zeros(self._cursor - self.start, self.ctx_len, dtype=torch.bool)
+        for shard in shards:
+            index = load_file(self.folder / shard["folder"] / format.INDEX)
+            recent = index["seq"] >= self.start
+            self._written[index["seq"][recent].long() - self.start, index["pos"][recent].long()] = True
+
+    def add_tokens(self, batch: TokenBatch) -> None:
+        """Keep the token ids of the next batch."""
+        self.n_sequences += len(batch.ids)
+        padding = int((batch.doc < 0).sum())
+        self.n_padding += padding
+        self.n_tokens += batch.ids.numel() - padding
+        self.n_documents = max(self.n_documents, int(batch.doc.max()) + 1)
+        self._tokens_waiting.append(batch)
+        while self.n_sequences - self._first_waiting() >= format.SEQUENCES_PER_FILE:
+            self._write_tokens(format.SEQUENCES_PER_FILE)
+
+    def _first_waiting(self) -> int:
+        return self._tokens_waiting[0].first_sequence if self._tokens_waiting else self.n_sequences
+
+    def _write_tokens(self, n: int) -> None:
+        first = self._first_waiting()
+        ids = torch.cat([batch.ids for batch in self._tokens_waiting])
+        doc = torch.cat([batch.doc for batch in self._tokens_waiting])
+        rest = TokenBatch(ids[n:], doc[n:], first + n)
+        self._tokens_waiting = [rest] if len(rest.ids) else []
+        if first < self._tokens_written:
+            return  # on disk since before the restart
+        tensors = {"ids": ids[:n].int(), "doc": doc[:n].int()}
+        self._background.submit(self._save_tokens, format.tokens_file(first // format.SEQUENCES_PER_FILE), tensors)
+
+    def _save_tokens(self, name: str, tensors: dict[str, Tensor]) -> None:
+        atomic_save_safetensors(self.folder / name, tensors)
+        known = format.describe_file(self.folder / name)
+        self.journal.append({"kind": "tokens", "file": name, "sequences": len(tensors["ids"]), **known})
+
+    def add(
+        self,
+        batch: TokenBatch,
+        acts: Mapping[str, Float[Tensor, "n ctx d_in"]],
+        keep: Bool[Tensor, "n ctx"],
+        counts: Mapping[str, int],
+    ) -> None:
+        """Take the rows `keep` of a batch (`counts`: why not the others), and write shards when the pool is full."""
+        first, end = batch.first_sequence, batch.first_sequence + len(batch.ids)
+        if first < self._cursor:  # repeated after a restart: its counts and some of its rows are on disk
+            keep = keep & ~self._written[first - self.start : end - self.start]
+        else:
+            self.counts = {reason: n + counts[reason] for reason, n in self.counts.items()}
+        seq, pos = keep.nonzero(as_tuple=True)
+        index = torch.stack([seq + first, pos, batch.ids[seq, pos]], dim=1).int()
+        self.n_rows += len(index)
+        self._pool.add(index, {hook: x[seq.to(x.device), pos.to(x.device)] for hook, x in acts.items()})
+        if end < self._cursor:
+            return
+        self._consumed = end
+        while len(self._pool) >= self.pool_rows:
+            self._write_shard()
+
+    def _write_shard(self) -> None:
+        number, self._shards = self._shards, self._shards + 1
+        generator = format.seeded("shard", self.config["seed"], number)
+        index, acts = self._pool.draw(min(self.config["shard_rows"], len(self._pool)), generator)
+        entry = {
+            "kind": "shard",
+            "folder": format.shard_folder(number),
+            "rows": len(index),
+            "cursor": self._consumed,
+            "oldest": self._pool.oldest_sequence,
+            "counts": dict(self.counts),
+        }
+        self._background.submit(self._save_shard, entry, index, acts)
+
+    def _save_shard(self, entry: dict[str, Any], index: Tensor, acts: dict[str, Tensor]) -> None:
+        folder = self.folder / entry["folder"]
+        columns = {name: index[:, i] for i, name in enumerate(("seq", "pos", "token"))}
+        atomic_save_safetensors(folder / format.INDEX, columns)
+        for hook, x in acts.items():
+            atomic_save_safetensors(folder / f"{hook}.safetensors", {"acts": x, **_partial_sums(x)})
+        names = [format.INDEX, *(f"{hook}.safetensors" for hook in acts)]
+        files = {name: format.describe_file(folder / name) for name in names}
+        self.journal.append({**entry, "files": files, "time": time.time()})
+
+    def finish(self, document_ids: Int[Tensor, " n_documents"], medians: Mapping[str, float]) -> dict[str, Any]:
+        """Write what is still waiting, the documents and the statistics; returns the manifest's list of contents."""
+        while len(self._pool):
+            self._write_shard()
+        while self._tokens_waiting:
+            self._write_tokens(min(format.SEQUENCES_PER_FILE, self.n_sequences - self._first_waiting()))
+        self._background.wait()
+        atomic_save_safetensors(self.folder / format.DOCUMENTS, {"ids": document_ids})
+        shards = [{k: e[k] for k in ("folder", "rows", "files")} for e in self.journal.of_kind("shard")]
+        tokens = [{k: e[k] for k in ("file", "sequences", "bytes", "sha256")} for e in self.journal.of_kind("tokens")]
+        stats = {hook: self._write_stats(hook, shards, medians[hook]) for hook in self.config["hooks"]}
+        return {
+            "n_rows": sum(shard["rows"] for shard in shards),
+            "n_sequences": self.n_sequences,
+            "n_tokens": self.n_tokens,
+            "n_documents": len(document_ids),
+            "masked": self.counts,
+            "padding": self.n_padding,
+            "shards": shards,
+            "tokens": tokens,
+            "stats": stats,
+            "documents": format.describe_file(self.folder / format.DOCUMENTS),
+        }
+
+    def _write_stats(self, hook: str, shards: list[dict[str, Any]], median: float) -> dict[str, Any]:
+        n = sum(shard["rows"] for shard in shards)
+        totals: dict[str, Tensor] = {}
+        for shard in shards:
+            with safe_open(self.folder / shard["folder"] / f"{hook}.safetensors", "pt") as file:
+                for name in ("sum", "sum_squares", "sum_norms"):
+                    totals[name] = totals.get(name, 0) + file.get_tensor(name)
+        tensors = {
+            "n": torch.tensor(n),
+            "mean": totals["sum"] / n,
+            "second_moment": totals["sum_squares"] / n,
+            "mean_norm": totals["sum_norms"] / n,
+            "median_norm": torch.tensor(median, dtype=torch.float64),
+        }
+        path = self.folder / format.stats_file(hook)
+        atomic_save_safetensors(path, tensors)
+        return format.describe_file(path)
+
+    def write_manifest(self, manifest: Mapping[str, Any]) -> None:
+        """The last step: from now on the cache is finished."""
+        atomic_write_json(self.folder / format.MANIFEST, dict(manifest))
+
+    def close(self) -> None:
+        """Let shards on their way reach the disk, and end the thread."""
+        self._background.close()
+
+
+def _partial_sums(x: Float[Tensor, "n d_in"]) -> dict[str, Tensor]:
+    """fp64 sums of a shard; blocks of rows are added up in fp32 first."""
+    d_in = x.shape[1]
+    sums = {"sum": torch.zeros(d_in), "sum_squares": torch.zeros(d_in), "sum_norms": torch.zeros(())}
+    sums = {name: tensor.double() for name, tensor in sums.items()}
+    for block in x.split(512):
+        block = block.float()
+        squares = block.square()
+        sums["sum"] += block.sum(0)
+        sums["sum_squares"] += squares.sum(0)
+        sums["sum_norms"] += squares.sum(1).sqrt().sum()
+    return sums

@@ -1,0 +1,131 @@
+"""Pure functions from numbers to plotly figures; no Streamlit here. Colours are Okabe and Ito's, told apart by pattern too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import plotly.graph_objects as go
+
+from saelab.features.feature import Histogram
+
+BLUE, ORANGE, VERMILLION = "#0072b2", "#e69f00", "#d55e00"
+_FAINT = "rgba(128,128,128,.25)"
+
+
+def training_curve(tokens: Sequence[float], values: Sequence[float], name: str, percent: bool = False) -> go.Figure:
+    """One logged quantity over training tokens."""
+    figure = go.Figure(go.Scatter(x=tokens, y=values, mode="lines", line={"color": BLUE, "width": 2}, name=name))
+    figure.update_xaxes(title="training tokens", tickformat=".2s")
+    figure.update_yaxes(tickformat=".1%" if percent else None, rangemode="tozero")
+    return _finish(figure, 210, name)
+
+
+def value_histogram(histogram: Histogram, p99: float | None, maximum: float | None) -> go.Figure:
+    """The non-zero values of a feature in log bins, with p99 and maximum marked."""
+    edges, counts = histogram.edges, histogram.counts
+    centres = np.sqrt(edges[:-1] * edges[1:])
+    hover = [f"{low:.3g} to {high:.3g}<br>{n:,} tokens" for low, high, n in zip(edges, edges[1:], counts, strict=False)]
+    figure = go.Figure(
+        go.Bar(
+            x=np.log10(centres), y=counts, width=np.diff(np.log10(edges)) * 0.94, marker_color=BLUE, hovertext=hover,
+            hoverinfo="text",
+        )
+    )  # fmt: skip
+    for name, value, dash in (("p99", p99, "dash"), ("max", maximum, "dot")):
+        if value:
+            figure.add_vline(
+                x=float(np.log10(value)), line={"dash": dash, "width": 1.5, "color": VERMILLION},
+                annotation={"text": name, "yref": "paper", "y": 1.1 if name == "p99" else 1.0, "font": {"size": 11}},
+            )  # fmt: skip
+    figure.update_xaxes(title="activation (log scale)", **_log_ticks(edges[0], edges[-1]))
+    figure.update_yaxes(title="tokens")
+    return _finish(figure, 250)
+
+
+def density_histogram(density: np.ndarray, n_tokens: int) -> go.Figure:
+    """How often features fire, log scale, with those that never fired as a bar of their own (hatched)."""
+    fired = density > 0
+    logs = np.log10(density[fired]) if fired.any() else np.zeros(0)
+    lowest = np.floor(np.log10(1 / max(n_tokens, 10)))
+    edges = np.arange(lowest, 0.01, 0.25)
+    counts, _ = np.histogram(logs, edges)
+    hover = [
+        f"{10**low:.1e} to {10 ** (low + 0.25):.1e}<br>{n:,} features" for low, n in zip(edges, counts, strict=False)
+    ]
+    never = int((~fired).sum())
+    figure = go.Figure(
+        go.Bar(
+            x=edges[:-1] + 0.125,
+            y=counts,
+            width=0.235,
+            marker_color=BLUE,
+            hovertext=hover,
+            hoverinfo="text",
+            name="fire",
+        )
+    )
+    figure.add_bar(
+        x=[lowest - 0.6], y=[never], width=0.5, name="never fired", hovertext=[f"never fired<br>{never:,} features"],
+        hoverinfo="text", marker={"color": VERMILLION, "pattern": {"shape": "/", "fgcolor": "white", "size": 6}},
+    )  # fmt: skip
+    ticks = list(range(int(lowest), 1))
+    figure.update_xaxes(
+        title="share of tokens on which the feature fires",
+        tickvals=[lowest - 0.6, *ticks], ticktext=["never", *(_power(tick) for tick in ticks)],
+    )  # fmt: skip
+    figure.update_yaxes(title="features")
+    return _finish(figure, 280)
+
+
+def cosine_scatter(density: np.ndarray, cosine: np.ndarray, n_tokens: int, at_most: int) -> go.Figure:
+    """Encoder-decoder cosine against density; features that fired at most `at_most` times are diamonds."""
+    floor = 0.5 / max(n_tokens, 1)
+    rare = density * n_tokens <= at_most + 0.5
+    figure = go.Figure()
+    for name, here, colour, symbol in (
+        ("others", ~rare, BLUE, "circle"),
+        (f"fired at most {at_most}\u00d7", rare, VERMILLION, "diamond-open"),
+    ):
+        ids = np.flatnonzero(here)
+        ids = ids[:: max(1, len(ids) // 4000)]
+        figure.add_trace(
+            go.Scattergl(
+                x=np.maximum(density[ids], floor),
+                y=cosine[ids],
+                mode="markers",
+                name=name,
+                customdata=ids,
+                marker={"color": colour, "symbol": symbol, "size": 6, "opacity": 0.6},
+                hovertemplate="feature %{customdata}<br>density %{x:.2e}<br>cosine %{y:.2f}<extra></extra>",
+            )  # fmt: skip
+        )
+    figure.update_xaxes(type="log", title="density (never: far left)", exponentformat="power")
+    figure.update_yaxes(title="encoder\u2013decoder cosine")
+    figure.update_layout(showlegend=True, legend={"orientation": "h", "y": 1.12, "x": 0})
+    return _finish(figure, 280)
+
+
+def _log_ticks(low: float, high: float) -> dict[str, list]:
+    """Round numbers (1, 2, 5 a decade) between two values, at their logarithms."""
+    decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
+    steps = (1, 2, 5) if len(decades) <= 4 else (1,)
+    values = [step * 10.0**decade for decade in decades for step in steps]
+    values = [value for value in values if low * 0.99 <= value <= high * 1.01]
+    return {"tickvals": [float(np.log10(value)) for value in values], "ticktext": [f"{value:g}" for value in values]}
+
+
+def _power(exponent: int) -> str:
+    return "1" if exponent == 0 else f"10<sup>{exponent}</sup>"
+
+
+def _finish(figure: go.Figure, height: int, title: str | None = None) -> go.Figure:
+    figure.update_layout(
+        height=height, margin={"l": 8, "r": 8, "t": 34 if title else 22, "b": 8}, bargap=0.02, title=title and {
+            "text": title, "font": {"size": 14}, "x": 0, "xanchor": "left"},
+    )  # fmt: skip
+    if not figure.layout.showlegend:
+        figure.update_layout(showlegend=False)
+    figure.update_xaxes(gridcolor=_FAINT, zeroline=False)
+    figure.update_yaxes(gridcolor=_FAINT, zeroline=False)
+    return figure

@@ -1,0 +1,21 @@
+"""Entry script of the dashboard: Streamlit runs it on every interaction. Navigation only; pages lie beside it."""
+
+import streamlit as st
+
+from saelab.app import page_dead, page_feature, page_features, page_runs, page_steer, state
+from saelab.app.style import PAGE_STYLE
+
+st.set_page_config(page_title="saelab", page_icon=":material/hub:", layout="wide")
+pages = {
+    "runs": st.Page(page_runs.show, title="Runs", icon=":material/monitoring:", url_path="runs", default=True),
+    "features": st.Page(page_features.show, title="Features", icon=":material/table_rows:", url_path="features"),
+    "feature": st.Page(page_feature.show, title="Feature", icon=":material/article:", url_path="feature"),
+    "dead": st.Page(page_dead.show, title="Dead features", icon=":material/bedtime:", url_path="dead"),
+    "steer": st.Page(page_steer.show, title="Steer", icon=":material/tune:", url_path="steer"),
+}
+st.session_state["pages"] = pages
+page = st.navigation(list(pages.values()))
+st.html(PAGE_STYLE)
+with state.friendly_errors():
+    state.show_sidebar()
+    page.run()

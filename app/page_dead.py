@@ -1,0 +1,49 @@
+"""Dead features: those that never or almost never fired on the counted tokens, with density and encoder-decoder cosine."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from saelab.app import charts, state
+from saelab.app.feature_rows import show_rows
+from saelab.features.render import percent
+
+PER_PAGE = 25
+_LIMITS = ["0", "1", "3", "10", "30", "100"]
+
+
+def show() -> None:
+    """The page."""
+    store = state.store()
+    st.title("Dead features")
+    st.html(
+        f'<p class="sa-sub">Features that never, or almost never, fired on the {store.n_tokens:,} counted '
+        f"{store.manifest['split'].replace('_', '-')} tokens.</p>"
+    )
+    at_most = int(state.url_choice("fired", "10", _LIMITS))
+    never, rare = store.count({"n_fired": (None, 0)}), store.count({"n_fired": (None, at_most)})
+    first, second, third, control = st.columns([1, 1, 1, 2], vertical_alignment="center")
+    first.metric("Never fired", f"{never:,}", help="No non-zero activation on any counted token.")
+    second.metric("Share never fired", percent(never / store.d_sae))
+    third.metric(f"Fired at most {at_most}\u00d7", f"{rare:,}")
+    control.segmented_control(
+        "Almost never means at most", _LIMITS, required=True, **state.bound("fired", str(at_most))
+    )
+    density, cosine = store.column("density"), store.column("cosine")
+    left, right = st.columns(2, gap="large")
+    alt = f"Histogram of feature densities; {never:,} of {store.d_sae:,} features never fired"
+    left.plotly_chart(charts.density_histogram(density, store.n_tokens), alt=alt, config={"displayModeBar": False})
+    right.plotly_chart(
+        charts.cosine_scatter(density, cosine, store.n_tokens, at_most),
+        alt=f"Encoder\u2013decoder cosine against density; {rare:,} features fired at most {at_most} times",
+        config={"displayModeBar": False},
+    )
+    if not rare:
+        st.success(f"Every feature fired more than {at_most} times.", icon=":material/check_circle:")
+        return
+    pages = -(-rare // PER_PAGE)
+    page = state.url_int("page", 1, 1, pages)
+    where = {"n_fired": (None, at_most)}
+    show_rows(store, store.table("n_fired", False, where, PER_PAGE, (page - 1) * PER_PAGE), "n_fired", descending=False)
+    if pages > 1:
+        st.pagination(pages, **state.bound("page", page))

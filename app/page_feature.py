@@ -1,0 +1,91 @@
+"""Feature: one feature's numbers, examples with highlighted tokens, value histogram and logits."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from saelab.app import charts, state
+from saelab.features import Feature, FeatureStore
+from saelab.features.render import SPACE, escape, examples_html, number, percent
+
+
+def show() -> None:
+    """The page."""
+    store = state.store()
+    index = state.url_int("feature", _default(store), 0, store.d_sae - 1)
+    feature = store.feature(index)
+    title, controls = st.columns([3, 2], vertical_alignment="bottom")
+    title.title(f"Feature {index}")
+    with controls, st.container(horizontal=True, vertical_alignment="bottom", horizontal_alignment="right"):
+        if index > 0:
+            state.link("feature", "Previous", ":material/chevron_left:", feature=index - 1)
+        if index < store.d_sae - 1:
+            state.link("feature", "Next", ":material/chevron_right:", feature=index + 1)
+        state.link("steer", "Steer with it", ":material/tune:", feature=index)
+        st.number_input("Go to feature", 0, store.d_sae - 1, step=1, width=150, **state.bound("feature", index))
+    _numbers(feature)
+    if not feature.n_fired:
+        st.info(
+            f"This feature fired on none of the {store.n_tokens:,} counted tokens, so it has no examples.",
+            icon=":material/bedtime:",
+        )
+    left, right = st.columns([5, 3], gap="large")
+    with left:
+        st.subheader("Top examples")
+        st.caption(
+            "The strongest one of each document. Background: activation as a share of the feature's maximum; "
+            "outlined: the peak. Point at a token, or move there with Tab, for its value."
+        )
+        st.html(examples_html(feature.examples(), feature.max))
+    with right:
+        _values(feature)
+        _logits(feature)
+
+
+def _default(store: FeatureStore) -> int:
+    """The feature seen last in this session, else the first that fires at a middling density."""
+    rows = store.table("density", True, {"density": (None, 1e-2), "n_fired": (1, None)}, limit=1)
+    return rows[0]["feature"] if rows else 0
+
+
+def _numbers(feature: Feature) -> None:
+    entries = [
+        ("Density", percent(feature.density), "Share of counted tokens on which the feature fires."),
+        ("Fired on", f"{feature.n_fired:,}", f"Of {feature.store.n_tokens:,} counted tokens."),
+        ("Mean", number(feature.mean), "Mean of the non-zero activations."),
+        ("p99", number(feature.p99), "99th percentile of the non-zero activations: the unit of steering."),
+        ("Max", number(feature.max), "Largest activation seen."),
+        ("Enc\u2013dec cosine", number(feature.cosine), "Cosine between the feature's encoder and decoder row."),
+    ]
+    for column, (label, value, meaning) in zip(st.columns(len(entries)), entries, strict=True):
+        column.metric(label, value, help=meaning)
+
+
+def _values(feature: Feature) -> None:
+    st.subheader("Activations")
+    if not len(feature.histogram.counts):
+        st.caption("No value: the feature never fired.")
+        return
+    figure = charts.value_histogram(feature.histogram, feature.p99, feature.max)
+    alt = f"Histogram of {feature.n_fired:,} non-zero activations, p99 {number(feature.p99)}, max {number(feature.max)}"
+    st.plotly_chart(figure, key="values", alt=alt, config={"displayModeBar": False})
+
+
+def _logits(feature: Feature) -> None:
+    st.subheader("Logits")
+    logits = feature.top_logits
+    if not logits.positive:
+        st.caption("No direct path from this hook to the logits.")
+        return
+    st.caption("Direct effect of the decoder row, final norm gain folded in; change for one unit along it.")
+    for column, name, tokens in zip(st.columns(2), ("Promotes", "Suppresses"), logits, strict=True):
+        column.html(f'<div class="sa-head">{name}</div>{_logit_rows(tokens)}')
+
+
+def _logit_rows(tokens: list[tuple[str, float]]) -> str:
+    rows = "".join(
+        f'<span class="sa-clip"><bdi class="sa-chip">{escape(text).replace(" ", SPACE)}</bdi></span>'
+        f'<span class="sa-num">{value:+.2f}</span>'
+        for text, value in tokens
+    )
+    return f'<div class="sa-logits" style="margin-top:.4rem">{rows}</div>'

@@ -1,0 +1,132 @@
+"""Runs: the report, the training curves and the settings of every SAE in the run."""
+
+from __future__ import annotations
+
+import html
+import json
+from pathlib import Path
+from typing import Any
+
+import streamlit as st
+
+from saelab.app import charts, state
+from saelab.errors import SaelabError
+from saelab.features.render import model_label, number, percent
+from saelab.files import read_json
+from saelab.runs import SaeRun
+
+_MAX_POINTS = 1000
+_CURVES = {
+    "fvu": ("FVU (training)", False),
+    "l0": ("L0", False),
+    "dead_fraction_train": ("Dead share (training)", True),
+}
+_MEASURES = {
+    "fvu": ("FVU", "Fraction of variance unexplained on held-out tokens; lower is better."),
+    "fvu_unmasked": ("FVU unmasked", "The same without the mask: a few huge rows make any SAE look good."),
+    "l0": ("L0", "Features that fire on a token, on average."),
+    "dead_fraction": ("Dead", "Share of features that never fired on the held-out tokens."),
+    "ce_loss_recovered": ("CE recovered", "Share of the model's loss kept when the SAE replaces the activations."),
+    "kl": ("KL", "Divergence of the model's predictions with the SAE in place, nats per token."),
+}
+_SHARES = {"dead_fraction", "ce_loss_recovered"}
+
+
+def show() -> None:
+    """The page."""
+    st.title("Runs")
+    found = state.saes()
+    if len(found) > 1:
+        _overview(found)
+    for sae in found:
+        _one(sae)
+
+
+def _overview(found: list[SaeRun]) -> None:
+    rows = []
+    for sae in found:
+        report = _report(sae)
+        values = {label: report.get(key) for key, (label, _) in _MEASURES.items()}
+        rows.append({"SAE": sae.name, "hook": report.get("hook_name"), **values, "tokens": report.get("n_tokens")})
+    st.dataframe(rows, hide_index=True, alt="Held-out numbers of every SAE in this run")
+
+
+def _one(sae: SaeRun) -> None:
+    config = read_json(sae.sae_dir / "sae.json") if (sae.sae_dir / "sae.json").exists() else {}
+    st.subheader(sae.name, divider="gray")
+    model = config.get("model") or {}
+    parts = [config.get("variant"), config.get("hook_name"), model_label(model.get("name") or "")]
+    known = " \u00b7 ".join(part for part in parts if part)
+    st.html(f'<p class="sa-sub">{html.escape(known)}</p>')
+    report = _report(sae)
+    if report:
+        _measures(report)
+    else:
+        st.info(
+            f"No report yet. `saelab eval {sae.sae_dir}` measures this SAE on held-out text.", icon=":material/info:"
+        )
+    _curves(sae)
+    _settings(config)
+
+
+def _report(sae: SaeRun) -> dict[str, Any]:
+    try:
+        return read_json(sae.report_path) if sae.report_path.exists() else {}
+    except SaelabError as error:
+        st.warning(str(error))
+        return {}
+
+
+def _measures(report: dict[str, Any]) -> None:
+    columns = st.columns(len(_MEASURES))
+    for column, (key, (label, meaning)) in zip(columns, _MEASURES.items(), strict=True):
+        value = report.get(key)
+        column.metric(label, percent(value) if key in _SHARES else number(value), help=meaning, border=True)
+    masked = report.get("n_masked") or {}
+    left_out = ", ".join(f"{count:,} {reason}" for reason, count in masked.items())
+    st.caption(
+        f"{report.get('n_tokens', 0):,} tokens, split {str(report.get('split')).replace('_', '-')}; "
+        f"left out by the mask: {left_out or 'none'}."
+    )
+
+
+def _curves(sae: SaeRun) -> None:
+    lines = read_metrics(sae.sae_dir / "metrics.jsonl")
+    if len(lines) < 2:
+        st.caption("No training curve: metrics.jsonl holds fewer than two points.")
+        return
+    for column, (key, (name, is_share)) in zip(st.columns(3), _CURVES.items(), strict=True):
+        points = [(line["tokens"], line[key]) for line in lines if key in line and "tokens" in line]
+        if not points:
+            continue
+        tokens, values = zip(*points, strict=True)
+        figure = charts.training_curve(tokens, values, name, is_share)
+        alt = f"{name} over {tokens[-1]:,} training tokens, from {number(values[0])} to {number(values[-1])}"
+        column.plotly_chart(figure, key=f"{sae.name}_{key}", alt=alt, config={"displayModeBar": False})
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Up to 1,000 evenly spread points of a metrics file; a torn line is passed over."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    step = max(1, len(lines) // _MAX_POINTS)
+    points = []
+    for line in lines[::step]:
+        try:
+            points.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return points
+
+
+def _settings(config: dict[str, Any]) -> None:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= {f"{key}.{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {key: value}
+    with st.expander("Settings in sae.json"):
+        items = "".join(
+            f"<dt>{html.escape(key)}</dt><dd>{html.escape(json.dumps(value, ensure_ascii=False))}</dd>"
+            for key, value in flat.items()
+        )
+        st.html(f'<dl class="sa-cfg">{items}</dl>' if items else "sae.json is not there yet: training goes on.")

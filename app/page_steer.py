@@ -1,0 +1,124 @@
+"""Steer: add a feature to the model's activations and read default and steered text side by side, on one seed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import streamlit as st
+
+from saelab.app import state
+from saelab.features import Feature, FeatureStore
+from saelab.features.render import escape, examples_html, model_label, number
+
+MAX_PROMPT, MAX_TOKENS, MAX_STRENGTH = 8000, 512, 100.0
+
+
+def show() -> None:
+    """The page."""
+    store = state.store()
+    st.title("Steer")
+    model = model_label(store.manifest["model"]["name"])
+    left, right = st.columns([2, 3], gap="large")
+    with left:
+        feature, request = _controls(store)
+        st.caption(f"The first run loads {escape(model)}; it stays in memory until the dashboard ends.")
+    if request is not None:
+        with right, state.friendly_errors():
+            st.session_state["steered"] = _generate(store, feature, request)
+    with right:
+        _result()
+        st.subheader(f"Feature {feature.feature} fires on")
+        st.html(examples_html(feature.examples(3), feature.max))
+
+
+def _controls(store: FeatureStore) -> tuple[Feature, dict[str, Any] | None]:
+    """The feature and, when the button was pressed, what to generate."""
+    rows = store.table("density", True, {"density": (None, 1e-2), "n_fired": (1, None)}, limit=1)
+    index = state.url_int("feature", rows[0]["feature"] if rows else 0, 0, store.d_sae - 1)
+    strength = state.url_float("strength", 2.0, -MAX_STRENGTH, MAX_STRENGTH)
+    first, second = st.columns(2)
+    first.number_input("Feature", 0, store.d_sae - 1, step=1, **state.bound("feature", index))
+    second.number_input(
+        "Strength (\u00d7 p99)", -MAX_STRENGTH, MAX_STRENGTH, step=0.5, format="%g", **state.bound("strength", strength)
+    )
+    feature = store.feature(index)
+    if feature.p99 is not None:
+        st.caption(
+            f"{strength:g} \u00d7 p99 adds {number(strength * feature.p99)} to an activation of at most {number(feature.max)}."
+        )
+    with st.form("steer", border=False):
+        prompt = st.text_area("Prompt", "The weather today", max_chars=MAX_PROMPT, height=110)
+        columns = st.columns(3)
+        tokens = columns[0].number_input("New tokens", 1, MAX_TOKENS, 40)
+        temperature = columns[1].number_input("Temperature", 0.0, 5.0, 0.0, 0.1, help="0 takes the likeliest token.")
+        seed = columns[2].number_input("Seed", 0, 2**31 - 1, 0)
+        pressed = st.form_submit_button("Generate", type="primary", icon=":material/play_arrow:")
+    request = {
+        "prompt": prompt,
+        "strength": strength,
+        "max_new_tokens": tokens,
+        "temperature": temperature,
+        "seed": seed,
+    }
+    return feature, request if pressed else None
+
+
+def check_request(feature: Feature, request: dict[str, Any]) -> None:
+    """Refuse what the widgets should not have let through. Raises `ValueError` naming the value and the fix."""
+    if not request["prompt"].strip():
+        raise ValueError("The prompt is empty: write a few words for the model to go on from.")
+    if len(request["prompt"]) > MAX_PROMPT:
+        raise ValueError(f"The prompt has {len(request['prompt']):,} characters; at most {MAX_PROMPT:,} are taken.")
+    if not 1 <= request["max_new_tokens"] <= MAX_TOKENS:
+        raise ValueError(f"max_new_tokens={request['max_new_tokens']} must be between 1 and {MAX_TOKENS}.")
+    if not math.isfinite(request["strength"]) or abs(request["strength"]) > MAX_STRENGTH:
+        raise ValueError(f"strength={request['strength']} must be a number from {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}.")
+    if not math.isfinite(request["temperature"]) or request["temperature"] < 0:
+        raise ValueError(f"temperature={request['temperature']} must be 0 or more.")
+    if feature.p99 is None:
+        raise ValueError(
+            f"Feature {feature.feature} never fired, so it has no p99 to measure strength in: choose another."
+        )
+
+
+def _generate(store: FeatureStore, feature: Feature, request: dict[str, Any]) -> dict[str, Any]:
+    check_request(feature, request)
+    options = {key: request[key] for key in ("max_new_tokens", "temperature", "seed")}
+    with st.spinner("Waiting for the model"), state.MODEL_LOCK:
+        with st.spinner("Loading the model"):
+            lm = state.load_model(store.manifest["model"]["name"])
+            edit = feature * request["strength"]
+        with st.spinner("Generating"):
+            default = lm.generate(request["prompt"], **options)
+            with lm.steer(edit):
+                steered = lm.generate(request["prompt"], **options)
+    other = (
+        None
+        if lm.hash == store.manifest["model"]["hash"]
+        else "These are other weights than the features were collected with."
+    )
+    return request | {"feature": feature.feature, "default": default, "steered": steered, "warning": other}
+
+
+def _result() -> None:
+    result = st.session_state.get("steered")
+    if result is None:
+        st.info("Choose a feature and a strength, write a prompt, and press **Generate**.", icon=":material/tune:")
+        return
+    if result["warning"]:
+        st.warning(result["warning"])
+    names = ("Default", f"Feature {result['feature']} at {result['strength']:g} \u00d7 p99")
+    for column, name, text in zip(st.columns(2), names, (result["default"], result["steered"]), strict=True):
+        column.markdown(f"**{name}**")
+        column.html(_output(text, result["prompt"]))
+    st.caption(
+        f"Seed {result['seed']}, temperature {result['temperature']:g}, {result['max_new_tokens']} new tokens, both alike."
+    )
+
+
+def _output(text: str, prompt: str) -> str:
+    """Model text is hostile too: escaped line by line, the prompt dimmed."""
+    head, tail = (prompt, text[len(prompt) :]) if text.startswith(prompt) else ("", text)
+    shown = [("<br>").join(escape(line) for line in part.split("\n")) for part in (head, tail)]
+    return f'<div class="sa-out"><bdi><span class="sa-prompt">{shown[0]}</span>{shown[1]}</bdi></div>'

@@ -1,0 +1,71 @@
+"""`saelab dash RUN`: start Streamlit on 127.0.0.1 with the settings a local tool should have."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+from saelab.runs import find_saes
+
+ADDRESS = "127.0.0.1"
+RUN_VARIABLE = "SAELAB_DASH_RUN"
+_OPTIONS = {
+    "server.address": ADDRESS,
+    "server.fileWatcherType": "none",
+    "server.enableCORS": "true",
+    "server.enableXsrfProtection": "true",
+    "server.maxUploadSize": "1",
+    "server.maxMessageSize": "50",
+    "server.showEmailPrompt": "false",
+    "browser.gatherUsageStats": "false",
+    "browser.serverAddress": ADDRESS,
+    "client.toolbarMode": "minimal",
+    "theme.light.primaryColor": "#0067a5",
+    "theme.dark.primaryColor": "#62b5e5",
+    "theme.light.linkColor": "#0067a5",
+    "theme.dark.linkColor": "#7cc4ef",
+    "theme.baseRadius": "0.4rem",
+    "theme.baseFontSize": "15",
+}
+
+
+def serve(run: str | Path, port: int = 8501, browser: bool = False) -> None:
+    """Serve the dashboard of a RUN or one SAE folder until Ctrl-C; `browser` opens its first page.
+
+    Listens on 127.0.0.1 only. A port in use is passed over for the next free one, which is said. Raises `SaelabError`
+    when `run` holds no SAE, `ValueError` for a port outside 1024 to 65535.
+    """
+    run = Path(run).resolve()
+    find_saes(run)
+    free = free_port(port)
+    if free != port:
+        print(f"Port {port} is in use; taking {free}.")
+    print(f"The dashboard of {run} is at http://{ADDRESS}:{free} (Ctrl-C ends it)", flush=True)
+    os.environ[RUN_VARIABLE] = str(run)
+    from streamlit.web import cli
+
+    cli.main([*arguments(free, browser)], standalone_mode=False)
+
+
+def arguments(port: int, browser: bool = False) -> list[str]:
+    """The `streamlit` command line."""
+    options = _OPTIONS | {"server.port": str(port), "server.headless": str(not browser).lower()}
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    hosts = ["--server.allowedHosts=localhost", f"--server.allowedHosts={ADDRESS}"]  # against DNS rebinding
+    return ["run", str(Path(__file__).with_name("main.py")), *flags, *hosts]
+
+
+def free_port(port: int, attempts: int = 50) -> int:
+    """`port`, or the next one that nobody listens on. Raises `ValueError` when there is none nearby."""
+    if not 1024 <= port <= 65535:
+        raise ValueError(f"port={port} must be between 1024 and 65535.")
+    for candidate in range(port, min(port + attempts, 65536)):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((ADDRESS, candidate))
+            except OSError:
+                continue
+            return candidate
+    raise ValueError(f"Ports {port} to {port + attempts - 1} are all in use; give another --port.")

@@ -1,0 +1,175 @@
+"""What the pages share: the run fixed at start, the chosen SAE, its store, the URL, and the one language model.
+
+The URL says what is looked at (`sae`, `feature`, `sort`, `page` ...) and is the only truth: a widget takes its value from
+it and writes it back. Text from the URL is looked up or parsed, never joined to a path.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import streamlit as st
+
+from saelab.app.serve import RUN_VARIABLE
+from saelab.errors import SaelabError, StoreError
+from saelab.features import FeatureStore
+from saelab.features.render import model_label
+from saelab.features.schema import MANIFEST
+from saelab.runs import SaeRun, find_saes
+
+MODEL_LOCK = threading.Lock()  # hooks on one model from two sessions would corrupt both
+
+
+@contextmanager
+def friendly_errors() -> Iterator[None]:
+    """Show what went wrong and the fix instead of a traceback."""
+    try:
+        yield
+    except (SaelabError, ValueError) as error:
+        st.error(_plain(str(error)), icon=":material/error:")
+
+
+def _plain(text: str) -> str:
+    """Text for a Markdown place, every mark escaped."""
+    return "".join(f"\\{char}" if char in r"\`*_{}[]()<>#+-.!|$~:" else char for char in text)
+
+
+def run_folder() -> Path:
+    """The run that `saelab dash` was given."""
+    run = os.environ.get(RUN_VARIABLE)
+    if not run:
+        raise SaelabError("The dashboard does not know its run: start it with `saelab dash RUN`.")
+    return Path(run)
+
+
+def saes() -> list[SaeRun]:
+    """Every SAE of the run."""
+    return find_saes(run_folder())
+
+
+def chosen_sae() -> SaeRun:
+    """The SAE of the URL, else the one chosen before in this session, else the first."""
+    found = {sae.name: sae for sae in saes()}
+    name = url_choice("sae", st.session_state.get("sae_name", ""), ["", *found])
+    sae = found.get(name) or next(iter(found.values()))
+    st.session_state["sae_name"] = sae.name
+    return sae
+
+
+def store() -> FeatureStore:
+    """The open store of the chosen SAE; `StoreError` says how to make one."""
+    sae = chosen_sae()
+    manifest = sae.features_dir / MANIFEST
+    if not manifest.exists():
+        raise StoreError(
+            f"No features were collected for {sae.name} yet. Run `saelab features {sae.sae_dir}` and reload this page."
+        )
+    return _open_store(str(sae.features_dir), manifest.stat().st_mtime_ns)
+
+
+@st.cache_resource(max_entries=4, show_spinner=False)
+def _open_store(folder: str, version: int) -> FeatureStore:
+    return FeatureStore(folder)
+
+
+@st.cache_resource(max_entries=1, show_spinner=False)
+def load_model(name: str) -> Any:
+    """The language model, loaded once for all sessions."""
+    import saelab
+
+    return saelab.load_model(name)
+
+
+def show_sidebar() -> None:
+    """SAE picker and a line that says what is looked at."""
+    found, sae = saes(), chosen_sae()
+    with st.sidebar:
+        if len(found) > 1:
+            st.session_state["sae_box"] = sae.name
+            st.selectbox("SAE", [each.name for each in found], key="sae_box", on_change=_choose_sae)
+        st.caption(f"Run **{_plain(run_folder().name)}**")
+        if (sae.features_dir / MANIFEST).exists():
+            manifest = store().manifest
+            st.caption(
+                f"{_plain(sae.name)} \u00b7 {manifest['sae']['hash'][:10]}  \n{_plain(manifest['hook_name'])}  \n"
+                f"{_plain(model_label(manifest['model']['name']))}  \n"
+                f"{manifest['n_tokens']:,} {_plain(manifest['split'].replace('_', '-'))} tokens"
+            )
+
+
+def _choose_sae() -> None:
+    st.query_params.clear()
+    st.session_state["sae_name"] = st.query_params["sae"] = st.session_state["sae_box"]
+
+
+def url_int(name: str, default: int, low: int, high: int) -> int:
+    """An integer from the URL; a value that is none, or outside `low` to `high`, falls back with a notice."""
+    text = st.query_params.get(name)
+    if text is None:
+        return default
+    try:
+        value = int(text) if len(text) < 20 else high + 1
+    except ValueError:
+        value = high + 1
+    if low <= value <= high:
+        return value
+    _notice(name, text, f"a number from {low} to {high}", default)
+    return default
+
+
+def url_float(name: str, default: float, low: float, high: float) -> float:
+    """As `url_int`, for a finite number."""
+    text = st.query_params.get(name)
+    if text is None:
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if low <= value <= high:
+        return value
+    _notice(name, text, f"a number from {low:g} to {high:g}", default)
+    return default
+
+
+def url_choice(name: str, default: str, options: Sequence[str]) -> str:
+    """One of `options` from the URL, with the same fall-back."""
+    text = st.query_params.get(name)
+    if text is None or text in options:
+        return text or default
+    _notice(name, text, "one of " + ", ".join(option for option in options if option), default)
+    return default
+
+
+def _notice(name: str, text: str, expected: str, default: Any) -> None:
+    shown = _plain(repr(text[:40]))
+    meant = _plain(expected)
+    instead = f" Showing {_plain(str(default))}." if default != "" else ""
+    st.warning(f"The address says {name} = {shown}; expected {meant}.{instead}", icon=":material/link_off:")
+    del st.query_params[name]
+
+
+def bound(name: str, value: Any) -> dict[str, Any]:
+    """Arguments that tie a widget to the URL parameter `name`: it shows `value`, and a change goes to the URL."""
+    key = f"box_{name}"
+    st.session_state[key] = value
+    return {"key": key, "on_change": _write_url, "args": (name, key)}
+
+
+def _write_url(name: str, key: str) -> None:
+    st.query_params[name] = str(st.session_state[key])
+    if name in ("sort", "order", "show", "fired"):
+        st.query_params.pop("page", None)  # another order, other pages
+
+
+def link(page: str, label: str, icon: str | None = None, **query: Any) -> None:
+    """A link to another page that keeps the SAE."""
+    parameters = {name: str(value) for name, value in query.items()}
+    if len(saes()) > 1:
+        parameters["sae"] = chosen_sae().name
+    st.page_link(st.session_state["pages"][page], label=label, icon=icon, query_params=parameters)

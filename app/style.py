@@ -1,0 +1,30 @@
+"""The dashboard's style sheet, beside Streamlit's theme; colours are translucent, so they suit light and dark."""
+
+from saelab.features.render import STYLE
+
+_OWN = """
+.block-container, [data-testid="stMainBlockContainer"]{padding-top:2.6rem;max-width:1360px}
+[data-testid="stMetricValue"]{font-size:1.45rem;font-variant-numeric:tabular-nums}
+.sa-sub{opacity:.75;font-size:.9rem;margin:-.4rem 0 .2rem}
+.sa-grid{display:grid;grid-template-columns:8.5rem 4.6rem 4rem 4rem 4rem 7rem minmax(0,1fr);gap:.9rem;align-items:center;
+font-size:.9rem;font-variant-numeric:tabular-nums}
+.sa-head{font-size:.76rem;opacity:.8;font-weight:600;border-bottom:1px solid rgba(128,128,128,.4);padding-bottom:.35rem}
+.sa-num{text-align:right}
+.sa-clip{white-space:nowrap;overflow:hidden;text-overflow:ellipsis}
+.sa-bar{display:flex;align-items:center;gap:.5rem}
+.sa-bar i{flex:1;height:.45rem;border-radius:2px;background:rgba(128,128,128,.22);overflow:hidden}
+.sa-bar i b{display:block;height:100%;background:#0072b2}
+.sa-mark{background:rgba(230,159,0,.5);border-radius:3px;font-weight:700;text-decoration:underline;text-underline-offset:3px}
+.sa-chip{border:1px solid rgba(128,128,128,.4);border-radius:4px;padding:0 .35em;white-space:pre}
+.sa-never{border:1px dashed currentColor;border-radius:4px;padding:0 .4em;font-size:.8rem}
+.sa-out{white-space:pre-wrap;overflow-wrap:anywhere;border:1px solid rgba(128,128,128,.35);border-radius:6px;
+padding:.9rem 1rem;line-height:1.6;min-height:7rem}
+.sa-out .sa-prompt{opacity:.62}
+.sa-logits{display:grid;grid-template-columns:minmax(0,1fr) 3.4rem;gap:.12rem .6rem;font-size:.88rem;align-items:center}
+.sa-logits div{position:relative}
+.sa-cfg{display:grid;grid-template-columns:max-content minmax(0,1fr);gap:.2rem 1.2rem;font-size:.86rem;margin:0}
+.sa-cfg dt{opacity:.75}.sa-cfg dd{margin:0;overflow-wrap:anywhere}
+@media (max-width:800px){.sa-grid{grid-template-columns:minmax(0,1fr) 4rem}.sa-wide{display:none}}
+"""
+
+PAGE_STYLE = f"<style>{STYLE}{_OWN}</style>"

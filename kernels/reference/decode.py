@@ -1,0 +1,13 @@
+"""Reference of `decode`: a dense product."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+def decode(
+    feature_acts: Float[Tensor, "batch d_sae"], W_dec: Float[Tensor, "d_sae d_in"], b_dec: Float[Tensor, " d_in"]
+) -> Float[Tensor, "batch d_in"]:
+    """`x_hat = feature_acts @ W_dec + b_dec`."""
+    return feature_acts @ W_dec + b_dec

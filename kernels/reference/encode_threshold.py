@@ -1,0 +1,18 @@
+"""Reference of `encode_threshold`: dense pre-activations, kept where above the threshold."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def encode_threshold(
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "d_sae d_in"],
+    b_enc: Float[Tensor, " d_sae"],
+    threshold: float = 0.0,
+) -> Float[Tensor, "batch d_sae"]:
+    """The dense code `(batch, d_sae)`: `u` where `u > threshold`, else 0."""
+    pre_acts = x @ W_enc.T + b_enc
+    return torch.where(pre_acts > threshold, pre_acts, 0)

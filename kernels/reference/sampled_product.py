@@ -1,0 +1,16 @@
+"""Reference of `sampled_product`: gather and multiply."""
+
+from __future__ import annotations
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def sampled_product(
+    x: Float[Tensor, "batch d_in"],
+    W: Float[Tensor, "d_sae d_in"],
+    rows: Int[Tensor, " nnz"],
+    features: Int[Tensor, " nnz"],
+) -> Float[Tensor, " nnz"]:
+    """`values[j] = <x[rows[j]], W[features[j]]>`."""
+    return (x[rows] * W[features]).sum(1)

@@ -1,0 +1,13 @@
+"""Reference of `weight_gradients`: a dense transposed product."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+def weight_gradients(
+    feature_values: Float[Tensor, "batch d_sae"], g: Float[Tensor, "batch d_in"]
+) -> Float[Tensor, "d_sae d_in"]:
+    """`feature_values.T @ g`."""
+    return feature_values.T @ g

@@ -1,0 +1,293 @@
+"""The `saelab` command: each sub-command is a thin function over the same calls as in Python.
+
+RUN is a folder with cache/, sae/ (or several sae-NAME/), features/ and report.json.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+from tyro.conf import OmitArgPrefixes, Positional, arg
+
+from saelab.demo import demo
+from saelab.errors import SaelabError
+
+if TYPE_CHECKING:
+    from saelab.models import LanguageModel
+    from saelab.saes import SAE
+
+Run = Annotated[Positional[Path], arg(metavar="RUN", help="Folder of the run, or one SAE folder in it.")]
+Model = Annotated[str, arg(help="smollm2, a Hugging Face id, or the folder of a model.")]
+OwnModel = Annotated[str | None, arg(help="Language model; None is the one the SAE was trained on.")]
+Dtype = Annotated[
+    Literal["bfloat16", "float32"] | None, arg(help="Of the language model; None is bfloat16 where that is fast.")
+]
+Texts = Annotated[str, arg(help="demo, concepts, a parquet, jsonl, csv or txt file, or a Hugging Face dataset id.")]
+OwnTexts = Annotated[str | None, arg(help="Texts, as for harvest; None are those the SAE was trained on.")]
+Column = Annotated[str, arg(help="Column of the texts that holds the text.")]
+Documents = Literal["train", "held_out", "all"]
+Split = Annotated[
+    Documents | None, arg(help="Which documents; None is held_out of the SAE's own texts, all of any other.")
+]
+
+
+def harvest(
+    run: Run,
+    hook_name: Annotated[tuple[str, ...], arg(help="One or more sites of the model.")],
+    n_tokens: Annotated[int, arg(help="Tokens to read.")],
+    model: Model = "smollm2",
+    texts: Texts = "demo",
+    column: Column = "text",
+    split: Annotated[Documents, arg(help="Which documents.")] = "train",
+    ctx_len: Annotated[int, arg(help="Tokens per context.")] = 256,
+    batch_size: Annotated[int, arg(help="Contexts per forward pass.")] = 16,
+    seed: Annotated[int, arg(help="Seed of the shuffle.")] = 0,
+    prepend_bos: Annotated[bool, arg(help="Start every context with the BOS token.")] = False,
+    max_bytes: Annotated[int | None, arg(help="Refuse to make a cache that is larger.")] = None,
+    dtype: Dtype = None,
+) -> None:
+    """Run a language model over texts and keep the activations of its hooks in RUN/cache."""
+    import saelab
+
+    options: dict[str, Any] = {"ctx_len": ctx_len, "batch_size": batch_size, "seed": seed, "split": split}
+    options |= {"prepend_bos": prepend_bos, "max_bytes": max_bytes}
+    lm = _load_model(model, dtype)
+    corpus = saelab.load_texts(texts, column=column)
+    cache = saelab.harvest(lm, corpus, hook_names=list(hook_name), n_tokens=n_tokens, out_dir=run / "cache", **options)
+    print(f"{cache.n_rows:,} activations of {', '.join(cache.hook_names)} are in {run / 'cache'}")
+    print(f"Next: saelab train {run} --d-sae 4096 --k 32 --n-tokens 2_000_000")
+
+
+def train(
+    run: Path, variant: str, name: str | None, hook_name: str | None, wandb_project: str | None, config: Any, train: Any
+) -> None:
+    """Train an SAE on RUN/cache; it is written to RUN/sae, or RUN/sae-NAME with --name."""
+    import saelab
+
+    if not (run / "cache").is_dir():
+        raise ValueError(f"{run} holds no cache; make one: saelab harvest {run} --hook-name HOOK --n-tokens NUMBER")
+    folder = run / (f"sae-{name}" if name else "sae")
+    saelab.train(config, run / "cache", train, out_dir=folder, hook_name=hook_name, wandb_project=wandb_project)
+    print(f"The {variant} SAE is in {folder}")
+    print(f"Next: saelab eval {folder}; saelab features {folder}; saelab dash {run}")
+
+
+def evaluate(
+    run: Run,
+    model: OwnModel = None,
+    texts: OwnTexts = None,
+    column: Column = "text",
+    split: Split = None,
+    json: Annotated[bool, arg(help="Print one JSON object on standard output and nothing else.")] = False,
+    allow_train: Annotated[bool, arg(help="Score documents that trained the SAE instead of refusing.")] = False,
+    dtype: Dtype = None,
+) -> None:
+    """Measure the SAEs of RUN on held-out text; each gets its report.json."""
+    import saelab
+
+    runs = _find_saes(run)
+    if json and len(runs) > 1:
+        names = ", ".join(str(found.sae_dir) for found in runs)
+        raise ValueError(f"--json prints one report and {run} holds {len(runs)} SAEs; name one of {names}")
+    corpus = saelab.load_texts(texts, column=column) if texts else None
+    for found in runs:
+        with contextlib.redirect_stdout(sys.stderr if json else sys.stdout):
+            sae = saelab.load_sae(found.sae_dir)
+            report = saelab.evaluate(sae, _model_of(sae, model, dtype), corpus, split=split, allow_train=allow_train)
+            report.save(found.report_path)
+            print(report)
+            print(f"The report is in {found.report_path}")
+        if json:
+            print(report.to_json())
+
+
+def features(
+    run: Run,
+    model: OwnModel = None,
+    texts: OwnTexts = None,
+    column: Column = "text",
+    split: Split = None,
+    n_tokens: Annotated[int | None, arg(help="Tokens to read at most; None reads all.")] = None,
+    top_k: Annotated[int, arg(help="Examples kept of each feature.")] = 20,
+    dtype: Dtype = None,
+) -> None:
+    """Collect the strongest examples, histogram and logits of every feature: what the dashboard shows."""
+    import saelab
+
+    corpus = saelab.load_texts(texts, column=column) if texts else None
+    for found in _find_saes(run):
+        sae = saelab.load_sae(found.sae_dir)
+        lm = _model_of(sae, model, dtype)
+        out_dir = found.features_dir
+        saelab.collect_features(sae, lm, corpus, out_dir=out_dir, split=split, n_tokens=n_tokens, top_k=top_k)
+        print(f"The features are in {out_dir}")
+    print(f"Next: saelab dash {run}")
+
+
+def dash(
+    run: Run,
+    port: Annotated[int, arg(help="Port on 127.0.0.1.")] = 8501,
+    browser: Annotated[bool, arg(help="Open the page in a browser.")] = False,
+) -> None:
+    """Serve the dashboard of RUN on 127.0.0.1 until Ctrl-C."""
+    from saelab.app.serve import serve
+
+    serve(run, port=port, browser=browser)
+
+
+def steer(
+    run: Run,
+    feature: Annotated[int, arg(help="Its number in the dashboard.")],
+    prompt: Annotated[str, arg(help="Text to go on from.")] = "The weather today",
+    strength: Annotated[float, arg(help="A factor for scale; else in units of the feature's p99 activation.")] = 2.0,
+    mode: Annotated[Literal["add", "clamp", "scale", "ablate"], arg(help="What is done to the feature.")] = "add",
+    max_new_tokens: Annotated[int, arg(help="Tokens to generate.")] = 40,
+    temperature: Annotated[float, arg(help="0 takes the likeliest token each time.")] = 0.0,
+    seed: Annotated[int, arg(help="Seed of the sampling.")] = 0,
+    model: OwnModel = None,
+    dtype: Dtype = None,
+) -> None:
+    """Continue a prompt twice: as the model does by itself, and with one feature steered."""
+    import saelab
+
+    store = saelab.load_features(run)
+    chosen = store.feature(feature)
+    lm = _model_of(store.sae, model, dtype)
+    edit = chosen.ablate() if mode == "ablate" else getattr(chosen, mode)(strength)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    print(f"default: {lm.generate(prompt, **options)}\n")
+    with lm.steer(edit):
+        print(
+            f"feature {feature}, {mode}{'' if mode == 'ablate' else f' {strength:g}'}: {lm.generate(prompt, **options)}"
+        )
+
+
+def _find_saes(run: Path) -> list[Any]:
+    from saelab.runs import find_saes
+
+    return find_saes(run)
+
+
+def _load_model(model: str, dtype: str | None) -> LanguageModel:
+    import torch
+
+    import saelab
+
+    return saelab.load_model(model, dtype=getattr(torch, dtype) if dtype else None)
+
+
+def _model_of(sae: SAE, model: str | None, dtype: str | None) -> LanguageModel:
+    name = model or sae.origin.get("model", {}).get("name")
+    if name is None:
+        raise ValueError("This SAE was trained on bare tensors, so it names no language model; give --model.")
+    return _load_model(name, dtype)
+
+
+def _train_arguments(args: Sequence[str]) -> type:
+    """A dataclass with the arguments of `train`: the fields of the variant's config and of `TrainConfig` are flags."""
+    import saelab
+
+    chosen = [args[i + 1] for i, word in enumerate(args[:-1]) if word == "--variant"]
+    chosen += [word.partition("=")[2] for word in args if word.startswith("--variant=")]
+    variant = chosen[0] if chosen and chosen[0] in saelab.VARIANTS else "topk"
+    optional = [
+        ("variant", Literal[tuple(saelab.VARIANTS)], "Kind of SAE; it decides which config flags there are.", "topk"),
+        ("name", str | None, "Write to RUN/sae-NAME instead of RUN/sae.", None),
+        ("hook_name", str | None, "Site to train on, where the cache holds several.", None),
+        ("wandb_project", str | None, "Log to this project of Weights & Biases as well.", None),
+    ]
+    fields: list[Any] = [
+        ("run", Run),
+        ("config", OmitArgPrefixes[saelab.VARIANTS[variant].Config]),
+        ("train", OmitArgPrefixes[saelab.TrainConfig]),
+    ]
+    fields += [(name, Annotated[kind, arg(help=text)], default) for name, kind, text, default in optional]
+    return dataclasses.make_dataclass("Arguments", fields)
+
+
+COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
+    "demo": (demo, "saelab demo\nsaelab demo --no-serve --out-dir runs/demo"),
+    "harvest": (
+        harvest,
+        "saelab harvest runs/mlp --hook-name blocks.14.hook_mlp_out --n-tokens 250_000\n"
+        "saelab harvest runs/own --texts notes.jsonl --column body --hook-name blocks.9.hook_resid_post "
+        "--n-tokens 1_000_000",
+    ),
+    "train": (
+        train,
+        "saelab train runs/mlp --d-sae 4096 --k 32 --n-tokens 2_000_000\n"
+        "saelab train runs/mlp --name l1 --variant relu --d-sae 4096 --l1-coefficient 5 --n-tokens 2_000_000",
+    ),
+    "eval": (
+        evaluate,
+        "saelab eval runs/mlp\nsaelab eval runs/mlp/sae-l1 --json\nsaelab eval runs/mlp --texts concepts",
+    ),
+    "features": (features, "saelab features runs/mlp\nsaelab features runs/mlp/sae-l1 --n-tokens 20_000"),
+    "dash": (dash, "saelab dash runs/demo\nsaelab dash runs/demo --port 8600"),
+    "steer": (
+        steer,
+        "saelab steer runs/demo --feature 17\n"
+        'saelab steer runs/demo --feature 17 --strength 4 --prompt "My favourite place is" --temperature 0.8 --seed 1',
+    ),
+}
+_EPILOG = "saelab COMMAND --help tells more. SAELAB_DEBUG=1 shows where an error came from."
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit code: 0, 2 for an error the user can mend, 130 after Ctrl-C."""
+    args = list(sys.argv[1:] if args is None else args)
+    debug = bool(os.environ.get("SAELAB_DEBUG"))
+    try:
+        return _run(args)
+    except KeyboardInterrupt:
+        print("\nInterrupted. What was written is whole: the same command again goes on from there.", file=sys.stderr)
+        return 130
+    except (ValueError, SaelabError) as error:
+        if debug:
+            raise
+        print(f"saelab: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help"):
+        print("usage: saelab COMMAND [OPTIONS]\n\nA workbench for sparse autoencoders.\n")
+        for name, (function, _) in COMMANDS.items():
+            print(f"  {name:<10}{_summary(function)}")
+        print(f"\n{_EPILOG}")
+        return 0
+    if args[0] == "--version":
+        import saelab
+
+        print(saelab.__version__)
+        return 0
+    name, rest = args[0], args[1:]
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}."
+        raise ValueError(f"unknown command {name!r}; {hint}")
+    function, examples = COMMANDS[name]
+    description = f"{_summary(function)}\n\nExamples:\n" + "".join(f"  {line}\n" for line in examples.split("\n"))
+    options: dict[str, Any] = {"prog": f"saelab {name}", "description": description, "args": rest}
+    if function is train:
+        arguments = tyro.cli(_train_arguments(rest), **options)
+        train(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(arguments)})
+    else:
+        tyro.cli(function, **options)
+    return 0
+
+
+def _summary(function: Callable[..., None]) -> str:
+    return (function.__doc__ or "").partition("\n")[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""`saelab demo`: from text to a trained, measured, browsable, steered SAE, with the calls of the README."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import arg
+
+if TYPE_CHECKING:
+    from saelab.features.feature import Feature
+    from saelab.features.store import FeatureStore
+    from saelab.models import LanguageModel
+    from saelab.saes import SAE
+
+PROMPT = "The weather today"
+STRENGTH = 4.0
+_SHOWN = ("fvu", "explained_variance", "l0", "dead_fraction", "ce_loss", "ce_loss_sae", "ce_loss_recovered", "kl")
+
+
+def demo(
+    out_dir: Annotated[Path, arg(help="The run folder to make, or to go on with.")] = Path("runs/demo"),
+    model: Annotated[str, arg(help="smollm2, a Hugging Face id, or the folder of a model.")] = "smollm2",
+    texts: Annotated[str, arg(help="demo, concepts, a file, or a Hugging Face dataset id.")] = "demo",
+    hook_name: Annotated[str, arg(help="Site of the model.")] = "blocks.14.hook_resid_post",
+    n_tokens: Annotated[int, arg(help="Tokens whose activations are kept.")] = 250_000,
+    train_tokens: Annotated[int, arg(help="Tokens to train on; the kept ones are repeated.")] = 2_000_000,
+    d_sae: Annotated[int, arg(help="Number of features.")] = 4096,
+    k: Annotated[int, arg(help="Features that fire on a token.")] = 32,
+    seed: Annotated[int, arg(help="Seed of the shuffle and of the weights.")] = 0,
+    serve: Annotated[bool, arg(help="Serve the dashboard at the end.")] = True,
+    port: Annotated[int, arg(help="Port of the dashboard.")] = 8501,
+) -> None:
+    """Train an SAE of a small language model, measure it, look at its features, steer with one; every step is shown."""
+    import saelab
+
+    _say(1, f"Load the language model {model!r} and the texts {texts!r}")
+    lm, corpus = saelab.load_model(model), saelab.load_texts(texts)
+    _say(2, f"Run the model over {n_tokens:,} tokens and keep the activations of {hook_name}: {out_dir / 'cache'}")
+    cache = saelab.harvest(
+        lm,
+        corpus,
+        hook_names=[hook_name],
+        n_tokens=n_tokens,
+        out_dir=out_dir / "cache",
+        ctx_len=_ctx_len(lm),
+        seed=seed,
+    )
+    _say(3, f"Train a TopK SAE with {d_sae:,} features, {k} per token, on {train_tokens:,} tokens: {out_dir / 'sae'}")
+    config = saelab.TrainConfig(n_tokens=train_tokens, batch_size=min(2048, train_tokens), seed=seed)
+    sae: Any = saelab.train(saelab.saes.TopKConfig(d_sae=d_sae, k=k), cache, config, out_dir=out_dir / "sae")
+    _say(4, f"Measure it on documents it was not trained on: {out_dir / 'report.json'}")
+    report = _report(sae, lm, out_dir / "report.json")
+    print("\n".join(f"   {name:<20}{_number(report[name])}" for name in _SHOWN))
+    _say(5, f"Collect examples, histogram and logits of every feature: {out_dir / 'features'}")
+    store = saelab.collect_features(sae, lm, out_dir=out_dir / "features")
+    _say(6, "Steer the model with one feature")
+    _show_steering(lm, store)
+    print(f"\nDone. Everything is in {out_dir}. The dashboard: saelab dash {out_dir}", flush=True)
+    if serve:
+        from saelab.app.serve import serve as serve_dashboard
+
+        serve_dashboard(out_dir, port=port)
+
+
+def _say(step: int, what: str) -> None:
+    print(f"\n[{step}/6] {what}", flush=True)
+
+
+def _number(value: float | None) -> str:
+    return "not defined" if value is None else f"{value:.4f}"
+
+
+def _ctx_len(lm: LanguageModel) -> int:
+    return min(256, lm.max_ctx)
+
+
+def _report(sae: SAE, lm: LanguageModel, path: Path) -> dict[str, Any]:
+    """The report at `path`, when it is about this SAE and this model; else a new one, written there."""
+    import saelab
+
+    if path.exists():
+        report = json.loads(path.read_text(encoding="utf-8"))
+        if (report["sae_hash"], report["model_hash"]) == (sae.hash, lm.hash):
+            return report
+    saelab.evaluate(sae, lm).save(path)
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _show_steering(lm: LanguageModel, store: FeatureStore) -> None:
+    feature = _strongest(store)
+    if feature is None:
+        print("   No feature fired often enough to steer with; train on more tokens.")
+        return
+    logits = ", ".join(repr(token) for token, _ in feature.top_logits.positive[:5])
+    print(f"   feature {feature.feature}, which promotes {logits}")
+    print(f"   default: {lm.generate(PROMPT, max_new_tokens=30)!r}")
+    with lm.steer(feature * STRENGTH):
+        print(f"   steered: {lm.generate(PROMPT, max_new_tokens=30)!r}")
+
+
+def _strongest(store: FeatureStore) -> Feature | None:
+    """Of the features that fire on 1e-4 to 1e-2 of the tokens, the one whose p99 moves a logit most."""
+    rows = store.table(sort="p99", where={"density": (1e-4, 1e-2)}, limit=100)
+    features = [store.feature(row["feature"]) for row in rows]
+
+    def push(feature: Feature) -> float:
+        promoted = feature.top_logits.positive
+        return (feature.p99 or 0.0) * promoted[0][1] if promoted else 0.0
+
+    return max(features, key=push, default=None)

@@ -1,0 +1,70 @@
+"""How well codes rebuild activations: sums over all scored tokens, divided once at the end (never a mean of ratios)."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saelab.saes import SAE, SAEOutput
+
+DENSE_ABOVE = 0.1
+
+
+class VarianceSums:
+    """Pooled FVU: `sum |x - x_hat|^2 / sum |x - mean(x)|^2`, the mean taken over everything seen."""
+
+    def __init__(self, d_in: int) -> None:
+        self.n, self.squared_error, self.squared = 0, 0.0, 0.0
+        self.total = torch.zeros(d_in, dtype=torch.float64)
+
+    def add(self, x: Float[Tensor, "n d_in"], x_hat: Float[Tensor, "n d_in"]) -> None:
+        """Take in rows, in float64."""
+        x, x_hat = x.double().cpu(), x_hat.double().cpu()
+        self.n += len(x)
+        self.squared_error += float((x - x_hat).square().sum())
+        self.squared += float(x.square().sum())
+        self.total += x.sum(0)
+
+    @property
+    def mean(self) -> Float[Tensor, " d_in"]:
+        """Mean row."""
+        return self.total / max(self.n, 1)
+
+    @property
+    def fvu(self) -> float | None:
+        """None when the rows do not vary."""
+        variance = self.squared - self.n * float(self.mean.square().sum())
+        return self.squared_error / variance if variance > 1e-12 * max(self.squared, 1e-300) else None
+
+
+class Reconstruction:
+    """The measures of algorithm section 24 that need no language model."""
+
+    def __init__(self, sae: SAE) -> None:
+        self.variance = VarianceSums(sae.d_in)
+        self.firings = torch.zeros(sae.d_sae, dtype=torch.int64)
+        self.cosine, self.inner, self.squared_hat = 0.0, 0.0, 0.0
+
+    def add(self, x: Float[Tensor, "n d_in"], output: SAEOutput) -> None:
+        """Take in the kept rows of one batch."""
+        self.variance.add(x, output.x_hat)
+        self.firings += torch.bincount(output.acts.features.cpu(), minlength=len(self.firings))
+        x, x_hat = x.double(), output.x_hat.double()
+        inner, squared_hat = (x * x_hat).sum(1), x_hat.square().sum(1)
+        self.inner += float(inner.sum())
+        self.squared_hat += float(squared_hat.sum())
+        self.cosine += float((inner / (x.norm(dim=1) * squared_hat.sqrt()).clamp_min(1e-300)).sum())
+
+    def results(self) -> dict[str, float | None]:
+        """Keys of `report.json`. `relative_reconstruction_bias` is `E|x_hat|^2 / E[x . x_hat]`; 1 is unbiased."""
+        n, fvu = self.variance.n, self.variance.fvu
+        return {
+            "fvu": fvu,
+            "explained_variance": None if fvu is None else 1 - fvu,
+            "l0": float(self.firings.sum()) / n,
+            "dead_fraction": float((self.firings == 0).double().mean()),
+            "dense_fraction": float((self.firings > DENSE_ABOVE * n).double().mean()),
+            "cosine": self.cosine / n,
+            "relative_reconstruction_bias": self.squared_hat / self.inner if self.inner else None,
+        }

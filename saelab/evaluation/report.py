@@ -1,0 +1,164 @@
+"""`saelab.evaluate`: one report on an SAE, measured on held-out documents under the one mask."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from saelab.activation_cache.score import ScoreStream, open_score_stream
+from saelab.evaluation.loss_recovered import LossRecovered
+from saelab.evaluation.reconstruction import Reconstruction, VarianceSums
+from saelab.files import atomic_write_text
+from saelab.models import LanguageModel
+from saelab.saes import SAE
+
+_CE_BATCH = 4
+
+
+@dataclass(frozen=True)
+class Report:
+    """Definitions: docs/report.md. Shares are 0 to 1, losses and KL in nats per token; None is "not defined here"."""
+
+    fvu: float | None
+    fvu_unmasked: float | None
+    explained_variance: float | None
+    l0: float
+    dead_fraction: float
+    dense_fraction: float
+    cosine: float
+    relative_reconstruction_bias: float | None
+    ce_loss: float | None
+    ce_loss_sae: float | None
+    ce_loss_recovered: float | None
+    ce_loss_recovered_mean: float | None
+    kl: float | None
+    n_tokens: int
+    n_tokens_ce: int
+    n_masked: dict[str, int]
+    mask: dict[str, Any]
+    split: str
+    texts: str
+    hook_name: str
+    sae_hash: str
+    model_hash: str
+
+    def to_json(self) -> str:
+        """The content of `report.json`."""
+        return json.dumps(dataclasses.asdict(self), indent=2, allow_nan=False)
+
+    def save(self, path: str | Path) -> Path:
+        """Write `report.json`, whole or not at all."""
+        atomic_write_text(path, self.to_json() + "\n")
+        return Path(path)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Name and printable value of each measure."""
+        hidden = ("mask", "sae_hash", "model_hash")
+        return [(key, _show(value)) for key, value in dataclasses.asdict(self).items() if key not in hidden]
+
+    def __str__(self) -> str:
+        width = max(len(name) for name, _ in self.rows())
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in self.rows())
+
+    def __rich__(self) -> Any:
+        from rich.table import Table
+
+        table = Table("measure", "value", title=f"SAE {self.sae_hash[:8]} on {self.hook_name}")
+        for name, value in self.rows():
+            table.add_row(name, value)
+        return table
+
+    def _repr_html_(self) -> str:
+        cells = "".join(
+            f"<tr><th style='text-align:left'>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
+            for name, value in self.rows()
+        )
+        return f"<table><caption>SAE {self.sae_hash[:8]} on {html.escape(self.hook_name)}</caption>{cells}</table>"
+
+
+def evaluate(
+    sae: SAE,
+    lm: LanguageModel,
+    texts: Any = None,
+    *,
+    split: str | None = None,
+    allow_train: bool = False,
+    hook_name: str | None = None,
+    n_tokens: int | None = None,
+    n_tokens_ce: int = 32_768,
+    ctx_len: int | None = None,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> Report:
+    """Measure an SAE. `texts` None is the SAE's own source; of that the held-out tenth is scored, of any other text all.
+
+    Reconstruction is measured on every token (or the first `n_tokens`), the language model's loss on the first
+    `n_tokens_ce`, as it takes four full passes. Raises `ValueError` when a scored document trained the SAE (naming how
+    many; `allow_train=True` overrides), when the SAE does not fit the model, or when nothing is left to score.
+    """
+    stream = open_score_stream(
+        sae, lm, texts, split=split, allow_train=allow_train, hook_name=hook_name,
+        n_tokens=n_tokens, ctx_len=ctx_len, batch_size=batch_size,
+    )  # fmt: skip
+    measures, unmasked = Reconstruction(sae), VarianceSums(sae.d_in)
+    keeps = []
+    with torch.inference_mode():
+        for tokens, acts, keep in tqdm(stream, total=len(stream.batches), desc="Evaluating", disable=not progress):
+            real = tokens.doc >= 0
+            output = sae(acts[real].float().to(sae.W_dec.device))
+            kept = keep[real]
+            x = acts[real].float()
+            unmasked.add(x, output.x_hat)
+            if bool(kept.any()):
+                measures.add(x[kept], type(output)(output.x_hat[kept], output.acts.select_rows(kept)))
+            keeps.append(keep)
+        if measures.variance.n == 0:
+            raise ValueError(f"No token of {stream.texts.name} is left under the mask: {stream.n_masked}. Give more text.")
+        losses = _score_losses(sae, stream, keeps, measures, n_tokens_ce, progress)
+    return Report(
+        **measures.results(),  # pyright: ignore[reportArgumentType]
+        **losses.results(),
+        fvu_unmasked=unmasked.fvu,
+        n_tokens=measures.variance.n,
+        n_tokens_ce=losses.n,
+        n_masked=stream.n_masked,
+        mask={"max_norm": (stream.mask.max_norm or {}).get(stream.hook_name), "rule": stream.rule},
+        split=stream.split,
+        texts=stream.texts.name,
+        hook_name=stream.hook_name,
+        sae_hash=sae.hash,
+        model_hash=lm.hash,
+    )
+
+
+def _score_losses(
+    sae: SAE, stream: ScoreStream, keeps: list[torch.Tensor], measures: Reconstruction, budget: int, progress: bool
+) -> LossRecovered:
+    losses = LossRecovered(sae, stream.lm, stream.hook_name, measures.variance.mean.float())
+    with tqdm(total=min(budget, stream.n_tokens), desc="Loss recovered", unit="token", disable=not progress) as bar:
+        for tokens, keep in zip(stream.batches, keeps, strict=True):
+            parts = (part.split(_CE_BATCH) for part in (tokens.ids, keep, tokens.doc >= 0))
+            for ids, kept, real in zip(*parts, strict=True):
+                if losses.n >= budget:
+                    return losses
+                before = losses.n
+                losses.add(ids, kept, real)
+                bar.update(losses.n - before)
+    return losses
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return "not defined"
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {number:,}" for key, number in value.items())
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,204 @@
+"""`saelab.collect_features`: one pass over held-out tokens, from texts to a finished feature store."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from saelab.activation_cache.score import ScoreStream, open_score_stream
+from saelab.errors import ModelError, StoreError
+from saelab.features import schema
+from saelab.features.accumulate import Accumulator
+from saelab.features.store import FeatureStore
+from saelab.features.writer import write_store
+from saelab.files import claim_folder, fsync_dir, raise_if_disk_full, read_json
+from saelab.models import LanguageModel
+from saelab.saes import SAE
+from saelab.tokens import Texts, load_texts
+
+TOP_LOGITS = 15
+_WRITES_TO_RESIDUAL = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
+
+
+def collect_features(
+    sae: SAE,
+    lm: LanguageModel,
+    texts: Any = None,
+    *,
+    out_dir: str | Path,
+    split: str | None = None,
+    hook_name: str | None = None,
+    n_tokens: int | None = None,
+    ctx_len: int | None = None,
+    batch_size: int = 16,
+    top_k: int = 20,
+    progress: bool = True,
+) -> FeatureStore:
+    """Collect what every feature does into `out_dir`, and open the store.
+
+    `texts` None is the SAE's own source, of which the held-out tenth is read; of any other text all (`split` overrides).
+    Packing, mask and counts are those of `saelab.evaluate`. `n_tokens` stops after so many tokens (whole batches),
+    `top_k` is the number of examples a feature keeps. The same call on a finished store returns at once.
+
+    Raises `ValueError` when the SAE does not fit the model, when no token is left, or when `out_dir` holds something
+    else; `StoreError` when it holds a store made with other arguments, naming them.
+    """
+    if top_k < 1 or (n_tokens is not None and n_tokens < 1):
+        raise ValueError(f"top_k={top_k}, n_tokens={n_tokens}: both must be at least 1 (n_tokens None is all).")
+    out_dir = claim_folder(out_dir, schema.MANIFEST, "feature store")
+    source = _source(sae, lm, texts)
+    request = {
+        "sae_hash": sae.hash,
+        "model_hash": lm.hash,
+        "hook_name": hook_name or sae.origin.get("hook_name"),
+        "texts": source.fingerprint(),
+        "split": split or ("held_out" if source.spec == sae.origin.get("texts") else "all"),
+        "n_tokens": n_tokens,
+        "ctx_len": ctx_len,
+        "top_k": top_k,
+    }
+    if (out_dir / schema.MANIFEST).exists():
+        _refuse_other_request(out_dir, request)
+        return FeatureStore(out_dir, sae)
+    stream = open_score_stream(
+        sae, lm, source, split=split, allow_train=True, hook_name=hook_name,
+        n_tokens=n_tokens, ctx_len=ctx_len, batch_size=batch_size,
+    )  # fmt: skip
+    if progress:
+        print(f"Collecting features on {source.describe(stream.split)}")
+    started = time.monotonic()
+    state = _run(sae, stream, top_k, progress)
+    logits = _top_logits(sae, lm, stream.hook_name)
+    with _finished_folder(out_dir) as building:
+        manifest = _manifest(sae, stream, state, out_dir) | {"request": request, "top_k": top_k}
+        manifest["seconds"] = round(time.monotonic() - started, 1)
+        write_store(building, manifest, state, logits, _cosine(sae), stream)
+    return FeatureStore(out_dir, sae)
+
+
+def _source(sae: SAE, lm: LanguageModel, texts: Any) -> Texts:
+    if texts is None:
+        texts = sae.origin.get("texts")
+        if texts is None:
+            raise ValueError("This SAE does not name its text source (it was trained on bare tensors): give texts.")
+        return load_texts(texts, chat=lm)
+    return load_texts(texts)
+
+
+def _refuse_other_request(out_dir: Path, request: dict[str, Any]) -> None:
+    before = read_json(out_dir / schema.MANIFEST).get("request", {})
+    different = [
+        f"{key} {before.get(key)!r} there, {value!r} now" for key, value in request.items() if before.get(key) != value
+    ]
+    if different:
+        raise StoreError(
+            f"{out_dir} holds a feature store made with other arguments: {'; '.join(different)}. "
+            "Give another out_dir, or remove that folder."
+        )
+
+
+@torch.inference_mode()
+def _run(sae: SAE, stream: ScoreStream, top_k: int, progress: bool) -> Accumulator:
+    ctx_len = stream.batches[0].ids.shape[1]
+    state = Accumulator(sae.d_sae, ctx_len, top_k)
+    total = sum(int((batch.doc >= 0).sum()) for batch in stream.batches)
+    with tqdm(total=total, unit="token", unit_scale=True, desc="Features", disable=not progress) as bar:
+        for tokens, acts, keep in stream:
+            rows = acts[keep]  # (kept, d_in)
+            if not bool(torch.isfinite(rows).all()):
+                raise ModelError(
+                    f"{stream.lm.name} gave NaN or infinite activations at {stream.hook_name} in the batch of "
+                    f"{len(tokens.ids)} contexts from context {tokens.first_sequence}; try dtype=torch.float32."
+                )
+            where = keep.cpu().flatten()
+            number = torch.arange(len(where)) + tokens.first_sequence * ctx_len
+            codes = sae.encode(rows.float().to(sae.W_enc.device)).detach()
+            codes = type(codes)(codes.values.cpu(), codes.features.cpu(), codes.offsets.cpu(), codes.d_sae)
+            state.update(codes, number[where], tokens.doc.flatten()[where])
+            bar.update(int((tokens.doc >= 0).sum()))
+    if not stream.n_tokens:
+        raise ValueError(f"No token of {stream.texts.name} is left under the mask: {stream.n_masked}. Give more text.")
+    return state
+
+
+@torch.inference_mode()
+def _top_logits(sae: SAE, lm: LanguageModel, hook_name: str) -> dict[str, Tensor] | None:
+    """Ids and values of the tokens each decoder row promotes and suppresses most; None off the residual stream.
+
+    The values are the logit change of one unit along the decoder row, its direct effect: `logit_weights @ W_dec[f]`.
+    """
+    if not hook_name.endswith(_WRITES_TO_RESIDUAL):
+        return None
+    unembed = lm.logit_weights().float().cpu()  # (vocab, d_model)
+    if unembed.shape[1] != sae.d_in:
+        return None
+    n_top = min(TOP_LOGITS, len(unembed))
+    parts = [_extremes(rows.float().cpu() @ unembed.T, n_top) for rows in sae.W_dec.detach().split(256)]
+    names = ("positive", "positive_ids", "negative", "negative_ids")
+    return {name: torch.cat(column) for name, column in zip(names, zip(*parts, strict=True), strict=True)}
+
+
+def _extremes(
+    logits: Float[Tensor, "n vocab"], n_top: int
+) -> tuple[Float[Tensor, "n top"], Int[Tensor, "n top"], Float[Tensor, "n top"], Int[Tensor, "n top"]]:
+    return (*logits.topk(n_top, 1), *logits.topk(n_top, 1, largest=False))
+
+
+def _cosine(sae: SAE) -> Float[Tensor, " d_sae"]:
+    """Cosine between each feature's encoder and decoder row."""
+    return torch.cosine_similarity(sae.W_enc.detach().float(), sae.W_dec.detach().float(), dim=1).clamp(-1, 1).cpu()
+
+
+def _manifest(sae: SAE, stream: ScoreStream, state: Accumulator, out_dir: Path) -> dict[str, Any]:
+    folder = None
+    if sae.folder is not None:
+        folder = os.path.relpath(Path(sae.folder).resolve(), out_dir.resolve())
+    nnz = int(state.n_fired.sum())
+    return {
+        "sae": {"hash": sae.hash, "variant": sae.variant, "d_sae": sae.d_sae, "d_in": sae.d_in, "folder": folder},
+        "hook_name": stream.hook_name,
+        "model": {"name": stream.lm.name, "hash": stream.lm.hash},
+        "tokenizer_hash": stream.lm.tokenizer_hash,
+        "texts": {"name": stream.texts.name, "spec": stream.texts.spec, "fingerprint": stream.texts.fingerprint()},
+        "split": stream.split,
+        "ctx_len": state.ctx_len,
+        "prepend_bos": bool(sae.origin.get("prepend_bos", False)),
+        "mask": {"max_norm": (stream.mask.max_norm or {}).get(stream.hook_name), "rule": stream.rule},
+        "n_tokens": stream.n_tokens,
+        "n_masked": stream.n_masked,
+        "n_documents": len({int(doc) for batch in stream.batches for doc in batch.doc.unique()} - {-1}),
+        "n_sequences": sum(len(batch.ids) for batch in stream.batches),
+        "nnz": nnz,
+        "l0": nnz / stream.n_tokens,
+    }
+
+
+@contextmanager
+def _finished_folder(out_dir: Path) -> Iterator[Path]:
+    """A hidden folder beside `out_dir` to build in; on a clean exit it takes `out_dir`'s place (which is empty)."""
+    for left in out_dir.parent.glob(f".{out_dir.name}.tmp-*"):
+        if not Path(f"/proc/{left.name.rpartition('-')[2]}").exists():
+            shutil.rmtree(left, ignore_errors=True)
+    building = out_dir.parent / f".{out_dir.name}.tmp-{os.getpid()}"
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir()
+    try:
+        yield building
+        fsync_dir(building)
+        building.replace(out_dir)
+        fsync_dir(out_dir.parent)
+    except Exception as error:
+        raise_if_disk_full(error, out_dir)
+        raise
+    finally:
+        shutil.rmtree(building, ignore_errors=True)

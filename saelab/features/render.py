@@ -1,0 +1,216 @@
+"""HTML of a feature: examples with highlighted tokens, and the card a notebook shows.
+
+Token text comes from the web and is hostile until escaped: it passes through `visible` (control, bidi and zero-width
+characters become glyphs) and `html.escape(quote=True)`, and reaches the page nowhere else. No script, no outside resource.
+"""
+
+from __future__ import annotations
+
+import html
+import unicodedata
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from saelab.features.token_text import Group, display_groups
+
+if TYPE_CHECKING:
+    from saelab.features.feature import Example, Feature, Histogram
+
+HIGHLIGHT = "230,159,0"
+SPACE = "\u00b7"
+_MAX_ALPHA = 0.6
+
+STYLE = """
+.sl{font-family:inherit;color:inherit;line-height:1.5}
+.sl-row{display:grid;grid-template-columns:5.4rem minmax(0,1fr);gap:1rem;padding:.6rem .1rem;align-items:baseline;
+border-bottom:1px solid rgba(128,128,128,.22)}
+.sl-row:last-child{border-bottom:0}
+.sl-val{font-variant-numeric:tabular-nums;text-align:right;font-weight:600}
+.sl-src{display:block;white-space:nowrap;font-weight:400;font-size:.72rem;opacity:.72}
+.sl-text{overflow-wrap:anywhere;white-space:pre-wrap;font-size:.95rem;line-height:1.75}
+.sl-t{border-radius:3px;padding:.1em 0}
+.sl-t:focus-visible{outline:2px solid currentColor;outline-offset:1px}
+.sl-peak{outline:2px solid currentColor;outline-offset:0;font-weight:700;text-decoration:underline;text-underline-offset:3px}
+.sl-g{opacity:.55}
+"""
+
+_GLYPHS = {
+    "\n": "\u21b5",
+    "\r": "\u240d",
+    "\t": "\u21e5",
+    "\x7f": "\u2421",
+    "\u00a0": "\u237d",
+    "\ufeff": "\u27e8BOM\u27e9",
+}
+
+
+def visible(text: str) -> str:
+    """`text` with every character that would be invisible, or would reorder others, replaced by a glyph or its code."""
+    return "".join(_visible_char(char) for char in text)
+
+
+def _visible_char(char: str) -> str:
+    if char in _GLYPHS:
+        return _GLYPHS[char]
+    if ord(char) < 0x20:
+        return chr(0x2400 + ord(char))
+    if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"):
+        return f"\u27e8U+{ord(char):04X}\u27e9"
+    return char
+
+
+def escape(text: str) -> str:
+    """`visible` text, safe between tags and inside a quoted attribute."""
+    return html.escape(visible(text), quote=True)
+
+
+def examples_html(examples: Sequence[Example], maximum: float | None) -> str:
+    """One block for a list of examples; the highlight is scaled to `maximum`, the feature's largest value."""
+    if not examples:
+        return '<div class="sl">No example: the feature fired on no counted token.</div>'
+    rows = "".join(_example_row(example, maximum or example.value) for example in examples)
+    return f'<div class="sl" role="list" aria-label="Top examples">{rows}</div>'
+
+
+def _example_row(example: Example, maximum: float) -> str:
+    where = f"doc&nbsp;{example.document}&thinsp;:&thinsp;{example.position}"
+    return (
+        f'<div class="sl-row" role="listitem"><div class="sl-val">{number(example.value)}'
+        f'<span class="sl-src">{where}</span></div>'
+        f'<div class="sl-text"><bdi>{example_text_html(example, maximum)}</bdi></div></div>'
+    )
+
+
+def example_text_html(example: Example, maximum: float) -> str:
+    """The tokens of one example; runs of silent tokens are plain text."""
+    return "".join(_group_html(example, group, maximum) for group in display_groups(example.pieces))
+
+
+def _group_html(example: Example, group: Group, maximum: float) -> str:
+    values = example.values[group.start : group.stop]
+    strongest = max(values, key=abs)
+    is_peak = group.start <= example.peak < group.stop
+    text = escape(group.text).replace("\u21b5", '<span class="sl-g">\u21b5</span><wbr>')
+    if not strongest and not is_peak:
+        return text
+    share = min(1.0, abs(strongest) / maximum) if maximum else 0.0
+    said = ", ".join(number(value) for value in values)
+    title = escape(f"token '{group.text}', activation {said}, {share:.0%} of maximum" + (", peak" if is_peak else ""))
+    style = f"background:rgba({HIGHLIGHT},{_MAX_ALPHA * share:.2f})"
+    name = "sl-t sl-peak" if is_peak else "sl-t"
+    return (
+        f'<bdi class="{name}" role="img" tabindex="0" title="{title}" aria-label="{title}" style="{style}">{text}</bdi>'
+    )
+
+
+def number(value: float | None) -> str:
+    """A metric in three significant digits; an en dash where there is none."""
+    if value is None:
+        return "\u2013"
+    if value and abs(value) < 1e-3:
+        return f"{value:.1e}"
+    return f"{value:,.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def model_label(name: str) -> str:
+    """A model's name without the folders it lies in."""
+    return name.rstrip("/").rpartition("/")[2] if name.startswith("/") else name
+
+
+def percent(value: float | None) -> str:
+    """A share in per cent, small ones with enough digits to differ."""
+    if value is None:
+        return "\u2013"
+    return f"{value:.3%}" if value < 0.01 else f"{value:.2%}"
+
+
+_CARD_STYLE = (
+    STYLE
+    + """
+.sl-card{max-width:60rem;padding:1rem 1.2rem;border:1px solid rgba(128,128,128,.35);border-radius:8px;
+font-family:system-ui,sans-serif;background:#fff;color:#1f2328}
+@media (prefers-color-scheme:dark){.sl-card{background:#16181d;color:#e8eaed}}
+.sl-card h3{margin:0;font-size:1.15rem}.sl-card h4{margin:.9rem 0 .3rem;font-size:.85rem;font-weight:600}
+.sl-sub{font-size:.8rem;opacity:.75;margin:.1rem 0 .7rem}
+.sl-stats{display:flex;flex-wrap:wrap;gap:.3rem 1.6rem;margin:0;font-variant-numeric:tabular-nums}
+.sl-stats div{display:flex;flex-direction:column}.sl-stats dt{font-size:.72rem;opacity:.75}.sl-stats dd{margin:0;font-weight:600}
+.sl-chips{display:flex;flex-wrap:wrap;gap:.3rem}
+.sl-chip{border:1px solid rgba(128,128,128,.4);border-radius:4px;padding:0 .4em;font-size:.85rem;white-space:pre}
+.sl-chip small{opacity:.7;margin-left:.4em}
+"""
+)
+
+
+def feature_card(feature: Feature, n_examples: int = 10) -> str:
+    """A self-contained card for a notebook: inline style, no script, follows the reader's colour scheme."""
+    stats = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in _stats(feature))
+    logits = feature.top_logits
+    return (
+        f'<style>{_CARD_STYLE}</style><div class="sl-card"><h3>Feature {feature.feature}</h3>'
+        f'<p class="sl-sub">{escape(feature.hook_name)} \u00b7 {escape(model_label(feature.store.manifest["model"]["name"]))}</p>'
+        f'<dl class="sl-stats">{stats}</dl>'
+        f"<h4>Top examples</h4>{examples_html(feature.examples(n_examples), feature.max)}"
+        f"<h4>Values (log scale)</h4>{histogram_svg(feature.histogram)}"
+        f"<h4>Promotes</h4>{chips_html(logits.positive)}<h4>Suppresses</h4>{chips_html(logits.negative)}</div>"
+    )
+
+
+def _stats(feature: Feature) -> list[tuple[str, str]]:
+    return [
+        ("fired", f"{feature.n_fired:,} of {feature.store.n_tokens:,} tokens"),
+        ("density", percent(feature.density)),
+        ("mean", number(feature.mean)),
+        ("p99", number(feature.p99)),
+        ("max", number(feature.max)),
+        ("encoder\u2013decoder cosine", number(feature.cosine)),
+    ]
+
+
+def chips_html(tokens: Sequence[tuple[str, float]]) -> str:
+    """Tokens with their logit change, as a row of chips."""
+    if not tokens:
+        return '<div class="sl-sub">No direct path to the logits from this hook.</div>'
+    chips = "".join(
+        f'<bdi class="sl-chip">{escape(text).replace(" ", SPACE)}<small>{value:+.2f}</small></bdi>'
+        for text, value in tokens
+    )
+    return f'<div class="sl-chips">{chips}</div>'
+
+
+def histogram_svg(histogram: Histogram, width: int = 480, height: int = 70) -> str:
+    """The log-histogram as inline SVG, with its range and largest count as text."""
+    counts = histogram.counts
+    if not len(counts):
+        return '<div class="sl-sub">No value: the feature never fired.</div>'
+    step, tallest = width / len(counts), counts.max()
+    bars = "".join(
+        f'<rect x="{i * step:.1f}" y="{height - height * count / tallest:.1f}" width="{max(1.0, step - 1):.1f}" '
+        f'height="{height * count / tallest:.1f}"/>'
+        for i, count in enumerate(counts)
+    )
+    label = f"{number(histogram.edges[0])} to {number(histogram.edges[-1])}, at most {tallest:,} a bin"
+    return (
+        f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" aria-label="Histogram: {label}" '
+        f'style="max-width:100%;fill:rgb({HIGHLIGHT})">{bars}</svg><div class="sl-sub">{label}</div>'
+    )
+
+
+def feature_text(feature: Feature) -> str:
+    """The feature in a terminal: numbers, promoted tokens, three examples with the peak in brackets."""
+    lines = [f"Feature {feature.feature} of {feature.hook_name}"]
+    lines.append("  " + ", ".join(f"{name} {value}" for name, value in _stats(feature)))
+    if feature.top_logits.positive:
+        lines.append("  promotes " + ", ".join(repr(visible(text)) for text, _ in feature.top_logits.positive[:8]))
+    lines += [f"  {number(example.value):>7}  {example_line(example)}" for example in feature.examples(3)]
+    return "\n".join(lines)
+
+
+def example_line(example: Example, left: int = 12, right: int = 6) -> str:
+    """One line of text around the peak, the peak token in \u27e6 \u27e7."""
+    parts = []
+    for group in display_groups(example.pieces):
+        if group.stop <= example.peak - left or group.start > example.peak + right:
+            continue
+        text = visible(group.text)
+        parts.append(f"\u27e6{text}\u27e7" if group.start <= example.peak < group.stop else text)
+    return "".join(parts)

@@ -1,0 +1,45 @@
+"""The files of a feature store and the columns of its table; `writer.py` fills them, `store.py` reads them."""
+
+from __future__ import annotations
+
+FORMAT = "saelab features"
+VERSION = 1
+MANIFEST, DATABASE, TOKENS = "manifest.json", "store.sqlite", "tokens.safetensors"
+
+WINDOW_LEFT, WINDOW_RIGHT = 32, 16
+BINS_PER_OCTAVE, LOWEST_OCTAVE, OCTAVES = 4, -24, 48
+N_BINS = BINS_PER_OCTAVE * OCTAVES
+
+COLUMNS = {
+    "feature": "row of W_enc and W_dec",
+    "n_fired": "counted tokens with a non-zero value",
+    "density": "n_fired / counted tokens",
+    "mean": "mean of the non-zero values",
+    "std": "standard deviation of the non-zero values",
+    "p99": "99th percentile of the non-zero values",
+    "max": "largest value",
+    "cosine": "cosine between encoder and decoder row",
+    "peak_token": "token id at the largest value",
+    "top_logit": "token id that the decoder row promotes most",
+    "p99_exact": "1 when p99 was read off every value, 0 when off a uniform sample",
+}
+SORTABLE = ("feature", "n_fired", "density", "mean", "std", "p99", "max", "cosine")
+
+_INTEGERS = {"feature", "n_fired", "peak_token", "top_logit", "p99_exact"}
+_TABLE = ", ".join(
+    f'"{name}" ' + ("INTEGER PRIMARY KEY" if name == "feature" else "INTEGER" if name in _INTEGERS else "REAL")
+    for name in COLUMNS
+)
+DDL = [
+    f"CREATE TABLE feature ({_TABLE})",
+    "CREATE TABLE blob (feature INTEGER, kind TEXT, data BLOB, PRIMARY KEY (feature, kind)) WITHOUT ROWID",
+    "CREATE TABLE token (id INTEGER PRIMARY KEY, bytes BLOB)",
+]
+INDEXES = [f'CREATE INDEX feature_{name} ON feature ("{name}", feature)' for name in SORTABLE if name != "feature"]
+
+
+def bin_edges() -> list[float]:
+    """The N_BINS + 1 edges of the log-histogram: every power of two from 2^-24 to 2^24, in quarters of mantissa."""
+    mantissas = [1 + step / BINS_PER_OCTAVE for step in range(BINS_PER_OCTAVE)]
+    edges = [m * 2.0 ** (LOWEST_OCTAVE + octave) for octave in range(OCTAVES) for m in mantissas]
+    return [*edges, 2.0 ** (LOWEST_OCTAVE + OCTAVES)]

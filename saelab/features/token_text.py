@@ -1,0 +1,112 @@
+"""Token ids to bytes, and runs of tokens to text that is byte-exact.
+
+A byte-level tokenizer may cut one CJK character or emoji into several tokens. Decoding each token alone shows garbage, so
+the store keeps the bytes of each token and `display_groups` joins neighbours until their bytes are whole characters.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Iterable, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+class Group(NamedTuple):
+    """A run of tokens shown as one piece of text: `text` comes from tokens `start` to `stop - 1`."""
+
+    start: int
+    stop: int
+    text: str
+
+
+def token_bytes(tokenizer: Any, ids: Iterable[int]) -> dict[int, bytes]:
+    """The bytes that each token id stands for, in a Hugging Face tokenizer.
+
+    Byte-level BPE, byte-fallback (SentencePiece) and WordPiece vocabularies are told apart by their decoder.
+    """
+    added = {index: str(token) for index, token in tokenizer.added_tokens_decoder.items()}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    decoder = repr(getattr(backend, "decoder", ""))
+    result = {}
+    for index in ids:
+        piece = tokenizer.convert_ids_to_tokens(index)
+        if index in added or piece is None:
+            result[index] = added.get(index, f"<|{index}|>").encode()
+        else:
+            result[index] = _piece_bytes(piece, decoder)
+    return result
+
+
+def _piece_bytes(piece: str, decoder: str) -> bytes:
+    """Undo the spelling a vocabulary uses for bytes and spaces."""
+    if "ByteLevel" in decoder and all(char in _byte_alphabet() for char in piece):
+        return bytes(_byte_alphabet()[char] for char in piece)
+    if match := _BYTE_PIECE.fullmatch(piece):
+        return bytes([int(match[1], 16)])
+    if "WordPiece" in decoder:
+        return (piece[2:] if piece.startswith("##") else f" {piece}").encode()
+    return piece.replace("\u2581", " ").encode()
+
+
+@cache
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-in for each byte, inverted."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    alphabet = {chr(byte): byte for byte in printable}
+    return alphabet | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+def display_groups(pieces: Sequence[bytes]) -> list[Group]:
+    """Join tokens until their bytes are whole UTF-8 characters; bytes that never become one are shown as `\\xe4`."""
+    groups: list[Group] = []
+    start = 0
+    while start < len(pieces):
+        stop, text = _next_group(pieces, start)
+        groups.append(Group(start, stop, text))
+        start = stop
+    return groups
+
+
+def _next_group(pieces: Sequence[bytes], start: int) -> tuple[int, str]:
+    decoder = codecs.getincrementaldecoder("utf-8")("strict")
+    text = ""
+    for stop in range(start, len(pieces)):
+        try:
+            text += decoder.decode(pieces[stop])
+        except UnicodeDecodeError:
+            broken_from = max(stop, start + 1)  # what came before cannot be completed: show it escaped, go on here
+            return broken_from, _escaped(pieces[start:broken_from])
+        if not decoder.getstate()[0]:
+            return stop + 1, text
+    return len(pieces), _escaped(pieces[start:])
+
+
+def _escaped(pieces: Sequence[bytes]) -> str:
+    return b"".join(pieces).decode("utf-8", errors="backslashreplace")
+
+
+def trim_to_characters(pieces: Sequence[bytes], keep: int) -> tuple[int, int]:
+    """The part `(start, stop)` of a window that cuts no character at either edge; token `keep` always stays inside."""
+    start, stop = 0, len(pieces)
+    while start < keep and pieces[start] and 0x80 <= pieces[start][0] < 0xC0:
+        start += 1
+    last = display_groups(pieces[start:stop])[-1]
+    tail = b"".join(pieces[start + last.start : stop])
+    if start + last.start > keep and _is_cut(tail):
+        stop = start + last.start
+    return start, stop
+
+
+def _is_cut(tail: bytes) -> bool:
+    """True when `tail` ends inside a character."""
+    decoder = codecs.getincrementaldecoder("utf-8")("strict")
+    try:
+        decoder.decode(tail)
+    except UnicodeDecodeError:
+        return False
+    return bool(decoder.getstate()[0])

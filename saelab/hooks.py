@@ -1,0 +1,240 @@
+"""Where a language model is read and edited: hook names in TransformerLens spelling -> modules of the running model.
+
+Two kinds of model share this file: plain Hugging Face modules (fast, read with forward hooks) and a
+TransformerBridge, whose hook points are modules already. Hooks live only while one forward pass runs (`tapped`), so
+none can be left behind.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from saelab.errors import ModelError
+
+
+class Edit(Protocol):
+    """What `lm.steer` takes: any object with these two names."""
+
+    @property
+    def hook_name(self) -> str: ...
+
+    def apply(self, x: Float[Tensor, "batch seq d_in"], positions: Int[Tensor, "batch seq"]) -> Tensor:
+        """The edited `x`, same shape. `positions` are absolute (KV cache counted), -1 on padding."""
+        ...
+
+
+class Site(NamedTuple):
+    """One place in a model: the input or output of a module, the stream between attention and MLP, or a hook point."""
+
+    module: nn.Module
+    kind: Literal["input", "output", "mid", "point"]
+    layer: nn.Module | None = None
+
+
+class CutForward(Exception):
+    """Raised by the last capture to leave the forward pass early."""
+
+
+# model_type -> (attention, its output projection, MLP, norm in front of the MLP), as attribute names of a layer
+_LLAMA_PARTS = ("self_attn", "o_proj", "mlp", "post_attention_layernorm")
+_PARTS = {
+    "llama": _LLAMA_PARTS,
+    "mistral": _LLAMA_PARTS,
+    "qwen2": _LLAMA_PARTS,
+    "qwen3": _LLAMA_PARTS,
+    "gpt2": ("attn", "c_proj", "mlp", "ln_2"),
+    "gpt_neox": ("attention", "dense", "mlp", "post_attention_layernorm"),
+}
+
+
+def layer_list(model: nn.Module, n_layers: int) -> nn.ModuleList:
+    """The decoder's list of layers: the first `ModuleList` of the config's length. Raises `ModelError` without one."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers:
+            return module
+    raise ModelError(f"{type(model).__name__} has no list of {n_layers} layers, so saelab cannot place hooks in it.")
+
+
+def hf_sites(model: nn.Module, config: Any) -> dict[str, Site]:
+    """Fast sites of a Hugging Face decoder, in forward order; for families not in `_PARTS` only the residual stream."""
+    sites: dict[str, Site] = {}
+    parts = _PARTS.get(config.model_type)
+    parallel = getattr(config, "use_parallel_residual", False)
+    for i, layer in enumerate(layer_list(model, config.num_hidden_layers)):
+        here = {"hook_resid_pre": Site(layer, "input")}
+        if parts is not None:
+            attention, projection, mlp, norm = parts
+            attention = getattr(layer, attention)
+            here["attn.hook_z"] = Site(getattr(attention, projection), "input")
+            here["hook_attn_out"] = Site(attention, "output")
+            if not parallel:  # parallel blocks have no stream between attention and MLP
+                here["hook_resid_mid"] = Site(getattr(layer, norm), "mid", layer)
+            here["hook_mlp_out"] = Site(getattr(layer, mlp), "output")
+        here["hook_resid_post"] = Site(layer, "output")
+        sites |= {f"blocks.{i}.{suffix}": site for suffix, site in here.items()}
+    return sites
+
+
+def bridge_sites(bridge: Any) -> dict[str, Site]:
+    """Every hook point of a TransformerBridge under each of its names."""
+    return {name: Site(point, "point") for name, point in bridge.hook_dict.items()}
+
+
+def unknown_hook(hook_name: str, names: Sequence[str], model_name: str) -> ValueError:
+    """The error for a hook that a model does not have: the nearest names first, then the pattern of all."""
+    nearest = difflib.get_close_matches(str(hook_name), names, n=5, cutoff=0.0)
+    layers = sorted({int(found[1]) for name in names if (found := re.match(r"blocks\.(\d+)\.", name))})
+    suffixes = dict.fromkeys(re.sub(r"^blocks\.\d+\.", "", name) for name in names)
+    span = f"blocks.{{{layers[0]}..{layers[-1]}}}." if layers else ""
+    shown = ", ".join(list(suffixes)[:80])
+    return ValueError(
+        f"hook_name={hook_name!r} does not exist in {model_name}. "
+        f"Nearest: {', '.join(nearest)}. All: {span}{{{shown}}}."
+    )
+
+
+def is_plain_mistake(hook_name: str, names: Sequence[str]) -> bool:
+    """Can no bridge have this hook: a fast name at a layer that is not there, or no hook name at all?"""
+    suffix = re.sub(r"^blocks\.\d+\.", "", hook_name)
+    return "hook_" not in suffix or any(name.endswith(f".{suffix}") for name in names)
+
+
+@contextmanager
+def tapped(
+    sites: dict[str, Site],
+    edits: Sequence[Edit] = (),
+    positions: Int[Tensor, "batch seq"] | None = None,
+    hook_names: Iterable[str] = (),
+    captured: dict[str, Tensor] | None = None,
+) -> Iterator[None]:
+    """Install edits, then captures, for one forward pass; remove them all whatever happens.
+
+    Edits at one site are all computed from the same `x`. When every name in `hook_names` has come into `captured`,
+    the pass is cut. With several edited sites, later ones see what earlier ones did.
+    """
+    handles: list[Any] = []
+    groups: dict[str, list[Edit]] = {}
+    for edit in edits:
+        groups.setdefault(edit.hook_name, []).append(edit)
+    wanted = set(hook_names)
+    try:
+        for name in sorted(groups, key=list(sites).index):
+            handles += _attach(sites[name], _editor(groups[name], positions))
+        for name in wanted:
+            handles += _attach(sites[name], _capturer(name, wanted, captured if captured is not None else {}))
+        yield
+    except CutForward:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _capturer(name: str, wanted: set[str], captured: dict[str, Tensor]) -> Callable[[Tensor], None]:
+    def capture(x: Tensor) -> None:
+        captured[name] = x
+        if len(captured) == len(wanted):
+            raise CutForward
+
+    return capture
+
+
+def _editor(edits: list[Edit], positions: Tensor | None) -> Callable[[Tensor], Tensor]:
+    def edit_site(x: Tensor) -> Tensor:
+        assert positions is not None, "edits need the positions of the tokens"
+        flat = x.flatten(2)  # a bridge gives (batch, seq, n_heads, d_head)
+        results = [_checked(edit, flat, positions) for edit in edits]
+        results = [result for result in results if result is not flat]
+        if not results:
+            return x
+        return (results[0] if len(results) == 1 else _sum_of_changes(flat, results)).reshape(x.shape)
+
+    return edit_site
+
+
+def _checked(edit: Edit, x: Tensor, positions: Tensor) -> Tensor:
+    result = edit.apply(x, positions)
+    if not isinstance(result, Tensor) or result.shape != x.shape:
+        got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+        raise ValueError(f"{edit!r} at {edit.hook_name!r} returned {got}, expected a tensor of {tuple(x.shape)}.")
+    return result.to(x.dtype)
+
+
+def _sum_of_changes(x: Tensor, results: list[Tensor]) -> Tensor:
+    """x plus the changes that each edit makes to the same x, in fp32; a token that none changes keeps its bits."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    change = torch.stack([result.to(wide) - x.to(wide) for result in results]).sum(0)
+    changed = (change != 0).any(-1, keepdim=True)
+    return torch.where(changed, (x.to(wide) + change).to(x.dtype), x)
+
+
+def _attach(site: Site, function: Callable[[Tensor], Tensor | None]) -> list[Any]:
+    """Call `function` with the tensor at `site`; what it returns (unless None) takes the tensor's place."""
+    if site.kind == "point":
+        return [_PointHandle(site.module, function)]
+    if site.kind == "output":
+        return [site.module.register_forward_hook(lambda _m, _a, output: _replace_output(output, function))]
+    if site.kind == "input":
+        return [site.module.register_forward_pre_hook(_replace_input(function), with_kwargs=True)]
+    return _attach_mid(site, function)
+
+
+def _attach_mid(site: Site, function: Callable[[Tensor], Tensor | None]) -> list[Any]:
+    """The stream in front of the MLP's norm goes two ways, into the norm and around the MLP: change both."""
+    assert site.layer is not None
+    change: list[Tensor] = []
+
+    def at_norm(x: Tensor) -> Tensor | None:
+        result = function(x)
+        if result is not None and result is not x:
+            change.append(result - x)
+        return result
+
+    def at_layer_end(x: Tensor) -> Tensor | None:
+        return x + change.pop() if change else None
+
+    return [
+        *_attach(Site(site.module, "input"), at_norm),
+        *_attach(Site(site.layer, "output"), at_layer_end),
+    ]
+
+
+def _replace_output(output: Any, function: Callable[[Tensor], Tensor | None]) -> Any:
+    """Forward-hook body; some layers return a tuple whose first entry is the tensor."""
+    if not isinstance(output, tuple):
+        return function(output)
+    result = function(output[0])
+    return None if result is None else (result, *output[1:])
+
+
+def _replace_input(function: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:
+    """Forward-pre-hook body; the tensor is the first argument or the keyword `hidden_states`."""
+
+    def hook(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        result = function(args[0] if args else kwargs["hidden_states"])
+        if result is None:
+            return None
+        return ((result, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": result})
+
+    return hook
+
+
+class _PointHandle:
+    """A hook on a TransformerLens hook point, removable like torch's own handles."""
+
+    def __init__(self, point: Any, function: Callable[[Tensor], Tensor | None]):
+        self.point = point
+        self.handle = point.add_hook(lambda x, hook: function(x))
+
+    def remove(self) -> None:
+        self.handle.hook.remove()
+        if self.handle in self.point.fwd_hooks:
+            self.point.fwd_hooks.remove(self.handle)

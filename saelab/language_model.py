@@ -1,0 +1,293 @@
+"""`LanguageModel`: one face for a causal language model, run by Hugging Face modules or by a TransformerBridge."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saelab.errors import ModelError
+from saelab.hooks import Edit, Site, bridge_sites, hf_sites, is_plain_mistake, tapped, unknown_hook
+from saelab.model_hash import hash_folder, hash_model, hash_tokenizer
+from saelab.prompts import Prompt, special_token_ids, to_batch
+from saelab.sampling import Generation, check_generation, sample
+from saelab.unembedding import logit_weights
+
+
+class LanguageModel:
+    """A causal language model with named hooks. Made by `load_model`; `model` is the raw module, which no edit reaches.
+
+    A thread that steers, or runs one forward pass, holds the model's lock: no thread sees another's edits.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        name: str,
+        folder: Path | None = None,
+        boot_bridge: Callable[[], Any] | None = None,
+    ):
+        self.model, self.tokenizer, self.name = model, tokenizer, name
+        self._folder, self._boot_bridge = folder, boot_bridge
+        self._is_bridge = hasattr(model, "hook_dict")
+        config = model.cfg if self._is_bridge else model.config
+        self.n_layers: int = config.n_layers if self._is_bridge else config.num_hidden_layers
+        self.d_model: int = config.d_model if self._is_bridge else config.hidden_size
+        self.d_vocab: int = config.d_vocab if self._is_bridge else config.vocab_size
+        context = config.n_ctx if self._is_bridge else getattr(config, "max_position_embeddings", None)
+        self.max_ctx: int = context or 2**31
+        weight = next(model.parameters())
+        self.dtype, self.device = weight.dtype, weight.device
+        self.bos_id: int | None = getattr(tokenizer, "bos_token_id", None)
+        self.eos_id: int | None = getattr(tokenizer, "eos_token_id", None)
+        self.special_ids: tuple[int, ...] = special_token_ids(tokenizer)
+        self._sites: dict[str, Site] = bridge_sites(model) if self._is_bridge else hf_sites(model, config)
+        self._edits: tuple[Edit, ...] = ()
+        self._lock = threading.RLock()
+        self._widths: dict[str, int] = {}
+
+    def __repr__(self) -> str:
+        kind = str(self.dtype).removeprefix("torch.")
+        return f"LanguageModel({self.name!r}: {self.n_layers} layers, d_model {self.d_model}, {kind} on {self.device})"
+
+    # --- identity
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 of the weights (names, dtypes, shapes, bytes): as stored in the folder when the model came from one,
+        whatever dtype it runs in; of the module's state otherwise."""
+        return (hash_folder(self._folder) if self._folder else None) or hash_model(self.model)
+
+    @cached_property
+    def tokenizer_hash(self) -> str:
+        """SHA-256 of the tokenizer's content; "" for a model without one."""
+        return hash_tokenizer(self.tokenizer)
+
+    # --- hooks
+
+    @property
+    def hook_names(self) -> list[str]:
+        """Hooks that can be read fast and edited, in forward order. Any other TransformerLens name can be read too."""
+        return list(self._sites)
+
+    def check_hook(self, hook_name: str) -> None:
+        """Raises `ValueError` when the model has no such hook, nearest names first."""
+        self._sites_of([hook_name])
+
+    def d_in(self, hook_name: str) -> int:
+        """Width of the activations at a hook (heads are flattened)."""
+        if hook_name not in self._widths:
+            probe = torch.zeros(1, 1, dtype=torch.int64)
+            self._widths[hook_name] = self._capture(probe, [hook_name], edited=False)[hook_name].shape[-1]
+        return self._widths[hook_name]
+
+    def stream_activations(
+        self, batches: Iterable[Int[Tensor, "batch seq"]], hook_names: Sequence[str]
+    ) -> Iterator[dict[str, Tensor]]:
+        """Activations (batch, seq, d_in) in the model's dtype at each hook, for each batch of token ids.
+
+        The pass ends after the last hooked place. Active edits are honoured. The tensors are inference tensors:
+        `.clone()` one before differentiating through it. Raises `ValueError` for an unknown hook.
+        """
+        names = [hook_names] if isinstance(hook_names, str) else list(hook_names)
+        if not names:
+            raise ValueError("hook_names is empty; give at least one hook.")
+        self._sites_of(names)
+        return (self._capture(self._checked(ids), names) for ids in batches)
+
+    def _capture(self, ids: Tensor, names: list[str], edited: bool = True) -> dict[str, Tensor]:
+        sites = self._sites_of(names)
+        captured: dict[str, Tensor] = {}
+        ids = ids.to(self.device)
+        model = self.model if sites is self._sites else self._bridge
+        with self._lock, torch.inference_mode():
+            edits = self._edits if edited else ()
+            with tapped(sites, edits, _positions(ids), names, captured):
+                self._trunk(model, ids)
+        for name in names:
+            if name not in captured:
+                raise ModelError(
+                    f"hook_name={name!r} exists in {self.name} but no activation passed it. Choose another."
+                )
+            if captured[name].ndim < 3 or captured[name].shape[:2] != ids.shape:
+                shape = tuple(captured[name].shape)
+                raise ValueError(f"hook_name={name!r} holds {shape}, not one vector for each token. Choose another.")
+        return {name: captured[name].flatten(2) for name in names}
+
+    def _trunk(self, model: Any, ids: Tensor) -> None:
+        """A forward pass that computes no logits (a bridge computes them unless it is cut before)."""
+        if hasattr(model, "hook_dict"):
+            model(ids, return_type="logits")
+        else:
+            model.base_model(input_ids=ids, use_cache=False)
+
+    @cached_property
+    def _bridge(self) -> Any:
+        """A TransformerBridge on a copy of the model: booting edits the modules in place."""
+        assert self._boot_bridge is not None
+        return self._boot_bridge()
+
+    def _sites_of(self, names: Sequence[str]) -> dict[str, Site]:
+        """The sites that hold all `names`: the fast ones, or else the bridge's, booted when first needed."""
+        slow = [name for name in names if name not in self._sites]
+        if not slow:
+            return self._sites
+        for name in slow:
+            if self._boot_bridge is None or not isinstance(name, str) or is_plain_mistake(name, self.hook_names):
+                raise unknown_hook(name, self.hook_names, self.name)
+        sites = bridge_sites(self._bridge)
+        for name in slow:
+            if name not in sites:
+                raise unknown_hook(name, list(sites), self.name)
+        return sites
+
+    # --- tokens
+
+    def to_batch(self, prompt: Prompt) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
+        """Token ids and positions of a text, a list of texts (padded on the right, position -1 there), or token ids.
+
+        Special tokens are added as the tokenizer does by itself, never twice. Raises `ValueError` for an empty text, an
+        id outside the vocabulary, or more tokens than the context.
+        """
+        ids, positions = to_batch(prompt, self.tokenizer, self.eos_id)
+        return self._checked(ids), positions
+
+    def to_ids(self, prompt: Prompt) -> Int[Tensor, "batch seq"]:
+        """Token ids (batch, seq); see `to_batch`."""
+        return self.to_batch(prompt)[0]
+
+    def chat(self, messages: str | Sequence[dict[str, str]]) -> str:
+        """The prompt text of a conversation, by the tokenizer's chat template, ready for the assistant's turn.
+
+        `messages` are `{"role", "content"}` dicts, or the user's words. Raises `ValueError` without a template.
+        """
+        if getattr(self.tokenizer, "chat_template", None) is None:
+            raise ValueError(f"The tokenizer of {self.name} has no chat template; give plain text instead.")
+        turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
+        return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+    def _checked(self, ids: Tensor) -> Tensor:
+        if ids.ndim != 2 or 0 in ids.shape or ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"Token ids are {ids.dtype} {tuple(ids.shape)}; expected a non-empty int64 (batch, seq).")
+        if ids.shape[1] > self.max_ctx:
+            raise ValueError(
+                f"{ids.shape[1]} tokens do not fit the context of {self.name}, {self.max_ctx}; give fewer."
+            )
+        low, high = ids.aminmax()
+        if low < 0 or high >= self.d_vocab:
+            wrong = int(high) if high >= self.d_vocab else int(low)
+            raise ValueError(f"Token id {wrong} is outside the vocabulary of {self.name}, 0 to {self.d_vocab - 1}.")
+        return ids
+
+    # --- running
+
+    def logits(
+        self, text_or_ids: Prompt, positions: Int[Tensor, "batch seq"] | None = None
+    ) -> Float[Tensor, "batch seq vocab"]:
+        """Logits in the model's dtype. Active edits are honoured; `positions` (-1 on padding) are what they see."""
+        ids, counted = self.to_batch(text_or_ids)
+        ids, positions = ids.to(self.device), (counted if positions is None else positions).to(self.device)
+        with self._lock, torch.inference_mode(), tapped(self._sites, self._edits, positions):
+            return self.model(ids, return_type="logits") if self._is_bridge else self._hf(ids).logits
+
+    def _hf(self, ids: Tensor) -> Any:
+        return self.model(input_ids=ids, use_cache=False)
+
+    def run_with_edit(self, text_or_ids: Prompt, edits: Edit | Sequence[Edit]) -> Float[Tensor, "batch seq vocab"]:
+        """Logits with these edits, on top of those already active."""
+        with self.steer(*(edits if isinstance(edits, Sequence) else [edits])):
+            return self.logits(text_or_ids)
+
+    @contextmanager
+    def steer(self, *edits: Edit) -> Iterator[LanguageModel]:
+        """Apply edits to everything this model computes inside the block. Blocks may be nested: all edits then act.
+
+        Raises `ValueError` for an edit at a hook that cannot be edited, or of another width than the hook's.
+        """
+        with self._lock:
+            for edit in edits:
+                self._check_edit(edit)
+            before = self._edits
+            self._edits = (*before, *edits)
+            try:
+                yield self
+            finally:
+                self._edits = before
+
+    def _check_edit(self, edit: Any) -> None:
+        if not isinstance(getattr(edit, "hook_name", None), str) or not callable(getattr(edit, "apply", None)):
+            raise ValueError(
+                f"steer got {edit!r}; an edit has a hook_name and apply(x, positions). Try `feature * 2.0`."
+            )
+        if edit.hook_name not in self._sites:
+            raise unknown_hook(edit.hook_name, self.hook_names, f"what can be edited in {self.name}")
+        width, d_in = getattr(edit, "d_in", None), self.d_in(edit.hook_name)
+        if width is not None and width != d_in:
+            raise ValueError(
+                f"The edit is made for activations of width {width}, but {edit.hook_name} of {self.name} has width "
+                f"{d_in}. Use an SAE or vector that belongs to this hook."
+            )
+
+    def generate(self, prompt: Prompt, max_new_tokens: int = 40, temperature: float = 0.0, seed: int = 0) -> str:
+        """The prompt and what the model writes after it, until EOS or `max_new_tokens`.
+
+        Temperature 0 takes the most likely token. On one seed every run draws the same random numbers, steered or not.
+        """
+        generation = self.generate_ids(prompt, max_new_tokens, temperature, seed)
+        start, whole = (
+            self.tokenizer.decode(ids, skip_special_tokens=True)
+            for ids in (generation.ids[: generation.n_prompt], generation.ids)
+        )
+        return (prompt if isinstance(prompt, str) else start) + whole[len(start) :]
+
+    def generate_ids(
+        self,
+        prompt: Prompt,
+        max_new_tokens: int = 40,
+        temperature: float = 0.0,
+        seed: int = 0,
+        keep_logits: bool = False,
+    ) -> Generation:
+        """`generate` as token ids, with the logits of each step on request. Active edits are honoured."""
+        ids = self.to_ids(prompt).to(self.device)
+        check_generation(ids, max_new_tokens, temperature, self.max_ctx, self.name)
+        with self._lock, torch.inference_mode():
+            return sample(self._step, ids, max_new_tokens, temperature, seed, self._stop_ids, keep_logits)
+
+    @cached_property
+    def _stop_ids(self) -> set[int]:
+        more = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        listed = more if isinstance(more, (list, tuple)) else [more]
+        return {token for token in (self.eos_id, *listed) if token is not None}
+
+    @cached_property
+    def _last_only(self) -> dict[str, int]:
+        known = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        return {"logits_to_keep": 1} if known else {}
+
+    def _step(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        """Logits after the last of `ids`; with a KV cache only the new tokens run. A bridge runs them all."""
+        past = 0 if cache is None else cache.get_seq_length()
+        with tapped(self._sites, self._edits, _positions(ids)[:, past:]):
+            if self._is_bridge:
+                return self.model(ids, return_type="logits")[0, -1], None
+            output = self.model(input_ids=ids[:, past:], past_key_values=cache, use_cache=True, **self._last_only)
+            return output.logits[0, -1], output.past_key_values
+        raise AssertionError("no capture can cut a generation step")
+
+    def logit_weights(self) -> Float[Tensor, "vocab d_model"]:
+        """Unembedding in fp32, final norm's gain and centring folded in: `weights @ direction` ranks the tokens."""
+        return logit_weights(self.model)
+
+
+def _positions(ids: Int[Tensor, "batch seq"]) -> Int[Tensor, "batch seq"]:
+    return torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)

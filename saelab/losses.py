@@ -1,0 +1,52 @@
+"""Losses and small measures as pure functions of tensors, one signature each; nothing here knows an SAE class."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def fvu(x: Float[Tensor, "batch d_in"], x_hat: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
+    """Fraction of variance unexplained in this batch: `sum |x - x_hat|^2 / sum |x - mean(x)|^2`.
+
+    The denominator carries no gradient to a constant batch: it is floored at the smallest normal number.
+    """
+    total = (x - x.mean(0)).pow(2).sum()
+    return (x - x_hat).pow(2).sum() / total.clamp_min(torch.finfo(x.dtype).tiny)
+
+
+def sum_squared_error(x: Float[Tensor, "batch d_in"], x_hat: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
+    """Mean over tokens of the squared error summed over dimensions ("sum_mean")."""
+    return (x - x_hat).pow(2).sum(1).mean()
+
+
+def weighted_l1(
+    values: Float[Tensor, " nnz"], decoder_norms: Float[Tensor, " nnz"], batch: int
+) -> Float[Tensor, ""]:
+    """Mean over tokens of `sum_i |z_i| |d_i|` (Anthropic, April 2024 update): invariant under rescaling a feature."""
+    return (values.abs() * decoder_norms).sum() / max(batch, 1)
+
+
+def auxk(
+    x: Float[Tensor, "batch d_in"],
+    residual: Float[Tensor, "batch d_in"],
+    W_enc_dead: Float[Tensor, "n_dead d_in"],
+    b_enc_dead: Float[Tensor, " n_dead"],
+    W_dec_dead: Float[Tensor, "n_dead d_in"],
+    k_aux: int,
+) -> Float[Tensor, ""]:
+    """AuxK (Gao et al. 2024, Appendix A.2): the `k_aux` strongest dead features model the residual.
+
+    `MSE(e_hat, e) / MSE(mean(e), e)` with `e` the detached residual, `e_hat` decoded without bias from the ReLU of the
+    dead pre-activations of `x` (already centred by `b_dec`). Only the compacted dead rows are touched. 0 without dead
+    features; 1 means no better than the batch mean.
+    """
+    if W_enc_dead.shape[0] == 0 or residual.shape[0] == 0:
+        return residual.new_zeros(())
+    target = residual.detach()
+    pre_acts = torch.addmm(b_enc_dead, x, W_enc_dead.T)  # (batch, n_dead)
+    if k_aux < pre_acts.shape[1]:
+        top = pre_acts.topk(k_aux, dim=1)
+        pre_acts = torch.zeros_like(pre_acts).scatter(1, top.indices, top.values)
+    return fvu(target, pre_acts.relu() @ W_dec_dead)

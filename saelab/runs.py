@@ -1,0 +1,43 @@
+"""The layout of a RUN folder: `cache/`, `features/`, `report.json` and `sae/`, or several `sae-NAME/` with the like."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from saelab.errors import SaelabError
+
+
+class SaeRun(NamedTuple):
+    """One SAE of a RUN and where its results go."""
+
+    name: str
+    """"sae", or "sae-NAME"."""
+    sae_dir: Path
+    features_dir: Path
+    report_path: Path
+
+
+def sae_run(sae_dir: str | Path) -> SaeRun:
+    """The results that belong to one SAE folder: `sae-x` has `features-x` and `report-x.json` beside it."""
+    sae_dir = Path(sae_dir)
+    suffix = sae_dir.name.removeprefix("sae")
+    return SaeRun(
+        sae_dir.name, sae_dir, sae_dir.parent / f"features{suffix}", sae_dir.parent / f"report{suffix}.json"
+    )
+
+
+def find_saes(run: str | Path) -> list[SaeRun]:
+    """The SAEs of a RUN, or the one when `run` is an SAE folder. Raises `SaelabError` when there is none."""
+    run = Path(run)
+    if (run / "sae.json").exists():
+        return [sae_run(run)]
+    found = sorted(entry for entry in run.glob("sae*") if _is_sae(entry)) if run.is_dir() else []
+    if not found:
+        raise SaelabError(f"{run} holds no SAE: give a RUN folder (with sae/ or sae-NAME/ in it) or one SAE folder.")
+    return [sae_run(entry) for entry in found]
+
+
+def _is_sae(entry: Path) -> bool:
+    named = entry.name == "sae" or entry.name.startswith("sae-")
+    return named and ((entry / "sae.json").exists() or (entry / "checkpoints").exists())

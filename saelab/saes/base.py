@@ -1,0 +1,146 @@
+"""What every sparse autoencoder of the family shares: weights, input normalisation, and the four things a variant may
+override: `encode`, `decode`, `loss`, `after_step`.
+
+`x_norm = (x - center) * scale`, codes come from `x_norm`, and `decode` maps back to raw units.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from saelab.kernels.decode import decode
+from saelab.kernels.sparse_acts import SparseActs
+
+NORMALIZATIONS = ("center_and_scale", "scale", "none")
+
+
+class SAEOutput(NamedTuple):
+    """What `sae(x)` returns."""
+
+    x_hat: Tensor
+    """(batch, d_in) reconstruction in the units of `x`."""
+    acts: SparseActs
+    """The codes it was decoded from."""
+
+
+class Batch(NamedTuple):
+    """What a training step sees: `y` is `x` unless the SAE predicts another site."""
+
+    x: Tensor
+    y: Tensor
+
+
+class StepInfo(NamedTuple):
+    """What a loss may know about the run."""
+
+    dead: Bool[Tensor, " d_sae"]
+    """Features silent for longer than `TrainConfig.dead_after_tokens`."""
+    step: int
+    n_steps: int
+
+
+class Loss(NamedTuple):
+    """What `sae.loss` returns."""
+
+    total: Tensor
+    output: SAEOutput
+    terms: dict[str, Tensor]
+    """Named parts of the total, for the log."""
+
+
+class SAE(nn.Module):
+    """A sparse autoencoder. `W_enc` and `W_dec` are both `(d_sae, d_in)`: one feature, one row."""
+
+    variant: ClassVar[str]
+    Config: ClassVar[type]
+    unit_norm: ClassVar[bool] = True
+    """Whether decoder rows are kept at norm 1 (then training projects their gradient)."""
+    base_lr: ClassVar[float] = 3e-3
+    """Adam's learning rate at d_sae 4096 when `TrainConfig.lr` is None; scaled by sqrt(4096 / d_sae)."""
+
+    def __init__(self, config: Any, d_in: int, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.d_in, self.d_sae = d_in, int(config.d_sae)
+        rows = torch.randn(self.d_sae, d_in, generator=torch.Generator().manual_seed(seed))
+        rows /= rows.norm(dim=1, keepdim=True)
+        self.W_enc, self.W_dec = nn.Parameter(rows.clone()), nn.Parameter(rows)  # (d_sae, d_in)
+        self.b_enc, self.b_dec = nn.Parameter(torch.zeros(self.d_sae)), nn.Parameter(torch.zeros(d_in))
+        self.center: Tensor
+        self.scale: Tensor
+        self.register_buffer("center", torch.zeros(d_in))
+        self.register_buffer("scale", torch.ones(()))
+        self.origin: dict[str, Any] = {}
+        self.train_documents = torch.zeros(0, dtype=torch.int64)
+        self.trained: dict[str, Any] = {}
+        """How it was trained: config, tokens, last metrics, environment."""
+        self.folder: Path | None = None
+
+    def set_normalization(self, mean: Float[Tensor, " d_in"], mean_square: float) -> None:
+        """Fix the input normalisation from the data's mean and mean squared norm, as `config.normalize` says.
+
+        "center_and_scale": subtract the mean, scale to root-mean-square norm sqrt(d_in); "scale": scale only.
+        """
+        kind = self.config.normalize
+        if kind == "none":
+            return
+        if kind == "center_and_scale":
+            self.center.copy_(mean)
+            mean_square -= float(mean.double().square().sum())
+        self.scale.fill_(math.sqrt(self.d_in / max(mean_square, 1e-30)))
+
+    def normalize(self, x: Float[Tensor, "..."]) -> Float[Tensor, "batch d_in"]:
+        """Raw activations to the units the weights live in. Raises `ValueError` on another width."""
+        if x.ndim != 2 or x.shape[1] != self.d_in:
+            raise ValueError(
+                f"This SAE reads activations of width d_in={self.d_in}, got a tensor of shape {tuple(x.shape)}; "
+                "give (n_tokens, d_in) from the hook it was trained on."
+            )
+        return (x.to(self.W_enc.dtype) - self.center) * self.scale
+
+    def encode(self, x: Float[Tensor, "..."]) -> SparseActs:
+        """Codes of raw activations `x (batch, d_in)`."""
+        raise NotImplementedError
+
+    def decode(self, acts: SparseActs) -> Float[Tensor, "batch d_in"]:
+        """Reconstruction in raw units, `(batch, d_in)`."""
+        return decode(acts, self.W_dec, self.b_dec) / self.scale + self.center
+
+    def forward(self, x: Float[Tensor, "..."]) -> SAEOutput:
+        """Encode and decode; `forward(x) == decode(encode(x))` always."""
+        acts = self.encode(x)
+        return SAEOutput(self.decode(acts), acts)
+
+    def loss(self, batch: Batch, info: StepInfo) -> Loss:
+        """The training loss of one batch."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """After each optimiser step: decoder rows back to unit norm, where the variant keeps them there."""
+        if self.unit_norm:
+            self.W_dec /= self.W_dec.norm(dim=1, keepdim=True).clamp_min(torch.finfo(self.W_dec.dtype).eps)
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over names, shapes and bytes of the weights."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def check_config(config: Any) -> None:
+    """Bounds that every config shares. Raises `ValueError` with the value and the fix."""
+    if config.d_sae < 1:
+        raise ValueError(f"d_sae={config.d_sae} must be at least 1.")
+    if config.normalize not in NORMALIZATIONS:
+        raise ValueError(f"normalize={config.normalize!r} must be one of {', '.join(NORMALIZATIONS)}.")

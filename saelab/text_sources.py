@@ -1,0 +1,150 @@
+"""Rows of text from files, memory and the Hugging Face hub. `tokens.load_texts` is the way in."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from saelab.files import sha256_file
+
+BUILT_IN = {"demo": "corpus.parquet", "concepts": "concepts.parquet"}
+TXT_DOCUMENT_CHARACTERS = 2_000
+TXT_LONGEST_CHARACTERS = 8_000
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows that can be read again: `rows(columns)` starts over, `columns=None` gives all of them."""
+
+    name: str
+    spec: dict[str, Any]
+    column: str
+    rows: Callable[[list[str] | None], Iterator[Row]]
+    content_hash: Callable[[], str]
+
+
+def open_source(source: Any, column: str, open_hub: Callable[[str], Source]) -> Source:
+    """Find out what `source` is and open it, a dataset id by `open_hub`. Raises `ValueError` naming it and the fix."""
+    if isinstance(source, str) and source in BUILT_IN:
+        return _built_in(source, column)
+    if isinstance(source, Path) or (isinstance(source, str) and _is_file_name(source)):
+        return _file(Path(source), column)
+    if isinstance(source, str):
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
+            raise ValueError(
+                f"{source[:80]!r} is no file here and no Hugging Face dataset id. Give one of these, "
+                f"or 'demo', 'concepts'; to use it as the text itself, put it in a list."
+            )
+        return open_hub(source)
+    if not isinstance(source, Iterable):
+        raise ValueError(f"{source!r} is no source of texts: give a file, a dataset id or an iterable of strings.")
+    return _memory(source, column)
+
+
+def open_named(source: str, column: str) -> Source:
+    """Open a built-in corpus or a file, as a `spec` names it."""
+    return _built_in(source, column) if source in BUILT_IN else _file(Path(source), column)
+
+
+def _is_file_name(source: str) -> bool:
+    return Path(source).suffix.lower() in _READERS or Path(source).exists()
+
+
+def _built_in(name: str, column: str) -> Source:
+    # Editable installs, wheels and checkouts all keep package data as plain files.
+    path = Path(str(resources.files("saelab") / "data" / BUILT_IN[name]))
+    return Source(
+        name, {"source": name, "column": column}, column, lambda c: _parquet(path, c), lambda: sha256_file(path)
+    )
+
+
+def _file(path: Path, column: str) -> Source:
+    if not path.exists():
+        raise ValueError(f"{str(path)!r} does not exist: give the path of a text file, or a Hugging Face dataset id.")
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None or path.is_dir():
+        what = "a folder" if path.is_dir() else f"a {path.suffix or 'nameless'} file"
+        raise ValueError(f"{str(path)!r} is {what}; texts are read from {', '.join(_READERS)} files.")
+    path = path.resolve()
+    column = "text" if path.suffix.lower() == ".txt" else column
+    spec = {"source": str(path), "column": column}
+    return Source(path.name, spec, column, lambda columns: reader(path, columns), lambda: sha256_file(path))
+
+
+def _parquet(path: Path, columns: list[str] | None) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{str(path)!r} is no Parquet file ({error}).") from error
+    with file:
+        for batch in file.iter_batches(batch_size=256, columns=columns):
+            yield from batch.to_pylist()
+
+
+def _jsonl(path: Path, columns: list[str] | None) -> Iterator[Row]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"{str(path)!r} line {number} is not JSON ({error}): give one object a line."
+                ) from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{str(path)!r} line {number} holds a {type(row).__name__}, not an object {{...}}.")
+            yield row
+
+
+def _csv(path: Path, columns: list[str] | None) -> Iterator[Row]:
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default refuses documents over 128 KB
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        yield from csv.DictReader(file)
+
+
+def _txt(path: Path, columns: list[str] | None) -> Iterator[Row]:
+    lines: list[str] = []
+    characters = 0
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            lines.append(line)
+            characters += len(line)
+            at_blank_line = not line.strip() and characters >= TXT_DOCUMENT_CHARACTERS
+            if at_blank_line or characters >= TXT_LONGEST_CHARACTERS:
+                yield {"text": "".join(lines).strip()}
+                lines, characters = [], 0
+    yield {"text": "".join(lines).strip()}
+
+
+_READERS: dict[str, Callable[[Path, list[str] | None], Iterator[Row]]] = {
+    ".parquet": _parquet,
+    ".jsonl": _jsonl,
+    ".csv": _csv,
+    ".txt": _txt,
+}
+
+
+def _memory(items: Iterable[Any], column: str) -> Source:
+    values = list(items)  # a generator can be read once only
+    digest = hashlib.sha256()
+    for value in values:
+        text = value if isinstance(value, str) else json.dumps(value, default=repr)
+        encoded = text.encode("utf-8", "surrogatepass")
+        digest.update(len(encoded).to_bytes(8, "big") + encoded)
+    spec = {"source": "strings", "sha256": digest.hexdigest(), "column": column, "n": len(values)}
+    name = f"{len(values)} string{'' if len(values) == 1 else 's'} in memory"
+    return Source(name, spec, column, lambda _: ({column: value} for value in values), digest.hexdigest)

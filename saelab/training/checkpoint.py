@@ -1,0 +1,75 @@
+"""Checkpoints: everything a run needs to go on exactly, in one safetensors file, written whole or not at all."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from saelab.errors import TrainingError
+from saelab.files import atomic_save_safetensors, atomic_write_json, read_json
+from saelab.saes import SAE
+from saelab.training.dead_features import DeadFeatures
+
+KEEP = 2
+_NAME = re.compile(r"step-(\d{8})\.safetensors")
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint taken before step `step` lives."""
+    return folder / "checkpoints" / f"step-{step:08d}.safetensors"
+
+
+def list_checkpoints(folder: Path) -> list[int]:
+    """Steps that have a checkpoint, ascending."""
+    found = (_NAME.fullmatch(entry.name) for entry in (folder / "checkpoints").glob("step-*.safetensors"))
+    return sorted(int(match[1]) for match in found if match)
+
+
+def save_checkpoint(folder: Path, step: int, sae: SAE, adam: torch.optim.Adam, dead: DeadFeatures) -> None:
+    """Write the state before step `step`; the newest two are kept."""
+    tensors: dict[str, Tensor] = {f"sae.{name}": value for name, value in sae.state_dict().items()}
+    for index, moments in adam.state_dict()["state"].items():
+        tensors |= {f"adam.{index}.{name}": value for name, value in moments.items()}
+    tensors["tokens_since_fired"] = dead.tokens_since_fired
+    atomic_save_safetensors(checkpoint_path(folder, step), tensors)
+    for old in list_checkpoints(folder)[:-KEEP]:
+        checkpoint_path(folder, old).unlink(missing_ok=True)
+
+
+def load_checkpoint(folder: Path, sae: SAE, adam: torch.optim.Adam, dead: DeadFeatures) -> int:
+    """Restore the newest readable checkpoint in place; gives the step to go on with, 0 when there is none."""
+    for step in reversed(list_checkpoints(folder)):
+        try:
+            tensors = load_file(checkpoint_path(folder, step))
+        except (SafetensorError, OSError):
+            continue  # damaged from outside: the one before it is whole
+        sae.load_state_dict({n.removeprefix("sae."): t for n, t in tensors.items() if n.startswith("sae.")})
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("adam."):
+                _, index, moment = name.split(".")
+                state.setdefault(int(index), {})[moment] = tensor
+        adam.load_state_dict({"state": state, "param_groups": adam.state_dict()["param_groups"]})
+        dead.tokens_since_fired.copy_(tensors["tokens_since_fired"])
+        return step
+    return 0
+
+
+def claim_run(folder: Path, arguments: Mapping[str, Any]) -> None:
+    """Note what this run is in `checkpoints/run.json`; a folder of another run is refused, naming the difference."""
+    path = folder / "checkpoints" / "run.json"
+    if not path.exists():
+        atomic_write_json(path, dict(arguments))
+        return
+    before = read_json(path)
+    different = [key for key in arguments if before.get(key) != arguments[key]]
+    if different:
+        changes = "; ".join(f"{key}: {before.get(key)} there, {arguments[key]} here" for key in different)
+        raise TrainingError(f"{folder} holds another run ({changes}). Use the same arguments to go on, or another out_dir.")

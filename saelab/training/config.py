@@ -1,0 +1,63 @@
+"""`TrainConfig`: how long, how fast, how often to save. What belongs to one SAE stands in that SAE's own config."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run; every SAE in it sees the same batches."""
+
+    n_tokens: int
+    """Training tokens (rows), repeated from the data as needed."""
+    batch_size: int = 2048
+    """Rows per optimiser step."""
+    lr: float | None = None
+    """Adam's peak learning rate; None is the variant's own (TopK: 3e-3 * sqrt(4096 / d_sae))."""
+    seed: int = 0
+    """Seed of the initial weights and of the order of batches."""
+    warmup_steps: int = 50
+    """Steps of linear warm-up."""
+    decay_fraction: float = 0.2
+    """Share of the run, at its end, over which the rate falls linearly to 0."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm, after the decoder projection."""
+    dead_after_tokens: int | None = None
+    """A feature silent for this many training tokens counts as dead; None is 50,000 in runs under 10M tokens, else 10M."""
+    checkpoint_every: int = 250
+    """Steps between checkpoints; 0 writes none."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    grad_accumulation: int = 1
+    """Parts a batch is cut into, one after another, to save memory."""
+    device: str | None = None
+    """"cpu", "cuda", ...; None takes a GPU when there is one."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("log_every", 1), ("grad_accumulation", 1), ("checkpoint_every", 0), ("warmup_steps", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}.")
+        if self.n_tokens < self.batch_size:
+            raise ValueError(
+                f"n_tokens={self.n_tokens} is less than one batch of {self.batch_size}; raise n_tokens or lower batch_size."
+            )
+        if self.lr is not None and not (self.lr > 0 and math.isfinite(self.lr)):
+            raise ValueError(f"lr={self.lr} must be a positive number, or None for the variant's own.")
+        if not 0 <= self.decay_fraction <= 1:
+            raise ValueError(f"decay_fraction={self.decay_fraction} is a share of the run: give 0 to 1.")
+        if not self.clip_norm > 0:
+            raise ValueError(f"clip_norm={self.clip_norm} must be positive; float('inf') turns clipping off.")
+
+    @property
+    def n_steps(self) -> int:
+        """Whole batches in `n_tokens`."""
+        return self.n_tokens // self.batch_size
+
+    @property
+    def dead_window(self) -> int:
+        """`dead_after_tokens` with its default filled in."""
+        if self.dead_after_tokens is not None:
+            return self.dead_after_tokens
+        return 50_000 if self.n_tokens < 10_000_000 else 10_000_000

@@ -1,0 +1,102 @@
+"""`saelab.train`: one SAE or several on one stream of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from saelab.errors import TrainingError
+from saelab.saes import SAE
+from saelab.training.config import TrainConfig
+from saelab.training.data import DataSource, open_data
+from saelab.training.run import Run, variant_of
+
+
+def train(
+    config: Any,
+    data: Any,
+    train_config: TrainConfig,
+    out_dir: str | Path | None = None,
+    *,
+    hook_name: str | None = None,
+    progress: bool = True,
+    wandb_project: str | None = None,
+) -> SAE | list[SAE]:
+    """Train the SAE of `config`, or one for each config of a list, side by side on the same batches.
+
+    `data` is a cache, a cache's path, a tensor `(n, d_in)` (shuffled, repeated as needed) or an iterator of such tensors;
+    `hook_name` chooses among a cache's hooks. `out_dir` is the SAE's folder (for a list: the RUN folder, in which each gets
+    `sae-NAME/`); without it nothing is written. The same call again goes on where it stopped, bit for bit, and returns at
+    once when finished.
+
+    Raises `ValueError` for bad arguments, `TrainingError` when activations or loss stop being finite or when `out_dir`
+    holds another run.
+    """
+    configs = list(config) if isinstance(config, Sequence) else [config]
+    if not configs:
+        raise ValueError("The list of SAE configs is empty; give at least one.")
+    source = open_data(data, hook_name, train_config.batch_size)
+    folders = _folders(configs, out_dir, isinstance(config, Sequence))
+    runs = [
+        Run(one, source, train_config, folder, wandb_project) for one, folder in zip(configs, folders, strict=True)
+    ]
+    _train_all([run for run in runs if not run.finished], source, train_config, progress)
+    saes = [run.sae for run in runs]
+    return saes if isinstance(config, Sequence) else saes[0]
+
+
+def _train_all(runs: list[Run], source: DataSource, config: TrainConfig, progress: bool) -> None:
+    """Feed every unfinished run from the earliest step any of them needs."""
+    if not runs:
+        return
+    first = min(run.step for run in runs)
+    batches = source.batches(config.batch_size, config.seed, first)
+    with tqdm(total=config.n_steps, initial=first, desc="Training", unit="step", disable=not progress) as bar:
+        rows: Tensor | None = None
+        for step in range(first, config.n_steps):
+            rows = next(batches, None)
+            if rows is None:
+                raise TrainingError(
+                    f"The data ended after {step * config.batch_size} of {config.n_tokens} tokens; give more or lower n_tokens."
+                )
+            for run in runs:
+                if run.step == step:
+                    run.train_on(rows)
+            bar.update()
+            if step % config.log_every == 0:
+                bar.set_postfix_str(_summary(runs, bar, config.batch_size), refresh=False)
+        assert rows is not None
+        for run in runs:
+            run.finish(rows)
+
+
+def _summary(runs: list[Run], bar: Any, batch_size: int) -> str:
+    """FVU, L0 and dead share of each SAE, and the common speed."""
+
+    def each(key: str, form: str) -> str:
+        return "/".join(form.format(run.last.get(key, float("nan"))) for run in runs)
+
+    rate = (bar.format_dict["rate"] or 0) * batch_size
+    return (
+        f"fvu {each('fvu', '{:.3f}')}, l0 {each('l0', '{:.1f}')}, "
+        f"dead {each('dead_fraction_train', '{:.1%}')}, {rate:,.0f} tokens/s"
+    )
+
+
+def _folders(configs: list[Any], out_dir: str | Path | None, several: bool) -> list[Path | None]:
+    """One folder a config: `out_dir` itself, or `out_dir/sae-VARIANT-D_SAE[-kK]` for each of a list."""
+    if out_dir is None:
+        return [None] * len(configs)
+    if not several:
+        return [Path(out_dir)]
+    names: list[str] = []
+    for config in configs:
+        name = f"sae-{variant_of(config).variant}-{config.d_sae}"
+        name += f"-k{config.k}" if hasattr(config, "k") else ""
+        same = sum(other == name or other.startswith(f"{name}--") for other in names)
+        names.append(f"{name}--{same + 1}" if same else name)
+    return [Path(out_dir) / name for name in names]

@@ -1,0 +1,161 @@
+"""One SAE in training: its optimiser, its dead-feature counters, its log, its folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import platform
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saelab.errors import TrainingError
+from saelab.files import claim_folder
+from saelab.io import load_sae, save_sae
+from saelab.losses import fvu
+from saelab.saes import SAE, VARIANTS, Batch, StepInfo
+from saelab.training.checkpoint import checkpoint_path, claim_run, load_checkpoint, save_checkpoint
+from saelab.training.config import TrainConfig
+from saelab.training.data import DataSource
+from saelab.training.dead_features import DeadFeatures
+from saelab.training.metrics_log import MetricsLog
+from saelab.training.optimizer import apply_step, build_adam, learning_rate
+
+
+def variant_of(config: Any) -> type[SAE]:
+    """The SAE class of a config. Raises `ValueError` for anything that is not one."""
+    for cls in VARIANTS.values():
+        if type(config) is cls.Config:
+            return cls
+    known = ", ".join(cls.Config.__name__ for cls in VARIANTS.values())
+    raise ValueError(f"{config!r} is not an SAE config; give one of {known} (saelab.saes).")
+
+
+class Run:
+    """Call `train_on(batch)` once a step; `finish(batch)` when `step` reaches `config.n_steps`."""
+
+    def __init__(
+        self, config: Any, source: DataSource, train: TrainConfig, folder: Path | None, wandb_project: str | None
+    ) -> None:
+        self.config, self.train, self.folder = train, train, folder
+        self.device = torch.device(train.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.sae = variant_of(config)(config, source.d_in, seed=train.seed)
+        self.sae.set_normalization(source.mean, source.mean_square)
+        self.sae.origin, self.sae.train_documents = source.origin, source.documents
+        self.sae.to(self.device)
+        self.adam = build_adam(self.sae)
+        self.dead = DeadFeatures(self.sae.d_sae, train.dead_window, self.device)
+        self.step = 0
+        self.last: dict[str, Any] = {}
+        self._clock = time.perf_counter()
+        self.finished = self._continue(config, source)
+        self.log = MetricsLog(folder, self.step, wandb_project) if not self.finished else None
+
+    def _continue(self, config: Any, source: DataSource) -> bool:
+        """Take up what the folder holds; True when the run had already ended."""
+        if self.folder is None:
+            return False
+        claim_folder(self.folder, "checkpoints", "SAE")
+        train = {key: str(value) for key, value in dataclasses.asdict(self.train).items()}
+        claim_run(
+            self.folder,
+            {"variant": self.sae.variant, "config": dataclasses.asdict(config), "train": train}
+            | {"data": source.fingerprint, "d_in": source.d_in},
+        )
+        if (self.folder / "sae.json").exists():
+            self.sae = load_sae(self.folder)
+            self.step = self.train.n_steps
+            return True
+        self.step = load_checkpoint(self.folder, self.sae, self.adam, self.dead)
+        return False
+
+    def train_on(self, rows: Tensor) -> None:
+        """One optimiser step. Raises `TrainingError` on NaN or infinite rows, loss or gradient; the last checkpoint stays."""
+        rows = rows.to(self.device)
+        info = StepInfo(self.dead.dead, self.step, self.train.n_steps)
+        logged = self.step % self.train.log_every == 0 or self.step == self.train.n_steps - 1
+        sums: dict[str, Any] = {}
+        for part in rows.chunk(self.train.grad_accumulation):
+            share = len(part) / len(rows)
+            loss = self.sae.loss(Batch(part, part), info)
+            (loss.total * share).backward()
+            self.dead.update(loss.output.acts)
+            values = {"loss": loss.total.item(), "l0": loss.output.acts.nnz / len(part)}
+            if logged:
+                values |= {name: term.item() for name, term in loss.terms.items()}
+                values["fvu"] = float(fvu(part, loss.output.x_hat.detach()))
+            for name, value in values.items():
+                sums[name] = sums.get(name, 0.0) + share * value
+        lr = learning_rate(self.train, self.sae.base_lr, self.sae.d_sae, self.step)
+        sums["grad_norm"] = apply_step(self.sae, self.adam, lr, self.train.clip_norm)
+        if not (math.isfinite(sums["loss"]) and math.isfinite(sums["grad_norm"])):
+            raise TrainingError(self._explain(rows))
+        self.step += 1
+        if logged:
+            self._write_log(sums, lr)
+        if self.train.checkpoint_every and self.step % self.train.checkpoint_every == 0 < self.train.n_steps - self.step:
+            self.checkpoint()
+
+    def checkpoint(self) -> None:
+        """Write the state before the next step, where the run has a folder."""
+        if self.folder is not None:
+            save_checkpoint(self.folder, self.step, self.sae, self.adam, self.dead)
+
+    def finish(self, rows: Tensor) -> SAE:
+        """Save the trained SAE with golden inputs taken from `rows`."""
+        if self.log is not None:
+            self.log.close()
+        self.sae.trained = {
+            "train": {key: str(value) for key, value in dataclasses.asdict(self.train).items()},
+            "n_tokens": self.train.n_steps * self.train.batch_size,
+            "metrics": self.last,
+        } | environment(self.device)
+        self.sae.eval()
+        if self.folder is not None:
+            save_sae(self.sae, self.folder, golden_inputs=rows)
+        self.finished = True
+        return self.sae
+
+    def _write_log(self, sums: dict[str, Any], lr: float) -> None:
+        now = time.perf_counter()
+        rate = self.train.log_every * self.train.batch_size / max(now - self._clock, 1e-9)
+        self._clock = now
+        dead = float(self.dead.dead.float().mean())
+        tokens = self.step * self.train.batch_size
+        self.last = {"step": self.step - 1, "tokens": tokens, **sums, "dead_fraction_train": dead, "lr": lr}
+        if self.log is not None:
+            self.log.write(self.last | {"tokens_per_second": round(rate, 1)})
+
+    def _explain(self, rows: Tensor) -> str:
+        bad = int((~rows.isfinite()).any(1).sum())
+        cause = (
+            f"{bad} of {len(rows)} activations in batch {self.step} are NaN or infinite; harvest them anew"
+            if bad
+            else f"the loss of batch {self.step} is not finite though its activations are; lower lr"
+        )
+        kept = "nothing was saved yet"
+        if self.folder is not None and checkpoint_path(self.folder, 0).parent.exists():
+            kept = f"the last checkpoint in {self.folder / 'checkpoints'} is intact"
+        return f"Training stopped at step {self.step}: {cause}; {kept}."
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """The four things beside seed and data that decide the bits of a run."""
+    return {
+        "torch": torch.__version__,
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "backend": platform.machine(),
+    }
+
+
+def warn_if_elsewhere(before: dict[str, Any], device: torch.device) -> None:
+    """Warn when a run goes on under another torch, device or thread count: its bits may then differ."""
+    now = environment(device)
+    different = [f"{key} {before[key]} -> {now[key]}" for key in now if key in before and before[key] != now[key]]
+    if different:
+        warnings.warn(f"This run goes on under other conditions ({', '.join(different)}): bits may differ.", stacklevel=3)

@@ -1,0 +1,72 @@
+"""`decode`, `weight_gradients` and `sampled_product` against their dense references."""
+
+import pytest
+import torch
+
+from saelab.kernels.decode import decode
+from saelab.kernels.reference.decode import decode as decode_reference
+from saelab.kernels.reference.sampled_product import sampled_product as sampled_reference
+from saelab.kernels.reference.weight_gradients import weight_gradients as weight_reference
+from saelab.kernels.sampled_product import sampled_product
+from saelab.kernels.sparse_acts import SparseActs
+from saelab.kernels.weight_gradients import bias_gradient, weight_gradients
+
+
+def codes(batch, d_sae, share=0.3, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(batch + d_sae)
+    dense = torch.randn(batch, d_sae, generator=generator, dtype=dtype)
+    return dense * (torch.rand(batch, d_sae, generator=generator) < share)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(("batch", "d_sae", "d_in"), [(1, 1, 1), (6, 11, 5), (0, 7, 3), (40, 131, 24)])
+def test_forward_and_gradients(batch, d_sae, d_in, share):
+    dense = codes(batch, d_sae, share)
+    W_dec, b_dec = codes(d_sae, d_in, 1.0), torch.linspace(-1, 1, d_in, dtype=torch.float64)
+    g = codes(batch, d_in, 1.0)
+    ours, theirs = [(dense.clone().requires_grad_(), W_dec.clone().requires_grad_(), b_dec.clone().requires_grad_()) for _ in "ab"]
+    got = decode(SparseActs.from_dense(ours[0]), *ours[1:])
+    want = decode_reference(*theirs)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    got.backward(g)
+    want.backward(g)
+    fires = dense != 0
+    torch.testing.assert_close(ours[0].grad, theirs[0].grad * fires, rtol=1e-12, atol=1e-12)
+    for a, b in zip(ours[1:], theirs[1:], strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_gradcheck():
+    acts = SparseActs.from_dense(codes(5, 7))
+    W_dec = codes(7, 3, 1.0).requires_grad_()
+    values = acts.values.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda v, W: decode(acts.with_values(v), W), (values, W_dec))
+
+
+def test_a_feature_that_fires_on_every_token():
+    dense = torch.zeros(50, 9, dtype=torch.float64)
+    dense[:, 4] = torch.arange(1, 51)
+    g = codes(50, 3, 1.0)
+    got = weight_gradients(SparseActs.from_dense(dense), SparseActs.from_dense(dense).values, g)
+    torch.testing.assert_close(got, weight_reference(dense, g))
+
+
+def test_bias_gradient_sums_by_feature():
+    dense = codes(12, 6)
+    acts = SparseActs.from_dense(dense)
+    torch.testing.assert_close(bias_gradient(acts, acts.values), dense.sum(0))
+
+
+def test_sampled_product():
+    x, W = codes(8, 5, 1.0), codes(13, 5, 1.0)
+    acts = SparseActs.from_dense(codes(8, 13))
+    got = sampled_product(x, W, acts.features, acts.offsets)
+    torch.testing.assert_close(got, sampled_reference(x, W, acts.rows, acts.features))
+
+
+def test_bits_repeat():
+    acts, W_dec, g = SparseActs.from_dense(codes(500, 300).float()), codes(300, 64, 1.0).float(), codes(500, 64, 1.0).float()
+    assert torch.equal(decode(acts, W_dec), decode(acts, W_dec))
+    assert torch.equal(weight_gradients(acts, acts.values, g), weight_gradients(acts, acts.values, g))
+    alone = decode(acts.select_rows(torch.tensor([123])), W_dec)
+    assert torch.equal(alone[0], decode(acts, W_dec)[123])

@@ -1,0 +1,237 @@
+"""The house keeps its shape: links, packages, layers, sizes, banned imports, public names."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PACKAGE_DIR = SETTINGS["tool"]["setuptools"]["package-dir"]
+LINKS = {"saelab/" + name.removeprefix("saelab."): folder for name, folder in PACKAGE_DIR.items() if "." in name}
+
+# Who may import whom: a unit imports its own layer and those after it. Every unit may import errors and files.
+LAYERS = [
+    {"app", "cli", "presets", "demo"},
+    {"features", "training", "evaluation", "interop", "runs"},
+    {"steering"},
+    {"activation_cache", "io"},
+    {"saes", "losses", "models", "language_model", "model_hash", "smollm2", "hooks", "prompts", "sampling"}
+    | {"tokens", "text_sources", "masking"},
+    {"kernels"},
+    {"errors", "files"},
+]
+# Which files may import a third-party module that is dear, or that only one part should know. None: no file.
+ONLY_IN = {
+    "transformers": r"saelab/models\w*\.py",
+    "transformer_lens": r"saelab/models\w*\.py",
+    "gguf": r"saelab/models\w*\.py",
+    "huggingface_hub": r"saelab/(models\w*|tokens)\.py",
+    "datasets": r"saelab/tokens\.py",
+    "streamlit": r"app/.*",
+    "triton": r"kernels/.*",
+    "wandb": r"saelab/training/.*",
+    "kernels": None,
+    "tests": None,
+    "pickle": None,
+    "cloudpickle": None,
+    "dill": None,
+    "joblib": None,
+}
+PUBLIC = {
+    "load_model",
+    "load_texts",
+    "load_sae",
+    "load_features",
+    "harvest",
+    "train",
+    "evaluate",
+    "collect_features",
+    "TrainConfig",
+    "saes",
+    "steering",
+    "VARIANTS",
+    "__version__",
+}
+PUBLIC_NAMES = PUBLIC - {"saes", "steering"} | {""}  # those that are no unit of the house; "" is `import saelab`
+
+
+def source_files() -> Iterator[Path]:
+    """Every Python file of the package, under its real folder (links are not followed)."""
+    for folder in ("saelab", *LINKS.values()):
+        for directory, _, names in os.walk(ROOT / folder):
+            yield from (Path(directory) / name for name in sorted(names) if name.endswith(".py"))
+
+
+def project_files() -> Iterator[Path]:
+    """Every text file that belongs to the project."""
+    ignored = {".git", ".venv", "build", "dist", "runs", "__pycache__", "node_modules"}
+    for directory, folders, names in os.walk(ROOT):
+        folders[:] = [f for f in folders if f not in ignored and not f.endswith(("egg-info", "_cache"))]
+        for name in names:
+            if not name.endswith((".parquet", ".png", ".safetensors", ".sqlite", ".pyc")):
+                yield Path(directory) / name
+
+
+def module_name(path: Path) -> str:
+    """The import name of a file: kernels/topk.py is saelab.kernels.topk."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    for link, folder in LINKS.items():
+        depth = len(Path(folder).parts)
+        if parts[:depth] == Path(folder).parts:
+            parts = (*Path(link).parts, *parts[depth:])
+    return ".".join(parts).removesuffix(".__init__")
+
+
+def imported_modules(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of every import in the file, at any depth; `from a import b` gives a.b."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import in line {node.lineno}"
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def unit_of(module: str) -> str:
+    """The part of the house a module belongs to: the first name after saelab. models_gguf belongs to models."""
+    name = (module.split(".") + [""])[1]
+    return "models" if name.startswith("models") else name
+
+
+def layer_of(unit: str) -> int:
+    for number, units in enumerate(LAYERS):
+        if unit in units:
+            return number
+    raise AssertionError(f"saelab/{unit} stands in no layer of tests/test_layout.py")
+
+
+SOURCES = {path.relative_to(ROOT).as_posix(): path for path in source_files()}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8"), filename=name) for name, path in SOURCES.items()}
+
+
+def test_links_are_relative_and_resolve():
+    assert set(LINKS) == {"saelab/kernels", "saelab/activation_cache", "saelab/app", "saelab/data"}
+    for link, folder in LINKS.items():
+        assert (ROOT / link).is_symlink(), f"{link} is no link: git config core.symlinks true, then check it out again"
+        assert (ROOT / link).readlink() == Path("..") / folder
+        assert (ROOT / link).resolve() == ROOT / folder
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
+def test_links_are_committed_as_links():
+    listed = subprocess.run(["git", "ls-files", "-s", *LINKS], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert {line.split("\t")[1]: line.split()[0] for line in listed.stdout.splitlines()} == dict.fromkeys(
+        LINKS, "120000"
+    )
+
+
+def test_every_folder_with_code_is_a_listed_package():
+    found = {".".join(module_name(path.parent / "__init__.py").split(".")) for path in SOURCES.values()}
+    listed = set(SETTINGS["tool"]["setuptools"]["packages"])
+    assert found <= listed, f"not in pyproject.toml, so not in the wheel: {found - listed}"
+
+
+def test_kernels_is_no_top_level_package():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if name != "saelab/__init__.py"])
+def test_imports_point_downward(name: str):
+    own = unit_of(module_name(SOURCES[name]))
+    for line, module in imported_modules(TREES[name]):
+        if module.split(".")[0] != "saelab":
+            continue
+        unit = unit_of(module)
+        if unit in PUBLIC_NAMES:  # import saelab; from saelab import train
+            assert layer_of(own) == 0, f"{name}:{line} imports the public names of saelab, which is for app and cli"
+            continue
+        assert layer_of(own) <= layer_of(unit), f"{name}:{line}: {own} may not import {unit}"
+
+
+def test_no_two_units_import_each_other():
+    graph: dict[str, set[str]] = {}
+    for name, tree in TREES.items():
+        own = unit_of(module_name(SOURCES[name]))
+        if name != "saelab/__init__.py":
+            modules = [module for _, module in imported_modules(_at_run_time(tree)) if module.startswith("saelab.")]
+            graph.setdefault(own, set()).update({unit_of(module) for module in modules} - PUBLIC_NAMES - {own})
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, naming the cycle
+
+
+def _at_run_time(tree: ast.Module) -> ast.Module:
+    """The file without its top-level `if TYPE_CHECKING:` blocks."""
+    typing_only = [node for node in tree.body if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)]
+    return ast.Module([node for node in tree.body if node not in typing_only], [])
+
+
+def test_storage_knows_no_model():
+    for name in ("format", "writer", "reader"):
+        for line, module in imported_modules(TREES.get(f"activation_cache/{name}.py", ast.Module([], []))):
+            assert unit_of(module) not in ("models", "tokens"), f"activation_cache/{name}.py:{line} imports {module}"
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_banned_imports(name: str):
+    for line, module in imported_modules(TREES[name]):
+        top = module.split(".")[0]
+        if top in ONLY_IN:
+            allowed = ONLY_IN[top]
+            assert allowed and re.fullmatch(allowed, name), f"{name}:{line} imports {top}, allowed in: {allowed}"
+
+
+def test_nothing_is_pickled():
+    for name, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch":
+                assert node.attr not in ("load", "save"), f"{name}:{node.lineno} torch.{node.attr}: use safetensors"
+            if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+                raise AssertionError(f"{name}:{node.lineno} allow_pickle: no pickle")
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_files_and_functions_are_short(name: str):
+    lines = len(SOURCES[name].read_text(encoding="utf-8").splitlines())
+    assert lines <= 300, f"{name} has {lines} lines"
+    limit = 60 if name == "saelab/training/loop.py" else 40
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert length <= limit, f"{name}:{node.lineno} {node.name} has {length} lines, at most {limit}"
+
+
+def test_no_path_or_host_of_one_machine():
+    pattern = re.compile(
+        r"/(wor[k]|tm[p]|roo[t])/|/hom[e]/\w|[.][.]/share[d]|pyp[i]\.org|pythonhoste[d]|npmj[s]|deb\.debia[n]"
+    )
+    for path in project_files():
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+            assert not pattern.search(line), f"{path.relative_to(ROOT)}:{number}: {line.strip()[:120]}"
+
+
+def test_public_names():
+    import saelab
+
+    assert set(saelab.__all__) == set(dir(saelab)) == PUBLIC
+    for name in PUBLIC:
+        assert getattr(saelab, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'trian'; it has TrainConfig, "):
+        _ = saelab.trian  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_import_is_light():
+    script = "import sys, saelab; assert saelab.__version__; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    loaded = {module.split(".")[0] for module in run.stdout.split()}
+    heavy = {"torch", "numpy", "transformers", "transformer_lens", "datasets", "streamlit", "wandb", "triton", "plotly"}
+    assert not loaded & heavy
+    assert len(run.stdout.split()) < 300  # counted, not timed: 170 on Python 3.11

@@ -1,0 +1,215 @@
+"""One contract suite over all of `VARIANTS`, then hand-computed numbers for each selection rule and loss."""
+
+import pytest
+import torch
+
+from saelab.kernels.reference.encode_topk import encode_topk as topk_reference
+from saelab.saes import SAE, VARIANTS, Batch, ReLUConfig, ReLUSAE, StepInfo, TopKConfig, TopKSAE
+
+D_IN, D_SAE = 12, 40
+
+
+def build(name: str, normalize: str = "center_and_scale") -> SAE:
+    torch.manual_seed(0)
+    config = {"topk": lambda: TopKConfig(D_SAE, 5, normalize=normalize), "relu": lambda: ReLUConfig(D_SAE, normalize=normalize)}
+    sae = VARIANTS[name](config[name](), D_IN, seed=3)
+    sae.set_normalization(torch.linspace(-2, 2, D_IN), 40.0)
+    with torch.no_grad():
+        sae.b_enc += 0.1 * torch.randn(D_SAE)
+        sae.b_dec += 0.1 * torch.randn(D_IN)
+    return sae
+
+
+def rows(n: int, seed: int = 0) -> torch.Tensor:
+    return 3 * torch.randn(n, D_IN, generator=torch.Generator().manual_seed(seed)) + torch.linspace(-2, 2, D_IN)
+
+
+def info(dead: torch.Tensor | None = None) -> StepInfo:
+    return StepInfo(torch.zeros(D_SAE, dtype=torch.bool) if dead is None else dead, 10, 100)
+
+
+every = pytest.mark.parametrize("name", VARIANTS)
+
+
+@every
+def test_names_agree(name):
+    assert VARIANTS[name].variant == name
+    assert VARIANTS[name].Config.__name__.removesuffix("Config") == VARIANTS[name].__name__.removesuffix("SAE")
+
+
+@every
+@pytest.mark.parametrize("n", [0, 1, 7])
+def test_forward_is_decode_of_encode(name, n):
+    sae, x = build(name), rows(n)
+    output, acts = sae(x), sae.encode(x)
+    assert output.x_hat.shape == (n, D_IN) and acts.batch == n and acts.d_sae == D_SAE
+    assert torch.equal(output.x_hat, sae.decode(acts))
+    assert bool((acts.values != 0).all())
+
+
+@every
+def test_code_does_not_depend_on_the_batch(name):
+    sae, x = build(name), rows(31)
+    whole = sae.encode(x).to_dense()
+    order = torch.randperm(31)
+    assert torch.equal(sae.encode(x[order]).to_dense(), whole[order])
+    assert torch.equal(sae.encode(x[4:5]).to_dense(), whole[4:5])
+
+
+@every
+def test_gradient_reaches_every_parameter(name):
+    sae, x = build(name), rows(64)
+    sae.loss(Batch(x, x), info()).total.backward()
+    for parameter_name, parameter in sae.named_parameters():
+        assert parameter.grad is not None and float(parameter.grad.abs().sum()) > 0, parameter_name
+
+
+@every
+def test_loss_gradient_is_right_in_float64(name):
+    sae, x = build(name).double(), rows(6).double()
+    direction = {n: torch.randn_like(p) for n, p in sae.named_parameters()}
+    sae.loss(Batch(x, x), info()).total.backward()
+    slope = sum(float((p.grad * direction[n]).sum()) for n, p in sae.named_parameters())
+    values = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for n, p in sae.named_parameters():
+                p += sign * 1e-6 * direction[n] * (1 if sign == 1 else 2)
+            values.append(sae.loss(Batch(x, x), info()).total.item())
+    assert (values[0] - values[1]) / 2e-6 == pytest.approx(slope, rel=1e-5)
+
+
+@every
+def test_bf16_input_is_read_as_fp32(name):
+    sae, x = build(name), rows(5).bfloat16()
+    assert torch.equal(sae.encode(x).to_dense(), sae.encode(x.float()).to_dense())
+
+
+@every
+@pytest.mark.parametrize("shape", [(4, D_IN + 1), (D_IN,), (2, 3, D_IN)])
+def test_a_wrong_width_names_both(name, shape):
+    with pytest.raises(ValueError, match=rf"d_in={D_IN}.*\({shape[0]},"):
+        build(name).encode(torch.zeros(shape))
+
+
+@every
+def test_seed_decides_the_weights(name):
+    config = VARIANTS[name].Config(d_sae=D_SAE, **({"k": 5} if name == "topk" else {}))
+    one, same, other = (VARIANTS[name](config, D_IN, seed=s) for s in (1, 1, 2))
+    assert one.hash == same.hash != other.hash
+
+
+@every
+def test_permuting_features_leaves_the_reconstruction(name):
+    sae, x = build(name).double(), rows(9).double()
+    before, order = sae(x).x_hat, torch.randperm(D_SAE)
+    with torch.no_grad():
+        for parameter in (sae.W_enc, sae.b_enc, sae.W_dec):
+            parameter.copy_(parameter[order].clone())
+    torch.testing.assert_close(sae(x).x_hat, before, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rms"), [("center_and_scale", D_IN**0.5), ("scale", D_IN**0.5), ("none", None)]
+)
+def test_normalization(kind, rms):
+    sae, x = TopKSAE(TopKConfig(D_SAE, 5, normalize=kind), D_IN), rows(4000)
+    sae.set_normalization(x.mean(0), float(x.square().sum(1).mean()))
+    normal = sae.normalize(x)
+    if kind == "none":
+        assert torch.equal(normal, x)
+        return
+    assert float(normal.square().sum(1).mean().sqrt()) == pytest.approx(rms, rel=1e-4)
+    if kind == "center_and_scale":
+        assert float(normal.mean(0).abs().max()) < 1e-5
+
+
+def test_topk_fires_k_and_equals_the_reference():
+    sae, x = build("topk").double(), rows(50).double()
+    got = sae.encode(x)
+    want = topk_reference(sae.normalize(x) - sae.b_dec, sae.W_enc, sae.b_enc, 5)
+    torch.testing.assert_close(got.to_dense(), want)
+    assert got.counts.tolist() == [5] * 50
+
+
+def test_e3_topk_with_k_of_all_is_the_relu_code():
+    """Identity E3: with the same weights and no pre-bias."""
+    topk, relu = TopKSAE(TopKConfig(D_SAE, D_SAE), D_IN, seed=1), ReLUSAE(ReLUConfig(D_SAE), D_IN, seed=1)
+    x = rows(20)
+    assert torch.equal(topk.encode(x).to_dense(), relu.encode(x).to_dense())
+
+
+def test_auxk_teaches_dead_features_and_no_live_one():
+    sae, x = build("topk"), rows(64)
+    dead = torch.zeros(D_SAE, dtype=torch.bool)
+    dead[[3, 8, 30]] = True
+    loss = sae.loss(Batch(x, x), info(dead))
+    loss.terms["auxk"].backward()
+    for parameter in (sae.W_enc, sae.W_dec, sae.b_enc):
+        reached = parameter.grad.reshape(D_SAE, -1).abs().sum(1) > 0
+        assert torch.equal(reached, dead)
+    assert loss.total.item() == pytest.approx((loss.terms["fvu"] + loss.terms["auxk"] / 32).item(), rel=1e-6)
+
+
+def test_main_loss_leaves_dropped_features_alone():
+    sae, x = build("topk"), rows(1)
+    loss = sae.loss(Batch(x, x + 1), info())
+    ((loss.output.x_hat - x) ** 2).sum().backward()
+    fired = torch.zeros(D_SAE, dtype=torch.bool)
+    fired[loss.output.acts.features] = True
+    assert torch.equal(sae.W_enc.grad.abs().sum(1) > 0, fired)
+
+
+def test_relu_loss_by_hand():
+    """d_in 1, two features: z = (2, 0), decoder norms 3 and 1, x_hat = 6; squared error 16, L1 of 2 * 3."""
+    sae = ReLUSAE(ReLUConfig(2, l1_coefficient=0.5, l1_warmup=0.0, normalize="none"), 1)
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.tensor([[1.0], [-1.0]]))
+        sae.W_dec.copy_(torch.tensor([[3.0], [1.0]]))
+    x = torch.tensor([[2.0]])
+    loss = sae.loss(Batch(x, x), StepInfo(torch.zeros(2, dtype=torch.bool), 0, 10))
+    assert loss.total.item() == 16 + 0.5 * 6
+    early = ReLUSAE(ReLUConfig(2, l1_coefficient=0.5, l1_warmup=1.0, normalize="none"), 1)
+    early.load_state_dict(sae.state_dict())
+    assert early.loss(Batch(x, x), StepInfo(torch.zeros(2, dtype=torch.bool), 4, 10)).total.item() == 16 + 0.25 * 6
+
+
+def test_relu_penalty_cannot_be_cheated_by_decoder_norms():
+    sae, x = build("relu").double(), rows(8).double()
+    before = sae.loss(Batch(x, x), info()).total.item()
+    with torch.no_grad():
+        sae.W_dec *= 7
+        sae.W_enc /= 7
+        sae.b_enc /= 7
+    assert sae.loss(Batch(x, x), info()).total.item() == pytest.approx(before, rel=1e-10)
+
+
+def test_after_step_restores_unit_norm():
+    sae = build("topk")
+    with torch.no_grad():
+        sae.W_dec *= 5
+    sae.after_step()
+    assert (sae.W_dec.norm(dim=1) - 1).abs().max().item() < 1e-6
+    relu = build("relu")
+    with torch.no_grad():
+        relu.W_dec *= 5
+    relu.after_step()
+    assert relu.W_dec.norm(dim=1).min().item() > 4
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: TopKConfig(16, 17), "k=17.*d_sae=16"),
+        (lambda: TopKConfig(16, 0), "k=0"),
+        (lambda: TopKConfig(0, 1), "d_sae=0"),
+        (lambda: TopKConfig(16, 4, k_aux=0), "k_aux=0"),
+        (lambda: TopKConfig(16, 4, auxk_alpha=-1.0), "auxk_alpha=-1"),
+        (lambda: TopKConfig(16, 4, normalize="whiten"), "whiten.*center_and_scale"),
+        (lambda: ReLUConfig(16, l1_coefficient=-1.0), "l1_coefficient=-1"),
+        (lambda: ReLUConfig(16, l1_warmup=2.0), "l1_warmup=2"),
+    ],
+)
+def test_bad_configs_name_the_value(make, says):
+    with pytest.raises(ValueError, match=says):
+        make()

@@ -1,0 +1,72 @@
+"""`SparseActs` on numbers that can be checked by hand, and its CSR builder's own check."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from saelab.kernels.sparse_acts import SparseActs, csr_tensor
+
+DENSE = torch.tensor([[0.0, 2.0, 0.0, -1.0], [0.0, 0.0, 0.0, 0.0], [3.0, 0.0, 4.0, 0.0]])
+
+
+def test_from_dense_by_hand():
+    acts = SparseActs.from_dense(DENSE)
+    assert acts.values.tolist() == [2, -1, 3, 4]
+    assert acts.features.tolist() == [1, 3, 0, 2]
+    assert acts.offsets.tolist() == [0, 2, 2, 4]
+    assert acts.rows.tolist() == [0, 0, 2, 2]
+    assert acts.counts.tolist() == [2, 0, 2]
+    assert torch.equal(acts.to_dense(), DENSE)
+
+
+def test_by_feature_is_the_transpose():
+    order, rows, offsets = SparseActs.from_dense(DENSE).by_feature
+    assert order.tolist() == [2, 0, 3, 1]
+    assert rows.tolist() == [2, 0, 2, 0]
+    assert offsets.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_column_and_select_rows():
+    acts = SparseActs.from_dense(DENSE)
+    assert acts.column(3).tolist() == [-1, 0, 0]
+    assert torch.equal(acts.select_rows(torch.tensor([2, 0])).to_dense(), DENSE[[2, 0]])
+    assert torch.equal(acts.select_rows(torch.tensor([False, True, True])).to_dense(), DENSE[1:])
+
+
+def test_with_values_shares_the_transpose():
+    acts = SparseActs.from_dense(DENSE)
+    _ = acts.by_feature
+    assert acts.with_values(acts.values * 2).by_feature is acts.by_feature
+
+
+def test_from_top_drops_zeros():
+    acts = SparseActs.from_top(torch.tensor([[1.0, 0.0], [0.0, 5.0]]), torch.tensor([[0, 3], [1, 2]]), 4)
+    assert acts.to_dense().tolist() == [[1, 0, 0, 0], [0, 0, 5, 0]]
+    assert acts.nnz == 2
+
+
+@given(st.integers(0, 5), st.integers(1, 7), st.integers(0, 2**16))
+def test_round_trip(batch, d_sae, seed):
+    generator = torch.Generator().manual_seed(seed)
+    dense = torch.randn(batch, d_sae, generator=generator) * (torch.rand(batch, d_sae, generator=generator) < 0.4)
+    acts = SparseActs.from_dense(dense)
+    assert torch.equal(acts.to_dense(), dense)
+    assert int(acts.offsets[-1]) == acts.nnz == int((dense != 0).sum())
+
+
+@pytest.mark.parametrize(
+    ("features", "offsets"),
+    [([1, 0], [0, 2]), ([0, 0], [0, 2]), ([0, 4], [0, 2]), ([-1, 0], [0, 2]), ([0, 1], [0, 1]), ([1, 0], [0, 2, 2])],
+    ids=["descending", "twice", "too large", "negative", "offsets short", "descending before an empty row"],
+)
+def test_a_wrong_csr_is_refused(features, offsets):
+    with pytest.raises(AssertionError):
+        csr_tensor(torch.ones(2), torch.tensor(features), torch.tensor(offsets), 4)
+
+
+@pytest.mark.parametrize("offsets", [[0, 1, 2], [0, 0, 1, 1, 2, 2], [0, 2]])
+def test_a_right_csr_passes(offsets):
+    features = torch.tensor([0, 3] if offsets == [0, 2] else [3, 0])
+    matrix = csr_tensor(torch.ones(2), features, torch.tensor(offsets), 4)
+    assert matrix.to_dense().sum() == 2

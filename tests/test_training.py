@@ -1,0 +1,250 @@
+"""Training: it learns, repeats bit for bit, goes on after an interruption, and stops on bad numbers with nothing harmed."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from saelab.errors import TrainingError
+from saelab.interop import load_sae
+from saelab.saes import Batch, ReLUConfig, StepInfo, TopKConfig, TopKSAE
+from saelab.training import TrainConfig, train
+from saelab.training.checkpoint import list_checkpoints
+from saelab.training.dead_features import DeadFeatures
+from saelab.training.optimizer import apply_step, build_adam, learning_rate, project_decoder_gradient
+
+SMALL = TrainConfig(n_tokens=64 * 40, batch_size=64, warmup_steps=5, checkpoint_every=10, log_every=5, dead_after_tokens=500)
+TOPK = TopKConfig(64, 4)
+
+
+def planted(n=2000, d_in=16, seed=0):
+    """Sparse sums of 32 planted directions."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(32, d_in, generator=generator)
+    codes = torch.rand(n, 32, generator=generator) * (torch.rand(n, 32, generator=generator) < 0.1)
+    return codes @ directions + 1.5
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("config", [TOPK, ReLUConfig(64, l1_coefficient=0.5)], ids=["topk", "relu"])
+def test_it_learns_and_fills_its_folder(tmp_path, config):
+    x = planted()
+    sae = train(config, x, TrainConfig(n_tokens=64 * 300, batch_size=64, warmup_steps=5), tmp_path / "sae", progress=False)
+    error = (sae(x).x_hat - x).square().sum() / (x - x.mean(0)).square().sum()
+    assert error.item() < 0.25
+    assert {f.name for f in (tmp_path / "sae").iterdir()} == {
+        "sae.json", "sae.safetensors", "golden.safetensors", "metrics.jsonl", "checkpoints",
+    }  # fmt: skip
+    lines = metrics(tmp_path / "sae")
+    assert lines[-1]["fvu"] < lines[0]["fvu"]
+    assert {"step", "tokens", "loss", "fvu", "l0", "dead_fraction_train", "lr", "grad_norm", "tokens_per_second"} <= set(lines[0])
+    assert load_sae(tmp_path / "sae").hash == sae.hash
+
+
+def test_same_seed_same_bits_other_seed_other_bits():
+    x = planted()
+    first, second = (train(TOPK, x, SMALL, progress=False).hash for _ in "ab")
+    other = train(TOPK, x, TrainConfig(**{**vars(SMALL), "seed": 1}), progress=False).hash
+    assert first == second != other
+
+
+def interrupt_at(monkeypatch, step):
+    from saelab.training import run
+
+    real = run.Run.train_on
+
+    def train_on(self, rows):
+        if self.step == step:
+            raise KeyboardInterrupt
+        real(self, rows)
+
+    monkeypatch.setattr(run.Run, "train_on", train_on)
+
+
+@pytest.mark.parametrize("step", [3, 10, 27, 39])
+def test_interrupt_and_resume_gives_the_same_bits(tmp_path, monkeypatch, step):
+    x = planted()
+    whole = train(TOPK, x, SMALL, tmp_path / "whole", progress=False)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, step)
+        train(TOPK, x, SMALL, tmp_path / "cut", progress=False)
+    assert not (tmp_path / "cut" / "sae.json").exists()
+    again = train(TOPK, x, SMALL, tmp_path / "cut", progress=False)
+    assert again.hash == whole.hash
+    for name in ("sae.safetensors", "golden.safetensors", "sae.json"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    keep = lambda lines: [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]  # noqa: E731
+    assert keep(metrics(tmp_path / "cut")) == keep(metrics(tmp_path / "whole"))
+
+
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, monkeypatch):
+    x = planted()
+    whole = train(TOPK, x, SMALL, progress=False)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, 25)
+        train(TOPK, x, SMALL, tmp_path, progress=False)
+    assert list_checkpoints(tmp_path) == [10, 20]
+    newest = tmp_path / "checkpoints" / "step-00000020.safetensors"
+    newest.write_bytes(newest.read_bytes()[:100])
+    assert train(TOPK, x, SMALL, tmp_path, progress=False).hash == whole.hash
+
+
+def test_a_finished_run_returns_at_once(tmp_path, monkeypatch):
+    from saelab.training import run
+
+    x = planted()
+    sae = train(TOPK, x, SMALL, tmp_path, progress=False)
+    monkeypatch.setattr(run.Run, "train_on", lambda *_: pytest.fail("trained again"))
+    assert train(TOPK, x, SMALL, tmp_path, progress=False).hash == sae.hash
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"config": TopKConfig(64, 5)}, r"config: .*'k': 4.*'k': 5"),
+        ({"train": TrainConfig(**{**vars(SMALL), "lr": 0.1})}, "train"),
+        ({"x": planted(seed=1)}, "data"),
+        ({"x": planted(d_in=8)}, "d_in: 16 there, 8 here"),
+    ],
+    ids=["k", "lr", "data", "width"],
+)
+def test_another_run_in_the_folder_is_refused_and_unharmed(tmp_path, change, says):
+    train(TOPK, planted(), SMALL, tmp_path, progress=False)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(TrainingError, match=says):
+        train(change.get("config", TOPK), change.get("x", planted()), change.get("train", SMALL), tmp_path, progress=False)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_with_something_else_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match=r"thesis\.tex"):
+        train(TOPK, planted(), SMALL, tmp_path, progress=False)
+    assert [f.name for f in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_list_trains_side_by_side_as_each_would_alone(tmp_path):
+    x = planted()
+    configs = [TOPK, TopKConfig(64, 8), ReLUConfig(32), TOPK]
+    saes = train(configs, x, SMALL, tmp_path, progress=False)
+    assert [s.hash for s in saes] == [train(c, x, SMALL, progress=False).hash for c in configs]
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["sae-relu-32", "sae-topk-64-k4", "sae-topk-64-k4--2", "sae-topk-64-k8"]
+
+
+def test_an_iterator_of_tensors(tmp_path):
+    x = planted(64 * 40)
+    sae = train(TOPK, iter(x.split(100)), SMALL, progress=False)
+    assert torch.equal(sae.center, x[:100].double().mean(0).float())
+    with pytest.raises(TrainingError, match="data ended after"):
+        train(TOPK, iter(x[:1000].split(100)), SMALL, progress=False)
+
+
+def test_nan_rows_stop_the_run_and_keep_the_checkpoint(tmp_path):
+    x = planted(64 * 40)
+    x[64 * 25 + 3, 2] = math.nan
+    with pytest.raises(TrainingError, match=r"step 25: 1 of 64 activations in batch 25 .*checkpoints.* intact"):
+        train(TOPK, iter(x.split(64)), SMALL, tmp_path, progress=False)
+    assert list_checkpoints(tmp_path) == [10, 20]
+    with pytest.raises(ValueError, match="1 of 2560 rows hold NaN"):
+        train(TOPK, x, SMALL, progress=False)
+
+
+def test_a_loss_that_explodes_says_lower_lr():
+    config = TrainConfig(n_tokens=64 * 40, batch_size=64, lr=1e30, warmup_steps=0, clip_norm=float("inf"))
+    with pytest.raises(TrainingError, match="lower lr"):
+        train(ReLUConfig(64), planted(), config, progress=False)
+
+
+@pytest.mark.parametrize("data", [torch.zeros(0, 4), torch.zeros(4), torch.ones(3, 3, dtype=torch.int64), 7, iter([])], ids=str)
+def test_data_that_cannot_be_trained_on(data):
+    with pytest.raises(ValueError, match="train on"):
+        train(TOPK, data, SMALL, progress=False)
+
+
+def test_grad_accumulation_is_close_to_the_whole_batch():
+    """ReLU's loss is a mean over tokens, so its gradient does not depend on how a batch is cut."""
+    x, config = planted().double(), ReLUConfig(32)
+    whole = train(config, x, SMALL, progress=False)
+    parts = train(config, x, TrainConfig(**{**vars(SMALL), "grad_accumulation": 4}), progress=False)
+    torch.testing.assert_close(whole.W_dec, parts.W_dec, rtol=2e-2, atol=2e-3)
+
+
+def test_learning_rate_by_hand():
+    config = TrainConfig(n_tokens=100, batch_size=1, lr=1.0, warmup_steps=10, decay_fraction=0.2)
+    rates = [learning_rate(config, 9.0, 4096, step) for step in range(100)]
+    assert rates[0] == 0.1 and rates[9] == 1 and rates[79] == 1 and rates[80] == 1
+    assert rates[90] == pytest.approx(0.5) and rates[99] == pytest.approx(0.05)
+    default = TrainConfig(n_tokens=100, batch_size=1, warmup_steps=0, decay_fraction=0.0)
+    assert learning_rate(default, 3e-3, 4 * 4096, 50) == pytest.approx(1.5e-3)
+
+
+def test_projection_removes_the_part_along_each_row():
+    W = torch.nn.functional.normalize(torch.randn(5, 3, dtype=torch.float64), dim=1)
+    gradient = torch.randn(5, 3, dtype=torch.float64)
+    across = gradient - (gradient * W).sum(1, keepdim=True) * W
+    project_decoder_gradient(gradient, W)
+    torch.testing.assert_close(gradient, across)
+    assert (gradient * W).sum(1).abs().max() < 1e-12
+
+
+def test_a_step_keeps_unit_norm_clips_and_skips_infinite_gradients():
+    x = planted(64)
+    sae = TopKSAE(TOPK, 16)
+    adam = build_adam(sae)
+    info = StepInfo(torch.zeros(64, dtype=torch.bool), 0, 10)
+    (1e6 * sae.loss(Batch(x, x), info).total).backward()
+    assert apply_step(sae, adam, 0.1, 1.0) > 1
+    assert (sae.W_dec.norm(dim=1) - 1).abs().max().item() < 1e-5
+    before = sae.hash
+    (math.inf * sae.loss(Batch(x, x), info).total).backward()
+    assert not math.isfinite(apply_step(sae, adam, 0.1, 1.0))
+    assert sae.hash == before
+
+
+def test_dead_features_count_tokens_since_a_nonzero_code():
+    from saelab.kernels.sparse_acts import SparseActs
+
+    dead = DeadFeatures(3, 20, torch.device("cpu"))
+    dead.update(SparseActs.from_dense(torch.tensor([[1.0, 0.0, 0.0]] * 10)))
+    dead.update(SparseActs.from_dense(torch.tensor([[0.0, -1.0, 0.0]] * 10)))
+    assert dead.tokens_since_fired.tolist() == [10, 0, 20]
+    assert dead.dead.tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"n_tokens": 10}, "n_tokens=10.*2048"),
+        ({"n_tokens": 5000, "batch_size": 0}, "batch_size=0"),
+        ({"n_tokens": 5000, "lr": -1.0}, "lr=-1"),
+        ({"n_tokens": 5000, "decay_fraction": 3.0}, "decay_fraction=3"),
+        ({"n_tokens": 5000, "clip_norm": 0.0}, "clip_norm=0"),
+        ({"n_tokens": 5000, "log_every": 0}, "log_every=0"),
+    ],
+)
+def test_bad_train_configs_name_the_value(values, says):
+    with pytest.raises(ValueError, match=says):
+        TrainConfig(**values)
+
+
+def test_not_an_sae_config():
+    with pytest.raises(ValueError, match="TopKConfig"):
+        train({"d_sae": 4}, planted(), SMALL, progress=False)
+    with pytest.raises(ValueError, match="empty"):
+        train([], planted(), SMALL, progress=False)
+
+
+def test_wandb_is_never_imported_unasked():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, torch, saelab; from saelab.saes import TopKConfig;"
+        "saelab.train(TopKConfig(8, 2), torch.randn(64, 4), saelab.TrainConfig(n_tokens=64, batch_size=32), progress=False);"
+        "assert 'wandb' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
