@@ -90,7 +90,7 @@ def open_score_stream(
     packed = pack(
         source.documents(split),
         lm,
-        ctx_len or origin.get("ctx_len") or 256,
+        ctx_len or origin.get("ctx_len") or min(256, lm.max_ctx),
         batch_size,
         prepend_bos=bool(origin.get("prepend_bos", False)),
         on_document=lambda _, text: document_ids.append(document_id(text)),
