@@ -68,7 +68,7 @@ def seeded(*parts: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def human_bytes(n: float) -> str:
+def human_bytes(n: int | float) -> str:
     """A number of bytes for people: 288.0 MB."""
     for unit in ("bytes", "KB", "MB", "GB"):
         if n < 1000:
@@ -156,7 +156,11 @@ class Journal:
             ) from error
         self._lock = threading.Lock()
         self.entries: list[dict[str, Any]] = []
-        self._read()
+        try:
+            self._read()
+        except CacheError:
+            self.close()
+            raise
         fsync_dir(folder)
 
     def of_kind(self, kind: str) -> list[dict[str, Any]]:

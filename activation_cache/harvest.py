@@ -56,36 +56,23 @@ def harvest(
     NaN or infinite activations; `SaelabError` when the disk is full. What is written stays valid in each case.
     """
     hooks = [hook_names] if isinstance(hook_names, str) else list(hook_names)
-    _check_arguments(
-        lm, hooks, split, n_tokens=n_tokens, ctx_len=ctx_len, shard_rows=shard_rows, pool_shards=pool_shards
-    )
+    sizes = {"n_tokens": n_tokens, "ctx_len": ctx_len, "batch_size": batch_size}
+    sizes |= {"shard_rows": shard_rows, "pool_shards": pool_shards}
+    _check_arguments(lm, hooks, split, sizes)
     texts = load_texts(texts)
-    config = {
-        "format_version": format.FORMAT_VERSION,
-        "model_hash": lm.hash,
-        "tokenizer_hash": lm.tokenizer_hash,
-        "model_dtype": str(lm.dtype).removeprefix("torch."),
-        "hooks": {hook: lm.d_in(hook) for hook in hooks},
-        "dtype": "bfloat16",
-        "texts_fingerprint": texts.fingerprint(),
-        "split": split,
-        "packing": "EOS between documents, attention not reset",
-        "ctx_len": ctx_len,
-        "batch_size": batch_size,
-        "prepend_bos": prepend_bos,
-        "special_ids": sorted(lm.special_ids),
-        "mask_rule": MASK_RULE,
-        "n_tokens": n_tokens,
-        "seed": seed,
-        "shard_rows": shard_rows,
-        "pool_shards": pool_shards,
-    }
-    folder = claim_folder(out_dir, format.JOURNAL, "cache")
+    config = _identity(lm, texts, hooks) | sizes | {"split": split, "prepend_bos": prepend_bos, "seed": seed}
+    return _harvest_into(claim_folder(out_dir, format.JOURNAL, "cache"), lm, texts, config, max_bytes, progress)
+
+
+def _harvest_into(
+    folder: Path, lm: LanguageModel, texts: Texts, config: dict[str, Any], max_bytes: int | None, progress: bool
+) -> ActivationCache:
     journal = format.Journal(folder)
     try:
         if not _open_journal(folder, journal, config, _environment(lm)):
-            print(f"Harvesting {texts.describe(split)}.")
-            needed = format.estimate_bytes(math.ceil(n_tokens / ctx_len), ctx_len, config["hooks"], shard_rows)
+            print(f"Harvesting {texts.describe(config['split'])}.")
+            n_sequences = math.ceil(config["n_tokens"] / config["ctx_len"])
+            needed = format.estimate_bytes(n_sequences, config["ctx_len"], config["hooks"], config["shard_rows"])
             format.check_space(folder, needed, max_bytes)
             _Harvest(lm, texts, config, folder, journal).run(progress)
     finally:
@@ -96,7 +83,23 @@ def harvest(
     return cache
 
 
-def _check_arguments(lm: LanguageModel, hooks: list[str], split: str, **sizes: int) -> None:
+def _identity(lm: LanguageModel, texts: Texts, hooks: list[str]) -> dict[str, Any]:
+    """What decides the bytes of a cache beside the numbers that the caller gives."""
+    return {
+        "format_version": format.FORMAT_VERSION,
+        "model_hash": lm.hash,
+        "tokenizer_hash": lm.tokenizer_hash,
+        "model_dtype": str(lm.dtype).removeprefix("torch."),
+        "hooks": {hook: lm.d_in(hook) for hook in hooks},
+        "dtype": "bfloat16",
+        "texts_fingerprint": texts.fingerprint(),
+        "packing": "EOS between documents, attention not reset",
+        "special_ids": sorted(lm.special_ids),
+        "mask_rule": MASK_RULE,
+    }
+
+
+def _check_arguments(lm: LanguageModel, hooks: list[str], split: str, sizes: dict[str, int]) -> None:
     check_split(split)
     for name, value in sizes.items():
         if value < 1:

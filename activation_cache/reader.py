@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ class ActivationCache:
 
     def batches(
         self, batch_size: int, seed: int = 0, start_step: int = 0, hook_name: str | None = None, prefetch: int = 2
-    ) -> Iterator[Float32[Tensor, "batch d_in"]]:
+    ) -> Generator[Float32[Tensor, "batch d_in"], None, None]:
         """Shuffled batches without end, a pure function of (cache, seed, step); `start_step` leaves out that many.
 
         In each epoch shards come in another order, and rows in another order within them; batches run across both
@@ -76,7 +76,9 @@ class ActivationCache:
                 raise ValueError(f"{name}={value} must be at least {least}.")
         return self._batches(batch_size, seed, start_step * batch_size, hook_name, prefetch)
 
-    def _batches(self, batch_size: int, seed: int, skip: int, hook_name: str, prefetch: int) -> Iterator[Tensor]:
+    def _batches(
+        self, batch_size: int, seed: int, skip: int, hook_name: str, prefetch: int
+    ) -> Generator[Tensor, None, None]:
         plan = self._plan(seed, skip)
         with ThreadPoolExecutor(1, thread_name_prefix="saelab-cache-reader") as thread:
             ahead = deque(thread.submit(self._read_shuffled, *next(plan), hook_name, seed) for _ in range(prefetch))

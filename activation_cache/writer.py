@@ -58,7 +58,7 @@ class Pool:
         stays[picks] = False
         self._order = self._order[stays]
         self._free = torch.cat([self._free, slots])
-        return self._index[slots], {hook: x[slots] for hook, x in self._acts.items()}
+        return self._index[slots], {hook: x.index_select(0, slots) for hook, x in self._acts.items()}
 
 
 class _Background:
@@ -184,7 +184,8 @@ class CacheWriter:
         seq, pos = keep.nonzero(as_tuple=True)
         index = torch.stack([seq + first, pos, batch.ids[seq, pos]], dim=1).int()
         self.n_rows += len(index)
-        self._pool.add(index, {hook: x[seq.to(x.device), pos.to(x.device)] for hook, x in acts.items()})
+        rows = keep.flatten().nonzero().flatten()
+        self._pool.add(index, {hook: x.flatten(0, 1).index_select(0, rows.to(x.device)) for hook, x in acts.items()})
         if end < self._cursor:
             return
         self._consumed = end
@@ -271,7 +272,7 @@ def _partial_sums(x: Float[Tensor, "n d_in"]) -> dict[str, Tensor]:
     d_in = x.shape[1]
     sums = {"sum": torch.zeros(d_in), "sum_squares": torch.zeros(d_in), "sum_norms": torch.zeros(())}
     sums = {name: tensor.double() for name, tensor in sums.items()}
-    for block in x.split(512):
+    for block in x.split(2048):
         block = block.float()
         squares = block.square()
         sums["sum"] += block.sum(0)

@@ -1,4 +1,4 @@
-"""Pure functions from numbers to plotly figures; no Streamlit here. Colours are Okabe and Ito's, told apart by pattern too."""
+"""Pure functions from numbers to plotly figures; no Streamlit here. Okabe and Ito's colours, and patterns beside them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def value_histogram(histogram: Histogram, p99: float | None, maximum: float | No
                 x=float(np.log10(value)), line={"dash": dash, "width": 1.5, "color": VERMILLION},
                 annotation={"text": name, "yref": "paper", "y": 1.1 if name == "p99" else 1.0, "font": {"size": 11}},
             )  # fmt: skip
-    figure.update_xaxes(title="activation (log scale)", **_log_ticks(edges[0], edges[-1]))
+    values, labels = _log_ticks(float(edges[0]), float(edges[-1]))
+    figure.update_xaxes(title="activation (log scale)", tickvals=values, ticktext=labels)
     figure.update_yaxes(title="tokens")
     return _finish(figure, 250)
 
@@ -69,6 +70,7 @@ def density_histogram(density: np.ndarray, n_tokens: int) -> go.Figure:
         x=[lowest - 0.6], y=[never], width=0.5, name="never fired", hovertext=[f"never fired<br>{never:,} features"],
         hoverinfo="text", marker={"color": VERMILLION, "pattern": {"shape": "/", "fgcolor": "white", "size": 6}},
     )  # fmt: skip
+    figure.update_layout(barmode="overlay")  # side by side, the two would share one slot
     ticks = list(range(int(lowest), 1))
     figure.update_xaxes(
         title="share of tokens on which the feature fires",
@@ -100,19 +102,19 @@ def cosine_scatter(density: np.ndarray, cosine: np.ndarray, n_tokens: int, at_mo
                 hovertemplate="feature %{customdata}<br>density %{x:.2e}<br>cosine %{y:.2f}<extra></extra>",
             )  # fmt: skip
         )
-    figure.update_xaxes(type="log", title="density (never: far left)", exponentformat="power")
-    figure.update_yaxes(title="encoder\u2013decoder cosine")
-    figure.update_layout(showlegend=True, legend={"orientation": "h", "y": 1.12, "x": 0})
-    return _finish(figure, 280)
+    figure.update_xaxes(type="log", title="density (never: far left)", exponentformat="power", dtick=1)
+    figure.update_yaxes(title="encoder\u2013decoder cosine", range=[min(0.0, float(np.nanmin(cosine))) - 0.05, 1.08])
+    _finish(figure, 280)
+    return figure.update_layout(showlegend=True, legend={"orientation": "h", "y": 1.14, "x": 0})
 
 
-def _log_ticks(low: float, high: float) -> dict[str, list]:
+def _log_ticks(low: float, high: float) -> tuple[list[float], list[str]]:
     """Round numbers (1, 2, 5 a decade) between two values, at their logarithms."""
     decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
     steps = (1, 2, 5) if len(decades) <= 4 else (1,)
     values = [step * 10.0**decade for decade in decades for step in steps]
     values = [value for value in values if low * 0.99 <= value <= high * 1.01]
-    return {"tickvals": [float(np.log10(value)) for value in values], "ticktext": [f"{value:g}" for value in values]}
+    return [float(np.log10(value)) for value in values], [f"{value:g}" for value in values]
 
 
 def _power(exponent: int) -> str:
@@ -121,11 +123,9 @@ def _power(exponent: int) -> str:
 
 def _finish(figure: go.Figure, height: int, title: str | None = None) -> go.Figure:
     figure.update_layout(
-        height=height, margin={"l": 8, "r": 8, "t": 34 if title else 22, "b": 8}, bargap=0.02, title=title and {
+        height=height, margin={"l": 8, "r": 8, "t": 34 if title else 22, "b": 8}, bargap=0.02, showlegend=False, title=title and {
             "text": title, "font": {"size": 14}, "x": 0, "xanchor": "left"},
     )  # fmt: skip
-    if not figure.layout.showlegend:
-        figure.update_layout(showlegend=False)
     figure.update_xaxes(gridcolor=_FAINT, zeroline=False)
     figure.update_yaxes(gridcolor=_FAINT, zeroline=False)
     return figure

@@ -9,7 +9,7 @@ import streamlit as st
 
 from saelab.app import state
 from saelab.features import Example, FeatureStore
-from saelab.features.render import SPACE, escape, number, percent
+from saelab.features.render import SPACE, cosine, escape, number, percent
 from saelab.features.token_text import display_groups
 
 _HEADS = {"density": "Density", "n_fired": "Fired", "p99": "p99", "max": "Max", "cosine": "Enc\u2013dec"}
@@ -42,7 +42,7 @@ def _strip(store: FeatureStore, row: dict[str, Any]) -> str:
         token = store.pieces([row["top_logit"]])[0].decode("utf-8", "backslashreplace")
         promoted = f'<bdi class="sa-chip">{escape(token).replace(" ", SPACE)}</bdi>'
     preview = _preview(example[0]) if example else '<span class="sa-never">never fired</span>'
-    numbers = [f"{row['n_fired']:,}", number(row["p99"]), number(row["max"]), number(row["cosine"])]
+    numbers = [f"{row['n_fired']:,}", number(row["p99"]), number(row["max"]), cosine(row["cosine"])]
     cells = "".join(f'<span class="sa-num sa-wide">{value}</span>' for value in numbers)
     return (
         f'<div class="sa-grid">{_bar(row["density"], store.n_tokens)}{cells}'

@@ -3,9 +3,9 @@
 import streamlit as st
 
 from saelab.app import page_dead, page_feature, page_features, page_runs, page_steer, state
-from saelab.app.style import PAGE_STYLE
+from saelab.app.style import ICON, PAGE_STYLE
 
-st.set_page_config(page_title="saelab", page_icon=":material/hub:", layout="wide")
+st.set_page_config(page_title="saelab", page_icon=ICON, layout="wide")
 pages = {
     "runs": st.Page(page_runs.show, title="Runs", icon=":material/monitoring:", url_path="runs", default=True),
     "features": st.Page(page_features.show, title="Features", icon=":material/table_rows:", url_path="features"),

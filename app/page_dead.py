@@ -1,4 +1,4 @@
-"""Dead features: those that never or almost never fired on the counted tokens, with density and encoder-decoder cosine."""
+"""Dead features: those that never or almost never fired, with density and encoder-decoder cosine."""
 
 from __future__ import annotations
 
@@ -16,10 +16,7 @@ def show() -> None:
     """The page."""
     store = state.store()
     st.title("Dead features")
-    st.html(
-        f'<p class="sa-sub">Features that never, or almost never, fired on the {store.n_tokens:,} counted '
-        f"{store.manifest['split'].replace('_', '-')} tokens.</p>"
-    )
+    st.html(f'<p class="sa-sub">Features that never, or almost never, fired on the {state.counted(store)}.</p>')
     at_most = int(state.url_choice("fired", "10", _LIMITS))
     never, rare = store.count({"n_fired": (None, 0)}), store.count({"n_fired": (None, at_most)})
     first, second, third, control = st.columns([1, 1, 1, 2], vertical_alignment="center")
@@ -45,5 +42,4 @@ def show() -> None:
     page = state.url_int("page", 1, 1, pages)
     where = {"n_fired": (None, at_most)}
     show_rows(store, store.table("n_fired", False, where, PER_PAGE, (page - 1) * PER_PAGE), "n_fired", descending=False)
-    if pages > 1:
-        st.pagination(pages, **state.bound("page", page))
+    state.show_pagination(pages, page)

@@ -6,7 +6,7 @@ import streamlit as st
 
 from saelab.app import charts, state
 from saelab.features import Feature, FeatureStore
-from saelab.features.render import SPACE, escape, examples_html, number, percent
+from saelab.features.render import SPACE, cosine, escape, examples_html, number, percent
 
 
 def show() -> None:
@@ -14,7 +14,7 @@ def show() -> None:
     store = state.store()
     index = state.url_int("feature", _default(store), 0, store.d_sae - 1)
     feature = store.feature(index)
-    title, controls = st.columns([3, 2], vertical_alignment="bottom")
+    title, controls = st.columns([2, 3], vertical_alignment="bottom")
     title.title(f"Feature {index}")
     with controls, st.container(horizontal=True, vertical_alignment="bottom", horizontal_alignment="right"):
         if index > 0:
@@ -22,11 +22,11 @@ def show() -> None:
         if index < store.d_sae - 1:
             state.link("feature", "Next", ":material/chevron_right:", feature=index + 1)
         state.link("steer", "Steer with it", ":material/tune:", feature=index)
-        st.number_input("Go to feature", 0, store.d_sae - 1, step=1, width=150, **state.bound("feature", index))
+        st.number_input("Go to", 0, store.d_sae - 1, step=1, width=130, **state.bound("feature", index))
     _numbers(feature)
     if not feature.n_fired:
         st.info(
-            f"This feature fired on none of the {store.n_tokens:,} counted tokens, so it has no examples.",
+            f"This feature fired on none of the {state.counted(store)}, so it has no examples.",
             icon=":material/bedtime:",
         )
     left, right = st.columns([5, 3], gap="large")
@@ -55,7 +55,7 @@ def _numbers(feature: Feature) -> None:
         ("Mean", number(feature.mean), "Mean of the non-zero activations."),
         ("p99", number(feature.p99), "99th percentile of the non-zero activations: the unit of steering."),
         ("Max", number(feature.max), "Largest activation seen."),
-        ("Enc\u2013dec cosine", number(feature.cosine), "Cosine between the feature's encoder and decoder row."),
+        ("Enc\u2013dec cosine", cosine(feature.cosine), "Cosine between the feature's encoder and decoder row."),
     ]
     for column, (label, value, meaning) in zip(st.columns(len(entries)), entries, strict=True):
         column.metric(label, value, help=meaning)

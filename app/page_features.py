@@ -13,7 +13,7 @@ _SORTS = {
     "p99": "p99",
     "max": "Max",
     "mean": "Mean",
-    "cosine": "Enc\u2013dec cosine",
+    "cosine": "Cosine",
     "feature": "Index",
 }
 _ORDERS = {"down": "High to low", "up": "Low to high"}
@@ -46,7 +46,7 @@ def show() -> None:
     count = store.count(where)
     st.html(
         f'<p class="sa-sub" style="margin-top:.2rem">{count:,} of {store.d_sae:,} features. Numbers are over '
-        f"{store.n_tokens:,} counted tokens; p99 and max over the tokens on which the feature fires.</p>"
+        f"{state.counted(store)}; p99 and max over the tokens on which the feature fires.</p>"
     )
     if not count:
         st.info("No feature lies in this range. Choose **All**.", icon=":material/filter_alt_off:")
@@ -55,5 +55,4 @@ def show() -> None:
     page = state.url_int("page", 1, 1, pages)
     rows = store.table(sort, order == "down", where, limit=PER_PAGE, offset=(page - 1) * PER_PAGE)
     show_rows(store, rows, sort, order == "down")
-    if pages > 1:
-        st.pagination(pages, **state.bound("page", page))
+    state.show_pagination(pages, page)

@@ -45,7 +45,8 @@ def _controls(store: FeatureStore) -> tuple[Feature, dict[str, Any] | None]:
     feature = store.feature(index)
     if feature.p99 is not None:
         st.caption(
-            f"{strength:g} \u00d7 p99 adds {number(strength * feature.p99)} to an activation of at most {number(feature.max)}."
+            f"{strength:g} \u00d7 p99 adds {number(strength * feature.p99)} "
+            f"to an activation of at most {number(feature.max)}."
         )
     with st.form("steer", border=False):
         prompt = st.text_area("Prompt", "The weather today", max_chars=MAX_PROMPT, height=110)
@@ -113,7 +114,8 @@ def _result() -> None:
         column.markdown(f"**{name}**")
         column.html(_output(text, result["prompt"]))
     st.caption(
-        f"Seed {result['seed']}, temperature {result['temperature']:g}, {result['max_new_tokens']} new tokens, both alike."
+        f"Both with seed {result['seed']}, temperature {result['temperature']:g} "
+        f"and {result['max_new_tokens']} new tokens."
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 from saelab.runs import find_saes
@@ -43,9 +44,11 @@ def serve(run: str | Path, port: int = 8501, browser: bool = False) -> None:
         print(f"Port {port} is in use; taking {free}.")
     print(f"The dashboard of {run} is at http://{ADDRESS}:{free} (Ctrl-C ends it)", flush=True)
     os.environ[RUN_VARIABLE] = str(run)
+    import click
     from streamlit.web import cli
 
-    cli.main([*arguments(free, browser)], standalone_mode=False)
+    with suppress(KeyboardInterrupt, click.Abort):  # raised again after the server has closed
+        cli.main(arguments(free, browser), standalone_mode=False)
 
 
 def arguments(port: int, browser: bool = False) -> list[str]:
@@ -53,7 +56,7 @@ def arguments(port: int, browser: bool = False) -> list[str]:
     options = _OPTIONS | {"server.port": str(port), "server.headless": str(not browser).lower()}
     flags = [f"--{name}={value}" for name, value in options.items()]
     hosts = ["--server.allowedHosts=localhost", f"--server.allowedHosts={ADDRESS}"]  # against DNS rebinding
-    return ["run", str(Path(__file__).with_name("main.py")), *flags, *hosts]
+    return ["run", str(Path(__file__).with_name("asgi.py")), *flags, *hosts]
 
 
 def free_port(port: int, attempts: int = 50) -> int:

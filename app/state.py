@@ -1,7 +1,7 @@
 """What the pages share: the run fixed at start, the chosen SAE, its store, the URL, and the one language model.
 
-The URL says what is looked at (`sae`, `feature`, `sort`, `page` ...) and is the only truth: a widget takes its value from
-it and writes it back. Text from the URL is looked up or parsed, never joined to a path.
+The URL says what is looked at (`sae`, `feature`, `sort`, `page` ...) and is the only truth: a widget takes its value
+from it and writes it back. Text from the URL is looked up or parsed, never joined to a path.
 """
 
 from __future__ import annotations
@@ -98,8 +98,14 @@ def show_sidebar() -> None:
             st.caption(
                 f"{_plain(sae.name)} \u00b7 {manifest['sae']['hash'][:10]}  \n{_plain(manifest['hook_name'])}  \n"
                 f"{_plain(model_label(manifest['model']['name']))}  \n"
-                f"{manifest['n_tokens']:,} {_plain(manifest['split'].replace('_', '-'))} tokens"
+                f"{counted(store())}"
             )
+
+
+def counted(store: FeatureStore) -> str:
+    """How many tokens were counted, and of which documents."""
+    kind = {"held_out": "held-out tokens", "train": "training tokens"}.get(store.manifest["split"], "tokens")
+    return f"{store.n_tokens:,} {kind}"
 
 
 def _choose_sae() -> None:
@@ -159,6 +165,13 @@ def bound(name: str, value: Any) -> dict[str, Any]:
     key = f"box_{name}"
     st.session_state[key] = value
     return {"key": key, "on_change": _write_url, "args": (name, key)}
+
+
+def show_pagination(pages: int, page: int) -> None:
+    """Page numbers bound to the URL; nothing where there is one page."""
+    if pages > 1:
+        key = f"box_page_{page}"  # st.pagination takes no value from session state without a warning
+        st.pagination(pages, default=page, key=key, on_change=_write_url, args=("page", key))
 
 
 def _write_url(name: str, key: str) -> None:

@@ -6,12 +6,13 @@ _OWN = """
 .block-container, [data-testid="stMainBlockContainer"]{padding-top:2.6rem;max-width:1360px}
 [data-testid="stMetricValue"]{font-size:1.45rem;font-variant-numeric:tabular-nums}
 .sa-sub{opacity:.75;font-size:.9rem;margin:-.4rem 0 .2rem}
-.sa-grid{display:grid;grid-template-columns:8.5rem 4.6rem 4rem 4rem 4rem 7rem minmax(0,1fr);gap:.9rem;align-items:center;
-font-size:.9rem;font-variant-numeric:tabular-nums}
+.sa-grid{display:grid;grid-template-columns:8.5rem 4.6rem 4rem 4rem 4rem 7rem minmax(0,1fr);gap:.9rem;
+align-items:center;font-size:.9rem;font-variant-numeric:tabular-nums}
 .sa-head{font-size:.76rem;opacity:.8;font-weight:600;border-bottom:1px solid rgba(128,128,128,.4);padding-bottom:.35rem}
 .sa-num{text-align:right}
 .sa-clip{white-space:nowrap;overflow:hidden;text-overflow:ellipsis}
 .sa-bar{display:flex;align-items:center;gap:.5rem}
+.sa-bar span{min-width:3.7rem}
 .sa-bar i{flex:1;height:.45rem;border-radius:2px;background:rgba(128,128,128,.22);overflow:hidden}
 .sa-bar i b{display:block;height:100%;background:#0072b2}
 .sa-mark{background:rgba(230,159,0,.5);border-radius:3px;font-weight:700;text-decoration:underline;text-underline-offset:3px}
@@ -28,3 +29,9 @@ padding:.9rem 1rem;line-height:1.6;min-height:7rem}
 """
 
 PAGE_STYLE = f"<style>{STYLE}{_OWN}</style>"
+
+# Given as a picture: Streamlit would fetch a named icon from another host.
+ICON = (
+    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><rect width="32" height="32" rx="6" fill="#0067a5"/>'
+    '<path d="M7 23V19M13 23V9M19 23v-3M25 23v-9" stroke="#fff" stroke-width="3.4" stroke-linecap="round"/></svg>'
+)

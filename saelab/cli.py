@@ -253,7 +253,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except (ValueError, SaelabError) as error:
         if debug:
             raise
-        print(f"saelab: {error}", file=sys.stderr)
+        print("saelab:", " ".join(str(error).split()), file=sys.stderr)
         return 2
 
 

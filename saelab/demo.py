@@ -38,18 +38,23 @@ def demo(
     _say(1, f"Load the language model {model!r} and the texts {texts!r}")
     lm, corpus = saelab.load_model(model), saelab.load_texts(texts)
     _say(2, f"Run the model over {n_tokens:,} tokens and keep the activations of {hook_name}: {out_dir / 'cache'}")
-    cache = saelab.harvest(
-        lm,
-        corpus,
-        hook_names=[hook_name],
-        n_tokens=n_tokens,
-        out_dir=out_dir / "cache",
-        ctx_len=_ctx_len(lm),
-        seed=seed,
-    )
+    options: dict[str, Any] = {"ctx_len": min(256, lm.max_ctx), "seed": seed}
+    cache = saelab.harvest(lm, corpus, [hook_name], n_tokens, out_dir / "cache", **options)
     _say(3, f"Train a TopK SAE with {d_sae:,} features, {k} per token, on {train_tokens:,} tokens: {out_dir / 'sae'}")
     config = saelab.TrainConfig(n_tokens=train_tokens, batch_size=min(2048, train_tokens), seed=seed)
     sae: Any = saelab.train(saelab.saes.TopKConfig(d_sae=d_sae, k=k), cache, config, out_dir=out_dir / "sae")
+    _look_at(sae, lm, out_dir)
+    print(f"\nDone. Everything is in {out_dir}. The dashboard: saelab dash {out_dir}", flush=True)
+    if serve:
+        from saelab.app.serve import serve as serve_dashboard
+
+        serve_dashboard(out_dir, port=port)
+
+
+def _look_at(sae: SAE, lm: LanguageModel, out_dir: Path) -> None:
+    """Measure a trained SAE, collect its features, steer with one."""
+    import saelab
+
     _say(4, f"Measure it on documents it was not trained on: {out_dir / 'report.json'}")
     report = _report(sae, lm, out_dir / "report.json")
     print("\n".join(f"   {name:<20}{_number(report[name])}" for name in _SHOWN))
@@ -57,11 +62,6 @@ def demo(
     store = saelab.collect_features(sae, lm, out_dir=out_dir / "features")
     _say(6, "Steer the model with one feature")
     _show_steering(lm, store)
-    print(f"\nDone. Everything is in {out_dir}. The dashboard: saelab dash {out_dir}", flush=True)
-    if serve:
-        from saelab.app.serve import serve as serve_dashboard
-
-        serve_dashboard(out_dir, port=port)
 
 
 def _say(step: int, what: str) -> None:
@@ -70,10 +70,6 @@ def _say(step: int, what: str) -> None:
 
 def _number(value: float | None) -> str:
     return "not defined" if value is None else f"{value:.4f}"
-
-
-def _ctx_len(lm: LanguageModel) -> int:
-    return min(256, lm.max_ctx)
 
 
 def _report(sae: SAE, lm: LanguageModel, path: Path) -> dict[str, Any]:
@@ -91,7 +87,7 @@ def _report(sae: SAE, lm: LanguageModel, path: Path) -> dict[str, Any]:
 def _show_steering(lm: LanguageModel, store: FeatureStore) -> None:
     feature = _strongest(store)
     if feature is None:
-        print("   No feature fired often enough to steer with; train on more tokens.")
+        print("   No feature fired; train on more tokens.")
         return
     logits = ", ".join(repr(token) for token, _ in feature.top_logits.positive[:5])
     print(f"   feature {feature.feature}, which promotes {logits}")
@@ -101,8 +97,9 @@ def _show_steering(lm: LanguageModel, store: FeatureStore) -> None:
 
 
 def _strongest(store: FeatureStore) -> Feature | None:
-    """Of the features that fire on 1e-4 to 1e-2 of the tokens, the one whose p99 moves a logit most."""
+    """Of the features that fire on 1e-4 to 1e-2 of the tokens (else on any), the one whose p99 moves a logit most."""
     rows = store.table(sort="p99", where={"density": (1e-4, 1e-2)}, limit=100)
+    rows = rows or store.table(sort="p99", where={"n_fired": (1, None)}, limit=100)
     features = [store.feature(row["feature"]) for row in rows]
 
     def push(feature: Feature) -> float:

@@ -17,7 +17,7 @@ from torch import Tensor
 from saelab.errors import ModelError
 from saelab.hooks import Edit, Site, bridge_sites, hf_sites, is_plain_mistake, tapped, unknown_hook
 from saelab.model_hash import hash_folder, hash_model, hash_tokenizer
-from saelab.prompts import Prompt, special_token_ids, to_batch
+from saelab.prompts import Prompt, check_ids, special_token_ids, to_batch
 from saelab.sampling import Generation, check_generation, sample
 from saelab.unembedding import logit_weights
 
@@ -176,12 +176,9 @@ class LanguageModel:
         return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
     def _checked(self, ids: Tensor) -> Tensor:
-        if ids.ndim != 2 or 0 in ids.shape or ids.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"Token ids are {ids.dtype} {tuple(ids.shape)}; expected a non-empty int64 (batch, seq).")
+        check_ids(ids)
         if ids.shape[1] > self.max_ctx:
-            raise ValueError(
-                f"{ids.shape[1]} tokens do not fit the context of {self.name}, {self.max_ctx}; give fewer."
-            )
+            raise ValueError(f"{ids.shape[1]} tokens exceed the context of {self.name}, {self.max_ctx}; give fewer.")
         low, high = ids.aminmax()
         if low < 0 or high >= self.d_vocab:
             wrong = int(high) if high >= self.d_vocab else int(low)

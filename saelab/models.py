@@ -67,7 +67,7 @@ def _locate(source: str | Path) -> tuple[str, str | Path]:
         if not (path / "config.json").is_file():
             raise ModelError(f"{path} is no model folder: it has no config.json. Give what `save_pretrained` wrote.")
         return str(path.resolve()), path.resolve()
-    if isinstance(source, Path) or path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
+    if isinstance(source, Path) or path.exists() or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source):
         kind = "a file" if path.exists() else "neither a folder here nor a Hugging Face id"
         raise ModelError(f"Unknown model {str(source)!r}: it is {kind}. Give 'smollm2', a model folder or a hub id.")
     return source, source

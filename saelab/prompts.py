@@ -17,7 +17,8 @@ def to_batch(
 ) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
     """Token ids, and their positions with -1 on padding (which stands on the right)."""
     if isinstance(prompt, Tensor):
-        ids = prompt if prompt.ndim > 1 else prompt[None]
+        ids = prompt[None] if prompt.ndim == 1 else prompt
+        check_ids(ids)
         return ids, torch.arange(ids.shape[-1], device=ids.device).expand(ids.shape)
     if isinstance(prompt, str):
         rows = [_text_ids(prompt, tokenizer)]
@@ -34,6 +35,12 @@ def to_batch(
         ids[i, : len(row)] = torch.tensor(row)
         positions[i, : len(row)] = torch.arange(len(row))
     return ids, positions
+
+
+def check_ids(ids: Tensor) -> None:
+    """Raises `ValueError` unless `ids` are whole numbers in a non-empty (batch, seq)."""
+    if ids.ndim != 2 or 0 in ids.shape or ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"Token ids are {ids.dtype} {tuple(ids.shape)}; expected a non-empty int64 (batch, seq).")
 
 
 def _text_ids(text: str, tokenizer: Any) -> list[int]:

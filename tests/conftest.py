@@ -91,3 +91,40 @@ def smollm2():
     from saelab.models import load_model
 
     return load_model("smollm2")
+
+
+# Text that would run, break out, reorder or hide itself if a page forgot to escape it.
+HOSTILE = [
+    "<script>alert('saelab-1')</script>",
+    "<img src=x onerror=alert('saelab-2')>",
+    "\"><svg onload=alert('saelab-3')>",
+    "' onfocus='alert(4)' autofocus tabindex=1 x='",
+    "</div></style></textarea></script><iframe src=javascript:alert(5)>",
+    "[link](javascript:alert(6)) ![picture](http://example.com/x.png) **bold** `code` $x^2$ :material/bug_report:",
+    "{{7*7}} ${alert(8)} <%= 9 %> &lt;script&gt; &#60;b&#62;",
+    "\u202eright to left\u202c \u2066isolate\u2069 zero\u200bwidth\u200d \ufeff \u2028 \x07\x1b[31m \r\n\ttab",
+    "\u6f22\u5b57\u304b\u306a \ud55c\uad6d\uc5b4 \u0639\u0631\u0628\u064a \U0001f600 \U0001f469\u200d\U0001f680 e\u0301",
+]
+
+
+@pytest.fixture(scope="session")
+def hostile_run(tmp_path_factory, tiny_lm) -> Path:
+    """A whole run on the tiny model, cache to features, whose documents all hold hostile text. Do not change it."""
+    import json
+
+    import saelab
+
+    folder = tmp_path_factory.mktemp("runs") / "hostile"
+    folder.mkdir()
+    texts = folder / "texts.jsonl"
+    documents = [f"{HOSTILE[i % len(HOSTILE)]} {TOKENIZER_TEXT[i % 4]} Number {i}." for i in range(360)]
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
+    hook = "blocks.1.hook_resid_post"
+    cache = saelab.harvest(tiny_lm, texts, [hook], 12_000, folder / "cache", ctx_len=64, progress=False)
+    config = saelab.saes.TopKConfig(d_sae=96, k=4)
+    train = saelab.TrainConfig(n_tokens=30_000, batch_size=256, warmup_steps=5, checkpoint_every=0)
+    sae = saelab.train(config, cache, train, folder / "sae", progress=False)
+    assert isinstance(sae, saelab.saes.SAE)
+    saelab.evaluate(sae, tiny_lm, n_tokens_ce=512, progress=False).save(folder / "report.json")
+    saelab.collect_features(sae, tiny_lm, out_dir=folder / "features", progress=False)
+    return folder

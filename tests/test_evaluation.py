@@ -158,7 +158,7 @@ def test_the_way_from_harvest_to_report(tiny_lm, tmp_path):
         ({"hook_name": "blocks.9.hook_resid_post"}, "blocks.9.hook_resid_post"),
         ({"hook_name": None}, "hook_name"),
         ({"texts": None, "hook_name": HOOK}, "give texts"),
-        ({"texts": ["x"], "hook_name": HOOK}, "No token"),
+        ({"texts": ["x"], "hook_name": HOOK}, "(?i)no token"),
         ({"texts": TEXTS, "hook_name": HOOK, "split": "test"}, "test"),
     ],
     ids=["unknown hook", "no hook", "no texts", "one token", "unknown split"],

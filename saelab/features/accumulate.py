@@ -2,7 +2,7 @@
 
 The state is bounded: its size depends on the number of features, not of tokens. Counts, sums, maxima, histogram and
 top examples are exact. So is p99 while at most `MAX_VALUES` values were seen in all; after that a feature keeps the
-values at `MAX_VALUES / (2 d_sae)` of its tokens (at least 256), those with the smallest hash, which is a uniform sample:
+values at `MAX_VALUES / (2 d_sae)` of its tokens (at least 256), those with the smallest hash, a uniform sample:
 with 256 values the sample's p99 lies between the true 98th and 99.8th percentile in two cases of three.
 """
 

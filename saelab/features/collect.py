@@ -46,7 +46,7 @@ def collect_features(
 ) -> FeatureStore:
     """Collect what every feature does into `out_dir`, and open the store.
 
-    `texts` None is the SAE's own source, of which the held-out tenth is read; of any other text all (`split` overrides).
+    `texts` None is the SAE's own source. Of that the held-out tenth is read, of any other text all; `split` overrides.
     Packing, mask and counts are those of `saelab.evaluate`. `n_tokens` stops after so many tokens (whole batches),
     `top_k` is the number of examples a feature keeps. The same call on a finished store returns at once.
 
@@ -151,7 +151,8 @@ def _top_logits(sae: SAE, lm: LanguageModel, hook_name: str) -> dict[str, Tensor
 def _extremes(
     logits: Float[Tensor, "n vocab"], n_top: int
 ) -> tuple[Float[Tensor, "n top"], Int[Tensor, "n top"], Float[Tensor, "n top"], Int[Tensor, "n top"]]:
-    return (*logits.topk(n_top, 1), *logits.topk(n_top, 1, largest=False))
+    highest, lowest = logits.topk(n_top, 1), logits.topk(n_top, 1, largest=False)
+    return highest.values, highest.indices, lowest.values, lowest.indices
 
 
 def _cosine(sae: SAE) -> Float[Tensor, " d_sae"]:

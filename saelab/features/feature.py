@@ -59,7 +59,7 @@ class Feature:
     """A feature as `store.feature(i)` gives it; a card in a notebook, an edit when multiplied.
 
     Numbers are taken over the counted tokens: `n_fired`, `density` (share of tokens with a non-zero value), and over
-    the non-zero values: `mean`, `std`, `p99`, `max` (None when it never fired). `cosine` is between encoder and decoder row.
+    the non-zero values: `mean`, `std`, `p99`, `max` (None when it never fired). `cosine`: encoder to decoder row.
     """
 
     def __init__(self, store: FeatureStore, row: dict[str, Any]) -> None:
@@ -87,7 +87,7 @@ class Feature:
         sequence, position = int(arrays["sequence"][i]), int(arrays["position"][i])
         ids = self.store.sequence(sequence)
         start, stop = max(0, position - schema.WINDOW_LEFT), min(len(ids), position + schema.WINDOW_RIGHT + 1)
-        pieces = self.store.pieces(ids[start:stop])
+        pieces = self.store.pieces(ids[start:stop].tolist())
         left, right = trim_to_characters(pieces, position - start)
         start, stop, pieces = start + left, start + right, pieces[left:right]
         first = schema.WINDOW_LEFT + start - position  # window column 32 is the peak
@@ -114,14 +114,16 @@ class Feature:
 
     @cached_property
     def top_logits(self) -> Logits:
-        """Promoted and suppressed tokens with the logit change of one unit along the decoder row; empty off the residual stream."""
+        """Tokens that one unit along the decoder row promotes and suppresses most; empty off the residual stream."""
         arrays = self.store.arrays(self.feature, "logits")
         if not arrays:
             return Logits([], [])
         return Logits(self._side(arrays, "positive"), self._side(arrays, "negative"))
 
     def _side(self, arrays: dict[str, np.ndarray], side: str) -> list[tuple[str, float]]:
-        texts = [piece.decode("utf-8", "backslashreplace") for piece in self.store.pieces(arrays[f"{side}_ids"])]
+        texts = [
+            piece.decode("utf-8", "backslashreplace") for piece in self.store.pieces(arrays[f"{side}_ids"].tolist())
+        ]
         return list(zip(texts, arrays[side].tolist(), strict=True))
 
     @property

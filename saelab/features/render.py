@@ -1,7 +1,7 @@
 """HTML of a feature: examples with highlighted tokens, and the card a notebook shows.
 
 Token text comes from the web and is hostile until escaped: it passes through `visible` (control, bidi and zero-width
-characters become glyphs) and `html.escape(quote=True)`, and reaches the page nowhere else. No script, no outside resource.
+characters become glyphs) and `html.escape(quote=True)`, and reaches the page nowhere else. No script, nothing from outside.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ border-bottom:1px solid rgba(128,128,128,.22)}
 .sl-text{overflow-wrap:anywhere;white-space:pre-wrap;font-size:.95rem;line-height:1.75}
 .sl-t{border-radius:3px;padding:.1em 0}
 .sl-t:focus-visible{outline:2px solid currentColor;outline-offset:1px}
-.sl-peak{outline:2px solid currentColor;outline-offset:0;font-weight:700;text-decoration:underline;text-underline-offset:3px}
+.sl-peak{outline:1.5px solid currentColor;outline-offset:0;margin:0 2px;padding:.1em 1px;font-weight:700;
+text-decoration:underline;text-underline-offset:3px}
 .sl-g{opacity:.55}
 """
 
@@ -117,11 +118,16 @@ def model_label(name: str) -> str:
     return name.rstrip("/").rpartition("/")[2] if name.startswith("/") else name
 
 
+def cosine(value: float | None) -> str:
+    """A cosine in two decimals."""
+    return "\u2013" if value is None else f"{value:.2f}"
+
+
 def percent(value: float | None) -> str:
     """A share in per cent, small ones with enough digits to differ."""
     if value is None:
         return "\u2013"
-    return f"{value:.3%}" if value < 0.01 else f"{value:.2%}"
+    return "0%" if value == 0 else f"{value:.3%}" if value < 0.01 else f"{value:.2%}"
 
 
 _CARD_STYLE = (
@@ -133,7 +139,8 @@ font-family:system-ui,sans-serif;background:#fff;color:#1f2328}
 .sl-card h3{margin:0;font-size:1.15rem}.sl-card h4{margin:.9rem 0 .3rem;font-size:.85rem;font-weight:600}
 .sl-sub{font-size:.8rem;opacity:.75;margin:.1rem 0 .7rem}
 .sl-stats{display:flex;flex-wrap:wrap;gap:.3rem 1.6rem;margin:0;font-variant-numeric:tabular-nums}
-.sl-stats div{display:flex;flex-direction:column}.sl-stats dt{font-size:.72rem;opacity:.75}.sl-stats dd{margin:0;font-weight:600}
+.sl-stats div{display:flex;flex-direction:column}.sl-stats dt{font-size:.72rem;opacity:.75}
+.sl-stats dd{margin:0;font-weight:600}
 .sl-chips{display:flex;flex-wrap:wrap;gap:.3rem}
 .sl-chip{border:1px solid rgba(128,128,128,.4);border-radius:4px;padding:0 .4em;font-size:.85rem;white-space:pre}
 .sl-chip small{opacity:.7;margin-left:.4em}
@@ -145,9 +152,10 @@ def feature_card(feature: Feature, n_examples: int = 10) -> str:
     """A self-contained card for a notebook: inline style, no script, follows the reader's colour scheme."""
     stats = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in _stats(feature))
     logits = feature.top_logits
+    model = model_label(feature.store.manifest["model"]["name"])
     return (
         f'<style>{_CARD_STYLE}</style><div class="sl-card"><h3>Feature {feature.feature}</h3>'
-        f'<p class="sl-sub">{escape(feature.hook_name)} \u00b7 {escape(model_label(feature.store.manifest["model"]["name"]))}</p>'
+        f'<p class="sl-sub">{escape(feature.hook_name)} \u00b7 {escape(model)}</p>'
         f'<dl class="sl-stats">{stats}</dl>'
         f"<h4>Top examples</h4>{examples_html(feature.examples(n_examples), feature.max)}"
         f"<h4>Values (log scale)</h4>{histogram_svg(feature.histogram)}"
@@ -162,7 +170,7 @@ def _stats(feature: Feature) -> list[tuple[str, str]]:
         ("mean", number(feature.mean)),
         ("p99", number(feature.p99)),
         ("max", number(feature.max)),
-        ("encoder\u2013decoder cosine", number(feature.cosine)),
+        ("encoder\u2013decoder cosine", cosine(feature.cosine)),
     ]
 
 
@@ -190,7 +198,8 @@ def histogram_svg(histogram: Histogram, width: int = 480, height: int = 70) -> s
     )
     label = f"{number(histogram.edges[0])} to {number(histogram.edges[-1])}, at most {tallest:,} a bin"
     return (
-        f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" aria-label="Histogram: {label}" '
+        f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
+        f'aria-label="Histogram: {label}" '
         f'style="max-width:100%;fill:rgb({HIGHLIGHT})">{bars}</svg><div class="sl-sub">{label}</div>'
     )
 

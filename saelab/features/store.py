@@ -23,6 +23,9 @@ from saelab.files import read_json
 if TYPE_CHECKING:
     from saelab.saes import SAE
 
+Bounds = Mapping[str, tuple[float | int | None, float | int | None]]
+"""Inclusive (lowest, highest) by column, None for open."""
+
 _ANEW = "Collect it anew with saelab.collect_features(...) or `saelab features RUN`."
 
 
@@ -86,7 +89,7 @@ class FeatureStore:
         self,
         sort: str = "density",
         descending: bool = True,
-        where: Mapping[str, tuple[float | None, float | None]] | None = None,
+        where: Bounds | None = None,
         limit: int = 50,
         offset: int = 0,
     ) -> list[dict[str, Any]]:
@@ -103,7 +106,7 @@ class FeatureStore:
         tail = f'{clause} ORDER BY "{sort}" IS NULL, "{sort}" {order}, feature LIMIT ? OFFSET ?'
         return self._rows(tail, [*values, limit, offset])
 
-    def count(self, where: Mapping[str, tuple[float | None, float | None]] | None = None) -> int:
+    def count(self, where: Bounds | None = None) -> int:
         """How many features lie within the bounds of `where` (see `table`)."""
         clause, values = _where(where)
         return self._query(f"SELECT count(*) FROM feature {clause}", values)[0][0]
@@ -121,7 +124,7 @@ class FeatureStore:
 
     def pieces(self, ids: Iterable[int]) -> list[bytes]:
         """The bytes of tokens, from the store's own table."""
-        ids = [int(index) for index in ids]
+        ids = list(ids)
         for index in set(ids) - self._pieces.keys():
             rows = self._query("SELECT bytes FROM token WHERE id = ?", [index])
             self._pieces[index] = rows[0][0] if rows else f"<{index}>".encode()
@@ -235,7 +238,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             raise StoreError(f"{path} says format {manifest['format']!r}, expected {schema.FORMAT!r}.")
         if manifest["version"] > schema.VERSION:
             raise StoreError(
-                f"{folder} has store version {manifest['version']}, this saelab reads up to {schema.VERSION}: update saelab."
+                f"{folder} has store version {manifest['version']}, this saelab reads up to {schema.VERSION}: "
+                "update saelab."
             )
         for name, entry in manifest["files"].items():
             if not (folder / name).exists() or (folder / name).stat().st_size != entry["bytes"]:
@@ -255,7 +259,7 @@ def _check_column(name: str) -> None:
         raise ValueError(f"column {name!r} does not exist; there are {', '.join(schema.SORTABLE)}.")
 
 
-def _where(where: Mapping[str, tuple[float | None, float | None]] | None) -> tuple[str, list[float]]:
+def _where(where: Bounds | None) -> tuple[str, list[float]]:
     terms, values = [], []
     for name, (low, high) in (where or {}).items():
         _check_column(name)

@@ -1,0 +1,71 @@
+"""The web application: Streamlit behind a thin layer that tells the page where its server is and what it may load.
+
+Without the first, a deep link (`/feature?feature=17`) makes Streamlit's page probe `/feature/_stcore/health` and log
+a 404. The second, a Content-Security-Policy, keeps the browser from asking any other host for anything.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from starlette.datastructures import MutableHeaders
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from streamlit.starlette import App
+
+_BASE = b"<head><script>window.__streamlit={BACKEND_BASE_URL:window.location.origin}</script>"
+_POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' blob: data:; worker-src 'self' blob:; "
+    "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
+)
+
+
+class LocalPage:
+    """ASGI middleware that completes HTML responses; everything else passes through untouched."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        start: dict[str, Any] = {}
+        body = bytearray()
+
+        async def complete(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                start.update(message)
+                if not MutableHeaders(scope=message).get("content-type", "").startswith("text/html"):
+                    await send(message)
+            elif not MutableHeaders(scope=start).get("content-type", "").startswith("text/html"):
+                await send(message)
+            else:
+                body.extend(message.get("body", b""))
+                if not message.get("more_body"):
+                    await _send_page(start, bytes(body), send)
+
+        # HTML must not come compressed or as "not modified": it is changed on the way.
+        hidden = (b"accept-encoding", b"if-none-match", b"if-modified-since")
+        if "." not in scope["path"].rpartition("/")[2]:
+            scope = scope | {"headers": [pair for pair in scope["headers"] if pair[0] not in hidden]}
+        await self.app(scope, receive, complete)
+
+
+async def _send_page(start: dict[str, Any], body: bytes, send: Any) -> None:
+    headers = MutableHeaders(scope=start)
+    if body:  # none in the answer to HEAD
+        body = body.replace(b"<head>", _BASE, 1)
+        headers["content-length"] = str(len(body))
+    headers["content-security-policy"] = _POLICY
+    headers["x-content-type-options"] = "nosniff"
+    headers["referrer-policy"] = "no-referrer"
+    await send(start)
+    await send({"type": "http.response.body", "body": body})
+
+
+# A page of another site whose name was made to point here (DNS rebinding) still sends its own name as Host.
+_HOSTS = Middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1"])
+app = App(Path(__file__).with_name("main.py"), middleware=[_HOSTS, Middleware(LocalPage)])

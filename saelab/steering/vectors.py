@@ -1,0 +1,107 @@
+"""Steering with a plain vector: add it to the activations, or take its direction out of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saelab.models import LanguageModel
+
+_BATCH = 16
+
+
+@dataclass(frozen=True, eq=False)
+class VectorEdit:
+    """What `lm.steer` takes. `raw` adds `strength * vector`; `resid_norm` adds, at every token, `strength` times the
+    activation's own norm along the vector; `ablate` projects the vector's direction out.
+
+    Position 0 (the attention sink) and padding are left alone.
+    """
+
+    hook_name: str
+    vector: Float[Tensor, " d_in"]
+    mode: Literal["raw", "resid_norm", "ablate"]
+    strength: float = 1.0
+
+    @property
+    def d_in(self) -> int:
+        """Width of the activations it edits."""
+        return self.vector.numel()
+
+    @torch.no_grad()
+    def apply(
+        self, x: Float[Tensor, "batch seq d_in"], positions: Int[Tensor, "batch seq"]
+    ) -> Float[Tensor, "batch seq d_in"]:
+        """The edited activations, computed in fp32."""
+        if self.mode != "ablate" and self.strength == 0:
+            return x
+        vector, wide = self.vector.to(x.device), x.float()
+        unit = vector / vector.norm()
+        if self.mode == "raw":
+            change = self.strength * vector.expand_as(wide)
+        elif self.mode == "resid_norm":
+            change = self.strength * wide.norm(dim=-1, keepdim=True) * unit
+        else:
+            change = -(wide @ unit)[..., None] * unit
+        return torch.where((positions > 0)[..., None], (wide + change).to(x.dtype), x)
+
+
+class Direction:
+    """A vector `(d_in,)` at a hook. Raises `ValueError` when it is not one finite, non-zero vector."""
+
+    def __init__(self, vector: Tensor, hook_name: str):
+        vector = torch.as_tensor(vector).detach().float()
+        if vector.ndim != 1 or not bool(vector.isfinite().all()) or not bool(vector.any()):
+            raise ValueError(f"Direction got {tuple(vector.shape)}; expected one finite, non-zero vector (d_in,).")
+        self.vector, self.hook_name = vector, hook_name
+
+    def __repr__(self) -> str:
+        return f"Direction(d_in {self.vector.numel()}, norm {self.vector.norm():.3g}, at {self.hook_name})"
+
+    def __mul__(self, strength: float) -> VectorEdit:
+        """Add `strength` times the vector."""
+        return self.add(strength)
+
+    __rmul__ = __mul__
+
+    def add(self, value: float, unit: str = "raw") -> VectorEdit:
+        """Add `value` times the vector as it is, or ("resid_norm") times the norm of each activation along it."""
+        if unit not in ("raw", "resid_norm"):
+            raise ValueError(f"unit={unit!r} is unknown; expected 'raw' or 'resid_norm'.")
+        if not math.isfinite(value):
+            raise ValueError(f"strength {value!r} is not finite; give an ordinary number, such as 2.0.")
+        return VectorEdit(self.hook_name, self.vector, unit, float(value))
+
+    def ablate(self) -> VectorEdit:
+        """Project the direction out: nothing of the activations lies along it afterwards."""
+        return VectorEdit(self.hook_name, self.vector, "ablate")
+
+
+def diff_means(lm: LanguageModel, pos: Sequence[str], neg: Sequence[str], hook_name: str) -> Direction:
+    """Mean activation over the tokens of the texts `pos` minus that over `neg`, position 0 and special tokens left out.
+
+    Raises `ValueError` when a side has no texts or no tokens left, or for an unknown hook.
+    """
+    lm.check_hook(hook_name)
+    return Direction(_mean(lm, pos, hook_name, "pos") - _mean(lm, neg, hook_name, "neg"), hook_name)
+
+
+def _mean(lm: LanguageModel, texts: Sequence[str], hook_name: str, side: str) -> Float[Tensor, " d_in"]:
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    total, count = torch.zeros(lm.d_in(hook_name), dtype=torch.float64), 0
+    special = torch.tensor(lm.special_ids, dtype=torch.int64)
+    for start in range(0, len(texts), _BATCH):
+        ids, positions = lm.to_batch(texts[start : start + _BATCH])
+        kept = (positions > 0) & ~torch.isin(ids, special)
+        x = next(iter(lm.stream_activations([ids], [hook_name])))[hook_name].cpu()
+        total += x[kept].double().sum(0)
+        count += int(kept.sum())
+    if count == 0:
+        raise ValueError(f"{side} holds {len(texts)} texts and no token to average; give texts of two tokens or more.")
+    return (total / count).float()

@@ -1,0 +1,341 @@
+"""The cache on disk: shuffling through the pool, reading batches, noticing damage. No model here."""
+
+import errno
+import json
+import threading
+import time
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from saelab.activation_cache import format
+from saelab.activation_cache.reader import ActivationCache
+from saelab.activation_cache.writer import CacheWriter, Pool
+from saelab.errors import CacheError, SaelabError
+from saelab.tokens import TokenBatch
+
+CTX, BATCH = 8, 4
+
+
+def acts_of(seq, pos):
+    """Rows that tell where they come from (exact in bf16: whole numbers below 256)."""
+    return torch.stack([seq % 256, seq // 256, pos, torch.ones_like(seq)], dim=-1).float()
+
+
+def make_cache(folder, n_sequences=40, shard_rows=32, pool_shards=3, seed=0, hooks=("h",)):
+    folder.mkdir(exist_ok=True)
+    config = {
+        "format_version": format.FORMAT_VERSION,
+        "hooks": dict.fromkeys(hooks, 4),
+        "ctx_len": CTX,
+        "batch_size": BATCH,
+        "n_tokens": n_sequences * CTX,
+        "shard_rows": shard_rows,
+        "pool_shards": pool_shards,
+        "seed": seed,
+    }
+    journal = format.Journal(folder)
+    writer = CacheWriter(folder, journal, config)
+    for first in range(0, n_sequences, BATCH):
+        n = min(BATCH, n_sequences - first)
+        seq, pos = torch.meshgrid(torch.arange(first, first + n), torch.arange(CTX), indexing="ij")
+        batch = TokenBatch(seq * CTX + pos, seq.clone(), first)
+        writer.add_tokens(batch)
+        acts = acts_of(seq, pos)
+        keep = pos > 0
+        writer.add(batch, dict.fromkeys(hooks, acts), keep, {"position": n, "special": 0, "norm": 0})
+    contents = writer.finish(torch.arange(n_sequences), dict.fromkeys(hooks, 2.0))
+    writer.close()
+    writer.write_manifest({"format_version": format.FORMAT_VERSION, "config": config, **contents})
+    journal.close()
+    return ActivationCache(folder)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return make_cache(tmp_path_factory.mktemp("caches") / "cache")
+
+
+def rows_of(x):
+    return Counter(map(tuple, x.float().tolist()))
+
+
+def stored_rows(cache):
+    return torch.cat([acts for acts, _ in cache.shards()])
+
+
+# --- what is written
+
+
+def test_pool_gives_out_what_it_got_each_row_once_and_reuses_slots():
+    pool = Pool(6, {"h": 4})
+    seen = Counter()
+    generator = torch.Generator().manual_seed(0)
+    for seq in range(20):
+        index = torch.tensor([[seq, pos, 0] for pos in range(3)], dtype=torch.int32)
+        pool.add(index, {"h": acts_of(index[:, 0], index[:, 1])})
+        if seq % 2:
+            drawn, acts = pool.draw(6 if seq == 19 else len(pool), generator)
+            torch.testing.assert_close(acts["h"].float(), acts_of(drawn[:, 0], drawn[:, 1]))
+            seen.update(map(tuple, drawn.tolist()))
+    assert len(pool) == 0 and pool.oldest_sequence is None
+    assert seen == Counter((seq, pos, 0) for seq in range(20) for pos in range(3))
+
+
+def test_every_row_is_stored_once_with_its_sequence_position_and_token(cache):
+    ids, doc = cache.tokens()
+    assert ids.shape == doc.shape == (40, CTX)
+    places = Counter()
+    for acts, index in cache.shards("h"):
+        seq, pos = index["seq"].long(), index["pos"].long()
+        assert acts.dtype == torch.bfloat16
+        assert torch.equal(acts.float(), acts_of(seq, pos))
+        assert torch.equal(index["token"], ids[seq, pos])
+        places.update(zip(seq.tolist(), pos.tolist(), strict=True))
+    assert places == Counter((seq, pos) for seq in range(40) for pos in range(1, CTX))
+    assert cache.n_rows == 40 * 7 == sum(shard["rows"] for shard in cache.manifest["shards"])
+    assert cache.manifest["masked"] == {"position": 40, "special": 0, "norm": 0}
+    assert cache.document_ids.tolist() == list(range(40))
+
+
+def test_rows_are_shuffled_over_the_whole_pool_and_by_seed(tmp_path, cache):
+    sizes = [len(acts) for acts, _ in cache.shards()]
+    assert sizes[:-1] == [32] * (len(sizes) - 1)
+    first = next(cache.shards())[1]["seq"]
+    assert len(set(first.tolist())) > 8 and first.max() >= 8  # drawn from all 96 waiting rows, not the first 32
+    assert first.tolist() != sorted(first.tolist())
+    same = make_cache(tmp_path / "same")
+    other = make_cache(tmp_path / "other", seed=1)
+    assert torch.equal(stored_rows(same), stored_rows(cache))
+    assert not torch.equal(stored_rows(other), stored_rows(cache))
+    assert rows_of(stored_rows(other)) == rows_of(stored_rows(cache))
+
+
+def test_two_hooks_share_one_order(tmp_path):
+    cache = make_cache(tmp_path / "two", hooks=("a", "b"))
+    for (a, _), (b, _) in zip(cache.shards("a"), cache.shards("b"), strict=True):
+        assert torch.equal(a, b)
+    assert cache.hook_names == ["a", "b"]
+    with pytest.raises(ValueError, match="hook_name=None is not in .*: it holds a, b"):
+        cache.d_in()
+    with pytest.raises(ValueError, match="'c' is not in"):
+        cache.batches(4, hook_name="c")
+
+
+def test_statistics_are_those_of_the_stored_rows(cache):
+    x = stored_rows(cache).double()
+    stats = cache.stats("h")
+    torch.testing.assert_close(stats["mean"], x.mean(0), rtol=1e-12, atol=0)
+    torch.testing.assert_close(stats["second_moment"], x.square().mean(0), rtol=1e-12, atol=0)
+    assert stats["mean_norm"] == pytest.approx(x.norm(dim=1).mean().item(), rel=1e-7)
+    assert stats["n"] == len(x) and stats["median_norm"] == 2.0
+    assert stats["mean"].dtype == torch.float64
+
+
+def test_packed_contexts_are_cut_into_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(format, "SEQUENCES_PER_FILE", 6)
+    cache = make_cache(tmp_path / "cache", n_sequences=15)
+    assert [known["sequences"] for known in cache.manifest["tokens"]] == [6, 6, 3]
+    assert cache.tokens()[0].flatten().tolist() == list(range(15 * CTX))
+
+
+def test_seeded_generators_depend_on_every_part():
+    draws = {
+        torch.rand(1, generator=format.seeded("rows", *parts)).item() for parts in [(0, 1), (1, 0), (0, 10), (1, 1)]
+    }
+    assert len(draws) == 4
+
+
+# --- batches
+
+
+def take(batches, n):
+    return [next(batches) for _ in range(n)]
+
+
+@settings(deadline=None, max_examples=25)
+@given(batch_size=st.integers(1, 300), start=st.integers(0, 12), seed=st.integers(0, 3))
+def test_batches_are_a_pure_function_of_seed_and_step(cache, batch_size, start, seed):
+    whole = cache.batches(batch_size, seed=seed)
+    resumed = cache.batches(batch_size, seed=seed, start_step=start, prefetch=1)
+    for a, b in zip(take(whole, start + 3)[start:], take(resumed, 3), strict=True):
+        assert a.shape == (batch_size, 4) and a.dtype == torch.float32
+        assert torch.equal(a, b)
+    whole.close()
+    resumed.close()
+
+
+def test_each_epoch_gives_every_row_once_in_another_order(cache):
+    stream = torch.cat(take(cache.batches(40), 3 * cache.n_rows // 40))
+    epochs = stream.split(cache.n_rows)
+    everything = rows_of(stored_rows(cache))
+    assert len(epochs) == 3
+    assert all(rows_of(epoch) == everything for epoch in epochs)
+    assert not torch.equal(epochs[0], epochs[1])
+    assert not torch.equal(epochs[0], stored_rows(cache).float())
+    assert not torch.equal(epochs[0], torch.cat(take(cache.batches(40, seed=1), 7)))
+    first_shard = rows_of(next(cache.shards())[0])
+    assert any(rows_of(epoch[:32]) != first_shard for epoch in epochs)  # the order of shards changes too
+
+
+def test_start_step_skips_whole_shards_without_reading_them(tmp_path):
+    cache = make_cache(tmp_path / "cache")
+    read = []
+    load = cache._read
+    cache._read = lambda shard, name: (read.append(shard), load(shard, name))[1]
+    batches = cache.batches(32, start_step=7, prefetch=1)
+    next(batches)
+    batches.close()
+    assert len(read) <= 3
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"batch_size": 0}, {"batch_size": 4, "start_step": -1}, {"batch_size": 4, "prefetch": 0}]
+)
+def test_bad_batch_arguments_are_refused_at_once(cache, arguments):
+    with pytest.raises(ValueError, match="must be at least"):
+        cache.batches(**arguments)
+
+
+@pytest.mark.parametrize("how", ["closed", "forgotten"])
+def test_the_thread_ends_with_the_iterator(cache, how):
+    batches = cache.batches(4)
+    next(batches)
+    assert any("saelab-cache-reader" in thread.name for thread in threading.enumerate())
+    if how == "closed":
+        batches.close()
+    del batches
+    for _ in range(100):
+        if not any("saelab-cache-reader" in thread.name for thread in threading.enumerate()):
+            return
+        time.sleep(0.02)
+    raise AssertionError("the reading thread lives on")
+
+
+# --- damage
+
+
+def damage(path, how):
+    data = path.read_bytes()
+    if how == "truncated":
+        path.write_bytes(data[:-1])
+    elif how == "altered":
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    else:
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [("truncated", "bytes instead of"), ("altered", "other contents than were written"), ("missing", "is missing")],
+)
+@pytest.mark.parametrize("file", ["h.safetensors", "index.safetensors"])
+def test_a_damaged_shard_is_named(tmp_path, how, message, file):
+    cache = make_cache(tmp_path / "cache")
+    damage(tmp_path / "cache" / "shards" / "r000-000002" / file, how)
+    with pytest.raises(CacheError, match=f"shard shards/r000-000002.*{message}"):
+        cache.verify()
+    with pytest.raises(CacheError, match=f"shard shards/r000-000002.*{message}"):
+        list(cache.shards())
+    if file == "h.safetensors":
+        with pytest.raises(CacheError, match="r000-000002"):
+            take(cache.batches(10), 30)
+
+
+@pytest.mark.parametrize("part", ["tokens/seq-000000.safetensors", "stats/h.safetensors", "documents.safetensors"])
+def test_damage_elsewhere_is_named_too(tmp_path, part):
+    cache = make_cache(tmp_path / "cache")
+    cache.verify()
+    damage(tmp_path / "cache" / part, "altered")
+    with pytest.raises(CacheError, match=part.split("/")[-1]):
+        cache.verify()
+    with pytest.raises(CacheError, match="altered"):
+        print(cache.tokens(), cache.stats(), cache.document_ids)
+
+
+def test_a_shard_altered_between_epochs_in_size_is_noticed(tmp_path):
+    cache = make_cache(tmp_path / "cache")
+    batches = cache.batches(cache.n_rows, prefetch=1)
+    next(batches)
+    damage(tmp_path / "cache" / "shards" / "r000-000001" / "h.safetensors", "truncated")
+    with pytest.raises(CacheError, match="r000-000001"):
+        take(batches, 3)
+
+
+def test_newer_foreign_and_unfinished_caches_are_refused(tmp_path):
+    cache = make_cache(tmp_path / "cache")
+    path = tmp_path / "cache" / "manifest.json"
+    path.write_text(json.dumps({**cache.manifest, "format_version": 99}))
+    with pytest.raises(CacheError, match="cache format 99.*install a newer saelab"):
+        ActivationCache(tmp_path / "cache")
+    path.write_text("{}")
+    with pytest.raises(CacheError, match="no manifest of an activation cache"):
+        ActivationCache(tmp_path / "cache")
+    path.write_text("{")
+    with pytest.raises(SaelabError, match="not valid JSON"):
+        ActivationCache(tmp_path / "cache")
+    path.unlink()
+    with pytest.raises(CacheError, match="unfinished: repeat the same harvest call"):
+        ActivationCache(tmp_path / "cache")
+    with pytest.raises(CacheError, match="holds no finished activation cache; harvest one there first"):
+        ActivationCache(tmp_path)
+
+
+# --- journal and sizes
+
+
+def test_journal_drops_a_half_written_line_and_refuses_an_altered_one(tmp_path):
+    journal = format.Journal(tmp_path)
+    journal.append({"kind": "start", "n": 1})
+    journal.append({"kind": "shard", "n": 2})
+    journal.close()
+    whole = journal.path.read_bytes()
+    for torn in (whole[-10:], b'{"kind": "sh', b"\x00\x00\n"):
+        journal.path.write_bytes(whole + torn)
+        again = format.Journal(tmp_path)
+        assert [entry["n"] for entry in again.entries] == [1, 2]
+        again.close()
+        assert journal.path.read_bytes() == whole
+    journal.path.write_bytes(b"{]\n" + whole)
+    with pytest.raises(CacheError, match="line 1 was altered"):
+        format.Journal(tmp_path)
+
+
+def test_a_full_disk_leaves_the_journal_whole(tmp_path, monkeypatch):
+    journal = format.Journal(tmp_path)
+    journal.append({"kind": "start"})
+    before = journal.path.read_bytes()
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(format.os, "fsync", full)
+        with pytest.raises(SaelabError, match="disk is full"):
+            journal.append({"kind": "shard"})
+    assert journal.path.read_bytes() == before and len(journal.entries) == 1
+    journal.close()
+
+
+def test_one_process_at_a_time(tmp_path):
+    journal = format.Journal(tmp_path)
+    with pytest.raises(CacheError, match="another process is harvesting"):
+        format.Journal(tmp_path)
+    journal.close()
+    format.Journal(tmp_path).close()
+
+
+def test_estimate_is_close_above_the_real_size(tmp_path):
+    cache = make_cache(tmp_path / "cache", n_sequences=200, shard_rows=512, hooks=("a", "b"))
+    files = [path for path in (tmp_path / "cache").rglob("*.safetensors") if "documents" not in path.name]
+    real = sum(path.stat().st_size for path in files)
+    estimate = format.estimate_bytes(200, CTX, cache.manifest["config"]["hooks"], 512)
+    assert real < estimate < 2 * real
+
+
+@pytest.mark.parametrize(("n", "text"), [(0, "0 bytes"), (999, "999 bytes"), (288e6, "288.0 MB"), (2.5e12, "2.5 TB")])
+def test_human_bytes(n, text):
+    assert format.human_bytes(n) == text

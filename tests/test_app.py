@@ -1,0 +1,288 @@
+"""The dashboard's pages through Streamlit's AppTest, its charts and its server settings; test_browser.py has the rest."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from streamlit.testing.v1 import AppTest
+from streamlit.util import calc_hash
+
+import saelab.app
+from saelab.app import charts, page_runs, page_steer, serve, state
+from saelab.errors import SaelabError
+from saelab.features.feature import Histogram
+from saelab.features.store import load_features
+
+MAIN = str(Path(serve.__file__).with_name("main.py"))
+PAGES = ("runs", "features", "feature", "dead", "steer")
+
+
+@pytest.fixture
+def open_page(hostile_run, monkeypatch):
+    """Opens one page of a run with URL parameters, as a deep link does."""
+
+    def open_page(name="runs", run=hostile_run, **query):
+        monkeypatch.setenv(serve.RUN_VARIABLE, str(run))
+        app = AppTest.from_file(MAIN, default_timeout=60)
+        for key, value in query.items():
+            app.query_params[key] = str(value)
+        # AppTest.switch_page takes page files; ours are functions, known by the hash of their address.
+        app._page_hash = "" if name == "runs" else calc_hash(name)
+        return app.run()
+
+    return open_page
+
+
+def text_of(app):
+    return " ".join(str(element.value) for element in [*app.title, *app.subheader, *app.caption, *app.markdown])
+
+
+def html_of(app):
+    return "".join(element.proto.body for element in app.get("html"))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_page_opens(open_page, page):
+    app = open_page(page)
+    titles = {"runs": "Runs", "features": "Features", "feature": "Feature ", "dead": "Dead features", "steer": "Steer"}
+    assert not app.exception and not app.error
+    assert app.title[0].value.startswith(titles[page])
+
+
+def test_runs_shows_the_report_and_the_curves(open_page, hostile_run):
+    app = open_page()
+    report = json.loads((hostile_run / "report.json").read_text())
+    shown = {metric.label: metric.value for metric in app.metric}
+    assert float(shown["FVU"]) == pytest.approx(report["fvu"], rel=1e-2)
+    assert {"FVU", "FVU unmasked", "L0", "Dead", "CE recovered", "KL"} <= set(shown)
+    assert len(app.get("plotly_chart")) == 3
+    assert "blocks.1.hook_resid_post" in html_of(app)
+
+
+def test_features_are_sorted_filtered_and_linked(open_page, hostile_run):
+    store = load_features(hostile_run)
+    app = open_page("features", sort="p99", order="up", show="all")
+    links = [link.proto.label for link in app.get("page_link")]
+    assert links == [str(row["feature"]) for row in store.table("p99", descending=False, limit=25)]
+    app = open_page("features", show="all", page=2)
+    links = [link.proto for link in app.get("page_link")]
+    assert [link.label for link in links] == [str(row["feature"]) for row in store.table(limit=25, offset=25)]
+    assert all(link.query_string == f"feature={link.label}" for link in links)
+
+
+def test_a_widget_writes_the_url(open_page):
+    app = open_page("features", page=2, show="all")
+    app.get("button_group")[0].set_value("max").run()
+    assert app.query_params["sort"] == "max"
+    assert "page" not in app.query_params
+    assert not app.exception
+
+
+def test_feature_shows_its_examples(open_page, hostile_run):
+    store = load_features(hostile_run)
+    index = store.table("density", limit=1)[0]["feature"]
+    app = open_page("feature", feature=index)
+    assert app.title[0].value == f"Feature {index}"
+    assert html_of(app).count('role="listitem"') == len(store.feature(index).examples())
+    assert "<script" not in html_of(app) and "<img" not in html_of(app)
+    app.number_input[0].set_value(3).run()
+    assert app.query_params["feature"] == "3" and app.title[0].value == "Feature 3"
+
+
+def test_a_feature_that_never_fired_has_an_empty_state(tmp_path, open_page, hostile_run):
+    run = _copy_with_dead_feature(hostile_run, tmp_path)
+    app = open_page("feature", run, feature=5)
+    assert not app.exception and "so it has no examples" in app.info[0].value
+    app = open_page("dead", run)
+    assert {metric.label: metric.value for metric in app.metric}["Never fired"] != "0"
+    assert "never fired" in html_of(app)
+    assert "5" in [link.proto.label for link in app.get("page_link")]
+    app = open_page("steer", run, feature=5)
+    app.button[0].click().run()
+    assert "never fired" in app.error[0].value
+
+
+def _copy_with_dead_feature(run, folder):
+    import sqlite3
+
+    copy = Path(shutil.copytree(run, folder / "run", ignore=shutil.ignore_patterns("cache")))
+    database = sqlite3.connect(copy / "features" / "store.sqlite")
+    empty = ", ".join(f'"{name}" = NULL' for name in ("mean", "std", "p99", "max", "peak_token"))
+    database.execute(f"UPDATE feature SET n_fired = 0, density = 0, {empty} WHERE feature = 5")
+    database.execute("DELETE FROM blob WHERE feature = 5 AND kind != 'logits'")
+    database.commit()
+    database.close()
+    return copy
+
+
+@pytest.mark.parametrize(
+    "page, query",
+    [
+        ("feature", {"feature": "abc"}),
+        ("feature", {"feature": "-1"}),
+        ("feature", {"feature": "9" * 5000}),
+        ("feature", {"feature": "<script>alert(1)</script>"}),
+        ("features", {"sort": "density; DROP TABLE feature"}),
+        ("features", {"page": "999"}),
+        ("features", {"show": "../../etc/passwd"}),
+        ("features", {"sae": "../../etc"}),
+        ("steer", {"strength": "nan"}),
+        ("steer", {"strength": "1e400"}),
+        ("dead", {"fired": "7"}),
+    ],
+)
+def test_bad_urls_fall_back_with_a_notice(open_page, page, query):
+    app = open_page(page, **query)
+    assert not app.exception and not app.error
+    assert "The address says" in app.warning[0].value
+    assert next(iter(query)) not in app.query_params
+
+
+def test_missing_and_damaged_stores_are_explained(tmp_path, open_page, hostile_run):
+    copy = shutil.copytree(hostile_run, tmp_path / "run", ignore=shutil.ignore_patterns("cache"))
+    (copy / "features" / "store.sqlite").write_bytes(b"broken")
+    assert "truncated" in open_page("features", copy).error[0].value
+    shutil.rmtree(copy / "features")
+    (copy / "report.json").unlink()
+    (copy / "sae" / "metrics.jsonl").unlink()
+    assert "saelab features" in open_page("feature", copy).error[0].value
+    app = open_page("runs", copy)
+    assert not app.exception and not app.error
+    assert "saelab eval" in app.info[0].value and "No training curve" in text_of(app)
+
+
+def test_several_saes_are_chosen_by_url(tmp_path, open_page, hostile_run):
+    for name in ("a", "b"):
+        shutil.copytree(hostile_run / "sae", tmp_path / f"sae-{name}")
+        shutil.copytree(hostile_run / "features", tmp_path / f"features-{name}")
+        shutil.copy(hostile_run / "report.json", tmp_path / f"report-{name}.json")
+    app = open_page("features", tmp_path, sae="sae-b")
+    assert not app.exception and app.selectbox[0].value == "sae-b"
+    assert "sae=sae-b" in app.get("page_link")[0].proto.query_string
+    app.selectbox[0].set_value("sae-a").run()
+    assert app.query_params["sae"] == "sae-a"
+    app = open_page("runs", tmp_path)
+    assert len(app.dataframe) == 1 and len(app.metric) == 12
+
+
+def test_steer_writes_default_and_steered_text(open_page, hostile_run, tiny_lm, monkeypatch):
+    monkeypatch.setattr(state, "load_model", lambda name: tiny_lm)
+    store = load_features(hostile_run)
+    index = store.table("density", limit=1)[0]["feature"]
+    app = open_page("steer", feature=index, strength=8)
+    app.text_area[0].set_value("<b onclick=alert(1)>The weather")
+    app.button[0].click().run()
+    assert not app.exception and not app.error
+    outputs = [element.proto.body for element in app.get("html") if 'sa-prompt"' in element.proto.body]
+    assert len(outputs) == 2 and outputs[0] != outputs[1]
+    assert all("&lt;b onclick=alert(1)&gt;The weather" in output for output in outputs)
+    result = app.session_state["steered"]
+    prompt = "<b onclick=alert(1)>The weather"
+    assert result["default"] == tiny_lm.generate(prompt, max_new_tokens=40, temperature=0.0, seed=0)
+    with tiny_lm.steer(store.feature(index) * 8.0):
+        assert result["steered"] == tiny_lm.generate(prompt, max_new_tokens=40, temperature=0.0, seed=0)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"prompt": "  "}, "empty"),
+        ({"prompt": "a" * 8001}, "8,001"),
+        ({"max_new_tokens": 513}, "512"),
+        ({"max_new_tokens": 0}, "512"),
+        ({"strength": float("nan")}, "strength=nan"),
+        ({"strength": float("inf")}, "strength=inf"),
+        ({"temperature": -1.0}, "temperature"),
+    ],
+)
+def test_limits_hold_behind_the_widgets(hostile_run, change, message):
+    store = load_features(hostile_run)
+    feature = store.feature(store.table("density", limit=1)[0]["feature"])
+    request = {"prompt": "a", "strength": 1.0, "max_new_tokens": 5, "temperature": 0.0, "seed": 0}
+    page_steer.check_request(feature, request)
+    with pytest.raises(ValueError, match=message):
+        page_steer.check_request(feature, request | change)
+
+
+def test_browsing_loads_neither_torch_nor_a_model(hostile_run):
+    code = (
+        "import sys; from streamlit.testing.v1 import AppTest; from streamlit.util import calc_hash\n"
+        f"app = AppTest.from_file({MAIN!r}, default_timeout=60)\n"
+        "for page in ('', 'features', 'feature', 'dead', 'steer'):\n"
+        "    app._page_hash = page and calc_hash(page); app.run(); assert not app.exception and not app.error, page\n"
+        "print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
+    )
+    environment = os.environ | {serve.RUN_VARIABLE: str(hostile_run)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_the_server_listens_on_loopback_with_secure_settings():
+    arguments = serve.arguments(8765)
+    for expected in (
+        "--server.address=127.0.0.1",
+        "--server.port=8765",
+        "--server.headless=true",
+        "--browser.gatherUsageStats=false",
+        "--server.fileWatcherType=none",
+        "--client.toolbarMode=minimal",
+        "--server.enableCORS=true",
+        "--server.enableXsrfProtection=true",
+    ):
+        assert expected in arguments
+    assert [argument for argument in arguments if "allowedHosts" in argument] == [
+        "--server.allowedHosts=localhost",
+        "--server.allowedHosts=127.0.0.1",
+    ]
+
+
+def test_a_port_in_use_is_passed_over():
+    with socket.socket() as taken:
+        taken.bind((serve.ADDRESS, 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert serve.free_port(port) > port
+    for bad in (0, 80, 70_000):
+        with pytest.raises(ValueError, match=f"port={bad}"):
+            serve.free_port(bad)
+
+
+def test_serve_refuses_a_folder_without_sae(tmp_path):
+    with pytest.raises(SaelabError, match="holds no SAE"):
+        serve.serve(tmp_path)
+
+
+def test_metrics_are_thinned_and_torn_lines_passed_over(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": i}) + "\n" for i in range(5000)) + '{"step": 50')
+    points = page_runs.read_metrics(path)
+    assert 500 < len(points) <= 1001 and points[0] == {"step": 0}
+    assert page_runs.read_metrics(tmp_path / "none") == []
+
+
+def test_charts_are_figures_of_their_data():
+    histogram = Histogram(np.array([1.0, 1.25, 1.5, 1.75]), np.array([3, 0, 2]))
+    figure = charts.value_histogram(histogram, 1.6, 1.7)
+    assert list(figure.data[0].y) == [3, 0, 2] and len(figure.to_dict()["layout"]["shapes"]) == 2
+    density = np.array([0.0, 0.0, 1e-3, 0.2])
+    figure = charts.density_histogram(density, 10_000)
+    assert sum(figure.data[0].y) == 2 and list(figure.data[1].y) == [2]
+    assert figure.data[1].marker.pattern.shape  # dead is not told by colour alone
+    figure = charts.cosine_scatter(density, np.array([0.1, 0.2, 0.9, 1.0]), 10_000, at_most=10)
+    assert list(figure.data[0].customdata) == [3] and list(figure.data[1].customdata) == [0, 1, 2]
+    assert figure.data[0].marker.symbol != figure.data[1].marker.symbol
+    assert charts.training_curve([1, 2], [0.5, 0.25], "FVU").data[0].y == (0.5, 0.25)
+    charts.density_histogram(np.zeros(4), 100)  # nothing fired at all
+
+
+def test_the_app_computes_nothing_heavy():
+    source = "".join(path.read_text(encoding="utf-8") for path in Path(saelab.app.__path__[0]).glob("*.py"))
+    assert (
+        "import torch" not in source and "unsafe_allow_html" not in source and "unsafe_allow_javascript" not in source
+    )

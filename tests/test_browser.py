@@ -1,0 +1,240 @@
+"""The dashboard in a real Chromium: read a feature, sort, go back, steer, with a corpus full of hostile text."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from saelab.features.store import load_features
+
+CHROMIUM = os.environ.get("SAELAB_CHROMIUM") or shutil.which("chromium")
+REQUIRED = os.environ.get("SAELAB_REQUIRE_BROWSER") == "1"
+pytestmark = pytest.mark.skipif(
+    not CHROMIUM and not REQUIRED, reason="no Chromium: apt-get install chromium, or set SAELAB_CHROMIUM"
+)
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+WAIT = 30_000
+
+
+@pytest.fixture(scope="module")
+def server(hostile_run, tmp_path_factory):
+    """`saelab.app.serve` on a free port, as its own process: `(url, pid)`."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    code = "import sys; from saelab.app.serve import serve; serve(sys.argv[1], port=int(sys.argv[2]))"
+    log = tmp_path_factory.mktemp("dash") / "log.txt"
+    with log.open("w") as out:
+        process = subprocess.Popen([sys.executable, "-c", code, str(hostile_run), str(port)], stdout=out, stderr=out)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        _wait_until_healthy(url, process, log)
+        yield url, process.pid
+    finally:
+        process.send_signal(signal.SIGINT)  # what Ctrl-C does
+        code = process.wait(timeout=20)
+    assert code == 0, log.read_text()
+    assert "Traceback" not in log.read_text(), log.read_text()
+
+
+def _wait_until_healthy(url, process, log):
+    for _ in range(300):
+        assert process.poll() is None, log.read_text()
+        try:
+            with urllib.request.urlopen(f"{url}/_stcore/health", timeout=5) as answer:
+                assert answer.status == 200
+                return
+        except OSError:
+            time.sleep(0.1)
+    raise AssertionError(f"the dashboard did not start:\n{log.read_text()}")
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    assert CHROMIUM, "SAELAB_REQUIRE_BROWSER=1 but there is no Chromium: set SAELAB_CHROMIUM or put chromium on PATH"
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(chromium, server):
+    """A fresh page that fails the test on any console error, dialog, script error or request to another host."""
+    url, _ = server
+    context = chromium.new_context(viewport={"width": 1360, "height": 900}, base_url=url)
+    page = context.new_page()
+    page.set_default_timeout(WAIT)
+    wrong = []
+
+    def route(route):
+        if route.request.url.startswith((url, "data:", "blob:")):
+            route.continue_()
+        else:
+            wrong.append(f"request to {route.request.url}")
+            route.abort()
+
+    context.route("**/*", route)
+    page.on("console", lambda message: wrong.append(f"console: {message.text}") if message.type == "error" else None)
+    page.on("pageerror", lambda error: wrong.append(f"script error: {error}"))
+    page.on("dialog", lambda dialog: (wrong.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+    page.on("websocket", lambda ws: None if ws.url.startswith(url.replace("http", "ws")) else wrong.append(ws.url))
+    yield page
+    context.close()
+    assert not wrong
+
+
+def heading(page, text):
+    page.get_by_role("heading", name=text, exact=True, level=1).wait_for()
+
+
+def idle(page):
+    """Until Streamlit has finished its run."""
+    page.wait_for_selector("[data-testid=stApp][data-test-script-state=notRunning]")
+
+
+def test_open_a_feature_read_it_go_back_and_steer(page, hostile_run):
+    store = load_features(hostile_run)
+    page.goto("/")
+    heading(page, "Runs")
+    page.get_by_test_id("stSidebarNav").get_by_role("link", name="Features", exact=True).click()
+    heading(page, "Features")
+    idle(page)
+    strongest = store.table("max", limit=1)[0]["feature"]
+    page.get_by_role("radio", name="Max").click()
+    page.wait_for_url("**/features?**sort=max**")
+    first = page.get_by_test_id("stMain").get_by_test_id("stPageLink-NavLink").first
+    links = "[data-testid=stMain] [data-testid=stPageLink-NavLink]"
+    page.wait_for_function(
+        "([links, name]) => document.querySelector(links)?.innerText.includes(name)", arg=[links, str(strongest)]
+    )
+    first.click()
+    heading(page, f"Feature {strongest}")
+    assert f"feature={strongest}" in page.url
+    page.locator(".sl-row").first.wait_for()
+    assert page.locator(".sl-row").count() == len(store.feature(strongest).examples())
+    token = page.locator(".sl-peak").first
+    token.focus()
+    assert re.search(
+        r"token '.*', activation [\d., ]+, 100% of maximum, peak", token.get_attribute("aria-label") or "", re.S
+    )
+    page.go_back()
+    heading(page, "Features")
+    page.wait_for_url("**/features?**sort=max**")
+    page.go_forward()
+    heading(page, f"Feature {strongest}")
+    page.get_by_role("link", name="Steer with it").click()
+    heading(page, "Steer")
+    idle(page)
+    page.get_by_label("Strength (\u00d7 p99)").fill("8")
+    page.get_by_label("Strength (\u00d7 p99)").press("Enter")
+    page.wait_for_url("**strength=8**")
+    prompt = "<img src=x onerror=alert('prompt')> The river"
+    page.get_by_label("Prompt").fill(prompt)
+    page.get_by_role("button", name="Generate").click()
+    page.locator(".sa-out").nth(1).wait_for(timeout=60_000)
+    default, steered = page.locator(".sa-out").all_inner_texts()
+    assert default != steered and default.startswith(prompt) and steered.startswith(prompt)
+    _screenshot(page, "steer")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_feature_is_shown_without_running_its_text(page, hostile_run, scheme):
+    page.emulate_media(color_scheme=scheme)
+    store = load_features(hostile_run)
+    shown = ""
+    for row in store.table("n_fired", limit=3):
+        page.goto(f"/feature?feature={row['feature']}")
+        heading(page, f"Feature {row['feature']}")
+        page.locator(".sl-row").first.wait_for()
+        idle(page)
+        shown += page.locator(".sl").first.inner_text()
+        assert (
+            page.locator("[data-testid=stHtml] script, [data-testid=stHtml] img, [data-testid=stHtml] iframe").count()
+            == 0
+        )
+    assert "<script>" in shown or "onerror" in shown or "onload" in shown
+    assert "\u202e" not in shown
+    _screenshot(page, f"feature-{scheme}")
+
+
+def test_deep_links_restore_every_page(page, hostile_run):
+    page.goto("/features?sort=cosine&order=up&show=all&page=2")
+    heading(page, "Features")
+    idle(page)
+    assert page.get_by_role("radio", name="Low to high").get_attribute("aria-checked") == "true"
+    expected = load_features(hostile_run).table("cosine", descending=False, limit=25, offset=25)
+    links = page.get_by_test_id("stMain").get_by_test_id("stPageLink-NavLink").all_inner_texts()
+    assert [link.split()[-1] for link in links] == [str(row["feature"]) for row in expected]
+    page.goto("/dead?fired=100")
+    heading(page, "Dead features")
+    idle(page)
+    page.get_by_text("Fired at most 100").first.wait_for()
+    _screenshot(page, "dead")
+    page.goto("/feature?feature=nonsense%3Cscript%3Ealert(1)%3C/script%3E")
+    page.get_by_text("The address says feature").wait_for()
+    page.goto("/")
+    heading(page, "Runs")
+    idle(page)
+    _screenshot(page, "runs")
+
+
+def test_a_narrow_screen_does_not_scroll_sideways(page):
+    page.set_viewport_size({"width": 390, "height": 844})
+    for path, title in (("/features?show=all", "Features"), ("/feature?feature=3", "Feature 3")):
+        page.goto(path)
+        heading(page, title)
+        idle(page)
+        assert page.evaluate("document.documentElement.scrollWidth - window.innerWidth") <= 0
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="reads /proc/net/tcp")
+def test_it_listens_on_loopback_only(server):
+    _, pid = server
+    own = set()
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            own.add(str(entry.readlink()))
+    listening = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in own:
+                listening.append(fields[1].split(":")[0])
+    assert listening == ["0100007F"]
+
+
+def test_a_request_under_another_host_name_is_refused(server):
+    url, _ = server
+    request = urllib.request.Request(url, headers={"Host": "attacker.example"})
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        urllib.request.urlopen(request, timeout=10)
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        assert "default-src 'self'" in answer.headers["content-security-policy"]
+
+
+def _screenshot(page, name):
+    """Kept when SAELAB_SCREENSHOTS names a folder."""
+    if folder := os.environ.get("SAELAB_SCREENSHOTS"):
+        page.wait_for_timeout(700)
+        page.screenshot(path=str(Path(folder) / f"{name}.png"), full_page=True)

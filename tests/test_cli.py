@@ -1,0 +1,187 @@
+"""The `saelab` command: the whole way on a tiny model, errors as one line, `--json` as one object."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from saelab import cli
+
+HOOK = "blocks.1.hook_resid_post"
+SENTENCE = "the river runs past an old mill where nobody came to see what the light of morning had made of it"
+WORDS = SENTENCE.split()
+
+
+@pytest.fixture(scope="session")
+def texts_file(tmp_path_factory) -> Path:
+    """80 short documents, all different; about a tenth is held out."""
+    path = tmp_path_factory.mktemp("texts") / "notes.jsonl"
+    documents = [" ".join(WORDS[(i * j) % len(WORDS)] for j in range(1, 60)) + f" {i}." for i in range(80)]
+    path.write_text("".join(json.dumps({"body": text}) + "\n" for text in documents), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny_folder, texts_file) -> Path:
+    """A RUN with a cache, two SAEs, their reports and features, made by the commands."""
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    source = ["--model", str(tiny_folder), "--dtype", "float32", "--texts", str(texts_file), "--column", "body"]
+    steps = [
+        ["harvest", str(folder), "--hook-name", HOOK, "--n-tokens", "4_000", "--ctx-len", "64", *source],
+        ["train", str(folder), "--d-sae", "48", "--k", "4", "--n-tokens", "4_000", "--batch-size", "200"],
+        ["train", str(folder), "--variant", "relu", "--name", "l1", "--d-sae", "40", "--n-tokens", "4_000"],
+        ["eval", str(folder)],
+        ["features", str(folder), "--top-k", "5"],
+    ]
+    for step in steps:
+        assert cli.main(step) == 0
+    return folder
+
+
+def test_the_commands_fill_the_run_folder(run: Path):
+    made = {path.name for path in run.iterdir()}
+    assert made == {"cache", "sae", "sae-l1", "report.json", "report-l1.json", "features", "features-l1"}
+    config = json.loads((run / "sae-l1" / "sae.json").read_text(encoding="utf-8"))
+    assert config["variant"] == "relu"
+    assert (run / "sae" / "sae.safetensors").stat().st_size > (run / "sae-l1" / "sae.safetensors").stat().st_size
+
+
+def test_every_command_says_where_its_output_went(run: Path, capsys):
+    assert cli.main(["train", str(run), "--d-sae", "48", "--k", "4", "--n-tokens", "4_000", "--batch-size", "200"]) == 0
+    assert str(run / "sae") in capsys.readouterr().out
+    assert cli.main(["eval", str(run / "sae-l1")]) == 0
+    assert str(run / "report-l1.json") in capsys.readouterr().out
+    assert cli.main(["features", str(run / "sae"), "--top-k", "5"]) == 0
+    assert str(run / "features") in capsys.readouterr().out
+
+
+def test_eval_json_prints_one_object_and_nothing_else(run: Path, capfd):
+    assert cli.main(["eval", str(run / "sae"), "--json"]) == 0
+    printed = json.loads(capfd.readouterr().out)
+    assert printed == json.loads((run / "report.json").read_text(encoding="utf-8"))
+    assert printed["hook_name"] == HOOK
+    assert printed["split"] == "held_out"
+
+
+def test_eval_json_of_several_saes_names_them(run: Path, capsys):
+    assert cli.main(["eval", str(run), "--json"]) == 2
+    assert f"name one of {run / 'sae'}, {run / 'sae-l1'}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", ["add", "clamp", "scale", "ablate"])
+def test_steer_prints_both_texts(run: Path, capsys, mode: str):
+    import saelab
+
+    store = saelab.load_features(run / "features")
+    often = store.table(sort="n_fired", limit=1)[0]["feature"]
+    words = ["--feature", str(often), "--mode", mode, "--strength", "30", "--max-new-tokens", "8"]
+    assert cli.main(["steer", str(run / "sae"), *words, "--prompt", "the river"]) == 0
+    default, steered = capsys.readouterr().out.strip().split("\n\n", 1)
+    assert default.startswith("default: the river")
+    assert steered.startswith(f"feature {often}, {mode}")
+    if mode == "add":
+        assert default.partition(": ")[2] != steered.partition(": ")[2]
+
+
+def test_demo_does_everything_and_goes_on(tmp_path, tiny_folder, texts_file, monkeypatch, capsys):
+    text = [json.loads(line)["body"] for line in texts_file.read_text(encoding="utf-8").splitlines()]
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"text": line}) + "\n" for line in text), encoding="utf-8")
+    out = tmp_path / "run"
+    words = ["demo", "--model", str(tiny_folder), "--texts", str(corpus), "--hook-name", HOOK, "--out-dir", str(out)]
+    words += ["--n-tokens", "4_000", "--train-tokens", "4_000", "--d-sae", "48", "--k", "4"]
+    assert cli.main([*words, "--no-serve"]) == 0
+    first = capsys.readouterr().out
+    assert {path.name for path in out.iterdir()} == {"cache", "sae", "features", "report.json"}
+    assert all(f"[{step}/6]" in first for step in range(1, 7))
+    assert "   steered: " in first
+    assert str(out) in first.splitlines()[-1]
+
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.*") if path.name != "journal.jsonl"}
+    served = []
+    monkeypatch.setattr("saelab.app.serve.serve", lambda *args, **options: served.append((args, options)))
+    assert cli.main(words) == 0
+    assert served == [((out,), {"port": 8501})]
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_dash_serves_the_run(run: Path, monkeypatch):
+    served = []
+    monkeypatch.setattr("saelab.app.serve.serve", lambda *args, **options: served.append((args, options)))
+    assert cli.main(["dash", str(run), "--port", "8600"]) == 0
+    assert served == [((run,), {"port": 8600, "browser": False})]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["harvst"], "unknown command 'harvst'; did you mean harvest?"),
+        (["xyz"], "unknown command 'xyz'; there are demo, harvest, train"),
+        (["train", "no-such", "--d-sae", "8", "--k", "2", "--n-tokens", "2048"], "saelab harvest no-such --hook-name"),
+        (["eval", "no-such"], "no-such holds no SAE"),
+        (["features", "no-such"], "no-such holds no SAE"),
+        (["dash", "no-such"], "no SAE"),
+        (["harvest", "out", "--hook-name", "x", "--n-tokens", "9", "--model", "./no-model"], "no-model"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_2(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(words) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("saelab: ")
+    assert message in said.err
+    assert said.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_wrong_hook_names_those_that_exist(tmp_path, tiny_folder, texts_file, capsys):
+    words = ["harvest", str(tmp_path / "run"), "--hook-name", "blocks.1.hook_resid_pots", "--n-tokens", "100"]
+    words += ["--model", str(tiny_folder), "--texts", str(texts_file), "--column", "body", "--ctx-len", "64"]
+    assert cli.main(words) == 2
+    assert HOOK in capsys.readouterr().err
+
+
+def test_a_wrong_flag_or_value_is_exit_code_2(run: Path, capsys):
+    for words in (["--k-foo", "3"], ["--k", "many"], ["--k", "100"], ["--variant", "topp"]):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["train", str(run), "--d-sae", "8", "--n-tokens", "2048", *words])
+        assert stopped.value.code == 2
+        assert words[-1] in capsys.readouterr().err or words[0] == "--k-foo"
+
+
+def test_debug_shows_where_an_error_came_from(monkeypatch, tmp_path):
+    monkeypatch.setenv("SAELAB_DEBUG", "1")
+    with pytest.raises(Exception, match="holds no SAE"):
+        cli.main(["eval", str(tmp_path)])
+
+
+def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys, tmp_path):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_find_saes", interrupted)
+    assert cli.main(["eval", str(tmp_path)]) == 130
+    assert "the same command again goes on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_has_examples(command: str, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([command, "--help"])
+    assert stopped.value.code == 0
+    out = capsys.readouterr().out
+    assert f"Examples:\n  saelab {command} " in out or f"Examples:\n  saelab {command}\n" in out
+
+
+def test_help_and_version_load_nothing_heavy():
+    script = "import sys; from saelab.cli import main; main(['--help']); main(['--version']); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    for command in cli.COMMANDS:
+        assert f"\n  {command} " in done.stdout
+    loaded = {module.split(".")[0] for module in done.stdout.splitlines()[-1].split()}
+    assert not loaded & {"torch", "numpy", "transformers", "transformer_lens", "datasets", "streamlit", "plotly"}

@@ -1,0 +1,394 @@
+"""The feature store: what one pass collects, how it is kept, and what a feature can do."""
+
+import json
+import re
+import shutil
+import sqlite3
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import saelab
+from saelab.activation_cache.score import open_score_stream
+from saelab.errors import ModelError, SaelabError, StoreError
+from saelab.features import accumulate, collect, schema
+from saelab.features.accumulate import Accumulator
+from saelab.features.blob import pack_arrays, unpack_arrays
+from saelab.features.store import FeatureStore, load_features
+from saelab.kernels.sparse_acts import SparseActs
+from saelab.saes import TopKConfig, TopKSAE
+
+HOOK = "blocks.1.hook_resid_post"
+DOCUMENTS = [
+    f"Document {i}: the river runs past mill {i % 7}, and \u6f22\u5b57 \U0001f600 was good." for i in range(40)
+]
+
+
+@pytest.fixture(scope="module")
+def sae():
+    return TopKSAE(TopKConfig(d_sae=48, k=4, normalize="none"), 32)
+
+
+@pytest.fixture(scope="module")
+def store(sae, tiny_lm, tmp_path_factory):
+    return _collect(sae, tiny_lm, tmp_path_factory.mktemp("store") / "features")
+
+
+def _collect(sae, lm, out_dir, **arguments):
+    arguments = {"hook_name": HOOK, "ctx_len": 32, "batch_size": 5, "top_k": 6, "progress": False} | arguments
+    return saelab.collect_features(sae, lm, DOCUMENTS, out_dir=out_dir, **arguments)
+
+
+@pytest.fixture(scope="module")
+def dense(sae, tiny_lm):
+    """The same pass written the plain way: every code, its document, its sequence and position; kept tokens only."""
+    stream = open_score_stream(sae, tiny_lm, DOCUMENTS, hook_name=HOOK, ctx_len=32, batch_size=5)
+    codes, docs, where = [], [], []
+    for tokens, acts, keep in stream:
+        codes.append(sae.encode(acts[keep]).to_dense().detach())
+        docs.append(tokens.doc[keep])
+        where.append(keep.nonzero() + torch.tensor([tokens.first_sequence, 0]))
+    return torch.cat(codes), torch.cat(docs), torch.cat(where)
+
+
+def test_numbers_equal_a_plain_computation(store, dense, sae):
+    codes, _, _ = dense
+    assert store.n_tokens == len(codes) and store.manifest["nnz"] == int((codes != 0).sum())
+    for index in range(sae.d_sae):
+        feature, values = store.feature(index), codes[:, index][codes[:, index] != 0].double()
+        assert feature.n_fired == len(values)
+        assert feature.density == len(values) / len(codes)
+        if len(values):
+            assert feature.mean == pytest.approx(float(values.mean()))
+            assert feature.std == pytest.approx(float(values.std(correction=0)), abs=1e-6)
+            assert feature.max == float(values.max())
+            assert feature.p99 == pytest.approx(float(values.quantile(0.99)), rel=1e-12)
+        else:
+            assert feature.mean is feature.p99 is feature.max is None and feature.examples() == []
+        assert feature.cosine == pytest.approx(1.0, abs=1e-6)  # a fresh SAE is tied
+
+
+def test_histogram_counts_every_value(store, dense):
+    codes, _, _ = dense
+    for index in range(48):
+        values = codes[:, index][codes[:, index] != 0].numpy()
+        edges, counts = store.feature(index).histogram
+        assert counts.sum() == len(values)
+        if len(values):
+            assert counts[0] > 0 and counts[-1] > 0
+            assert (counts == np.histogram(values, edges)[0]).all()
+
+
+def test_examples_are_the_strongest_of_each_document(store, dense):
+    codes, docs, where = dense
+    for index in range(48):
+        column = codes[:, index]
+        best = {int(doc): float(column[docs == doc].max()) for doc in docs.unique()}
+        expected = sorted((value for value in best.values() if value > 0), reverse=True)[:6]
+        examples = store.feature(index).examples()
+        assert [example.value for example in examples] == expected
+        assert len({example.document for example in examples}) == len(examples)
+        for example in examples:
+            assert best[example.document] == example.value
+            assert example.values[example.peak] == example.value
+
+
+def test_windows_hold_every_value_around_the_peak(store, dense):
+    codes, _, where = dense
+    seen = 0
+    for index in range(48):
+        at = {(int(s), int(p)): float(v) for (s, p), v in zip(where, codes[:, index], strict=True)}
+        for example in store.feature(index).examples():
+            first = example.position - example.peak
+            assert example.peak <= schema.WINDOW_LEFT
+            assert len(example.values) - example.peak - 1 <= schema.WINDOW_RIGHT
+            expected = [at.get((example.sequence, first + i), 0.0) for i in range(len(example.values))]
+            assert list(example.values) == expected
+            assert example.token_ids == tuple(store.sequence(example.sequence)[first : first + len(expected)].tolist())
+            seen += sum(value != 0 for value in expected)
+    assert seen > 300
+
+
+def test_example_text_is_byte_exact(store):
+    joined = "".join(DOCUMENTS).encode()
+    texts = [example.text for i in range(48) for example in store.feature(i).examples()]
+    assert any("\u6f22\u5b57" in text for text in texts) and any("\U0001f600" in text for text in texts)
+    # An EOS stands between documents, and the 32 tokens of a context may end inside a character.
+    parts = [part for text in texts for part in re.split(r"<\|endoftext\|>|(?:\\x[0-9a-f]{2})+", text)]
+    assert len(parts) > 300 and all(part.encode() in joined for part in parts)
+    assert not any("\ufffd" in text for text in texts)
+
+
+def test_top_logits_are_the_direct_effect(store, sae, tiny_lm):
+    effect = tiny_lm.logit_weights().float() @ sae.W_dec[5].detach()
+    positive, negative = store.feature(5).top_logits
+    assert [value for _, value in positive] == pytest.approx(effect.topk(15).values.tolist(), abs=1e-6)
+    assert [value for _, value in negative] == pytest.approx((-(-effect).topk(15).values).tolist(), abs=1e-6)
+    assert positive[0][0] == tiny_lm.tokenizer.decode([int(effect.argmax())]) or "\\x" in positive[0][0]
+
+
+def test_no_logits_off_the_residual_stream(tiny_lm, tmp_path):
+    mlp = TopKSAE(TopKConfig(d_sae=16, k=2, normalize="none"), tiny_lm.d_in("blocks.1.mlp.hook_post"))
+    store = _collect(mlp, tiny_lm, tmp_path / "f", hook_name="blocks.1.mlp.hook_post", n_tokens=64)
+    assert store.feature(0).top_logits == ([], [])
+    assert "No direct path" in store.feature(0)._repr_html_()
+
+
+def test_batches_do_not_change_the_state():
+    torch.manual_seed(0)
+    codes = torch.relu(torch.randn(400, 20) - 1.0)
+    tokens, docs = torch.arange(400) * 2 + 1, torch.arange(400) // 13
+    states = []
+    for size in (400, 37):
+        state = Accumulator(20, 50, 4)
+        for part in torch.arange(400).split(size):
+            state.update(SparseActs.from_dense(codes[part]), tokens[part], docs[part])
+        states.append(state)
+    one, many = states
+    for name in ("n_fired", "maximum", "histogram", "top_value", "top_token", "top_doc"):
+        assert torch.equal(getattr(one, name), getattr(many, name)), name
+    assert torch.equal(one.quantile(0.99)[0], many.quantile(0.99)[0])
+    torch.testing.assert_close(one.total, many.total)
+
+
+def test_equal_values_keep_the_earlier_token():
+    state = Accumulator(1, 10, 2)
+    for start in (0, 5):
+        acts = SparseActs.from_dense(torch.ones(5, 1))
+        state.update(acts, torch.arange(start, start + 5), torch.arange(start, start + 5))
+    assert state.top_token.tolist() == [[0, 1]]
+
+
+def test_p99_of_a_sample_when_values_are_too_many(monkeypatch):
+    monkeypatch.setattr(accumulate, "MAX_VALUES", 4000)
+    torch.manual_seed(0)
+    state, seen = Accumulator(2, 100, 1), []
+    for start in range(0, 40_000, 1000):
+        codes = torch.rand(1000, 2) + 0.01
+        codes[:, 1] *= torch.arange(1000) % 500 == 0  # a rare feature loses nothing
+        seen.append(codes)
+        state.update(
+            SparseActs.from_dense(codes), torch.arange(start, start + 1000), torch.zeros(1000, dtype=torch.int64)
+        )
+        assert state._sampled <= 4000
+    codes = torch.cat(seen).double()
+    p99, exact = state.quantile(0.99)
+    assert exact.tolist() == [False, True]
+    assert float(p99[0]) == pytest.approx(float(codes[:, 0].quantile(0.99)), abs=0.02)
+    assert float(p99[1]) == pytest.approx(float(codes[:, 1][codes[:, 1] > 0].quantile(0.99)))
+
+
+def test_same_call_returns_and_other_arguments_are_refused(sae, tiny_lm, tmp_path, monkeypatch):
+    first = _collect(sae, tiny_lm, tmp_path / "f", n_tokens=200)
+    stamp = (tmp_path / "f" / schema.DATABASE).stat().st_mtime_ns
+    monkeypatch.setattr(collect, "_run", None)  # a second pass would fail
+    again = _collect(sae, tiny_lm, tmp_path / "f", n_tokens=200)
+    assert again.manifest == first.manifest
+    assert (tmp_path / "f" / schema.DATABASE).stat().st_mtime_ns == stamp
+    with pytest.raises(StoreError, match="top_k 6 there, 7 now"):
+        _collect(sae, tiny_lm, tmp_path / "f", n_tokens=200, top_k=7)
+    with pytest.raises(StoreError, match="sae_hash"):
+        _collect(TopKSAE(TopKConfig(d_sae=48, k=4), 32, seed=1), tiny_lm, tmp_path / "f", n_tokens=200)
+    again.verify()
+
+
+def test_an_interrupted_pass_leaves_nothing_to_see(sae, tiny_lm, tmp_path, monkeypatch):
+    stale = tmp_path / ".f.tmp-999999999"
+    stale.mkdir()
+
+    def interrupted(folder: Path, *_):
+        (folder / schema.DATABASE).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(collect, "write_store", interrupted)
+        _collect(sae, tiny_lm, tmp_path / "f", n_tokens=100)
+    assert list((tmp_path / "f").iterdir()) == []
+    assert [entry.name for entry in tmp_path.iterdir()] == ["f"]
+    assert len(_collect(sae, tiny_lm, tmp_path / "f", n_tokens=100)) == 48
+
+
+def test_a_full_disk_names_the_fix(sae, tiny_lm, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(collect, "write_store", full)
+    with pytest.raises(SaelabError, match="make room"):
+        _collect(sae, tiny_lm, tmp_path / "f", n_tokens=100)
+    assert list((tmp_path / "f").iterdir()) == []
+
+
+def test_bad_calls_name_the_value(sae, tiny_lm, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="thesis.txt"):
+        _collect(sae, tiny_lm, tmp_path / "other")
+    with pytest.raises(ValueError, match="width 32, the SAE reads d_in=31"):
+        _collect(TopKSAE(TopKConfig(d_sae=8, k=2), 31), tiny_lm, tmp_path / "a")
+    with pytest.raises(ValueError, match="top_k=0"):
+        _collect(sae, tiny_lm, tmp_path / "b", top_k=0)
+    with pytest.raises(ValueError, match="give texts"):
+        saelab.collect_features(sae, tiny_lm, out_dir=tmp_path / "c")
+    with pytest.raises(ValueError, match="no text|no token"):
+        saelab.collect_features(sae, tiny_lm, ["a"], hook_name=HOOK, out_dir=tmp_path / "d", progress=False)
+
+
+def test_nan_activations_stop_the_pass(sae, tiny_lm, tmp_path, monkeypatch):
+    original = type(tiny_lm).stream_activations
+
+    def broken(self, batches, hook_names):
+        for acts in original(self, batches, hook_names):
+            yield {name: x.clone().index_fill_(1, torch.tensor([3]), torch.nan) for name, x in acts.items()}
+
+    monkeypatch.setattr(type(tiny_lm), "stream_activations", broken)
+    with pytest.raises(ModelError, match="from context 0"):
+        _collect(sae, tiny_lm, tmp_path / "f")
+    assert list((tmp_path / "f").iterdir()) == []
+
+
+def test_table_sorts_filters_and_pages(store):
+    rows = store.table("p99", descending=False, where={"n_fired": (1, None)}, limit=5, offset=2)
+    everything = sorted(
+        (store.feature(i).row for i in range(48) if store.feature(i).n_fired), key=lambda row: row["p99"]
+    )
+    assert rows == everything[2:7]
+    assert store.count({"n_fired": (1, None)}) == len(everything)
+    assert store.count({"density": (0.05, 0.2)}) == sum(0.05 <= row["density"] <= 0.2 for row in everything)
+    density = store.column("density")
+    assert density.tolist() == [store.feature(i).density for i in range(48)]
+
+
+@pytest.mark.parametrize("name", ["label", "density; DROP TABLE feature", 'p99"', ""])
+def test_unknown_columns_are_refused(store, name):
+    with pytest.raises(ValueError, match="does not exist"):
+        store.table(name)
+    with pytest.raises(ValueError, match="does not exist"):
+        store.count({name: (0, 1)})
+
+
+@pytest.mark.parametrize("index", [-1, 48, 10**30, True])
+def test_features_out_of_range_are_refused(store, index):
+    with pytest.raises(ValueError, match="0 to 47"):
+        store.feature(index)
+
+
+def test_damaged_stores_say_what_to_do(store, tmp_path):
+    def copy(name):
+        return Path(shutil.copytree(store.folder, tmp_path / name))
+
+    with pytest.raises(StoreError, match="no feature store"):
+        load_features(tmp_path / "nowhere")
+    newer = copy("newer")
+    manifest = json.loads((newer / schema.MANIFEST).read_text())
+    (newer / schema.MANIFEST).write_text(json.dumps(manifest | {"version": 2}))
+    with pytest.raises(StoreError, match="update saelab"):
+        load_features(newer)
+    truncated = copy("truncated")
+    data = (truncated / schema.DATABASE).read_bytes()
+    (truncated / schema.DATABASE).write_bytes(data[: len(data) // 2])
+    with pytest.raises(StoreError, match="truncated"):
+        load_features(truncated)
+    garbage = copy("garbage")
+    (garbage / schema.DATABASE).write_bytes(b"x" * len(data))
+    with pytest.raises(StoreError, match="cannot be read"):
+        load_features(garbage)
+    altered = copy("altered")
+    (altered / schema.DATABASE).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(StoreError, match="was altered"):
+        load_features(altered).verify()
+    foreign = copy("foreign")
+    (foreign / schema.MANIFEST).write_text("[]")
+    with pytest.raises(StoreError):
+        load_features(foreign)
+
+
+def test_a_store_is_opened_read_only_from_any_thread(store):
+    with pytest.raises(sqlite3.OperationalError, match="readonly"):
+        store._connection().execute("DELETE FROM feature")
+    found = []
+    threads = [threading.Thread(target=lambda i=i: found.append(store.feature(i).n_fired)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(found) == sorted(store.feature(i).n_fired for i in range(8))
+
+
+def test_blobs_describe_themselves():
+    arrays = {"a": np.arange(6, dtype="<i4").reshape(2, 3), "b": np.array([0.5], dtype="<f4")}
+    again = unpack_arrays(pack_arrays(arrays))
+    assert all((again[name] == arrays[name]).all() and again[name].dtype == arrays[name].dtype for name in arrays)
+    for bad in (b"", b"SLB\x02xx", b"SLB\x01nonsense", pack_arrays(arrays)[:-4]):
+        with pytest.raises(StoreError):
+            unpack_arrays(bad)
+
+
+def test_the_run_of_an_sae_uses_its_held_out_texts(hostile_run, tiny_lm):
+    store = load_features(hostile_run)
+    report = json.loads((hostile_run / "report.json").read_text())
+    assert store.manifest["split"] == report["split"] == "held_out"
+    assert store.n_tokens == report["n_tokens"] and store.manifest["n_masked"] == report["n_masked"]
+    assert store.manifest["mask"]["max_norm"] == report["mask"]["max_norm"]
+    assert store.manifest["l0"] == pytest.approx(report["l0"])
+    assert store.count({"n_fired": (None, 0)}) / store.d_sae == report["dead_fraction"]
+    assert not Path(store.manifest["sae"]["folder"]).is_absolute()
+    assert load_features(hostile_run / "sae").folder == load_features(hostile_run / "features").folder
+    assert store.sae.hash == store.manifest["sae"]["hash"]
+
+
+def test_another_sae_is_refused(hostile_run, sae):
+    with pytest.raises(StoreError, match="was collected from"):
+        load_features(hostile_run, sae=sae)
+
+
+def test_a_feature_steers(hostile_run, tiny_lm):
+    store = load_features(hostile_run)
+    feature = store.feature(store.table("density", limit=1)[0]["feature"])
+    before = tiny_lm.logits("The weather today")
+    for edit in (
+        feature * 2.0,
+        2.0 * feature,
+        feature.add(1.0),
+        feature.clamp(3.0),
+        feature.scale(2.0),
+        feature.ablate(),
+    ):
+        with tiny_lm.steer(edit):
+            assert tiny_lm.logits("The weather today").shape == before.shape
+    with tiny_lm.steer(feature * 2.0):
+        assert not torch.equal(tiny_lm.logits("The weather today"), before)
+    assert torch.equal(tiny_lm.logits("The weather today"), before)
+    assert feature.p99 and (feature * 2.0).value == pytest.approx(2.0 * feature.p99)
+
+
+def test_a_missing_sae_folder_is_explained(hostile_run, tmp_path):
+    moved = FeatureStore(shutil.copytree(hostile_run / "features", tmp_path / "alone" / "features"))
+    with pytest.raises(StoreError, match="give it with saelab.load_features"):
+        moved.feature(0).ablate()
+
+
+def test_several_stores_in_a_run_must_be_chosen_from(hostile_run, tmp_path):
+    for name in ("a", "b"):
+        shutil.copytree(hostile_run / "sae", tmp_path / f"sae-{name}")
+        shutil.copytree(hostile_run / "features", tmp_path / f"features-{name}")
+    with pytest.raises(ValueError, match="features-a.*features-b"):
+        load_features(tmp_path)
+    assert load_features(tmp_path / "sae-b").folder == tmp_path / "features-b"
+    with pytest.raises(StoreError, match="holds no feature store"):
+        (tmp_path / "empty").mkdir()
+        load_features(tmp_path / "empty")
+
+
+def test_browsing_imports_no_torch(store):
+    code = (
+        "import sys, saelab; store = saelab.load_features(sys.argv[1]); f = store.feature(3);"
+        "repr(store), repr(f), f._repr_html_(), f.examples(), f.histogram, f.top_logits, store.table();"
+        "print([name for name in ('torch', 'transformers', 'tokenizers', 'datasets') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(store.folder)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
