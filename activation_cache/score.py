@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from saelab.errors import ModelError
 from saelab.masking import MASK_RULE, Mask, NormRule, row_norms
 from saelab.models import LanguageModel
 from saelab.saes import SAE
@@ -38,7 +39,6 @@ class ScoreStream:
     split: str
     texts: Texts
     batches: list[TokenBatch]
-    document_ids: list[int]
     mask: Mask
     n_tokens: int = 0
     n_masked: dict[str, int] = field(default_factory=lambda: {"special": 0, "position": 0, "norm": 0})
@@ -48,6 +48,11 @@ class ScoreStream:
         stream = self.lm.stream_activations((batch.ids for batch in self.batches), [self.hook_name])
         for tokens, found in zip(self.batches, stream, strict=True):
             keep, counts = self.mask.apply(tokens, found)
+            if not bool(found[self.hook_name][keep.to(found[self.hook_name].device)].isfinite().all()):
+                raise ModelError(
+                    f"{self.lm.name} gave NaN or infinite activations at {self.hook_name} in the batch of "
+                    f"{len(tokens.ids)} contexts from context {tokens.first_sequence}; try dtype=torch.float32."
+                )
             self.n_tokens += int(keep.sum())
             for reason, count in counts.items():
                 self.n_masked[reason] += count
@@ -77,35 +82,33 @@ def open_score_stream(
     own = source.spec is not None and source.spec == origin.get("texts")
     split = split or ("held_out" if own else "all")
     hook_name = hook_name or origin.get("hook_name")
+    _check_fit(sae, lm, hook_name)
+    assert hook_name is not None
+    ids: list[int] = []
+    ctx_len = ctx_len or origin.get("ctx_len") or min(256, lm.max_ctx)
+    bos, note = bool(origin.get("prepend_bos", False)), lambda _, text: ids.append(document_id(text))
+    packed = pack(source.documents(split), lm, ctx_len, batch_size, prepend_bos=bos, on_document=note)
+    batches = _take(packed, n_tokens)
+    if not batches:
+        raise ValueError(f"There is no text to score: split={split!r} of {source.name} holds no token.")
+    if not allow_train:
+        _refuse_training_documents(sae, ids, source, split)
+    max_norm = (origin.get("mask") or {}).get("max_norm")
+    stream = ScoreStream(lm, hook_name, split, source, batches, Mask(lm.special_ids, None))
+    stream.mask = Mask(lm.special_ids, {hook_name: max_norm or _norm_limit(stream)})
+    return stream
+
+
+def _check_fit(sae: SAE, lm: LanguageModel, hook_name: str | None) -> None:
+    """Raise `ValueError` when the SAE cannot read the hook; warn when it learned from another model."""
     if hook_name is None:
         raise ValueError("This SAE does not say which hook it reads (it was trained on bare tensors): give hook_name.")
     lm.check_hook(hook_name)
     if lm.d_in(hook_name) != sae.d_in:
         raise ValueError(f"{hook_name} of {lm.name} has width {lm.d_in(hook_name)}, the SAE reads d_in={sae.d_in}.")
-    if origin.get("model") and origin["model"]["hash"] != lm.hash:
-        warnings.warn(
-            f"The SAE was trained on {origin['model']['name']}, this is {lm.name}: other weights.", stacklevel=3
-        )
-    document_ids: list[int] = []
-    packed = pack(
-        source.documents(split),
-        lm,
-        ctx_len or origin.get("ctx_len") or min(256, lm.max_ctx),
-        batch_size,
-        prepend_bos=bool(origin.get("prepend_bos", False)),
-        on_document=lambda _, text: document_ids.append(document_id(text)),
-    )
-    batches = _take(packed, n_tokens)
-    if not batches:
-        raise ValueError(f"There is no text to score: split={split!r} of {source.name} holds no token.")
-    if not allow_train:
-        _refuse_training_documents(sae, document_ids, source, split)
-    max_norm = (origin.get("mask") or {}).get("max_norm")
-    mask = Mask(lm.special_ids, {hook_name: max_norm} if max_norm else None)
-    stream = ScoreStream(lm, hook_name, split, source, batches, document_ids, mask)
-    if max_norm is None:
-        stream.mask = Mask(lm.special_ids, {hook_name: _norm_limit(stream)})
-    return stream
+    trained_on = sae.origin.get("model")
+    if trained_on and trained_on["hash"] != lm.hash:
+        warnings.warn(f"The SAE was trained on {trained_on['name']}, this is {lm.name}: other weights.", stacklevel=4)
 
 
 def _own_texts(origin: dict[str, Any]) -> Texts:

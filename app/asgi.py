@@ -6,7 +6,9 @@ a 404. The second, a Content-Security-Policy, keeps the browser from asking any 
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from starlette.datastructures import MutableHeaders
@@ -65,6 +67,14 @@ async def _send_page(start: dict[str, Any], body: bytes, send: Any) -> None:
     await send(start)
     await send({"type": "http.response.body", "body": body})
 
+
+def _warm_up() -> None:
+    """Import what the first page needs while the browser still loads its scripts."""
+    for page in ("runs", "features", "feature", "dead", "steer"):
+        import_module(f"saelab.app.page_{page}")
+
+
+Thread(target=_warm_up, daemon=True).start()
 
 # A page of another site whose name was made to point here (DNS rebinding) still sends its own name as Host.
 _HOSTS = Middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1"])

@@ -1,4 +1,4 @@
-"""Pure functions from numbers to plotly figures; no Streamlit here. Okabe and Ito's colours, and patterns beside them."""
+"""Pure functions from numbers to plotly figures; no Streamlit. Okabe and Ito's colours, and patterns."""
 
 from __future__ import annotations
 
@@ -105,7 +105,8 @@ def cosine_scatter(density: np.ndarray, cosine: np.ndarray, n_tokens: int, at_mo
     figure.update_xaxes(type="log", title="density (never: far left)", exponentformat="power", dtick=1)
     figure.update_yaxes(title="encoder\u2013decoder cosine", range=[min(0.0, float(np.nanmin(cosine))) - 0.05, 1.08])
     _finish(figure, 280)
-    return figure.update_layout(showlegend=True, legend={"orientation": "h", "y": 1.14, "x": 0})
+    figure.update_layout(showlegend=True, legend={"orientation": "h", "y": 1.14, "x": 0})
+    return figure
 
 
 def _log_ticks(low: float, high: float) -> tuple[list[float], list[str]]:
@@ -123,8 +124,8 @@ def _power(exponent: int) -> str:
 
 def _finish(figure: go.Figure, height: int, title: str | None = None) -> go.Figure:
     figure.update_layout(
-        height=height, margin={"l": 8, "r": 8, "t": 34 if title else 22, "b": 8}, bargap=0.02, showlegend=False, title=title and {
-            "text": title, "font": {"size": 14}, "x": 0, "xanchor": "left"},
+        height=height, margin={"l": 8, "r": 8, "t": 34 if title else 22, "b": 8}, bargap=0.02, showlegend=False,
+        title=title and {"text": title, "font": {"size": 14}, "x": 0, "xanchor": "left"},
     )  # fmt: skip
     figure.update_xaxes(gridcolor=_FAINT, zeroline=False)
     figure.update_yaxes(gridcolor=_FAINT, zeroline=False)

@@ -57,7 +57,7 @@ def _bar(density: float, n_tokens: int) -> str:
     return f'<span class="sa-bar"><span>{percent(density)}</span><i><b style="width:{width:.0f}%"></b></i></span>'
 
 
-def _preview(example: Example, left: int = 9, right: int = 9) -> str:
+def _preview(example: Example, left: int = 6, right: int = 10) -> str:
     """One line around the peak."""
     parts = []
     for group in display_groups(example.pieces):

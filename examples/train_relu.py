@@ -13,9 +13,7 @@ HOOK = "blocks.8.hook_resid_post"
 
 def main() -> None:
     lm = saelab.load_model("smollm2")
-    cache = saelab.harvest(
-        lm, saelab.load_texts("demo"), hook_names=[HOOK], n_tokens=20_000, out_dir=f"{RUN}/cache"
-    )
+    cache = saelab.harvest(lm, saelab.load_texts("demo"), hook_names=[HOOK], n_tokens=20_000, out_dir=f"{RUN}/cache")
     saes = saelab.train(
         [saelab.saes.ReLUConfig(d_sae=1024, l1_coefficient=2.0), saelab.saes.TopKConfig(d_sae=1024, k=32)],
         cache,

@@ -98,9 +98,7 @@ class SparseActs:
         return cls(dense[rows, features], features, offsets_of(counts), dense.shape[1])
 
     @classmethod
-    def from_top(
-        cls, values: Float[Tensor, "batch k"], features: Int[Tensor, "batch k"], d_sae: int
-    ) -> SparseActs:
+    def from_top(cls, values: Float[Tensor, "batch k"], features: Int[Tensor, "batch k"], d_sae: int) -> SparseActs:
         """The non-zero ones of k candidates a row, whose ids ascend in each row."""
         kept = values != 0
         return cls(values[kept], features[kept], offsets_of(kept.sum(1)), d_sae)

@@ -28,6 +28,8 @@ def demo(
     train_tokens: Annotated[int, arg(help="Tokens to train on; the kept ones are repeated.")] = 2_000_000,
     d_sae: Annotated[int, arg(help="Number of features.")] = 4096,
     k: Annotated[int, arg(help="Features that fire on a token.")] = 32,
+    eval_tokens: Annotated[int | None, arg(help="Held-out tokens to measure and collect on; None is all.")] = None,
+    eval_tokens: Annotated[int | None, arg(help="Held-out tokens to measure and collect on; None is all.")] = None,
     seed: Annotated[int, arg(help="Seed of the shuffle and of the weights.")] = 0,
     serve: Annotated[bool, arg(help="Serve the dashboard at the end.")] = True,
     port: Annotated[int, arg(help="Port of the dashboard.")] = 8501,
@@ -56,10 +58,10 @@ def _look_at(sae: SAE, lm: LanguageModel, out_dir: Path) -> None:
     import saelab
 
     _say(4, f"Measure it on documents it was not trained on: {out_dir / 'report.json'}")
-    report = _report(sae, lm, out_dir / "report.json")
+    report = _report(sae, lm, out_dir / "report.json", eval_tokens)
     print("\n".join(f"   {name:<20}{_number(report[name])}" for name in _SHOWN))
     _say(5, f"Collect examples, histogram and logits of every feature: {out_dir / 'features'}")
-    store = saelab.collect_features(sae, lm, out_dir=out_dir / "features")
+    store = saelab.collect_features(sae, lm, out_dir=out_dir / "features", n_tokens=eval_tokens)
     _say(6, "Steer the model with one feature")
     _show_steering(lm, store)
 
@@ -72,7 +74,7 @@ def _number(value: float | None) -> str:
     return "not defined" if value is None else f"{value:.4f}"
 
 
-def _report(sae: SAE, lm: LanguageModel, path: Path) -> dict[str, Any]:
+def _report(sae: SAE, lm: LanguageModel, path: Path, n_tokens: int | None) -> dict[str, Any]:
     """The report at `path`, when it is about this SAE and this model; else a new one, written there."""
     import saelab
 
@@ -80,7 +82,7 @@ def _report(sae: SAE, lm: LanguageModel, path: Path) -> dict[str, Any]:
         report = json.loads(path.read_text(encoding="utf-8"))
         if (report["sae_hash"], report["model_hash"]) == (sae.hash, lm.hash):
             return report
-    saelab.evaluate(sae, lm).save(path)
+    saelab.evaluate(sae, lm, n_tokens=n_tokens).save(path)
     return json.loads(path.read_text(encoding="utf-8"))
 
 

@@ -64,7 +64,9 @@ def load_sae(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
     """Read an SAE folder. Raises `SaelabError` when a file is missing or altered, or the golden numbers do not come back."""
     folder = Path(folder)
     if not (folder / "sae.json").exists():
-        raise SaelabError(f"{folder} holds no sae.json, so no finished SAE: train one there, or give its folder (RUN/sae).")
+        raise SaelabError(
+            f"{folder} holds no sae.json, so no finished SAE: train one there, or give its folder (RUN/sae)."
+        )
     meta = read_json(folder / "sae.json")
     if meta.get("format_version", 0) > FORMAT_VERSION:
         raise SaelabError(
@@ -85,7 +87,9 @@ def load_sae(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
     sae.train_documents = golden["train_documents"]
     sae.folder = folder
     if sae.hash != meta["sae_hash"]:
-        raise SaelabError(f"{folder / 'sae.safetensors'} was altered: hash {sae.hash[:12]}, sae.json says {meta['sae_hash'][:12]}.")
+        raise SaelabError(
+            f"{folder / 'sae.safetensors'} was altered: hash {sae.hash[:12]}, sae.json says {meta['sae_hash'][:12]}."
+        )
     _check_golden(sae.eval(), golden, folder)
     return sae.to(device)
 

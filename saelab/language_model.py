@@ -91,7 +91,7 @@ class LanguageModel:
         return self._widths[hook_name]
 
     def stream_activations(
-        self, batches: Iterable[Int[Tensor, "batch seq"]], hook_names: Sequence[str]
+        self, batches: Iterable[Int[Tensor, "_ _"]], hook_names: Sequence[str]
     ) -> Iterator[dict[str, Tensor]]:
         """Activations (batch, seq, d_in) in the model's dtype at each hook, for each batch of token ids.
 
@@ -219,6 +219,11 @@ class LanguageModel:
                 yield self
             finally:
                 self._edits = before
+
+    @property
+    def edits(self) -> tuple[Edit, ...]:
+        """The edits in force: those of the enclosing `steer` blocks."""
+        return self._edits
 
     def _check_edit(self, edit: Any) -> None:
         if not isinstance(getattr(edit, "hook_name", None), str) or not callable(getattr(edit, "apply", None)):

@@ -21,9 +21,7 @@ def sum_squared_error(x: Float[Tensor, "batch d_in"], x_hat: Float[Tensor, "batc
     return (x - x_hat).pow(2).sum(1).mean()
 
 
-def weighted_l1(
-    values: Float[Tensor, " nnz"], decoder_norms: Float[Tensor, " nnz"], batch: int
-) -> Float[Tensor, ""]:
+def weighted_l1(values: Float[Tensor, " nnz"], decoder_norms: Float[Tensor, " nnz"], batch: int) -> Float[Tensor, ""]:
     """Mean over tokens of `sum_i |z_i| |d_i|` (Anthropic, April 2024 update): invariant under rescaling a feature."""
     return (values.abs() * decoder_norms).sum() / max(batch, 1)
 

@@ -22,9 +22,7 @@ def sae_run(sae_dir: str | Path) -> SaeRun:
     """The results that belong to one SAE folder: `sae-x` has `features-x` and `report-x.json` beside it."""
     sae_dir = Path(sae_dir)
     suffix = sae_dir.name.removeprefix("sae")
-    return SaeRun(
-        sae_dir.name, sae_dir, sae_dir.parent / f"features{suffix}", sae_dir.parent / f"report{suffix}.json"
-    )
+    return SaeRun(sae_dir.name, sae_dir, sae_dir.parent / f"features{suffix}", sae_dir.parent / f"report{suffix}.json")
 
 
 def find_saes(run: str | Path) -> list[SaeRun]:

@@ -103,7 +103,8 @@ HOSTILE = [
     "[link](javascript:alert(6)) ![picture](http://example.com/x.png) **bold** `code` $x^2$ :material/bug_report:",
     "{{7*7}} ${alert(8)} <%= 9 %> &lt;script&gt; &#60;b&#62;",
     "\u202eright to left\u202c \u2066isolate\u2069 zero\u200bwidth\u200d \ufeff \u2028 \x07\x1b[31m \r\n\ttab",
-    "\u6f22\u5b57\u304b\u306a \ud55c\uad6d\uc5b4 \u0639\u0631\u0628\u064a \U0001f600 \U0001f469\u200d\U0001f680 e\u0301",
+    "\u6f22\u5b57\u304b\u306a \ud55c\uad6d\uc5b4 \u0639\u0631\u0628\u064a \U0001f600 "
+    "\U0001f469\u200d\U0001f680 e\u0301",
 ]
 
 

@@ -1,4 +1,4 @@
-"""The dashboard's pages through Streamlit's AppTest, its charts and its server settings; test_browser.py has the rest."""
+"""The dashboard's pages through Streamlit's AppTest, its charts and server settings; see test_browser.py too."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -266,18 +267,22 @@ def test_metrics_are_thinned_and_torn_lines_passed_over(tmp_path):
     assert page_runs.read_metrics(tmp_path / "none") == []
 
 
+def _traces(figure: Any) -> Any:
+    return figure.data
+
+
 def test_charts_are_figures_of_their_data():
     histogram = Histogram(np.array([1.0, 1.25, 1.5, 1.75]), np.array([3, 0, 2]))
     figure = charts.value_histogram(histogram, 1.6, 1.7)
-    assert list(figure.data[0].y) == [3, 0, 2] and len(figure.to_dict()["layout"]["shapes"]) == 2
+    assert list(_traces(figure)[0].y) == [3, 0, 2] and len(figure.to_dict()["layout"]["shapes"]) == 2
     density = np.array([0.0, 0.0, 1e-3, 0.2])
     figure = charts.density_histogram(density, 10_000)
-    assert sum(figure.data[0].y) == 2 and list(figure.data[1].y) == [2]
-    assert figure.data[1].marker.pattern.shape  # dead is not told by colour alone
+    assert sum(_traces(figure)[0].y) == 2 and list(_traces(figure)[1].y) == [2]
+    assert _traces(figure)[1].marker.pattern.shape  # dead is not told by colour alone
     figure = charts.cosine_scatter(density, np.array([0.1, 0.2, 0.9, 1.0]), 10_000, at_most=10)
-    assert list(figure.data[0].customdata) == [3] and list(figure.data[1].customdata) == [0, 1, 2]
-    assert figure.data[0].marker.symbol != figure.data[1].marker.symbol
-    assert charts.training_curve([1, 2], [0.5, 0.25], "FVU").data[0].y == (0.5, 0.25)
+    assert list(_traces(figure)[0].customdata) == [3] and list(_traces(figure)[1].customdata) == [0, 1, 2]
+    assert _traces(figure)[0].marker.symbol != _traces(figure)[1].marker.symbol
+    assert _traces(charts.training_curve([1, 2], [0.5, 0.25], "FVU"))[0].y == (0.5, 0.25)
     charts.density_histogram(np.zeros(4), 100)  # nothing fired at all
 
 

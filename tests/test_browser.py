@@ -181,7 +181,7 @@ def test_every_feature_is_shown_without_running_its_text(page, hostile_run, sche
 def test_deep_links_restore_every_page(page, hostile_run):
     page.goto("/features?sort=cosine&order=up&show=all&page=2")
     heading(page, "Features")
-    idle(page)
+    page.get_by_test_id("stMain").get_by_test_id("stPageLink-NavLink").nth(24).wait_for()
     assert page.get_by_role("radio", name="Low to high").get_attribute("aria-checked") == "true"
     expected = load_features(hostile_run).table("cosine", descending=False, limit=25, offset=25)
     links = page.get_by_test_id("stMain").get_by_test_id("stPageLink-NavLink").all_inner_texts()

@@ -24,14 +24,16 @@ def test_forward_and_gradients(batch, d_sae, d_in, share):
     dense = codes(batch, d_sae, share)
     W_dec, b_dec = codes(d_sae, d_in, 1.0), torch.linspace(-1, 1, d_in, dtype=torch.float64)
     g = codes(batch, d_in, 1.0)
-    ours, theirs = [(dense.clone().requires_grad_(), W_dec.clone().requires_grad_(), b_dec.clone().requires_grad_()) for _ in "ab"]
+    ours, theirs = [
+        (dense.clone().requires_grad_(), W_dec.clone().requires_grad_(), b_dec.clone().requires_grad_()) for _ in "ab"
+    ]
     got = decode(SparseActs.from_dense(ours[0]), *ours[1:])
     want = decode_reference(*theirs)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
     got.backward(g)
     want.backward(g)
-    fires = dense != 0
-    torch.testing.assert_close(ours[0].grad, theirs[0].grad * fires, rtol=1e-12, atol=1e-12)
+    assert theirs[0].grad is not None
+    torch.testing.assert_close(ours[0].grad, theirs[0].grad * (dense != 0), rtol=1e-12, atol=1e-12)
     for a, b in zip(ours[1:], theirs[1:], strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-12, atol=1e-12)
 
@@ -65,7 +67,11 @@ def test_sampled_product():
 
 
 def test_bits_repeat():
-    acts, W_dec, g = SparseActs.from_dense(codes(500, 300).float()), codes(300, 64, 1.0).float(), codes(500, 64, 1.0).float()
+    acts, W_dec, g = (
+        SparseActs.from_dense(codes(500, 300).float()),
+        codes(300, 64, 1.0).float(),
+        codes(500, 64, 1.0).float(),
+    )
     assert torch.equal(decode(acts, W_dec), decode(acts, W_dec))
     assert torch.equal(weight_gradients(acts, acts.values, g), weight_gradients(acts, acts.values, g))
     alone = decode(acts.select_rows(torch.tensor([123])), W_dec)

@@ -7,7 +7,15 @@ from saelab.kernels import encode_topk as module
 from saelab.kernels.encode_topk import encode_topk
 from saelab.kernels.reference.encode_topk import encode_topk as reference
 
-SHAPES = [(1, 1, 1, 1), (7, 5, 13, 3), (33, 24, 257, 31), (5, 16, 40, 40), (0, 4, 9, 2), (64, 576, 1024, 32), (3, 3, 11, 10)]
+SHAPES = [
+    (1, 1, 1, 1),
+    (7, 5, 13, 3),
+    (33, 24, 257, 31),
+    (5, 16, 40, 40),
+    (0, 4, 9, 2),
+    (64, 576, 1024, 32),
+    (3, 3, 11, 10),
+]
 
 
 def make(batch, d_in, d_sae, dtype=torch.float64, seed=0):
@@ -89,13 +97,13 @@ def test_chunks_change_nothing(monkeypatch):
 
 def test_gradients_of_every_input():
     x, W_enc, b_enc = (t.requires_grad_() for t in make(5, 4, 17))
-    assert torch.autograd.gradcheck(lambda *a: encode_topk(*a, 3).values, (x, W_enc, b_enc))
+    assert torch.autograd.gradcheck(lambda x, W, b: encode_topk(x, W, b, 3).values, (x, W_enc, b_enc))
 
 
 def test_gradients_match_the_dense_reference():
     inputs = make(9, 6, 31)
     grads = []
-    for function in (lambda *a: encode_topk(*a, 4).to_dense(), lambda *a: reference(*a, 4)):
+    for function in (lambda x, W, b: encode_topk(x, W, b, 4).to_dense(), lambda x, W, b: reference(x, W, b, 4)):
         leaves = [t.clone().requires_grad_() for t in inputs]
         (function(*leaves) ** 2).sum().backward()
         grads.append([leaf.grad for leaf in leaves])

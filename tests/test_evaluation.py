@@ -19,7 +19,10 @@ KEYS = {
     "relative_reconstruction_bias", "ce_loss", "ce_loss_sae", "ce_loss_recovered", "ce_loss_recovered_mean", "kl",
     "n_tokens", "n_masked", "mask", "split", "hook_name", "sae_hash", "model_hash",
 }  # fmt: skip
-TEXTS = [f"Document {i} says that {word} comes before the end of part {i * 7 % 13}." for i, word in enumerate("abcdefghijklmnop")]
+TEXTS = [
+    f"Document {i} says that {word} comes before the end of part {i * 7 % 13}."
+    for i, word in enumerate("abcdefghijklmnop")
+]
 
 
 def rebuilder(d_in: int, gain: float = 1.0) -> ReLUSAE:
@@ -137,7 +140,9 @@ def test_a_training_document_is_refused_by_count(tiny_lm):
 def test_the_way_from_harvest_to_report(tiny_lm, tmp_path):
     """The SAE names its own source: no texts given, the held-out tenth is scored; the training part is refused."""
     path = tmp_path / "texts.jsonl"
-    path.write_text("\n".join(json.dumps({"text": f"{i} sheep and {i * i} goats in the field {i}"}) for i in range(300)))
+    path.write_text(
+        "\n".join(json.dumps({"text": f"{i} sheep and {i * i} goats in the field {i}"}) for i in range(300))
+    )
     texts = saelab.load_texts(str(path))
     cache = saelab.harvest(tiny_lm, texts, [HOOK], 3000, tmp_path / "cache", ctx_len=32, progress=False)
     config = saelab.TrainConfig(n_tokens=20_000, batch_size=200, warmup_steps=5)

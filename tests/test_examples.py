@@ -32,11 +32,17 @@ def test_train_relu(tmp_path):
 @pytest.mark.timeout(600)
 def test_steering_notebook(tmp_path):
     notebook = nbformat.read(EXAMPLES / "steering.ipynb", as_version=4)
-    environment = {**os.environ, "IPYTHONDIR": str(tmp_path / "ipython"), "JUPYTER_RUNTIME_DIR": str(tmp_path / "jupyter")}
+    environment = {
+        **os.environ,
+        "IPYTHONDIR": str(tmp_path / "ipython"),
+        "JUPYTER_RUNTIME_DIR": str(tmp_path / "jupyter"),
+    }
     client = NotebookClient(notebook, timeout=550, resources={"metadata": {"path": str(tmp_path)}})
     client.execute(env=environment)
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     text = "".join(output.get("text", "") for output in outputs if output.output_type == "stream")
-    default, steered = (next(line for line in text.splitlines() if line.startswith(name)) for name in ("default:", "steered:"))
+    default, steered = (
+        next(line for line in text.splitlines() if line.startswith(name)) for name in ("default:", "steered:")
+    )
     assert default.removeprefix("default:") != steered.removeprefix("steered:")
     assert any("text/html" in output.get("data", {}) for output in outputs), "the feature card is HTML"

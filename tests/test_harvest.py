@@ -37,6 +37,7 @@ class StandIn(LanguageModel):
     hash: str = "m" * 64  # pyright: ignore[reportAssignmentType]
     tokenizer_hash: str = "t" * 64  # pyright: ignore[reportAssignmentType]
     dtype, device = torch.float32, torch.device("cpu")
+    edits = ()  # pyright: ignore[reportAssignmentType]
     tokenizer = Letters()
 
     def __init__(self):
@@ -127,7 +128,9 @@ def test_rows_are_a_fresh_forward_pass_of_a_real_model(tiny_lm, tmp_path):
     ids, _ = cache.tokens()
     assert ids.shape == (47, 32)  # 1500 tokens, rounded up to whole contexts
     for hook in hooks:
-        fresh = torch.cat([acts[hook] for acts in tiny_lm.stream_activations(ids.long().split(8), [hook])]).bfloat16()
+        fresh = torch.cat(
+            [acts[hook] for acts in tiny_lm.stream_activations(iter(ids.long().split(8)), [hook])]
+        ).bfloat16()
         n = 0
         for acts, index in cache.shards(hook):
             assert torch.equal(acts, fresh[index["seq"].long(), index["pos"].long()])
@@ -435,3 +438,17 @@ def test_bad_arguments_are_refused_before_anything_is_made(lm, tmp_path, change,
     with pytest.raises(ValueError, match=message):
         harvest(lm, tmp_path / "new", **change)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_steered_model_is_refused(tiny_lm, tmp_path):
+    """A cache holds the model's own activations: nothing in it would say that they were edited."""
+    import saelab
+    from saelab.steering import Direction
+
+    hook = "blocks.0.hook_resid_post"
+    with (
+        tiny_lm.steer(Direction(torch.ones(32), hook) * 1.0),
+        pytest.raises(ValueError, match="being steered"),
+    ):
+        saelab.harvest(tiny_lm, ["some text to read"], [hook], 100, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()

@@ -241,6 +241,16 @@ def test_edits_at_two_sites_act_in_forward_order(tiny_lm):
     assert not torch.allclose(late.seen[-1], plain)
 
 
+@pytest.mark.parametrize("names", [("hook_resid_mid", "hook_resid_post"), ("hook_resid_post", "hook_resid_mid")])
+def test_the_end_of_a_layer_sees_the_edit_in_its_middle(tiny_lm, names):
+    edits = {name: Add(f"blocks.1.{name}", 1.0) for name in names}
+    with tiny_lm.steer(edits["hook_resid_mid"]):
+        expected = activations(tiny_lm, "blocks.1.hook_resid_post")
+    with tiny_lm.steer(edits[names[0]]), tiny_lm.steer(edits[names[1]]):
+        tiny_lm.logits(IDS)
+    assert torch.equal(edits["hook_resid_post"].seen[-1], expected)
+
+
 def test_leaving_an_inner_block_leaves_the_outer_one_active(tiny_lm):
     hook = "blocks.1.hook_resid_post"
     plain = activations(tiny_lm, hook)

@@ -11,12 +11,15 @@ D_IN, D_SAE = 12, 40
 
 def build(name: str, normalize: str = "center_and_scale") -> SAE:
     torch.manual_seed(0)
-    config = {"topk": lambda: TopKConfig(D_SAE, 5, normalize=normalize), "relu": lambda: ReLUConfig(D_SAE, normalize=normalize)}
+    config = {
+        "topk": lambda: TopKConfig(D_SAE, 5, normalize=normalize),
+        "relu": lambda: ReLUConfig(D_SAE, normalize=normalize),
+    }
     sae = VARIANTS[name](config[name](), D_IN, seed=3)
     sae.set_normalization(torch.linspace(-2, 2, D_IN), 40.0)
     with torch.no_grad():
-        sae.b_enc += 0.1 * torch.randn(D_SAE)
-        sae.b_dec += 0.1 * torch.randn(D_IN)
+        sae.b_enc.add_(0.1 * torch.randn(D_SAE))
+        sae.b_dec.add_(0.1 * torch.randn(D_IN))
     return sae
 
 
@@ -26,6 +29,11 @@ def rows(n: int, seed: int = 0) -> torch.Tensor:
 
 def info(dead: torch.Tensor | None = None) -> StepInfo:
     return StepInfo(torch.zeros(D_SAE, dtype=torch.bool) if dead is None else dead, 10, 100)
+
+
+def gradient(parameter: torch.Tensor) -> torch.Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
 
 
 every = pytest.mark.parametrize("name", VARIANTS)
@@ -69,7 +77,7 @@ def test_loss_gradient_is_right_in_float64(name):
     sae, x = build(name).double(), rows(6).double()
     direction = {n: torch.randn_like(p) for n, p in sae.named_parameters()}
     sae.loss(Batch(x, x), info()).total.backward()
-    slope = sum(float((p.grad * direction[n]).sum()) for n, p in sae.named_parameters())
+    slope = sum(float((gradient(p) * direction[n]).sum()) for n, p in sae.named_parameters())
     values = []
     for sign in (1, -1):
         with torch.no_grad():
@@ -109,9 +117,7 @@ def test_permuting_features_leaves_the_reconstruction(name):
     torch.testing.assert_close(sae(x).x_hat, before, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("kind", "rms"), [("center_and_scale", D_IN**0.5), ("scale", D_IN**0.5), ("none", None)]
-)
+@pytest.mark.parametrize(("kind", "rms"), [("center_and_scale", D_IN**0.5), ("scale", D_IN**0.5), ("none", None)])
 def test_normalization(kind, rms):
     sae, x = TopKSAE(TopKConfig(D_SAE, 5, normalize=kind), D_IN), rows(4000)
     sae.set_normalization(x.mean(0), float(x.square().sum(1).mean()))
@@ -146,7 +152,7 @@ def test_auxk_teaches_dead_features_and_no_live_one():
     loss = sae.loss(Batch(x, x), info(dead))
     loss.terms["auxk"].backward()
     for parameter in (sae.W_enc, sae.W_dec, sae.b_enc):
-        reached = parameter.grad.reshape(D_SAE, -1).abs().sum(1) > 0
+        reached = gradient(parameter).reshape(D_SAE, -1).abs().sum(1) > 0
         assert torch.equal(reached, dead)
     assert loss.total.item() == pytest.approx((loss.terms["fvu"] + loss.terms["auxk"] / 32).item(), rel=1e-6)
 
@@ -157,7 +163,7 @@ def test_main_loss_leaves_dropped_features_alone():
     ((loss.output.x_hat - x) ** 2).sum().backward()
     fired = torch.zeros(D_SAE, dtype=torch.bool)
     fired[loss.output.acts.features] = True
-    assert torch.equal(sae.W_enc.grad.abs().sum(1) > 0, fired)
+    assert torch.equal(gradient(sae.W_enc).abs().sum(1) > 0, fired)
 
 
 def test_relu_loss_by_hand():
@@ -178,21 +184,21 @@ def test_relu_penalty_cannot_be_cheated_by_decoder_norms():
     sae, x = build("relu").double(), rows(8).double()
     before = sae.loss(Batch(x, x), info()).total.item()
     with torch.no_grad():
-        sae.W_dec *= 7
-        sae.W_enc /= 7
-        sae.b_enc /= 7
+        sae.W_dec.mul_(7)
+        sae.W_enc.div_(7)
+        sae.b_enc.div_(7)
     assert sae.loss(Batch(x, x), info()).total.item() == pytest.approx(before, rel=1e-10)
 
 
 def test_after_step_restores_unit_norm():
     sae = build("topk")
     with torch.no_grad():
-        sae.W_dec *= 5
+        sae.W_dec.mul_(5)
     sae.after_step()
     assert (sae.W_dec.norm(dim=1) - 1).abs().max().item() < 1e-6
     relu = build("relu")
     with torch.no_grad():
-        relu.W_dec *= 5
+        relu.W_dec.mul_(5)
     relu.after_step()
     assert relu.W_dec.norm(dim=1).min().item() > 4
 

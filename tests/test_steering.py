@@ -169,6 +169,7 @@ def test_padding_and_position_zero_are_left_alone(tiny_lm, feature):
     for edit in (feature * 2.0, Direction(torch.ones(32), HOOK) * 2.0):
         moved = (edit.apply(x, positions) != x).any(-1)
         assert torch.equal(moved, positions > 0)
+    assert feature.scale(1.0).apply(x, positions) is x
 
 
 def test_values_by_sequence_reach_their_own_sequence(feature):

@@ -14,7 +14,9 @@ from saelab.training.checkpoint import list_checkpoints
 from saelab.training.dead_features import DeadFeatures
 from saelab.training.optimizer import apply_step, build_adam, learning_rate, project_decoder_gradient
 
-SMALL = TrainConfig(n_tokens=64 * 40, batch_size=64, warmup_steps=5, checkpoint_every=10, log_every=5, dead_after_tokens=500)
+SMALL = TrainConfig(
+    n_tokens=64 * 40, batch_size=64, warmup_steps=5, checkpoint_every=10, log_every=5, dead_after_tokens=500
+)
 TOPK = TopKConfig(64, 4)
 
 
@@ -33,7 +35,9 @@ def metrics(folder):
 @pytest.mark.parametrize("config", [TOPK, ReLUConfig(64, l1_coefficient=0.5)], ids=["topk", "relu"])
 def test_it_learns_and_fills_its_folder(tmp_path, config):
     x = planted()
-    sae = train(config, x, TrainConfig(n_tokens=64 * 300, batch_size=64, warmup_steps=5), tmp_path / "sae", progress=False)
+    sae = train(
+        config, x, TrainConfig(n_tokens=64 * 300, batch_size=64, warmup_steps=5), tmp_path / "sae", progress=False
+    )
     error = (sae(x).x_hat - x).square().sum() / (x - x.mean(0)).square().sum()
     assert error.item() < 0.25
     assert {f.name for f in (tmp_path / "sae").iterdir()} == {
@@ -41,7 +45,17 @@ def test_it_learns_and_fills_its_folder(tmp_path, config):
     }  # fmt: skip
     lines = metrics(tmp_path / "sae")
     assert lines[-1]["fvu"] < lines[0]["fvu"]
-    assert {"step", "tokens", "loss", "fvu", "l0", "dead_fraction_train", "lr", "grad_norm", "tokens_per_second"} <= set(lines[0])
+    assert {
+        "step",
+        "tokens",
+        "loss",
+        "fvu",
+        "l0",
+        "dead_fraction_train",
+        "lr",
+        "grad_norm",
+        "tokens_per_second",
+    } <= set(lines[0])
     assert load_sae(tmp_path / "sae").hash == sae.hash
 
 
@@ -116,7 +130,9 @@ def test_another_run_in_the_folder_is_refused_and_unharmed(tmp_path, change, say
     train(TOPK, planted(), SMALL, tmp_path, progress=False)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(TrainingError, match=says):
-        train(change.get("config", TOPK), change.get("x", planted()), change.get("train", SMALL), tmp_path, progress=False)
+        train(
+            change.get("config", TOPK), change.get("x", planted()), change.get("train", SMALL), tmp_path, progress=False
+        )
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
@@ -132,7 +148,12 @@ def test_a_list_trains_side_by_side_as_each_would_alone(tmp_path):
     configs = [TOPK, TopKConfig(64, 8), ReLUConfig(32), TOPK]
     saes = train(configs, x, SMALL, tmp_path, progress=False)
     assert [s.hash for s in saes] == [train(c, x, SMALL, progress=False).hash for c in configs]
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["sae-relu-32", "sae-topk-64-k4", "sae-topk-64-k4--2", "sae-topk-64-k8"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == [
+        "sae-relu-32",
+        "sae-topk-64-k4",
+        "sae-topk-64-k4--2",
+        "sae-topk-64-k8",
+    ]
 
 
 def test_an_iterator_of_tensors(tmp_path):
@@ -159,7 +180,9 @@ def test_a_loss_that_explodes_says_lower_lr():
         train(ReLUConfig(64), planted(), config, progress=False)
 
 
-@pytest.mark.parametrize("data", [torch.zeros(0, 4), torch.zeros(4), torch.ones(3, 3, dtype=torch.int64), 7, iter([])], ids=str)
+@pytest.mark.parametrize(
+    "data", [torch.zeros(0, 4), torch.zeros(4), torch.ones(3, 3, dtype=torch.int64), 7, iter([])], ids=str
+)
 def test_data_that_cannot_be_trained_on(data):
     with pytest.raises(ValueError, match="train on"):
         train(TOPK, data, SMALL, progress=False)

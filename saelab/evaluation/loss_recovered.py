@@ -43,7 +43,7 @@ class LossRecovered:
         self.lm, self.hook_name = lm, hook_name
         self.replacements: dict[str, Any] = {"sae": sae, "zero": torch.zeros(sae.d_in), "mean": mean}
         self.n, self.kl = 0, 0.0
-        self.loss = dict.fromkeys(("model", *ARMS), 0.0)
+        self.loss: dict[str, float] = {arm: 0.0 for arm in ("model", *ARMS)}
 
     def add(
         self, ids: Int[Tensor, "batch seq"], keep: Bool[Tensor, "batch seq"], real: Bool[Tensor, "batch seq"]

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Bool
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from saelab.activation_cache.score import ScoreStream, open_score_stream
@@ -17,7 +19,7 @@ from saelab.evaluation.loss_recovered import LossRecovered
 from saelab.evaluation.reconstruction import Reconstruction, VarianceSums
 from saelab.files import atomic_write_text
 from saelab.models import LanguageModel
-from saelab.saes import SAE
+from saelab.saes import SAE, SAEOutput
 
 _CE_BATCH = 4
 
@@ -107,21 +109,15 @@ def evaluate(
         sae, lm, texts, split=split, allow_train=allow_train, hook_name=hook_name,
         n_tokens=n_tokens, ctx_len=ctx_len, batch_size=batch_size,
     )  # fmt: skip
-    measures, unmasked = Reconstruction(sae), VarianceSums(sae.d_in)
-    keeps = []
     with torch.inference_mode():
-        for tokens, acts, keep in tqdm(stream, total=len(stream.batches), desc="Evaluating", disable=not progress):
-            real = tokens.doc >= 0
-            output = sae(acts[real].float().to(sae.W_dec.device))
-            kept = keep[real]
-            x = acts[real].float()
-            unmasked.add(x, output.x_hat)
-            if bool(kept.any()):
-                measures.add(x[kept], type(output)(output.x_hat[kept], output.acts.select_rows(kept)))
-            keeps.append(keep)
-        if measures.variance.n == 0:
-            raise ValueError(f"No token of {stream.texts.name} is left under the mask: {stream.n_masked}. Give more text.")
+        measures, unmasked, keeps = _measure(sae, stream, progress)
         losses = _score_losses(sae, stream, keeps, measures, n_tokens_ce, progress)
+    return _report(sae, stream, measures, unmasked, losses)
+
+
+def _report(
+    sae: SAE, stream: ScoreStream, measures: Reconstruction, unmasked: VarianceSums, losses: LossRecovered
+) -> Report:
     return Report(
         **measures.results(),  # pyright: ignore[reportArgumentType]
         **losses.results(),
@@ -134,12 +130,30 @@ def evaluate(
         texts=stream.texts.name,
         hook_name=stream.hook_name,
         sae_hash=sae.hash,
-        model_hash=lm.hash,
+        model_hash=stream.lm.hash,
     )
 
 
+def _measure(
+    sae: SAE, stream: ScoreStream, progress: bool
+) -> tuple[Reconstruction, VarianceSums, list[Bool[Tensor, "batch ctx_len"]]]:
+    """One pass over all tokens: the measures under the mask, the sums without it, and what the mask kept."""
+    measures, unmasked, keeps = Reconstruction(sae), VarianceSums(sae.d_in), []
+    for tokens, acts, keep in tqdm(stream, total=len(stream.batches), desc="Evaluating", disable=not progress):
+        real = tokens.doc >= 0
+        x, kept = acts[real].float(), keep[real]
+        output = sae(x.to(sae.W_dec.device))
+        unmasked.add(x, output.x_hat)
+        if bool(kept.any()):
+            measures.add(x[kept], SAEOutput(output.x_hat[kept], output.acts.select_rows(kept)))
+        keeps.append(keep)
+    if measures.variance.n == 0:
+        raise ValueError(f"No token of {stream.texts.name} is left under the mask: {stream.n_masked}. Give more text.")
+    return measures, unmasked, keeps
+
+
 def _score_losses(
-    sae: SAE, stream: ScoreStream, keeps: list[torch.Tensor], measures: Reconstruction, budget: int, progress: bool
+    sae: SAE, stream: ScoreStream, keeps: list[Tensor], measures: Reconstruction, budget: int, progress: bool
 ) -> LossRecovered:
     losses = LossRecovered(sae, stream.lm, stream.hook_name, measures.variance.mean.float())
     with tqdm(total=min(budget, stream.n_tokens), desc="Loss recovered", unit="token", disable=not progress) as bar:

@@ -1,4 +1,4 @@
-"""How a few NumPy arrays lie in one SQLite blob: `SLB`, a version byte, then zlib of header length, JSON header, raw bytes.
+"""Arrays in one SQLite blob: `SLB`, a version byte, then zlib of header length, JSON header, raw bytes.
 
 The header names every array with its dtype and shape, so a reader needs nothing but this page; nothing is pickled.
 """

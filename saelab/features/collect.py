@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from saelab.activation_cache.score import ScoreStream, open_score_stream
-from saelab.errors import ModelError, StoreError
+from saelab.errors import StoreError
 from saelab.features import schema
 from saelab.features.accumulate import Accumulator
 from saelab.features.store import FeatureStore
@@ -57,16 +56,7 @@ def collect_features(
         raise ValueError(f"top_k={top_k}, n_tokens={n_tokens}: both must be at least 1 (n_tokens None is all).")
     out_dir = claim_folder(out_dir, schema.MANIFEST, "feature store")
     source = _source(sae, lm, texts)
-    request = {
-        "sae_hash": sae.hash,
-        "model_hash": lm.hash,
-        "hook_name": hook_name or sae.origin.get("hook_name"),
-        "texts": source.fingerprint(),
-        "split": split or ("held_out" if source.spec == sae.origin.get("texts") else "all"),
-        "n_tokens": n_tokens,
-        "ctx_len": ctx_len,
-        "top_k": top_k,
-    }
+    request = _request(sae, lm, source, split, hook_name) | {"n_tokens": n_tokens, "ctx_len": ctx_len, "top_k": top_k}
     if (out_dir / schema.MANIFEST).exists():
         _refuse_other_request(out_dir, request)
         return FeatureStore(out_dir, sae)
@@ -74,15 +64,10 @@ def collect_features(
         sae, lm, source, split=split, allow_train=True, hook_name=hook_name,
         n_tokens=n_tokens, ctx_len=ctx_len, batch_size=batch_size,
     )  # fmt: skip
-    if progress:
-        print(f"Collecting features on {source.describe(stream.split)}")
-    started = time.monotonic()
     state = _run(sae, stream, top_k, progress)
-    logits = _top_logits(sae, lm, stream.hook_name)
     with _finished_folder(out_dir) as building:
         manifest = _manifest(sae, stream, state, out_dir) | {"request": request, "top_k": top_k}
-        manifest["seconds"] = round(time.monotonic() - started, 1)
-        write_store(building, manifest, state, logits, _cosine(sae), stream)
+        write_store(building, manifest, state, _top_logits(sae, lm, stream.hook_name), _cosine(sae), stream)
     return FeatureStore(out_dir, sae)
 
 
@@ -93,6 +78,17 @@ def _source(sae: SAE, lm: LanguageModel, texts: Any) -> Texts:
             raise ValueError("This SAE does not name its text source (it was trained on bare tensors): give texts.")
         return load_texts(texts, chat=lm)
     return load_texts(texts)
+
+
+def _request(sae: SAE, lm: LanguageModel, source: Texts, split: str | None, hook_name: str | None) -> dict[str, Any]:
+    """What makes two stores the same, beside the numbers a caller gives."""
+    return {
+        "sae_hash": sae.hash,
+        "model_hash": lm.hash,
+        "hook_name": hook_name or sae.origin.get("hook_name"),
+        "texts": source.fingerprint(),
+        "split": split or ("held_out" if source.spec == sae.origin.get("texts") else "all"),
+    }
 
 
 def _refuse_other_request(out_dir: Path, request: dict[str, Any]) -> None:
@@ -109,17 +105,13 @@ def _refuse_other_request(out_dir: Path, request: dict[str, Any]) -> None:
 
 @torch.inference_mode()
 def _run(sae: SAE, stream: ScoreStream, top_k: int, progress: bool) -> Accumulator:
+    print(f"Collecting features on {stream.texts.describe(stream.split)}")
     ctx_len = stream.batches[0].ids.shape[1]
     state = Accumulator(sae.d_sae, ctx_len, top_k)
     total = sum(int((batch.doc >= 0).sum()) for batch in stream.batches)
     with tqdm(total=total, unit="token", unit_scale=True, desc="Features", disable=not progress) as bar:
         for tokens, acts, keep in stream:
             rows = acts[keep]  # (kept, d_in)
-            if not bool(torch.isfinite(rows).all()):
-                raise ModelError(
-                    f"{stream.lm.name} gave NaN or infinite activations at {stream.hook_name} in the batch of "
-                    f"{len(tokens.ids)} contexts from context {tokens.first_sequence}; try dtype=torch.float32."
-                )
             where = keep.cpu().flatten()
             number = torch.arange(len(where)) + tokens.first_sequence * ctx_len
             codes = sae.encode(rows.float().to(sae.W_enc.device)).detach()

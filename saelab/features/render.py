@@ -1,7 +1,7 @@
 """HTML of a feature: examples with highlighted tokens, and the card a notebook shows.
 
 Token text comes from the web and is hostile until escaped: it passes through `visible` (control, bidi and zero-width
-characters become glyphs) and `html.escape(quote=True)`, and reaches the page nowhere else. No script, nothing from outside.
+characters become glyphs) and `html.escape(quote=True)`, and reaches the page nowhere else. No script, no other host.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Token ids to bytes, and runs of tokens to text that is byte-exact.
 
-A byte-level tokenizer may cut one CJK character or emoji into several tokens. Decoding each token alone shows garbage, so the
-store keeps the bytes of each token and `display_groups` joins neighbours until their bytes are whole characters.
+A byte-level tokenizer may cut one CJK character or emoji into several tokens. Decoding each token alone shows
+garbage, so the store keeps the bytes of each token, and `display_groups` joins neighbours until they are
+whole characters.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ class SAE(nn.Module):
             mean_square -= float(mean.double().square().sum())
         self.scale.fill_(math.sqrt(self.d_in / max(mean_square, 1e-30)))
 
-    def normalize(self, x: Float[Tensor, "..."]) -> Float[Tensor, "batch d_in"]:
+    def normalize(self, x: Float[Tensor, ...]) -> Float[Tensor, "batch d_in"]:
         """Raw activations to the units the weights live in. Raises `ValueError` on another width."""
         if x.ndim != 2 or x.shape[1] != self.d_in:
             raise ValueError(
@@ -105,7 +105,7 @@ class SAE(nn.Module):
             )
         return (x.to(self.W_enc.dtype) - self.center) * self.scale
 
-    def encode(self, x: Float[Tensor, "..."]) -> SparseActs:
+    def encode(self, x: Float[Tensor, ...]) -> SparseActs:
         """Codes of raw activations `x (batch, d_in)`."""
         raise NotImplementedError
 
@@ -113,7 +113,7 @@ class SAE(nn.Module):
         """Reconstruction in raw units, `(batch, d_in)`."""
         return decode(acts, self.W_dec, self.b_dec) / self.scale + self.center
 
-    def forward(self, x: Float[Tensor, "..."]) -> SAEOutput:
+    def forward(self, x: Float[Tensor, ...]) -> SAEOutput:
         """Encode and decode; `forward(x) == decode(encode(x))` always."""
         acts = self.encode(x)
         return SAEOutput(self.decode(acts), acts)

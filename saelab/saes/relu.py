@@ -48,7 +48,7 @@ class ReLUSAE(SAE):
     unit_norm = False
     base_lr = 1e-3
 
-    def encode(self, x: Float[Tensor, "..."]) -> SparseActs:
+    def encode(self, x: Float[Tensor, ...]) -> SparseActs:
         return encode_threshold(self.normalize(x), self.W_enc, self.b_enc)
 
     def loss(self, batch: Batch, info: StepInfo) -> Loss:

@@ -1,6 +1,6 @@
 """TopK SAE (Gao et al. 2024, "Scaling and evaluating sparse autoencoders", section 2.3):
 
-    z = ReLU(TopK(W_enc (x - b_dec) + b_enc)),   x_hat = W_dec z + b_dec,   L = FVU + auxk_alpha * AuxK
+z = ReLU(TopK(W_enc (x - b_dec) + b_enc)),   x_hat = W_dec z + b_dec,   L = FVU + auxk_alpha * AuxK
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class TopKSAE(SAE):
     Config = TopKConfig
     config: TopKConfig
 
-    def encode(self, x: Float[Tensor, "..."]) -> SparseActs:
+    def encode(self, x: Float[Tensor, ...]) -> SparseActs:
         return encode_topk(self.normalize(x) - self.b_dec, self.W_enc, self.b_enc, self.config.k)
 
     def loss(self, batch: Batch, info: StepInfo) -> Loss:

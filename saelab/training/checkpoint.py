@@ -72,4 +72,6 @@ def claim_run(folder: Path, arguments: Mapping[str, Any]) -> None:
     different = [key for key in arguments if before.get(key) != arguments[key]]
     if different:
         changes = "; ".join(f"{key}: {before.get(key)} there, {arguments[key]} here" for key in different)
-        raise TrainingError(f"{folder} holds another run ({changes}). Use the same arguments to go on, or another out_dir.")
+        raise TrainingError(
+            f"{folder} holds another run ({changes}). Use the same arguments to go on, or another out_dir."
+        )

@@ -36,7 +36,13 @@ class TrainConfig:
     """"cpu", "cuda", ...; None takes a GPU when there is one."""
 
     def __post_init__(self) -> None:
-        for name, least in (("batch_size", 1), ("log_every", 1), ("grad_accumulation", 1), ("checkpoint_every", 0), ("warmup_steps", 0)):
+        for name, least in (
+            ("batch_size", 1),
+            ("log_every", 1),
+            ("grad_accumulation", 1),
+            ("checkpoint_every", 0),
+            ("warmup_steps", 0),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}.")
         if self.n_tokens < self.batch_size:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from saelab.activation_cache.reader import ActivationCache
 
-
 Rows = Callable[[int, int, int], Iterator[Tensor]]
 """(batch_size, seed, start_step) -> batches from that step on."""
 

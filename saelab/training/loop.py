@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -16,6 +16,28 @@ from saelab.training.data import DataSource, open_data
 from saelab.training.run import Run, variant_of
 
 
+@overload
+def train(
+    config: Sequence[Any],
+    data: Any,
+    train_config: TrainConfig,
+    out_dir: str | Path | None = None,
+    *,
+    hook_name: str | None = None,
+    progress: bool = True,
+    wandb_project: str | None = None,
+) -> list[SAE]: ...
+@overload
+def train(
+    config: Any,
+    data: Any,
+    train_config: TrainConfig,
+    out_dir: str | Path | None = None,
+    *,
+    hook_name: str | None = None,
+    progress: bool = True,
+    wandb_project: str | None = None,
+) -> SAE: ...
 def train(
     config: Any,
     data: Any,
@@ -41,9 +63,7 @@ def train(
         raise ValueError("The list of SAE configs is empty; give at least one.")
     source = open_data(data, hook_name, train_config.batch_size)
     folders = _folders(configs, out_dir, isinstance(config, Sequence))
-    runs = [
-        Run(one, source, train_config, folder, wandb_project) for one, folder in zip(configs, folders, strict=True)
-    ]
+    runs = [Run(one, source, train_config, folder, wandb_project) for one, folder in zip(configs, folders, strict=True)]
     _train_all([run for run in runs if not run.finished], source, train_config, progress)
     saes = [run.sae for run in runs]
     return saes if isinstance(config, Sequence) else saes[0]

@@ -22,9 +22,7 @@ def learning_rate(config: TrainConfig, base_lr: float, d_sae: int, step: int) ->
 
 
 @torch.no_grad()
-def project_decoder_gradient(
-    gradient: Float[Tensor, "d_sae d_in"], W_dec: Float[Tensor, "d_sae d_in"]
-) -> None:
+def project_decoder_gradient(gradient: Float[Tensor, "d_sae d_in"], W_dec: Float[Tensor, "d_sae d_in"]) -> None:
     """Remove, in place, the part of each row's gradient along that row (rows have unit norm)."""
     along = torch.linalg.vecdot(gradient, W_dec)  # (d_sae)
     gradient.addcmul_(along[:, None], W_dec, value=-1)

@@ -97,7 +97,10 @@ class Run:
         self.step += 1
         if logged:
             self._write_log(sums, lr)
-        if self.train.checkpoint_every and self.step % self.train.checkpoint_every == 0 < self.train.n_steps - self.step:
+        if (
+            self.train.checkpoint_every
+            and self.step % self.train.checkpoint_every == 0 < self.train.n_steps - self.step
+        ):
             self.checkpoint()
 
     def checkpoint(self) -> None:
@@ -158,4 +161,6 @@ def warn_if_elsewhere(before: dict[str, Any], device: torch.device) -> None:
     now = environment(device)
     different = [f"{key} {before[key]} -> {now[key]}" for key in now if key in before and before[key] != now[key]]
     if different:
-        warnings.warn(f"This run goes on under other conditions ({', '.join(different)}): bits may differ.", stacklevel=3)
+        warnings.warn(
+            f"This run goes on under other conditions ({', '.join(different)}): bits may differ.", stacklevel=3
+        )
