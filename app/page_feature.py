@@ -5,14 +5,15 @@ from __future__ import annotations
 import streamlit as st
 
 from saelab.app import charts, state
-from saelab.features import Feature, FeatureStore
+from saelab.features import Feature
 from saelab.features.render import SPACE, cosine, escape, examples_html, number, percent
 
 
 def show() -> None:
     """The page."""
     store = state.store()
-    index = state.url_int("feature", _default(store), 0, store.d_sae - 1)
+    index = state.url_int("feature", state.default_feature(store), 0, store.d_sae - 1)
+    st.session_state["feature"] = index
     feature = store.feature(index)
     title, controls = st.columns([2, 3], vertical_alignment="bottom")
     title.title(f"Feature {index}")
@@ -40,12 +41,6 @@ def show() -> None:
     with right:
         _values(feature)
         _logits(feature)
-
-
-def _default(store: FeatureStore) -> int:
-    """The feature seen last in this session, else the first that fires at a middling density."""
-    rows = store.table("density", True, {"density": (None, 1e-2), "n_fired": (1, None)}, limit=1)
-    return rows[0]["feature"] if rows else 0
 
 
 def _numbers(feature: Feature) -> None:

@@ -34,8 +34,8 @@ def show() -> None:
 
 def _controls(store: FeatureStore) -> tuple[Feature, dict[str, Any] | None]:
     """The feature and, when the button was pressed, what to generate."""
-    rows = store.table("density", True, {"density": (None, 1e-2), "n_fired": (1, None)}, limit=1)
-    index = state.url_int("feature", rows[0]["feature"] if rows else 0, 0, store.d_sae - 1)
+    index = state.url_int("feature", state.default_feature(store), 0, store.d_sae - 1)
+    st.session_state["feature"] = index
     strength = state.url_float("strength", 2.0, -MAX_STRENGTH, MAX_STRENGTH)
     first, second = st.columns(2)
     first.number_input("Feature", 0, store.d_sae - 1, step=1, **state.bound("feature", index))

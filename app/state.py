@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ def show_sidebar() -> None:
             st.session_state["sae_box"] = sae.name
             st.selectbox("SAE", [each.name for each in found], key="sae_box", on_change=_choose_sae)
         st.caption(f"Run **{_plain(run_folder().name)}**")
-        if (sae.features_dir / MANIFEST).exists():
+        with suppress(StoreError):  # the pages that need the store say what is wrong with it
             manifest = store().manifest
             st.caption(
                 f"{_plain(sae.name)} \u00b7 {manifest['sae']['hash'][:10]}  \n{_plain(manifest['hook_name'])}  \n"
@@ -106,6 +106,15 @@ def counted(store: FeatureStore) -> str:
     """How many tokens were counted, and of which documents."""
     kind = {"held_out": "held-out tokens", "train": "training tokens"}.get(store.manifest["split"], "tokens")
     return f"{store.n_tokens:,} {kind}"
+
+
+def default_feature(store: FeatureStore) -> int:
+    """The feature this session looked at last, else one that fires on about a token in a hundred."""
+    last = st.session_state.get("feature", -1)
+    if 0 <= last < store.d_sae:
+        return last
+    rows = store.table("density", True, {"density": (None, 1e-2), "n_fired": (1, None)}, limit=1)
+    return rows[0]["feature"] if rows else 0
 
 
 def _choose_sae() -> None:

@@ -149,6 +149,8 @@ def test_missing_and_damaged_stores_are_explained(tmp_path, open_page, hostile_r
     copy = shutil.copytree(hostile_run, tmp_path / "run", ignore=shutil.ignore_patterns("cache"))
     (copy / "features" / "store.sqlite").write_bytes(b"broken")
     assert "truncated" in open_page("features", copy).error[0].value
+    app = open_page("runs", copy)  # needs no store
+    assert not app.exception and not app.error and app.title[0].value == "Runs"
     shutil.rmtree(copy / "features")
     (copy / "report.json").unlink()
     (copy / "sae" / "metrics.jsonl").unlink()

@@ -56,7 +56,8 @@ def collect_features(
         raise ValueError(f"top_k={top_k}, n_tokens={n_tokens}: both must be at least 1 (n_tokens None is all).")
     out_dir = claim_folder(out_dir, schema.MANIFEST, "feature store")
     source = _source(sae, lm, texts)
-    request = _request(sae, lm, source, split, hook_name) | {"n_tokens": n_tokens, "ctx_len": ctx_len, "top_k": top_k}
+    request = _request(sae, lm, source, split, hook_name) | {"n_tokens": n_tokens, "top_k": top_k}
+    request["ctx_len"] = ctx_len or sae.origin.get("ctx_len") or 256
     if (out_dir / schema.MANIFEST).exists():
         _refuse_other_request(out_dir, request)
         return FeatureStore(out_dir, sae)
@@ -180,7 +181,7 @@ def _manifest(sae: SAE, stream: ScoreStream, state: Accumulator, out_dir: Path) 
 def _finished_folder(out_dir: Path) -> Iterator[Path]:
     """A hidden folder beside `out_dir` to build in; on a clean exit it takes `out_dir`'s place (which is empty)."""
     for left in out_dir.parent.glob(f".{out_dir.name}.tmp-*"):
-        if not Path(f"/proc/{left.name.rpartition('-')[2]}").exists():
+        if not _is_running(int(left.name.rpartition("-")[2])):
             shutil.rmtree(left, ignore_errors=True)
     building = out_dir.parent / f".{out_dir.name}.tmp-{os.getpid()}"
     shutil.rmtree(building, ignore_errors=True)
@@ -195,3 +196,13 @@ def _finished_folder(out_dir: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True

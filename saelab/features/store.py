@@ -197,11 +197,20 @@ class FeatureStore:
 
     def _connection(self) -> sqlite3.Connection:
         """One read-only connection per thread: SQLite connections do not travel between threads."""
-        connection = getattr(self._local, "connection", None)
-        if connection is None:
-            address = f"file:{quote(str(self._database.resolve()))}?mode=ro"
-            connection = self._local.connection = sqlite3.connect(address, uri=True)
-        return connection
+        if not hasattr(self._local, "opened"):
+            self._local.opened = _Opened(f"file:{quote(str(self._database.resolve()))}?mode=ro")
+        return self._local.opened.connection
+
+
+class _Opened:
+    """A connection that closes when its thread or its store ends."""
+
+    def __init__(self, address: str) -> None:
+        self.connection = sqlite3.connect(address, uri=True, check_same_thread=False)
+
+    def __del__(self) -> None:
+        if hasattr(self, "connection"):
+            self.connection.close()
 
 
 def load_features(path: str | Path, sae: SAE | None = None) -> FeatureStore:
