@@ -107,7 +107,9 @@ def _check_arguments(lm: LanguageModel, hooks: list[str], split: str, sizes: dic
     if not hooks or len(set(hooks)) < len(hooks):
         raise ValueError(f"hook_names={hooks!r}: give at least one hook, each once.")
     if lm.edits:
-        raise ValueError(f"{lm.name} is being steered ({lm.edits[0]!r}): a cache holds its own activations. Leave lm.steer.")
+        raise ValueError(
+            f"{lm.name} is being steered ({lm.edits[0]!r}): a cache holds its own activations. Leave lm.steer."
+        )
     for hook in hooks:
         lm.check_hook(hook)
     if sizes["ctx_len"] > lm.max_ctx:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 from starlette.datastructures import MutableHeaders
@@ -22,6 +22,7 @@ _POLICY = (
     "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' blob: data:; worker-src 'self' blob:; "
     "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
 )
+_warming = Event()
 
 
 class LocalPage:
@@ -57,6 +58,9 @@ class LocalPage:
 
 
 async def _send_page(start: dict[str, Any], body: bytes, send: Any) -> None:
+    if not _warming.is_set():
+        _warming.set()
+        Thread(target=_warm_up, daemon=True).start()
     headers = MutableHeaders(scope=start)
     if body:  # none in the answer to HEAD
         body = body.replace(b"<head>", _BASE, 1)
@@ -73,8 +77,6 @@ def _warm_up() -> None:
     for page in ("runs", "features", "feature", "dead", "steer"):
         import_module(f"saelab.app.page_{page}")
 
-
-Thread(target=_warm_up, daemon=True).start()
 
 # A page of another site whose name was made to point here (DNS rebinding) still sends its own name as Host.
 _HOSTS = Middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1"])

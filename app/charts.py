@@ -1,7 +1,11 @@
-"""Pure functions from numbers to plotly figures; no Streamlit. Okabe and Ito's colours, and patterns."""
+"""Pure functions from numbers to pictures; no Streamlit. Okabe and Ito's colours, and patterns beside them.
+
+Plotly figures, except for the curves on the first page: they are SVG, so that it need not wait for 5 MB of scripts.
+"""
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,14 +15,55 @@ from saelab.features.feature import Histogram
 
 BLUE, ORANGE, VERMILLION = "#0072b2", "#e69f00", "#d55e00"
 _FAINT = "rgba(128,128,128,.25)"
+_MAX_POINTS = 1500  # a trace; drawn as SVG, because WebGL would need a policy that allows eval
 
 
-def training_curve(tokens: Sequence[float], values: Sequence[float], name: str, percent: bool = False) -> go.Figure:
-    """One logged quantity over training tokens."""
-    figure = go.Figure(go.Scatter(x=tokens, y=values, mode="lines", line={"color": BLUE, "width": 2}, name=name))
-    figure.update_xaxes(title="training tokens", tickformat=".2s")
-    figure.update_yaxes(tickformat=".1%" if percent else None, rangemode="tozero")
-    return _finish(figure, 210, name)
+def training_curve(tokens: Sequence[float], values: Sequence[float], name: str, percent: bool = False) -> str:
+    """One logged quantity over training tokens, as inline SVG with a title; the vertical axis starts at 0."""
+    width, height, left, bottom = 360, 170, 46, 24
+    top = _round_up(max(*values, 1e-9))
+    span = max(tokens[-1] - tokens[0], 1)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return left + (width - left - 6) * x, 8 + (height - bottom - 8) * (1 - y)
+
+    line = " ".join(
+        "{:.1f},{:.1f}".format(*place((token - tokens[0]) / span, min(max(value / top, 0.0), 1.0)))
+        for token, value in zip(tokens, values, strict=True)
+    )
+    marks = "".join(_level(place(0, share), width, f"{top * share:.3g}", percent) for share in (0, 0.5, 1))
+    ends = "".join(
+        f'<text x="{place(share, 0)[0]:.0f}" y="{height - 6}" text-anchor="{anchor}">{_short(tokens[0] + span * share)}</text>'
+        for share, anchor in ((0, "start"), (0.5, "middle"), (1, "end"))
+    )
+    last = f"{values[-1]:.1%}" if percent else f"{values[-1]:.3g}"
+    label = html.escape(f"{name} over training tokens, at the end {last}", quote=True)
+    return (
+        f'<figure class="sa-curve"><figcaption>{html.escape(name)} <span>{last}</span></figcaption>'
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{marks}{ends}'
+        f'<polyline points="{line}" fill="none" stroke="{BLUE}" stroke-width="2"/></svg></figure>'
+    )
+
+
+def _level(at: tuple[float, float], width: int, text: str, percent: bool) -> str:
+    shown = f"{float(text):.3g}" if not percent else f"{float(text):.3%}".replace(".000%", "%").replace("00%", "%")
+    return (
+        f'<line x1="{at[0]:.0f}" x2="{width - 6}" y1="{at[1]:.1f}" y2="{at[1]:.1f}"/>'
+        f'<text x="{at[0] - 6:.0f}" y="{at[1] + 4:.1f}" text-anchor="end">{shown}</text>'
+    )
+
+
+def _round_up(value: float) -> float:
+    """The next of 1, 2, 4, 6, 8, 10 times a power of ten."""
+    power = 10.0 ** np.floor(np.log10(value))
+    return float(next(step for step in (1, 2, 4, 6, 8, 10) if step * power >= value * (1 - 1e-9)) * power)
+
+
+def _short(tokens: float) -> str:
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if tokens >= size:
+            return f"{tokens / size:.3g}{letter}"
+    return f"{tokens:.0f}"
 
 
 def value_histogram(histogram: Histogram, p99: float | None, maximum: float | None) -> go.Figure:
@@ -66,9 +111,10 @@ def density_histogram(density: np.ndarray, n_tokens: int) -> go.Figure:
             name="fire",
         )
     )
+    hatched = {"shape": "/", "fillmode": "overlay", "fgcolor": "white", "size": 6}
     figure.add_bar(
         x=[lowest - 0.6], y=[never], width=0.5, name="never fired", hovertext=[f"never fired<br>{never:,} features"],
-        hoverinfo="text", marker={"color": VERMILLION, "pattern": {"shape": "/", "fgcolor": "white", "size": 6}},
+        hoverinfo="text", marker={"color": VERMILLION, "pattern": hatched},
     )  # fmt: skip
     figure.update_layout(barmode="overlay")  # side by side, the two would share one slot
     ticks = list(range(int(lowest), 1))
@@ -90,9 +136,9 @@ def cosine_scatter(density: np.ndarray, cosine: np.ndarray, n_tokens: int, at_mo
         (f"fired at most {at_most}\u00d7", rare, VERMILLION, "diamond-open"),
     ):
         ids = np.flatnonzero(here)
-        ids = ids[:: max(1, len(ids) // 4000)]
+        ids = ids[:: -(-len(ids) // _MAX_POINTS) or 1]
         figure.add_trace(
-            go.Scattergl(
+            go.Scatter(
                 x=np.maximum(density[ids], floor),
                 y=cosine[ids],
                 mode="markers",
@@ -122,11 +168,9 @@ def _power(exponent: int) -> str:
     return "1" if exponent == 0 else f"10<sup>{exponent}</sup>"
 
 
-def _finish(figure: go.Figure, height: int, title: str | None = None) -> go.Figure:
-    figure.update_layout(
-        height=height, margin={"l": 8, "r": 8, "t": 34 if title else 22, "b": 8}, bargap=0.02, showlegend=False,
-        title=title and {"text": title, "font": {"size": 14}, "x": 0, "xanchor": "left"},
-    )  # fmt: skip
+def _finish(figure: go.Figure, height: int) -> go.Figure:
+    margin = {"l": 8, "r": 8, "t": 22, "b": 8}
+    figure.update_layout(height=height, margin=margin, bargap=0.02, showlegend=False)
     figure.update_xaxes(gridcolor=_FAINT, zeroline=False)
     figure.update_yaxes(gridcolor=_FAINT, zeroline=False)
     return figure

@@ -100,9 +100,7 @@ def _curves(sae: SaeRun) -> None:
         if not points:
             continue
         tokens, values = zip(*points, strict=True)
-        figure = charts.training_curve(tokens, values, name, is_share)
-        alt = f"{name} over {tokens[-1]:,} training tokens, from {number(values[0])} to {number(values[-1])}"
-        column.plotly_chart(figure, key=f"{sae.name}_{key}", alt=alt, config={"displayModeBar": False})
+        column.html(charts.training_curve(tokens, values, name, is_share))
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

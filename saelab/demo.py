@@ -29,7 +29,6 @@ def demo(
     d_sae: Annotated[int, arg(help="Number of features.")] = 4096,
     k: Annotated[int, arg(help="Features that fire on a token.")] = 32,
     eval_tokens: Annotated[int | None, arg(help="Held-out tokens to measure and collect on; None is all.")] = None,
-    eval_tokens: Annotated[int | None, arg(help="Held-out tokens to measure and collect on; None is all.")] = None,
     seed: Annotated[int, arg(help="Seed of the shuffle and of the weights.")] = 0,
     serve: Annotated[bool, arg(help="Serve the dashboard at the end.")] = True,
     port: Annotated[int, arg(help="Port of the dashboard.")] = 8501,

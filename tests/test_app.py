@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -62,7 +63,7 @@ def test_runs_shows_the_report_and_the_curves(open_page, hostile_run):
     shown = {metric.label: metric.value for metric in app.metric}
     assert float(shown["FVU"]) == pytest.approx(report["fvu"], rel=1e-2)
     assert {"FVU", "FVU unmasked", "L0", "Dead", "CE recovered", "KL"} <= set(shown)
-    assert len(app.get("plotly_chart")) == 3
+    assert html_of(app).count("<polyline") == 3
     assert "blocks.1.hook_resid_post" in html_of(app)
 
 
@@ -284,8 +285,17 @@ def test_charts_are_figures_of_their_data():
     figure = charts.cosine_scatter(density, np.array([0.1, 0.2, 0.9, 1.0]), 10_000, at_most=10)
     assert list(_traces(figure)[0].customdata) == [3] and list(_traces(figure)[1].customdata) == [0, 1, 2]
     assert _traces(figure)[0].marker.symbol != _traces(figure)[1].marker.symbol
-    assert _traces(charts.training_curve([1, 2], [0.5, 0.25], "FVU"))[0].y == (0.5, 0.25)
     charts.density_histogram(np.zeros(4), 100)  # nothing fired at all
+
+
+def test_a_curve_is_drawn_from_zero_to_a_round_number():
+    curve = charts.training_curve([0, 500_000, 1_000_000], [1.0, 0.25, 0.5], "FVU <&>")
+    (points,) = re.findall('points="([^"]*)"', curve)
+    heights = [float(point.split(",")[1]) for point in points.split()]
+    assert heights[0] == 8 and heights[1] == pytest.approx(8 + 0.75 * (146 - 8)) and heights[2] == pytest.approx(77)
+    assert ">500k<" in curve and ">1M<" in curve and ">0.5<" in curve and "FVU &lt;&amp;&gt;" in curve
+    assert ">20%<" in charts.training_curve([0, 1], [0.0, 0.17], "Dead", percent=True)
+    charts.training_curve([5, 5], [0.0, 0.0], "flat")
 
 
 def test_the_app_computes_nothing_heavy():
