@@ -44,7 +44,7 @@ def demo(
     _say(3, f"Train a TopK SAE with {d_sae:,} features, {k} per token, on {train_tokens:,} tokens: {out_dir / 'sae'}")
     config = saelab.TrainConfig(n_tokens=train_tokens, batch_size=min(2048, train_tokens), seed=seed)
     sae: Any = saelab.train(saelab.saes.TopKConfig(d_sae=d_sae, k=k), cache, config, out_dir=out_dir / "sae")
-    _look_at(sae, lm, out_dir)
+    _look_at(sae, lm, out_dir, eval_tokens)
     print(f"\nDone. Everything is in {out_dir}. The dashboard: saelab dash {out_dir}", flush=True)
     if serve:
         from saelab.app.serve import serve as serve_dashboard
@@ -52,7 +52,7 @@ def demo(
         serve_dashboard(out_dir, port=port)
 
 
-def _look_at(sae: SAE, lm: LanguageModel, out_dir: Path) -> None:
+def _look_at(sae: SAE, lm: LanguageModel, out_dir: Path, eval_tokens: int | None) -> None:
     """Measure a trained SAE, collect its features, steer with one."""
     import saelab
 
