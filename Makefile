@@ -2,6 +2,8 @@
 PYTHON ?= python3
 SERVE ?= 1
 PYTEST_ARGS ?=
+# Two processes of one thread each: with several threads, tensors as small as the tests' only wait for each other.
+TEST_PROCESSES ?= 2
 DEMO_ARGS ?=
 
 STAMP := .venv/.installed
@@ -30,7 +32,7 @@ $(STAMP): pyproject.toml constraints.txt
 test: install
 	@if [ -z "$$SAELAB_CHROMIUM" ] && ! command -v chromium > /dev/null 2>&1; then \
 		echo "No Chromium found: the browser tests are skipped. To install it: apt-get install chromium (or set SAELAB_CHROMIUM)"; fi
-	python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
 
 lint: install
 	ruff format --check .

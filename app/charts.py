@@ -1,10 +1,11 @@
 """Pure functions from numbers to pictures; no Streamlit. Okabe and Ito's colours, and patterns beside them.
 
-Plotly figures, except for the curves on the first page: they are SVG, so that it need not wait for 5 MB of scripts.
+Plotly figures, except for the curves on the first page, so that it need not wait for 5 MB of scripts.
 """
 
 from __future__ import annotations
 
+import base64
 import html
 from collections.abc import Sequence
 
@@ -19,37 +20,30 @@ _MAX_POINTS = 1500  # a trace; drawn as SVG, because WebGL would need a policy t
 
 
 def training_curve(tokens: Sequence[float], values: Sequence[float], name: str, percent: bool = False) -> str:
-    """One logged quantity over training tokens, as inline SVG with a title; the vertical axis starts at 0."""
-    width, height, left, bottom = 360, 170, 46, 24
-    top = _round_up(max(*values, 1e-9))
-    span = max(tokens[-1] - tokens[0], 1)
+    """One logged quantity over training tokens, as HTML; the vertical axis goes from 0 to a round number.
 
-    def place(x: float, y: float) -> tuple[float, float]:
-        return left + (width - left - 6) * x, 8 + (height - bottom - 8) * (1 - y)
-
-    line = " ".join(
-        "{:.1f},{:.1f}".format(*place((token - tokens[0]) / span, min(max(value / top, 0.0), 1.0)))
+    The line is a picture (Streamlit's sanitiser drops inline SVG), the labels are text in the reader's colour.
+    """
+    top, span = _round_up(max(*values, 1e-9)), max(tokens[-1] - tokens[0], 1)
+    points = " ".join(
+        f"{100 * (token - tokens[0]) / span:.2f},{100 - 100 * min(max(value / top, 0.0), 1.0):.2f}"
         for token, value in zip(tokens, values, strict=True)
     )
-    marks = "".join(_level(place(0, share), width, f"{top * share:.3g}", percent) for share in (0, 0.5, 1))
-    ends = "".join(
-        f'<text x="{place(share, 0)[0]:.0f}" y="{height - 6}" text-anchor="{anchor}">{_short(tokens[0] + span * share)}</text>'
-        for share, anchor in ((0, "start"), (0.5, "middle"), (1, "end"))
+    rules = "".join(f'<path d="M0 {y}H100" stroke="#808080" stroke-opacity=".35"/>' for y in (0, 50, 100))
+    svg = (
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 100 100" preserveAspectRatio="none">'
+        "<style>*{vector-effect:non-scaling-stroke;fill:none}</style>"
+        f'{rules}<polyline points="{points}" stroke="{BLUE}" stroke-width="2"/></svg>'
     )
-    last = f"{values[-1]:.1%}" if percent else f"{values[-1]:.3g}"
-    label = html.escape(f"{name} over training tokens, at the end {last}", quote=True)
+    source = "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
+    shown = (lambda value: f"{value:.3g}") if not percent else (lambda value: f"{100 * value:.3g}%")
+    levels = "".join(f"<span>{shown(top * share)}</span>" for share in (1, 0.5, 0))
+    middle = f"{_short(tokens[0] + span / 2)} tokens"
+    ends = "".join(f"<span>{end}</span>" for end in (_short(tokens[0]), middle, _short(tokens[-1])))
+    label = html.escape(f"{name} over training tokens, at the end {shown(values[-1])}", quote=True)
     return (
-        f'<figure class="sa-curve"><figcaption>{html.escape(name)} <span>{last}</span></figcaption>'
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{marks}{ends}'
-        f'<polyline points="{line}" fill="none" stroke="{BLUE}" stroke-width="2"/></svg></figure>'
-    )
-
-
-def _level(at: tuple[float, float], width: int, text: str, percent: bool) -> str:
-    shown = f"{float(text):.3g}" if not percent else f"{float(text):.3%}".replace(".000%", "%").replace("00%", "%")
-    return (
-        f'<line x1="{at[0]:.0f}" x2="{width - 6}" y1="{at[1]:.1f}" y2="{at[1]:.1f}"/>'
-        f'<text x="{at[0] - 6:.0f}" y="{at[1] + 4:.1f}" text-anchor="end">{shown}</text>'
+        f'<figure class="sa-curve"><figcaption>{html.escape(name)} <span>{shown(values[-1])}</span></figcaption>'
+        f'<div class="sa-levels">{levels}</div><img alt="{label}" src="{source}"><div class="sa-ends">{ends}</div></figure>'
     )
 
 

@@ -23,10 +23,12 @@ padding:.9rem 1rem;line-height:1.6;min-height:7rem}
 .sa-out .sa-prompt{opacity:.62}
 .sa-logits{display:grid;grid-template-columns:minmax(0,1fr) 3.4rem;gap:.12rem .6rem;font-size:.88rem;align-items:center}
 .sa-logits div{position:relative}
-.sa-curve{margin:.4rem 0 0}.sa-curve figcaption{font-size:.9rem;font-weight:600;margin-bottom:.2rem}
-.sa-curve figcaption span{font-weight:400;opacity:.75;margin-left:.5rem;font-variant-numeric:tabular-nums}
-.sa-curve svg{width:100%;display:block}.sa-curve text{fill:currentColor;opacity:.75;font-size:11px}
-.sa-curve line{stroke:rgba(128,128,128,.3);stroke-width:1}
+.sa-curve{display:grid;grid-template-columns:2.6rem 1fr;gap:.3rem .5rem;margin:.4rem 0 0}
+.sa-curve figcaption{grid-column:1/-1;font-size:.9rem;font-weight:600;margin-bottom:.2rem}
+.sa-curve figcaption span{font-weight:400;opacity:.75;margin-left:.5rem}
+.sa-curve img{width:100%;height:8.5rem;display:block}
+.sa-levels,.sa-ends{display:flex;justify-content:space-between;font-size:.76rem;opacity:.75;font-variant-numeric:tabular-nums}
+.sa-levels{flex-direction:column;text-align:right;line-height:1;margin:-.35rem 0}.sa-ends{grid-column:2}
 .sa-cfg{display:grid;grid-template-columns:max-content minmax(0,1fr);gap:.2rem 1.2rem;font-size:.86rem;margin:0}
 .sa-cfg dt{opacity:.75}.sa-cfg dd{margin:0;overflow-wrap:anywhere}
 @media (max-width:800px){.sa-grid{grid-template-columns:minmax(0,1fr) 4rem}.sa-wide{display:none}}

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from saelab.saes import SAE
 
 PROMPT = "The weather today"
-STRENGTH = 4.0
+STRENGTH = 2.0
 _SHOWN = ("fvu", "explained_variance", "l0", "dead_fraction", "ce_loss", "ce_loss_sae", "ce_loss_recovered", "kl")
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from saelab.allocator import keep_freed_memory
 from saelab.errors import ModelError
 from saelab.hooks import Edit
 from saelab.language_model import LanguageModel
@@ -39,6 +40,7 @@ def load_model(
     bf16 where the CPU or GPU computes it fast, else fp32; which one is printed. Hub variables (`HF_ENDPOINT`,
     `HF_HUB_OFFLINE`, `HF_HOME`) are honoured. Raises `ModelError` when the model cannot be fetched or read.
     """
+    keep_freed_memory()
     if not isinstance(source, (str, Path)):
         return _wrap(source, tokenizer, dtype, device)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -1,5 +1,6 @@
 """The dashboard's pages through Streamlit's AppTest, its charts and server settings; see test_browser.py too."""
 
+import base64
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from streamlit.util import calc_hash
 
 import saelab.app
 from saelab.app import charts, page_runs, page_steer, serve, state
+from saelab.app.style import PAGE_STYLE
 from saelab.errors import SaelabError
 from saelab.features.feature import Histogram
 from saelab.features.store import load_features
@@ -63,7 +65,7 @@ def test_runs_shows_the_report_and_the_curves(open_page, hostile_run):
     shown = {metric.label: metric.value for metric in app.metric}
     assert float(shown["FVU"]) == pytest.approx(report["fvu"], rel=1e-2)
     assert {"FVU", "FVU unmasked", "L0", "Dead", "CE recovered", "KL"} <= set(shown)
-    assert html_of(app).count("<polyline") == 3
+    assert html_of(app).count("sa-curve") == 3 + PAGE_STYLE.count("sa-curve")
     assert "blocks.1.hook_resid_post" in html_of(app)
 
 
@@ -290,10 +292,9 @@ def test_charts_are_figures_of_their_data():
 
 def test_a_curve_is_drawn_from_zero_to_a_round_number():
     curve = charts.training_curve([0, 500_000, 1_000_000], [1.0, 0.25, 0.5], "FVU <&>")
-    (points,) = re.findall('points="([^"]*)"', curve)
-    heights = [float(point.split(",")[1]) for point in points.split()]
-    assert heights[0] == 8 and heights[1] == pytest.approx(8 + 0.75 * (146 - 8)) and heights[2] == pytest.approx(77)
-    assert ">500k<" in curve and ">1M<" in curve and ">0.5<" in curve and "FVU &lt;&amp;&gt;" in curve
+    (picture,) = re.findall('base64,([^"]*)', curve)
+    assert 'points="0.00,0.00 50.00,75.00 100.00,50.00"' in base64.b64decode(picture).decode()
+    assert ">500k tokens<" in curve and ">1M<" in curve and ">0.5<" in curve and "FVU &lt;&amp;&gt;" in curve
     assert ">20%<" in charts.training_curve([0, 1], [0.0, 0.17], "Dead", percent=True)
     charts.training_curve([5, 5], [0.0, 0.0], "flat")
 

@@ -14,7 +14,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 def test_all_examples_are_covered():
     found = {path.name for pattern in ("*.py", "*.ipynb") for path in EXAMPLES.glob(pattern)}
-    assert found == {"train_relu.py", "steering.ipynb"}
+    assert found == {"train_relu.py", "steering.ipynb", "steering_effect.py"}
     for path in EXAMPLES.glob("*.py"):
         assert len(path.read_text().splitlines()) < 60, path
 
@@ -30,7 +30,7 @@ def test_train_relu(tmp_path):
 
 
 @pytest.mark.timeout(600)
-def test_steering_notebook(tmp_path):
+def test_steering_notebook_and_table(tmp_path):
     notebook = nbformat.read(EXAMPLES / "steering.ipynb", as_version=4)
     environment = {
         **os.environ,
@@ -46,3 +46,7 @@ def test_steering_notebook(tmp_path):
     )
     assert default.removeprefix("default:") != steered.removeprefix("steered:")
     assert any("text/html" in output.get("data", {}) for output in outputs), "the feature card is HTML"
+
+    script = [sys.executable, EXAMPLES / "steering_effect.py", "runs/steering"]
+    done = subprocess.run(script, cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert "Above the mean: " in done.stdout and "above the maximum: " in done.stdout and "Failures" in done.stdout

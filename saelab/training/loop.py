@@ -9,6 +9,7 @@ from typing import Any, overload
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from saelab.allocator import keep_freed_memory
 from saelab.errors import TrainingError
 from saelab.saes import SAE
 from saelab.training.config import TrainConfig
@@ -58,6 +59,7 @@ def train(
     Raises `ValueError` for bad arguments, `TrainingError` when activations or loss stop being finite or when `out_dir`
     holds another run.
     """
+    keep_freed_memory()
     configs = list(config) if isinstance(config, Sequence) else [config]
     if not configs:
         raise ValueError("The list of SAE configs is empty; give at least one.")

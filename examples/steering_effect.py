@@ -1,0 +1,18 @@
+"""Does steering do what a feature's logits say? Ten features by seed against random directions of the same norm.
+
+Run: python examples/steering_effect.py [RUN]    (a RUN with features, runs/demo by default; a minute on two cores)
+"""
+
+import sys
+
+import saelab
+from saelab.steering.report import effect_table
+
+
+def main() -> None:
+    store = saelab.load_features(sys.argv[1] if len(sys.argv) > 1 else "runs/demo")
+    effect_table(saelab.load_model(store.manifest["model"]["name"]), store)
+
+
+if __name__ == "__main__":
+    main()
