@@ -50,7 +50,7 @@ def seconds_bare(model: nn.Module, batches: list[Tensor], device: Any) -> float:
     return time.perf_counter() - start
 
 
-def seconds_harvest(lm: LanguageModel, texts: Any, hook_name: str, n_tokens: int, sizes: dict[str, int]) -> float:
+def seconds_harvest(lm: LanguageModel, texts: Any, hook_name: str, n_tokens: int, sizes: dict[str, Any]) -> float:
     """Time of one harvest into a folder that is thrown away."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         start = time.perf_counter()

@@ -85,9 +85,9 @@ def open_score_stream(
     _check_fit(sae, lm, hook_name)
     assert hook_name is not None
     ids: list[int] = []
-    ctx_len = ctx_len or origin.get("ctx_len") or min(256, lm.max_ctx)
+    width = int(ctx_len or origin.get("ctx_len") or min(256, lm.max_ctx))
     bos, note = bool(origin.get("prepend_bos", False)), lambda _, text: ids.append(document_id(text))
-    packed = pack(source.documents(split), lm, ctx_len, batch_size, prepend_bos=bos, on_document=note)
+    packed = pack(source.documents(split), lm, width, batch_size, prepend_bos=bos, on_document=note)
     batches = _take(packed, n_tokens)
     if not batches:
         raise ValueError(f"There is no text to score: split={split!r} of {source.name} holds no token.")

@@ -56,8 +56,7 @@ def collect_features(
         raise ValueError(f"top_k={top_k}, n_tokens={n_tokens}: both must be at least 1 (n_tokens None is all).")
     out_dir = claim_folder(out_dir, schema.MANIFEST, "feature store")
     source = _source(sae, lm, texts)
-    request = _request(sae, lm, source, split, hook_name) | {"n_tokens": n_tokens, "top_k": top_k}
-    request["ctx_len"] = ctx_len or sae.origin.get("ctx_len") or 256
+    request = _request(sae, lm, source, split, hook_name, ctx_len) | {"n_tokens": n_tokens, "top_k": top_k}
     if (out_dir / schema.MANIFEST).exists():
         _refuse_other_request(out_dir, request)
         return FeatureStore(out_dir, sae)
@@ -81,13 +80,16 @@ def _source(sae: SAE, lm: LanguageModel, texts: Any) -> Texts:
     return load_texts(texts)
 
 
-def _request(sae: SAE, lm: LanguageModel, source: Texts, split: str | None, hook_name: str | None) -> dict[str, Any]:
+def _request(
+    sae: SAE, lm: LanguageModel, source: Texts, split: str | None, hook_name: str | None, ctx_len: int | None
+) -> dict[str, Any]:
     """What makes two stores the same, beside the numbers a caller gives."""
     return {
         "sae_hash": sae.hash,
         "model_hash": lm.hash,
         "hook_name": hook_name or sae.origin.get("hook_name"),
         "texts": source.fingerprint(),
+        "ctx_len": ctx_len or sae.origin.get("ctx_len") or 256,
         "split": split or ("held_out" if source.spec == sae.origin.get("texts") else "all"),
     }
 
