@@ -181,7 +181,9 @@ def test_a_loss_that_explodes_says_lower_lr():
 
 
 @pytest.mark.parametrize(
-    "data", [torch.zeros(0, 4), torch.zeros(4), torch.ones(3, 3, dtype=torch.int64), 7, iter([])], ids=str
+    "data",
+    [torch.zeros(0, 4), torch.zeros(4), torch.ones(3, 3, dtype=torch.int64), 7, iter([])],
+    ids=["no rows", "1-D", "ints", "int", "empty"],
 )
 def test_data_that_cannot_be_trained_on(data):
     with pytest.raises(ValueError, match="train on"):
