@@ -157,7 +157,7 @@ def wait_for_page(url: str, server: subprocess.Popen) -> str:
 
 def test_make_demo_is_saelab_demo():
     for serve_flag, words in (("1", "saelab demo"), ("0", "saelab demo --no-serve")):
-        command = ["make", "-n", "-o", "install", "demo", f"SERVE={serve_flag}"]
+        command = ["make", "-n", "--no-print-directory", "-o", "install", "demo", f"SERVE={serve_flag}"]
         dry = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         assert dry.stdout.splitlines()[-1].strip() == words
 
