@@ -95,6 +95,16 @@ def test_interrupt_and_resume_gives_the_same_bits(tmp_path, monkeypatch, step):
     assert keep(metrics(tmp_path / "cut")) == keep(metrics(tmp_path / "whole"))
 
 
+def test_resuming_under_other_conditions_warns(tmp_path, monkeypatch):
+    x = planted()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, 15)
+        train(TOPK, x, SMALL, tmp_path, progress=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    with pytest.warns(UserWarning, match=r"threads \d+ -> 77"):
+        train(TOPK, x, SMALL, tmp_path, progress=False)
+
+
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, monkeypatch):
     x = planted()
     whole = train(TOPK, x, SMALL, progress=False)

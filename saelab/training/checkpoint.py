@@ -62,12 +62,15 @@ def load_checkpoint(folder: Path, sae: SAE, adam: torch.optim.Adam, dead: DeadFe
     return 0
 
 
-def claim_run(folder: Path, arguments: Mapping[str, Any]) -> None:
-    """Note what this run is in `checkpoints/run.json`; a folder of another run is refused, naming the difference."""
+def claim_run(folder: Path, arguments: Mapping[str, Any], environment: Mapping[str, Any]) -> dict[str, Any]:
+    """Note what this run is in `checkpoints/run.json`; a folder of another run is refused, naming the difference.
+
+    Gives the environment the run was begun in.
+    """
     path = folder / "checkpoints" / "run.json"
     if not path.exists():
-        atomic_write_json(path, dict(arguments))
-        return
+        atomic_write_json(path, {**arguments, "environment": dict(environment)})
+        return dict(environment)
     before = read_json(path)
     different = [key for key in arguments if before.get(key) != arguments[key]]
     if different:
@@ -75,3 +78,4 @@ def claim_run(folder: Path, arguments: Mapping[str, Any]) -> None:
         raise TrainingError(
             f"{folder} holds another run ({changes}). Use the same arguments to go on, or another out_dir."
         )
+    return before["environment"]

@@ -61,16 +61,19 @@ class Run:
             return False
         claim_folder(self.folder, "checkpoints", "SAE")
         train = {key: str(value) for key, value in dataclasses.asdict(self.train).items()}
-        claim_run(
+        begun = claim_run(
             self.folder,
             {"variant": self.sae.variant, "config": dataclasses.asdict(config), "train": train}
             | {"data": source.fingerprint, "d_in": source.d_in},
+            environment(self.device),
         )
         if (self.folder / "sae.json").exists():
             self.sae = load_sae(self.folder)
             self.step = self.train.n_steps
             return True
         self.step = load_checkpoint(self.folder, self.sae, self.adam, self.dead)
+        if self.step:
+            _warn_if_elsewhere(begun, environment(self.device))
         return False
 
     def train_on(self, rows: Tensor) -> None:
@@ -156,11 +159,10 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def warn_if_elsewhere(before: dict[str, Any], device: torch.device) -> None:
+def _warn_if_elsewhere(before: dict[str, Any], now: dict[str, Any]) -> None:
     """Warn when a run goes on under another torch, device or thread count: its bits may then differ."""
-    now = environment(device)
-    different = [f"{key} {before[key]} -> {now[key]}" for key in now if key in before and before[key] != now[key]]
+    different = [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
     if different:
         warnings.warn(
-            f"This run goes on under other conditions ({', '.join(different)}): bits may differ.", stacklevel=3
+            f"This run goes on under other conditions ({', '.join(different)}): bits may differ.", stacklevel=5
         )
