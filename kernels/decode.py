@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from saelab.kernels.bag_sum import bag_sum
 from saelab.kernels.sampled_product import sampled_product
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.kernels.weight_gradients import weight_gradients
@@ -22,14 +23,17 @@ class Decode(Function):
     def forward(ctx: Any, values: Tensor, W_dec: Tensor, acts: SparseActs) -> Tensor:
         ctx.save_for_backward(values, W_dec)
         ctx.acts = acts
-        return F.embedding_bag(acts.features, W_dec, acts.offsets[:-1], mode="sum", per_sample_weights=values)
+        return bag_sum(values, acts.features, acts.offsets, W_dec)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         values, W_dec = ctx.saved_tensors
         acts, g = ctx.acts, grads[0].contiguous()
-        to_values = sampled_product(g, W_dec, acts.features, acts.offsets) if ctx.needs_input_grad[0] else None
+        to_values = None
+        if ctx.needs_input_grad[0]:  # by feature, in the order that the weight gradients need anyway
+            order, rows, offsets = acts.by_feature
+            to_values = torch.empty_like(values).index_copy_(0, order, sampled_product(W_dec, g, rows, offsets))
         to_weights = weight_gradients(acts, values, g) if ctx.needs_input_grad[1] else None
         return to_values, to_weights, None
 

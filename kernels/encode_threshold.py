@@ -1,7 +1,7 @@
-"""`encode_threshold`: every pre-activation strictly above a threshold (0 for ReLU), with sparse gradients.
+"""`encode_threshold`: every pre-activation strictly above a threshold: ReLU (0), JumpReLU, BatchTopK at inference.
 
-As in `encode_topk`, a dense product finds the candidates (all that lie above the threshold less the rounding bound), and
-the pair-wise value decides and is kept.
+As in `encode_topk` a screen finds the candidates and the pair-wise value decides and is kept; here the floor is known
+from the start, so every row is certified.
 """
 
 from __future__ import annotations
@@ -10,44 +10,42 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saelab.kernels.encode_topk import _CHUNK_ELEMENTS, gemm_error
+from saelab.kernels.candidates import TINY, build_operands, find_candidates
+from saelab.kernels.dispatch import backend_name
+from saelab.kernels.ragged import count_before, true_places
+from saelab.kernels.reference.encode_threshold import encode_threshold as encode_threshold_reference
 from saelab.kernels.sampled_product import sampled_product
 from saelab.kernels.selected_pre_acts import selected_pre_acts
-from saelab.kernels.sparse_acts import SparseActs, offsets_of
+from saelab.kernels.selection_log import LOG
+from saelab.kernels.sparse_acts import SparseActs
 
 
 def encode_threshold(
     x: Float[Tensor, "batch d_in"],
     W_enc: Float[Tensor, "d_sae d_in"],
     b_enc: Float[Tensor, " d_sae"],
-    threshold: float = 0.0,
+    threshold: float | Float[Tensor, " d_sae"] = 0.0,
+    band: float = 0.0,
 ) -> SparseActs:
-    """`u = x @ W_enc.T + b_enc`, keep `u` where `u > threshold` (`threshold >= 0`; 0 is the plain ReLU).
+    """`u = x @ W_enc.T + b_enc`, keep `u` where `u > threshold - band` (one threshold, or one for each feature).
 
-    Differentiable in `x`, `W_enc` and `b_enc` through the kept values. Batch-independent, bit for bit.
+    With `band` half the bandwidth of a straight-through estimator the pairs just under the threshold come along: all
+    that its gradient can touch (`jump_relu`). Differentiable in `x`, `W_enc` and `b_enc` through the kept values.
+    A row's code is the same alone and in any batch, bit for bit.
     """
+    if backend_name(x.device.type) == "reference":
+        return SparseActs.from_dense(encode_threshold_reference(x, W_enc, b_enc, threshold, band))
     with torch.no_grad():
-        values, features, counts = _select(x.detach(), W_enc.detach(), b_enc.detach(), threshold)
-        acts = SparseActs(values, features, offsets_of(counts), W_enc.shape[0])
+        floor = torch.as_tensor(threshold, dtype=x.dtype, device=x.device).detach() - band
+        acts = _select(x.detach(), W_enc.detach(), b_enc.detach(), floor)
     return selected_pre_acts(x, W_enc, b_enc, acts)
 
 
-def _select(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    rows = max(1, _CHUNK_ELEMENTS // W_enc.shape[0])
-    floor = threshold - 2 * gemm_error(x, W_enc, b_enc)
-    parts = [
-        _select_chunk(chunk, W_enc, b_enc, threshold, low)
-        for chunk, low in zip(x.split(rows), floor.split(rows), strict=True)
-    ]
-    values, features, counts = (torch.cat(column) for column in zip(*parts, strict=True))
-    return values, features, counts
-
-
-def _select_chunk(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: float, floor: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    near = torch.addmm(b_enc, x, W_enc.T) > floor[:, None]  # (batch, d_sae), for finding only
-    rows, features = near.nonzero(as_tuple=True)
-    exact = sampled_product(x, W_enc, features, offsets_of(near.sum(1))) + b_enc[features]
-    above = exact > threshold
-    return exact[above], features[above], torch.bincount(rows[above], minlength=x.shape[0])
+def _select(x: Tensor, W: Tensor, bias: Tensor, floor: Tensor) -> SparseActs:
+    operands = build_operands(x, W, bias - floor)
+    found = find_candidates(operands, lambda _, rows: TINY - operands.slack[rows])
+    values = sampled_product(x, W, found.features, found.offsets) + bias[found.features]
+    above = values > (floor if floor.ndim == 0 else floor[found.features])
+    kept = true_places(above & (values != 0))
+    LOG.add(len(x), len(values), len(x), 0)
+    return SparseActs(values[kept], found.features[kept], count_before(kept, found.offsets), W.shape[0])

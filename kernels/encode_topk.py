@@ -1,22 +1,28 @@
-"""`encode_topk`: the k largest pre-activations of each row, exactly, ReLU applied.
+"""`encode_topk`: the k best pre-activations of each row, exactly.
 
-A dense product finds k + margin candidates; their values are computed anew pair by pair (`sampled_product`) and the
-selection is made among those. A rounding bound certifies each row: nothing outside its candidates can belong to the
-top k. Rows without the certificate are selected among all features. Ties go to the lowest feature id.
+A screen finds candidates (`candidates.py`), their values are computed anew pair by pair (`sampled_product`), and the
+selection is made among those. A row is certified when its k-th value is not under the bound of all other pairs. The
+few others are screened again with that k-th value as the floor: then nothing can be missed. Ties go to the lowest id.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from saelab.kernels.candidates import Candidates, build_operands, find_candidates
+from saelab.kernels.dispatch import backend_name
+from saelab.kernels.ragged import count_before, keep_largest, true_places
+from saelab.kernels.reference.encode_topk import encode_topk as encode_topk_reference
 from saelab.kernels.sampled_product import sampled_product
 from saelab.kernels.selected_pre_acts import selected_pre_acts
-from saelab.kernels.sparse_acts import SparseActs
+from saelab.kernels.selection_log import LOG
+from saelab.kernels.sparse_acts import SparseActs, replace_rows
 
-MARGIN = 8
-_CHUNK_ELEMENTS = 1 << 24
+SCORES = ("value", "magnitude", "decoder_norm")
 
 
 def encode_topk(
@@ -24,56 +30,63 @@ def encode_topk(
     W_enc: Float[Tensor, "d_sae d_in"],
     b_enc: Float[Tensor, " d_sae"],
     k: int,
+    score: str = "value",
+    norms: Float[Tensor, " d_sae"] | None = None,
+    center: Float[Tensor, " d_in"] | None = None,
 ) -> SparseActs:
-    """`u = x @ W_enc.T + b_enc`, keep each row's k largest, then ReLU (Gao et al. 2024, eq. 1; zeros are not stored).
+    """`u = (x - center) @ W_enc.T + b_enc`; of each row keep the k pairs of largest score, if positive (zeros are not stored).
 
-    Differentiable in `x`, `W_enc` and `b_enc` through the kept values. Batch-independent, bit for bit.
+    The score is `u` ("value": Gao et al. 2024, eq. 1, ReLU included), `|u|` ("magnitude", the sign is kept) or `u`
+    times `norms`, which then holds the decoder's row norms ("decoder_norm"). Differentiable in `x`, `W_enc`,
+    `b_enc` and `center` through the kept values. A row's code is the same alone and in any batch, bit for bit.
     """
+    check_score(score, norms)
+    if backend_name(x.device.type) == "reference":
+        x = x if center is None else x - center
+        return SparseActs.from_dense(encode_topk_reference(x, W_enc, b_enc, k, score, norms))
     with torch.no_grad():
-        values, features = _select(x.detach(), W_enc.detach(), b_enc.detach(), k)
-        acts = SparseActs.from_top(values.relu(), features, W_enc.shape[0])
-    return selected_pre_acts(x, W_enc, b_enc, acts)
+        centered = x if center is None else x - center
+        acts = _select(centered.detach(), W_enc.detach(), b_enc.detach(), k, score, norms)
+    return selected_pre_acts(x, W_enc, b_enc, acts, center, centered)
 
 
-def _select(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Values and ids `(batch, k)` of the top k, ids ascending; in chunks of rows, so that memory stays bounded."""
-    rows = max(1, _CHUNK_ELEMENTS // W_enc.shape[0])
-    reach = 2 * gemm_error(x, W_enc, b_enc)  # the dense product's rounding and the pair-wise one's
-    parts = [
-        _select_chunk(chunk, W_enc, b_enc, k, bound)
-        for chunk, bound in zip(x.split(rows), reach.split(rows), strict=True)
-    ]
-    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+def check_score(score: str, norms: Tensor | None) -> None:
+    """Raises `ValueError` for an unknown score or norms that are missing."""
+    if score not in SCORES:
+        raise ValueError(f"score={score!r} must be one of {', '.join(SCORES)}.")
+    if (norms is None) == (score == "decoder_norm"):
+        raise ValueError(f"score={score!r}: give `norms` with 'decoder_norm', and only then.")
 
 
-def _select_chunk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, reach: Tensor) -> tuple[Tensor, Tensor]:
-    d_sae = W_enc.shape[0]
-    n_candidates = min(k + MARGIN, d_sae)
-    scores = torch.addmm(b_enc, x, W_enc.T)  # (batch, d_sae), for finding only
-    found = scores.topk(n_candidates, dim=1)
-    values, features = _best_of(x, W_enc, b_enc, found.indices.sort(dim=1).values, k)
-    if n_candidates < d_sae:
-        outside = found.values[:, -1] + reach  # no feature outside the candidates is above this
-        uncertain = ~((outside < values.min(dim=1).values) | (outside <= 0))
-        if uncertain.any():
-            everything = torch.arange(d_sae, device=x.device).expand(int(uncertain.sum()), -1)
-            values[uncertain], features[uncertain] = _best_of(x[uncertain], W_enc, b_enc, everything, k)
-    return values, features
+def _select(x: Tensor, W: Tensor, bias: Tensor, k: int, score: str, norms: Tensor | None) -> SparseActs:
+    W_score, bias_score = (W, bias) if norms is None else (W * norms[:, None], bias * norms)
+    operands = build_operands(x, W_score, bias_score, score == "magnitude")
+    search = partial(find_candidates, magnitude=score == "magnitude", min_groups=k)
+    keep = partial(_keep, W=W, bias=bias, k=k, score=score, norms=norms)
+    found = search(operands, lambda screen, rows: screen.kth_maxima(k) - operands.window[rows])
+    acts, kth = keep(found, x)
+    doubtful = true_places(~found.completes(kth))
+    n_candidates = found.features.numel()
+    if len(doubtful):  # what was found for them is a lower bound of the best k: now the floor is exact
+        part = operands.select_rows(doubtful)
+        found = search(part, lambda _, rows: kth[doubtful][rows] - part.slack[rows])
+        again, _ = keep(found, x[doubtful])
+        acts, n_candidates = replace_rows(acts, doubtful, again), n_candidates + found.features.numel()
+    LOG.add(len(x), n_candidates, len(x) - len(doubtful), len(doubtful))
+    return acts
 
 
-def _best_of(x: Tensor, W_enc: Tensor, b_enc: Tensor, candidates: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best of the `candidates (batch, n)`, whose ids ascend in each row, by their pair-wise values."""
-    batch, n = candidates.shape
-    offsets = torch.arange(0, batch * n + 1, n, device=x.device)
-    exact = sampled_product(x, W_enc, candidates.reshape(-1), offsets).view(batch, n) + b_enc[candidates]
-    best = exact.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
-    return exact.gather(1, best), candidates.gather(1, best)
+def _keep(
+    found: Candidates, x: Tensor, W: Tensor, bias: Tensor, k: int, score: str, norms: Tensor | None
+) -> tuple[SparseActs, Tensor]:
+    """The best k candidates of each row by their exact values, and the k-th score (0 where fewer are positive)."""
+    values = sampled_product(x, W, found.features, found.offsets) + bias[found.features]
+    kept, kth = keep_largest(score_of(values, found.features, score, norms), found.offsets, k)
+    return SparseActs(values[kept], found.features[kept], count_before(kept, found.offsets), W.shape[0]), kth
 
 
-def gemm_error(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Float[Tensor, " batch"]:
-    """How far a computed pre-activation may lie from its true value: `gamma_n (|x| |w| + |b|)`, Higham 2002, eq. 3.5."""
-    unit = torch.finfo(x.dtype).eps / 2
-    terms = x.shape[1] + 1
-    gamma = terms * unit / (1 - terms * unit)
-    largest = torch.linalg.vector_norm(W_enc, dim=1).max()
-    return gamma * (torch.linalg.vector_norm(x, dim=1) * largest + b_enc.abs().max())
+def score_of(values: Tensor, features: Tensor, score: str, norms: Tensor | None) -> Tensor:
+    """What pairs are ranked by."""
+    if norms is not None:
+        return values * norms[features]
+    return values.abs() if score == "magnitude" else values

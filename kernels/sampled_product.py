@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saelab.kernels.sparse_acts import csr_tensor
+from saelab.kernels.dispatch import backend
 
 
+@torch.no_grad()
 def sampled_product(
     x: Float[Tensor, "batch d_in"],
     W: Float[Tensor, "d_sae d_in"],
@@ -20,8 +21,4 @@ def sampled_product(
     offsets: Int[Tensor, " batch_plus_1"],
 ) -> Float[Tensor, " nnz"]:
     """`values[j] = <x[row of j], W[features[j]]>`; ids ascend within each row. No gradient."""
-    if features.numel() == 0:
-        return x.new_zeros(0)
-    pattern = csr_tensor(x.new_zeros(features.numel()), features, offsets, W.shape[0])
-    with torch.no_grad():
-        return torch.sparse.sampled_addmm(pattern, x.detach(), W.detach().T, beta=0.0).values()
+    return backend(x.device).sampled_product(x.detach(), W.detach(), features, offsets)

@@ -7,40 +7,56 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from saelab.kernels.bag_sum import bag_sum
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.kernels.weight_gradients import bias_gradient, weight_gradients
 
 
 class SelectedPreActs(Function):
-    """`values[j] = <x[row], W_enc[f]> + b_enc[f]`, computed by the selection; here they get their gradient."""
+    """`values[j] = <x[row] - center, W_enc[f]> + b_enc[f]`, computed by the selection; here they get their gradient.
+
+    The centre's gradient is summed over the batch first, `-(db_enc @ W_enc)`: one vector instead of a row a token.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, acts: SparseActs) -> Tensor:
-        ctx.save_for_backward(x, W_enc)
+    def forward(
+        ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, center: Tensor | None, acts: SparseActs, centered: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(centered, W_enc)
         ctx.acts = acts
         return acts.values.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        x, W_enc = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        centered, W_enc = ctx.saved_tensors
         acts, g = ctx.acts, grads[0].contiguous()
-        to_x = to_weights = to_bias = None
-        if ctx.needs_input_grad[0]:
-            to_x = F.embedding_bag(acts.features, W_enc, acts.offsets[:-1], mode="sum", per_sample_weights=g)
-        if ctx.needs_input_grad[1]:
-            to_weights = weight_gradients(acts, g, x)
-        if ctx.needs_input_grad[2]:
-            to_bias = bias_gradient(acts, g)
-        return to_x, to_weights, to_bias, None
+        x_needs, W_needs, b_needs, center_needs, *_ = ctx.needs_input_grad
+        to_x = bag_sum(g, acts.features, acts.offsets, W_enc) if x_needs else None
+        to_weights = weight_gradients(acts, g, centered) if W_needs else None
+        to_bias = bias_gradient(acts, g) if b_needs or center_needs else None
+        to_center = None
+        if center_needs and to_bias is not None:
+            to_center = -(to_bias @ W_enc)
+        return to_x, to_weights, to_bias if b_needs else None, to_center, None, None
 
 
-def selected_pre_acts(x: Tensor, W_enc: Tensor, b_enc: Tensor, acts: SparseActs) -> SparseActs:
-    """`acts` (values computed without a graph) as a differentiable function of `x`, `W_enc` and `b_enc`."""
-    values = SelectedPreActs.apply(x, W_enc, b_enc, acts)
+def selected_pre_acts(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    acts: SparseActs,
+    center: Tensor | None = None,
+    centered: Tensor | None = None,
+) -> SparseActs:
+    """`acts` (values computed without a graph) as a differentiable function of `x`, `W_enc`, `b_enc` and `center`.
+
+    `centered` is `x - center` where there is a centre.
+    """
+    centered = x if centered is None else centered
+    values = SelectedPreActs.apply(x, W_enc, b_enc, center, acts, centered.detach())
     return acts.with_values(values)  # pyright: ignore[reportArgumentType]

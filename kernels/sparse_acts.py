@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saelab.kernels.ragged import stable_order
+
 
 class ByFeature(NamedTuple):
     """The entries of a `SparseActs` sorted by feature: what a weight gradient walks through."""
@@ -57,7 +59,7 @@ class SparseActs:
     @cached_property
     def by_feature(self) -> ByFeature:
         """The transpose, sorted stably so that its order is the same on every run."""
-        order = torch.argsort(self.features, stable=True)
+        order = stable_order(self.features)
         return ByFeature(order, self.rows[order], offsets_of(torch.bincount(self.features, minlength=self.d_sae)))
 
     def with_values(self, values: Float[Tensor, " nnz"]) -> SparseActs:
@@ -97,11 +99,15 @@ class SparseActs:
         counts = torch.bincount(rows, minlength=dense.shape[0])
         return cls(dense[rows, features], features, offsets_of(counts), dense.shape[1])
 
-    @classmethod
-    def from_top(cls, values: Float[Tensor, "batch k"], features: Int[Tensor, "batch k"], d_sae: int) -> SparseActs:
-        """The non-zero ones of k candidates a row, whose ids ascend in each row."""
-        kept = values != 0
-        return cls(values[kept], features[kept], offsets_of(kept.sum(1)), d_sae)
+
+def replace_rows(acts: SparseActs, rows: Int[Tensor, " n"], by: SparseActs) -> SparseActs:
+    """The code with its `rows` taken from `by`, in order."""
+    values, features, counts = (
+        torch.cat([getattr(acts, name), getattr(by, name)]) for name in ("values", "features", "counts")
+    )
+    source = torch.arange(acts.batch, device=rows.device)
+    source[rows] = acts.batch + torch.arange(len(rows), device=rows.device)
+    return SparseActs(values, features, offsets_of(counts), acts.d_sae).select_rows(source)
 
 
 def offsets_of(counts: Int[Tensor, " n"]) -> Int[Tensor, " n_plus_1"]:

@@ -5,10 +5,11 @@ Walks the entries sorted by feature, so each gradient row is one sum in a fixed 
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from saelab.kernels.bag_sum import bag_sum
 from saelab.kernels.sparse_acts import SparseActs
 
 
@@ -17,12 +18,13 @@ def weight_gradients(
 ) -> Float[Tensor, "d_sae d_in"]:
     """`out[f] = sum over entries j of feature f of values[j] * g[row of j]`, on the pattern of `acts`."""
     order, rows, offsets = acts.by_feature
-    return F.embedding_bag(rows, g, offsets[:-1], mode="sum", per_sample_weights=values[order])
+    return bag_sum(values[order], rows, offsets, g)
 
 
 def bias_gradient(acts: SparseActs, values: Float[Tensor, " nnz"]) -> Float[Tensor, " d_sae"]:
-    """`out[f] = sum of the values at feature f`, summed in the same fixed order."""
+    """`out[f] = sum of the values at feature f`, in the order of the rows."""
+    out = values.new_zeros(acts.d_sae)
+    if values.device.type == "cpu":
+        return out.index_add_(0, acts.features, values)  # one thread, one order
     order, _, offsets = acts.by_feature
-    ones = values.new_ones(1, 1)
-    zeros = order.new_zeros(order.numel())
-    return F.embedding_bag(zeros, ones, offsets[:-1], mode="sum", per_sample_weights=values[order]).squeeze(1)
+    return bag_sum(values[order], torch.zeros_like(order), offsets, values.new_ones(1, 1)).squeeze(1)

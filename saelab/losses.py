@@ -2,23 +2,49 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+
+class SquaredError(Function):
+    """`sum |x - x_hat|^2`; the difference is made once and serves the gradient too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, x_hat: Tensor) -> Tensor:
+        residual = x_hat - x
+        ctx.save_for_backward(residual)
+        return residual.square().sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (residual,) = ctx.saved_tensors
+        to_x_hat = residual * (2 * grads[0])
+        return -to_x_hat if ctx.needs_input_grad[0] else None, to_x_hat if ctx.needs_input_grad[1] else None
+
+
+def squared_error(x: Float[Tensor, "batch d_in"], x_hat: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
+    """Squared error summed over the batch."""
+    return SquaredError.apply(x, x_hat)  # pyright: ignore[reportReturnType]
 
 
 def fvu(x: Float[Tensor, "batch d_in"], x_hat: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
     """Fraction of variance unexplained in this batch: `sum |x - x_hat|^2 / sum |x - mean(x)|^2`.
 
-    The denominator carries no gradient to a constant batch: it is floored at the smallest normal number.
+    The denominator is floored at the smallest normal number.
     """
-    total = (x - x.mean(0)).pow(2).sum()
-    return (x - x_hat).pow(2).sum() / total.clamp_min(torch.finfo(x.dtype).tiny)
+    total = (x - x.mean(0)).square().sum()
+    return squared_error(x, x_hat) / total.clamp_min(torch.finfo(x.dtype).tiny)
 
 
 def sum_squared_error(x: Float[Tensor, "batch d_in"], x_hat: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
     """Mean over tokens of the squared error summed over dimensions ("sum_mean")."""
-    return (x - x_hat).pow(2).sum(1).mean()
+    return squared_error(x, x_hat) / len(x)
 
 
 def weighted_l1(values: Float[Tensor, " nnz"], decoder_norms: Float[Tensor, " nnz"], batch: int) -> Float[Tensor, ""]:

@@ -20,6 +20,7 @@ import torch
 from saelab.allocator import keep_freed_memory
 from saelab.errors import ModelError
 from saelab.hooks import Edit
+from saelab.kernels.dispatch import fast_bf16
 from saelab.language_model import LanguageModel
 from saelab.smollm2 import smollm2_folder
 
@@ -44,20 +45,12 @@ def load_model(
     if not isinstance(source, (str, Path)):
         return _wrap(source, tokenizer, dtype, device)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    why = "" if dtype else (", fast here" if _fast_bf16(device) else ", bf16 is not fast here")
-    dtype = dtype or (torch.bfloat16 if _fast_bf16(device) else torch.float32)
+    why = "" if dtype else (", fast here" if fast_bf16(device.type) else ", bf16 is not fast here")
+    dtype = dtype or (torch.bfloat16 if fast_bf16(device.type) else torch.float32)
     name, where = _locate(source)
     lm = _read(name, where, tokenizer, dtype, device)
     print(f"{lm!r}{why} (dtype= overrides)", file=sys.stderr)
     return lm
-
-
-def _fast_bf16(device: torch.device) -> bool:
-    """Has this device units for bf16 products?"""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device)[0] >= 8
-    found = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return any(found.get(unit) for unit in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def _locate(source: str | Path) -> tuple[str, str | Path]:

@@ -3,9 +3,12 @@
 import pytest
 import torch
 
+from saelab.kernels import candidates
 from saelab.kernels import encode_topk as module
+from saelab.kernels.cpu import screen
 from saelab.kernels.encode_topk import encode_topk
 from saelab.kernels.reference.encode_topk import encode_topk as reference
+from saelab.kernels.selection_log import LOG
 
 SHAPES = [
     (1, 1, 1, 1),
@@ -53,33 +56,98 @@ def test_ties_go_to_the_lowest_id():
     assert acts.features.tolist() == [0, 1, 2, 3] * 2
 
 
-def test_rows_without_certificate_are_selected_among_all(monkeypatch):
-    """With the candidate stage blinded, the certificate must fail and the exact path must still be right."""
-    x, W_enc, b_enc = make(6, 8, 60, torch.float32)
-    want = reference(x, W_enc, b_enc, 5)
-    monkeypatch.setattr(module, "gemm_error", lambda x, *_: torch.full((len(x),), 1e6))
-    calls = []
-    best_of = module._best_of
-    monkeypatch.setattr(module, "_best_of", lambda *a: calls.append(a[3].shape) or best_of(*a))
-    assert torch.equal(encode_topk(x, W_enc, b_enc, 5).to_dense() != 0, want != 0)
-    assert calls == [(6, 13), (6, 60)]
+@pytest.fixture(params=["bf16", "working"])
+def screen_dtype(request, monkeypatch):
+    """Both kinds of screen, whatever this CPU is good at and however few the rows."""
+    monkeypatch.setattr(candidates, "fast_bf16", lambda _: request.param == "bf16")
+    monkeypatch.setattr(candidates, "MIN_BF16_ROWS", 0)
+    return request.param
 
 
-def test_the_certificate_holds_when_the_dense_product_is_wrong_within_its_bound(monkeypatch):
-    """Noise as large as the bound in the dense scores must not change the result."""
-    x, W_enc, b_enc = make(20, 16, 300, torch.float32)
+@pytest.mark.parametrize("score", ["value", "magnitude", "decoder_norm"])
+@pytest.mark.parametrize(("batch", "d_in", "d_sae", "k"), SHAPES)
+def test_every_screen_and_score_matches_float64(screen_dtype, score, batch, d_in, d_sae, k):
+    x, W_enc, b_enc = make(batch, d_in, d_sae, torch.float32, seed=3)
+    norms = torch.linspace(0.2, 3.0, d_sae) if score == "decoder_norm" else None
+    LOG.reset()
+    got = encode_topk(x, W_enc, b_enc, k, score, norms)
+    want = reference(x.double(), W_enc.double(), b_enc.double(), k, score, None if norms is None else norms.double())
+    torch.testing.assert_close(got.to_dense().double(), want, rtol=1e-5, atol=1e-5)
+    assert torch.equal(got.to_dense() != 0, want != 0)
+    assert LOG.rows == batch == LOG.certified + LOG.recomputed
+
+
+def test_rows_without_certificate_are_selected_again(screen_dtype, monkeypatch):
+    """With a window far too narrow the certificate must fail, and the second look must still be right."""
+    x, W_enc, b_enc = make(40, 8, 600, torch.float32)
+    want = reference(x.double(), W_enc.double(), b_enc.double(), 5)
+    build = module.build_operands
+    narrow = lambda *a: (made := build(*a))._replace(window=made.window - 0.5)  # noqa: E731
+    monkeypatch.setattr(module, "build_operands", narrow)
+    LOG.reset()
+    got = encode_topk(x, W_enc, b_enc, 5)
+    assert LOG.recomputed > 20 and LOG.recomputed + LOG.certified == 40
+    assert torch.equal(got.to_dense() != 0, want != 0)
+    torch.testing.assert_close(got.to_dense().double(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("magnitude", [False, True])
+def test_the_screen_bounds_every_score(screen_dtype, magnitude):
+    """The proof of everything: no score exceeds its entry by more than the slack and one rounding of the output."""
+    x, W_enc, b_enc = make(64, 48, 300, torch.float32, seed=5)
+    x[0], x[1] = 0, 1e4 * x[1]
+    W_enc[0], W_enc[1] = 0, 1e-20
+    made = candidates.build_operands(x, W_enc, b_enc, magnitude)
+    entries = made.a.double() @ made.b.double().T
+    entries = entries if made.bias is None else entries + made.bias.double()
+    scores = x.double() @ W_enc.double().T + b_enc.double()
+    if magnitude:
+        entries, scores = entries.abs(), scores.abs()
+    assert bool((scores <= entries + made.slack.double()[:, None]).all())
+
+
+def test_the_certificate_holds_when_the_product_is_wrong_within_its_bound(screen_dtype, monkeypatch):
+    """Entries that are too large by any amount up to the window must not change the result."""
+    x, W_enc, b_enc = make(90, 16, 700, torch.float32)
     want = encode_topk(x, W_enc, b_enc, 4)
-    addmm = torch.addmm
-    bound = 0.02
-    monkeypatch.setattr(module, "gemm_error", lambda x, *_: torch.full((len(x),), bound))
-    noisy = lambda *a: (s := addmm(*a)) + bound * (2 * torch.rand(s.shape) - 1)  # noqa: E731
-    monkeypatch.setattr(module.torch, "addmm", noisy)
+    build = module.build_operands
+
+    def noisy(*a):
+        made = build(*a)
+        bias = torch.zeros(700) if made.bias is None else made.bias
+        shift = 0.05 * torch.rand(700, generator=torch.Generator().manual_seed(0))
+        return made._replace(a=made.a.float(), b=made.b.float(), bias=bias + shift, window=made.window + 0.02)
+
+    monkeypatch.setattr(module, "build_operands", noisy)
     got = encode_topk(x, W_enc, b_enc, 4)
     assert torch.equal(got.features, want.features) and torch.equal(got.values, want.values)
 
 
+def test_a_centre_is_subtracted_and_gets_its_gradient():
+    x, W_enc, b_enc = make(9, 6, 31)
+    center = torch.linspace(-1, 1, 6, dtype=torch.float64)
+    leaves = [t.clone().requires_grad_() for t in (x, W_enc, b_enc, center)]
+    assert torch.autograd.gradcheck(lambda x, W, b, c: encode_topk(x, W, b, 4, center=c).values, leaves)
+    assert torch.equal(
+        encode_topk(x, W_enc, b_enc, 4, center=center).values, encode_topk(x - center, W_enc, b_enc, 4).values
+    )
+
+
+def test_unknown_score_and_missing_norms_are_refused():
+    x, W_enc, b_enc = make(2, 3, 5)
+    with pytest.raises(ValueError, match="score='size' must be one of"):
+        encode_topk(x, W_enc, b_enc, 2, "size")
+    with pytest.raises(ValueError, match="norms"):
+        encode_topk(x, W_enc, b_enc, 2, "decoder_norm")
+
+
+def test_magnitudes_keep_their_sign():
+    acts = encode_topk(torch.tensor([[1.0, -3.0]]), torch.eye(2), torch.zeros(2), 1, "magnitude")
+    assert acts.features.tolist() == [1] and acts.values.tolist() == [-3.0]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32], ids=str)
-def test_a_token_alone_has_the_same_bits(dtype):
+def test_a_token_alone_has_the_same_bits(screen_dtype, dtype):
     x, W_enc, b_enc = make(300, 576, 700, dtype)
     whole = encode_topk(x, W_enc, b_enc, 16).to_dense()
     for row in (0, 17, 299):
@@ -87,10 +155,10 @@ def test_a_token_alone_has_the_same_bits(dtype):
     assert torch.equal(encode_topk(x[100:117], W_enc, b_enc, 16).to_dense(), whole[100:117])
 
 
-def test_chunks_change_nothing(monkeypatch):
+def test_chunks_change_nothing(screen_dtype, monkeypatch):
     x, W_enc, b_enc = make(50, 12, 90, torch.float32)
     want = encode_topk(x, W_enc, b_enc, 7)
-    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 90 * 8)
+    monkeypatch.setattr(screen, "_BUFFER_BYTES", 90 * 4 * 8)
     got = encode_topk(x, W_enc, b_enc, 7)
     assert torch.equal(got.values, want.values) and torch.equal(got.features, want.features)
 

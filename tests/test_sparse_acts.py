@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saelab.kernels.sparse_acts import SparseActs, csr_tensor
+from saelab.kernels.sparse_acts import SparseActs, csr_tensor, replace_rows
 
 DENSE = torch.tensor([[0.0, 2.0, 0.0, -1.0], [0.0, 0.0, 0.0, 0.0], [3.0, 0.0, 4.0, 0.0]])
 
@@ -40,10 +40,11 @@ def test_with_values_shares_the_transpose():
     assert acts.with_values(acts.values * 2).by_feature is acts.by_feature
 
 
-def test_from_top_drops_zeros():
-    acts = SparseActs.from_top(torch.tensor([[1.0, 0.0], [0.0, 5.0]]), torch.tensor([[0, 3], [1, 2]]), 4)
-    assert acts.to_dense().tolist() == [[1, 0, 0, 0], [0, 0, 5, 0]]
-    assert acts.nnz == 2
+def test_replace_rows_puts_new_rows_in_place():
+    acts = SparseActs.from_dense(torch.tensor([[1.0, 0.0, 2.0], [0.0, 0.0, 0.0], [0.0, 5.0, 0.0]]))
+    new = SparseActs.from_dense(torch.tensor([[7.0, 0.0, 0.0], [0.0, 8.0, 9.0]]))
+    got = replace_rows(acts, torch.tensor([2, 1]), new)
+    assert got.to_dense().tolist() == [[1, 0, 2], [0, 8, 9], [7, 0, 0]]
 
 
 @given(st.integers(0, 5), st.integers(1, 7), st.integers(0, 2**16))

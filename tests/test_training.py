@@ -8,11 +8,13 @@ import torch
 
 from saelab.errors import TrainingError
 from saelab.interop import load_sae
+from saelab.kernels.rows import project_
 from saelab.saes import Batch, ReLUConfig, StepInfo, TopKConfig, TopKSAE
 from saelab.training import TrainConfig, train
+from saelab.training.adam import Adam
 from saelab.training.checkpoint import list_checkpoints
 from saelab.training.dead_features import DeadFeatures
-from saelab.training.optimizer import apply_step, build_adam, learning_rate, project_decoder_gradient
+from saelab.training.optimizer import apply_step, learning_rate
 
 SMALL = TrainConfig(
     n_tokens=64 * 40, batch_size=64, warmup_steps=5, checkpoint_every=10, log_every=5, dead_after_tokens=500
@@ -221,7 +223,7 @@ def test_projection_removes_the_part_along_each_row():
     W = torch.nn.functional.normalize(torch.randn(5, 3, dtype=torch.float64), dim=1)
     gradient = torch.randn(5, 3, dtype=torch.float64)
     across = gradient - (gradient * W).sum(1, keepdim=True) * W
-    project_decoder_gradient(gradient, W)
+    project_(gradient, W)
     torch.testing.assert_close(gradient, across)
     assert (gradient * W).sum(1).abs().max() < 1e-12
 
@@ -229,7 +231,7 @@ def test_projection_removes_the_part_along_each_row():
 def test_a_step_keeps_unit_norm_clips_and_skips_infinite_gradients():
     x = planted(64)
     sae = TopKSAE(TOPK, 16)
-    adam = build_adam(sae)
+    adam = Adam(sae.parameters())
     info = StepInfo(torch.zeros(64, dtype=torch.bool), 0, 10)
     (1e6 * sae.loss(Batch(x, x), info).total).backward()
     assert apply_step(sae, adam, 0.1, 1.0) > 1
@@ -283,3 +285,22 @@ def test_wandb_is_never_imported_unasked():
         "assert 'wandb' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_adam_is_torchs_adam_bit_for_bit():
+    generator = torch.Generator().manual_seed(0)
+    ours = [
+        torch.nn.Parameter(torch.randn(7, 3, generator=generator)),
+        torch.nn.Parameter(torch.randn(5, generator=generator)),
+    ]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    adam, reference = Adam(ours), torch.optim.Adam(theirs, lr=0.01, fused=True)
+    for step in range(4):
+        for a, b in zip(ours, theirs, strict=True):
+            gradient = torch.randn(a.shape, generator=generator)
+            a.grad, b.grad = 4.0 * gradient, gradient
+        adam.step(0.01, grad_scale=4.0)
+        reference.step()
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)), step
+    with pytest.raises(ValueError, match="moments"):
+        adam.load_state_dict({"0.step": torch.zeros(())})

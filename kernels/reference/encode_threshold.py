@@ -11,8 +11,9 @@ def encode_threshold(
     x: Float[Tensor, "batch d_in"],
     W_enc: Float[Tensor, "d_sae d_in"],
     b_enc: Float[Tensor, " d_sae"],
-    threshold: float = 0.0,
+    threshold: float | Float[Tensor, " d_sae"] = 0.0,
+    band: float = 0.0,
 ) -> Float[Tensor, "batch d_sae"]:
-    """The dense code `(batch, d_sae)`: `u` where `u > threshold`, else 0."""
+    """The dense code `(batch, d_sae)`: `u` where `u > threshold - band`, else 0."""
     pre_acts = x @ W_enc.T + b_enc
-    return torch.where(pre_acts > threshold, pre_acts, 0)
+    return torch.where(pre_acts > threshold - band, pre_acts, 0)

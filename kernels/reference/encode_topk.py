@@ -1,4 +1,4 @@
-"""Reference of `encode_topk`: dense pre-activations, sort, ReLU. The specification, in plain PyTorch."""
+"""Reference of `encode_topk`: dense pre-activations, sort, keep. The specification, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -8,10 +8,23 @@ from torch import Tensor
 
 
 def encode_topk(
-    x: Float[Tensor, "batch d_in"], W_enc: Float[Tensor, "d_sae d_in"], b_enc: Float[Tensor, " d_sae"], k: int
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "d_sae d_in"],
+    b_enc: Float[Tensor, " d_sae"],
+    k: int,
+    score: str = "value",
+    norms: Float[Tensor, " d_sae"] | None = None,
 ) -> Float[Tensor, "batch d_sae"]:
-    """The dense code `(batch, d_sae)`: ReLU of each row's k largest pre-activations, ties to the lowest id."""
+    """The dense code `(batch, d_sae)`: each row's k largest scores as far as positive, ties to the lowest id."""
     pre_acts = x @ W_enc.T + b_enc
-    kept = pre_acts.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    scores = scores_of(pre_acts, score, norms)
+    kept = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
     mask = torch.zeros_like(pre_acts, dtype=torch.bool).scatter(1, kept, True)
-    return torch.where(mask, pre_acts, 0).relu()
+    return torch.where(mask & (scores > 0), pre_acts, 0)
+
+
+def scores_of(pre_acts: Tensor, score: str, norms: Tensor | None) -> Tensor:
+    """ "value", "magnitude" or "decoder_norm"."""
+    if score == "magnitude":
+        return pre_acts.abs()
+    return pre_acts if norms is None else pre_acts * norms

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from saelab.kernels.decode import decode
+from saelab.kernels.rows import unit_norm_
 from saelab.kernels.sparse_acts import SparseActs
 
 NORMALIZATIONS = ("center_and_scale", "scale", "none")
@@ -50,7 +51,11 @@ class Loss(NamedTuple):
     """What `sae.loss` returns."""
 
     total: Tensor
-    output: SAEOutput
+    acts: SparseActs
+    x_hat: Float[Tensor, "batch d_in"]
+    """Reconstruction of `y`, in the units that the weights live in; detached."""
+    y: Float[Tensor, "batch d_in"]
+    """What was to be reconstructed, in the same units."""
     terms: dict[str, Tensor]
     """Named parts of the total, for the log."""
 
@@ -105,13 +110,21 @@ class SAE(nn.Module):
             )
         return (x.to(self.W_enc.dtype) - self.center) * self.scale
 
+    def denormalize(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
+        """Back to the units of the activations."""
+        return x / self.scale + self.center
+
     def encode(self, x: Float[Tensor, ...]) -> SparseActs:
         """Codes of raw activations `x (batch, d_in)`."""
+        return self.encode_normalized(self.normalize(x))
+
+    def encode_normalized(self, x: Float[Tensor, "batch d_in"]) -> SparseActs:
+        """Codes of activations that `normalize` has seen."""
         raise NotImplementedError
 
     def decode(self, acts: SparseActs) -> Float[Tensor, "batch d_in"]:
         """Reconstruction in raw units, `(batch, d_in)`."""
-        return decode(acts, self.W_dec, self.b_dec) / self.scale + self.center
+        return self.denormalize(decode(acts, self.W_dec, self.b_dec))
 
     def forward(self, x: Float[Tensor, ...]) -> SAEOutput:
         """Encode and decode; `forward(x) == decode(encode(x))` always."""
@@ -126,7 +139,7 @@ class SAE(nn.Module):
     def after_step(self) -> None:
         """After each optimiser step: decoder rows back to unit norm, where the variant keeps them there."""
         if self.unit_norm:
-            self.W_dec /= self.W_dec.norm(dim=1, keepdim=True).clamp_min(torch.finfo(self.W_dec.dtype).eps)
+            unit_norm_(self.W_dec)
 
     @property
     def hash(self) -> str:

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
+from saelab.kernels.decode import decode
 from saelab.kernels.encode_threshold import encode_threshold
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.losses import sum_squared_error, weighted_l1
-from saelab.saes.base import SAE, Batch, Loss, SAEOutput, StepInfo, check_config
+from saelab.saes.base import SAE, Batch, Loss, StepInfo, check_config
 
 
 @dataclass(frozen=True)
@@ -48,15 +49,17 @@ class ReLUSAE(SAE):
     unit_norm = False
     base_lr = 1e-3
 
-    def encode(self, x: Float[Tensor, ...]) -> SparseActs:
-        return encode_threshold(self.normalize(x), self.W_enc, self.b_enc)
+    def encode_normalized(self, x: Float[Tensor, "batch d_in"]) -> SparseActs:
+        return encode_threshold(x, self.W_enc, self.b_enc)
 
     def loss(self, batch: Batch, info: StepInfo) -> Loss:
-        output: SAEOutput = self(batch.x)
-        target, x_hat = self.normalize(batch.y), (output.x_hat - self.center) * self.scale
-        norms = self.W_dec.norm(dim=1)[output.acts.features]
+        x = self.normalize(batch.x)
+        target = x if batch.y is batch.x else self.normalize(batch.y)
+        acts = self.encode_normalized(x)
+        x_hat = decode(acts, self.W_dec, self.b_dec)
+        norms = self.W_dec.norm(dim=1)[acts.features]
         reconstruction = sum_squared_error(target, x_hat)
-        penalty = weighted_l1(output.acts.values, norms, output.acts.batch)
+        penalty = weighted_l1(acts.values, norms, acts.batch)
         risen = min(1.0, (info.step + 1) / max(1.0, self.config.l1_warmup * info.n_steps))
         total = reconstruction + self.config.l1_coefficient * risen * penalty
-        return Loss(total, output, {"sse": reconstruction, "l1": penalty})
+        return Loss(total, acts, x_hat.detach(), target, {"sse": reconstruction, "l1": penalty})

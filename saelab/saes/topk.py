@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
+from saelab.kernels.decode import decode
 from saelab.kernels.encode_topk import encode_topk
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.losses import auxk, fvu
-from saelab.saes.base import SAE, Batch, Loss, SAEOutput, StepInfo, check_config
+from saelab.saes.base import SAE, Batch, Loss, StepInfo, check_config
 
 
 @dataclass(frozen=True)
@@ -48,18 +49,20 @@ class TopKSAE(SAE):
     Config = TopKConfig
     config: TopKConfig
 
-    def encode(self, x: Float[Tensor, ...]) -> SparseActs:
-        return encode_topk(self.normalize(x) - self.b_dec, self.W_enc, self.b_enc, self.config.k)
+    def encode_normalized(self, x: Float[Tensor, "batch d_in"]) -> SparseActs:
+        return encode_topk(x, self.W_enc, self.b_enc, self.config.k, center=self.b_dec)
 
     def loss(self, batch: Batch, info: StepInfo) -> Loss:
-        output: SAEOutput = self(batch.x)
-        target, x_hat = self.normalize(batch.y), (output.x_hat - self.center) * self.scale
+        x = self.normalize(batch.x)
+        target = x if batch.y is batch.x else self.normalize(batch.y)
+        acts = self.encode_normalized(x)
+        x_hat = decode(acts, self.W_dec, self.b_dec)
         reconstruction = fvu(target, x_hat)
         terms = {"fvu": reconstruction}
         if self.config.auxk_alpha and bool(info.dead.any()):
             dead = info.dead.nonzero().squeeze(1)
             terms["auxk"] = auxk(
-                self.normalize(batch.x) - self.b_dec,
+                x - self.b_dec,
                 target - x_hat,
                 self.W_enc[dead],
                 self.b_enc[dead],
@@ -67,4 +70,4 @@ class TopKSAE(SAE):
                 self.config.k_aux or max(self.d_in // 2, 1),
             )
         total = reconstruction + self.config.auxk_alpha * terms["auxk"] if "auxk" in terms else reconstruction
-        return Loss(total, output, terms)
+        return Loss(total, acts, x_hat.detach(), target, terms)

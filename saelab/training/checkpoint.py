@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -15,6 +14,7 @@ from torch import Tensor
 from saelab.errors import TrainingError
 from saelab.files import atomic_save_safetensors, atomic_write_json, read_json
 from saelab.saes import SAE
+from saelab.training.adam import Adam
 from saelab.training.dead_features import DeadFeatures
 
 KEEP = 2
@@ -32,18 +32,17 @@ def list_checkpoints(folder: Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
-def save_checkpoint(folder: Path, step: int, sae: SAE, adam: torch.optim.Adam, dead: DeadFeatures) -> None:
+def save_checkpoint(folder: Path, step: int, sae: SAE, adam: Adam, dead: DeadFeatures) -> None:
     """Write the state before step `step`; the newest two are kept."""
     tensors: dict[str, Tensor] = {f"sae.{name}": value for name, value in sae.state_dict().items()}
-    for index, moments in adam.state_dict()["state"].items():
-        tensors |= {f"adam.{index}.{name}": value for name, value in moments.items()}
+    tensors |= {f"adam.{name}": value for name, value in adam.state_dict().items()}
     tensors["tokens_since_fired"] = dead.tokens_since_fired
     atomic_save_safetensors(checkpoint_path(folder, step), tensors)
     for old in list_checkpoints(folder)[:-KEEP]:
         checkpoint_path(folder, old).unlink(missing_ok=True)
 
 
-def load_checkpoint(folder: Path, sae: SAE, adam: torch.optim.Adam, dead: DeadFeatures) -> int:
+def load_checkpoint(folder: Path, sae: SAE, adam: Adam, dead: DeadFeatures) -> int:
     """Restore the newest readable checkpoint in place; gives the step to go on with, 0 when there is none."""
     for step in reversed(list_checkpoints(folder)):
         try:
@@ -51,12 +50,7 @@ def load_checkpoint(folder: Path, sae: SAE, adam: torch.optim.Adam, dead: DeadFe
         except (SafetensorError, OSError):
             continue  # damaged from outside: the one before it is whole
         sae.load_state_dict({n.removeprefix("sae."): t for n, t in tensors.items() if n.startswith("sae.")})
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            if name.startswith("adam."):
-                _, index, moment = name.split(".")
-                state.setdefault(int(index), {})[moment] = tensor
-        adam.load_state_dict({"state": state, "param_groups": adam.state_dict()["param_groups"]})
+        adam.load_state_dict({n.removeprefix("adam."): t for n, t in tensors.items() if n.startswith("adam.")})
         dead.tokens_since_fired.copy_(tensors["tokens_since_fired"])
         return step
     return 0

@@ -19,7 +19,7 @@ class DeadFeatures:
     def update(self, acts: SparseActs) -> None:
         """Take in one batch."""
         self.tokens_since_fired += acts.batch
-        self.tokens_since_fired[acts.features] = 0
+        self.tokens_since_fired.index_fill_(0, acts.features, 0)
 
     @property
     def dead(self) -> Bool[Tensor, " d_sae"]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
+from saelab.kernels.rows import project_
 from saelab.saes import SAE
+from saelab.training.adam import Adam
 from saelab.training.config import TrainConfig
 
 
@@ -21,26 +21,18 @@ def learning_rate(config: TrainConfig, base_lr: float, d_sae: int, step: int) ->
     return peak * min(1.0, rising, falling)
 
 
-@torch.no_grad()
-def project_decoder_gradient(gradient: Float[Tensor, "d_sae d_in"], W_dec: Float[Tensor, "d_sae d_in"]) -> None:
-    """Remove, in place, the part of each row's gradient along that row (rows have unit norm)."""
-    along = torch.linalg.vecdot(gradient, W_dec)  # (d_sae)
-    gradient.addcmul_(along[:, None], W_dec, value=-1)
+def apply_step(sae: SAE, adam: Adam, lr: float, clip_norm: float) -> float:
+    """Project, clip, step, renormalise; gives the gradient norm before clipping.
 
-
-def build_adam(sae: SAE) -> torch.optim.Adam:
-    """Adam(0.9, 0.999) over the SAE's parameters; the rate is set anew at each step."""
-    return torch.optim.Adam(sae.parameters(), lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
-
-
-def apply_step(sae: SAE, adam: torch.optim.Adam, lr: float, clip_norm: float) -> float:
-    """Project, clip, step, renormalise; gives the gradient norm before clipping."""
+    Clipping costs no pass of its own: Adam divides each gradient as it reads it. A norm that is not finite changes
+    nothing.
+    """
     if sae.unit_norm and sae.W_dec.grad is not None:
-        project_decoder_gradient(sae.W_dec.grad, sae.W_dec)
-    norm = float(torch.nn.utils.clip_grad_norm_(sae.parameters(), clip_norm, foreach=True))
+        project_(sae.W_dec.grad, sae.W_dec)
+    norms = [torch.linalg.vector_norm(p.grad, dim=-1).norm() for p in sae.parameters() if p.grad is not None]
+    norm = float(torch.stack(norms).norm())
     if math.isfinite(norm):
-        adam.param_groups[0]["lr"] = lr
-        adam.step()
+        adam.step(lr, grad_scale=max(1.0, norm / clip_norm))
         sae.after_step()
-    adam.zero_grad(set_to_none=True)
+    adam.zero_grad()
     return norm

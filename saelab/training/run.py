@@ -18,12 +18,13 @@ from saelab.files import claim_folder
 from saelab.io import load_sae, save_sae
 from saelab.losses import fvu
 from saelab.saes import SAE, VARIANTS, Batch, StepInfo
+from saelab.training.adam import Adam
 from saelab.training.checkpoint import checkpoint_path, claim_run, load_checkpoint, save_checkpoint
 from saelab.training.config import TrainConfig
 from saelab.training.data import DataSource
 from saelab.training.dead_features import DeadFeatures
 from saelab.training.metrics_log import MetricsLog
-from saelab.training.optimizer import apply_step, build_adam, learning_rate
+from saelab.training.optimizer import apply_step, learning_rate
 
 
 def variant_of(config: Any) -> type[SAE]:
@@ -47,7 +48,7 @@ class Run:
         self.sae.set_normalization(source.mean, source.mean_square)
         self.sae.origin, self.sae.train_documents = source.origin, source.documents
         self.sae.to(self.device)
-        self.adam = build_adam(self.sae)
+        self.adam = Adam(self.sae.parameters())
         self.dead = DeadFeatures(self.sae.d_sae, train.dead_window, self.device)
         self.step = 0
         self.last: dict[str, Any] = {}
@@ -86,11 +87,11 @@ class Run:
             share = len(part) / len(rows)
             loss = self.sae.loss(Batch(part, part), info)
             (loss.total * share).backward()
-            self.dead.update(loss.output.acts)
-            values = {"loss": loss.total.item(), "l0": loss.output.acts.nnz / len(part)}
+            self.dead.update(loss.acts)
+            values = {"loss": loss.total.item(), "l0": loss.acts.nnz / len(part)}
             if logged:
                 values |= {name: term.item() for name, term in loss.terms.items()}
-                values["fvu"] = float(fvu(part, loss.output.x_hat.detach()))
+                values["fvu"] = float(fvu(loss.y, loss.x_hat))
             for name, value in values.items():
                 sums[name] = sums.get(name, 0.0) + share * value
         lr = learning_rate(self.train, self.sae.base_lr, self.sae.d_sae, self.step)

@@ -1,0 +1,171 @@
+"""How much faster is a whole TopK training step than plain dense PyTorch? `python -m saelab.kernels.bench.bench_step`.
+
+A step is loss, backward, projection, clip, Adam, unit norms, dead counters and the numbers of a log line, on the same
+batches in one process; the two take turns. The selection's margin (candidates a row beyond k), certified and
+recomputed shares stand beside the times. Before a size is timed its codes are compared with float64: no speed is printed
+for an op that is wrong. The data are the activations of a cache (`--cache`), or draws with a decaying spectrum.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from torch import Tensor
+
+from saelab.allocator import keep_freed_memory
+from saelab.kernels.bench.dense_step import DenseTopK
+from saelab.kernels.bench.rows import COLUMNS, append_csv, hardware, quantiles
+from saelab.kernels.reference.encode_topk import encode_topk
+from saelab.kernels.selection_log import LOG
+from saelab.saes import TopKConfig, TopKSAE
+from saelab.saes.base import Batch, StepInfo
+from saelab.training.adam import Adam
+from saelab.training.dead_features import DeadFeatures
+from saelab.training.optimizer import apply_step
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is timed."""
+
+    d_sae: tuple[int, ...] = (4096, 8192, 16384, 32768, 65536, 131072)
+    """Dictionary sizes."""
+    k: tuple[int, ...] = (32,)
+    """Features a token; every size is run with every k."""
+    d_in: int = 576
+    """Width of the activations (ignored with a cache)."""
+    batch_size: int = 2048
+    """Tokens a step."""
+    pairs: int = 7
+    """Timed steps of each, in turns."""
+    warmup: int = 20
+    """Steps before, so that the dictionary is no longer random."""
+    cache: Path | None = None
+    """An activation cache to take the batches from, for instance runs/demo/cache."""
+    dense_limit: int = 32768
+    """Largest d_sae at which the dense step is run as well (it needs three (batch, d_sae) tensors)."""
+    out: Path | None = None
+    """Folder for step.csv and step.json; None prints only."""
+    floor: dict[int, float] = field(default_factory=dict)
+    """Smallest allowed ratio for a d_sae; the exit status says whether it held."""
+
+
+class SparseTopK:
+    """A step of `saelab.train`, without its data and files."""
+
+    def __init__(self, d_in: int, d_sae: int, k: int) -> None:
+        self.sae = TopKSAE(TopKConfig(d_sae=d_sae, k=k), d_in)
+        self.adam, self.dead = Adam(self.sae.parameters()), DeadFeatures(d_sae, 10**9, torch.device("cpu"))
+
+    def step(self, x: Tensor) -> dict[str, float]:
+        loss = self.sae.loss(Batch(x, x), StepInfo(self.dead.dead, 0, 1))
+        loss.total.backward()
+        self.dead.update(loss.acts)
+        norm = apply_step(self.sae, self.adam, 2e-3, 1.0)
+        l0, dead = loss.acts.nnz / len(x), float(self.dead.dead.float().mean())
+        return {"loss": loss.total.item(), "l0": l0, "grad_norm": norm, "dead": dead}
+
+
+def main(settings: Settings) -> int:
+    """Time every size; gives 1 when a floor was not reached."""
+    keep_freed_memory()
+    print(f"# {hardware()}")
+    print(",".join(COLUMNS))
+    rows, missed = [], False
+    for d_sae in settings.d_sae:
+        for k in settings.k:
+            measured = _measure(settings, d_sae, k)
+            rows += measured
+            ratio = measured[-1].get("ratio")
+            missed |= ratio is not None and ratio < settings.floor.get(d_sae, 0.0)
+            for row in measured:
+                print(",".join(str(row.get(name, "")) for name in COLUMNS), flush=True)
+    if settings.out is not None:
+        settings.out.mkdir(parents=True, exist_ok=True)
+        append_csv(settings.out / "step.csv", rows)
+        (settings.out / "step.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    return int(missed)
+
+
+def _measure(settings: Settings, d_sae: int, k: int) -> list[dict[str, Any]]:
+    batches = _batches(settings)
+    first = next(batches)
+    sparse = SparseTopK(first.shape[1], d_sae, k)
+    with_dense = d_sae <= settings.dense_limit
+    dense = DenseTopK(first.shape[1], d_sae, k) if with_dense else None
+    for _ in range(settings.warmup):
+        sparse.step(next(batches))
+    _check_codes(sparse.sae, first, k)
+    if dense is not None:
+        dense.step(first)
+    LOG.reset()
+    ours: list[float] = []
+    theirs: list[float] = []
+    for _ in range(settings.pairs):
+        x = next(batches)
+        ours.append(_timed(sparse.step, x))
+        if dense is not None:
+            theirs.append(_timed(dense.step, x))
+    return _rows(settings, first.shape[1], d_sae, k, ours, theirs)
+
+
+def _rows(
+    settings: Settings, d_in: int, d_sae: int, k: int, ours: list[float], theirs: list[float]
+) -> list[dict[str, Any]]:
+    shape = f"{settings.batch_size}x{d_in}x{d_sae}x{k}"
+    base = {"op": "topk_step", "shape": shape, "dtype": "float32", "hardware": hardware()}
+    rows = [base | {"provider": "dense"} | quantiles(theirs)] if theirs else []
+    log = LOG.as_dict()
+    selection = {
+        "margin": round(log["candidates"] / max(log["rows"], 1) - k, 1),
+        "certified": round(log["certified"] / max(log["rows"], 1), 6),
+        "recomputed": round(log["recomputed"] / max(log["rows"], 1), 6),
+    }
+    rows.append(base | {"provider": "saelab"} | quantiles(ours) | selection)
+    if theirs:
+        each = quantiles([b / a for a, b in zip(ours, theirs, strict=True)], scale=1)
+        rows[-1] |= {"ratio": each["median"], "ratio_q20": each["q20"], "ratio_q80": each["q80"]}
+    return rows
+
+
+def _check_codes(sae: TopKSAE, x: Tensor, k: int) -> None:
+    """The selection of 64 rows against float64; raises `AssertionError` on a difference beyond rounding."""
+    with torch.no_grad():
+        acts = sae.encode(x)
+        centered = (sae.normalize(x[:64]) - sae.b_dec).double()
+        want = encode_topk(centered, sae.W_enc.double(), sae.b_enc.double(), k)
+        got = acts.select_rows(torch.arange(64)).to_dense()
+    assert torch.allclose(got.double(), want, atol=1e-4), "encode_topk is wrong here; nothing is timed"
+
+
+def _batches(settings: Settings) -> Iterator[Tensor]:
+    if settings.cache is not None:
+        from saelab.training.data import open_data
+
+        source = open_data(settings.cache, None, settings.batch_size)
+        scale = (source.d_in / max(source.mean_square - float(source.mean.double().square().sum()), 1e-30)) ** 0.5
+        for rows in source.batches(settings.batch_size, 0, 0):
+            yield (rows - source.mean) * scale
+    generator = torch.Generator().manual_seed(0)
+    spectrum = torch.arange(1, settings.d_in + 1).pow(-0.5)
+    spectrum *= (settings.d_in / spectrum.square().sum()).sqrt()
+    turn = torch.linalg.qr(torch.randn(settings.d_in, settings.d_in, generator=generator)).Q
+    while True:
+        yield torch.randn(settings.batch_size, settings.d_in, generator=generator) * spectrum @ turn
+
+
+def _timed(step: Callable[[Tensor], Any], x: Tensor) -> float:
+    start = time.perf_counter()
+    step(x)
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(tyro.cli(Settings, description=__doc__)))

@@ -1,0 +1,127 @@
+"""Does every kind of selection choose what float64 would? `python -m saelab.kernels.bench.exactness RUN`, real tokens.
+
+Two correct float32 sums differ in their last bits, so a row may differ whose last score taken and first one left lie
+within 2e-6 of each other (for one threshold over all rows: whose nearest score lies so near to it). In all other rows the
+sets must be equal; exit status 1 if one is not. Printed beside: the rows whose gap is under 1e-5.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from torch import Tensor
+from tqdm.auto import tqdm
+
+import saelab
+from saelab.kernels.encode_batch_topk import encode_batch_topk
+from saelab.kernels.encode_feature_topk import encode_feature_topk
+from saelab.kernels.encode_threshold import encode_threshold
+from saelab.kernels.encode_topk import encode_topk
+from saelab.kernels.selection_log import LOG
+from saelab.kernels.sparse_acts import SparseActs
+
+GAP = 2e-6
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is checked."""
+
+    run: tyro.conf.Positional[Path]
+    """A RUN with a cache and an SAE, for instance runs/demo."""
+    n_tokens: int = 100_000
+    """Tokens of its cache."""
+    batch_size: int = 2048
+    """Tokens encoded at once."""
+
+
+@dataclass
+class Count:
+    """Rows (for Feature Choice: columns) of one selection."""
+
+    rows: int = 0
+    close: int = 0
+    """Those whose gap is under 2e-6: not judged."""
+    under_1e_5: int = 0
+    """Those whose gap is under 1e-5."""
+    different: int = 0
+    """Those that differ without being close."""
+
+    def add(self, kept: Tensor, last: Tensor, following: Tensor, wanted: Tensor) -> None:
+        """`kept` and `wanted (rows, n)` as masks, `last` and `following (rows)` as scores."""
+        gap = torch.where(last > 0, (last - following) / last, 1.0)
+        close = gap <= GAP
+        self.under_1e_5 += int((gap <= 1e-5).sum())
+        self.rows += len(kept)
+        self.close += int(close.sum())
+        self.different += int(((kept != wanted).any(1) & ~close).sum())
+
+
+def main(settings: Settings) -> int:
+    """Print one JSON line a selection; gives 1 when a set was wrong."""
+    sae = saelab.load_sae(settings.run / "sae" if (settings.run / "sae").exists() else settings.run)
+    weights = sae.W_enc.detach(), sae.b_enc.detach()
+    norms = sae.W_dec.detach().norm(dim=1) * torch.linspace(0.5, 2, sae.d_sae)
+    counts: dict[str, Count] = {}
+    LOG.reset()
+    for x in tqdm(_tokens(sae, settings), total=-(-settings.n_tokens // settings.batch_size), unit="batch"):
+        exact = x.double() @ weights[0].double().T + weights[1].double()
+        k = sae.config.k
+        for name, signed, score in (("value", exact, "value"), ("magnitude", exact.abs(), "magnitude")):
+            _judge(counts.setdefault(f"topk {name}", Count()), encode_topk(x, *weights, k, score), signed, k)
+        scaled = exact * norms.double()
+        _judge(
+            counts.setdefault("topk decoder_norm", Count()),
+            encode_topk(x, *weights, k, "decoder_norm", norms),
+            scaled,
+            k,
+        )
+        _judge_whole(counts.setdefault("batch_topk", Count()), encode_batch_topk(x, *weights, k * len(x)), exact, k)
+        _judge_threshold(counts.setdefault("threshold", Count()), encode_threshold(x, *weights, 1.0), exact, 1.0)
+        m = max(1, k * len(x) // sae.d_sae)
+        places = torch.full((sae.d_sae,), m)
+        acts = encode_feature_topk(x, *weights, places)
+        _judge(counts.setdefault("feature_topk", Count()), acts, exact.T, m, transposed=True)
+    for name, count in counts.items():
+        print(json.dumps({"selection": name, **vars(count)}))
+    print(json.dumps({"log": LOG.as_dict()}))
+    return int(any(count.different or count.close >= 100 for count in counts.values()))
+
+
+def _tokens(sae: saelab.saes.SAE, settings: Settings) -> Iterator[Tensor]:
+    from saelab.training.data import open_data
+
+    source = open_data(settings.run / "cache", None, settings.batch_size)
+    batches = source.batches(settings.batch_size, 0, 0)
+    for _ in range(-(-settings.n_tokens // settings.batch_size)):
+        with torch.no_grad():
+            yield sae.normalize(next(batches)) - sae.b_dec.detach()
+
+
+def _judge(count: Count, acts: SparseActs, scores: Tensor, k: int, transposed: bool = False) -> None:
+    kept = acts.to_dense() != 0
+    top = scores.topk(k + 1, dim=1)
+    last, following = top.values[:, k - 1].clamp_min(0), top.values[:, k].clamp_min(0)
+    wanted = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, top.indices[:, :k], True) & (scores > 0)
+    count.add(kept.T if transposed else kept, last, following, wanted)
+
+
+def _judge_whole(count: Count, acts: SparseActs, scores: Tensor, k: int) -> None:
+    """One threshold for the batch: a row is close when one of its scores lies at it."""
+    best = scores.flatten().topk(k * len(scores) + 1).values
+    _judge_threshold(count, acts, scores, float((best[-1] + best[-2]) / 2))
+
+
+def _judge_threshold(count: Count, acts: SparseActs, scores: Tensor, threshold: float) -> None:
+    wanted = scores > threshold
+    nearest = (scores - threshold).abs().amin(1)
+    count.add(acts.to_dense() != 0, torch.full_like(nearest, threshold), threshold - nearest, wanted)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(tyro.cli(Settings, description=__doc__)))

@@ -1,0 +1,50 @@
+"""What a row of a bench's CSV holds, and the name of the machine in it."""
+
+from __future__ import annotations
+
+import csv
+import platform
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+COLUMNS = (
+    *("op", "shape", "dtype", "provider", "median", "q20", "q80", "ratio", "ratio_q20", "ratio_q80"),
+    *("margin", "certified", "recomputed", "hardware"),
+)
+"""Times in milliseconds; ratio: the baseline's time over this one's, of pairs of neighbouring steps."""
+
+
+def quantiles(values: list[float], scale: float = 1e3) -> dict[str, float]:
+    """Median, 20 % and 80 % quantile, rounded; seconds become milliseconds."""
+    points = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64))
+    return dict(zip(("median", "q20", "q80"), (round(float(p) * scale, 3) for p in points), strict=True))
+
+
+@cache
+def hardware() -> str:
+    """The GPU's name, or the CPU's with its threads and units; torch's version."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()} torch {torch.__version__}"
+    found = torch.cpu.get_capabilities()
+    units = "+".join(unit for unit in ("avx2", "avx512_f", "avx512_bf16", "amx_bf16") if found.get(unit))
+    return f"{_cpu_name()} x{torch.get_num_threads()} {units} torch {torch.__version__}"
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return (names[0] if names else platform.processor() or platform.machine()).replace(",", " ")
+
+
+def append_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Add rows to a CSV file, with a header if it is new."""
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)

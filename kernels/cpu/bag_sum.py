@@ -1,0 +1,11 @@
+"""Sums of weighted rows in PyTorch: `embedding_bag`, forward only."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def bag_sum(values: Tensor, rows: Tensor, offsets: Tensor, W: Tensor) -> Tensor:
+    """`out[i] = sum over entries j of bag i of values[j] * W[rows[j]]`; an empty bag gives zeros."""
+    return F.embedding_bag(rows, W, offsets[:-1], mode="sum", per_sample_weights=values)

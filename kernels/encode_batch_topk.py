@@ -1,0 +1,74 @@
+"""`encode_batch_topk`: the `n_kept` best pre-activations of a whole batch (BatchTopK, Mutual Choice).
+
+The same steps as in `encode_topk` with one floor for all rows: among all group maxima of the batch, the `n_kept`-th is
+a lower bound of the `n_kept`-th best score.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saelab.kernels.candidates import Candidates, build_operands, find_candidates, screens
+from saelab.kernels.dispatch import backend_name
+from saelab.kernels.encode_topk import check_score, score_of
+from saelab.kernels.ragged import count_before, keep_largest, kth_largest
+from saelab.kernels.reference.encode_batch_topk import encode_batch_topk as encode_batch_topk_reference
+from saelab.kernels.sampled_product import sampled_product
+from saelab.kernels.selected_pre_acts import selected_pre_acts
+from saelab.kernels.selection_log import LOG
+from saelab.kernels.sparse_acts import SparseActs
+
+
+def encode_batch_topk(
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "d_sae d_in"],
+    b_enc: Float[Tensor, " d_sae"],
+    n_kept: int,
+    score: str = "value",
+    norms: Float[Tensor, " d_sae"] | None = None,
+) -> SparseActs:
+    """`u = x @ W_enc.T + b_enc`; of the whole batch keep the `n_kept` pairs of largest score, if positive
+    (Bussmann et al. 2024, "BatchTopK", eq. 4; Mutual Choice of Ayonrinde 2024). Scores as in `encode_topk`.
+
+    Ties at the last place go to the earlier row, then the lower id. Differentiable through the kept values.
+    """
+    check_score(score, norms)
+    if not 0 <= n_kept <= x.shape[0] * W_enc.shape[0]:
+        raise ValueError(f"n_kept={n_kept} must be between 0 and batch * d_sae = {x.shape[0] * W_enc.shape[0]}.")
+    if backend_name(x.device.type) == "reference":
+        return SparseActs.from_dense(encode_batch_topk_reference(x, W_enc, b_enc, n_kept, score, norms))
+    with torch.no_grad():
+        acts = _select(x.detach(), W_enc.detach(), b_enc.detach(), n_kept, score, norms)
+    return selected_pre_acts(x, W_enc, b_enc, acts)
+
+
+def _select(x: Tensor, W: Tensor, bias: Tensor, n_kept: int, score: str, norms: Tensor | None) -> SparseActs:
+    W_score, bias_score = (W, bias) if norms is None else (W * norms[:, None], bias * norms)
+    magnitude, min_groups = score == "magnitude", -(-n_kept // max(len(x), 1)) or 1
+    operands = build_operands(x, W_score, bias_score, magnitude)
+    keep = partial(_keep, x=x, W=W, bias=bias, n_kept=n_kept, score=score, norms=norms)
+    best = torch.cat([screen.maxima.reshape(-1) for _, screen in screens(operands, magnitude, min_groups)])
+    last = kth_largest(best[None], n_kept) if 0 < n_kept <= len(best) else best.new_zeros(1)
+    window = operands.window.max() if len(x) else 0
+    found = find_candidates(operands, lambda _, rows: last - window - operands.slack[rows], magnitude, min_groups)
+    acts, kth = keep(found)
+    n_candidates, certified = found.features.numel(), bool(found.completes(kth).all())
+    if not certified:  # what was found is a lower bound of the best: now the floor is exact
+        found = find_candidates(operands, lambda _, rows: kth - operands.slack[rows], magnitude, min_groups)
+        acts, n_candidates = keep(found)[0], n_candidates + found.features.numel()
+    LOG.add(len(x), n_candidates, len(x) * certified, len(x) * (not certified))
+    return acts
+
+
+def _keep(
+    found: Candidates, x: Tensor, W: Tensor, bias: Tensor, n_kept: int, score: str, norms: Tensor | None
+) -> tuple[SparseActs, Tensor]:
+    """The best `n_kept` candidates by their exact values, and the last score `(1)` (0 where fewer are positive)."""
+    values = sampled_product(x, W, found.features, found.offsets) + bias[found.features]
+    whole = torch.tensor([0, len(values)], device=x.device)
+    kept, kth = keep_largest(score_of(values, found.features, score, norms), whole, n_kept)
+    return SparseActs(values[kept], found.features[kept], count_before(kept, found.offsets), W.shape[0]), kth

@@ -1,0 +1,85 @@
+"""`encode_feature_topk`: for every feature the tokens of the batch where it is strongest (Feature Choice).
+
+`encode_topk` with rows and columns exchanged: the screen's rows are features, its columns tokens, and each feature has
+its own number of places.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saelab.kernels.candidates import Candidates, build_operands, find_candidates
+from saelab.kernels.dispatch import backend_name
+from saelab.kernels.ragged import keep_largest, stable_order, true_places
+from saelab.kernels.reference.encode_feature_topk import encode_feature_topk as encode_feature_topk_reference
+from saelab.kernels.sampled_product import sampled_product
+from saelab.kernels.selected_pre_acts import selected_pre_acts
+from saelab.kernels.selection_log import LOG
+from saelab.kernels.sparse_acts import SparseActs, offsets_of
+
+
+def encode_feature_topk(
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "d_sae d_in"],
+    b_enc: Float[Tensor, " d_sae"],
+    places: Int[Tensor, " d_sae"],
+) -> SparseActs:
+    """`u = x @ W_enc.T + b_enc`; feature i keeps its `places[i]` largest `u` over the batch, if positive
+    (Ayonrinde 2024, arXiv 2411.02124, Feature Choice). Ties go to the earlier token. Differentiable as `encode_topk`.
+    """
+    if int(places.min()) < 0 or int(places.max()) > len(x):
+        raise ValueError(f"places run from {int(places.min())} to {int(places.max())}; allowed is 0 to batch={len(x)}.")
+    if backend_name(x.device.type) == "reference":
+        return SparseActs.from_dense(encode_feature_topk_reference(x, W_enc, b_enc, places))
+    with torch.no_grad():
+        acts = _select(x.detach(), W_enc.detach(), b_enc.detach(), places)
+    return selected_pre_acts(x, W_enc, b_enc, acts)
+
+
+def _select(x: Tensor, W: Tensor, bias: Tensor, places: Tensor) -> SparseActs:
+    if not len(x):
+        return SparseActs(x.new_zeros(0), places.new_zeros(0), places.new_zeros(1), W.shape[0])
+    operands = build_operands(x, W, bias).transposed()  # rows are features, columns tokens
+    search = partial(find_candidates, min_groups=max(int(places.max()), 1))
+    found = search(
+        operands, lambda screen, rows: _full(_kth(screen.maxima, places[rows]) - operands.window[rows], places[rows])
+    )
+    features, tokens, values, kth = _keep(found, x, W, bias, places)
+    certified = found.completes(kth) | (places == 0)
+    doubtful, n_candidates = true_places(~certified), found.features.numel()
+    if len(doubtful):  # what was found for them is a lower bound of their best: now the floor is exact
+        part = operands.select_rows(doubtful)
+        found = search(part, lambda _, rows: kth[doubtful][rows] - part.slack[rows])
+        again = _keep(found, x, W[doubtful], bias[doubtful], places[doubtful])
+        stay = certified[features]
+        features = torch.cat([features[stay], doubtful[again[0]]])
+        tokens, values = torch.cat([tokens[stay], again[1]]), torch.cat([values[stay], again[2]])
+        n_candidates += found.features.numel()
+    LOG.add(W.shape[0], n_candidates, W.shape[0] - len(doubtful), len(doubtful))
+    order = stable_order(tokens * W.shape[0] + features)
+    return SparseActs(values[order], features[order], offsets_of(torch.bincount(tokens, minlength=len(x))), W.shape[0])
+
+
+def _keep(
+    found: Candidates, x: Tensor, W: Tensor, bias: Tensor, places: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Features, tokens and exact values of the pairs that stay, and each feature's last score (0: it has places left)."""
+    features = torch.repeat_interleave(found.offsets.diff(), output_size=found.features.numel())
+    values = sampled_product(W, x, found.features, found.offsets) + bias[features]
+    kept, kth = keep_largest(values, found.offsets, places)
+    return features[kept], found.features[kept], values[kept], kth
+
+
+def _full(floor: Tensor, places: Tensor) -> Tensor:
+    """Nothing reaches the floor of a feature without places."""
+    return floor.masked_fill(places == 0, torch.inf)
+
+
+def _kth(maxima: Tensor, places: Tensor) -> Tensor:
+    """Each row's `places`-th largest group maximum."""
+    ranked = maxima.sort(dim=1, descending=True).values
+    return ranked.gather(1, (places[:, None] - 1).clamp_min(0)).squeeze(1)

@@ -1,0 +1,48 @@
+"""`jump_relu`: `z = u * H(u - theta)` on sparse pre-activations, with the rectangle straight-through gradient.
+
+Rajamanoharan et al. 2024 ("Jumping Ahead"), eqs. 11 and 12: `dz/du = H(u - theta)`, and for the threshold
+`dz/dtheta = -(theta / eps) K((u - theta) / eps)`, `dH/dtheta = -(1 / eps) K((u - theta) / eps)`, K the unit rectangle.
+The window lies around the *pre-activation*, so codes must come with their band: `encode_threshold(..., band=eps / 2)`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from saelab.kernels.sparse_acts import SparseActs
+from saelab.kernels.weight_gradients import bias_gradient
+
+
+class JumpReLU(Function):
+    """Values and step function of the pairs; both carry the threshold's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, theta: Tensor, acts: SparseActs, bandwidth: float) -> tuple[Tensor, Tensor]:
+        at = theta[acts.features]
+        on = (u > at).to(u.dtype)
+        ctx.save_for_backward(on, at, ((u - at).abs() < bandwidth / 2).to(u.dtype) / bandwidth)
+        ctx.acts = acts
+        return u * on, on
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        on, at, window = ctx.saved_tensors
+        to_theta = -(grads[0] * at + grads[1]) * window
+        return grads[0] * on, bias_gradient(ctx.acts, to_theta), None, None
+
+
+def jump_relu(
+    acts: SparseActs, theta: Float[Tensor, " d_sae"], bandwidth: float
+) -> tuple[SparseActs, Float[Tensor, " nnz"]]:
+    """Codes of the pre-activations `acts`, and the step function `H(u - theta)` of every pair (its sum is the L0).
+
+    Pairs inside the band but not above their threshold are stored with value 0, so that the gradient passes them.
+    """
+    values, steps = JumpReLU.apply(acts.values, theta, acts, bandwidth)  # pyright: ignore[reportGeneralTypeIssues]
+    return acts.with_values(values), steps

@@ -1,0 +1,87 @@
+"""Selection within rows of unequal length (CSR). On a CPU numpy selects, finds and sorts several times faster than torch."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, Num
+from torch import Tensor
+
+_MAX_PADDING = 8  # how much larger than its entries a padded table may be
+
+
+def kth_largest(values: Num[Tensor, "rows n"], k: int) -> Num[Tensor, " rows"]:
+    """Each row's k-th largest value, by selection and not by sorting."""
+    if values.device.type != "cpu":
+        return values.topk(k, dim=1, sorted=False).values.amin(1)
+    at = values.shape[1] - k
+    return torch.from_numpy(np.partition(values.numpy(), at, axis=1)[:, at].copy())
+
+
+def true_places(mask: Bool[Tensor, ...]) -> Int[Tensor, " n"]:
+    """Flat positions of what is true."""
+    if mask.device.type != "cpu":
+        return mask.reshape(-1).nonzero().squeeze(1)
+    return torch.from_numpy(np.flatnonzero(mask.numpy()))
+
+
+def ascending(keys: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+    """The keys sorted."""
+    return torch.from_numpy(np.sort(keys.numpy())) if keys.device.type == "cpu" else keys.sort().values
+
+
+def stable_order(ids: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+    """The permutation that sorts `ids`, equal ones in their order."""
+    n = ids.numel()
+    if ids.device.type != "cpu" or not n:
+        return torch.argsort(ids, stable=True)
+    return ascending(ids * n + torch.arange(n)) % n
+
+
+def count_before(places: Int[Tensor, " n"], offsets: Int[Tensor, " rows_plus_1"]) -> Int[Tensor, " rows_plus_1"]:
+    """Offsets of the rows when only the entries at `places` (ascending) stay."""
+    return torch.searchsorted(places, offsets)
+
+
+def keep_largest(
+    scores: Float[Tensor, " nnz"], offsets: Int[Tensor, " rows_plus_1"], k: int | Int[Tensor, " rows"]
+) -> tuple[Int[Tensor, " kept"], Float[Tensor, " rows"]]:
+    """Positions (ascending) of each row's k largest positive scores, ties to the earliest, and the k-th of them.
+
+    k is one number, or one for each row. A row with fewer than k positive scores keeps those, and its k-th is 0.
+    """
+    counts = offsets.diff()
+    rows = torch.repeat_interleave(counts, output_size=scores.numel())
+    width = int(counts.max()) if counts.numel() else 0
+    if isinstance(k, int) and k == 0:
+        return counts.new_zeros(0), scores.new_full(counts.shape, torch.inf)
+    if isinstance(k, int) and width < k:
+        return true_places(scores > 0), scores.new_zeros(counts.shape)
+    if isinstance(k, Tensor) or counts.numel() * width > _MAX_PADDING * scores.numel() + (1 << 20):
+        return _keep_by_sorting(scores, rows, k, counts.numel())
+    mask = torch.arange(width, device=scores.device, dtype=torch.int32) < counts[:, None].int()
+    table = scores.new_zeros(mask.shape).masked_scatter_(mask, scores)
+    kth = kth_largest(table, k).clamp_min(0)
+    kept = true_places(scores >= kth.clamp_min(torch.finfo(scores.dtype).smallest_normal)[rows])
+    if kept.numel() and int(torch.bincount(rows[kept]).max()) > k:  # ties at the k-th
+        kept = kept[_rank(scores[kept], rows[kept]) < k]
+    return kept, kth
+
+
+def _keep_by_sorting(scores: Tensor, rows: Tensor, k: int | Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
+    """The same where rows are so uneven that a padded table would be mostly padding, or k differs."""
+    each = k[rows] if isinstance(k, Tensor) else k
+    rank = _rank(scores, rows)
+    last = (rank == each - 1).nonzero().squeeze(1)
+    kth = scores.new_zeros(n_rows).index_put((rows[last],), scores[last]).clamp_min(0)
+    return true_places((rank < each) & (scores > 0)), kth
+
+
+def _rank(scores: Tensor, rows: Tensor) -> Tensor:
+    """Place of each entry in its row, the largest first, ties by position; rows ascend."""
+    order = torch.argsort(scores, descending=True, stable=True)
+    order = order[torch.argsort(rows[order], stable=True)]
+    first = torch.searchsorted(rows, rows, right=False)
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(order.numel(), device=order.device) - first[order]
+    return rank

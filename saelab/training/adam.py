@@ -1,0 +1,67 @@
+"""Adam (Kingma & Ba 2015, algorithm 1) over all parameters in one fused pass, clipping included.
+
+The arithmetic is torch's own fused kernel; what is left out is `torch.optim`'s machinery, which loads torch's compiler
+(160 MB, two seconds) for the sake of hooks that nothing here uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+BETAS = (0.9, 0.999)
+EPS = 1e-8
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+class Adam:
+    """Betas 0.9 and 0.999, eps 1e-8, no weight decay; the rate is given to each step."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self.parameters = list(parameters)
+        self._state: dict[str, list[Tensor]] = {
+            "step": [torch.zeros((), dtype=torch.float32, device=p.device) for p in self.parameters],
+            "exp_avg": [torch.zeros_like(p) for p in self.parameters],
+            "exp_avg_sq": [torch.zeros_like(p) for p in self.parameters],
+        }
+
+    @torch.no_grad()
+    def step(self, lr: float, grad_scale: float = 1.0) -> None:
+        """One step with the gradients divided by `grad_scale`; parameters without a gradient stay."""
+        used = [index for index, p in enumerate(self.parameters) if p.grad is not None]
+        parameters = [self.parameters[index] for index in used]
+        gradients = [p.grad for p in parameters]
+        steps, averages, squares = ([self._state[name][index] for index in used] for name in _MOMENTS)
+        for count in steps:
+            count += 1
+        scale = None if grad_scale == 1.0 else torch.tensor(grad_scale, device=self.parameters[0].device)
+        torch.ops.aten._fused_adam_(
+            *(parameters, gradients, averages, squares, [], steps),
+            **{"lr": lr, "beta1": BETAS[0], "beta2": BETAS[1], "weight_decay": 0.0, "eps": EPS},
+            **{"amsgrad": False, "maximize": False, "grad_scale": scale, "found_inf": None},
+        )
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The moments under "INDEX.NAME", index in the order of the parameters; no copies."""
+        return {
+            f"{index}.{name}": self._state[name][index] for index in range(len(self.parameters)) for name in _MOMENTS
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take up what `state_dict` gave. Raises `ValueError` when a moment is missing or has another shape."""
+        own = self.state_dict()
+        wrong = [name for name in own if name not in state or state[name].shape != own[name].shape]
+        if wrong or len(state) != len(own):
+            raise ValueError(
+                f"These are not the moments of {len(self.parameters)} such parameters: {wrong or list(state)}."
+            )
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
