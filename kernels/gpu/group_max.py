@@ -120,7 +120,7 @@ def group_max(
     """
     rows, K = a.shape
     target = launch.target_of(a.device)
-    tile = TILES[target]
+    tile = tile_of(target, a.element_size())
     arguments = constexprs(K, b.shape[0], n_groups, magnitude, tile, a.element_size())
     maxima = torch.empty((rows, n_groups), dtype=torch.float32, device=a.device)
     for part in launch.resident_parts(rows, K * a.element_size(), launch.usable_cache(target)):
@@ -130,27 +130,31 @@ def group_max(
     return maxima
 
 
+def tile_of(target: str, itemsize: int) -> Tile:
+    """The tile for bf16 or fp32 operands; exact fp32 products leave the tensor cores of NVIDIA's chips and need registers."""
+    return TILES["sm_80"] if itemsize == 4 and target.startswith("sm_") else TILES[target]
+
+
 def production_specs() -> list[KernelSpec]:
     """This kernel at the compile report's shapes, with each target's own tile."""
-    return [
-        _spec(f"group_max[{shape.label}]", shape, target) for target in launch.TARGETS for shape in launch.SCREEN_SHAPES
-    ]
+    return [_spec(*case) for case in launch.screen_cases()]
 
 
-def _spec(name: str, shape: launch.ScreenShape, target: str) -> KernelSpec:
-    tile, row_bytes = TILES[target], shape.K * 2
-    arguments = constexprs(shape.K, shape.d_sae, shape.n_groups, False, tile, 2) | {"WIDEN": False}
+def _spec(shape: launch.ScreenShape, target: str, dtype: str) -> KernelSpec:
+    itemsize = launch.ITEMSIZE[dtype]
+    tile, row_bytes = tile_of(target, itemsize), shape.K * itemsize
+    arguments = constexprs(shape.K, shape.d_sae, shape.n_groups, False, tile, itemsize) | {"WIDEN": False}
     traffic = Product(shape.rows * row_bytes, shape.d_sae * row_bytes, once_bytes=shape.rows * shape.n_groups * 4)
     return KernelSpec(
-        name=name,
+        name=f"group_max[{shape.label}-{dtype}]",
         fn=_group_max_fwd_kernel,
-        signature={"a_ptr": "*bf16", "b_ptr": "*bf16", "maxima_ptr": "*fp32", "rows": "i32"},
+        signature={"a_ptr": f"*{dtype}", "b_ptr": f"*{dtype}", "maxima_ptr": "*fp32", "rows": "i32"},
         constexprs=arguments,
         **tile.options,
         hbm_bytes=lambda cache: traffic.a_resident(len(launch.resident_parts(shape.rows, row_bytes, cache))),
         least_bytes=traffic.least,
         compulsory_bytes=traffic.compulsory,
         tile=(tile.rows, arguments["BLOCK_G"] * arguments["BLOCK_MEMBERS"]),
-        tensor_cores=True,
+        tensor_cores=dtype == "bf16",
         targets=(target,),
     )

@@ -137,29 +137,25 @@ def constexprs(K: int, d_sae: int, n_groups: int, magnitude: bool, tile: Tile, i
 
 def production_specs() -> list[KernelSpec]:
     """This kernel at the compile report's shapes, k pairs a row, with each target's own tile."""
-    return [
-        _spec(f"grouped_product[{shape.label}]", shape, target)
-        for target in launch.TARGETS
-        for shape in launch.SCREEN_SHAPES
-    ]
+    return [_spec(*case) for case in launch.screen_cases()]
 
 
-def _spec(name: str, shape: launch.ScreenShape, target: str) -> KernelSpec:
-    tile = TILES[target]
-    row_bytes, n_pairs, d_sae = shape.K * 2, shape.rows * shape.k, shape.d_sae
+def _spec(shape: launch.ScreenShape, target: str, dtype: str) -> KernelSpec:
+    tile, itemsize = TILES[target], launch.ITEMSIZE[dtype]
+    row_bytes, n_pairs, d_sae = shape.K * itemsize, shape.rows * shape.k, shape.d_sae
     words = launch.ceil_div(launch.ceil_div(d_sae, shape.n_groups), 32)
     traffic = Product(shape.rows * row_bytes, d_sae * row_bytes, once_bytes=n_pairs * (words + 1) * 4)
     lists = dict.fromkeys(("pair_rows_ptr", "tile_groups_ptr", "tile_starts_ptr", "tile_ends_ptr"), "*i32")
     return KernelSpec(
-        name=name,
+        name=f"grouped_product[{shape.label}-{dtype}]",
         fn=_grouped_product_fwd_kernel,
-        signature={"a_ptr": "*bf16", "b_ptr": "*bf16", "floor_ptr": "*fp32", **lists, "masks_ptr": "*i32"},
-        constexprs=constexprs(shape.K, d_sae, shape.n_groups, False, tile, 2) | {"WIDEN": False},
+        signature={"a_ptr": f"*{dtype}", "b_ptr": f"*{dtype}", "floor_ptr": "*fp32", **lists, "masks_ptr": "*i32"},
+        constexprs=constexprs(shape.K, d_sae, shape.n_groups, False, tile, itemsize) | {"WIDEN": False},
         **tile.options,
         hbm_bytes=lambda cache: traffic.a_resident(len(launch.resident_parts(shape.rows, row_bytes, cache))),
         least_bytes=traffic.least,
         compulsory_bytes=traffic.compulsory,
         tile=(tile.rows, tile.columns),
-        tensor_cores=True,
+        tensor_cores=dtype == "bf16",
         targets=(target,),
     )

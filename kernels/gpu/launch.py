@@ -93,6 +93,15 @@ class ScreenShape:
 SCREEN_SHAPES = (ScreenShape(8192, 4096, 131072, 2048, 64), ScreenShape(2048, 576, 8192, 256, 32))
 
 
+def screen_cases() -> list[tuple[ScreenShape, str, str]]:
+    """(shape, target, dtype) of everything that the report compiles of a `Screen`: fp32 only at the largest shape."""
+    cases = [(shape, "bf16") for shape in SCREEN_SHAPES] + [(SCREEN_SHAPES[0], "fp32")]
+    return [(shape, target, dtype) for target in TARGETS for shape, dtype in cases]
+
+
+ITEMSIZE = {"bf16": 2, "fp32": 4}
+
+
 def target_of(device: torch.device) -> str:
     """The name, among `CACHE_MIB`, of the target whose tiles fit a device."""
     if device.type == "cpu":
