@@ -173,7 +173,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_no_tensor_of_rows_times_features_is_made():
-    rows, d_sae, n_groups, k = 48, 512, 64, 4
+    rows, d_sae, n_groups, k = 32, 256, 32, 4
     assert k * d_sae // n_groups < d_sae / 4
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(n, 4, generator=generator).bfloat16().to(DEVICE) for n in (rows, d_sae))
