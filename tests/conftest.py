@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # before anything imports triton: its kernels then run in numpy, on CPU tensors
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # No test may reach the real hub: the hub tests set their own endpoint in a subprocess.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -91,6 +94,34 @@ def smollm2():
     from saelab.models import load_model
 
     return load_model("smollm2")
+
+
+@pytest.fixture
+def reversed_grid(monkeypatch):
+    """Triton's interpreter runs the programs of every launch in reverse order."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    forward = interpreter_builder.set_grid_idx
+
+    def backward(*index: int) -> None:
+        forward(*(n - 1 - i for n, i in zip(interpreter_builder.grid_dim, index, strict=True)))
+
+    monkeypatch.setattr(interpreter_builder, "set_grid_idx", backward)
+
+
+@pytest.fixture
+def poisoned_empty(monkeypatch):
+    """`torch.empty` and `torch.empty_like` give NaN, or the largest integer: whatever is not written shows."""
+
+    def poison(make):
+        def poisoned(*args, **kwargs):
+            out = make(*args, **kwargs)
+            return out.fill_(float("nan") if out.is_floating_point() else torch.iinfo(out.dtype).max)
+
+        return poisoned
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
 
 
 # Text that would run, break out, reorder or hide itself if a page forgot to escape it.

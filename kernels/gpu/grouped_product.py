@@ -1,0 +1,161 @@
+"""Chosen (row, group) pairs of a product, recomputed: which members of the group reach the row's floor.
+
+A grouped GEMM, as in a mixture of experts: the pairs come sorted by group, a tile takes up to BLOCK_M rows of one group,
+gathered by id, times the group's members. Not the scores leave the kernel but one bit each: a 32-bit word for 32 members
+of a pair, member `32 w + i` in bit i of word w.
+
+Launch order: a caller passes the pairs of one super-block of rows, which stays in the last-level cache and is gathered
+from there; within a launch the groups follow one another, so that `b` is read from device memory once per super-block,
+however many tiles a group has.
+"""
+
+from __future__ import annotations
+
+from typing import no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saelab.kernels.bench.hbm_model import Product
+from saelab.kernels.gpu import launch
+from saelab.kernels.gpu.group_max import tile_product
+from saelab.kernels.gpu.launch import KernelSpec, Tile
+
+# About 100 rows of a super-block take part in a group: small tiles waste few rows.
+TILES = {
+    "sm_80": Tile(64, 64, 64, num_warps=4, num_stages=3),
+    "sm_90": Tile(64, 64, 64, num_warps=4, num_stages=4),
+    "sm_100": Tile(64, 64, 64, num_warps=4, num_stages=4),
+    "gfx942": Tile(64, 64, 64, num_warps=4, num_stages=2),
+    launch.SMALL_TILES: Tile(16, 32, 16, num_warps=1, num_stages=1),
+}
+
+
+@triton.jit
+@no_type_check
+def _grouped_product_fwd_kernel(
+    a_ptr,
+    b_ptr,
+    floor_ptr,
+    pair_rows_ptr,
+    tile_groups_ptr,
+    tile_starts_ptr,
+    tile_ends_ptr,
+    masks_ptr,
+    K: tl.constexpr,
+    D_SAE: tl.constexpr,
+    N_GROUPS: tl.constexpr,
+    MAGNITUDE: tl.constexpr,
+    WIDEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    WORDS: tl.constexpr = ((D_SAE + N_GROUPS - 1) // N_GROUPS + 31) // 32
+    BLOCK_W: tl.constexpr = BLOCK_N // 32
+    tile = tl.program_id(0)
+    group = tl.load(tile_groups_ptr + tile).to(tl.int64)
+    pair = tl.load(tile_starts_ptr + tile).to(tl.int64) + tl.arange(0, BLOCK_M)
+    taken = pair < tl.load(tile_ends_ptr + tile)
+    row = tl.load(pair_rows_ptr + pair, mask=taken, other=0).to(tl.int64)
+    floor = tl.load(floor_ptr + row, mask=taken, other=float("inf"))
+    feature = group + (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64) * N_GROUPS
+    present = feature < D_SAE
+    u = tile_product(a_ptr + row * K, b_ptr + feature * K, taken, present, K, WIDEN, BLOCK_M, BLOCK_N, BLOCK_K)
+    if MAGNITUDE:
+        u = tl.abs(u)
+    hit = ((u >= floor[:, None]) & present[None, :]).to(tl.int32)
+    bit = hit << (tl.arange(0, BLOCK_N) % 32)[None, :]
+    words = tl.sum(tl.reshape(bit, (BLOCK_M, BLOCK_W, 32)), axis=2)  # distinct bits: their sum is their union
+    word = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+    tl.store(masks_ptr + pair[:, None] * WORDS + word[None, :], words, mask=taken[:, None] & (word < WORDS)[None, :])
+
+
+def grouped_product(
+    a: Float[Tensor, "rows K"],
+    b: Float[Tensor, "d_sae K"],
+    floor: Float[Tensor, " rows"],
+    pair_groups: Int[Tensor, " n_pairs"],
+    pair_rows: Int[Tensor, " n_pairs"],
+    n_groups: int,
+    magnitude: bool = False,
+) -> Int[Tensor, "n_pairs words"]:
+    """32-bit hit masks of (row, group) pairs, sorted by group: bit i of word w says `u >= floor[row]` of member 32 w + i.
+
+    `u` is `a @ b.T` (or its absolute value), member m of a group is feature `group + m * n_groups`. Operands as in
+    `group_max`; members that do not exist never hit.
+    """
+    n_pairs, K = pair_rows.numel(), a.shape[1]
+    members = launch.ceil_div(b.shape[0], n_groups)
+    masks = torch.empty((n_pairs, launch.ceil_div(members, 32)), dtype=torch.int32, device=a.device)
+    if n_pairs == 0:
+        return masks
+    tile = TILES[launch.target_of(a.device)]
+    groups, starts, ends = _tiles_of(pair_groups, n_groups, tile.rows)
+    arguments = constexprs(K, b.shape[0], n_groups, magnitude, tile, a.element_size())
+    _grouped_product_fwd_kernel[(groups.numel(), launch.ceil_div(members, tile.columns))](
+        a,
+        b,
+        floor,
+        pair_rows.int(),
+        groups,
+        starts,
+        ends,
+        masks,
+        **arguments,
+        **tile.options,
+    )
+    return masks
+
+
+def _tiles_of(pair_groups: Tensor, n_groups: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Cut each group's run of pairs into tiles of at most `block`: the tiles' groups, first pairs and ends, int32."""
+    ends = torch.searchsorted(pair_groups, torch.arange(n_groups, device=pair_groups.device), right=True)
+    counts = ends.diff(prepend=ends.new_zeros(1))
+    tiles = (counts + block - 1) // block
+    groups = torch.repeat_interleave(tiles)
+    nth = torch.arange(groups.numel(), device=groups.device) - (tiles.cumsum(0) - tiles)[groups]
+    return groups.int(), ((ends - counts)[groups] + nth * block).int(), ends[groups].int()
+
+
+def constexprs(K: int, d_sae: int, n_groups: int, magnitude: bool, tile: Tile, itemsize: int) -> dict[str, int]:
+    """The compile-time arguments: a model's shape, but never the number of rows or pairs."""
+    return {
+        "K": K,
+        "D_SAE": d_sae,
+        "N_GROUPS": n_groups,
+        "MAGNITUDE": magnitude,
+        "WIDEN": launch.INTERPRETED,
+        "BLOCK_M": tile.rows,
+        "BLOCK_N": tile.columns,
+        "BLOCK_K": tile.depth_of(itemsize),
+    }
+
+
+def production_specs() -> list[KernelSpec]:
+    """This kernel at the compile report's shapes, k pairs a row, with each target's own tile."""
+    return [_spec(*case) for case in launch.screen_cases()]
+
+
+def _spec(shape: launch.ScreenShape, target: str, dtype: str) -> KernelSpec:
+    tile, itemsize = TILES[target], launch.ITEMSIZE[dtype]
+    row_bytes, n_pairs, d_sae = shape.K * itemsize, shape.rows * shape.k, shape.d_sae
+    words = launch.ceil_div(launch.ceil_div(d_sae, shape.n_groups), 32)
+    traffic = Product(shape.rows * row_bytes, d_sae * row_bytes, once_bytes=n_pairs * (words + 1) * 4)
+    lists = dict.fromkeys(("pair_rows_ptr", "tile_groups_ptr", "tile_starts_ptr", "tile_ends_ptr"), "*i32")
+    return KernelSpec(
+        name=f"grouped_product[{shape.label}-{dtype}]",
+        fn=_grouped_product_fwd_kernel,
+        signature={"a_ptr": f"*{dtype}", "b_ptr": f"*{dtype}", "floor_ptr": "*fp32", **lists, "masks_ptr": "*i32"},
+        constexprs=constexprs(shape.K, d_sae, shape.n_groups, False, tile, itemsize) | {"WIDEN": False},
+        **tile.options,
+        hbm_bytes=lambda cache: traffic.a_resident(len(launch.resident_parts(shape.rows, row_bytes, cache))),
+        least_bytes=traffic.least,
+        compulsory_bytes=traffic.compulsory,
+        tile=(tile.rows, tile.columns),
+        tensor_cores=dtype == "bf16",
+        targets=(target,),
+    )
