@@ -73,6 +73,14 @@ def test_rows_that_do_not_fire_are_not_touched(device):
     assert torch.equal(bits(acts, spoiled, bias, target), bits(acts, W, bias, target))
 
 
+def test_a_value_that_is_not_finite_spoils_only_its_row(device):
+    _, acts, W, bias, target = make(device, 4, 11, 33, 0.5)
+    values = acts.values.clone()
+    values[acts.rows == 1] = float("nan")
+    got = bag_sum(values, acts.features, acts.offsets, W, bias, target)
+    assert bool(got[1].isnan().all()) and not bool(got[[0, 2, 3]].isnan().any())
+
+
 def test_bf16_weights_and_strided_inputs(device):
     dense, acts, W, bias, target = make(device, 5, 13, 70, 0.5)
     strided = target.T.contiguous().T

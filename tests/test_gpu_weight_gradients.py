@@ -93,6 +93,13 @@ def test_no_program_adds_more_than_a_chunk(device, monkeypatch):
     assert (module._add_extra_chunks_kernel, (int((dense != 0).sum()) // CHUNK, 1)) in launches
 
 
+def test_extra_chunks_by_hand(device):
+    """Entries 128, 0, 300, 129: none, none, two and one chunks beyond the first; there could have been four."""
+    owners, extra_offsets = module._extra_chunks(torch.tensor([0, 128, 128, 428, 557], device=device), 557)
+    assert owners.tolist() == [2, 2, 3, 4]
+    assert extra_offsets.tolist() == [0, 0, 0, 2, 3]
+
+
 def test_bits_repeat_in_any_order_of_programs(device, reversed_grid, monkeypatch):
     monkeypatch.setattr(module, "CHUNK", 2)
     dense, g = make(device, 9, 5, 300, 0.7)
