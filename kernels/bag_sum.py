@@ -21,4 +21,4 @@ def bag_sum(
     W: Float[Tensor, "n_rows width"],
 ) -> Float[Tensor, "bags width"]:
     """`out[i] = sum over entries j of bag i of values[j] * W[rows[j]]`; an empty bag gives zeros. No gradient."""
-    return backend(W.device).bag_sum(values.detach(), rows, offsets, W.detach())
+    return backend(W).bag_sum(values.detach(), rows, offsets, W.detach())

@@ -62,7 +62,7 @@ def find_candidates(
 def screens(operands: Operands, magnitude: bool, min_groups: int) -> Iterator[tuple[slice, Any]]:
     """A screen for each chunk of rows (one, empty, for no rows)."""
     a, b = operands.a, operands.b
-    code = backend(a.device)
+    code = backend(a)
     step = code.rows_at_once(b.shape[0], a.dtype)
     for start in range(0, max(a.shape[0], 1), step):
         rows = slice(start, min(start + step, a.shape[0]))

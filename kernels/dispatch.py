@@ -1,4 +1,4 @@
-"""Which code runs an op: Triton on a GPU, PyTorch elsewhere. Decided once a device type, forced by `SAELAB_KERNELS`.
+"""Which code runs an op: Triton on a GPU, PyTorch elsewhere. Decided by the device, forced by `SAELAB_KERNELS`.
 
 `SAELAB_KERNELS=auto` (the default), `torch`, `triton` or `reference`; it is read when the first op runs. Under
 `reference` the ops are the dense formulas of `kernels/reference`. Triton is imported only where it is used.
@@ -30,18 +30,31 @@ class Backend(NamedTuple):
     """How many rows one screen may take."""
     sampled_product: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     """`(x, W, features, offsets)`: `<x[row], W[feature]>` at the pairs, each by itself."""
-    bag_sum: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    bag_sum: Callable[..., Tensor]
     """`(values, rows, offsets, W)`: weighted sums of rows of W."""
+    weight_gradients: Callable[..., Tensor]
+    """`(acts, values, g)`: `S.T @ g`."""
+    bias_gradient: Callable[..., Tensor]
+    """`(acts, values)`: the sum at each feature."""
+    project_: Callable[[Tensor, Tensor], None]
+    """`(gradient, W)`: take out each row's part along the row of W."""
+    unit_norm_: Callable[[Tensor], None]
+    """`(W)`: rows to norm 1."""
 
 
-def backend(device: torch.device) -> Backend:
-    """The code for tensors on `device`. Raises `ValueError` when `SAELAB_KERNELS` says something unknown."""
-    return _load(backend_name(device.type))
+def backend(tensor: Tensor) -> Backend:
+    """The code for a tensor. Raises `ValueError` when `SAELAB_KERNELS` says something unknown.
+
+    Triton computes in float32: float64, for checking, always goes through PyTorch.
+    """
+    name = backend_name(tensor)
+    return _load("torch" if name == "triton" and tensor.dtype == torch.float64 else name)
 
 
-def backend_name(device_type: str) -> str:
+def backend_name(tensor: Tensor) -> str:
     """ "torch", "triton" or "reference"."""
-    return _forced[-1] if _forced else _choose(device_type)
+    name = _forced[-1] if _forced else _chosen()
+    return name if name != "auto" else ("triton" if tensor.device.type == "cuda" else "torch")
 
 
 @contextmanager
@@ -55,9 +68,8 @@ def using(name: str) -> Iterator[None]:
 
 
 @cache
-def _choose(device_type: str) -> str:
-    name = _checked(os.environ.get(VARIABLE, "auto"))
-    return name if name != "auto" else ("triton" if device_type == "cuda" else "torch")
+def _chosen() -> str:
+    return _checked(os.environ.get(VARIABLE, "auto"))
 
 
 def _checked(name: str) -> str:
@@ -69,12 +81,16 @@ def _checked(name: str) -> str:
 @cache
 def _load(name: str) -> Backend:
     if name == "triton":
-        from saelab.kernels import gpu
+        from saelab.kernels.gpu import bag_sum, rows, sampled_product, weight_gradients
+        from saelab.kernels.gpu import operands as screen
+    else:
+        from saelab.kernels.cpu import bag_sum, rows, sampled_product, screen, weight_gradients
 
-        return Backend(name, gpu.Screen, gpu.rows_at_once, gpu.sampled_product, gpu.bag_sum)
-    from saelab.kernels.cpu import bag_sum, sampled_product, screen
-
-    return Backend(name, screen.Screen, screen.rows_at_once, sampled_product.sampled_product, bag_sum.bag_sum)
+    return Backend(
+        name,
+        *(screen.Screen, screen.rows_at_once, sampled_product.sampled_product, bag_sum.bag_sum),
+        *(weight_gradients.weight_gradients, weight_gradients.bias_gradient, rows.project_, rows.unit_norm_),
+    )
 
 
 @cache

@@ -39,7 +39,7 @@ def encode_batch_topk(
     check_score(score, norms)
     if not 0 <= n_kept <= x.shape[0] * W_enc.shape[0]:
         raise ValueError(f"n_kept={n_kept} must be between 0 and batch * d_sae = {x.shape[0] * W_enc.shape[0]}.")
-    if backend_name(x.device.type) == "reference":
+    if backend_name(x) == "reference":
         return SparseActs.from_dense(encode_batch_topk_reference(x, W_enc, b_enc, n_kept, score, norms))
     with torch.no_grad():
         acts = _select(x.detach(), W_enc.detach(), b_enc.detach(), n_kept, score, norms)

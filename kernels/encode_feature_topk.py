@@ -33,7 +33,7 @@ def encode_feature_topk(
     """
     if int(places.min()) < 0 or int(places.max()) > len(x):
         raise ValueError(f"places run from {int(places.min())} to {int(places.max())}; allowed is 0 to batch={len(x)}.")
-    if backend_name(x.device.type) == "reference":
+    if backend_name(x) == "reference":
         return SparseActs.from_dense(encode_feature_topk_reference(x, W_enc, b_enc, places))
     with torch.no_grad():
         acts = _select(x.detach(), W_enc.detach(), b_enc.detach(), places)

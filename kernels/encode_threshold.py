@@ -33,7 +33,7 @@ def encode_threshold(
     that its gradient can touch (`jump_relu`). Differentiable in `x`, `W_enc` and `b_enc` through the kept values.
     A row's code is the same alone and in any batch, bit for bit.
     """
-    if backend_name(x.device.type) == "reference":
+    if backend_name(x) == "reference":
         return SparseActs.from_dense(encode_threshold_reference(x, W_enc, b_enc, threshold, band))
     with torch.no_grad():
         floor = torch.as_tensor(threshold, dtype=x.dtype, device=x.device).detach() - band

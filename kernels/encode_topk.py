@@ -41,7 +41,7 @@ def encode_topk(
     `b_enc` and `center` through the kept values. A row's code is the same alone and in any batch, bit for bit.
     """
     check_score(score, norms)
-    if backend_name(x.device.type) == "reference":
+    if backend_name(x) == "reference":
         x = x if center is None else x - center
         return SparseActs.from_dense(encode_topk_reference(x, W_enc, b_enc, k, score, norms))
     with torch.no_grad():

@@ -21,4 +21,4 @@ def sampled_product(
     offsets: Int[Tensor, " batch_plus_1"],
 ) -> Float[Tensor, " nnz"]:
     """`values[j] = <x[row of j], W[features[j]]>`; ids ascend within each row. No gradient."""
-    return backend(x.device).sampled_product(x.detach(), W.detach(), features, offsets)
+    return backend(x).sampled_product(x.detach(), W.detach(), features, offsets)

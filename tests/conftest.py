@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():  # before anything imports triton: its kernels then run in numpy, on CPU tensors
-    os.environ["TRITON_INTERPRET"] = "1"
+# Without a GPU the Triton kernels run in Triton's interpreter, which has to be chosen before triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # No test may reach the real hub: the hub tests set their own endpoint in a subprocess.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -96,34 +98,6 @@ def smollm2():
     return load_model("smollm2")
 
 
-@pytest.fixture
-def reversed_grid(monkeypatch):
-    """Triton's interpreter runs the programs of every launch in reverse order."""
-    from triton.runtime.interpreter import interpreter_builder
-
-    forward = interpreter_builder.set_grid_idx
-
-    def backward(*index: int) -> None:
-        forward(*(n - 1 - i for n, i in zip(interpreter_builder.grid_dim, index, strict=True)))
-
-    monkeypatch.setattr(interpreter_builder, "set_grid_idx", backward)
-
-
-@pytest.fixture
-def poisoned_empty(monkeypatch):
-    """`torch.empty` and `torch.empty_like` give NaN, or the largest integer: whatever is not written shows."""
-
-    def poison(make):
-        def poisoned(*args, **kwargs):
-            out = make(*args, **kwargs)
-            return out.fill_(float("nan") if out.is_floating_point() else torch.iinfo(out.dtype).max)
-
-        return poisoned
-
-    for name in ("empty", "empty_like"):
-        monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
-
-
 # Text that would run, break out, reorder or hide itself if a page forgot to escape it.
 HOSTILE = [
     "<script>alert('saelab-1')</script>",
@@ -160,3 +134,44 @@ def hostile_run(tmp_path_factory, tiny_lm) -> Path:
     saelab.evaluate(sae, tiny_lm, n_tokens_ce=512, progress=False).save(folder / "report.json")
     saelab.collect_features(sae, tiny_lm, out_dir=folder / "features", progress=False)
     return folder
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where the Triton kernels run: compiled on a GPU, else in the interpreter."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def poisoned_empty(monkeypatch):
+    """Uninitialised memory is NaN, or the largest integer: an element that nobody wrote shows, and so does its use."""
+
+    def poisoned(allocate):
+        def filled(*args, **kwargs):
+            out = allocate(*args, **kwargs)
+            if out.dtype == torch.bool:
+                return out.fill_(True)
+            return out.fill_(float("nan") if out.is_floating_point() else torch.iinfo(out.dtype).max)
+
+        return filled
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+
+
+@pytest.fixture
+def reversed_grid():
+    """`with reversed_grid():` the interpreter runs the programs of a launch from the last to the first."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("only the interpreter's order of programs can be chosen")
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    @contextlib.contextmanager
+    def backwards():
+        forwards = builder.set_grid_idx
+        with pytest.MonkeyPatch.context() as patch:
+            place = lambda *ids: forwards(*(n - 1 - i for n, i in zip(builder.grid_dim, ids, strict=True)))  # noqa: E731
+            patch.setattr(builder, "set_grid_idx", place)
+            yield
+
+    return backwards

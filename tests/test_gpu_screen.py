@@ -130,11 +130,10 @@ def test_two_runs_have_the_same_bits():
     assert all(torch.equal(x, y) for x, y in zip(run_everything(), run_everything(), strict=True))
 
 
-@pytest.mark.skipif(not launch.INTERPRETED, reason="only the interpreter's grid can be reversed")
-def test_the_order_of_the_programs_changes_no_bit(request):
+def test_the_order_of_the_programs_changes_no_bit(reversed_grid):
     want = run_everything()
-    request.getfixturevalue("reversed_grid")
-    assert all(torch.equal(x, y) for x, y in zip(run_everything(), want, strict=True))
+    with reversed_grid():
+        assert all(torch.equal(x, y) for x, y in zip(run_everything(), want, strict=True))
 
 
 def test_super_blocks_change_no_bit(monkeypatch):

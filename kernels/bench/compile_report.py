@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-MODULES = ("group_max", "grouped_product")
+MODULES = ("group_max", "grouped_product", "sampled_product", "bag_sum", "weight_gradients", "rows")
 """Modules of `kernels/gpu`; each lists its kernels in `production_specs()`."""
 
 TARGETS = {

@@ -21,6 +21,8 @@ _PARTS = 2  # numpy leaves the interpreter lock alone while it compares
 
 def places_not_below(table: Tensor, floor: Tensor) -> Int[Tensor, " n"]:
     """Flat positions, ascending, of the entries of `table (rows, 64 * n)` that are `floor (rows)` or more."""
+    if table.device.type != "cpu":
+        return (table >= floor[:, None]).view(-1).nonzero().squeeze(1)
     rows, columns = table.shape
     words = WORKSPACE.take("words", (rows, columns // 64), torch.int64).numpy().view(np.uint64)
     values, least = table.numpy(), floor[:, None].numpy()

@@ -37,7 +37,7 @@ class Screen:
         rows, columns = a.shape[0], b.shape[0]
         self._members = _MEMBERS if columns >= 4 * _MEMBERS * min_groups else 1
         padded = -(-columns // _WORD) * _WORD
-        buffer = WORKSPACE.take("scores", (rows, padded), a.dtype)
+        buffer = WORKSPACE.take("scores", (rows, padded), a.dtype, a.device)
         product = buffer[:, :columns]
         torch.mm(a, b.T, out=product) if bias is None else torch.addmm(bias, a, b.T, out=product)
         if magnitude:
@@ -53,7 +53,7 @@ class Screen:
         if self._members == 1:
             return self._entries
         n_groups = columns // self._members
-        out = WORKSPACE.take("maxima", (rows, n_groups), self._entries.dtype)
+        out = WORKSPACE.take("maxima", (rows, n_groups), self._entries.dtype, self._entries.device)
         return torch.amax(self._entries.view(rows, self._members, n_groups), 1, out=out)
 
     @property
@@ -77,5 +77,5 @@ class Screen:
             floor = (floor * (1 - _STEP)).to(torch.bfloat16).view(torch.int16)
         rows, columns = self._entries.shape
         keys = places_not_below(self._entries, floor)
-        offsets = torch.searchsorted(keys, torch.arange(0, (rows + 1) * columns, columns))
+        offsets = torch.searchsorted(keys, torch.arange(0, (rows + 1) * columns, columns, device=keys.device))
         return keys % columns, offsets

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from triton import knobs
 
 INTERPRETED = bool(knobs.runtime.interpret)
@@ -134,3 +136,65 @@ def resident_parts(rows: int, row_bytes: int, cache: int) -> list[slice]:
     share = ceil_div(rows, ceil_div(rows, fitting))
     step = ceil_div(share, PART_BLOCK) * PART_BLOCK
     return [slice(start, min(rows, start + step)) for start in range(0, rows, step)]
+
+
+class Shape(NamedTuple):
+    """A training step's sizes, for the compile report."""
+
+    batch: int
+    d_in: int
+    d_sae: int
+    k: int
+
+
+PRODUCTION = Shape(batch=8192, d_in=4096, d_sae=131072, k=64)
+SMALL = Shape(batch=2048, d_in=576, d_sae=8192, k=32)
+
+
+def packed(tensor: Tensor) -> Tensor:
+    """The tensor, contiguous and 16-byte aligned; itself where it already is.
+
+    Triton lays a tile out over threads by the strides and alignments it is promised, and the layout decides the order
+    of a sum. Packed operands leave the shape alone to decide it: a row has the same bits wherever it came from.
+    """
+    assert tensor.dtype != torch.float64, "the Triton kernels compute in fp32"
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, **constexprs: int) -> None:
+    """Run `kernel` on the device of its first tensor, which need not be the current one; an empty grid runs nothing."""
+    if all(grid):
+        with torch.cuda.device_of(args[0]):
+            kernel[grid](*args, num_warps=num_warps, **constexprs)
+
+
+def kernel_spec(
+    name: str,
+    fn: Any,
+    types: str,
+    constexprs: dict[str, int],
+    num_warps: int,
+    compulsory_bytes: int,
+    hbm_bytes: Callable[[int], int] | None = None,
+    least_bytes: Callable[[int], int] | None = None,
+) -> KernelSpec:
+    """A `KernelSpec` without tensor cores; `types` in the order of the arguments, before the constexprs.
+
+    A kernel that reads and writes everything once, whatever the cache, gives its compulsory bytes alone.
+    """
+    run_time = [argument for argument in inspect.signature(fn.fn).parameters if argument not in constexprs]
+    signature = dict(zip(run_time, types.split(), strict=True)) | dict.fromkeys(constexprs, "constexpr")
+    return KernelSpec(
+        name=name,
+        fn=fn,
+        signature=signature,
+        constexprs=constexprs,
+        num_warps=num_warps,
+        num_stages=2,
+        hbm_bytes=hbm_bytes or (lambda cache: compulsory_bytes),
+        least_bytes=least_bytes or (lambda cache: compulsory_bytes),
+        compulsory_bytes=compulsory_bytes,
+        tile=(constexprs.get("PAIRS", 1), constexprs.get("COLUMNS") or constexprs["BLOCK"]),
+        tensor_cores=False,
+    )

@@ -1,0 +1,22 @@
+"""Row-wise upkeep of a dictionary in PyTorch, a few rows at a time: each is read from memory once and no temporary is as
+large as the dictionary."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_ROWS = 256
+
+
+def project_(gradient: Tensor, W: Tensor) -> None:
+    """Remove the part of each row's gradient along that row."""
+    for g, w in zip(gradient.split(_ROWS), W.split(_ROWS), strict=True):
+        along = (g * w).sum(1, keepdim=True)
+        g.addcmul_(along, w, value=-1)
+
+
+def unit_norm_(W: Tensor) -> None:
+    """Scale each row to norm 1; a row of zeros stays."""
+    for w in W.split(_ROWS):
+        w /= torch.linalg.vector_norm(w, dim=1, keepdim=True).clamp_min(torch.finfo(W.dtype).eps)

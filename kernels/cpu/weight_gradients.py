@@ -1,0 +1,22 @@
+"""The weight gradients in PyTorch: bag sums over the entries of each feature."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from saelab.kernels.cpu.bag_sum import bag_sum
+from saelab.kernels.sparse_acts import SparseActs
+
+
+def weight_gradients(acts: SparseActs, values: Tensor, g: Tensor) -> Tensor:
+    """`out[f] = sum over entries j of feature f of values[j] * g[row of j]`."""
+    order, rows, offsets = acts.by_feature
+    return bag_sum(values[order], rows, offsets, g)
+
+
+def bias_gradient(acts: SparseActs, values: Tensor) -> Tensor:
+    """`out[f] = sum of the values at feature f`."""
+    if values.device.type == "cpu":
+        return values.new_zeros(acts.d_sae).index_add_(0, acts.features, values)  # one thread, one order
+    order, _, offsets = acts.by_feature
+    return bag_sum(values[order], order.new_zeros(order.numel()), offsets, values.new_ones(1, 1)).squeeze(1)

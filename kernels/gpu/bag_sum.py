@@ -1,0 +1,160 @@
+"""`bag_sum` in Triton: each row's weighted sum of the rows of `W` that fire, with bias, target and loss in its epilogue.
+
+Launch order: d_in is cut into tiles, the slowest grid axis, just wide enough that a tile of `W` stays in the cache (32
+fp32 columns, 17 MB, at d_sae 131072). Within a tile the batch's rows are walked in order: each gathers from the cache,
+so `W` is read from memory once, where whole rows would be read k * batch / d_sae times. The ids and values (6 MB) are
+few enough to stay in the cache beside the tile. Every output element is one sum in a fixed order, written once.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, no_type_check, overload
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saelab.kernels.gpu.launch import PRODUCTION, SMALL, KernelSpec, Shape, ceil_div, kernel_spec, launch, packed
+from saelab.kernels.gpu.sampled_product import CACHE_BYTES, sum_slices
+
+_TILE = 2048
+"""Elements of `W` that a program gathers at a time: fewer pairs of a wider tile, or more of a narrower one."""
+_WARPS = 2
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+@no_type_check
+def _bag_sum_fwd_kernel(
+    values_ptr,
+    features_ptr,
+    offsets_ptr,
+    W_ptr,
+    bias_ptr,
+    target_ptr,
+    out_ptr,
+    squares_ptr,
+    n_rows,
+    d_in,
+    PAIRS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    columns = tile * COLUMNS + tl.arange(0, COLUMNS)
+    inside = columns < d_in
+    last = tl.load(offsets_ptr + row + 1)
+    sums = tl.zeros([PAIRS, COLUMNS], tl.float32)
+    for first in range(tl.load(offsets_ptr + row), last, PAIRS):
+        pairs = first + tl.arange(0, PAIRS)
+        values = tl.load(values_ptr + pairs, mask=pairs < last, other=0.0)
+        features = tl.load(features_ptr + pairs, mask=pairs < last, other=0).to(tl.int64)
+        gathered = features[:, None] * d_in + columns[None, :]
+        w = tl.load(W_ptr + gathered, mask=(pairs < last)[:, None] & inside[None, :], other=0.0)
+        sums += values[:, None] * w.to(tl.float32)
+    out = tl.sum(sums, axis=0)
+    if bias_ptr is not None:
+        out += tl.load(bias_ptr + columns, mask=inside, other=0.0)
+    if target_ptr is not None:
+        out -= tl.load(target_ptr + row * d_in + columns, mask=inside, other=0.0)
+    tl.store(out_ptr + row * d_in + columns, out, mask=inside)
+    if squares_ptr is not None:
+        tl.store(squares_ptr + tile.to(tl.int64) * n_rows + row, tl.sum(out * out, axis=0))
+
+
+@overload
+def bag_sum(
+    values: Tensor,
+    features: Tensor,
+    offsets: Tensor,
+    W: Tensor,
+    bias: Tensor | None = None,
+    target: Tensor | None = None,
+    squares: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def bag_sum(
+    values: Tensor,
+    features: Tensor,
+    offsets: Tensor,
+    W: Tensor,
+    bias: Tensor | None = None,
+    target: Tensor | None = None,
+    *,
+    squares: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+def bag_sum(
+    values: Float[Tensor, " nnz"],
+    features: Int[Tensor, " nnz"],
+    offsets: Int[Tensor, " batch_plus_1"],
+    W: Float[Tensor, "m d_in"],
+    bias: Float[Tensor, " d_in"] | None = None,
+    target: Float[Tensor, "batch d_in"] | None = None,
+    squares: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`out[i] = sum over entries j of row i of values[j] * W[features[j]], + bias - target[i]`; `W` fp32 or bf16.
+
+    With `squares` also each row's `|out[i]|^2 (batch)`: of a reconstruction less its target, that is the loss.
+    """
+    n_rows, d_in = offsets.numel() - 1, W.shape[1]
+    columns = _columns(W.shape[0], d_in, W.element_size())
+    n_tiles = ceil_div(d_in, columns)
+    out = torch.empty(n_rows, d_in, dtype=torch.float32, device=W.device)
+    tile_squares = torch.empty(n_tiles, n_rows, dtype=torch.float32, device=W.device) if squares else None
+    launch(
+        _bag_sum_fwd_kernel,
+        (n_rows, n_tiles),
+        packed(values),
+        packed(features),
+        packed(offsets),
+        packed(W),
+        None if bias is None else packed(bias),
+        None if target is None else packed(target),
+        out,
+        tile_squares,
+        n_rows,
+        d_in,
+        PAIRS=_TILE // columns,
+        COLUMNS=columns,
+        num_warps=_WARPS,
+    )
+    return out if tile_squares is None else (out, sum_slices(tile_squares))
+
+
+def _columns(d_sae: int, d_in: int, element_size: int) -> int:
+    """The widest tile, 32 to 256 columns, of which `d_sae` rows fit the cache. Independent of the batch, as bits are."""
+    columns = 256
+    while columns > 32 and (d_sae * columns * element_size > CACHE_BYTES or columns >= 2 * d_in):
+        columns //= 2
+    return columns
+
+
+def production_specs() -> list[KernelSpec]:
+    """The compile report's entries: the decoder with bias, target and loss, at a large and at a small dictionary."""
+    return [_spec("bag_sum", PRODUCTION), _spec("bag_sum small", SMALL)]
+
+
+def _spec(name: str, shape: Shape) -> KernelSpec:
+    batch, d_in, d_sae, k = shape
+    nnz, columns = batch * k, _columns(d_sae, d_in, 4)
+    n_tiles = ceil_div(d_in, columns)
+    codes, dense = 12 * nnz + 8 * (batch + 1), 4 * d_in * (d_sae + 1 + 2 * batch)  # W, bias, target and out
+    squares = 8 * n_tiles * batch + 4 * batch  # written and read a tile, then the sums
+
+    def hbm_bytes(cache: int) -> int:
+        """Between two uses of an id lies all that one tile touches; of a row of `W`'s tile, no more than that."""
+        between_uses = dense // n_tiles + codes
+        refetched = 0 if between_uses <= cache else (n_tiles - 1) * codes
+        if 4 * d_sae * columns > cache:
+            refetched += 4 * max(0, nnz - d_sae) * d_in
+        return dense + squares + codes + refetched
+
+    return kernel_spec(
+        name,
+        _bag_sum_fwd_kernel,
+        "*fp32 *i64 *i64 *fp32 *fp32 *fp32 *fp32 *fp32 i32 i32",
+        {"PAIRS": _TILE // columns, "COLUMNS": columns},
+        _WARPS,
+        dense + codes + 4 * batch,  # also the least at any cache that holds the codes and a narrow enough tile
+        hbm_bytes,
+    )

@@ -1,0 +1,41 @@
+"""The screen of `kernels/cpu/screen.py` on the Triton path: the same questions, answered from group maxima alone."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saelab.kernels.gpu.screen import Screen as GroupScreen
+from saelab.kernels.rounding import Operands
+
+_MEMBERS = 32
+_MAXIMA = 1 << 28
+
+
+def rows_at_once(n_columns: int, dtype: torch.dtype) -> int:
+    """How many rows a screen may take, so that its maxima stay under 1 GiB."""
+    return max(1, _MAXIMA // max(1, -(-n_columns // _MEMBERS)))
+
+
+class Screen(GroupScreen):
+    """Group maxima of `a @ b.T + bias` and the pairs that reach a floor."""
+
+    def __init__(self, operands: Operands, magnitude: bool = False, min_groups: int = 1) -> None:
+        a, b = _with_bias(operands)
+        members = _MEMBERS if len(b) >= 4 * _MEMBERS * min_groups else 1
+        super().__init__(a, b, max(1, -(-len(b) // members)), magnitude)
+
+    def kth_maxima(self, k: int) -> Float[Tensor, " rows"]:
+        """Each row's k-th largest group maximum: a lower bound of its k-th largest entry."""
+        return self.maxima.topk(k, dim=1, sorted=False).values.amin(1)
+
+
+def _with_bias(operands: Operands) -> tuple[Tensor, Tensor]:
+    """Operands whose product holds the bias: one more column of each."""
+    a, b, bias = operands.a, operands.b, operands.bias
+    if bias is None:
+        return a, b
+    if bias.ndim == 2:  # one bias a row
+        return torch.cat([a, bias], 1), torch.cat([b, b.new_ones(len(b), 1)], 1)
+    return torch.cat([a, a.new_ones(len(a), 1)], 1), torch.cat([b, bias[:, None]], 1)

@@ -1,0 +1,202 @@
+"""`weight_gradients` in Triton: `S.T @ g`, each feature's row one sum over its entries in a fixed order; no atomics.
+
+Launch order: d_in is cut into tiles of 256 columns, the slowest grid axis, so that a tile of `g` (8 MB at batch 8192)
+stays in the cache while each entry gathers from it; the gradient, by far the larger, is written once and never read.
+A feature's first 128 entries make its row. Those beyond, as of a feature that fires on every token, are cut into extra
+chunks of 128, each a program of its own that writes a partial row; a second kernel adds those up, in order.
+"""
+
+from __future__ import annotations
+
+from typing import no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float
+from torch import Tensor
+
+from saelab.kernels.gpu.launch import PRODUCTION, KernelSpec, ceil_div, kernel_spec, launch, packed
+from saelab.kernels.sparse_acts import SparseActs, offsets_of
+
+CHUNK = 128
+"""Entries that one program adds up, at most."""
+_PAIRS = 8
+_COLUMNS = 256
+_BIAS_BLOCK = 128
+_WARPS = 2
+
+
+@triton.jit
+@no_type_check
+def _gathered_sum(values_ptr, rows_ptr, g_ptr, first, last, columns, d_in, PAIRS: tl.constexpr, COLUMNS: tl.constexpr):
+    """`sum over j in [first, last) of values[j] * g[rows[j], columns]`, PAIRS entries at a time."""
+    sums = tl.zeros([PAIRS, COLUMNS], tl.float32)
+    for start in range(first, last, PAIRS):
+        pairs = start + tl.arange(0, PAIRS)
+        values = tl.load(values_ptr + pairs, mask=pairs < last, other=0.0)
+        rows = tl.load(rows_ptr + pairs, mask=pairs < last, other=0).to(tl.int64)
+        inside = (pairs < last)[:, None] & (columns < d_in)[None, :]
+        sums += values[:, None] * tl.load(g_ptr + rows[:, None] * d_in + columns[None, :], mask=inside, other=0.0)
+    return tl.sum(sums, axis=0)
+
+
+@triton.jit(do_not_specialize=["n_features"])
+@no_type_check
+def _weight_gradients_kernel(
+    values_ptr,
+    rows_ptr,
+    offsets_ptr,
+    owners_ptr,
+    extra_offsets_ptr,
+    g_ptr,
+    out_ptr,
+    partials_ptr,
+    n_features,
+    d_in,
+    CHUNK: tl.constexpr,
+    PAIRS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Programs below `n_features` make the rows, from first chunks; those above make partial rows, from extra ones."""
+    program = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    extra = program - n_features  # negative for a first chunk
+    is_extra = extra >= 0
+    feature = tl.where(is_extra, tl.load(owners_ptr + extra, mask=is_extra, other=0), program)
+    if feature >= n_features:  # there are fewer extra chunks than there might have been
+        return
+    chunk = tl.where(is_extra, 1 + extra - tl.load(extra_offsets_ptr + feature), 0)
+    to_ptr = out_ptr + feature * d_in
+    if is_extra:
+        to_ptr = partials_ptr + extra * d_in
+    first = tl.load(offsets_ptr + feature) + chunk * CHUNK
+    last = tl.minimum(first + CHUNK, tl.load(offsets_ptr + feature + 1))
+    sums = _gathered_sum(values_ptr, rows_ptr, g_ptr, first, last, columns, d_in, PAIRS, COLUMNS)
+    tl.store(to_ptr + columns, sums, mask=columns < d_in)
+
+
+@triton.jit(do_not_specialize=["n_features"])
+@no_type_check
+def _add_extra_chunks_kernel(
+    owners_ptr, extra_offsets_ptr, partials_ptr, out_ptr, n_features, d_in, COLUMNS: tl.constexpr
+):
+    """The program of a feature's first extra chunk adds all its extra chunks to the feature's row, in order."""
+    extra = tl.program_id(0).to(tl.int64)
+    feature = tl.load(owners_ptr + extra)
+    if extra != tl.load(extra_offsets_ptr + feature, mask=feature < n_features, other=-1):
+        return
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = columns < d_in
+    sums = tl.load(out_ptr + feature * d_in + columns, mask=inside, other=0.0)
+    for chunk in range(extra, tl.load(extra_offsets_ptr + feature + 1)):
+        sums += tl.load(partials_ptr + chunk * d_in + columns, mask=inside, other=0.0)
+    tl.store(out_ptr + feature * d_in + columns, sums, mask=inside)
+
+
+@triton.jit
+@no_type_check
+def _bias_gradient_kernel(values_ptr, offsets_ptr, out_ptr, BLOCK: tl.constexpr):
+    feature = tl.program_id(0).to(tl.int64)
+    last = tl.load(offsets_ptr + feature + 1)
+    sums = tl.zeros([BLOCK], tl.float32)
+    for first in range(tl.load(offsets_ptr + feature), last, BLOCK):
+        entries = first + tl.arange(0, BLOCK)
+        sums += tl.load(values_ptr + entries, mask=entries < last, other=0.0)
+    tl.store(out_ptr + feature, tl.sum(sums, axis=0))
+
+
+def weight_gradients(
+    acts: SparseActs, values: Float[Tensor, " nnz"], g: Float[Tensor, "batch d_in"]
+) -> Float[Tensor, "d_sae d_in"]:
+    """`out[f] = sum over entries j of feature f of values[j] * g[row of j]`, on the pattern of `acts`; fp32."""
+    order, rows, offsets = acts.by_feature
+    m, d_in = acts.d_sae, g.shape[1]
+    owners, extra_offsets = _extra_chunks(offsets, acts.nnz)
+    n_extra, n_tiles = owners.numel(), ceil_div(d_in, _COLUMNS)
+    out = torch.empty(m, d_in, dtype=torch.float32, device=g.device)
+    partials = torch.empty(n_extra, d_in, dtype=torch.float32, device=g.device)
+    launch(
+        _weight_gradients_kernel,
+        (m + n_extra, n_tiles),
+        packed(values[order]),
+        packed(rows),
+        packed(offsets),
+        owners,
+        extra_offsets,
+        packed(g),
+        out,
+        partials,
+        m,
+        d_in,
+        CHUNK=CHUNK,
+        PAIRS=_PAIRS,
+        COLUMNS=_COLUMNS,
+        num_warps=_WARPS,
+    )
+    adding = (owners, extra_offsets, partials, out, m, d_in)
+    launch(_add_extra_chunks_kernel, (n_extra, n_tiles), *adding, COLUMNS=_COLUMNS, num_warps=_WARPS)
+    return out
+
+
+def _extra_chunks(offsets: Tensor, nnz: int) -> tuple[Tensor, Tensor]:
+    """The feature of each extra chunk, and where each feature's extra chunks begin.
+
+    There are `nnz // CHUNK` places for them, the most that there can be, so that nobody waits for a count from the GPU;
+    a place without a chunk belongs to the feature behind the last.
+    """
+    extra_offsets = offsets_of((offsets.diff() - 1).clamp_min(0) // CHUNK)
+    places = torch.arange(nnz // CHUNK, device=offsets.device)
+    return torch.searchsorted(extra_offsets, places, right=True) - 1, extra_offsets
+
+
+def bias_gradient(acts: SparseActs, values: Float[Tensor, " nnz"]) -> Float[Tensor, " d_sae"]:
+    """`out[f] = sum of the values at feature f`, in fp32 and in a fixed order."""
+    order, _, offsets = acts.by_feature
+    out = torch.empty(acts.d_sae, dtype=torch.float32, device=values.device)
+    launch(
+        _bias_gradient_kernel,
+        (acts.d_sae,),
+        packed(values[order]),
+        packed(offsets),
+        out,
+        BLOCK=_BIAS_BLOCK,
+        num_warps=1,
+    )
+    return out
+
+
+def production_specs() -> list[KernelSpec]:
+    """The compile report's entries, with as many extra chunks as there can be: one for each 128 entries."""
+    nnz, block = PRODUCTION.batch * PRODUCTION.k, {"BLOCK": _BIAS_BLOCK}
+    types = "*fp32 *i64 *i64 *i64 *i64 *fp32 *fp32 *fp32 i32 i32"
+    tile, bias_bytes = {"PAIRS": _PAIRS, "COLUMNS": _COLUMNS}, 4 * nnz + 12 * PRODUCTION.d_sae
+    args = (types, {"CHUNK": CHUNK} | tile, _WARPS, _least_bytes(1 << 62), _hbm_bytes, _least_bytes)
+    add = ("*i64 *i64 *fp32 *fp32 i32 i32", {"COLUMNS": _COLUMNS}, _WARPS, _adding_bytes())
+    return [
+        kernel_spec("weight_gradients", _weight_gradients_kernel, *args),
+        kernel_spec("add_extra_chunks", _add_extra_chunks_kernel, *add),
+        kernel_spec("bias_gradient", _bias_gradient_kernel, "*fp32 *i64 *fp32", block, 1, bias_bytes),
+    ]
+
+
+def _least_bytes(cache: int) -> int:
+    """`g` and the result once, and the codes once for each tile of `g`, the widest that fit."""
+    batch, d_in, d_sae, k = PRODUCTION
+    g_bytes, codes = 4 * batch * d_in, 12 * batch * k + 8 * (d_sae + 1)  # codes: values, rows, offsets
+    return g_bytes + 4 * d_sae * d_in + ceil_div(g_bytes, cache) * codes
+
+
+def _hbm_bytes(cache: int) -> int:
+    """The least for tiles of 256 columns, and the extra chunks: listed, written, added."""
+    batch, d_in, _, k = PRODUCTION
+    g_bytes, g_tile, n_extra = 4 * batch * d_in, 4 * batch * _COLUMNS, batch * k // CHUNK
+    refetched = 0 if g_tile <= cache else 4 * batch * k * d_in - g_bytes
+    extra = n_extra * (4 * d_in + 16 * ceil_div(d_in, _COLUMNS)) + _adding_bytes()
+    return _least_bytes(g_tile) + extra + refetched
+
+
+def _adding_bytes() -> int:
+    """The extra chunks' lists in each tile; their partial rows read; their features' rows read and written."""
+    batch, d_in, _, k = PRODUCTION
+    return batch * k // CHUNK * (16 * ceil_div(d_in, _COLUMNS) + 3 * 4 * d_in)

@@ -1,0 +1,123 @@
+"""Which code runs, and that the Triton path gives what the PyTorch path gives, through every public op."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from saelab.kernels import candidates, dispatch
+from saelab.kernels.decode import decode
+from saelab.kernels.encode_batch_topk import encode_batch_topk
+from saelab.kernels.encode_feature_topk import encode_feature_topk
+from saelab.kernels.encode_threshold import encode_threshold
+from saelab.kernels.encode_topk import encode_topk
+from saelab.kernels.jump_relu import jump_relu
+from saelab.kernels.reference.encode_topk import encode_topk as reference
+from saelab.kernels.rows import project_, unit_norm_
+from saelab.saes import Batch, StepInfo, TopKConfig, TopKSAE
+
+
+def make(batch=9, d_in=12, d_sae=67):
+    generator = torch.Generator().manual_seed(batch + d_sae)
+    return [torch.randn(*shape, generator=generator) for shape in ((batch, d_in), (d_sae, d_in), (d_sae,))]
+
+
+OPS = {
+    "topk": lambda x, W, b: encode_topk(x, W, b, 5),
+    "topk_centered": lambda x, W, b: encode_topk(x, W, b, 5, center=b[: x.shape[1]]),
+    "topk_magnitude": lambda x, W, b: encode_topk(x, W, b, 5, "magnitude"),
+    "topk_decoder_norm": lambda x, W, b: encode_topk(x, W, b, 5, "decoder_norm", W.detach().norm(dim=1)),
+    "batch_topk": lambda x, W, b: encode_batch_topk(x, W, b, 5 * len(x)),
+    "threshold": lambda x, W, b: encode_threshold(x, W, b, 2.0, 0.3),
+    "jump_relu": lambda x, W, b: jump_relu(encode_threshold(x, W, b, b.abs().detach(), 0.3), b.abs(), 0.6)[0],
+    "feature_topk": lambda x, W, b: encode_feature_topk(x, W, b, torch.arange(W.shape[0]) % (len(x) + 1)),
+}
+
+
+@pytest.fixture(params=["bf16", "working"])
+def screen_dtype(request, monkeypatch):
+    monkeypatch.setattr(candidates, "fast_bf16", lambda _: request.param == "bf16")
+    monkeypatch.setattr(candidates, "MIN_BF16_ROWS", 0)
+
+
+def run(name, backend, inputs):
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    with dispatch.using(backend):
+        acts = OPS[name](*leaves)
+        x_hat = decode(acts, leaves[1], leaves[0][0])
+        x_hat.square().sum().backward()
+    return acts, x_hat.detach(), [leaf.grad for leaf in leaves]
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("shape", [(9, 12, 67), (5, 17, 300), (3, 4, 7)], ids=str)
+def test_every_op_is_the_same_on_every_backend(name, shape, screen_dtype):
+    inputs = make(*shape)
+    acts, x_hat, grads = run(name, "torch", inputs)
+    for backend in ("triton", "reference"):
+        if backend == "reference" and name == "jump_relu":
+            continue
+        other, other_hat, other_grads = run(name, backend, inputs)
+        torch.testing.assert_close(other.to_dense(), acts.to_dense(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(other_hat, x_hat, rtol=1e-4, atol=1e-4)
+        for a, b in zip(other_grads, grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+def test_rows_and_empty_batches_on_triton():
+    x, W, b = make()
+    ours, theirs = W.clone(), W.clone()
+    with dispatch.using("triton"):
+        unit_norm_(ours)
+        gradient = torch.ones_like(W)
+        project_(gradient, ours)
+        assert OPS["topk"](x[:0], W, b).batch == 0 and OPS["threshold"](x[:0], W, b).nnz == 0
+        negative = OPS["topk"](-x.abs(), W.abs(), -b.abs())
+        assert negative.nnz == 0 and negative.batch == len(x)
+    unit_norm_(theirs)
+    torch.testing.assert_close(ours, theirs)
+    assert float(torch.linalg.vecdot(gradient, ours).abs().max()) < 1e-5
+
+
+def test_a_training_loss_is_the_same_on_triton():
+    sae, x = TopKSAE(TopKConfig(d_sae=67, k=4), 12), make()[0]
+    dead = torch.zeros(67, dtype=torch.bool)
+    dead[:20] = True
+    found = []
+    for name in ("torch", "triton"):
+        with dispatch.using(name):
+            loss = sae.loss(Batch(x, x), StepInfo(dead, 0, 10))
+            loss.total.backward()
+        found.append([loss.total.detach(), *(p.grad for p in sae.parameters())])
+        sae.zero_grad()
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_float64_goes_through_pytorch_on_triton():
+    x, W, b = (t.double() for t in make())
+    with dispatch.using("triton"):
+        acts = encode_topk(x, W, b, 5)
+    torch.testing.assert_close(acts.to_dense(), reference(x, W, b, 5), rtol=1e-12, atol=1e-12)
+
+
+def test_an_unknown_backend_is_refused(monkeypatch):
+    with (
+        pytest.raises(ValueError, match="SAELAB_KERNELS='fast' must be one of auto, torch, triton, reference"),
+        dispatch.using("fast"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(("choice", "loaded"), [("auto", False), ("torch", False), ("triton", True)])
+def test_triton_is_imported_only_where_it_is_chosen(choice, loaded):
+    code = (
+        "import os, sys, torch\n"
+        f"os.environ['SAELAB_KERNELS'] = {choice!r}\n"
+        "from saelab.kernels.encode_topk import encode_topk\n"
+        "encode_topk(torch.ones(2, 3), torch.ones(5, 3), torch.zeros(5), 2)\n"
+        "print('triton' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == str(loaded), done.stderr[-500:]
