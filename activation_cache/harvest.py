@@ -183,8 +183,22 @@ class _Harvest:
             if self.mask is None:
                 self._fix_mask(waiting)
             self._finish()
+        except KeyboardInterrupt:
+            self.writer.close()
+            raise KeyboardInterrupt(self._kept()) from None
         finally:
             self.writer.close()
+
+    def _kept(self) -> str:
+        """What a repeated call need not do again, for the message of Ctrl-C."""
+        rows = sum(entry["rows"] for entry in self.journal.of_kind("shard"))
+        if rows:
+            return f"{rows:,} activations are in {self.writer.folder}"
+        pool, asked = self.writer.pool_rows, self.config["n_tokens"]
+        return (
+            f"No activation is on disk yet (the first {min(pool, asked):,} are shuffled in memory): "
+            "this harvest begins anew"
+        )
 
     def _batches(self) -> Iterator[TokenBatch]:
         """Packed contexts, up to the number asked for."""

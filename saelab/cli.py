@@ -247,8 +247,9 @@ def main(args: Sequence[str] | None = None) -> int:
     debug = bool(os.environ.get("SAELAB_DEBUG"))
     try:
         return _run(args)
-    except KeyboardInterrupt:
-        print("\nInterrupted. What was written is whole: the same command again goes on from there.", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        kept = f"{stopped}. " if str(stopped) else ""
+        print(f"\nInterrupted. {kept}The same command again goes on from what is on disk.", file=sys.stderr)
         return 130
     except (ValueError, SaelabError) as error:
         if debug:

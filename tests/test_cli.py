@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -161,12 +162,12 @@ def test_debug_shows_where_an_error_came_from(monkeypatch, tmp_path):
 
 
 def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys, tmp_path):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(cli, "_find_saes", interrupted)
-    assert cli.main(["eval", str(tmp_path)]) == 130
-    assert "the same command again goes on" in capsys.readouterr().err
+    for kept in ("", "40 activations are in RUN"):
+        stopped = KeyboardInterrupt(kept) if kept else KeyboardInterrupt()
+        monkeypatch.setattr(cli, "_find_saes", Mock(side_effect=stopped))
+        assert cli.main(["eval", str(tmp_path)]) == 130
+        said = f"Interrupted. {kept + '. ' if kept else ''}The same command again goes on from what is on disk.\n"
+        assert capsys.readouterr().err == "\n" + said
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import resource
 import shutil
 import warnings
@@ -216,10 +217,12 @@ def undisturbed(tmp_path_factory):
 def test_interrupted_anywhere_it_goes_on_to_the_same_bytes(undisturbed, tmp_path, stop_at):
     lm = StandIn()
     lm.stop_at = stop_at
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as stopped:
         harvest(lm, tmp_path)
     shards = len(list(tmp_path.glob("shards/*")))
     assert shards == 0 if stop_at < 7 else shards > 0
+    nothing = r"No activation is on disk yet \(the first 384 .*begins anew"
+    assert re.match(rf"{128 * shards:,} activations are in " if shards else nothing, str(stopped.value))
     before = contents(tmp_path)
     assert all(undisturbed[name] == data for name, data in before.items())
     with pytest.raises(CacheError, match="unfinished"):

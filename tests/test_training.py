@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 
 import pytest
 import torch
@@ -93,6 +95,57 @@ def test_interrupt_and_resume_gives_the_same_bits(tmp_path, monkeypatch, step):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     keep = lambda lines: [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]  # noqa: E731
     assert keep(metrics(tmp_path / "cut")) == keep(metrics(tmp_path / "whole"))
+
+
+def press_ctrl_c_in(monkeypatch, update, times=1):
+    """Send SIGINT in the middle of a step, just before its update of the weights."""
+    from saelab.training import run
+
+    real, updates = run.apply_step, iter(range(10**6))
+
+    def apply_step(*arguments):
+        for _ in range(times if next(updates) == update else 0):
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*arguments)
+
+    monkeypatch.setattr(run, "apply_step", apply_step)
+
+
+@pytest.mark.parametrize("step", [0, 7, 20])
+def test_ctrl_c_writes_a_checkpoint_between_steps(tmp_path, monkeypatch, step):
+    """Less than checkpoint_every steps are done, and still nothing is lost, bit for bit."""
+    x, config = planted(), TrainConfig(**{**vars(SMALL), "checkpoint_every": 250})
+    whole = train(TOPK, x, config, progress=False)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match=f"goes on from step {step + 1}$"):
+        press_ctrl_c_in(patch, step)
+        train(TOPK, x, config, tmp_path, progress=False)
+    assert list_checkpoints(tmp_path) == [step + 1]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert train(TOPK, x, config, tmp_path, progress=False).hash == whole.hash
+
+
+def test_ctrl_c_saves_each_of_several_saes(tmp_path, monkeypatch):
+    x, configs = planted(), [TOPK, ReLUConfig(32)]
+    whole = train(configs, x, SMALL, progress=False)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        press_ctrl_c_in(patch, 2 * 6)  # the seventh step of the first of the two
+        train(configs, x, SMALL, tmp_path, progress=False)
+    assert [list_checkpoints(folder) for folder in sorted(tmp_path.iterdir())] == [[7], [7]]
+    assert [s.hash for s in train(configs, x, SMALL, tmp_path, progress=False)] == [s.hash for s in whole]
+
+
+def test_ctrl_c_in_the_last_step_ends_a_finished_run(tmp_path, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        press_ctrl_c_in(monkeypatch, 39)
+        train(TOPK, planted(), SMALL, tmp_path, progress=False)
+    assert (tmp_path / "sae.json").exists()
+
+
+def test_a_second_ctrl_c_does_not_wait(tmp_path, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        press_ctrl_c_in(monkeypatch, 5, times=2)
+        train(TOPK, planted(), SMALL, tmp_path, progress=False)
+    assert list_checkpoints(tmp_path) == []
 
 
 def test_resuming_under_other_conditions_warns(tmp_path, monkeypatch):
