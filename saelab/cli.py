@@ -98,11 +98,11 @@ def evaluate(
         names = ", ".join(str(found.sae_dir) for found in runs)
         raise ValueError(f"--json prints one report and {run} holds {len(runs)} SAEs; name one of {names}")
     corpus = saelab.load_texts(texts, column=column) if texts else None
+    options: dict[str, Any] = {"split": split, "allow_train": allow_train}
     for found in runs:
         with contextlib.redirect_stdout(sys.stderr if json else sys.stdout):
             sae = saelab.load_sae(found.sae_dir)
-            report = saelab.evaluate(sae, _model_of(sae, model, dtype), corpus, split=split, allow_train=allow_train)
-            report.save(found.report_path)
+            report = saelab.evaluate(sae, _model_of(sae, model, dtype), corpus, path=found.report_path, **options)
             print(report)
             print(f"The report is in {found.report_path}")
         if json:

@@ -68,6 +68,17 @@ def test_eval_json_prints_one_object_and_nothing_else(run: Path, capfd):
     assert printed["split"] == "held_out"
 
 
+def test_eval_again_returns_at_once_and_other_arguments_measure_anew(run: Path, capsys, monkeypatch):
+    words = ["eval", str(run / "sae-l1"), "--json", "--dtype", "float32"]
+    assert cli.main(words) == 0
+    first = capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr("saelab.evaluation.report._measure", Mock(side_effect=ValueError("measured again")))
+        assert cli.main(words) == 0
+        assert capsys.readouterr().out == first
+        assert cli.main([*words, "--split", "all", "--allow-train"]) == 2
+
+
 def test_eval_json_of_several_saes_names_them(run: Path, capsys):
     assert cli.main(["eval", str(run), "--json"]) == 2
     assert f"name one of {run / 'sae'}, {run / 'sae-l1'}" in capsys.readouterr().err
