@@ -22,7 +22,7 @@ from saelab.activation_cache import format
 from saelab.activation_cache.reader import ActivationCache
 from saelab.activation_cache.writer import CacheWriter
 from saelab.errors import CacheError
-from saelab.files import claim_folder
+from saelab.files import claim_folder, differences
 from saelab.language_model import LanguageModel
 from saelab.masking import MASK_RULE, Mask, NormRule, row_norms
 from saelab.tokens import Texts, TokenBatch, check_split, document_id, load_texts, pack
@@ -127,14 +127,14 @@ def _open_journal(folder: Path, journal: format.Journal, config: dict[str, Any],
     finished = (folder / format.MANIFEST).exists()
     started = journal.of_kind("start")
     if started and (finished or journal.of_kind("shard")):
-        different = format.differences(started[0]["config"], config)
+        different = differences(started[0]["config"], config)
         if different:
             raise ValueError(
-                f"out_dir={str(folder)!r} already holds a cache made with other arguments ({'; '.join(different)}): "
-                f"repeat the call that made it, or give another out_dir."
+                f"{folder} already holds a cache made with other arguments ({'; '.join(different)}): repeat those to go "
+                f"on, or write elsewhere (another RUN; in Python another out_dir)."
             )
         if not finished and started[0]["environment"] != environment:
-            changed = "; ".join(format.differences(started[0]["environment"], environment))
+            changed = "; ".join(differences(started[0]["environment"], environment))
             warnings.warn(
                 f"this harvest was begun elsewhere ({changed}): its shards may differ in their last bits "
                 f"from those of an undisturbed run.",

@@ -182,10 +182,13 @@ def test_a_finished_run_returns_at_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"config": TopKConfig(64, 5)}, r"config: .*'k': 4.*'k': 5"),
-        ({"train": TrainConfig(**{**vars(SMALL), "lr": 0.1})}, "train"),
-        ({"x": planted(seed=1)}, "data"),
-        ({"x": planted(d_in=8)}, "d_in: 16 there, 8 here"),
+        (
+            {"config": TopKConfig(64, 5)},
+            r"another run \(config\.k: 4 -> 5\)\. Use .*--name NAME or another RUN; in Python another out_dir",
+        ),
+        ({"train": TrainConfig(**{**vars(SMALL), "lr": 0.1})}, r"\(train\.lr: None -> 0\.1\)"),
+        ({"x": planted(seed=1)}, r"\(data: tensor \w{12}\.\.\. -> tensor \w{12}\.\.\.\)"),
+        ({"x": planted(d_in=8)}, "d_in: 16 -> 8"),
     ],
     ids=["k", "lr", "data", "width"],
 )
