@@ -296,7 +296,8 @@ def test_a_curve_is_drawn_from_zero_to_a_round_number():
     assert 'points="0.00,0.00 50.00,75.00 100.00,50.00"' in base64.b64decode(picture).decode()
     assert ">500k tokens<" in curve and ">1M<" in curve and ">0.5<" in curve and "FVU &lt;&amp;&gt;" in curve
     assert ">20%<" in charts.training_curve([0, 1], [0.0, 0.17], "Dead", percent=True)
-    charts.training_curve([5, 5], [0.0, 0.0], "flat")
+    flat = charts.training_curve([5, 5], [0.0, 0.0], "flat", percent=True)
+    assert "<span>100%</span><span>50%</span><span>0%</span>" in flat  # nothing to show: the axis is the whole share
 
 
 def test_the_app_computes_nothing_heavy():

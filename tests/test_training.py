@@ -5,6 +5,7 @@ import math
 import os
 import signal
 
+import numpy as np
 import pytest
 import torch
 
@@ -230,6 +231,14 @@ def test_an_iterator_of_tensors(tmp_path):
         train(TOPK, iter(x[:1000].split(100)), SMALL, progress=False)
 
 
+def test_a_numpy_array_is_as_good_as_a_tensor():
+    x = planted()
+    arrays = [x.numpy(), x.double().numpy(), np.broadcast_to(x.numpy(), x.shape), np.asfortranarray(x.numpy())]
+    expected = train(TOPK, x, SMALL, progress=False).hash
+    assert {train(TOPK, array, SMALL, progress=False).hash for array in arrays} == {expected}
+    train(TOPK, iter(np.split(planted(2560).numpy(), 40)), SMALL, progress=False)
+
+
 def test_nan_rows_stop_the_run_and_keep_the_checkpoint(tmp_path):
     x = planted(64 * 40)
     x[64 * 25 + 3, 2] = math.nan
@@ -248,8 +257,16 @@ def test_a_loss_that_explodes_says_lower_lr():
 
 @pytest.mark.parametrize(
     "data",
-    [torch.zeros(0, 4), torch.zeros(4), torch.ones(3, 3, dtype=torch.int64), 7, iter([])],
-    ids=["no rows", "1-D", "ints", "int", "empty"],
+    [
+        torch.zeros(0, 4),
+        torch.zeros(4),
+        torch.ones(3, 3, dtype=torch.int64),
+        7,
+        iter([]),
+        ["rows"],
+        np.ones((3, 3), int),
+    ],
+    ids=["no rows", "1-D", "ints", "int", "empty", "strings", "numpy ints"],
 )
 def test_data_that_cannot_be_trained_on(data):
     with pytest.raises(ValueError, match="train on"):

@@ -52,10 +52,10 @@ def train(
 ) -> SAE | list[SAE]:
     """Train the SAE of `config`, or one for each config of a list, side by side on the same batches.
 
-    `data` is a cache, a cache's path, a tensor `(n, d_in)` (shuffled, repeated as needed) or an iterator of such tensors;
-    `hook_name` chooses among a cache's hooks. `out_dir` is the SAE's folder (for a list: the RUN folder, in which each gets
-    `sae-NAME/`); without it nothing is written. The same call again goes on where it stopped, bit for bit, and returns at
-    once when finished; Ctrl-C writes a checkpoint first.
+    `data` is a cache, a cache's path, a tensor or NumPy array `(n, d_in)` (shuffled, repeated as needed) or an iterator of
+    such tensors; `hook_name` chooses among a cache's hooks. `out_dir` is the SAE's folder (for a list: the RUN folder, in
+    which each gets `sae-NAME/`); without it nothing is written. The same call again goes on where it stopped, bit for bit,
+    and returns at once when finished; Ctrl-C writes a checkpoint first.
 
     Raises `ValueError` for bad arguments, `TrainingError` when activations or loss stop being finite or when `out_dir`
     holds another run.
