@@ -170,7 +170,8 @@ class _Harvest:
     def run(self, progress: bool) -> None:
         waiting: list[tuple[TokenBatch, dict[str, Tensor], dict[str, Tensor]]] = []
         try:
-            with tqdm(total=self.config["n_tokens"], unit=" tokens", unit_scale=True, disable=not progress) as bar:
+            total = math.ceil(self.config["n_tokens"] / self.config["ctx_len"]) * self.config["ctx_len"]
+            with tqdm(total=total, unit=" tokens", unit_scale=True, desc="Harvesting", disable=not progress) as bar:
                 for batch, acts in self._activations(bar):
                     norms = self._finite_norms(batch, acts)
                     if self.mask is None:

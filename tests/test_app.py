@@ -67,6 +67,8 @@ def test_runs_shows_the_report_and_the_curves(open_page, hostile_run):
     assert {"FVU", "FVU unmasked", "L0", "Dead", "CE recovered", "KL"} <= set(shown)
     assert html_of(app).count("sa-curve") == 3 + PAGE_STYLE.count("sa-curve")
     assert "blocks.1.hook_resid_post" in html_of(app)
+    assert f"The report scored {report['n_tokens']:,} tokens" in text_of(app)
+    assert "features counted on" in text_of(app)
 
 
 def test_features_are_sorted_filtered_and_linked(open_page, hostile_run):

@@ -120,6 +120,12 @@ def test_the_budget_of_the_loss_is_kept(tiny_lm):
     assert none.ce_loss is None and json.loads(none.to_json())["kl"] is None
 
 
+def test_the_bar_of_the_loss_ends_at_its_total(tiny_lm, capsys):
+    options = {"hook_name": HOOK, "ctx_len": 32, "batch_size": 3, "n_tokens_ce": 20}
+    assert saelab.evaluate(rebuilder(32), tiny_lm, TEXTS, **options).n_tokens_ce > 20
+    assert "| 20/20 " in capsys.readouterr().err.rsplit("\r", 1)[-1]
+
+
 def test_report_has_every_key_and_shows_itself(tiny_lm, tmp_path):
     report = measure(rebuilder(32), tiny_lm)
     assert set(json.loads(report.to_json())) >= KEYS

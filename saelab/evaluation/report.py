@@ -199,15 +199,15 @@ def _score_losses(
     sae: SAE, stream: ScoreStream, keeps: list[Tensor], measures: Reconstruction, budget: int, progress: bool
 ) -> LossRecovered:
     losses = LossRecovered(sae, stream.lm, stream.hook_name, measures.variance.mean.float())
-    with tqdm(total=min(budget, stream.n_tokens), desc="Loss recovered", unit="token", disable=not progress) as bar:
+    total = min(budget, stream.n_tokens)
+    with tqdm(total=total, desc="Loss recovered", unit="token", disable=not progress) as bar:
         for tokens, keep in zip(stream.batches, keeps, strict=True):
             parts = (part.split(_CE_BATCH) for part in (tokens.ids, keep, tokens.doc >= 0))
             for ids, kept, real in zip(*parts, strict=True):
                 if losses.n >= budget:
                     return losses
-                before = losses.n
                 losses.add(ids, kept, real)
-                bar.update(losses.n - before)
+                bar.update(min(losses.n, total) - bar.n)  # the last contexts are scored whole, past the budget
     return losses
 
 
