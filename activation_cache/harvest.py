@@ -71,6 +71,12 @@ def _harvest_into(
     try:
         if not _open_journal(folder, journal, config, _environment(lm)):
             print(f"Harvesting {texts.describe(config['split'])}.")
+            if config["split"] == "train" and next(texts.documents("held_out"), None) is None:
+                warnings.warn(
+                    f"{texts.name} has no held-out document (a tenth of the documents on average), so an SAE trained on it "
+                    "can only be measured on other texts (evaluate(texts=...), eval --texts). Give more, or shorter, documents.",
+                    stacklevel=3,
+                )
             n_sequences = math.ceil(config["n_tokens"] / config["ctx_len"])
             needed = format.estimate_bytes(n_sequences, config["ctx_len"], config["hooks"], config["shard_rows"])
             format.check_space(folder, needed, max_bytes)

@@ -59,8 +59,8 @@ def harvest(
 
     options: dict[str, Any] = {"ctx_len": ctx_len, "batch_size": batch_size, "seed": seed, "split": split}
     options |= {"prepend_bos": prepend_bos, "max_bytes": max_bytes}
+    corpus = saelab.load_texts(texts, column=column)  # before the model, which takes longer to load
     lm = _load_model(model, dtype)
-    corpus = saelab.load_texts(texts, column=column)
     cache = saelab.harvest(lm, corpus, hook_names=list(hook_name), n_tokens=n_tokens, out_dir=run / "cache", **options)
     print(f"{cache.n_rows:,} activations of {', '.join(cache.hook_names)} are in {run / 'cache'}")
     print(f"Next: saelab train {run} --d-sae 4096 --k 32 --n-tokens 2_000_000")
@@ -72,12 +72,15 @@ def train(
     """Train an SAE on RUN/cache; it is written to RUN/sae, or RUN/sae-NAME with --name."""
     import saelab
 
-    if not (run / "cache").is_dir():
-        raise ValueError(f"{run} holds no cache; make one: saelab harvest {run} --hook-name HOOK --n-tokens NUMBER")
     folder = run / (f"sae-{name}" if name else "sae")
     saelab.train(config, run / "cache", train, out_dir=folder, hook_name=hook_name, wandb_project=wandb_project)
     print(f"The {variant} SAE is in {folder}")
     print(f"Next: saelab eval {folder}; saelab features {folder}; saelab dash {run}")
+
+
+def _check_has_cache(run: Path) -> None:
+    if not (run / "cache").is_dir():
+        raise ValueError(f"{run} holds no cache; make one: saelab harvest {run} --hook-name HOOK --n-tokens NUMBER")
 
 
 def evaluate(
@@ -279,7 +282,10 @@ def _run(args: list[str]) -> int:
     description = f"{_summary(function)}\n\nExamples:\n" + "".join(f"  {line}\n" for line in examples.split("\n"))
     options: dict[str, Any] = {"prog": f"saelab {name}", "description": description, "args": rest}
     if function is train:
+        if rest and not any(word.startswith("-") for word in (rest[0], *{"-h", "--help"}.intersection(rest))):
+            _check_has_cache(Path(rest[0]))  # before the flags, whose errors would hide that the run is missing
         arguments = tyro.cli(_train_arguments(rest), **options)
+        _check_has_cache(arguments.run)  # pyright: ignore[reportAttributeAccessIssue]
         train(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(arguments)})
     else:
         tyro.cli(function, **options)

@@ -36,7 +36,7 @@ def demo(
     import saelab
 
     _say(1, f"Load the language model {model!r} and the texts {texts!r}")
-    lm, corpus = saelab.load_model(model), saelab.load_texts(texts)
+    corpus, lm = saelab.load_texts(texts), saelab.load_model(model)
     _say(2, f"Run the model over {n_tokens:,} tokens and keep the activations of {hook_name}: {out_dir / 'cache'}")
     options: dict[str, Any] = {"ctx_len": min(256, lm.max_ctx), "seed": seed}
     cache = saelab.harvest(lm, corpus, [hook_name], n_tokens, out_dir / "cache", **options)

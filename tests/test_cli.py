@@ -134,7 +134,12 @@ def test_dash_serves_the_run(run: Path, monkeypatch):
         (["harvst"], "unknown command 'harvst'; did you mean harvest?"),
         (["xyz"], "unknown command 'xyz'; there are demo, harvest, train"),
         (["train", "no-such", "--d-sae", "8", "--k", "2", "--n-tokens", "2048"], "saelab harvest no-such --hook-name"),
+        (["train", "no-such", "--d-sae", "10"], "no-such holds no cache"),
         (["eval", "no-such"], "no-such holds no SAE"),
+        (
+            ["harvest", "out", "--hook-name", "x", "--n-tokens", "9", "--texts", "no.txt", "--model", "./no-model"],
+            "no.txt",
+        ),
         (["features", "no-such"], "no-such holds no SAE"),
         (["dash", "no-such"], "no SAE"),
         (["harvest", "out", "--hook-name", "x", "--n-tokens", "9", "--model", "./no-model"], "no-model"),

@@ -375,6 +375,13 @@ def test_other_arguments_are_refused_with_both_values_and_nothing_changes(
     assert ActivationCache(folder).n_rows
 
 
+def test_texts_without_a_held_out_document_warn(lm, tmp_path):
+    texts = [text for text in TEXTS if not is_held_out(text)]
+    with pytest.warns(UserWarning, match=r"no held-out document .*eval --texts"):
+        harvest(lm, tmp_path / "train", texts)
+    harvest(lm, tmp_path / "all", texts, split="all")
+
+
 def test_another_model_is_refused(lm, tmp_path):
     harvest(lm, tmp_path)
     lm.hash = "n" * 64

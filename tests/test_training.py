@@ -239,6 +239,11 @@ def test_a_numpy_array_is_as_good_as_a_tensor():
     train(TOPK, iter(np.split(planted(2560).numpy(), 40)), SMALL, progress=False)
 
 
+def test_fewer_rows_than_a_batch_warn():
+    with pytest.warns(UserWarning, match="63 different rows, fewer than one batch of 64"):
+        train(TOPK, planted(63), SMALL, progress=False)
+
+
 def test_nan_rows_stop_the_run_and_keep_the_checkpoint(tmp_path):
     x = planted(64 * 40)
     x[64 * 25 + 3, 2] = math.nan

@@ -29,6 +29,8 @@ class DataSource:
     """Mean squared norm of a row."""
     fingerprint: str
     batches: Rows
+    n_rows: int | None = None
+    """How many different rows there are; None where nobody knows."""
     origin: dict[str, Any] = field(default_factory=dict)
     documents: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
@@ -77,6 +79,7 @@ def _from_cache(cache: ActivationCache, hook_name: str | None) -> DataSource:
         mean_square=float(stats["second_moment"].sum()),
         fingerprint=f"cache {origin['dataset_fingerprint']} {hook_name}",
         batches=batches,
+        n_rows=cache.n_rows,
         origin=origin,
         documents=cache.document_ids,
     )
@@ -94,7 +97,7 @@ def _from_tensor(rows: Tensor) -> DataSource:
 
     digest = hashlib.sha256(rows.cpu().contiguous().numpy().tobytes()).hexdigest()
     mean_square = float(rows.double().square().sum(1).mean())
-    return DataSource(rows.shape[1], rows.double().mean(0).float(), mean_square, f"tensor {digest}", batches)
+    return DataSource(rows.shape[1], rows.double().mean(0).float(), mean_square, f"tensor {digest}", batches, len(rows))
 
 
 def _shuffled_forever(rows: Tensor, batch_size: int, seed: int, start_step: int) -> Iterator[Tensor]:

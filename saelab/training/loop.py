@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, overload
@@ -65,6 +66,12 @@ def train(
     if not configs:
         raise ValueError("The list of SAE configs is empty; give at least one.")
     source = open_data(data, hook_name, train_config.batch_size)
+    if source.n_rows is not None and source.n_rows < train_config.batch_size:
+        warnings.warn(
+            f"There are {source.n_rows:,} different rows, fewer than one batch of {train_config.batch_size:,}: the SAE will "
+            "learn them by heart. Harvest more tokens (100,000 and more), or lower batch_size.",
+            stacklevel=2,
+        )
     folders = _folders(configs, out_dir, isinstance(config, Sequence))
     runs = [Run(one, source, train_config, folder, wandb_project) for one, folder in zip(configs, folders, strict=True)]
     _train_all([run for run in runs if not run.finished], source, train_config, progress)
