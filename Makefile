@@ -7,6 +7,7 @@ TEST_PROCESSES ?= 2
 DEMO_ARGS ?=
 
 STAMP := .venv/.installed
+DEV_STAMP := .venv/.installed-dev
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -18,16 +19,20 @@ help:
 	@echo "make lint      ruff format --check, ruff check, pyright"
 	@echo "make bench     the benchmarks, as CSV rows on standard output"
 	@echo "make mutants   break the code in every listed way and see that a test fails"
-	@echo "make install   .venv with saelab and its tools; the others call it"
+	@echo "make install   .venv with saelab and the tools of test, lint and mutants, which call it"
 
-install: $(STAMP)
+install: $(DEV_STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("saelab needs Python 3.11 or newer; say which with: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	@echo "Installing saelab into .venv; the first time this takes some minutes."
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --progress-bar off -e '.[dev]' -c constraints.txt
+	.venv/bin/python -m pip install --progress-bar off -e . -c constraints.txt
 	@touch $(STAMP)
+
+$(DEV_STAMP): $(STAMP)
+	.venv/bin/python -m pip install --progress-bar off -e '.[dev]' -c constraints.txt
+	@touch $(DEV_STAMP)
 
 test: install
 	@if [ -z "$$SAELAB_CHROMIUM" ] && ! command -v chromium > /dev/null 2>&1; then \
@@ -39,13 +44,13 @@ lint: install
 	ruff check .
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 pyright
 
-bench: install
+bench: $(STAMP)
 	python -m saelab.activation_cache.bench
 	@for bench in kernels/bench/bench_*.py; do \
 		[ -e "$$bench" ] || continue; \
 		echo "$$bench"; python -m "saelab.kernels.bench.$$(basename "$$bench" .py)" || exit 1; done
 
-demo: install
+demo: $(STAMP)
 	saelab demo $(if $(filter 0,$(SERVE)),--no-serve) $(DEMO_ARGS)
 
 mutants: install

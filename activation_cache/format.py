@@ -56,12 +56,6 @@ def config_hash(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """One "key: old here, new asked for" for each key that differs."""
-    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    return [f"{key}: {old.get(key)!r} there, {new.get(key)!r} asked for" for key in keys]
-
-
 def seeded(*parts: object) -> torch.Generator:
     """A generator that depends on nothing but `parts`."""
     digest = hashlib.sha256(repr(parts).encode()).digest()

@@ -22,7 +22,7 @@ from saelab.activation_cache import format
 from saelab.activation_cache.reader import ActivationCache
 from saelab.activation_cache.writer import CacheWriter
 from saelab.errors import CacheError
-from saelab.files import claim_folder
+from saelab.files import claim_folder, differences
 from saelab.language_model import LanguageModel
 from saelab.masking import MASK_RULE, Mask, NormRule, row_norms
 from saelab.tokens import Texts, TokenBatch, check_split, document_id, load_texts, pack
@@ -71,6 +71,12 @@ def _harvest_into(
     try:
         if not _open_journal(folder, journal, config, _environment(lm)):
             print(f"Harvesting {texts.describe(config['split'])}.")
+            if config["split"] == "train" and next(texts.documents("held_out"), None) is None:
+                warnings.warn(
+                    f"{texts.name} has no held-out document (a tenth of the documents on average), so an SAE trained on it "
+                    "can only be measured on other texts (evaluate(texts=...), eval --texts). Give more, or shorter, documents.",
+                    stacklevel=3,
+                )
             n_sequences = math.ceil(config["n_tokens"] / config["ctx_len"])
             needed = format.estimate_bytes(n_sequences, config["ctx_len"], config["hooks"], config["shard_rows"])
             format.check_space(folder, needed, max_bytes)
@@ -127,14 +133,14 @@ def _open_journal(folder: Path, journal: format.Journal, config: dict[str, Any],
     finished = (folder / format.MANIFEST).exists()
     started = journal.of_kind("start")
     if started and (finished or journal.of_kind("shard")):
-        different = format.differences(started[0]["config"], config)
+        different = differences(started[0]["config"], config)
         if different:
             raise ValueError(
-                f"out_dir={str(folder)!r} already holds a cache made with other arguments ({'; '.join(different)}): "
-                f"repeat the call that made it, or give another out_dir."
+                f"{folder} already holds a cache made with other arguments ({'; '.join(different)}): repeat those to go "
+                f"on, or write elsewhere (another RUN; in Python another out_dir)."
             )
         if not finished and started[0]["environment"] != environment:
-            changed = "; ".join(format.differences(started[0]["environment"], environment))
+            changed = "; ".join(differences(started[0]["environment"], environment))
             warnings.warn(
                 f"this harvest was begun elsewhere ({changed}): its shards may differ in their last bits "
                 f"from those of an undisturbed run.",
@@ -170,7 +176,8 @@ class _Harvest:
     def run(self, progress: bool) -> None:
         waiting: list[tuple[TokenBatch, dict[str, Tensor], dict[str, Tensor]]] = []
         try:
-            with tqdm(total=self.config["n_tokens"], unit=" tokens", unit_scale=True, disable=not progress) as bar:
+            total = math.ceil(self.config["n_tokens"] / self.config["ctx_len"]) * self.config["ctx_len"]
+            with tqdm(total=total, unit=" tokens", unit_scale=True, desc="Harvesting", disable=not progress) as bar:
                 for batch, acts in self._activations(bar):
                     norms = self._finite_norms(batch, acts)
                     if self.mask is None:
@@ -183,8 +190,22 @@ class _Harvest:
             if self.mask is None:
                 self._fix_mask(waiting)
             self._finish()
+        except KeyboardInterrupt:
+            self.writer.close()
+            raise KeyboardInterrupt(self._kept()) from None
         finally:
             self.writer.close()
+
+    def _kept(self) -> str:
+        """What a repeated call need not do again, for the message of Ctrl-C."""
+        rows = sum(entry["rows"] for entry in self.journal.of_kind("shard"))
+        if rows:
+            return f"{rows:,} activations are in {self.writer.folder}"
+        pool, asked = self.writer.pool_rows, self.config["n_tokens"]
+        return (
+            f"No activation is on disk yet (the first {min(pool, asked):,} are shuffled in memory): "
+            "this harvest begins anew"
+        )
 
     def _batches(self) -> Iterator[TokenBatch]:
         """Packed contexts, up to the number asked for."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import weakref
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,16 @@ from torch import Tensor
 
 from saelab.activation_cache import format
 from saelab.errors import CacheError
+
+_OPEN: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_batches() -> None:
+    """End forgotten iterators while the interpreter is whole; later their thread pool could no longer shut down."""
+    for batches in list(_OPEN):
+        with suppress(ValueError):  # being read by another thread at this moment
+            batches.close()
 
 
 class ActivationCache:
@@ -74,7 +87,9 @@ class ActivationCache:
         ):
             if value < least:
                 raise ValueError(f"{name}={value} must be at least {least}.")
-        return self._batches(batch_size, seed, start_step * batch_size, hook_name, prefetch)
+        batches = self._batches(batch_size, seed, start_step * batch_size, hook_name, prefetch)
+        _OPEN.add(batches)
+        return batches
 
     def _batches(
         self, batch_size: int, seed: int, skip: int, hook_name: str, prefetch: int

@@ -78,7 +78,7 @@ def open_score_stream(
     document is among those that trained the SAE (unless `allow_train`).
     """
     origin = sae.origin
-    source = load_texts(texts) if texts is not None else _own_texts(origin)
+    source = load_texts(texts) if texts is not None else own_texts(origin)
     own = source.spec is not None and source.spec == origin.get("texts")
     split = split or ("held_out" if own else "all")
     hook_name = hook_name or origin.get("hook_name")
@@ -111,7 +111,8 @@ def _check_fit(sae: SAE, lm: LanguageModel, hook_name: str | None) -> None:
         warnings.warn(f"The SAE was trained on {trained_on['name']}, this is {lm.name}: other weights.", stacklevel=4)
 
 
-def _own_texts(origin: dict[str, Any]) -> Texts:
+def own_texts(origin: dict[str, Any]) -> Texts:
+    """The texts that an SAE of this origin was trained on. Raises `ValueError` when they cannot be opened again."""
     spec = origin.get("texts")
     if spec is None or spec.get("source") == "strings":
         raise ValueError("This SAE does not name a text source that can be opened again: give texts.")

@@ -24,7 +24,7 @@ def training_curve(tokens: Sequence[float], values: Sequence[float], name: str, 
 
     The line is a picture (Streamlit's sanitiser drops inline SVG), the labels are text in the reader's colour.
     """
-    top, span = _round_up(max(*values, 1e-9)), max(tokens[-1] - tokens[0], 1)
+    top, span = _round_up(max(values)) if max(values) > 1e-9 else 1.0, max(tokens[-1] - tokens[0], 1)
     points = " ".join(
         f"{100 * (token - tokens[0]) / span:.2f},{100 - 100 * min(max(value / top, 0.0), 1.0):.2f}"
         for token, value in zip(tokens, values, strict=True)

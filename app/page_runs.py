@@ -23,7 +23,7 @@ _CURVES = {
 }
 _MEASURES = {
     "fvu": ("FVU", "Fraction of variance unexplained on held-out tokens; lower is better."),
-    "fvu_unmasked": ("FVU unmasked", "The same without the mask: a few huge rows make any SAE look good."),
+    "fvu_unmasked": ("FVU unmasked", "The same without the mask: a few huge rows decide it, for better or worse."),
     "l0": ("L0", "Features that fire on a token, on average."),
     "dead_fraction": ("Dead", "Share of features that never fired on the held-out tokens."),
     "ce_loss_recovered": ("CE recovered", "Share of the model's loss kept when the SAE replaces the activations."),
@@ -85,7 +85,7 @@ def _measures(report: dict[str, Any]) -> None:
     masked = report.get("n_masked") or {}
     left_out = ", ".join(f"{count:,} {reason}" for reason, count in masked.items())
     st.caption(
-        f"{report.get('n_tokens', 0):,} tokens, split {str(report.get('split')).replace('_', '-')}; "
+        f"The report scored {report.get('n_tokens', 0):,} tokens, split {str(report.get('split')).replace('_', '-')}; "
         f"left out by the mask: {left_out or 'none'}."
     )
 

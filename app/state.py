@@ -98,7 +98,7 @@ def show_sidebar() -> None:
             st.caption(
                 f"{_plain(sae.name)} \u00b7 {manifest['sae']['hash'][:10]}  \n{_plain(manifest['hook_name'])}  \n"
                 f"{_plain(model_label(manifest['model']['name']))}  \n"
-                f"{counted(store())}"
+                f"features counted on {counted(store())}"
             )
 
 

@@ -59,8 +59,8 @@ def harvest(
 
     options: dict[str, Any] = {"ctx_len": ctx_len, "batch_size": batch_size, "seed": seed, "split": split}
     options |= {"prepend_bos": prepend_bos, "max_bytes": max_bytes}
+    corpus = saelab.load_texts(texts, column=column)  # before the model, which takes longer to load
     lm = _load_model(model, dtype)
-    corpus = saelab.load_texts(texts, column=column)
     cache = saelab.harvest(lm, corpus, hook_names=list(hook_name), n_tokens=n_tokens, out_dir=run / "cache", **options)
     print(f"{cache.n_rows:,} activations of {', '.join(cache.hook_names)} are in {run / 'cache'}")
     print(f"Next: saelab train {run} --d-sae 4096 --k 32 --n-tokens 2_000_000")
@@ -72,12 +72,15 @@ def train(
     """Train an SAE on RUN/cache; it is written to RUN/sae, or RUN/sae-NAME with --name."""
     import saelab
 
-    if not (run / "cache").is_dir():
-        raise ValueError(f"{run} holds no cache; make one: saelab harvest {run} --hook-name HOOK --n-tokens NUMBER")
     folder = run / (f"sae-{name}" if name else "sae")
     saelab.train(config, run / "cache", train, out_dir=folder, hook_name=hook_name, wandb_project=wandb_project)
     print(f"The {variant} SAE is in {folder}")
     print(f"Next: saelab eval {folder}; saelab features {folder}; saelab dash {run}")
+
+
+def _check_has_cache(run: Path) -> None:
+    if not (run / "cache").is_dir():
+        raise ValueError(f"{run} holds no cache; make one: saelab harvest {run} --hook-name HOOK --n-tokens NUMBER")
 
 
 def evaluate(
@@ -98,11 +101,11 @@ def evaluate(
         names = ", ".join(str(found.sae_dir) for found in runs)
         raise ValueError(f"--json prints one report and {run} holds {len(runs)} SAEs; name one of {names}")
     corpus = saelab.load_texts(texts, column=column) if texts else None
+    options: dict[str, Any] = {"split": split, "allow_train": allow_train}
     for found in runs:
         with contextlib.redirect_stdout(sys.stderr if json else sys.stdout):
             sae = saelab.load_sae(found.sae_dir)
-            report = saelab.evaluate(sae, _model_of(sae, model, dtype), corpus, split=split, allow_train=allow_train)
-            report.save(found.report_path)
+            report = saelab.evaluate(sae, _model_of(sae, model, dtype), corpus, path=found.report_path, **options)
             print(report)
             print(f"The report is in {found.report_path}")
         if json:
@@ -247,8 +250,9 @@ def main(args: Sequence[str] | None = None) -> int:
     debug = bool(os.environ.get("SAELAB_DEBUG"))
     try:
         return _run(args)
-    except KeyboardInterrupt:
-        print("\nInterrupted. What was written is whole: the same command again goes on from there.", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        kept = f"{stopped}. " if str(stopped) else ""
+        print(f"\nInterrupted. {kept}The same command again goes on from what is on disk.", file=sys.stderr)
         return 130
     except (ValueError, SaelabError) as error:
         if debug:
@@ -278,7 +282,10 @@ def _run(args: list[str]) -> int:
     description = f"{_summary(function)}\n\nExamples:\n" + "".join(f"  {line}\n" for line in examples.split("\n"))
     options: dict[str, Any] = {"prog": f"saelab {name}", "description": description, "args": rest}
     if function is train:
+        if rest and not any(word.startswith("-") for word in (rest[0], *{"-h", "--help"}.intersection(rest))):
+            _check_has_cache(Path(rest[0]))  # before the flags, whose errors would hide that the run is missing
         arguments = tyro.cli(_train_arguments(rest), **options)
+        _check_has_cache(arguments.run)  # pyright: ignore[reportAttributeAccessIssue]
         train(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(arguments)})
     else:
         tyro.cli(function, **options)

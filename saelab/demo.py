@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,7 +36,7 @@ def demo(
     import saelab
 
     _say(1, f"Load the language model {model!r} and the texts {texts!r}")
-    lm, corpus = saelab.load_model(model), saelab.load_texts(texts)
+    corpus, lm = saelab.load_texts(texts), saelab.load_model(model)
     _say(2, f"Run the model over {n_tokens:,} tokens and keep the activations of {hook_name}: {out_dir / 'cache'}")
     options: dict[str, Any] = {"ctx_len": min(256, lm.max_ctx), "seed": seed}
     cache = saelab.harvest(lm, corpus, [hook_name], n_tokens, out_dir / "cache", **options)
@@ -57,8 +56,8 @@ def _look_at(sae: SAE, lm: LanguageModel, out_dir: Path, eval_tokens: int | None
     import saelab
 
     _say(4, f"Measure it on documents it was not trained on: {out_dir / 'report.json'}")
-    report = _report(sae, lm, out_dir / "report.json", eval_tokens)
-    print("\n".join(f"   {name:<20}{_number(report[name])}" for name in _SHOWN))
+    report = saelab.evaluate(sae, lm, n_tokens=eval_tokens, path=out_dir / "report.json")
+    print("\n".join(f"   {name:<20}{_number(getattr(report, name))}" for name in _SHOWN))
     _say(5, f"Collect examples, histogram and logits of every feature: {out_dir / 'features'}")
     store = saelab.collect_features(sae, lm, out_dir=out_dir / "features", n_tokens=eval_tokens)
     _say(6, "Steer the model with one feature")
@@ -71,18 +70,6 @@ def _say(step: int, what: str) -> None:
 
 def _number(value: float | None) -> str:
     return "not defined" if value is None else f"{value:.4f}"
-
-
-def _report(sae: SAE, lm: LanguageModel, path: Path, n_tokens: int | None) -> dict[str, Any]:
-    """The report at `path`, when it is about this SAE and this model; else a new one, written there."""
-    import saelab
-
-    if path.exists():
-        report = json.loads(path.read_text(encoding="utf-8"))
-        if (report["sae_hash"], report["model_hash"]) == (sae.hash, lm.hash):
-            return report
-    saelab.evaluate(sae, lm, n_tokens=n_tokens).save(path)
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _show_steering(lm: LanguageModel, store: FeatureStore) -> None:

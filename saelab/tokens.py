@@ -55,6 +55,9 @@ class Texts:
         self._fingerprint: str | None = None
         self._check()
 
+    def __repr__(self) -> str:
+        return f"Texts({self.name!r}, column {self._source.column!r})"
+
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any], chat: Any = None) -> Texts:
         """Open the texts that `spec` describes; `chat` (a language model) is used only where the spec has a template.
@@ -237,13 +240,8 @@ def _tokenized(
     """Token ids of each document that has any, tokenised many documents at a time."""
     index = 0
     for texts in _groups(documents):
-        encoded = tokenizer(
-            texts,
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,  # documents may be longer than the model's context: they are packed
-        )
+        options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
+        encoded = tokenizer(texts, verbose=False, **options)  # not verbose: documents may be longer than the context
         for text, ids in zip(texts, encoded["input_ids"], strict=True):
             ids = ids[1:] if bos is not None and ids[:1] == [bos] else ids
             if ids:

@@ -2,6 +2,8 @@
 
 import errno
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -216,6 +218,15 @@ def test_the_thread_ends_with_the_iterator(cache, how):
 
 
 # --- damage
+
+
+def test_an_iterator_forgotten_until_the_interpreter_ends_says_nothing(cache):
+    code = (
+        "import sys, concurrent.futures.thread as pool; from saelab.activation_cache.reader import ActivationCache\n"
+        "pool.keep = ActivationCache(sys.argv[1]).batches(5); next(pool.keep)"  # is freed when half of pool is gone
+    )
+    run = subprocess.run([sys.executable, "-c", code, str(cache.path)], capture_output=True, text=True, check=True)
+    assert run.stderr == ""
 
 
 def damage(path, how):

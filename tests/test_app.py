@@ -67,6 +67,8 @@ def test_runs_shows_the_report_and_the_curves(open_page, hostile_run):
     assert {"FVU", "FVU unmasked", "L0", "Dead", "CE recovered", "KL"} <= set(shown)
     assert html_of(app).count("sa-curve") == 3 + PAGE_STYLE.count("sa-curve")
     assert "blocks.1.hook_resid_post" in html_of(app)
+    assert f"The report scored {report['n_tokens']:,} tokens" in text_of(app)
+    assert "features counted on" in text_of(app)
 
 
 def test_features_are_sorted_filtered_and_linked(open_page, hostile_run):
@@ -296,7 +298,8 @@ def test_a_curve_is_drawn_from_zero_to_a_round_number():
     assert 'points="0.00,0.00 50.00,75.00 100.00,50.00"' in base64.b64decode(picture).decode()
     assert ">500k tokens<" in curve and ">1M<" in curve and ">0.5<" in curve and "FVU &lt;&amp;&gt;" in curve
     assert ">20%<" in charts.training_curve([0, 1], [0.0, 0.17], "Dead", percent=True)
-    charts.training_curve([5, 5], [0.0, 0.0], "flat")
+    flat = charts.training_curve([5, 5], [0.0, 0.0], "flat", percent=True)
+    assert "<span>100%</span><span>50%</span><span>0%</span>" in flat  # nothing to show: the axis is the whole share
 
 
 def test_the_app_computes_nothing_heavy():

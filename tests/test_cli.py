@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -67,6 +68,17 @@ def test_eval_json_prints_one_object_and_nothing_else(run: Path, capfd):
     assert printed["split"] == "held_out"
 
 
+def test_eval_again_returns_at_once_and_other_arguments_measure_anew(run: Path, capsys, monkeypatch):
+    words = ["eval", str(run / "sae-l1"), "--json", "--dtype", "float32"]
+    assert cli.main(words) == 0
+    first = capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr("saelab.evaluation.report._measure", Mock(side_effect=ValueError("measured again")))
+        assert cli.main(words) == 0
+        assert capsys.readouterr().out == first
+        assert cli.main([*words, "--split", "all", "--allow-train"]) == 2
+
+
 def test_eval_json_of_several_saes_names_them(run: Path, capsys):
     assert cli.main(["eval", str(run), "--json"]) == 2
     assert f"name one of {run / 'sae'}, {run / 'sae-l1'}" in capsys.readouterr().err
@@ -122,7 +134,12 @@ def test_dash_serves_the_run(run: Path, monkeypatch):
         (["harvst"], "unknown command 'harvst'; did you mean harvest?"),
         (["xyz"], "unknown command 'xyz'; there are demo, harvest, train"),
         (["train", "no-such", "--d-sae", "8", "--k", "2", "--n-tokens", "2048"], "saelab harvest no-such --hook-name"),
+        (["train", "no-such", "--d-sae", "10"], "no-such holds no cache"),
         (["eval", "no-such"], "no-such holds no SAE"),
+        (
+            ["harvest", "out", "--hook-name", "x", "--n-tokens", "9", "--texts", "no.txt", "--model", "./no-model"],
+            "no.txt",
+        ),
         (["features", "no-such"], "no-such holds no SAE"),
         (["dash", "no-such"], "no SAE"),
         (["harvest", "out", "--hook-name", "x", "--n-tokens", "9", "--model", "./no-model"], "no-model"),
@@ -161,12 +178,12 @@ def test_debug_shows_where_an_error_came_from(monkeypatch, tmp_path):
 
 
 def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys, tmp_path):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(cli, "_find_saes", interrupted)
-    assert cli.main(["eval", str(tmp_path)]) == 130
-    assert "the same command again goes on" in capsys.readouterr().err
+    for kept in ("", "40 activations are in RUN"):
+        stopped = KeyboardInterrupt(kept) if kept else KeyboardInterrupt()
+        monkeypatch.setattr(cli, "_find_saes", Mock(side_effect=stopped))
+        assert cli.main(["eval", str(tmp_path)]) == 130
+        said = f"Interrupted. {kept + '. ' if kept else ''}The same command again goes on from what is on disk.\n"
+        assert capsys.readouterr().err == "\n" + said
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)

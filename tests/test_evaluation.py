@@ -120,6 +120,12 @@ def test_the_budget_of_the_loss_is_kept(tiny_lm):
     assert none.ce_loss is None and json.loads(none.to_json())["kl"] is None
 
 
+def test_the_bar_of_the_loss_ends_at_its_total(tiny_lm, capsys):
+    options = {"hook_name": HOOK, "ctx_len": 32, "batch_size": 3, "n_tokens_ce": 20}
+    assert saelab.evaluate(rebuilder(32), tiny_lm, TEXTS, **options).n_tokens_ce > 20
+    assert "| 20/20 " in capsys.readouterr().err.rsplit("\r", 1)[-1]
+
+
 def test_report_has_every_key_and_shows_itself(tiny_lm, tmp_path):
     report = measure(rebuilder(32), tiny_lm)
     assert set(json.loads(report.to_json())) >= KEYS
@@ -127,6 +133,21 @@ def test_report_has_every_key_and_shows_itself(tiny_lm, tmp_path):
     assert "ce_loss_recovered" in str(report) and "<table>" in report._repr_html_()
     nasty = dataclasses.replace(report, texts="<script>alert(1)</script>")
     assert "<script>" not in nasty._repr_html_()
+
+
+def test_a_saved_report_answers_the_same_request_only(tiny_lm, tmp_path, monkeypatch):
+    path, sae = tmp_path / "report.json", rebuilder(32, 0.5)
+    first = measure(sae, tiny_lm, path=path)
+    assert json.loads(path.read_text()) == json.loads(first.to_json())
+    with monkeypatch.context() as patch:
+        patch.setattr("saelab.evaluation.report._measure", lambda *_: pytest.fail("measured again"))
+        assert measure(sae, tiny_lm, path=path) == first
+    assert measure(sae, tiny_lm, path=path, n_tokens_ce=20).n_tokens_ce < first.n_tokens_ce
+    assert measure(rebuilder(32), tiny_lm, path=path).fvu == pytest.approx(0, abs=1e-10)
+    options = {"hook_name": HOOK, "ctx_len": 32, "batch_size": 3, "progress": False, "path": path}
+    assert saelab.evaluate(rebuilder(32), tiny_lm, TEXTS[:5], **options).n_tokens < first.n_tokens
+    path.write_text("{")
+    assert measure(sae, tiny_lm, path=path) == first
 
 
 def test_a_training_document_is_refused_by_count(tiny_lm):

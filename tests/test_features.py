@@ -190,7 +190,7 @@ def test_same_call_returns_and_other_arguments_are_refused(sae, tiny_lm, tmp_pat
     again = _collect(sae, tiny_lm, tmp_path / "f", n_tokens=200)
     assert again.manifest == first.manifest
     assert (tmp_path / "f" / schema.DATABASE).stat().st_mtime_ns == stamp
-    with pytest.raises(StoreError, match="top_k 6 there, 7 now"):
+    with pytest.raises(StoreError, match="top_k: 6 -> 7"):
         _collect(sae, tiny_lm, tmp_path / "f", n_tokens=200, top_k=7)
     with pytest.raises(StoreError, match="sae_hash"):
         _collect(TopKSAE(TopKConfig(d_sae=48, k=4), 32, seed=1), tiny_lm, tmp_path / "f", n_tokens=200)

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import resource
 import shutil
 import warnings
@@ -216,10 +217,12 @@ def undisturbed(tmp_path_factory):
 def test_interrupted_anywhere_it_goes_on_to_the_same_bytes(undisturbed, tmp_path, stop_at):
     lm = StandIn()
     lm.stop_at = stop_at
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as stopped:
         harvest(lm, tmp_path)
     shards = len(list(tmp_path.glob("shards/*")))
     assert shards == 0 if stop_at < 7 else shards > 0
+    nothing = r"No activation is on disk yet \(the first 384 .*begins anew"
+    assert re.match(rf"{128 * shards:,} activations are in " if shards else nothing, str(stopped.value))
     before = contents(tmp_path)
     assert all(undisturbed[name] == data for name, data in before.items())
     with pytest.raises(CacheError, match="unfinished"):
@@ -326,7 +329,7 @@ def test_resume_elsewhere_warns(tmp_path, monkeypatch):
         harvest(lm, tmp_path)
     environment = harvest_module._environment(lm)
     monkeypatch.setattr(harvest_module, "_environment", lambda lm: {**environment, "threads": 77})
-    with pytest.warns(UserWarning, match=r"begun elsewhere \(threads: \d+ there, 77 asked for\)"):
+    with pytest.warns(UserWarning, match=r"begun elsewhere \(threads: \d+ -> 77\)"):
         harvest(StandIn(), tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -350,10 +353,10 @@ def test_a_damaged_shard_stops_a_resume(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"seed": 1}, "seed: 0 there, 1 asked for"),
-        ({"ctx_len": 8}, "ctx_len: 16 there, 8 asked for"),
-        ({"hook_names": HOOKS[:1]}, "hooks: .*blocks.1.* there"),
-        ({"split": "all"}, "split: 'train' there, 'all' asked for"),
+        ({"seed": 1}, "seed: 0 -> 1"),
+        ({"ctx_len": 8}, "ctx_len: 16 -> 8"),
+        ({"hook_names": HOOKS[:1]}, r"\(hooks.blocks.1.hook_resid_post: 12 -> \(none\)\): .*another RUN"),
+        ({"split": "all"}, "split: train -> all"),
         ({"texts": TEXTS[:-1]}, "texts_fingerprint: "),
     ],
 )
@@ -372,10 +375,17 @@ def test_other_arguments_are_refused_with_both_values_and_nothing_changes(
     assert ActivationCache(folder).n_rows
 
 
+def test_texts_without_a_held_out_document_warn(lm, tmp_path):
+    texts = [text for text in TEXTS if not is_held_out(text)]
+    with pytest.warns(UserWarning, match=r"no held-out document .*eval --texts"):
+        harvest(lm, tmp_path / "train", texts)
+    harvest(lm, tmp_path / "all", texts, split="all")
+
+
 def test_another_model_is_refused(lm, tmp_path):
     harvest(lm, tmp_path)
     lm.hash = "n" * 64
-    with pytest.raises(ValueError, match="model_hash: 'mmm.* there, 'nnn.* asked for"):
+    with pytest.raises(ValueError, match="model_hash: mmm.* -> nnn"):
         harvest(lm, tmp_path)
 
 

@@ -157,9 +157,17 @@ def wait_for_page(url: str, server: subprocess.Popen) -> str:
 
 def test_make_demo_is_saelab_demo():
     for serve_flag, words in (("1", "saelab demo"), ("0", "saelab demo --no-serve")):
-        command = ["make", "-n", "--no-print-directory", "-o", "install", "demo", f"SERVE={serve_flag}"]
+        command = ["make", "-n", "--no-print-directory", "-o", ".venv/.installed", "demo", f"SERVE={serve_flag}"]
         dry = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         assert dry.stdout.splitlines()[-1].strip() == words
+
+
+@pytest.mark.parametrize(("target", "extra"), [("demo", False), ("test", True), ("lint", True), ("install", True)])
+def test_only_what_develops_installs_the_development_extra(target: str, extra: bool):
+    command = ["make", "-n", "-W", "pyproject.toml", "--no-print-directory", target]
+    dry = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "-e . -c constraints.txt" in dry
+    assert ("[dev]" in dry) == extra
 
 
 def test_the_wheel_holds_everything_once(wheel: Path):

@@ -280,3 +280,8 @@ def test_bad_packing_arguments_are_refused_at_once(change, arguments, message):
 
 def test_load_texts_is_public():
     assert saelab.load_texts is load_texts
+
+
+def test_texts_say_what_they_are():
+    assert repr(load_texts("demo")) == "Texts('demo', column 'text')"
+    assert repr(load_texts(["one", "two"])) == "Texts('2 strings in memory', column 'text')"

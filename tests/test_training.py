@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
+import signal
 
+import numpy as np
 import pytest
 import torch
 
@@ -97,6 +100,57 @@ def test_interrupt_and_resume_gives_the_same_bits(tmp_path, monkeypatch, step):
     assert keep(metrics(tmp_path / "cut")) == keep(metrics(tmp_path / "whole"))
 
 
+def press_ctrl_c_in(monkeypatch, update, times=1):
+    """Send SIGINT in the middle of a step, just before its update of the weights."""
+    from saelab.training import run
+
+    real, updates = run.apply_step, iter(range(10**6))
+
+    def apply_step(*arguments):
+        for _ in range(times if next(updates) == update else 0):
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*arguments)
+
+    monkeypatch.setattr(run, "apply_step", apply_step)
+
+
+@pytest.mark.parametrize("step", [0, 7, 20])
+def test_ctrl_c_writes_a_checkpoint_between_steps(tmp_path, monkeypatch, step):
+    """Less than checkpoint_every steps are done, and still nothing is lost, bit for bit."""
+    x, config = planted(), TrainConfig(**{**vars(SMALL), "checkpoint_every": 250})
+    whole = train(TOPK, x, config, progress=False)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match=f"goes on from step {step + 1}$"):
+        press_ctrl_c_in(patch, step)
+        train(TOPK, x, config, tmp_path, progress=False)
+    assert list_checkpoints(tmp_path) == [step + 1]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert train(TOPK, x, config, tmp_path, progress=False).hash == whole.hash
+
+
+def test_ctrl_c_saves_each_of_several_saes(tmp_path, monkeypatch):
+    x, configs = planted(), [TOPK, ReLUConfig(32)]
+    whole = train(configs, x, SMALL, progress=False)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        press_ctrl_c_in(patch, 2 * 6)  # the seventh step of the first of the two
+        train(configs, x, SMALL, tmp_path, progress=False)
+    assert [list_checkpoints(folder) for folder in sorted(tmp_path.iterdir())] == [[7], [7]]
+    assert [s.hash for s in train(configs, x, SMALL, tmp_path, progress=False)] == [s.hash for s in whole]
+
+
+def test_ctrl_c_in_the_last_step_ends_a_finished_run(tmp_path, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        press_ctrl_c_in(monkeypatch, 39)
+        train(TOPK, planted(), SMALL, tmp_path, progress=False)
+    assert (tmp_path / "sae.json").exists()
+
+
+def test_a_second_ctrl_c_does_not_wait(tmp_path, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        press_ctrl_c_in(monkeypatch, 5, times=2)
+        train(TOPK, planted(), SMALL, tmp_path, progress=False)
+    assert list_checkpoints(tmp_path) == []
+
+
 def test_resuming_under_other_conditions_warns(tmp_path, monkeypatch):
     x = planted()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -131,10 +185,13 @@ def test_a_finished_run_returns_at_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"config": TopKConfig(64, 5)}, r"config: .*'k': 4.*'k': 5"),
-        ({"train": TrainConfig(**{**vars(SMALL), "lr": 0.1})}, "train"),
-        ({"x": planted(seed=1)}, "data"),
-        ({"x": planted(d_in=8)}, "d_in: 16 there, 8 here"),
+        (
+            {"config": TopKConfig(64, 5)},
+            r"another run \(config\.k: 4 -> 5\)\. Use .*--name NAME or another RUN; in Python another out_dir",
+        ),
+        ({"train": TrainConfig(**{**vars(SMALL), "lr": 0.1})}, r"\(train\.lr: None -> 0\.1\)"),
+        ({"x": planted(seed=1)}, r"\(data: tensor \w{12}\.\.\. -> tensor \w{12}\.\.\.\)"),
+        ({"x": planted(d_in=8)}, "d_in: 16 -> 8"),
     ],
     ids=["k", "lr", "data", "width"],
 )
@@ -176,6 +233,19 @@ def test_an_iterator_of_tensors(tmp_path):
         train(TOPK, iter(x[:1000].split(100)), SMALL, progress=False)
 
 
+def test_a_numpy_array_is_as_good_as_a_tensor():
+    x = planted()
+    arrays = [x.numpy(), x.double().numpy(), np.broadcast_to(x.numpy(), x.shape), np.asfortranarray(x.numpy())]
+    expected = train(TOPK, x, SMALL, progress=False).hash
+    assert {train(TOPK, array, SMALL, progress=False).hash for array in arrays} == {expected}
+    train(TOPK, iter(np.split(planted(2560).numpy(), 40)), SMALL, progress=False)
+
+
+def test_fewer_rows_than_a_batch_warn():
+    with pytest.warns(UserWarning, match="63 different rows, fewer than one batch of 64"):
+        train(TOPK, planted(63), SMALL, progress=False)
+
+
 def test_nan_rows_stop_the_run_and_keep_the_checkpoint(tmp_path):
     x = planted(64 * 40)
     x[64 * 25 + 3, 2] = math.nan
@@ -194,8 +264,16 @@ def test_a_loss_that_explodes_says_lower_lr():
 
 @pytest.mark.parametrize(
     "data",
-    [torch.zeros(0, 4), torch.zeros(4), torch.ones(3, 3, dtype=torch.int64), 7, iter([])],
-    ids=["no rows", "1-D", "ints", "int", "empty"],
+    [
+        torch.zeros(0, 4),
+        torch.zeros(4),
+        torch.ones(3, 3, dtype=torch.int64),
+        7,
+        iter([]),
+        ["rows"],
+        np.ones((3, 3), int),
+    ],
+    ids=["no rows", "1-D", "ints", "int", "empty", "strings", "numpy ints"],
 )
 def test_data_that_cannot_be_trained_on(data):
     with pytest.raises(ValueError, match="train on"):

@@ -14,14 +14,17 @@ from jaxtyping import Bool
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from saelab.activation_cache.score import ScoreStream, open_score_stream
+from saelab.activation_cache.score import ScoreStream, open_score_stream, own_texts
+from saelab.errors import SaelabError
 from saelab.evaluation.loss_recovered import LossRecovered
 from saelab.evaluation.reconstruction import Reconstruction, VarianceSums
-from saelab.files import atomic_write_text
+from saelab.files import atomic_write_text, read_json
 from saelab.models import LanguageModel
 from saelab.saes import SAE, SAEOutput
+from saelab.tokens import Texts, load_texts
 
 _CE_BATCH = 4
+_DEFINITIONS = 1  # raise it when a measure changes its meaning: reports made before are then measured anew
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class Report:
     hook_name: str
     sae_hash: str
     model_hash: str
+    request: dict[str, Any]
+    """What was asked for: a saved report answers the same request again."""
 
     def to_json(self) -> str:
         """The content of `report.json`."""
@@ -62,7 +67,7 @@ class Report:
 
     def rows(self) -> list[tuple[str, str]]:
         """Name and printable value of each measure."""
-        hidden = ("mask", "sae_hash", "model_hash")
+        hidden = ("mask", "sae_hash", "model_hash", "request")
         return [(key, _show(value)) for key, value in dataclasses.asdict(self).items() if key not in hidden]
 
     def __str__(self) -> str:
@@ -98,25 +103,62 @@ def evaluate(
     ctx_len: int | None = None,
     batch_size: int = 16,
     progress: bool = True,
+    path: str | Path | None = None,
 ) -> Report:
     """Measure an SAE. `texts` None is the SAE's own source; of that the held-out tenth is scored, of any other text all.
 
     Reconstruction is measured on every token (or the first `n_tokens`), the language model's loss on the first
-    `n_tokens_ce`, as it takes four full passes. Raises `ValueError` when a scored document trained the SAE (naming how
-    many; `allow_train=True` overrides), when the SAE does not fit the model, or when nothing is left to score.
+    `n_tokens_ce`, as it takes four full passes. With `path` the report is kept in that file, and one that is there
+    already for the same weights, texts and arguments is returned at once. Raises `ValueError` when a scored document
+    trained the SAE (naming how many; `allow_train=True` overrides), when the SAE does not fit the model, or when nothing
+    is left to score.
     """
+    source = own_texts(sae.origin) if texts is None else load_texts(texts)
+    request: dict[str, Any] = {"split": split, "hook_name": hook_name, "n_tokens": n_tokens, "n_tokens_ce": n_tokens_ce}
+    request |= {"ctx_len": ctx_len, "batch_size": batch_size, "allow_train": allow_train}
+    request |= _circumstances(sae, lm, source)
+    if path is not None and (saved := _saved_report(Path(path), request)) is not None:
+        return saved
     stream = open_score_stream(
-        sae, lm, texts, split=split, allow_train=allow_train, hook_name=hook_name,
+        sae, lm, source, split=split, allow_train=allow_train, hook_name=hook_name,
         n_tokens=n_tokens, ctx_len=ctx_len, batch_size=batch_size,
     )  # fmt: skip
     with torch.inference_mode():
         measures, unmasked, keeps = _measure(sae, stream, progress)
         losses = _score_losses(sae, stream, keeps, measures, n_tokens_ce, progress)
-    return _report(sae, stream, measures, unmasked, losses)
+    report = _report(sae, stream, measures, unmasked, losses, request)
+    if path is not None:
+        report.save(path)
+    return report
+
+
+def _circumstances(sae: SAE, lm: LanguageModel, texts: Texts) -> dict[str, Any]:
+    """What decides the numbers beside the caller's arguments, JSON-able."""
+    origin = {key: sae.origin.get(key) for key in ("hook_name", "ctx_len", "prepend_bos", "mask")}
+    return {
+        "definitions": _DEFINITIONS,
+        "sae": {"hash": sae.hash, **origin},
+        "model": {"hash": lm.hash, "dtype": str(lm.dtype), "edits": [repr(edit) for edit in lm.edits]},
+        "texts": {"fingerprint": texts.fingerprint(), "own": texts.spec == sae.origin.get("texts")},
+    }
+
+
+def _saved_report(path: Path, request: dict[str, Any]) -> Report | None:
+    """The report at `path` where it answers `request`; None where it is another's, unreadable, or of another saelab."""
+    try:
+        saved = read_json(path)
+        return Report(**saved) if saved["request"] == request else None
+    except (SaelabError, KeyError, TypeError):
+        return None
 
 
 def _report(
-    sae: SAE, stream: ScoreStream, measures: Reconstruction, unmasked: VarianceSums, losses: LossRecovered
+    sae: SAE,
+    stream: ScoreStream,
+    measures: Reconstruction,
+    unmasked: VarianceSums,
+    losses: LossRecovered,
+    request: dict[str, Any],
 ) -> Report:
     return Report(
         **measures.results(),  # pyright: ignore[reportArgumentType]
@@ -131,6 +173,7 @@ def _report(
         hook_name=stream.hook_name,
         sae_hash=sae.hash,
         model_hash=stream.lm.hash,
+        request=request,
     )
 
 
@@ -156,15 +199,15 @@ def _score_losses(
     sae: SAE, stream: ScoreStream, keeps: list[Tensor], measures: Reconstruction, budget: int, progress: bool
 ) -> LossRecovered:
     losses = LossRecovered(sae, stream.lm, stream.hook_name, measures.variance.mean.float())
-    with tqdm(total=min(budget, stream.n_tokens), desc="Loss recovered", unit="token", disable=not progress) as bar:
+    total = min(budget, stream.n_tokens)
+    with tqdm(total=total, desc="Loss recovered", unit="token", disable=not progress) as bar:
         for tokens, keep in zip(stream.batches, keeps, strict=True):
             parts = (part.split(_CE_BATCH) for part in (tokens.ids, keep, tokens.doc >= 0))
             for ids, kept, real in zip(*parts, strict=True):
                 if losses.n >= budget:
                     return losses
-                before = losses.n
                 losses.add(ids, kept, real)
-                bar.update(losses.n - before)
+                bar.update(min(losses.n, total) - bar.n)  # the last contexts are scored whole, past the budget
     return losses
 
 

@@ -20,7 +20,7 @@ from saelab.features import schema
 from saelab.features.accumulate import Accumulator
 from saelab.features.store import FeatureStore
 from saelab.features.writer import write_store
-from saelab.files import claim_folder, fsync_dir, raise_if_disk_full, read_json
+from saelab.files import claim_folder, differences, fsync_dir, raise_if_disk_full, read_json
 from saelab.models import LanguageModel
 from saelab.saes import SAE
 from saelab.tokens import Texts, load_texts
@@ -95,14 +95,11 @@ def _request(
 
 
 def _refuse_other_request(out_dir: Path, request: dict[str, Any]) -> None:
-    before = read_json(out_dir / schema.MANIFEST).get("request", {})
-    different = [
-        f"{key} {before.get(key)!r} there, {value!r} now" for key, value in request.items() if before.get(key) != value
-    ]
+    different = differences(read_json(out_dir / schema.MANIFEST).get("request", {}), request)
     if different:
         raise StoreError(
-            f"{out_dir} holds a feature store made with other arguments: {'; '.join(different)}. "
-            "Give another out_dir, or remove that folder."
+            f"{out_dir} holds a feature store made with other arguments ({'; '.join(different)}). Use the same ones, or "
+            "remove that folder; in Python another out_dir does as well."
         )
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from saelab.errors import TrainingError
-from saelab.files import atomic_save_safetensors, atomic_write_json, read_json
+from saelab.files import atomic_save_safetensors, atomic_write_json, differences, read_json
 from saelab.saes import SAE
 from saelab.training.adam import Adam
 from saelab.training.dead_features import DeadFeatures
@@ -66,10 +66,11 @@ def claim_run(folder: Path, arguments: Mapping[str, Any], environment: Mapping[s
         atomic_write_json(path, {**arguments, "environment": dict(environment)})
         return dict(environment)
     before = read_json(path)
-    different = [key for key in arguments if before.get(key) != arguments[key]]
+    environment_then = before.pop("environment")
+    different = differences(before, arguments)
     if different:
-        changes = "; ".join(f"{key}: {before.get(key)} there, {arguments[key]} here" for key in different)
         raise TrainingError(
-            f"{folder} holds another run ({changes}). Use the same arguments to go on, or another out_dir."
+            f"{folder} holds another run ({'; '.join(different)}). Use the same arguments to go on, or train elsewhere "
+            "(--name NAME or another RUN; in Python another out_dir)."
         )
-    return before["environment"]
+    return environment_then

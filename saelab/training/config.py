@@ -27,7 +27,7 @@ class TrainConfig:
     dead_after_tokens: int | None = None
     """A feature silent for this many training tokens counts as dead; None is 50,000 in runs under 10M tokens, else 10M."""
     checkpoint_every: int = 250
-    """Steps between checkpoints; 0 writes none."""
+    """Steps between checkpoints; 0 writes none. Ctrl-C writes one at any step."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     grad_accumulation: int = 1

@@ -1,4 +1,4 @@
-"""Where training rows come from: a cache, its path, a tensor, or an iterator, all as one `DataSource`."""
+"""Where training rows come from: a cache, its path, a tensor or array, or an iterator, all as one `DataSource`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -28,6 +29,8 @@ class DataSource:
     """Mean squared norm of a row."""
     fingerprint: str
     batches: Rows
+    n_rows: int | None = None
+    """How many different rows there are; None where nobody knows."""
     origin: dict[str, Any] = field(default_factory=dict)
     documents: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
@@ -38,13 +41,23 @@ def open_data(data: Any, hook_name: str | None, batch_size: int) -> DataSource:
         data = ActivationCache(data)
     if isinstance(data, ActivationCache):
         return _from_cache(data, hook_name)
-    if isinstance(data, Tensor):
-        return _from_tensor(data)
+    if isinstance(data, Tensor | np.ndarray):
+        return _from_tensor(_as_tensor(data))
     if isinstance(data, Iterable):
-        return _from_iterator(iter(data))
+        return _from_iterator(map(_as_tensor, data))
     raise ValueError(
-        f"Cannot train on {type(data).__name__}: give a cache, its path, a tensor (n, d_in), or an iterator of such tensors."
+        f"Cannot train on {type(data).__name__}: give a cache, its path, a tensor or NumPy array (n, d_in), or an iterator "
+        "of such tensors."
     )
+
+
+def _as_tensor(rows: Any) -> Tensor:
+    if isinstance(rows, np.ndarray) and rows.dtype.kind == "f":
+        return torch.from_numpy(np.require(rows, np.float32, ["C", "W"]))
+    if not isinstance(rows, Tensor):
+        kind = f"an array of {rows.dtype}" if isinstance(rows, np.ndarray) else type(rows).__name__
+        raise ValueError(f"Rows to train on are tensors or NumPy arrays of floats, (n, d_in); got {kind}.")
+    return rows
 
 
 def _from_cache(cache: ActivationCache, hook_name: str | None) -> DataSource:
@@ -66,6 +79,7 @@ def _from_cache(cache: ActivationCache, hook_name: str | None) -> DataSource:
         mean_square=float(stats["second_moment"].sum()),
         fingerprint=f"cache {origin['dataset_fingerprint']} {hook_name}",
         batches=batches,
+        n_rows=cache.n_rows,
         origin=origin,
         documents=cache.document_ids,
     )
@@ -83,7 +97,7 @@ def _from_tensor(rows: Tensor) -> DataSource:
 
     digest = hashlib.sha256(rows.cpu().contiguous().numpy().tobytes()).hexdigest()
     mean_square = float(rows.double().square().sum(1).mean())
-    return DataSource(rows.shape[1], rows.double().mean(0).float(), mean_square, f"tensor {digest}", batches)
+    return DataSource(rows.shape[1], rows.double().mean(0).float(), mean_square, f"tensor {digest}", batches, len(rows))
 
 
 def _shuffled_forever(rows: Tensor, batch_size: int, seed: int, start_step: int) -> Iterator[Tensor]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NoReturn, overload
 
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -14,6 +15,7 @@ from saelab.errors import TrainingError
 from saelab.saes import SAE
 from saelab.training.config import TrainConfig
 from saelab.training.data import DataSource, open_data
+from saelab.training.interrupt import interrupt_between_steps
 from saelab.training.run import Run, variant_of
 
 
@@ -51,10 +53,10 @@ def train(
 ) -> SAE | list[SAE]:
     """Train the SAE of `config`, or one for each config of a list, side by side on the same batches.
 
-    `data` is a cache, a cache's path, a tensor `(n, d_in)` (shuffled, repeated as needed) or an iterator of such tensors;
-    `hook_name` chooses among a cache's hooks. `out_dir` is the SAE's folder (for a list: the RUN folder, in which each gets
-    `sae-NAME/`); without it nothing is written. The same call again goes on where it stopped, bit for bit, and returns at
-    once when finished.
+    `data` is a cache, a cache's path, a tensor or NumPy array `(n, d_in)` (shuffled, repeated as needed) or an iterator of
+    such tensors; `hook_name` chooses among a cache's hooks. `out_dir` is the SAE's folder (for a list: the RUN folder, in
+    which each gets `sae-NAME/`); without it nothing is written. The same call again goes on where it stopped, bit for bit,
+    and returns at once when finished; Ctrl-C writes a checkpoint first.
 
     Raises `ValueError` for bad arguments, `TrainingError` when activations or loss stop being finite or when `out_dir`
     holds another run.
@@ -64,6 +66,12 @@ def train(
     if not configs:
         raise ValueError("The list of SAE configs is empty; give at least one.")
     source = open_data(data, hook_name, train_config.batch_size)
+    if source.n_rows is not None and source.n_rows < train_config.batch_size:
+        warnings.warn(
+            f"There are {source.n_rows:,} different rows, fewer than one batch of {train_config.batch_size:,}: the SAE will "
+            "learn them by heart. Harvest more tokens (100,000 and more), or lower batch_size.",
+            stacklevel=2,
+        )
     folders = _folders(configs, out_dir, isinstance(config, Sequence))
     runs = [Run(one, source, train_config, folder, wandb_project) for one, folder in zip(configs, folders, strict=True)]
     _train_all([run for run in runs if not run.finished], source, train_config, progress)
@@ -77,9 +85,12 @@ def _train_all(runs: list[Run], source: DataSource, config: TrainConfig, progres
         return
     first = min(run.step for run in runs)
     batches = source.batches(config.batch_size, config.seed, first)
-    with tqdm(total=config.n_steps, initial=first, desc="Training", unit="step", disable=not progress) as bar:
+    options: dict[str, Any] = {"desc": "Training", "unit": "step", "disable": not progress}
+    with tqdm(total=config.n_steps, initial=first, **options) as bar, interrupt_between_steps() as interrupt:
         rows: Tensor | None = None
         for step in range(first, config.n_steps):
+            if interrupt.asked:
+                _stop(runs)
             rows = next(batches, None)
             if rows is None:
                 raise TrainingError(
@@ -94,6 +105,14 @@ def _train_all(runs: list[Run], source: DataSource, config: TrainConfig, progres
         assert rows is not None
         for run in runs:
             run.finish(rows)
+
+
+def _stop(runs: list[Run]) -> NoReturn:
+    """Keep what was learned, then end as Ctrl-C does."""
+    for run in runs:
+        run.checkpoint()
+    kept = [f"{run.folder} goes on from step {run.step}" for run in runs if run.folder is not None and run.step]
+    raise KeyboardInterrupt("; ".join(kept) or "Nothing of this training is on disk")
 
 
 def _summary(runs: list[Run], bar: Any, batch_size: int) -> str:

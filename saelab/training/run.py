@@ -42,7 +42,7 @@ class Run:
     def __init__(
         self, config: Any, source: DataSource, train: TrainConfig, folder: Path | None, wandb_project: str | None
     ) -> None:
-        self.config, self.train, self.folder = train, train, folder
+        self.train, self.folder = train, folder
         self.device = torch.device(train.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.sae = variant_of(config)(config, source.d_in, seed=train.seed)
         self.sae.set_normalization(source.mean, source.mean_square)
@@ -108,8 +108,8 @@ class Run:
             self.checkpoint()
 
     def checkpoint(self) -> None:
-        """Write the state before the next step, where the run has a folder."""
-        if self.folder is not None:
+        """Write the state before the next step, where the run has a folder and has begun."""
+        if self.folder is not None and self.step:
             save_checkpoint(self.folder, self.step, self.sae, self.adam, self.dead)
 
     def finish(self, rows: Tensor) -> SAE:
