@@ -1,9 +1,12 @@
 """The compile report: what it demands of every kernel on every target, that it can say no, and the HBM model by hand."""
 
+import ast
 import json
 import os
 import subprocess
 import sys
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +14,7 @@ from saelab.kernels.bench.compile_report import MODULES, SHARED_LIMIT, TARGETS, 
 from saelab.kernels.bench.hbm_model import Product
 from saelab.kernels.gpu import launch
 
+ROOT = Path(__file__).resolve().parent.parent
 TENSOR_CORE = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
 
 
@@ -28,18 +32,26 @@ def rows():
 
 
 def test_every_kernel_is_compiled_for_every_target(rows):
-    for module in MODULES:
-        names = {row["kernel"] for row in rows if row["kernel"].startswith(module)}
-        assert any("8192x4096x131072" in name for name in names)
-        for name in names:
-            assert sorted(row["target"] for row in rows if row["kernel"] == name) == sorted(TARGETS)
+    names = {row["kernel"] for row in rows}
+    for name in names:
+        assert sorted({row["target"] for row in rows if row["kernel"] == name}) == sorted(TARGETS)
+    for module in ("group_max", "grouped_product"):
+        assert any(name.startswith(module) and "8192x4096x131072" in name for name in names)
+    jitted = {
+        node.name
+        for path in (ROOT / "kernels" / "gpu").glob("*.py")
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
+    }
+    specs = [spec for module in MODULES for spec in import_module(f"saelab.kernels.gpu.{module}").production_specs()]
+    assert {spec.fn.fn.__name__ for spec in specs} == jitted
 
 
 def test_no_kernel_has_a_problem(rows):
     for row in rows:
         assert row["ok"] and row["spills"] == 0, row
-        assert 0 < row["shared"] <= SHARED_LIMIT[row["target"]], row
-        assert row["registers"] > 16
+        assert 0 <= row["shared"] <= SHARED_LIMIT[row["target"]], row
+        assert row["registers"] > 0
         assert row["least_bytes"] <= row["hbm_bytes"] <= 1.3 * row["least_bytes"], row
         assert row["compulsory_bytes"] <= row["least_bytes"], row
 

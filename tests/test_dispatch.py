@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from saelab.kernels import candidates, dispatch
 from saelab.kernels.decode import decode
@@ -63,6 +64,34 @@ def test_every_op_is_the_same_on_every_backend(name, shape, screen_dtype):
         torch.testing.assert_close(other_hat, x_hat, rtol=1e-4, atol=1e-4)
         for a, b in zip(other_grads, grads, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any torch op makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided:
+                self.largest = max(self.largest, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return out
+
+
+def test_a_whole_triton_step_never_makes_a_dense_code(monkeypatch):
+    """k * g = 64 < d_sae / 4: neither forward nor backward holds batch * d_sae elements; the dense step does."""
+    monkeypatch.setattr(candidates, "fast_bf16", lambda _: True)
+    batch, d_sae = 96, 1024
+    sae, x = TopKSAE(TopKConfig(d_sae=d_sae, k=2), 8), make(batch, 8)[0]
+    seen = {}
+    for name in ("triton", "reference"):
+        with dispatch.using(name), LargestTensor() as mode:
+            sae.loss(Batch(x, x), StepInfo(torch.zeros(d_sae, dtype=torch.bool), 0, 10)).total.backward()
+        seen[name] = mode.largest
+    assert seen["triton"] < batch * d_sae <= seen["reference"]
 
 
 def test_rows_and_empty_batches_on_triton():

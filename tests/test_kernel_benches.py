@@ -1,0 +1,82 @@
+"""The kernel benches at tiny sizes: they run, judge and print what they promise. Nothing here looks at a time."""
+
+import csv
+import json
+
+import pytest
+import torch
+
+from saelab.kernels.bench import bench_step, exactness, memory
+from saelab.kernels.bench.dense_step import DenseTopK
+from saelab.kernels.bench.rows import COLUMNS, quantiles
+from saelab.kernels.sparse_acts import SparseActs
+from saelab.saes import TopKConfig
+from saelab.training import TrainConfig, train
+
+
+def test_the_two_steps_do_the_same_work():
+    """Same start, same batches: losses, L0 and gradient norms of both steps agree for as long as rounding allows."""
+    x = torch.randn(3, 64, 12, generator=torch.Generator().manual_seed(0))
+    ours, dense = bench_step.SparseTopK(12, 40, 4), DenseTopK(12, 40, 4)
+    for rows in x:
+        a, b = ours.step(rows), dense.step(rows)
+        assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_step_rows_and_files(tmp_path, capsys):
+    settings = bench_step.Settings(d_sae=(64, 128), k=(4,), d_in=16, batch_size=64, pairs=3, warmup=1, out=tmp_path)
+    assert bench_step.main(settings) == 0
+    assert capsys.readouterr().out.splitlines()[1] == ",".join(COLUMNS)
+    rows = list(csv.DictReader((tmp_path / "step.csv").read_text(encoding="utf-8").splitlines()))
+    assert [row["provider"] for row in rows] == ["dense", "saelab"] * 2
+    for row in rows[1::2]:
+        assert float(row["ratio"]) > 0 and float(row["certified"]) + float(row["recomputed"]) == pytest.approx(1)
+        assert float(row["margin"]) > -4 and row["hardware"]
+    assert len(json.loads((tmp_path / "step.json").read_text(encoding="utf-8"))) == 4
+    assert (
+        bench_step.main(bench_step.Settings(d_sae=(64,), k=(4,), d_in=16, batch_size=64, pairs=1, floor={64: 1e9})) == 1
+    )
+
+
+def test_a_wrong_op_is_not_timed(monkeypatch):
+    monkeypatch.setattr(bench_step, "_timed", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(SparseActs, "to_dense", lambda self: torch.zeros(self.batch, self.d_sae))
+    with pytest.raises(AssertionError, match="encode_topk is wrong"):
+        bench_step.main(bench_step.Settings(d_sae=(64,), k=(4,), d_in=16, batch_size=64, pairs=1, warmup=1))
+
+
+def test_quantiles_by_hand():
+    assert quantiles([0.001, 0.002, 0.003, 0.004, 0.005, 0.006]) == {"median": 3.5, "q20": 2.0, "q80": 5.0}
+
+
+def test_memory_counts_what_a_step_adds(capsys):
+    assert memory.main(memory.Settings(d_sae=256, d_in=16, k=4, batch_size=64, steps=1, limit_mib=1e6)) == 0
+    assert memory.main(memory.Settings(d_sae=256, d_in=16, k=4, batch_size=64, steps=1, limit_mib=-1e6)) == 1
+    assert json.loads(capsys.readouterr().out.splitlines()[0])["d_sae"] == 256
+
+
+@pytest.fixture
+def small_run(tmp_path, tiny_folder):
+    import saelab
+
+    lm = saelab.load_model(str(tiny_folder), dtype=torch.float32)
+    texts = [f"the river runs past mill number {i} and the {i}th hill" for i in range(200)]
+    cache = saelab.harvest(lm, texts, ["blocks.1.hook_resid_post"], 1500, tmp_path / "cache", ctx_len=32)
+    train(
+        TopKConfig(d_sae=96, k=6), cache, TrainConfig(n_tokens=2560, batch_size=256), tmp_path / "sae", progress=False
+    )
+    return tmp_path
+
+
+def test_exactness_sees_right_and_wrong_sets(small_run, capsys, monkeypatch):
+    settings = exactness.Settings(run=small_run, n_tokens=512, batch_size=256)
+    assert exactness.main(settings) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["selection"] for line in lines[:-1]] == [
+        *("topk value", "topk magnitude", "topk decoder_norm"),
+        *("batch_topk", "threshold", "feature_topk"),
+    ]
+    assert all(line["rows"] >= 96 and line["different"] == 0 for line in lines[:-1])
+    right = exactness.encode_topk
+    monkeypatch.setattr(exactness, "encode_topk", lambda x, W, b, k, *rest: right(x, W, b, k - 1, *rest))
+    assert exactness.main(settings) == 1
