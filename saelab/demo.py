@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import arg
 
 if TYPE_CHECKING:
-    from saelab.features.feature import Feature
     from saelab.features.store import FeatureStore
     from saelab.models import LanguageModel
     from saelab.saes import SAE
 
 PROMPT = "The weather today"
-STRENGTH = 2.0
 _SHOWN = ("fvu", "explained_variance", "l0", "dead_fraction", "ce_loss", "ce_loss_sae", "ce_loss_recovered", "kl")
 
 
@@ -73,25 +71,14 @@ def _number(value: float | None) -> str:
 
 
 def _show_steering(lm: LanguageModel, store: FeatureStore) -> None:
-    feature = _strongest(store)
-    if feature is None:
+    from saelab.demo_steering import choose_steering
+
+    chosen = choose_steering(lm, store, PROMPT, n_tokens=20)
+    if chosen is None:
         print("   No feature fired; train on more tokens.")
         return
-    logits = ", ".join(repr(token) for token, _ in feature.top_logits.positive[:5])
-    print(f"   feature {feature.feature}, which promotes {logits}")
+    logits = ", ".join(repr(token) for token, _ in chosen.feature.top_logits.positive[:5])
+    print(f"   feature {chosen.feature.feature} at {chosen.strength:g} times its p99, which promotes {logits}")
     print(f"   default: {lm.generate(PROMPT, max_new_tokens=30)!r}")
-    with lm.steer(feature * STRENGTH):
+    with lm.steer(chosen.feature * chosen.strength):
         print(f"   steered: {lm.generate(PROMPT, max_new_tokens=30)!r}")
-
-
-def _strongest(store: FeatureStore) -> Feature | None:
-    """Of the features that fire on 1e-4 to 1e-2 of the tokens (else on any), the one whose p99 moves a logit most."""
-    rows = store.table(sort="p99", where={"density": (1e-4, 1e-2)}, limit=100)
-    rows = rows or store.table(sort="p99", where={"n_fired": (1, None)}, limit=100)
-    features = [store.feature(row["feature"]) for row in rows]
-
-    def push(feature: Feature) -> float:
-        promoted = feature.top_logits.positive
-        return (feature.p99 or 0.0) * promoted[0][1] if promoted else 0.0
-
-    return max(features, key=push, default=None)

@@ -1,0 +1,23 @@
+"""The demo steers with what can be read: the strongest effect among the fluent texts."""
+
+import saelab
+from saelab import demo_steering
+from saelab.demo_steering import Trial, choose_steering
+
+
+def test_a_fluent_text_wins_over_a_stronger_effect(hostile_run, tiny_lm, monkeypatch):
+    store = saelab.load_features(hostile_run / "features")
+    feature = store.feature(store.table(sort="n_fired", limit=1)[0]["feature"])
+    real = demo_steering._try(tiny_lm, feature, 1.0, "The weather", 8)
+    assert real.log_prob < 0 and 0 < real.distinct <= 1
+    own = tiny_lm.generate_ids("The weather", 8)
+    fluent = demo_steering._mean_log_prob(tiny_lm, own.ids, own.n_prompt)
+    trials = {
+        1.0: Trial(feature, 1.0, 1.0, fluent - 0.5, 1.0),
+        1.5: Trial(feature, 1.5, 9.0, fluent - 3.0, 1.0),
+        2.0: Trial(feature, 2.0, 8.0, fluent, 0.3),
+    }
+    monkeypatch.setattr(demo_steering, "STRENGTHS", tuple(trials))
+    monkeypatch.setattr(demo_steering, "_try", lambda lm, feature, strength, *_: trials[strength])
+    chosen = choose_steering(tiny_lm, store, "The weather", 8)
+    assert chosen is not None and chosen.strength == 1.0
