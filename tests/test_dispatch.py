@@ -84,7 +84,7 @@ class LargestTensor(TorchDispatchMode):
 def test_a_whole_triton_step_never_makes_a_dense_code(monkeypatch):
     """k * g = 64 < d_sae / 4: neither forward nor backward holds batch * d_sae elements; the dense step does."""
     monkeypatch.setattr(candidates, "fast_bf16", lambda _: True)
-    batch, d_sae = 96, 1024
+    batch, d_sae = 80, 640
     sae, x = TopKSAE(TopKConfig(d_sae=d_sae, k=2), 8), make(batch, 8)[0]
     seen = {}
     for name in ("triton", "reference"):
