@@ -19,7 +19,7 @@ from torch import Tensor
 
 from saelab.kernels.workspace import WORKSPACE
 
-_CHUNK_ROWS = 512
+_CHUNK_ROWS = 2048
 _STEP = 2.0**-8  # largest relative error of one rounding to bfloat16
 _TILE = 32  # the operands are as wide as whole tiles: d_in, bias (2), bound (1), zeros
 WINDOW = 1.2

@@ -15,6 +15,7 @@ from saelab.kernels.bench.hbm_model import Product
 from saelab.kernels.gpu import launch
 
 ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.timeout(900)  # seventy compilations
 TENSOR_CORE = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_ROWS = 256
+_ROWS = 1024
 
 
 def project_(gradient: Tensor, W: Tensor) -> None:
