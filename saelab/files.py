@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+LOCK = ".lock"
+
+
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Give a temporary name beside `path`; on a clean exit it is flushed to disk and renamed to `path`.
@@ -124,7 +127,7 @@ def _short(value: Any) -> str:
 
 
 def claim_folder(folder: str | Path, marker: str, kind: str) -> Path:
-    """Make `folder` for a `kind` ("cache", "SAE", "feature store"), or accept one that already holds `marker`.
+    """Make `folder` for a `kind` ("cache", "SAE", "feature store"), or accept one that already holds the file `marker`.
 
     Raises `ValueError` when the folder holds something else, so that a bad `out_dir` never mixes with other work.
     """
@@ -132,10 +135,18 @@ def claim_folder(folder: str | Path, marker: str, kind: str) -> Path:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out_dir={str(folder)!r} is a file; give a folder for the {kind}.")
     folder.mkdir(parents=True, exist_ok=True)
-    others = [entry.name for entry in folder.iterdir() if ".tmp-" not in entry.name]
-    if others and marker not in others:
+    home = (folder / marker).parent  # of a claim that was cut off before its marker was written
+    begun = {home} if home != folder and home.is_dir() and not _lasting(home) else set()
+    others = _lasting(folder) - begun
+    if others and not (folder / marker).is_file():
+        names = ", ".join(sorted(entry.name for entry in others)[:3])
         raise ValueError(
-            f"out_dir={str(folder)!r} already holds something else ({', '.join(sorted(others)[:3])}) and no {marker}; "
+            f"out_dir={str(folder)!r} already holds something else ({names}) and no {marker}; "
             f"give an empty or new folder for the {kind}."
         )
     return folder
+
+
+def _lasting(folder: Path) -> set[Path]:
+    """What a folder holds beside temporaries and locks."""
+    return {entry for entry in folder.iterdir() if ".tmp-" not in entry.name and entry.name != LOCK}

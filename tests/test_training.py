@@ -212,6 +212,23 @@ def test_a_folder_with_something_else_is_refused(tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_a_foreign_folder_with_checkpoints_in_it_is_refused_and_unharmed(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("checkpoints/model.pt", "notes.md", "metrics.jsonl"):
+        (tmp_path / name).write_text('{"step": 1, "accuracy": 0.9}\n')
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"checkpoints, metrics\.jsonl, notes\.md.* no checkpoints/run\.json"):
+        train(TOPK, planted(), SMALL, tmp_path, progress=False)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_cut_off_before_its_first_file_is_taken_up(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / ".run.json.tmp-1").write_text("{")
+    train(TOPK, planted(), SMALL, tmp_path, progress=False)
+    assert (tmp_path / "sae.json").exists()
+
+
 def test_a_list_trains_side_by_side_as_each_would_alone(tmp_path):
     x = planted()
     configs = [TOPK, TopKConfig(64, 8), ReLUConfig(32), TOPK]

@@ -17,6 +17,7 @@ from saelab.saes import SAE
 from saelab.training.adam import Adam
 from saelab.training.dead_features import DeadFeatures
 
+RUN_FILE = "checkpoints/run.json"
 KEEP = 2
 _NAME = re.compile(r"step-(\d{8})\.safetensors")
 
@@ -61,7 +62,7 @@ def claim_run(folder: Path, arguments: Mapping[str, Any], environment: Mapping[s
 
     Gives the environment the run was begun in.
     """
-    path = folder / "checkpoints" / "run.json"
+    path = folder / RUN_FILE
     if not path.exists():
         atomic_write_json(path, {**arguments, "environment": dict(environment)})
         return dict(environment)

@@ -19,7 +19,7 @@ from saelab.io import load_sae, save_sae
 from saelab.losses import fvu
 from saelab.saes import SAE, VARIANTS, Batch, StepInfo
 from saelab.training.adam import Adam
-from saelab.training.checkpoint import checkpoint_path, claim_run, load_checkpoint, save_checkpoint
+from saelab.training.checkpoint import RUN_FILE, checkpoint_path, claim_run, load_checkpoint, save_checkpoint
 from saelab.training.config import TrainConfig
 from saelab.training.data import DataSource
 from saelab.training.dead_features import DeadFeatures
@@ -60,7 +60,7 @@ class Run:
         """Take up what the folder holds; True when the run had already ended."""
         if self.folder is None:
             return False
-        claim_folder(self.folder, "checkpoints", "SAE")
+        claim_folder(self.folder, RUN_FILE, "SAE")
         train = {key: str(value) for key, value in dataclasses.asdict(self.train).items()}
         begun = claim_run(
             self.folder,
