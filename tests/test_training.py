@@ -3,13 +3,17 @@
 import json
 import math
 import os
+import shutil
 import signal
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from saelab.errors import TrainingError
+from saelab.files import tensors_hash
 from saelab.interop import load_sae
 from saelab.kernels.rows import project_
 from saelab.saes import Batch, ReLUConfig, StepInfo, TopKConfig, TopKSAE
@@ -161,16 +165,45 @@ def test_resuming_under_other_conditions_warns(tmp_path, monkeypatch):
         train(TOPK, x, SMALL, tmp_path, progress=False)
 
 
-def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, monkeypatch):
+def flip_a_byte(path):
+    path.write_bytes(path.read_bytes()[:-50] + bytes([path.read_bytes()[-50] ^ 255]) + path.read_bytes()[-49:])
+
+
+def save_without(names):
+    def save(path):
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        tensors = {name: tensor for name, tensor in load_file(path).items() if not name.startswith(names)}
+        save_file(tensors, path, metadata | {"sha256": tensors_hash(tensors)})
+
+    return save
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:100]), "passed over"),
+        (flip_a_byte, "SHA-256 differs"),
+        (save_without("adam."), "not those of this run"),
+        (save_without("tokens_since_fired"), "not those of this run"),
+        (
+            lambda path: shutil.copy(path, path.with_name("step-00000099.safetensors")),
+            "it is of step 20, the run has 40",
+        ),
+        (lambda path: shutil.copy(path, path.with_name("step-00000030.safetensors")), "it is of step 20"),
+    ],
+    ids=["cut", "flipped", "no moments", "no counters", "past the end", "renamed"],
+)
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, monkeypatch, damage, says):
     x = planted()
     whole = train(TOPK, x, SMALL, progress=False)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_at(patch, 25)
         train(TOPK, x, SMALL, tmp_path, progress=False)
     assert list_checkpoints(tmp_path) == [10, 20]
-    newest = tmp_path / "checkpoints" / "step-00000020.safetensors"
-    newest.write_bytes(newest.read_bytes()[:100])
-    assert train(TOPK, x, SMALL, tmp_path, progress=False).hash == whole.hash
+    damage(tmp_path / "checkpoints" / "step-00000020.safetensors")
+    with pytest.warns(UserWarning, match=says):
+        assert train(TOPK, x, SMALL, tmp_path, progress=False).hash == whole.hash
 
 
 def test_a_finished_run_returns_at_once(tmp_path, monkeypatch):

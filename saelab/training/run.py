@@ -72,7 +72,7 @@ class Run:
             self.sae = load_sae(self.folder)
             self.step = self.train.n_steps
             return True
-        self.step = load_checkpoint(self.folder, self.sae, self.adam, self.dead)
+        self.step = load_checkpoint(self.folder, self.train.n_steps, self.sae, self.adam, self.dead)
         if self.step:
             _warn_if_elsewhere(begun, environment(self.device))
         return False
