@@ -73,6 +73,15 @@ def test_numbers_equal_a_plain_computation(store, dense, sae):
         assert feature.cosine == pytest.approx(1.0, abs=1e-6)  # a fresh SAE is tied
 
 
+def test_a_steered_model_is_refused(sae, tiny_lm, tmp_path):
+    edit = saelab.steering.FeatureHandle(sae, 3, HOOK).add(1.0, "raw")
+    with tiny_lm.steer(edit), pytest.raises(ValueError, match="being steered"):
+        _collect(sae, tiny_lm, tmp_path / "features")
+    assert not (tmp_path / "features").exists()
+    with tiny_lm.steer(edit), pytest.raises(ValueError, match="being steered"):
+        saelab.evaluate(sae, tiny_lm, DOCUMENTS, hook_name=HOOK, progress=False)
+
+
 def test_histogram_counts_every_value(store, dense):
     codes, _, _ = dense
     for index in range(48):

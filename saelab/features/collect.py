@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from saelab.activation_cache.score import ScoreStream, open_score_stream
+from saelab.activation_cache.score import ScoreStream, open_score_stream, refuse_steered
 from saelab.errors import StoreError
 from saelab.features import schema
 from saelab.features.accumulate import Accumulator
@@ -54,6 +54,7 @@ def collect_features(
     """
     if top_k < 1 or (n_tokens is not None and n_tokens < 1):
         raise ValueError(f"top_k={top_k}, n_tokens={n_tokens}: both must be at least 1 (n_tokens None is all).")
+    refuse_steered(lm)
     out_dir = claim_folder(out_dir, schema.MANIFEST, "feature store")
     source = _source(sae, lm, texts)
     request = _request(sae, lm, source, split, hook_name, ctx_len) | {"n_tokens": n_tokens, "top_k": top_k}
