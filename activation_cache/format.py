@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-from saelab.errors import CacheError
-from saelab.files import fsync_dir, raise_if_disk_full, read_json, sha256_file
+from saelab.errors import CacheError, SaelabError
+from saelab.files import fsync_dir, read_json, sha256_file, writing
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -162,7 +162,8 @@ class Journal:
 
     def __init__(self, folder: Path):
         self.path = folder / JOURNAL
-        self._file = self.path.open("ab+", buffering=0)
+        with writing(self.path):
+            self._file = self.path.open("ab+", buffering=0)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -188,11 +189,11 @@ class Journal:
         with self._lock:
             end = self._file.seek(0, os.SEEK_END)
             try:
-                self._file.write(json.dumps(entry).encode() + b"\n")
-                os.fsync(self._file.fileno())
-            except OSError as error:
+                with writing(self.path):
+                    self._file.write(json.dumps(entry).encode() + b"\n")
+                    os.fsync(self._file.fileno())
+            except SaelabError:
                 self._file.truncate(end)
-                raise_if_disk_full(error, self.path)
                 raise
             self.entries.append(entry)
 
