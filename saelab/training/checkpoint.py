@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from saelab.errors import TrainingError
-from saelab.files import atomic_save_safetensors, atomic_write_json, differences, read_json, tensors_hash
+from saelab.files import (
+    atomic_save_safetensors,
+    atomic_write_json,
+    claim_folder,
+    differences,
+    locked,
+    read_json,
+    remove_leftovers,
+    tensors_hash,
+)
 from saelab.saes import SAE
 from saelab.training.adam import Adam
 from saelab.training.dead_features import DeadFeatures
@@ -83,6 +93,19 @@ def _read_checked(path: Path, step: int, n_steps: int, state: Mapping[str, Tenso
     return tensors
 
 
+@contextmanager
+def claimed(folder: Path | None) -> Iterator[None]:
+    """Keep other trainers out of a run folder. Raises `ValueError` when it holds something else, else `SaelabError`."""
+    if folder is None or (claim_folder(folder, RUN_FILE, "SAE") / "sae.json").exists():  # finished: only read
+        yield
+        return
+    home = (folder / RUN_FILE).parent
+    busy = f"Another process is training in {folder}: wait for it, or give another out_dir (--name NAME, another RUN)."
+    with locked(home, busy):
+        remove_leftovers(home)
+        yield
+
+
 def claim_run(folder: Path, arguments: Mapping[str, Any], environment: Mapping[str, Any]) -> dict[str, Any]:
     """Note what this run is in `checkpoints/run.json`; a folder of another run is refused, naming the difference.
 
@@ -93,7 +116,9 @@ def claim_run(folder: Path, arguments: Mapping[str, Any], environment: Mapping[s
         atomic_write_json(path, {**arguments, "environment": dict(environment)})
         return dict(environment)
     before = read_json(path)
-    environment_then = before.pop("environment")
+    environment_then = before.pop("environment", None) if isinstance(before, dict) else None
+    if not isinstance(environment_then, dict):
+        raise TrainingError(f"{path} is not what train wrote there: put it back from a copy, or train elsewhere.")
     different = differences(before, arguments)
     if different:
         raise TrainingError(
