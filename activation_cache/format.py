@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-from saelab.errors import CacheError
-from saelab.files import fsync_dir, raise_if_disk_full, read_json, sha256_file
+from saelab.errors import CacheError, SaelabError
+from saelab.files import fsync_dir, read_json, sha256_file, writing
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -32,6 +32,7 @@ JOURNAL = "journal.jsonl"
 INDEX = "index.safetensors"
 DOCUMENTS = "documents.safetensors"
 SEQUENCES_PER_FILE = 4096
+_BEGINNING = b'{"kind": "'  # of every line of a journal
 INDEX_BYTES = 12  # seq, pos, token: three int32 a row
 TOKEN_BYTES = 8  # id and document: two int32 a token
 
@@ -129,7 +130,28 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CacheError(
             f"{folder} has cache format {version}, this saelab reads up to {FORMAT_VERSION}: install a newer saelab."
         )
+    try:
+        _check_manifest(manifest)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CacheError(
+            f"{folder / MANIFEST} was altered ({error if isinstance(error, ValueError) else repr(error)}): put it back "
+            "from a copy, or delete the cache and harvest again."
+        ) from error
     return manifest
+
+
+def _check_manifest(manifest: Mapping[str, Any]) -> None:
+    """Raise `ValueError`, or whatever a missing or foreign value raises, unless a reader can rely on the manifest."""
+    if manifest["config_hash"] != config_hash(manifest["config"]):
+        raise ValueError("its config is not the one that was harvested")
+    rows = sum(shard["rows"] for shard in manifest["shards"])
+    if manifest["n_rows"] != rows or not rows:
+        raise ValueError(f"it counts {manifest['n_rows']} rows, and {rows} in {len(manifest['shards'])} shards")
+    _ = manifest["model_name"], manifest["texts"], manifest["documents"], manifest["tokens"], manifest["n_tokens"]
+    for hook in manifest["config"]["hooks"]:
+        _ = manifest["max_norm"][hook], manifest["stats"][hook]
+        for shard in manifest["shards"]:
+            _ = shard["folder"], shard["files"][f"{hook}.safetensors"], shard["files"][INDEX]
 
 
 class Journal:
@@ -140,7 +162,8 @@ class Journal:
 
     def __init__(self, folder: Path):
         self.path = folder / JOURNAL
-        self._file = self.path.open("ab+", buffering=0)
+        with writing(self.path):
+            self._file = self.path.open("ab+", buffering=0)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -166,11 +189,11 @@ class Journal:
         with self._lock:
             end = self._file.seek(0, os.SEEK_END)
             try:
-                self._file.write(json.dumps(entry).encode() + b"\n")
-                os.fsync(self._file.fileno())
-            except OSError as error:
+                with writing(self.path):
+                    self._file.write(json.dumps(entry).encode() + b"\n")
+                    os.fsync(self._file.fileno())
+            except SaelabError:
                 self._file.truncate(end)
-                raise_if_disk_full(error, self.path)
                 raise
             self.entries.append(entry)
 
@@ -185,13 +208,19 @@ class Journal:
 
     def _read(self) -> None:
         self._file.seek(0)
-        lines = self._file.read().split(b"\n")
+        content = self._file.read()
+        if content[: len(_BEGINNING)] != _BEGINNING[: len(content)]:
+            raise CacheError(f"{self.path} is no journal of an activation cache: give another out_dir.")
+        lines = content.split(b"\n")
         good = 0
         for number, line in enumerate(lines[:-1]):
             try:
-                self.entries.append(json.loads(line))
+                entry = json.loads(line)
+                if not isinstance(entry, dict) or "kind" not in entry:
+                    raise ValueError(f"{entry} is no entry")
+                self.entries.append(entry)
             except ValueError as error:
-                if number < len(lines) - 2:
+                if number < len(lines) - 2 or not isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
                     raise CacheError(
                         f"{self.path} line {number + 1} was altered: delete the cache and harvest again."
                     ) from error

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from saelab.activation_cache import format
 from saelab.activation_cache.reader import ActivationCache
+from saelab.activation_cache.score import refuse_steered
 from saelab.activation_cache.writer import CacheWriter
 from saelab.errors import CacheError
 from saelab.files import claim_folder, differences
@@ -112,10 +113,7 @@ def _check_arguments(lm: LanguageModel, hooks: list[str], split: str, sizes: dic
             raise ValueError(f"{name}={value} must be at least 1.")
     if not hooks or len(set(hooks)) < len(hooks):
         raise ValueError(f"hook_names={hooks!r}: give at least one hook, each once.")
-    if lm.edits:
-        raise ValueError(
-            f"{lm.name} is being steered ({lm.edits[0]!r}): a cache holds its own activations. Leave lm.steer."
-        )
+    refuse_steered(lm)
     for hook in hooks:
         lm.check_hook(hook)
     if sizes["ctx_len"] > lm.max_ctx:
@@ -150,8 +148,9 @@ def _open_journal(folder: Path, journal: format.Journal, config: dict[str, Any],
     if finished:
         raise CacheError(f"{folder / format.JOURNAL} was emptied: delete the cache and harvest again.")
     journal.clear()
-    for leftover in folder.rglob("*.safetensors"):  # of an attempt that never finished a shard
-        leftover.unlink()
+    if started:
+        for leftover in folder.rglob("*.safetensors"):  # of an attempt that never finished a shard
+            leftover.unlink()
     start = {"kind": "start", "config": config, "config_hash": format.config_hash(config), "environment": environment}
     journal.append(start)
     return False

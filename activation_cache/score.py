@@ -74,9 +74,10 @@ def open_score_stream(
     """Tokenise what is to be scored and check it against what the SAE was trained on, before any forward pass.
 
     `texts` None is the SAE's own source. `split` None is the held-out tenth of that source, and all of any other text.
-    Raises `ValueError` when the SAE does not fit the hook, when nothing is left to score, or, naming the count, when a
-    document is among those that trained the SAE (unless `allow_train`).
+    Raises `ValueError` when the SAE does not fit the hook, when the model is being steered, when nothing is left to
+    score, or, naming the count, when a document is among those that trained the SAE (unless `allow_train`).
     """
+    refuse_steered(lm)
     origin = sae.origin
     source = load_texts(texts) if texts is not None else own_texts(origin)
     own = source.spec is not None and source.spec == origin.get("texts")
@@ -109,6 +110,15 @@ def _check_fit(sae: SAE, lm: LanguageModel, hook_name: str | None) -> None:
     trained_on = sae.origin.get("model")
     if trained_on and trained_on["hash"] != lm.hash:
         warnings.warn(f"The SAE was trained on {trained_on['name']}, this is {lm.name}: other weights.", stacklevel=4)
+
+
+def refuse_steered(lm: LanguageModel) -> None:
+    """Raise `ValueError` inside `lm.steer`: what is measured and kept is the model's own."""
+    if lm.edits:
+        raise ValueError(
+            f"{lm.name} is being steered ({lm.edits[0]!r}): caches, feature stores and reports hold its own activations. "
+            "Leave lm.steer."
+        )
 
 
 def own_texts(origin: dict[str, Any]) -> Texts:

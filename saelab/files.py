@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,35 +20,98 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+LOCK = ".lock"
+
+
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Give a temporary name beside `path`; on a clean exit it is flushed to disk and renamed to `path`.
 
-    Raises `SaelabError` when the disk is full; whatever stood at `path` before is then untouched.
+    Raises `SaelabError` when that fails (disk full, no permission); whatever stood at `path` before is then untouched.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary = temporary_path(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent, path.name)
+        try:
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            fsync_dir(path.parent)
+        finally:
+            with suppress(OSError):  # it must not hide what went wrong
+                temporary.unlink(missing_ok=True)
+
+
+def temporary_path(path: Path) -> Path:
+    """Where this process builds what `path` becomes."""
+    return path.with_name(f".{path.name}.tmp-{os.getpid()}")
+
+
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Remove what killed processes left in `folder` under temporary names (of `name` alone, where it is given)."""
+    for entry in folder.iterdir():
+        match = re.fullmatch(r"\.(.+)\.tmp-(\d+)", entry.name)
+        if match is None or (name is not None and match[1] != name) or _is_running(int(match[2])):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
+
+
+def _is_running(pid: int) -> bool:
     try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        fsync_dir(path.parent)
-    except OSError as error:
-        raise_if_disk_full(error, path)
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
+@contextmanager
+def writing(path: str | Path, advice: str = "Everything written before is intact") -> Iterator[None]:
+    """Turn what the system says against writing `path` into a `SaelabError` with the path, the cause and the fix."""
+    try:
+        yield
+    except SaelabError:
         raise
-    finally:
-        temporary.unlink(missing_ok=True)
+    except Exception as error:
+        in_text = re.search(r"os error (\d+)", str(error))  # of safetensors, in Rust's words
+        number = error.errno if isinstance(error, OSError) else int(in_text[1]) if in_text else None
+        if number is None:
+            raise
+        fix = _FIXES.get(number, f"{path} cannot be written ({error})")
+        raise SaelabError(f"{fix.format(path=path)}. {advice}.") from error
 
 
-def raise_if_disk_full(error: Exception, path: Path) -> None:
-    """Turn "no space left" (disk, quota or file-size limit) into a `SaelabError` that says what to do."""
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-    if full or "No space left" in str(error) or "File too large" in str(error):
-        raise SaelabError(
-            f"The disk is full while writing {path}. Everything written before is intact: make room and repeat the same call."
-        ) from error
+_FULL = "The disk is full while writing {path} (no space, quota or file-size limit): make room and repeat the same call"
+_FORBIDDEN = "{path} cannot be written, for lack of permission: give a folder you can write to, or change its mode"
+_BELOW_A_FILE = "{path} cannot be written, as there is a file where a folder must be: give another place"
+_FIXES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EFBIG, errno.EDQUOT), _FULL),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _FORBIDDEN),
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), _BELOW_A_FILE),
+    errno.EBUSY: "{path} cannot be replaced, as it is a mount point or in use: give a new folder inside it",
+    errno.ENOTEMPTY: "{path} cannot be replaced, as there are files in it: give an empty or new folder",
+}
+
+
+@contextmanager
+def locked(folder: Path, busy: str) -> Iterator[None]:
+    """Hold the lock of `folder`; it is let go when the process ends, however it ends. `SaelabError(busy)` when held."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("ab")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise SaelabError(busy) from error
+        yield
 
 
 def fsync_dir(path: str | Path) -> None:
@@ -73,16 +138,11 @@ def atomic_save_safetensors(
     path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Save tensors (made contiguous) to `path`, whole or not at all."""
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
-        try:
-            save_file(ready, temporary, dict(metadata) if metadata else None)
-        except SafetensorError as error:
-            raise_if_disk_full(error, Path(path))
-            raise
+        save_file(ready, temporary, dict(metadata) if metadata else None)
 
 
 def read_json(path: str | Path) -> Any:
@@ -91,6 +151,8 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise SaelabError(f"{path} does not exist.") from error
+    except OSError as error:
+        raise SaelabError(f"{path} cannot be read ({error.strerror}).") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise SaelabError(f"{path} is not valid JSON ({error}). It was altered or truncated: make it anew.") from error
 
@@ -99,6 +161,17 @@ def sha256_file(path: str | Path) -> str:
     """SHA-256 of a file's bytes, as hex."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes, types and bytes of tensors, as hex."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -124,18 +197,28 @@ def _short(value: Any) -> str:
 
 
 def claim_folder(folder: str | Path, marker: str, kind: str) -> Path:
-    """Make `folder` for a `kind` ("cache", "SAE", "feature store"), or accept one that already holds `marker`.
+    """Make `folder` for a `kind` ("cache", "SAE", "feature store"), or accept one that already holds the file `marker`.
 
     Raises `ValueError` when the folder holds something else, so that a bad `out_dir` never mixes with other work.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out_dir={str(folder)!r} is a file; give a folder for the {kind}.")
-    folder.mkdir(parents=True, exist_ok=True)
-    others = [entry.name for entry in folder.iterdir() if ".tmp-" not in entry.name]
-    if others and marker not in others:
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
+    home = (folder / marker).parent  # of a claim that was cut off before its marker was written
+    begun = {home} if home != folder and home.is_dir() and not _lasting(home) else set()
+    others = _lasting(folder) - begun
+    if others and not (folder / marker).is_file():
+        names = ", ".join(sorted(entry.name for entry in others)[:3])
         raise ValueError(
-            f"out_dir={str(folder)!r} already holds something else ({', '.join(sorted(others)[:3])}) and no {marker}; "
+            f"out_dir={str(folder)!r} already holds something else ({names}) and no {marker}; "
             f"give an empty or new folder for the {kind}."
         )
     return folder
+
+
+def _lasting(folder: Path) -> set[Path]:
+    """What a folder holds beside temporaries and locks."""
+    return {entry for entry in folder.iterdir() if ".tmp-" not in entry.name and entry.name != LOCK}

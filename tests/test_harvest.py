@@ -462,3 +462,12 @@ def test_a_steered_model_is_refused(tiny_lm, tmp_path):
     ):
         saelab.harvest(tiny_lm, ["some text to read"], [hook], 100, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
+
+
+def test_files_beside_an_empty_journal_stay(tiny_lm, tmp_path):
+    (tmp_path / "journal.jsonl").write_text("")
+    (tmp_path / "mine.safetensors").write_text("years of work")
+    saelab.harvest(
+        tiny_lm, ["some text for the cache"] * 30, HOOKS[:1], 200, tmp_path, ctx_len=16, split="all", progress=False
+    )
+    assert (tmp_path / "mine.safetensors").read_text() == "years of work"

@@ -3,20 +3,27 @@
 import json
 import math
 import os
+import shutil
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from saelab.errors import TrainingError
+from saelab.errors import SaelabError, TrainingError
+from saelab.files import tensors_hash
 from saelab.interop import load_sae
 from saelab.kernels.rows import project_
 from saelab.saes import Batch, ReLUConfig, StepInfo, TopKConfig, TopKSAE
 from saelab.training import TrainConfig, train
 from saelab.training.adam import Adam
-from saelab.training.checkpoint import list_checkpoints
+from saelab.training.checkpoint import claimed, list_checkpoints
 from saelab.training.dead_features import DeadFeatures
+from saelab.training.metrics_log import MetricsLog
 from saelab.training.optimizer import apply_step, learning_rate
 
 SMALL = TrainConfig(
@@ -161,16 +168,45 @@ def test_resuming_under_other_conditions_warns(tmp_path, monkeypatch):
         train(TOPK, x, SMALL, tmp_path, progress=False)
 
 
-def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, monkeypatch):
+def flip_a_byte(path):
+    path.write_bytes(path.read_bytes()[:-50] + bytes([path.read_bytes()[-50] ^ 255]) + path.read_bytes()[-49:])
+
+
+def save_without(names):
+    def save(path):
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        tensors = {name: tensor for name, tensor in load_file(path).items() if not name.startswith(names)}
+        save_file(tensors, path, metadata | {"sha256": tensors_hash(tensors)})
+
+    return save
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:100]), "passed over"),
+        (flip_a_byte, "SHA-256 differs"),
+        (save_without("adam."), "not those of this run"),
+        (save_without("tokens_since_fired"), "not those of this run"),
+        (
+            lambda path: shutil.copy(path, path.with_name("step-00000099.safetensors")),
+            "it is of step 20, the run has 40",
+        ),
+        (lambda path: shutil.copy(path, path.with_name("step-00000030.safetensors")), "it is of step 20"),
+    ],
+    ids=["cut", "flipped", "no moments", "no counters", "past the end", "renamed"],
+)
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, monkeypatch, damage, says):
     x = planted()
     whole = train(TOPK, x, SMALL, progress=False)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_at(patch, 25)
         train(TOPK, x, SMALL, tmp_path, progress=False)
     assert list_checkpoints(tmp_path) == [10, 20]
-    newest = tmp_path / "checkpoints" / "step-00000020.safetensors"
-    newest.write_bytes(newest.read_bytes()[:100])
-    assert train(TOPK, x, SMALL, tmp_path, progress=False).hash == whole.hash
+    damage(tmp_path / "checkpoints" / "step-00000020.safetensors")
+    with pytest.warns(UserWarning, match=says):
+        assert train(TOPK, x, SMALL, tmp_path, progress=False).hash == whole.hash
 
 
 def test_a_finished_run_returns_at_once(tmp_path, monkeypatch):
@@ -212,6 +248,23 @@ def test_a_folder_with_something_else_is_refused(tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_a_foreign_folder_with_checkpoints_in_it_is_refused_and_unharmed(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("checkpoints/model.pt", "notes.md", "metrics.jsonl"):
+        (tmp_path / name).write_text('{"step": 1, "accuracy": 0.9}\n')
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"checkpoints, metrics\.jsonl, notes\.md.* no checkpoints/run\.json"):
+        train(TOPK, planted(), SMALL, tmp_path, progress=False)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_cut_off_before_its_first_file_is_taken_up(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / ".run.json.tmp-1").write_text("{")
+    train(TOPK, planted(), SMALL, tmp_path, progress=False)
+    assert (tmp_path / "sae.json").exists()
+
+
 def test_a_list_trains_side_by_side_as_each_would_alone(tmp_path):
     x = planted()
     configs = [TOPK, TopKConfig(64, 8), ReLUConfig(32), TOPK]
@@ -249,11 +302,77 @@ def test_fewer_rows_than_a_batch_warn():
 def test_nan_rows_stop_the_run_and_keep_the_checkpoint(tmp_path):
     x = planted(64 * 40)
     x[64 * 25 + 3, 2] = math.nan
-    with pytest.raises(TrainingError, match=r"step 25: 1 of 64 activations in batch 25 .*checkpoints.* intact"):
+    with pytest.raises(
+        TrainingError, match=r"step 25: 1 of 64 activations in batch 25 .*checkpoint of step 20 .* intact"
+    ):
         train(TOPK, iter(x.split(64)), SMALL, tmp_path, progress=False)
     assert list_checkpoints(tmp_path) == [10, 20]
     with pytest.raises(ValueError, match="1 of 2560 rows hold NaN"):
         train(TOPK, x, SMALL, progress=False)
+
+
+def test_bad_numbers_before_any_checkpoint_do_not_promise_one(tmp_path):
+    x = planted(64 * 40)
+    x[64 * 5, 2] = math.nan
+    with pytest.raises(TrainingError, match="step 5: .*; nothing was saved yet"):
+        train(TOPK, iter(x.split(64)), SMALL, tmp_path, progress=False)
+
+
+def test_two_trainers_in_one_folder_are_refused_and_a_killed_one_lets_go(tmp_path):
+    x = planted()
+    code = (
+        "import sys; from pathlib import Path; from saelab.training.checkpoint import claimed;"
+        "c = claimed(Path(sys.argv[1])); c.__enter__(); print('claimed', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "sae")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"claimed\n"
+        with pytest.raises(SaelabError, match="Another process is training in .*sae"):
+            train(TOPK, x, SMALL, tmp_path / "sae", progress=False)
+        other.kill()
+    train(TOPK, x, SMALL, tmp_path / "sae", progress=False)
+    with claimed(tmp_path / "sae"):  # finished: whoever asks again only reads
+        train(TOPK, x, SMALL, tmp_path / "sae", progress=False)
+
+
+def test_a_full_disk_is_named_in_the_log(tmp_path):
+    """In a process of its own: the limit on file sizes would hit pytest's files as well."""
+    code = (
+        "import resource, sys, torch, saelab; from saelab.saes import TopKConfig;"
+        "config = saelab.TrainConfig(n_tokens=6400, batch_size=64, log_every=1, checkpoint_every=0);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000));"
+        "saelab.train(TopKConfig(8, 2), torch.randn(64, 4), config, sys.argv[1], progress=False)"
+    )
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path / "sae")], capture_output=True, text=True)
+    assert "SaelabError: The disk is full while writing" in run.stderr and "metrics.jsonl" in run.stderr
+
+
+def test_leftovers_of_killed_trainers_are_removed(tmp_path):
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    (tmp_path / "checkpoints").mkdir()
+    left = tmp_path / "checkpoints" / f".step-00000010.safetensors.tmp-{int(dead.stdout)}"
+    alive = tmp_path / "checkpoints" / f".x.tmp-{os.getppid()}"
+    for path in (left, alive):
+        path.write_text("half")
+    train(TOPK, planted(), SMALL, tmp_path, progress=False)
+    assert not left.exists() and alive.exists()
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"variant": "topk"}'])
+def test_an_altered_run_file_is_named(tmp_path, content):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "run.json").write_text(content)
+    with pytest.raises(TrainingError, match=r"run\.json is not what train wrote"):
+        train(TOPK, planted(), SMALL, tmp_path, progress=False)
+
+
+def test_odd_lines_of_the_log_are_left_out_and_the_others_kept(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(
+        b'garbage\n{"step": 0}\n[1]\n3\n{"a": 1}\n{"step": "x"}\n\xff\xfe\n{"step": 5}\n{"step": 10}\n{"st'
+    )
+    MetricsLog(tmp_path, 10)
+    assert metrics(tmp_path) == [{"step": 0}, {"step": 5}]
 
 
 def test_a_loss_that_explodes_says_lower_lr():
@@ -354,9 +473,6 @@ def test_not_an_sae_config():
 
 
 def test_wandb_is_never_imported_unasked():
-    import subprocess
-    import sys
-
     code = (
         "import sys, torch, saelab; from saelab.saes import TopKConfig;"
         "saelab.train(TopKConfig(8, 2), torch.randn(64, 4), saelab.TrainConfig(n_tokens=64, batch_size=32), progress=False);"

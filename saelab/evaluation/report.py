@@ -14,7 +14,7 @@ from jaxtyping import Bool
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from saelab.activation_cache.score import ScoreStream, open_score_stream, own_texts
+from saelab.activation_cache.score import ScoreStream, open_score_stream, own_texts, refuse_steered
 from saelab.errors import SaelabError
 from saelab.evaluation.loss_recovered import LossRecovered
 from saelab.evaluation.reconstruction import Reconstruction, VarianceSums
@@ -113,6 +113,7 @@ def evaluate(
     trained the SAE (naming how many; `allow_train=True` overrides), when the SAE does not fit the model, or when nothing
     is left to score.
     """
+    refuse_steered(lm)
     source = own_texts(sae.origin) if texts is None else load_texts(texts)
     request: dict[str, Any] = {"split": split, "hook_name": hook_name, "n_tokens": n_tokens, "n_tokens_ce": n_tokens_ce}
     request |= {"ctx_len": ctx_len, "batch_size": batch_size, "allow_train": allow_train}
@@ -138,7 +139,7 @@ def _circumstances(sae: SAE, lm: LanguageModel, texts: Texts) -> dict[str, Any]:
     return {
         "definitions": _DEFINITIONS,
         "sae": {"hash": sae.hash, **origin},
-        "model": {"hash": lm.hash, "dtype": str(lm.dtype), "edits": [repr(edit) for edit in lm.edits]},
+        "model": {"hash": lm.hash, "dtype": str(lm.dtype)},
         "texts": {"fingerprint": texts.fingerprint(), "own": texts.spec == sae.origin.get("texts")},
     }
 

@@ -14,13 +14,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from saelab.activation_cache.score import ScoreStream, open_score_stream
-from saelab.errors import StoreError
+from saelab.activation_cache.score import ScoreStream, open_score_stream, refuse_steered
+from saelab.errors import SaelabError, StoreError
 from saelab.features import schema
 from saelab.features.accumulate import Accumulator
 from saelab.features.store import FeatureStore
 from saelab.features.writer import write_store
-from saelab.files import claim_folder, differences, fsync_dir, raise_if_disk_full, read_json
+from saelab.files import claim_folder, differences, fsync_dir, read_json, remove_leftovers, temporary_path, writing
 from saelab.models import LanguageModel
 from saelab.saes import SAE
 from saelab.tokens import Texts, load_texts
@@ -54,12 +54,14 @@ def collect_features(
     """
     if top_k < 1 or (n_tokens is not None and n_tokens < 1):
         raise ValueError(f"top_k={top_k}, n_tokens={n_tokens}: both must be at least 1 (n_tokens None is all).")
-    out_dir = claim_folder(out_dir, schema.MANIFEST, "feature store")
+    refuse_steered(lm)
+    out_dir = claim_folder(out_dir, schema.MANIFEST, "feature store").resolve()
     source = _source(sae, lm, texts)
     request = _request(sae, lm, source, split, hook_name, ctx_len) | {"n_tokens": n_tokens, "top_k": top_k}
     if (out_dir / schema.MANIFEST).exists():
         _refuse_other_request(out_dir, request)
         return FeatureStore(out_dir, sae)
+    _check_replaceable(out_dir)
     stream = open_score_stream(
         sae, lm, source, split=split, allow_train=True, hook_name=hook_name,
         n_tokens=n_tokens, ctx_len=ctx_len, batch_size=batch_size,
@@ -176,32 +178,26 @@ def _manifest(sae: SAE, stream: ScoreStream, state: Accumulator, out_dir: Path) 
     }
 
 
+def _check_replaceable(out_dir: Path) -> None:
+    """Raise `SaelabError` now, not after a pass over all tokens, where `out_dir` cannot be replaced by another folder."""
+    if out_dir == Path.cwd():
+        raise SaelabError(f"{out_dir} is the folder you are in, which cannot be replaced: give a new folder inside it.")
+    with _finished_folder(out_dir):
+        pass  # an empty one
+
+
 @contextmanager
 def _finished_folder(out_dir: Path) -> Iterator[Path]:
     """A hidden folder beside `out_dir` to build in; on a clean exit it takes `out_dir`'s place (which is empty)."""
-    for left in out_dir.parent.glob(f".{out_dir.name}.tmp-*"):
-        if not _is_running(int(left.name.rpartition("-")[2])):
-            shutil.rmtree(left, ignore_errors=True)
-    building = out_dir.parent / f".{out_dir.name}.tmp-{os.getpid()}"
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir()
-    try:
-        yield building
-        fsync_dir(building)
-        building.replace(out_dir)
-        fsync_dir(out_dir.parent)
-    except Exception as error:
-        raise_if_disk_full(error, out_dir)
-        raise
-    finally:
+    building = temporary_path(out_dir)
+    with writing(out_dir):
+        remove_leftovers(out_dir.parent, out_dir.name)
         shutil.rmtree(building, ignore_errors=True)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
+        building.mkdir()
+        try:
+            yield building
+            fsync_dir(building)
+            building.replace(out_dir)
+            fsync_dir(out_dir.parent)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)

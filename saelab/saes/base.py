@@ -6,7 +6,6 @@ override: `encode`, `decode`, `loss`, `after_step`.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -15,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from saelab.files import tensors_hash
 from saelab.kernels.decode import decode
 from saelab.kernels.rows import unit_norm_
 from saelab.kernels.sparse_acts import SparseActs
@@ -144,11 +144,7 @@ class SAE(nn.Module):
     @property
     def hash(self) -> str:
         """SHA-256 over names, shapes and bytes of the weights."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return tensors_hash(self.state_dict())
 
 
 def check_config(config: Any) -> None:

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from saelab.errors import TrainingError
-from saelab.files import atomic_save_safetensors, atomic_write_json, differences, read_json
+from saelab.files import (
+    atomic_save_safetensors,
+    atomic_write_json,
+    claim_folder,
+    differences,
+    locked,
+    read_json,
+    remove_leftovers,
+    tensors_hash,
+)
 from saelab.saes import SAE
 from saelab.training.adam import Adam
 from saelab.training.dead_features import DeadFeatures
 
+RUN_FILE = "checkpoints/run.json"
 KEEP = 2
 _NAME = re.compile(r"step-(\d{8})\.safetensors")
 
@@ -33,27 +45,65 @@ def list_checkpoints(folder: Path) -> list[int]:
 
 
 def save_checkpoint(folder: Path, step: int, sae: SAE, adam: Adam, dead: DeadFeatures) -> None:
-    """Write the state before step `step`; the newest two are kept."""
-    tensors: dict[str, Tensor] = {f"sae.{name}": value for name, value in sae.state_dict().items()}
-    tensors |= {f"adam.{name}": value for name, value in adam.state_dict().items()}
-    tensors["tokens_since_fired"] = dead.tokens_since_fired
-    atomic_save_safetensors(checkpoint_path(folder, step), tensors)
-    for old in list_checkpoints(folder)[:-KEEP]:
+    """Write the state before step `step`; the newest two up to it are kept."""
+    tensors = _state(sae, adam, dead)
+    metadata = {"step": str(step), "sha256": tensors_hash(tensors)}
+    atomic_save_safetensors(checkpoint_path(folder, step), tensors, metadata)
+    for old in [known for known in list_checkpoints(folder) if known <= step][:-KEEP]:
         checkpoint_path(folder, old).unlink(missing_ok=True)
 
 
-def load_checkpoint(folder: Path, sae: SAE, adam: Adam, dead: DeadFeatures) -> int:
-    """Restore the newest readable checkpoint in place; gives the step to go on with, 0 when there is none."""
+def load_checkpoint(folder: Path, n_steps: int, sae: SAE, adam: Adam, dead: DeadFeatures) -> int:
+    """Restore the newest whole checkpoint of the run in place; gives the step to go on with, 0 when there is none.
+
+    One that was damaged, or is not of this run, is passed over with a warning.
+    """
+    state = _state(sae, adam, dead)
     for step in reversed(list_checkpoints(folder)):
+        path = checkpoint_path(folder, step)
         try:
-            tensors = load_file(checkpoint_path(folder, step))
-        except (SafetensorError, OSError):
-            continue  # damaged from outside: the one before it is whole
-        sae.load_state_dict({n.removeprefix("sae."): t for n, t in tensors.items() if n.startswith("sae.")})
-        adam.load_state_dict({n.removeprefix("adam."): t for n, t in tensors.items() if n.startswith("adam.")})
-        dead.tokens_since_fired.copy_(tensors["tokens_since_fired"])
+            tensors = _read_checked(path, step, n_steps, state)
+        except (SafetensorError, OSError, ValueError) as error:
+            warnings.warn(f"{path} is passed over ({error}): the run goes on from the one before.", stacklevel=5)
+            continue
+        for name, tensor in state.items():
+            tensor.copy_(tensors[name])
         return step
     return 0
+
+
+def _state(sae: SAE, adam: Adam, dead: DeadFeatures) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, no copies."""
+    tensors: dict[str, Tensor] = {f"sae.{name}": value for name, value in sae.state_dict().items()}
+    tensors |= {f"adam.{name}": value for name, value in adam.state_dict().items()}
+    return tensors | {"tokens_since_fired": dead.tokens_since_fired}
+
+
+def _read_checked(path: Path, step: int, n_steps: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint. Raises `ValueError` unless they are as written and fit `state`."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+    if metadata.get("step") != str(step) or step >= n_steps:
+        raise ValueError(f"it is of step {metadata.get('step')}, the run has {n_steps}")
+    tensors = load_file(path)
+    if metadata.get("sha256") != tensors_hash(tensors):
+        raise ValueError("it was altered: SHA-256 differs")
+    if {name: tensor.shape for name, tensor in tensors.items()} != {name: t.shape for name, t in state.items()}:
+        raise ValueError("its tensors are not those of this run")
+    return tensors
+
+
+@contextmanager
+def claimed(folder: Path | None) -> Iterator[None]:
+    """Keep other trainers out of a run folder. Raises `ValueError` when it holds something else, else `SaelabError`."""
+    if folder is None or (claim_folder(folder, RUN_FILE, "SAE") / "sae.json").exists():  # finished: only read
+        yield
+        return
+    home = (folder / RUN_FILE).parent
+    busy = f"Another process is training in {folder}: wait for it, or give another out_dir (--name NAME, another RUN)."
+    with locked(home, busy):
+        remove_leftovers(home)
+        yield
 
 
 def claim_run(folder: Path, arguments: Mapping[str, Any], environment: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,12 +111,14 @@ def claim_run(folder: Path, arguments: Mapping[str, Any], environment: Mapping[s
 
     Gives the environment the run was begun in.
     """
-    path = folder / "checkpoints" / "run.json"
+    path = folder / RUN_FILE
     if not path.exists():
         atomic_write_json(path, {**arguments, "environment": dict(environment)})
         return dict(environment)
     before = read_json(path)
-    environment_then = before.pop("environment")
+    environment_then = before.pop("environment", None) if isinstance(before, dict) else None
+    if not isinstance(environment_then, dict):
+        raise TrainingError(f"{path} is not what train wrote there: put it back from a copy, or train elsewhere.")
     different = differences(before, arguments)
     if different:
         raise TrainingError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn, overload
 
@@ -13,6 +14,7 @@ from tqdm.auto import tqdm
 from saelab.allocator import keep_freed_memory
 from saelab.errors import TrainingError
 from saelab.saes import SAE
+from saelab.training.checkpoint import claimed
 from saelab.training.config import TrainConfig
 from saelab.training.data import DataSource, open_data
 from saelab.training.interrupt import interrupt_between_steps
@@ -73,8 +75,12 @@ def train(
             stacklevel=2,
         )
     folders = _folders(configs, out_dir, isinstance(config, Sequence))
-    runs = [Run(one, source, train_config, folder, wandb_project) for one, folder in zip(configs, folders, strict=True)]
-    _train_all([run for run in runs if not run.finished], source, train_config, progress)
+    with ExitStack() as stack:
+        for folder in folders:
+            stack.enter_context(claimed(folder))
+        pairs = zip(configs, folders, strict=True)
+        runs = [Run(one, source, train_config, folder, wandb_project) for one, folder in pairs]
+        _train_all([run for run in runs if not run.finished], source, train_config, progress)
     saes = [run.sae for run in runs]
     return saes if isinstance(config, Sequence) else saes[0]
 

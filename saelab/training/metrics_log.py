@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from saelab.files import atomic_write_text
+from saelab.files import atomic_write_text, writing
 
 
 class MetricsLog:
@@ -31,7 +32,7 @@ class MetricsLog:
     def write(self, line: dict[str, Any]) -> None:
         """Append one line; it holds at least `step`."""
         if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
+            with writing(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         if self._wandb is not None:
             self._wandb.log(line, step=int(line["step"]))
@@ -43,13 +44,13 @@ class MetricsLog:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics file; a torn last line is left out."""
+    """The lines of a metrics file; what is no line of a log (torn, altered) is left out."""
     if not path.exists():
         return []
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(json.JSONDecodeError):
+            value = json.loads(line)
+            if isinstance(value, dict) and isinstance(value.get("step"), int):
+                lines.append(value)
     return lines

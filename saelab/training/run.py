@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from saelab.errors import TrainingError
-from saelab.files import claim_folder
 from saelab.io import load_sae, save_sae
 from saelab.losses import fvu
 from saelab.saes import SAE, VARIANTS, Batch, StepInfo
 from saelab.training.adam import Adam
-from saelab.training.checkpoint import checkpoint_path, claim_run, load_checkpoint, save_checkpoint
+from saelab.training.checkpoint import claim_run, list_checkpoints, load_checkpoint, save_checkpoint
 from saelab.training.config import TrainConfig
 from saelab.training.data import DataSource
 from saelab.training.dead_features import DeadFeatures
@@ -60,7 +59,6 @@ class Run:
         """Take up what the folder holds; True when the run had already ended."""
         if self.folder is None:
             return False
-        claim_folder(self.folder, "checkpoints", "SAE")
         train = {key: str(value) for key, value in dataclasses.asdict(self.train).items()}
         begun = claim_run(
             self.folder,
@@ -72,7 +70,7 @@ class Run:
             self.sae = load_sae(self.folder)
             self.step = self.train.n_steps
             return True
-        self.step = load_checkpoint(self.folder, self.sae, self.adam, self.dead)
+        self.step = load_checkpoint(self.folder, self.train.n_steps, self.sae, self.adam, self.dead)
         if self.step:
             _warn_if_elsewhere(begun, environment(self.device))
         return False
@@ -144,9 +142,8 @@ class Run:
             if bad
             else f"the loss of batch {self.step} is not finite though its activations are; lower lr"
         )
-        kept = "nothing was saved yet"
-        if self.folder is not None and checkpoint_path(self.folder, 0).parent.exists():
-            kept = f"the last checkpoint in {self.folder / 'checkpoints'} is intact"
+        saved = list_checkpoints(self.folder) if self.folder is not None else []
+        kept = f"the checkpoint of step {saved[-1]} in {self.folder} is intact" if saved else "nothing was saved yet"
         return f"Training stopped at step {self.step}: {cause}; {kept}."
 
 
