@@ -26,7 +26,8 @@ class Workspace(threading.local):
         buffer = self.buffers.get((name, dtype))
         if buffer is None or buffer.numel() < size:
             self.buffers.pop((name, dtype), None)  # freed before the larger one is made
-            buffer = self.buffers[name, dtype] = torch.empty(size, dtype=dtype)
+            with torch.inference_mode(False):  # a buffer made in inference mode could be used nowhere else
+                buffer = self.buffers[name, dtype] = torch.empty(size, dtype=dtype)
         return buffer[:size].view(shape)
 
 

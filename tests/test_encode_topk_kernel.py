@@ -9,6 +9,7 @@ from saelab.kernels.cpu import screen
 from saelab.kernels.encode_topk import encode_topk
 from saelab.kernels.reference.encode_topk import encode_topk as reference
 from saelab.kernels.selection_log import LOG
+from saelab.kernels.workspace import WORKSPACE
 
 SHAPES = [
     (1, 1, 1, 1),
@@ -177,3 +178,12 @@ def test_gradients_match_the_dense_reference():
         grads.append([leaf.grad for leaf in leaves])
     for ours, theirs in zip(*grads, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_buffers_made_in_inference_mode_serve_outside_too(screen_dtype):
+    WORKSPACE.buffers.clear()
+    x, W_enc, b_enc = make(70, 12, 90, torch.float32)
+    with torch.inference_mode():
+        inside = encode_topk(x, W_enc, b_enc, 7)
+    outside = encode_topk(x, W_enc.requires_grad_(), b_enc, 7)
+    assert torch.equal(inside.values, outside.values.detach())

@@ -52,9 +52,7 @@ def collect_features(
     Raises `ValueError` when the SAE does not fit the model, when no token is left, or when `out_dir` holds something
     else; `StoreError` when it holds a store made with other arguments, naming them.
     """
-    if top_k < 1 or (n_tokens is not None and n_tokens < 1):
-        raise ValueError(f"top_k={top_k}, n_tokens={n_tokens}: both must be at least 1 (n_tokens None is all).")
-    refuse_steered(lm)
+    _check_call(lm, top_k, n_tokens)
     out_dir = claim_folder(out_dir, schema.MANIFEST, "feature store").resolve()
     source = _source(sae, lm, texts)
     request = _request(sae, lm, source, split, hook_name, ctx_len) | {"n_tokens": n_tokens, "top_k": top_k}
@@ -71,6 +69,12 @@ def collect_features(
         manifest = _manifest(sae, stream, state, out_dir) | {"request": request, "top_k": top_k}
         write_store(building, manifest, state, _top_logits(sae, lm, stream.hook_name), _cosine(sae), stream)
     return FeatureStore(out_dir, sae)
+
+
+def _check_call(lm: LanguageModel, top_k: int, n_tokens: int | None) -> None:
+    if top_k < 1 or (n_tokens is not None and n_tokens < 1):
+        raise ValueError(f"top_k={top_k}, n_tokens={n_tokens}: both must be at least 1 (n_tokens None is all).")
+    refuse_steered(lm)
 
 
 def _source(sae: SAE, lm: LanguageModel, texts: Any) -> Texts:

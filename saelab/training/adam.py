@@ -49,19 +49,7 @@ class Adam:
             parameter.grad = None
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The moments under "INDEX.NAME", index in the order of the parameters; no copies."""
+        """The moments under "INDEX.NAME", index in the order of the parameters; no copies, so that they can be written to."""
         return {
             f"{index}.{name}": self._state[name][index] for index in range(len(self.parameters)) for name in _MOMENTS
         }
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take up what `state_dict` gave. Raises `ValueError` when a moment is missing or has another shape."""
-        own = self.state_dict()
-        wrong = [name for name in own if name not in state or state[name].shape != own[name].shape]
-        if wrong or len(state) != len(own):
-            raise ValueError(
-                f"These are not the moments of {len(self.parameters)} such parameters: {wrong or list(state)}."
-            )
-        for name, tensor in own.items():
-            tensor.copy_(state[name])
