@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import html
 import json
+import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,20 +47,21 @@ def show() -> None:
 def _overview(found: list[SaeRun]) -> None:
     rows = []
     for sae in found:
-        report = _report(sae)
+        report = _read(sae.report_path)
         values = {label: report.get(key) for key, (label, _) in _MEASURES.items()}
         rows.append({"SAE": sae.name, "hook": report.get("hook_name"), **values, "tokens": report.get("n_tokens")})
     st.dataframe(rows, hide_index=True, alt="Held-out numbers of every SAE in this run")
 
 
 def _one(sae: SaeRun) -> None:
-    config = read_json(sae.sae_dir / "sae.json") if (sae.sae_dir / "sae.json").exists() else {}
+    config = _read(sae.sae_dir / "sae.json")
     st.subheader(sae.name, divider="gray")
-    model = config.get("model") or {}
-    parts = [config.get("variant"), config.get("hook_name"), model_label(model.get("name") or "")]
-    known = " \u00b7 ".join(part for part in parts if part)
+    model = config.get("model")
+    name = model.get("name") if isinstance(model, dict) else None
+    parts = [config.get("variant"), config.get("hook_name"), model_label(str(name or ""))]
+    known = " \u00b7 ".join(str(part) for part in parts if part)
     st.html(f'<p class="sa-sub">{html.escape(known)}</p>')
-    report = _report(sae)
+    report = _read(sae.report_path)
     if report:
         _measures(report)
     else:
@@ -69,9 +72,13 @@ def _one(sae: SaeRun) -> None:
     _settings(config)
 
 
-def _report(sae: SaeRun) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object; {} where there is none, with a warning where the file holds something else."""
     try:
-        return read_json(sae.report_path) if sae.report_path.exists() else {}
+        value = read_json(path) if path.exists() else {}
+        if isinstance(value, dict):
+            return value
+        raise SaelabError(f"{path} holds a {type(value).__name__}, not an object: it was altered; make it anew.")
     except SaelabError as error:
         st.warning(str(error))
         return {}
@@ -96,26 +103,28 @@ def _curves(sae: SaeRun) -> None:
         st.caption("No training curve: metrics.jsonl holds fewer than two points.")
         return
     for column, (key, (name, is_share)) in zip(st.columns(3), _CURVES.items(), strict=True):
-        points = [(line["tokens"], line[key]) for line in lines if key in line and "tokens" in line]
+        points = [(line["tokens"], line[key]) for line in lines if _is_finite(line, key) and _is_finite(line, "tokens")]
         if not points:
             continue
         tokens, values = zip(*points, strict=True)
         column.html(charts.training_curve(tokens, values, name, is_share))
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
+def _is_finite(line: dict[str, Any], key: str) -> bool:
+    return isinstance(line.get(key), int | float) and math.isfinite(line[key])
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Up to 1,000 evenly spread points of a metrics file; a torn line is passed over."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     step = max(1, len(lines) // _MAX_POINTS)
     points = []
     for line in lines[::step]:
-        try:
+        with suppress(json.JSONDecodeError):
             points.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return points
+    return [point for point in points if isinstance(point, dict)]
 
 
 def _settings(config: dict[str, Any]) -> None:

@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from saelab.errors import SaelabError
-from saelab.files import atomic_save_safetensors, atomic_write_json, read_json
+from saelab.files import atomic_save_safetensors, atomic_write_json, read_json, tensors_hash
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.saes import SAE, VARIANTS
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 knew no "golden_hash"
 GOLDEN_ROWS = 64
 _TINY_CODE = 1e-3
 
@@ -38,14 +38,15 @@ def save_sae(sae: SAE, folder: str | Path, golden_inputs: Float[Tensor, "n d_in"
         golden_inputs = noise / sae.scale.cpu() + sae.center.cpu()
     tensors = {name: value.detach().cpu() for name, value in sae.state_dict().items()}
     atomic_save_safetensors(folder / "sae.safetensors", tensors)
-    atomic_save_safetensors(folder / "golden.safetensors", _golden(sae, golden_inputs))
-    atomic_write_json(folder / "sae.json", describe(sae))
+    golden = _golden(sae, golden_inputs)
+    atomic_save_safetensors(folder / "golden.safetensors", golden)
+    atomic_write_json(folder / "sae.json", describe(sae) | {"golden_hash": tensors_hash(golden)})
     sae.folder = folder
     return folder
 
 
 def describe(sae: SAE) -> dict[str, Any]:
-    """The content of `sae.json`."""
+    """The content of `sae.json`, without the hash of the golden file."""
     return {
         "format_version": FORMAT_VERSION,
         "variant": sae.variant,
@@ -67,31 +68,53 @@ def load_sae(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
         raise SaelabError(
             f"{folder} holds no sae.json, so no finished SAE: train one there, or give its folder (RUN/sae)."
         )
-    meta = read_json(folder / "sae.json")
-    if meta.get("format_version", 0) > FORMAT_VERSION:
-        raise SaelabError(
-            f"{folder} has format version {meta['format_version']}, this saelab reads up to {FORMAT_VERSION}: update saelab."
-        )
-    if meta.get("variant") not in VARIANTS:
-        raise SaelabError(f"{folder} is of variant {meta.get('variant')!r}; this saelab knows {', '.join(VARIANTS)}.")
-    cls = VARIANTS[meta["variant"]]
-    sae = cls(cls.Config(**meta["config"]), meta["d_in"])
+    meta = _read_meta(folder / "sae.json")
+    try:
+        sae = VARIANTS[meta["variant"]](VARIANTS[meta["variant"]].Config(**meta["config"]), meta["d_in"])
+        sae.trained, weights_hash = meta["training"], meta["sae_hash"]
+        golden_hash = meta["golden_hash"] if meta["format_version"] > 1 else None
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise SaelabError(f"{folder / 'sae.json'} was altered ({error!r}): {_ANEW}.") from error
     tensors, golden = _read(folder / "sae.safetensors"), _read(folder / "golden.safetensors")
     try:
         sae.load_state_dict(tensors)
     except RuntimeError as error:
         raise SaelabError(f"{folder / 'sae.safetensors'} does not fit its sae.json: {error}") from error
-    sae.trained = meta.pop("training")
-    own = {"format_version", "variant", "d_in", "d_sae", "config", "dtype", "unit_norm_decoder", "sae_hash"}
-    sae.origin = {key: value for key, value in meta.items() if key not in own}
-    sae.train_documents = golden["train_documents"]
+    for name, expected, now in (("sae", weights_hash, sae.hash), ("golden", golden_hash, tensors_hash(golden))):
+        if expected is not None and expected != now:
+            raise SaelabError(
+                f"{folder / name}.safetensors was altered: hash {now[:12]}, sae.json says {str(expected)[:12]}: {_ANEW}."
+            )
+    sae.origin = {key: value for key, value in meta.items() if key not in _OWN}
     sae.folder = folder
-    if sae.hash != meta["sae_hash"]:
-        raise SaelabError(
-            f"{folder / 'sae.safetensors'} was altered: hash {sae.hash[:12]}, sae.json says {meta['sae_hash'][:12]}."
-        )
-    _check_golden(sae.eval(), golden, folder)
+    try:
+        sae.train_documents = golden["train_documents"]
+        _check_golden(sae.eval(), golden, folder)
+    except (KeyError, IndexError, RuntimeError, ValueError) as error:
+        raise SaelabError(f"{folder / 'golden.safetensors'} was altered ({error!r}): {_ANEW}.") from error
     return sae.to(device)
+
+
+_ANEW = "put it back from a copy, or train the SAE anew"
+_OWN = {"format_version", "variant", "d_in", "d_sae", "config", "dtype", "unit_norm_decoder", "sae_hash"}
+_OWN |= {"golden_hash", "training"}
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    """`sae.json`, of a version and a variant that are known here."""
+    meta = read_json(path)
+    version = meta.get("format_version") if isinstance(meta, dict) else None
+    if not isinstance(version, int):
+        raise SaelabError(f"{path} does not describe an SAE of saelab (format_version={version!r}): {_ANEW}.")
+    if version > FORMAT_VERSION:
+        raise SaelabError(
+            f"{path.parent} has format version {version}, this saelab reads up to {FORMAT_VERSION}: update saelab."
+        )
+    if meta.get("variant") not in list(VARIANTS):
+        raise SaelabError(
+            f"{path.parent} is of variant {meta.get('variant')!r}; this saelab knows {', '.join(VARIANTS)}."
+        )
+    return meta
 
 
 def _read(path: Path) -> dict[str, Tensor]:

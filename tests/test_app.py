@@ -17,6 +17,7 @@ from streamlit.testing.v1 import AppTest
 from streamlit.util import calc_hash
 
 import saelab.app
+from saelab.activation_cache import format
 from saelab.app import charts, page_runs, page_steer, serve, state
 from saelab.app.style import PAGE_STYLE
 from saelab.errors import SaelabError
@@ -124,6 +125,9 @@ def _copy_with_dead_feature(run, folder):
     database.execute("DELETE FROM blob WHERE feature = 5 AND kind != 'logits'")
     database.commit()
     database.close()
+    manifest = json.loads((copy / "features" / "manifest.json").read_text())
+    manifest["files"]["store.sqlite"] = format.describe_file(copy / "features" / "store.sqlite")
+    (copy / "features" / "manifest.json").write_text(json.dumps(manifest))
     return copy
 
 
@@ -163,6 +167,26 @@ def test_missing_and_damaged_stores_are_explained(tmp_path, open_page, hostile_r
     app = open_page("runs", copy)
     assert not app.exception and not app.error
     assert "saelab eval" in app.info[0].value and "No training curve" in text_of(app)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("report.json", "[1]"),
+        ("sae/sae.json", "[1]"),
+        ("sae/sae.json", '{"model": "x", "variant": 3}'),
+        (
+            "sae/metrics.jsonl",
+            '[1]\n3\n{"tokens": 1, "fvu": null}\n{"tokens": null, "fvu": NaN}\n{"tokens": 2, "l0": 1}\n',
+        ),
+    ],
+)
+def test_runs_bears_altered_files(tmp_path, open_page, hostile_run, file, content):
+    copy = shutil.copytree(hostile_run, tmp_path / "run", ignore=shutil.ignore_patterns("cache"))
+    (copy / file).write_text(content)
+    app = open_page("runs", copy)
+    assert not app.exception and not app.error
+    assert content != "[1]" or "holds a list, not an object" in app.warning[0].value
 
 
 def test_several_saes_are_chosen_by_url(tmp_path, open_page, hostile_run):

@@ -93,3 +93,60 @@ def test_torn_json_is_named(tmp_path):
     (tmp_path / "sae.json").write_text('{"variant": ')
     with pytest.raises(SaelabError, match=r"sae\.json is not valid JSON"):
         load_sae(tmp_path)
+
+
+def altered(path, change):
+    value = json.loads(path.read_text())
+    path.write_text(json.dumps(change(value) or value))
+
+
+@pytest.mark.parametrize("key", ["format_version", "variant", "d_in", "config", "training", "sae_hash", "golden_hash"])
+def test_a_key_that_sae_json_lacks_is_named(tmp_path, key):
+    save_sae(build()[0], tmp_path)
+    altered(tmp_path / "sae.json", lambda meta: meta.pop(key) and None)
+    with pytest.raises(SaelabError, match=key):
+        load_sae(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda meta: [1],
+        lambda meta: meta.update(format_version="1"),
+        lambda meta: meta.update(variant=[]),
+        lambda meta: meta.update(config=None),
+        lambda meta: meta["config"].update(z=1),
+        lambda meta: meta["config"].update(d_sae="48"),
+        lambda meta: meta.update(d_in="x"),
+    ],
+)
+def test_foreign_values_in_sae_json_are_refused(tmp_path, change):
+    save_sae(build()[0], tmp_path)
+    altered(tmp_path / "sae.json", change)
+    with pytest.raises(SaelabError, match="sae.json|variant"):
+        load_sae(tmp_path)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("name", ["x", "values", "features", "offsets", "x_hat", "train_documents", "of another"])
+def test_altered_golden_tensors_are_refused(tmp_path, name, version):
+    """The list of training documents among them: without it, nothing would keep evaluation from scoring them."""
+    save_sae(build()[0], tmp_path)
+    golden = load_file(tmp_path / "golden.safetensors")
+    if name == "of another":
+        golden["features"] += 40
+    else:
+        del golden[name]
+    save_file(golden, tmp_path / "golden.safetensors")
+    if version == 1:
+        altered(tmp_path / "sae.json", lambda meta: meta.update(format_version=1))
+    with pytest.raises(SaelabError, match=r"golden\.safetensors was altered"):
+        load_sae(tmp_path)
+
+
+def test_emptied_training_documents_are_refused(tmp_path):
+    save_sae(build()[0], tmp_path)
+    golden = load_file(tmp_path / "golden.safetensors")
+    save_file(golden | {"train_documents": golden["train_documents"][:0]}, tmp_path / "golden.safetensors")
+    with pytest.raises(SaelabError, match=r"golden\.safetensors was altered: hash"):
+        load_sae(tmp_path)

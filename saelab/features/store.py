@@ -38,7 +38,8 @@ class FeatureStore:
     def __init__(self, folder: str | Path, sae: SAE | None = None) -> None:
         """Open the store in `folder`. Raises `StoreError` when it is missing, damaged, or of a newer version."""
         self.folder = Path(folder)
-        self.manifest: dict[str, Any] = _read_manifest(self.folder)
+        self.manifest: dict[str, Any] = read_manifest(self.folder)
+        self.verify()
         self._local = threading.local()
         self._tokens: Any = None
         self._sae = None
@@ -163,7 +164,7 @@ class FeatureStore:
         return None if folder is None else (self.folder / folder).resolve()
 
     def verify(self) -> None:
-        """Compare every file with the size and SHA-256 of the manifest; `StoreError` names the file that differs."""
+        """Compare every file with the SHA-256 of the manifest, as opening does; `StoreError` names one that differs."""
         from saelab.files import sha256_file
 
         for name, entry in self.manifest["files"].items():
@@ -237,7 +238,8 @@ def load_features(path: str | Path, sae: SAE | None = None) -> FeatureStore:
     return FeatureStore(folders[0], sae)
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of the store in `folder`, whose files are there in full size. Raises `StoreError` otherwise."""
     path = folder / schema.MANIFEST
     if not path.exists():
         raise StoreError(f"{folder} holds no feature store ({schema.MANIFEST} is missing). {_ANEW}")
@@ -255,7 +257,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
                 raise StoreError(
                     f"{folder / name} is missing or truncated ({entry['bytes']:,} bytes expected). {_ANEW}"
                 )
-        _ = manifest["sae"]["d_sae"], manifest["sae"]["hash"], manifest["n_tokens"], manifest["hook_name"]
+        _ = manifest["sae"]["d_sae"], manifest["sae"]["hash"], manifest["sae"]["folder"], manifest["model"]["name"]
+        _ = manifest["n_tokens"], manifest["hook_name"], manifest["split"], manifest["files"][schema.DATABASE]["sha256"]
     except StoreError:
         raise
     except (SaelabError, KeyError, TypeError, AttributeError) as error:
