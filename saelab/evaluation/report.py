@@ -115,10 +115,8 @@ def evaluate(
     """
     refuse_steered(lm)
     source = own_texts(sae.origin) if texts is None else load_texts(texts)
-    request: dict[str, Any] = {"split": split, "hook_name": hook_name, "n_tokens": n_tokens, "n_tokens_ce": n_tokens_ce}
-    request |= {"ctx_len": ctx_len, "batch_size": batch_size, "allow_train": allow_train} | _circumstances(
-        sae, lm, source
-    )
+    request = _circumstances(sae, lm, source) | {"split": split, "hook_name": hook_name, "n_tokens": n_tokens}
+    request |= {"n_tokens_ce": n_tokens_ce, "ctx_len": ctx_len, "batch_size": batch_size, "allow_train": allow_train}
     if path is not None and (saved := _saved_report(Path(path), request)) is not None:
         return saved
     stream = open_score_stream(
