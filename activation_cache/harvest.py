@@ -22,6 +22,7 @@ from saelab.activation_cache import format
 from saelab.activation_cache.reader import ActivationCache
 from saelab.activation_cache.score import refuse_steered
 from saelab.activation_cache.writer import CacheWriter
+from saelab.arguments import check_integer
 from saelab.errors import CacheError
 from saelab.files import claim_folder, differences
 from saelab.language_model import LanguageModel
@@ -60,6 +61,7 @@ def harvest(
     sizes = {"n_tokens": n_tokens, "ctx_len": ctx_len, "batch_size": batch_size}
     sizes |= {"shard_rows": shard_rows, "pool_shards": pool_shards}
     _check_arguments(lm, hooks, split, sizes)
+    check_integer("seed", seed, 0)
     texts = load_texts(texts)
     config = _identity(lm, texts, hooks) | sizes | {"split": split, "prepend_bos": prepend_bos, "seed": seed}
     return _harvest_into(claim_folder(out_dir, format.JOURNAL, "cache"), lm, texts, config, max_bytes, progress)
@@ -109,8 +111,7 @@ def _identity(lm: LanguageModel, texts: Texts, hooks: list[str]) -> dict[str, An
 def _check_arguments(lm: LanguageModel, hooks: list[str], split: str, sizes: dict[str, int]) -> None:
     check_split(split)
     for name, value in sizes.items():
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1.")
+        check_integer(name, value, 1)
     if not hooks or len(set(hooks)) < len(hooks):
         raise ValueError(f"hook_names={hooks!r}: give at least one hook, each once.")
     refuse_steered(lm)

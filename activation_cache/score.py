@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from saelab.arguments import check_integer
 from saelab.errors import ModelError
 from saelab.masking import MASK_RULE, Mask, NormRule, row_norms
 from saelab.models import LanguageModel
@@ -77,7 +78,7 @@ def open_score_stream(
     Raises `ValueError` when the SAE does not fit the hook, when the model is being steered, when nothing is left to
     score, or, naming the count, when a document is among those that trained the SAE (unless `allow_train`).
     """
-    refuse_steered(lm)
+    check_scoring(lm, n_tokens=n_tokens, ctx_len=ctx_len, batch_size=batch_size)
     origin = sae.origin
     source = load_texts(texts) if texts is not None else own_texts(origin)
     own = source.spec is not None and source.spec == origin.get("texts")
@@ -110,6 +111,14 @@ def _check_fit(sae: SAE, lm: LanguageModel, hook_name: str | None) -> None:
     trained_on = sae.origin.get("model")
     if trained_on and trained_on["hash"] != lm.hash:
         warnings.warn(f"The SAE was trained on {trained_on['name']}, this is {lm.name}: other weights.", stacklevel=4)
+
+
+def check_scoring(lm: LanguageModel, **sizes: Any) -> None:
+    """Raise `ValueError` for a steered model, and for sizes that are no integers from 1 up (or None)."""
+    refuse_steered(lm)
+    for name, value in sizes.items():
+        if value is not None:
+            check_integer(name, value, 1)
 
 
 def refuse_steered(lm: LanguageModel) -> None:

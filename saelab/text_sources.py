@@ -78,7 +78,19 @@ def _file(path: Path, column: str) -> Source:
     path = path.resolve()
     column = "text" if path.suffix.lower() == ".txt" else column
     spec = {"source": str(path), "column": column}
-    return Source(path.name, spec, column, lambda columns: reader(path, columns), lambda: sha256_file(path))
+    return Source(path.name, spec, column, lambda columns: _utf8(reader, path, columns), lambda: sha256_file(path))
+
+
+def _utf8(reader: Callable[..., Iterator[Row]], path: Path, columns: list[str] | None) -> Iterator[Row]:
+    try:
+        yield from reader(path, columns)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{str(path)!r} is not UTF-8 text ({error}): save it as UTF-8.") from error
+
+
+def without_lone_surrogates(text: str) -> str:
+    """`text` as a tokenizer can take it: what no UTF-8 file can hold becomes U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _parquet(path: Path, columns: list[str] | None) -> Iterator[Row]:

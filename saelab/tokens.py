@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from saelab.text_sources import Source, open_named, open_source
+from saelab.text_sources import Source, open_named, open_source, without_lone_surrogates
 
 SPLITS = {
     "train": "the nine tenths of the documents with sha256(text) % 10 != 0",
@@ -241,7 +241,8 @@ def _tokenized(
     index = 0
     for texts in _groups(documents):
         options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
-        encoded = tokenizer(texts, verbose=False, **options)  # not verbose: documents may be longer than the context
+        readable = [without_lone_surrogates(text) for text in texts]
+        encoded = tokenizer(readable, verbose=False, **options)  # not verbose: documents may be longer than the context
         for text, ids in zip(texts, encoded["input_ids"], strict=True):
             ids = ids[1:] if bos is not None and ids[:1] == [bos] else ids
             if ids:

@@ -224,3 +224,9 @@ def test_density_counts_signed_codes():
     measures.add(x, SAEOutput(output.x_hat, output.acts.with_values(-output.acts.values)))
     assert measures.results()["dead_fraction"] == 0 and measures.results()["l0"] == 1
     assert not math.isnan(measures.results()["cosine"] or 0)
+
+
+@pytest.mark.parametrize("arguments", [{"n_tokens": 0}, {"n_tokens": -7}, {"n_tokens_ce": -7}])
+def test_budgets_are_whole_numbers_from_one_up(tiny_lm, arguments):
+    with pytest.raises(ValueError, match="n_tokens(_ce)?=.* must be"):
+        measure(rebuilder(32), tiny_lm, **arguments)

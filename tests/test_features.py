@@ -116,6 +116,34 @@ def test_a_folder_that_cannot_be_replaced_is_refused_before_the_pass(sae, tiny_l
     assert [path for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+@pytest.mark.parametrize("name", [schema.DATABASE, schema.TOKENS])
+def test_a_flipped_byte_is_noticed_on_opening(store, tmp_path, name):
+    shutil.copytree(store.folder, tmp_path / "f")
+    content = bytearray((tmp_path / "f" / name).read_bytes())
+    content[-9] ^= 255
+    (tmp_path / "f" / name).write_bytes(content)
+    with pytest.raises(StoreError, match=f"{name} was altered"):
+        FeatureStore(tmp_path / "f")
+
+
+@pytest.mark.parametrize("key", ["model", "split", "files", "n_tokens"])
+def test_a_key_that_the_manifest_lacks_is_named(store, tmp_path, key):
+    shutil.copytree(store.folder, tmp_path / "f")
+    manifest = json.loads((tmp_path / "f" / schema.MANIFEST).read_text())
+    del manifest[key]
+    (tmp_path / "f" / schema.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(StoreError, match=f"no feature manifest .'{key}'"):
+        FeatureStore(tmp_path / "f")
+
+
+def test_a_manifest_of_another_kind_and_another_batch_size_are_refused(sae, tiny_lm, store, tmp_path):
+    with pytest.raises(StoreError, match="batch_size: 5 -> 4"):
+        _collect(sae, tiny_lm, store.folder, batch_size=4)
+    (tmp_path / schema.MANIFEST).write_text("[1]")
+    with pytest.raises(StoreError, match="no feature manifest"):
+        _collect(sae, tiny_lm, tmp_path)
+
+
 def test_histogram_counts_every_value(store, dense):
     codes, _, _ = dense
     for index in range(48):
@@ -343,7 +371,7 @@ def test_damaged_stores_say_what_to_do(store, tmp_path):
     altered = copy("altered")
     (altered / schema.DATABASE).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(StoreError, match="was altered"):
-        load_features(altered).verify()
+        load_features(altered)
     foreign = copy("foreign")
     (foreign / schema.MANIFEST).write_text("[]")
     with pytest.raises(StoreError):

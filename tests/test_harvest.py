@@ -471,3 +471,9 @@ def test_files_beside_an_empty_journal_stay(tiny_lm, tmp_path):
         tiny_lm, ["some text for the cache"] * 30, HOOKS[:1], 200, tmp_path, ctx_len=16, split="all", progress=False
     )
     assert (tmp_path / "mine.safetensors").read_text() == "years of work"
+
+
+def test_a_lone_surrogate_does_not_stop_a_harvest(tiny_lm, tmp_path):
+    texts = [f"a lone \ud800 surrogate {i}" for i in range(30)]
+    cache = saelab.harvest(tiny_lm, texts, HOOKS[:1], 200, tmp_path, ctx_len=16, split="all", progress=False)
+    assert cache.n_rows > 0

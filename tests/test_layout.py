@@ -39,7 +39,7 @@ LAYERS = [
     }
     | {"tokens", "text_sources", "masking"},
     {"kernels"},
-    {"errors", "files", "allocator"},
+    {"errors", "files", "allocator", "arguments"},
 ]
 # Which files may import a third-party module that is dear, or that only one part should know. None: no file.
 ONLY_IN = {

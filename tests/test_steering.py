@@ -221,6 +221,8 @@ def test_units_and_strengths_are_checked(feature):
     for wrong in (math.nan, math.inf):
         with pytest.raises(ValueError, match="strength"):
             feature.scale(wrong)
+    with pytest.raises(ValueError, match="not finite"):
+        _ = FeatureHandle(feature.sae, 5, units={"p99": 10.0}) * 1e38  # 1e39 is beyond float32
     with pytest.raises(ValueError, match="strength 'much' is no number"):
         feature.clamp("much")
     with pytest.raises(ValueError, match="finite \\(seq,\\)"):

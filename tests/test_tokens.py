@@ -285,3 +285,10 @@ def test_load_texts_is_public():
 def test_texts_say_what_they_are():
     assert repr(load_texts("demo")) == "Texts('demo', column 'text')"
     assert repr(load_texts(["one", "two"])) == "Texts('2 strings in memory', column 'text')"
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv"])
+def test_a_file_that_is_not_utf8_is_named(tmp_path, name):
+    (tmp_path / name).write_bytes(b'{"text": "\xff\xfe"}\n')
+    with pytest.raises(ValueError, match=f"{name}' is not UTF-8 text"):
+        load_texts(tmp_path / name)

@@ -386,13 +386,14 @@ def test_a_loss_that_explodes_says_lower_lr():
     [
         torch.zeros(0, 4),
         torch.zeros(4),
+        torch.zeros(4, 0),
         torch.ones(3, 3, dtype=torch.int64),
         7,
         iter([]),
         ["rows"],
         np.ones((3, 3), int),
     ],
-    ids=["no rows", "1-D", "ints", "int", "empty", "strings", "numpy ints"],
+    ids=["no rows", "1-D", "no columns", "ints", "int", "empty", "strings", "numpy ints"],
 )
 def test_data_that_cannot_be_trained_on(data):
     with pytest.raises(ValueError, match="train on"):
@@ -408,11 +409,11 @@ def test_grad_accumulation_is_close_to_the_whole_batch():
 
 
 def test_learning_rate_by_hand():
-    config = TrainConfig(n_tokens=100, batch_size=1, lr=1.0, warmup_steps=10, decay_fraction=0.2)
+    config = TrainConfig(n_tokens=200, batch_size=2, lr=1.0, warmup_steps=10, decay_fraction=0.2)
     rates = [learning_rate(config, 9.0, 4096, step) for step in range(100)]
     assert rates[0] == 0.1 and rates[9] == 1 and rates[79] == 1 and rates[80] == 1
     assert rates[90] == pytest.approx(0.5) and rates[99] == pytest.approx(0.05)
-    default = TrainConfig(n_tokens=100, batch_size=1, warmup_steps=0, decay_fraction=0.0)
+    default = TrainConfig(n_tokens=200, batch_size=2, warmup_steps=0, decay_fraction=0.0)
     assert learning_rate(default, 3e-3, 4 * 4096, 50) == pytest.approx(1.5e-3)
 
 
@@ -458,11 +459,30 @@ def test_dead_features_count_tokens_since_a_nonzero_code():
         ({"n_tokens": 5000, "decay_fraction": 3.0}, "decay_fraction=3"),
         ({"n_tokens": 5000, "clip_norm": 0.0}, "clip_norm=0"),
         ({"n_tokens": 5000, "log_every": 0}, "log_every=0"),
+        ({"n_tokens": 5000, "seed": 2**63}, "seed=.* between 0 and"),
+        ({"n_tokens": 5000, "batch_size": 1}, "batch_size=1 .*one row, whose FVU is undefined"),
+        ({"n_tokens": 5000, "batch_size": 5, "grad_accumulation": 4}, "grad_accumulation=4 leaves a part of one row"),
+        ({"n_tokens": 5000, "batch_size": 4, "grad_accumulation": 10}, "grad_accumulation=10 leaves a part of one row"),
     ],
 )
 def test_bad_train_configs_name_the_value(values, says):
     with pytest.raises(ValueError, match=says):
         TrainConfig(**values)
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda:99"])
+def test_a_device_that_is_not_there_is_named(tmp_path, device):
+    with pytest.raises(ValueError, match=f"device='{device}' cannot be used here"):
+        train(TOPK, planted(), TrainConfig(n_tokens=640, batch_size=64, device=device), tmp_path / "a", progress=False)
+    assert not (tmp_path / "a" / "checkpoints" / "run.json").exists()
+
+
+@pytest.mark.parametrize(
+    "chunk", [torch.zeros(9, 8), torch.zeros(16), torch.zeros(9, 16, dtype=torch.int64)], ids=["width", "1-D", "ints"]
+)
+def test_a_later_chunk_of_another_shape_is_named(chunk):
+    with pytest.raises(ValueError, match=r"\(n, 16\) floats, got "):
+        train(TOPK, iter([planted(64), chunk, planted()]), SMALL, progress=False)
 
 
 def test_not_an_sae_config():

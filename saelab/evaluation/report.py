@@ -14,7 +14,7 @@ from jaxtyping import Bool
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from saelab.activation_cache.score import ScoreStream, open_score_stream, own_texts, refuse_steered
+from saelab.activation_cache.score import ScoreStream, check_scoring, open_score_stream, own_texts
 from saelab.errors import SaelabError
 from saelab.evaluation.loss_recovered import LossRecovered
 from saelab.evaluation.reconstruction import Reconstruction, VarianceSums
@@ -110,10 +110,9 @@ def evaluate(
     Reconstruction is measured on every token (or the first `n_tokens`), the language model's loss on the first
     `n_tokens_ce`, as it takes four full passes. With `path` the report is kept in that file, and one that is there
     already for the same weights, texts and arguments is returned at once. Raises `ValueError` when a scored document
-    trained the SAE (naming how many; `allow_train=True` overrides), when the SAE does not fit the model, or when nothing
-    is left to score.
+    trained the SAE (naming how many; `allow_train=True` overrides), the SAE does not fit, or nothing is left to score.
     """
-    refuse_steered(lm)
+    check_scoring(lm, n_tokens=n_tokens, n_tokens_ce=n_tokens_ce or None)
     source = own_texts(sae.origin) if texts is None else load_texts(texts)
     request = _circumstances(sae, lm, source) | {"split": split, "hook_name": hook_name, "n_tokens": n_tokens}
     request |= {"n_tokens_ce": n_tokens_ce, "ctx_len": ctx_len, "batch_size": batch_size, "allow_train": allow_train}

@@ -14,13 +14,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from saelab.activation_cache.score import ScoreStream, open_score_stream, refuse_steered
+from saelab.activation_cache.score import ScoreStream, check_scoring, open_score_stream
 from saelab.errors import SaelabError, StoreError
 from saelab.features import schema
 from saelab.features.accumulate import Accumulator
-from saelab.features.store import FeatureStore
+from saelab.features.store import FeatureStore, read_manifest
 from saelab.features.writer import write_store
-from saelab.files import claim_folder, differences, fsync_dir, read_json, remove_leftovers, temporary_path, writing
+from saelab.files import claim_folder, differences, fsync_dir, remove_leftovers, temporary_path, writing
 from saelab.models import LanguageModel
 from saelab.saes import SAE
 from saelab.tokens import Texts, load_texts
@@ -46,16 +46,16 @@ def collect_features(
     """Collect what every feature does into `out_dir`, and open the store.
 
     `texts` None is the SAE's own source. Of that the held-out tenth is read, of any other text all; `split` overrides.
-    Packing, mask and counts are those of `saelab.evaluate`. `n_tokens` stops after so many tokens (whole batches),
-    `top_k` is the number of examples a feature keeps. The same call on a finished store returns at once.
+    Packing, mask and counts are those of `saelab.evaluate`. `n_tokens` stops after so many tokens (whole batches);
+    a feature keeps `top_k` examples. The same call on a finished store returns at once.
 
     Raises `ValueError` when the SAE does not fit the model, when no token is left, or when `out_dir` holds something
     else; `StoreError` when it holds a store made with other arguments, naming them.
     """
-    _check_call(lm, top_k, n_tokens)
+    numbers = {"n_tokens": n_tokens, "top_k": top_k, "batch_size": batch_size}  # n_tokens is rounded up to batches
+    check_scoring(lm, **numbers)
     out_dir = claim_folder(out_dir, schema.MANIFEST, "feature store").resolve()
-    source = _source(sae, lm, texts)
-    request = _request(sae, lm, source, split, hook_name, ctx_len) | {"n_tokens": n_tokens, "top_k": top_k}
+    request = _request(sae, lm, source := _source(sae, lm, texts), split, hook_name, ctx_len) | numbers
     if (out_dir / schema.MANIFEST).exists():
         _refuse_other_request(out_dir, request)
         return FeatureStore(out_dir, sae)
@@ -69,12 +69,6 @@ def collect_features(
         manifest = _manifest(sae, stream, state, out_dir) | {"request": request, "top_k": top_k}
         write_store(building, manifest, state, _top_logits(sae, lm, stream.hook_name), _cosine(sae), stream)
     return FeatureStore(out_dir, sae)
-
-
-def _check_call(lm: LanguageModel, top_k: int, n_tokens: int | None) -> None:
-    if top_k < 1 or (n_tokens is not None and n_tokens < 1):
-        raise ValueError(f"top_k={top_k}, n_tokens={n_tokens}: both must be at least 1 (n_tokens None is all).")
-    refuse_steered(lm)
 
 
 def _source(sae: SAE, lm: LanguageModel, texts: Any) -> Texts:
@@ -101,7 +95,8 @@ def _request(
 
 
 def _refuse_other_request(out_dir: Path, request: dict[str, Any]) -> None:
-    different = differences(read_json(out_dir / schema.MANIFEST).get("request", {}), request)
+    manifest = read_manifest(out_dir)
+    different = differences(manifest.get("request", {}), request)
     if different:
         raise StoreError(
             f"{out_dir} holds a feature store made with other arguments ({'; '.join(different)}). Use the same ones, or "

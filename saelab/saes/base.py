@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from saelab.arguments import check_integer
 from saelab.files import tensors_hash
 from saelab.kernels.decode import decode
 from saelab.kernels.rows import unit_norm_
@@ -149,7 +150,6 @@ class SAE(nn.Module):
 
 def check_config(config: Any) -> None:
     """Bounds that every config shares. Raises `ValueError` with the value and the fix."""
-    if config.d_sae < 1:
-        raise ValueError(f"d_sae={config.d_sae} must be at least 1.")
+    check_integer("d_sae", config.d_sae, 1)
     if config.normalize not in NORMALIZATIONS:
         raise ValueError(f"normalize={config.normalize!r} must be one of {', '.join(NORMALIZATIONS)}.")

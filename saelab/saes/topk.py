@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
+from saelab.arguments import check_integer
 from saelab.kernels.decode import decode
 from saelab.kernels.encode_topk import encode_topk
 from saelab.kernels.sparse_acts import SparseActs
@@ -34,12 +35,13 @@ class TopKConfig:
 
     def __post_init__(self) -> None:
         check_config(self)
-        if not 1 <= self.k <= self.d_sae:
+        check_integer("k", self.k, 1)
+        if self.k > self.d_sae:
             raise ValueError(f"k={self.k} must be between 1 and d_sae={self.d_sae}; lower k or raise d_sae.")
-        if self.k_aux is not None and self.k_aux < 1:
-            raise ValueError(f"k_aux={self.k_aux} must be at least 1, or None for d_in // 2.")
-        if self.auxk_alpha < 0:
-            raise ValueError(f"auxk_alpha={self.auxk_alpha} must not be negative; 0 turns AuxK off.")
+        if self.k_aux is not None:
+            check_integer("k_aux", self.k_aux, 1)
+        if not self.auxk_alpha >= 0:
+            raise ValueError(f"auxk_alpha={self.auxk_alpha} must not be negative or NaN; 0 turns AuxK off.")
 
 
 class TopKSAE(SAE):

@@ -120,7 +120,7 @@ class FeatureHandle:
 
     def add(self, value: float, unit: str = "p99") -> FeatureEdit:
         """Add `value`, in "p99", "max", "mean" or "raw" (code units), to the code of every token."""
-        return self._edit("add", _finite(value) * self.unit(unit))
+        return self._edit("add", finite(value) * self.unit(unit))
 
     def clamp(self, value: Any, unit: str = "p99", where: str = "always") -> FeatureEdit:
         """Set the code to `value`: a number, or a tensor `(seq,)` or `(batch, seq)` with one by absolute position.
@@ -136,11 +136,11 @@ class FeatureHandle:
                     f"clamp values are {tuple(value.shape)}; expected finite (seq,) or (batch, seq), one a token."
                 )
             return self._edit("clamp", value.detach().float() * factor, where)
-        return self._edit("clamp", _finite(value) * factor, where)
+        return self._edit("clamp", finite(value) * factor, where)
 
     def scale(self, factor: float) -> FeatureEdit:
         """Multiply the code by `factor`: 1.0 changes nothing, 0.0 ablates."""
-        return self._edit("scale", _finite(factor))
+        return self._edit("scale", finite(factor))
 
     def ablate(self) -> FeatureEdit:
         """Set the code to zero; tokens on which the feature is silent keep their bits."""
@@ -161,15 +161,16 @@ class FeatureHandle:
     def _edit(
         self, mode: Literal["add", "clamp", "scale"], value: float | Tensor, where: str = "always"
     ) -> FeatureEdit:
+        value = value if isinstance(value, Tensor) else finite(value)
         return FeatureEdit(self.hook_name, self.sae, self.feature, mode, value, where)
 
 
-def _finite(value: Any) -> float:
-    """`value` as a finite number. Raises `ValueError` otherwise."""
+def finite(value: Any) -> float:
+    """`value` as a number that is finite in float32 too. Raises `ValueError` otherwise."""
     try:
         number = float(value)
     except (TypeError, ValueError) as error:
         raise ValueError(f"strength {value!r} is no number.") from error
-    if not math.isfinite(number):
+    if not abs(number) <= torch.finfo(torch.float32).max:
         raise ValueError(f"strength {value!r} is not finite; give an ordinary number, such as 2.0.")
     return number

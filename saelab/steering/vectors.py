@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -12,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelab.models import LanguageModel
+from saelab.steering.edits import finite
 
 _BATCH = 16
 
@@ -74,9 +74,7 @@ class Direction:
         """Add `value` times the vector as it is, or ("resid_norm") times the norm of each activation along it."""
         if unit not in ("raw", "resid_norm"):
             raise ValueError(f"unit={unit!r} is unknown; expected 'raw' or 'resid_norm'.")
-        if not math.isfinite(value):
-            raise ValueError(f"strength {value!r} is not finite; give an ordinary number, such as 2.0.")
-        return VectorEdit(self.hook_name, self.vector, unit, float(value))
+        return VectorEdit(self.hook_name, self.vector, unit, finite(value))
 
     def ablate(self) -> VectorEdit:
         """Project the direction out: nothing of the activations lies along it afterwards."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from saelab.arguments import check_integer
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -37,17 +39,26 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name, least in (
+            ("n_tokens", 1),
             ("batch_size", 1),
             ("log_every", 1),
             ("grad_accumulation", 1),
             ("checkpoint_every", 0),
             ("warmup_steps", 0),
         ):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}.")
+            check_integer(name, getattr(self, name), least)
+        check_integer("seed", self.seed, 0, 2**32 - 1)
+        if self.dead_after_tokens is not None:
+            check_integer("dead_after_tokens", self.dead_after_tokens, 0)
         if self.n_tokens < self.batch_size:
             raise ValueError(
                 f"n_tokens={self.n_tokens} is less than one batch of {self.batch_size}; raise n_tokens or lower batch_size."
+            )
+        part = -(-self.batch_size // self.grad_accumulation)
+        if 1 in (part, self.batch_size % part):
+            raise ValueError(
+                f"batch_size={self.batch_size} with grad_accumulation={self.grad_accumulation} leaves a part of one row, "
+                "whose FVU is undefined (one row has no variance): raise batch_size or lower grad_accumulation."
             )
         if self.lr is not None and not (self.lr > 0 and math.isfinite(self.lr)):
             raise ValueError(f"lr={self.lr} must be a positive number, or None for the variant's own.")

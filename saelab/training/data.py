@@ -86,9 +86,9 @@ def _from_cache(cache: ActivationCache, hook_name: str | None) -> DataSource:
 
 
 def _from_tensor(rows: Tensor) -> DataSource:
-    if rows.ndim != 2 or rows.shape[0] == 0 or not rows.is_floating_point():
-        raise ValueError(f"A tensor to train on is (n, d_in) floats with n > 0, got {tuple(rows.shape)} {rows.dtype}.")
-    rows = rows.detach().float()
+    if not rows.numel():
+        raise ValueError(f"A tensor to train on is (n, d_in) with both above 0, got {tuple(rows.shape)}.")
+    rows = _as_rows(rows)
     if not bool(rows.isfinite().all()):
         raise ValueError(f"{int((~rows.isfinite()).any(1).sum())} of {len(rows)} rows hold NaN or infinite values.")
 
@@ -98,6 +98,14 @@ def _from_tensor(rows: Tensor) -> DataSource:
     digest = hashlib.sha256(rows.cpu().contiguous().numpy().tobytes()).hexdigest()
     mean_square = float(rows.double().square().sum(1).mean())
     return DataSource(rows.shape[1], rows.double().mean(0).float(), mean_square, f"tensor {digest}", batches, len(rows))
+
+
+def _as_rows(rows: Tensor, d_in: int | None = None) -> Tensor:
+    """fp32 `(n, d_in)`. Raises `ValueError` for another shape or kind."""
+    if rows.ndim != 2 or not rows.is_floating_point() or d_in not in (None, rows.shape[1]):
+        expected = f"(n, {'d_in' if d_in is None else d_in})"
+        raise ValueError(f"A tensor to train on is {expected} floats, got {tuple(rows.shape)} {rows.dtype}.")
+    return rows.detach().float()
 
 
 def _shuffled_forever(rows: Tensor, batch_size: int, seed: int, start_step: int) -> Iterator[Tensor]:
@@ -133,6 +141,6 @@ def _from_iterator(chunks: Iterator[Tensor]) -> DataSource:
             chunk = next(chunks, None)
             if chunk is None:
                 return
-            waiting = torch.cat([waiting, chunk.detach().float()])
+            waiting = torch.cat([waiting, _as_rows(chunk, start.d_in)])
 
     return DataSource(start.d_in, start.mean, start.mean_square, f"iterator from {start.fingerprint}", batches)

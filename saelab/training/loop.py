@@ -65,6 +65,8 @@ def train(
     """
     keep_freed_memory()
     configs = list(config) if isinstance(config, Sequence) else [config]
+    if not isinstance(train_config, TrainConfig):
+        raise ValueError(f"train_config={train_config!r} is no saelab.TrainConfig; give TrainConfig(n_tokens=...).")
     if not configs:
         raise ValueError("The list of SAE configs is empty; give at least one.")
     source = open_data(data, hook_name, train_config.batch_size)

@@ -42,7 +42,7 @@ class Run:
         self, config: Any, source: DataSource, train: TrainConfig, folder: Path | None, wandb_project: str | None
     ) -> None:
         self.train, self.folder = train, folder
-        self.device = torch.device(train.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = _device(train.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.sae = variant_of(config)(config, source.d_in, seed=train.seed)
         self.sae.set_normalization(source.mean, source.mean_square)
         self.sae.origin, self.sae.train_documents = source.origin, source.documents
@@ -145,6 +145,17 @@ class Run:
         saved = list_checkpoints(self.folder) if self.folder is not None else []
         kept = f"the checkpoint of step {saved[-1]} in {self.folder} is intact" if saved else "nothing was saved yet"
         return f"Training stopped at step {self.step}: {cause}; {kept}."
+
+
+def _device(name: str) -> torch.device:
+    """The device of that name. Raises `ValueError` where it is unknown or not there."""
+    try:
+        return torch.zeros(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"device={name!r} cannot be used here ({reason}): give 'cpu', or None for what is there."
+        ) from error
 
 
 def environment(device: torch.device) -> dict[str, Any]:

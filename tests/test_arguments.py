@@ -1,0 +1,40 @@
+"""Whole numbers are checked where they are given; in a bare process for callers, as the tests check types before them."""
+
+import subprocess
+import sys
+
+import pytest
+
+from saelab.arguments import check_integer
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        (2e3, r"n=2000\.0 must be a whole number, an int: write 2000\."),
+        (1.5, r"n=1\.5 must be a whole number, an int\."),
+        ("5", "n='5' must be a whole number"),
+        (True, "n=True must be a whole number"),
+        (None, "n=None must be a whole number"),
+        (0, "n=0 must be between 1 and 9"),
+        (10, "n=10 must be between 1 and 9"),
+    ],
+)
+def test_what_is_no_integer_in_its_bounds_is_named(value, says):
+    with pytest.raises(ValueError, match=says):
+        check_integer("n", value, 1, 9)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "saelab.TrainConfig(n_tokens=2e3, batch_size=256)",
+        "saelab.TrainConfig(n_tokens=2000, batch_size=256, seed=0.5)",
+        "saelab.saes.TopKConfig(d_sae=48, k=4.0)",
+        "saelab.saes.TopKConfig(d_sae=48.7, k=4)",
+        "saelab.saes.ReLUConfig(d_sae='48')",
+    ],
+)
+def test_callers_check_theirs(call):
+    run = subprocess.run([sys.executable, "-c", f"import saelab; {call}"], capture_output=True, text=True)
+    assert "ValueError: " in run.stderr and "must be a whole number" in run.stderr
