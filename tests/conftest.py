@@ -29,6 +29,14 @@ CHAT_TEMPLATE = (
 )
 
 
+LONG_FILES = ("test_examples", "test_browser", "test_readme", "test_compile_report", "test_cli", "test_dispatch")
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take minutes come first, so that no process ends up alone with one of them."""
+    items.sort(key=lambda item: item.path.stem not in LONG_FILES)
+
+
 def build_tokenizer():
     """A byte-level BPE tokenizer of 300 tokens: every text can be written, `<s>` is BOS (not added by itself)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -16,6 +16,7 @@ from saelab.kernels.encode_topk import encode_topk
 from saelab.kernels.jump_relu import jump_relu
 from saelab.kernels.reference.encode_topk import encode_topk as reference
 from saelab.kernels.rows import project_, unit_norm_
+from saelab.kernels.workspace import WORKSPACE
 from saelab.saes import Batch, StepInfo, TopKConfig, TopKSAE
 
 
@@ -52,7 +53,7 @@ def run(name, backend, inputs):
 
 
 @pytest.mark.parametrize("name", OPS)
-@pytest.mark.parametrize("shape", [(9, 12, 67), (5, 17, 300), (3, 4, 7)], ids=str)
+@pytest.mark.parametrize("shape", [(9, 12, 67), (3, 17, 211), (3, 4, 7)], ids=str)
 def test_every_op_is_the_same_on_every_backend(name, shape, screen_dtype):
     inputs = make(*shape)
     acts, x_hat, grads = run(name, "torch", inputs)
@@ -88,6 +89,7 @@ def test_a_whole_triton_step_never_makes_a_dense_code(monkeypatch):
     sae, x = TopKSAE(TopKConfig(d_sae=d_sae, k=2), 8), make(batch, 8)[0]
     seen = {}
     for name in ("triton", "reference"):
+        WORKSPACE.buffers.clear()  # of other tests' sizes
         with dispatch.using(name), LargestTensor() as mode:
             sae.loss(Batch(x, x), StepInfo(torch.zeros(d_sae, dtype=torch.bool), 0, 10)).total.backward()
         seen[name] = mode.largest
