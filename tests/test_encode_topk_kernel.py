@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from saelab.kernels import candidates
+from saelab.kernels import candidates, rounding
 from saelab.kernels import encode_topk as module
 from saelab.kernels.cpu import screen
 from saelab.kernels.encode_topk import encode_topk
@@ -105,6 +105,15 @@ def test_the_screen_bounds_every_score(screen_dtype, magnitude):
     if magnitude:
         entries, scores = entries.abs(), scores.abs()
     assert bool((scores <= entries + made.slack.double()[:, None]).all())
+
+
+@pytest.mark.parametrize("rounded", ["x", "W"])
+def test_the_bound_covers_errors_that_all_add_up(rounded):
+    """Every element loses almost half a step in the same direction: no slack of the bound is left."""
+    ones, lossy = torch.ones(64, 48), torch.full((64, 48), 1 + 0.97 * 2.0**-8)
+    x, W_enc = (lossy, ones) if rounded == "x" else (ones, lossy)
+    made = rounding.bf16_operands(x, W_enc, torch.zeros(64), False)
+    assert bool((x.double() @ W_enc.double().T <= made.a.double() @ made.b.double().T).all())
 
 
 def test_the_certificate_holds_when_the_product_is_wrong_within_its_bound(screen_dtype, monkeypatch):
