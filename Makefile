@@ -23,15 +23,16 @@ help:
 
 install: $(DEV_STAMP)
 
+# --no-compile: Python compiles what is imported; compiling everything takes longer than the installation itself.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("saelab needs Python 3.11 or newer; say which with: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	@echo "Installing saelab into .venv; the first time this takes some minutes."
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --progress-bar off -e . -c constraints.txt
+	.venv/bin/python -m pip install --progress-bar off --no-compile -e . -c constraints.txt
 	@touch $(STAMP)
 
 $(DEV_STAMP): $(STAMP)
-	.venv/bin/python -m pip install --progress-bar off -e '.[dev]' -c constraints.txt
+	.venv/bin/python -m pip install --progress-bar off --no-compile -e '.[dev]' -c constraints.txt
 	@touch $(DEV_STAMP)
 
 test: install

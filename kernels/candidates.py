@@ -44,19 +44,12 @@ def build_operands(x: Tensor, W: Tensor, bias: Tensor, magnitude: bool = False) 
 
 
 def find_candidates(
-    operands: Operands, floor_of: Callable[[Any, slice], Tensor], magnitude: bool = False, min_groups: int = 1
+    operands: Operands, search: Callable[[Any, slice], Candidates], magnitude: bool = False, min_groups: int = 1
 ) -> Candidates:
-    """Screen all rows, chunk by chunk; `floor_of(screen, rows)` sets the floor of a chunk's entries."""
-    features, counts, bounds = [], [], []
-    for rows, screen in screens(operands, magnitude, min_groups):
-        floor = floor_of(screen, rows)
-        if operands.a.dtype == torch.bfloat16:
-            floor = floor.clamp_min(TINY)
-        found, offsets = screen.pairs_above(floor)
-        features.append(found)
-        counts.append(offsets.diff())
-        bounds.append(floor + operands.slack[rows])
-    return Candidates(torch.cat(features), offsets_of(torch.cat(counts)), torch.cat(bounds))
+    """Screen all rows, chunk by chunk; `search(screen, rows)` asks a chunk's screen for its pairs."""
+    found = [search(screen, rows) for rows, screen in screens(operands, magnitude, min_groups)]
+    offsets = offsets_of(torch.cat([part.offsets.diff() for part in found]))
+    return Candidates(torch.cat([part.features for part in found]), offsets, torch.cat([part.bound for part in found]))
 
 
 def screens(operands: Operands, magnitude: bool, min_groups: int) -> Iterator[tuple[slice, Any]]:
@@ -66,6 +59,4 @@ def screens(operands: Operands, magnitude: bool, min_groups: int) -> Iterator[tu
     step = code.rows_at_once(b.shape[0], a.dtype)
     for start in range(0, max(a.shape[0], 1), step):
         rows = slice(start, min(start + step, a.shape[0]))
-        bias = operands.bias
-        part = operands._replace(a=a[rows], bias=bias[rows] if bias is not None and bias.ndim == 2 else bias)
-        yield rows, code.Screen(part, magnitude, min_groups)
+        yield rows, code.Screen(operands.select_rows(rows), magnitude, min_groups)

@@ -54,11 +54,12 @@ def _select(x: Tensor, W: Tensor, bias: Tensor, n_kept: int, score: str, norms: 
     best = torch.cat([screen.maxima.reshape(-1) for _, screen in screens(operands, magnitude, min_groups)])
     last = kth_largest(best[None], n_kept) if 0 < n_kept <= len(best) else best.new_zeros(1)
     window = operands.window.max() if len(x) else 0
-    found = find_candidates(operands, lambda _, rows: last - window - operands.slack[rows], magnitude, min_groups)
+    search = partial(find_candidates, operands, magnitude=magnitude, min_groups=min_groups)
+    found = search(lambda screen, rows: screen.pairs_above(last - window - operands.slack[rows]))
     acts, kth = keep(found)
     n_candidates, certified = found.features.numel(), bool(found.completes(kth).all())
     if not certified:  # what was found is a lower bound of the best: now the floor is exact
-        found = find_candidates(operands, lambda _, rows: kth - operands.slack[rows], magnitude, min_groups)
+        found = search(lambda screen, rows: screen.pairs_above(kth - operands.slack[rows]))
         acts, n_candidates = keep(found)[0], n_candidates + found.features.numel()
     LOG.add(len(x), n_candidates, len(x) * certified, len(x) * (not certified))
     return acts

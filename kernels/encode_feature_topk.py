@@ -7,6 +7,7 @@ its own number of places.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -45,15 +46,13 @@ def _select(x: Tensor, W: Tensor, bias: Tensor, places: Tensor) -> SparseActs:
         return SparseActs(x.new_zeros(0), places.new_zeros(0), places.new_zeros(1), W.shape[0])
     operands = build_operands(x, W, bias).transposed()  # rows are features, columns tokens
     search = partial(find_candidates, min_groups=max(int(places.max()), 1))
-    found = search(
-        operands, lambda screen, rows: _full(_kth(screen.maxima, places[rows]) - operands.window[rows], places[rows])
-    )
+    found = search(operands, lambda screen, rows: _best_pairs(screen, places[rows], operands.window[rows]))
     features, tokens, values, kth = _keep(found, x, W, bias, places)
     certified = found.completes(kth) | (places == 0)
     doubtful, n_candidates = true_places(~certified), found.features.numel()
     if len(doubtful):  # what was found for them is a lower bound of their best: now the floor is exact
         part = operands.select_rows(doubtful)
-        found = search(part, lambda _, rows: kth[doubtful][rows] - part.slack[rows])
+        found = search(part, lambda screen, rows: screen.pairs_above(kth[doubtful][rows] - part.slack[rows]))
         again = _keep(found, x, W[doubtful], bias[doubtful], places[doubtful])
         stay = certified[features]
         features = torch.cat([features[stay], doubtful[again[0]]])
@@ -74,12 +73,8 @@ def _keep(
     return features[kept], found.features[kept], values[kept], kth
 
 
-def _full(floor: Tensor, places: Tensor) -> Tensor:
-    """Nothing reaches the floor of a feature without places."""
-    return floor.masked_fill(places == 0, torch.inf)
-
-
-def _kth(maxima: Tensor, places: Tensor) -> Tensor:
-    """Each row's `places`-th largest group maximum."""
-    ranked = maxima.sort(dim=1, descending=True).values
-    return ranked.gather(1, (places[:, None] - 1).clamp_min(0)).squeeze(1)
+def _best_pairs(screen: Any, places: Tensor, window: Tensor) -> Candidates:
+    """Pairs not more than `window` under each row's `places`-th largest group maximum; none for a row without places."""
+    ranked = screen.maxima.sort(dim=1, descending=True).values
+    kth = ranked.gather(1, (places[:, None] - 1).clamp_min(0)).squeeze(1)
+    return screen.pairs_above((kth - window).masked_fill(places == 0, torch.inf))

@@ -43,7 +43,7 @@ def encode_threshold(
 
 def _select(x: Tensor, W: Tensor, bias: Tensor, floor: Tensor) -> SparseActs:
     operands = build_operands(x, W, bias - floor)
-    found = find_candidates(operands, lambda _, rows: TINY - operands.slack[rows])
+    found = find_candidates(operands, lambda screen, rows: screen.pairs_above(TINY - operands.slack[rows]))
     values = sampled_product(x, W, found.features, found.offsets) + bias[found.features]
     above = values > (floor if floor.ndim == 0 else floor[found.features])
     kept = true_places(above & (values != 0))

@@ -7,15 +7,21 @@ import torch
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
+_INT32 = np.iinfo(np.int32).max
 _MAX_PADDING = 8  # how much larger than its entries a padded table may be
 
 
 def kth_largest(values: Num[Tensor, "rows n"], k: int) -> Num[Tensor, " rows"]:
     """Each row's k-th largest value, by selection and not by sorting."""
+    return largest(values, k)[:, 0].clone()
+
+
+def largest(values: Num[Tensor, "rows n"], k: int) -> Num[Tensor, "rows k"]:
+    """Each row's k largest values, the k-th first, the others in any order."""
     if values.device.type != "cpu":
-        return values.topk(k, dim=1, sorted=False).values.amin(1)
+        return values.topk(k, dim=1).values.flip(1)
     at = values.shape[1] - k
-    return torch.from_numpy(np.partition(values.numpy(), at, axis=1)[:, at].copy())
+    return torch.from_numpy(np.partition(values.numpy(), at, axis=1)[:, at:])
 
 
 def true_places(mask: Bool[Tensor, ...]) -> Int[Tensor, " n"]:
@@ -27,7 +33,7 @@ def true_places(mask: Bool[Tensor, ...]) -> Int[Tensor, " n"]:
 
 def ascending(keys: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
     """The keys sorted."""
-    return torch.from_numpy(np.sort(keys.numpy())) if keys.device.type == "cpu" else keys.sort().values
+    return torch.from_numpy(_sorted(keys.numpy()).astype(np.int64)) if keys.device.type == "cpu" else keys.sort().values
 
 
 def stable_order(ids: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
@@ -35,7 +41,16 @@ def stable_order(ids: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
     n = ids.numel()
     if ids.device.type != "cpu" or not n:
         return torch.argsort(ids, stable=True)
-    return ascending(ids * n + torch.arange(n)) % n
+    largest = (int(ids.max()) + 1) * n
+    keys = ids.numpy().astype(np.int32 if largest <= _INT32 else np.int64) * n
+    keys += np.arange(n, dtype=keys.dtype)
+    return torch.from_numpy((_sorted(keys, largest) % n).astype(np.int64))
+
+
+def _sorted(keys: np.ndarray, largest: int | None = None) -> np.ndarray:
+    """numpy sorts 32-bit numbers several times faster than wider ones, and most keys fit."""
+    largest = int(keys.max(initial=0)) if largest is None else largest
+    return np.sort(keys.astype(np.int32 if largest <= _INT32 else np.int64, copy=False))
 
 
 def count_before(places: Int[Tensor, " n"], offsets: Int[Tensor, " rows_plus_1"]) -> Int[Tensor, " rows_plus_1"]:

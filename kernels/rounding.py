@@ -19,7 +19,7 @@ from torch import Tensor
 
 from saelab.kernels.workspace import WORKSPACE
 
-_CHUNK_ROWS = 2048
+_CHUNK_ROWS = 512
 _STEP = 2.0**-8  # largest relative error of one rounding to bfloat16
 _TILE = 32  # the operands are as wide as whole tiles: d_in, bias (2), bound (1), zeros
 WINDOW = 1.2
@@ -42,7 +42,7 @@ class Operands(NamedTuple):
     sizes: tuple[Float[Tensor, " rows"], Float[Tensor, " columns"]]
     """Two factors whose product bounds the error of a pair."""
 
-    def select_rows(self, rows: Int[Tensor, " n"]) -> Operands:
+    def select_rows(self, rows: slice | Int[Tensor, " n"]) -> Operands:
         """The same for some rows."""
         bias = self.bias[rows] if self.bias is not None and self.bias.ndim == 2 else self.bias
         c, lengths = self.sizes

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
-from dataclasses import dataclass
-from functools import cached_property
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -36,6 +34,8 @@ class SparseActs:
     features: Int[Tensor, " nnz"]
     offsets: Int[Tensor, " batch_plus_1"]
     d_sae: int
+    _derived: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    """What was derived from ids and offsets, shared by all codes of one pattern: a step sorts them once."""
 
     @property
     def batch(self) -> int:
@@ -50,25 +50,25 @@ class SparseActs:
         """L0 of each row."""
         return self.offsets.diff()
 
-    @cached_property
+    @property
     def rows(self) -> Int[Tensor, " nnz"]:
         """Batch row of each entry."""
-        ids = torch.arange(self.batch, device=self.offsets.device)
-        return torch.repeat_interleave(ids, self.counts, output_size=self.nnz)
+        if "rows" not in self._derived:
+            self._derived["rows"] = torch.repeat_interleave(self.counts, output_size=self.nnz)
+        return self._derived["rows"]
 
-    @cached_property
+    @property
     def by_feature(self) -> ByFeature:
         """The transpose, sorted stably so that its order is the same on every run."""
-        order = stable_order(self.features)
-        return ByFeature(order, self.rows[order], offsets_of(torch.bincount(self.features, minlength=self.d_sae)))
+        if "by_feature" not in self._derived:
+            order = stable_order(self.features)
+            offsets = offsets_of(torch.bincount(self.features, minlength=self.d_sae))
+            self._derived["by_feature"] = ByFeature(order, self.rows[order], offsets)
+        return self._derived["by_feature"]
 
     def with_values(self, values: Float[Tensor, " nnz"]) -> SparseActs:
-        """The same pattern with other values; the transpose is shared."""
-        other = SparseActs(values, self.features, self.offsets, self.d_sae)
-        for name in ("rows", "by_feature"):
-            if name in self.__dict__:
-                other.__dict__[name] = self.__dict__[name]
-        return other
+        """The same pattern with other values."""
+        return SparseActs(values, self.features, self.offsets, self.d_sae, self._derived)
 
     def detach(self) -> SparseActs:
         """The same codes, cut from the graph."""
@@ -113,29 +113,3 @@ def replace_rows(acts: SparseActs, rows: Int[Tensor, " n"], by: SparseActs) -> S
 def offsets_of(counts: Int[Tensor, " n"]) -> Int[Tensor, " n_plus_1"]:
     """Running totals of `counts`, from 0."""
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-
-
-_beta_warning_seen = False
-
-
-def csr_tensor(values: Tensor, features: Tensor, offsets: Tensor, n_columns: int) -> Tensor:
-    """A torch CSR matrix `(batch, n_columns)`. The one place that builds them, after a check of its own.
-
-    torch's invariant checks are off (they cost more than the products), and a wrong CSR is a crash, so the ids are
-    checked here. Its "beta state" warning comes once a process: that one is silenced and no other.
-    """
-    global _beta_warning_seen
-    shape = (offsets.numel() - 1, n_columns)
-    if features.numel():
-        ascending = features[1:] > features[:-1]
-        ascending[offsets[1:-1][(offsets[1:-1] > 0) & (offsets[1:-1] < features.numel())] - 1] = True
-        assert bool(ascending.all()), "feature ids must ascend within each row"
-        assert int(features.min()) >= 0 and int(features.max()) < n_columns, "a feature id is out of range"
-        assert int(offsets[-1]) == features.numel() and bool((offsets.diff() >= 0).all()), "offsets do not add up"
-    if _beta_warning_seen:
-        return torch.sparse_csr_tensor(offsets, features, values, shape, check_invariants=False)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
-        matrix = torch.sparse_csr_tensor(offsets, features, values, shape, check_invariants=False)
-    _beta_warning_seen = True
-    return matrix

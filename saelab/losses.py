@@ -18,7 +18,7 @@ class SquaredError(Function):
     def forward(ctx: Any, x: Tensor, x_hat: Tensor) -> Tensor:
         residual = x_hat - x
         ctx.save_for_backward(residual)
-        return residual.square().sum()
+        return _sum_of_squares(residual)
 
     @staticmethod
     @once_differentiable
@@ -26,6 +26,11 @@ class SquaredError(Function):
         (residual,) = ctx.saved_tensors
         to_x_hat = residual * (2 * grads[0])
         return -to_x_hat if ctx.needs_input_grad[0] else None, to_x_hat if ctx.needs_input_grad[1] else None
+
+
+def _sum_of_squares(x: Tensor) -> Tensor:
+    """One pass and no temporary; exact where the squares are."""
+    return torch.dot(x.reshape(-1), x.reshape(-1))
 
 
 def squared_error(x: Float[Tensor, "batch d_in"], x_hat: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
@@ -38,7 +43,7 @@ def fvu(x: Float[Tensor, "batch d_in"], x_hat: Float[Tensor, "batch d_in"]) -> F
 
     The denominator is floored at the smallest normal number.
     """
-    total = (x - x.mean(0)).square().sum()
+    total = _sum_of_squares(x - x.mean(0))
     return squared_error(x, x_hat) / total.clamp_min(torch.finfo(x.dtype).tiny)
 
 

@@ -165,12 +165,31 @@ def test_a_token_alone_has_the_same_bits(screen_dtype, dtype):
     assert torch.equal(encode_topk(x[100:117], W_enc, b_enc, 16).to_dense(), whole[100:117])
 
 
-def test_chunks_change_nothing(screen_dtype, monkeypatch):
-    x, W_enc, b_enc = make(50, 12, 90, torch.float32)
-    want = encode_topk(x, W_enc, b_enc, 7)
-    monkeypatch.setattr(screen, "_BUFFER_BYTES", 90 * 4 * 8)
-    got = encode_topk(x, W_enc, b_enc, 7)
+@pytest.mark.parametrize("score", ["value", "magnitude"])
+@pytest.mark.parametrize(("d_sae", "k"), [(700, 7), (700, 63), (700, 70), (700, 300), (65, 2)])
+def test_chunks_of_rows_and_blocks_of_features_change_nothing(screen_dtype, score, d_sae, k, monkeypatch):
+    x, W_enc, b_enc = make(50, 12, d_sae, torch.float32)
+    want = encode_topk(x, W_enc, b_enc, k, score)
+    monkeypatch.setattr(screen, "_BUFFER_BYTES", 1)
+    monkeypatch.setattr(screen, "_ROWS", 8)
+    monkeypatch.setattr(screen, "_BLOCK", 64)
+    monkeypatch.setattr(screen, "_MEMBERS", 4)
+    LOG.reset()
+    got = encode_topk(x, W_enc, b_enc, k, score)
     assert torch.equal(got.values, want.values) and torch.equal(got.features, want.features)
+    assert torch.equal(got.offsets, want.offsets) and LOG.rows == 50
+    assert k > 10 or LOG.candidates < 50 * d_sae / 3  # what only the first, low floors let through is dropped
+
+
+def test_the_floor_of_all_blocks_is_that_of_their_best(screen_dtype, monkeypatch):
+    """Features ascend in strength: every block raises the floor, and no candidate of an earlier one may stay."""
+    x, W_enc = torch.ones(3, 1), torch.arange(1.0, 513.0)[:, None]
+    monkeypatch.setattr(screen, "_BUFFER_BYTES", 1)
+    monkeypatch.setattr(screen, "_BLOCK", 64)
+    LOG.reset()
+    acts = encode_topk(x, W_enc, torch.zeros(512), 5)
+    assert acts.features.tolist() == [507, 508, 509, 510, 511] * 3
+    assert LOG.candidates <= 3 * 20
 
 
 def test_gradients_of_every_input():

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from saelab.kernels.ragged import ascending
 from saelab.kernels.workspace import WORKSPACE
 
 _CHUNK_ROWS = 32
@@ -29,7 +30,7 @@ def places_not_below(table: Tensor, floor: Tensor) -> Int[Tensor, " n"]:
     edges = np.linspace(0, rows, _PARTS + 1).astype(int)
     parts = [slice(*edge) for edge in zip(edges[:-1], edges[1:], strict=True)]
     list(_pool().map(lambda part: _pack(values[part], least[part], words[part]), parts))
-    return torch.from_numpy(_bits(words.reshape(-1)))
+    return ascending(torch.from_numpy(_bits(words.reshape(-1))))
 
 
 @cache
@@ -46,7 +47,7 @@ def _pack(values: np.ndarray, least: np.ndarray, words: np.ndarray) -> None:
 
 
 def _bits(words: np.ndarray) -> np.ndarray:
-    """Positions of all set bits, ascending: the lowest of every word, then the next of those that have one."""
+    """Positions of all set bits: the lowest of every word, then the next of those that have one."""
     at = np.flatnonzero(words != 0)
     left, found = words[at], []
     while len(at):
@@ -55,4 +56,4 @@ def _bits(words: np.ndarray) -> np.ndarray:
         left = left ^ lowest
         more = np.flatnonzero(left)
         at, left = at[more], left[more]
-    return np.sort(np.concatenate(found)) if found else np.zeros(0, dtype=np.int64)
+    return np.concatenate(found) if found else np.zeros(0, dtype=np.int64)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_ROWS = 1024
+_ROWS = 512
 
 
 def project_(gradient: Tensor, W: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The gather-dot in PyTorch: `torch.sparse.sampled_addmm`, which computes pair by pair."""
+"""The gather-dot in PyTorch: what the gradient of `embedding_bag` in its weights computes, pair by pair."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from saelab.kernels.ragged import stable_order
-from saelab.kernels.sparse_acts import csr_tensor, offsets_of
 
 _MANY = 4096
 
@@ -15,18 +14,25 @@ def sampled_product(x: Tensor, W: Tensor, features: Tensor, offsets: Tensor) -> 
     """`values[j] = <x[row of j], W[features[j]]>`.
 
     Many pairs of a `W` larger than `x` are walked by feature: each row of `W` is then read once, and the rows gathered
-    are those of the smaller matrix. A pair has the same bits either way.
+    are those of the smaller matrix. A pair has the same bits either way. Raises `IndexError` for an id out of range.
     """
-    if features.numel() == 0:
+    n = features.numel()
+    if n == 0:
         return x.new_zeros(0)
-    if features.numel() < _MANY or W.shape[0] <= x.shape[0]:
-        return _pairs(x, W, features, offsets)
+    least, most = features.aminmax()
+    if int(least) < 0 or int(most) >= W.shape[0] or int(offsets[-1]) != n:
+        raise IndexError(
+            f"Feature ids {int(least)} to {int(most)} at {n} of {int(offsets[-1])} pairs; W has {len(W)} rows."
+        )
+    rows = torch.repeat_interleave(offsets.diff(), output_size=n)
+    if n < _MANY or W.shape[0] <= x.shape[0]:
+        return _pairs(x, W, rows, features)
     order = stable_order(features)
-    rows = torch.repeat_interleave(offsets.diff(), output_size=features.numel())[order]
-    by_feature = _pairs(W, x, rows, offsets_of(torch.bincount(features, minlength=W.shape[0])))
+    by_feature = _pairs(W, x, features[order], rows[order])
     return torch.empty_like(by_feature).index_copy_(0, order, by_feature)
 
 
-def _pairs(x: Tensor, W: Tensor, columns: Tensor, offsets: Tensor) -> Tensor:
-    pattern = csr_tensor(x.new_zeros(columns.numel()), columns, offsets, W.shape[0])
-    return torch.sparse.sampled_addmm(pattern, x, W.T, beta=0.0).values()
+def _pairs(x: Tensor, W: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """`<x[rows[j]], W[columns[j]]>`; torch names the arguments after the bags whose weights these dots are gradients of."""
+    offsets = rows.new_zeros(1)  # not read: `rows` says which bag
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(x, W, columns, offsets, rows, 0, -1)

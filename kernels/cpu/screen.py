@@ -1,81 +1,138 @@
-"""The screen in PyTorch: upper bounds of all scores of some rows in one reused buffer, and the pairs that reach a floor.
+"""The screen in PyTorch: upper bounds of all scores of some rows, a block of features at a time in one reused buffer, and
+the pairs that reach a floor.
 
-Features fall into groups, feature j into group `j % n_groups`. The k groups with the largest maxima hold at least k
-entries as large as the k-th of these maxima, so that one is a lower bound of the k-th largest entry, found among
-`n_groups` numbers instead of `d_sae`.
+In each block the features fall into groups, feature j into group `j % n_groups`. The k groups with the largest maxima
+hold at least k entries as large as the k-th of these maxima, so that one is a lower bound of the k-th largest entry,
+found among few numbers. It holds for the first blocks alone and rises with each, so that each is multiplied once.
 """
 
 from __future__ import annotations
 
-from functools import cached_property
+from collections.abc import Callable, Iterator
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from saelab.kernels.candidates import TINY, Candidates
 from saelab.kernels.cpu.places import places_not_below
-from saelab.kernels.ragged import kth_largest
+from saelab.kernels.ragged import ascending, largest, true_places
 from saelab.kernels.rounding import Operands
 from saelab.kernels.workspace import WORKSPACE
 
 _BUFFER_BYTES = 1 << 25
+_ROWS = 2048
+_BLOCK = 1024  # columns of a block: a multiple of this
 _MEMBERS = 16
 _STEP = 2.0**-7
 _WORD = 64
 
 
 def rows_at_once(n_columns: int, dtype: torch.dtype) -> int:
-    """How many rows a screen may take, so that its buffer stays under 32 MiB."""
-    return max(1, _BUFFER_BYTES // (max(n_columns, 1) * dtype.itemsize))
+    """How many rows a screen may take: as many as fill its 32 MiB with all columns, or with a block of them."""
+    return max(_ROWS, _BUFFER_BYTES // (max(n_columns, 1) * dtype.itemsize))
 
 
 class Screen:
     """Entries `a @ b.T + bias` (or their magnitudes) of one chunk of rows; valid until the next screen is made."""
 
     def __init__(self, operands: Operands, magnitude: bool = False, min_groups: int = 1) -> None:
-        a, b, bias = operands.a, operands.b, operands.bias
-        rows, columns = a.shape[0], b.shape[0]
-        self._members = _MEMBERS if columns >= 4 * _MEMBERS * min_groups else 1
-        padded = -(-columns // _WORD) * _WORD
-        buffer = WORKSPACE.take("scores", (rows, padded), a.dtype, a.device)
-        product = buffer[:, :columns]
-        torch.mm(a, b.T, out=product) if bias is None else torch.addmm(bias, a, b.T, out=product)
-        if magnitude:
-            product.abs_()
-        buffer[:, columns:] = -torch.inf
+        self._operands, self._magnitude, self._min_groups = operands, magnitude, min_groups
         # Positive bfloat16 numbers are ordered as their bits are, and integers are compared many times faster.
-        self._is_bits = a.dtype == torch.bfloat16
-        self._entries = buffer.view(torch.int16) if self._is_bits else buffer
-
-    @cached_property
-    def _maxima(self) -> Tensor:
-        rows, columns = self._entries.shape
-        if self._members == 1:
-            return self._entries
-        n_groups = columns // self._members
-        out = WORKSPACE.take("maxima", (rows, n_groups), self._entries.dtype, self._entries.device)
-        return torch.amax(self._entries.view(rows, self._members, n_groups), 1, out=out)
+        self._is_bits = operands.a.dtype == torch.bfloat16
+        self._rows, columns = operands.a.shape[0], operands.b.shape[0]
+        fitting = _BUFFER_BYTES // (max(self._rows, 1) * operands.a.dtype.itemsize)
+        self._block = max(_BLOCK, fitting // _BLOCK * _BLOCK)
+        self._starts = range(0, max(columns, 1), self._block)
+        self._width = self._starts[-1] + _padded(columns - self._starts[-1])
+        self._only: Tensor | None = None
 
     @property
     def maxima(self) -> Float[Tensor, "rows n_groups"]:
         """A lower bound of each group's largest entry, as far as it is positive (others are any number that is not)."""
-        return self._lowered(self._maxima)
+        return torch.cat([self._lowered(self._maxima(table)) for _, table in self._tables()], 1)
 
-    def kth_maxima(self, k: int) -> Float[Tensor, " rows"]:
-        """Each row's k-th largest group maximum (k at most `n_groups`): a lower bound of its k-th largest entry."""
-        return self._lowered(kth_largest(self._maxima, k))
+    def best_pairs(self, k: int, window: Float[Tensor, " rows"]) -> Candidates:
+        """Every pair not more than `window` under a lower bound of its row's k-th largest entry (k at most `d_sae`)."""
+        best: list[Tensor] = []
+
+        def floor_with(table: Tensor) -> Tensor:
+            seen = self._maxima(table) if not best else torch.cat([best.pop(), self._maxima(table)], 1)
+            best.append(largest(seen, k) if seen.shape[1] >= k else seen.clone())
+            enough = seen.shape[1] >= k
+            return (
+                self._lowered(best[0][:, 0]) - window
+                if enough
+                else torch.full_like(window, torch.finfo(window.dtype).min)
+            )
+
+        return self._pairs(floor_with)
+
+    def pairs_above(self, floor: Float[Tensor, " rows"]) -> Candidates:
+        """Every pair whose entry is `floor` or more. In bfloat16 floors are positive."""
+        return self._pairs(lambda _: floor)
+
+    def _pairs(self, floor_with: Callable[[Tensor], Tensor]) -> Candidates:
+        """The pairs that reach the last floor; floors do not fall from block to block."""
+        keys: list[Tensor] = []
+        entries: list[Tensor] = []
+        floor = least = self._operands.slack
+        for start, table in self._tables():
+            floor = floor_with(table)
+            floor = floor.clamp_min(TINY) if self._is_bits else floor
+            least = self._least_entry(floor)
+            places = places_not_below(table, least)
+            if len(self._starts) > 1:
+                entries.append(table.view(-1)[places])
+                places += places // table.shape[1] * (self._width - table.shape[1]) + start
+            keys.append(places)
+        found = keys[0]
+        if len(keys) > 1:
+            found = torch.cat(keys)
+            found = ascending(found[true_places(torch.cat(entries) >= least[found // self._width])])
+        borders = torch.arange(0, (self._rows + 1) * self._width, self._width, device=found.device)
+        offsets = torch.searchsorted(found, borders)
+        return Candidates(found % self._width, offsets, floor + self._operands.slack)
+
+    def _tables(self) -> Iterator[tuple[int, Tensor]]:
+        """First feature and entries of each block; the only block is multiplied once."""
+        for start in self._starts:
+            table = self._multiplied(start) if self._only is None else self._only
+            if len(self._starts) == 1:
+                self._only = table
+            yield start, table
+
+    def _multiplied(self, start: int) -> Tensor:
+        (a, b, bias), block = self._operands[:3], slice(start, start + self._block)
+        columns = len(b[block])
+        buffer = WORKSPACE.take("scores", (self._rows, _padded(columns)), a.dtype, a.device)
+        product = buffer[:, :columns]
+        if bias is None:
+            torch.mm(a, b[block].T, out=product)
+        else:
+            torch.addmm(bias if bias.ndim == 2 else bias[block], a, b[block].T, out=product)
+        if self._magnitude:
+            product.abs_()
+        buffer[:, columns:] = -torch.inf
+        return buffer.view(torch.int16) if self._is_bits else buffer
+
+    def _maxima(self, table: Tensor) -> Tensor:
+        """Of groups of `_MEMBERS`, or the entries themselves where there would be too few groups."""
+        rows, columns = table.shape
+        if columns < 4 * _MEMBERS * self._min_groups:
+            return table
+        n_groups = columns // _MEMBERS
+        out = WORKSPACE.take("maxima", (rows, n_groups), table.dtype, table.device)
+        return torch.amax(table.view(rows, _MEMBERS, n_groups), 1, out=out)
 
     def _lowered(self, values: Tensor) -> Tensor:
+        """What an entry is at least, its own rounding taken off."""
         return values.view(torch.bfloat16).float() * (1 - _STEP / 2) if self._is_bits else values
 
-    def pairs_above(self, floor: Float[Tensor, " rows"]) -> tuple[Int[Tensor, " nnz"], Int[Tensor, " rows_plus_1"]]:
-        """Features (ascending in each row) and offsets of every pair whose entry is `floor` or more.
+    def _least_entry(self, floor: Tensor) -> Tensor:
+        """The floor as entries are stored, lowered by what the product's rounding may have taken off one."""
+        return (floor * (1 - _STEP)).to(torch.bfloat16).view(torch.int16) if self._is_bits else floor
 
-        In bfloat16 floors are positive, and lowered by what the rounding of the product may have taken off an entry.
-        """
-        if self._is_bits:
-            floor = (floor * (1 - _STEP)).to(torch.bfloat16).view(torch.int16)
-        rows, columns = self._entries.shape
-        keys = places_not_below(self._entries, floor)
-        offsets = torch.searchsorted(keys, torch.arange(0, (rows + 1) * columns, columns, device=keys.device))
-        return keys % columns, offsets
+
+def _padded(columns: int) -> int:
+    return -(-columns // _WORD) * _WORD

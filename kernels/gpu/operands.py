@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from saelab.kernels.candidates import TINY, Candidates
 from saelab.kernels.gpu.screen import Screen as GroupScreen
 from saelab.kernels.rounding import Operands
 
@@ -18,17 +19,28 @@ def rows_at_once(n_columns: int, dtype: torch.dtype) -> int:
     return max(1, _MAXIMA // max(1, -(-n_columns // _MEMBERS)))
 
 
-class Screen(GroupScreen):
+class Screen:
     """Group maxima of `a @ b.T + bias` and the pairs that reach a floor."""
 
     def __init__(self, operands: Operands, magnitude: bool = False, min_groups: int = 1) -> None:
         a, b = _with_bias(operands)
         members = _MEMBERS if len(b) >= 4 * _MEMBERS * min_groups else 1
-        super().__init__(a, b, max(1, -(-len(b) // members)), magnitude)
+        self._slack, self._is_bf16 = operands.slack, a.dtype == torch.bfloat16
+        self._groups = GroupScreen(a, b, max(1, -(-len(b) // members)), magnitude)
 
-    def kth_maxima(self, k: int) -> Float[Tensor, " rows"]:
-        """Each row's k-th largest group maximum: a lower bound of its k-th largest entry."""
-        return self.maxima.topk(k, dim=1, sorted=False).values.amin(1)
+    @property
+    def maxima(self) -> Float[Tensor, "rows n_groups"]:
+        """Each group's largest entry."""
+        return self._groups.maxima
+
+    def best_pairs(self, k: int, window: Float[Tensor, " rows"]) -> Candidates:
+        """Every pair not more than `window` under the row's k-th largest group maximum."""
+        return self.pairs_above(self.maxima.topk(k, dim=1, sorted=False).values.amin(1) - window)
+
+    def pairs_above(self, floor: Float[Tensor, " rows"]) -> Candidates:
+        """Every pair whose entry is `floor` or more. In bfloat16 floors are positive."""
+        floor = floor.clamp_min(TINY) if self._is_bf16 else floor
+        return Candidates(*self._groups.pairs_above(floor), floor + self._slack)
 
 
 def _with_bias(operands: Operands) -> tuple[Tensor, Tensor]:
