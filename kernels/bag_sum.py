@@ -22,3 +22,17 @@ def bag_sum(
 ) -> Float[Tensor, "bags width"]:
     """`out[i] = sum over entries j of bag i of values[j] * W[rows[j]]`; an empty bag gives zeros. No gradient."""
     return backend(W).bag_sum(values.detach(), rows, offsets, W.detach())
+
+
+@torch.no_grad()
+def bag_error(
+    values: Float[Tensor, " nnz"],
+    rows: Int[Tensor, " nnz"],
+    offsets: Int[Tensor, " bags_plus_1"],
+    W: Float[Tensor, "n_rows width"],
+    bias: Float[Tensor, " width"] | None,
+    target: Float[Tensor, "bags width"],
+) -> tuple[Float[Tensor, "bags width"], Float[Tensor, ""]]:
+    """`bag_sum + bias - target` and its squared norm, made where the sums are. No gradient."""
+    bias = None if bias is None else bias.detach()
+    return backend(W).bag_error(values.detach(), rows, offsets, W.detach(), bias, target.detach())

@@ -1,4 +1,5 @@
-"""`decode`: sparse codes times the decoder, `x_hat = S @ W_dec + b_dec`, gathering only the rows that fire."""
+"""`decode`: sparse codes times the decoder, `x_hat = S @ W_dec + b_dec`, gathering only the rows that fire; and
+`decode_error`, the same with the loss: bias, target and squares are taken in while the sums are at hand."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from saelab.kernels.bag_sum import bag_sum
+from saelab.kernels.bag_sum import bag_error, bag_sum
 from saelab.kernels.sampled_product import sampled_product
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.kernels.weight_gradients import weight_gradients
@@ -28,19 +29,62 @@ class Decode(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        values, W_dec = ctx.saved_tensors
-        acts, g = ctx.acts, grads[0].contiguous()
-        to_values = None
-        if ctx.needs_input_grad[0]:  # by feature, in the order that the weight gradients need anyway
-            order, rows, offsets = acts.by_feature
-            to_values = torch.empty_like(values).index_copy_(0, order, sampled_product(W_dec, g, rows, offsets))
-        to_weights = weight_gradients(acts, values, g) if ctx.needs_input_grad[1] else None
-        return to_values, to_weights, None
+        return *_gradients(ctx, grads[0].contiguous()), None
+
+
+class DecodeError(Function):
+    """`sum |x_hat - target|^2` and `x_hat - target`, of which only the first has a gradient: `g = 2 (x_hat - target)`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, W_dec: Tensor, b_dec: Tensor | None, target: Tensor, acts: SparseActs
+    ) -> tuple[Tensor, Tensor]:
+        residual, error = bag_error(values, acts.features, acts.offsets, W_dec, b_dec, target)
+        ctx.save_for_backward(values, W_dec, residual)
+        ctx.acts = acts
+        ctx.mark_non_differentiable(residual)
+        return error, residual
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        g = ctx.saved_tensors[2] * (2 * grads[0])
+        to_values, to_W_dec = _gradients(ctx, g)
+        to_b_dec = g.sum(0) if ctx.needs_input_grad[2] else None
+        return to_values, to_W_dec, to_b_dec, -g if ctx.needs_input_grad[3] else None, None
+
+
+def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Of the values and of `W_dec`, from the gradient of `x_hat`."""
+    values, W_dec = ctx.saved_tensors[:2]
+    acts, to_values = ctx.acts, None
+    if ctx.needs_input_grad[0]:  # by feature, in the order that the weight gradients need anyway
+        order, rows, offsets = acts.by_feature
+        to_values = torch.empty_like(values).index_copy_(0, order, sampled_product(W_dec, g, rows, offsets))
+    return to_values, weight_gradients(acts, values, g) if ctx.needs_input_grad[1] else None
 
 
 def decode(
-    acts: SparseActs, W_dec: Float[Tensor, "d_sae d_in"], b_dec: Float[Tensor, " d_in"] | None = None
-) -> Float[Tensor, "batch d_in"]:
-    """`x_hat = S @ W_dec + b_dec`; differentiable in the codes' values, `W_dec` and `b_dec`."""
-    x_hat = Decode.apply(acts.values, W_dec, acts)
-    return x_hat if b_dec is None else x_hat + b_dec  # pyright: ignore[reportReturnType]
+    acts: SparseActs, W_dec: Float[Tensor, "d_sae *sources d_in"], b_dec: Float[Tensor, "*sources d_in"] | None = None
+) -> Float[Tensor, "batch *sources d_in"]:
+    """`x_hat = S @ W_dec + b_dec`; differentiable in the codes' values, `W_dec` and `b_dec`.
+
+    A crosscoder's `W_dec` has an axis for its sources after the features; one pass over the codes decodes them all.
+    """
+    x_hat = Decode.apply(acts.values, W_dec.flatten(1), acts).unflatten(1, W_dec.shape[1:])  # pyright: ignore
+    return x_hat if b_dec is None else x_hat + b_dec
+
+
+def decode_error(
+    acts: SparseActs,
+    W_dec: Float[Tensor, "d_sae *sources d_in"],
+    b_dec: Float[Tensor, "*sources d_in"] | None,
+    target: Float[Tensor, "batch *sources d_in"],
+) -> tuple[Float[Tensor, ""], Float[Tensor, "batch *sources d_in"]]:
+    """`sum |x_hat - target|^2` over the batch, and `x_hat - target`, detached; `x_hat` as in `decode`.
+
+    Differentiable in the codes' values, `W_dec`, `b_dec` and `target`.
+    """
+    bias = None if b_dec is None else b_dec.flatten()
+    error, residual = DecodeError.apply(acts.values, W_dec.flatten(1), bias, target.flatten(1), acts)  # pyright: ignore
+    return error, residual.unflatten(1, target.shape[1:])

@@ -32,6 +32,8 @@ class Backend(NamedTuple):
     """`(x, W, features, offsets)`: `<x[row], W[feature]>` at the pairs, each by itself."""
     bag_sum: Callable[..., Tensor]
     """`(values, rows, offsets, W)`: weighted sums of rows of W."""
+    bag_error: Callable[..., tuple[Tensor, Tensor]]
+    """`(values, rows, offsets, W, bias, target)`: the same plus bias less target, and the squared norm of that."""
     weight_gradients: Callable[..., Tensor]
     """`(acts, values, g)`: `S.T @ g`."""
     bias_gradient: Callable[..., Tensor]
@@ -88,7 +90,7 @@ def _load(name: str) -> Backend:
 
     return Backend(
         name,
-        *(screen.Screen, screen.rows_at_once, sampled_product.sampled_product, bag_sum.bag_sum),
+        *(screen.Screen, screen.rows_at_once, sampled_product.sampled_product, bag_sum.bag_sum, bag_sum.bag_error),
         *(weight_gradients.weight_gradients, weight_gradients.bias_gradient, rows.project_, rows.unit_norm_),
     )
 

@@ -18,7 +18,7 @@ class SquaredError(Function):
     def forward(ctx: Any, x: Tensor, x_hat: Tensor) -> Tensor:
         residual = x_hat - x
         ctx.save_for_backward(residual)
-        return _sum_of_squares(residual)
+        return sum_of_squares(residual)
 
     @staticmethod
     @once_differentiable
@@ -28,7 +28,7 @@ class SquaredError(Function):
         return -to_x_hat if ctx.needs_input_grad[0] else None, to_x_hat if ctx.needs_input_grad[1] else None
 
 
-def _sum_of_squares(x: Tensor) -> Tensor:
+def sum_of_squares(x: Tensor) -> Tensor:
     """One pass and no temporary; exact where the squares are."""
     return torch.dot(x.reshape(-1), x.reshape(-1))
 
@@ -43,13 +43,12 @@ def fvu(x: Float[Tensor, "batch d_in"], x_hat: Float[Tensor, "batch d_in"]) -> F
 
     The denominator is floored at the smallest normal number.
     """
-    total = _sum_of_squares(x - x.mean(0))
-    return squared_error(x, x_hat) / total.clamp_min(torch.finfo(x.dtype).tiny)
+    return squared_error(x, x_hat) / total_variance(x)
 
 
-def sum_squared_error(x: Float[Tensor, "batch d_in"], x_hat: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
-    """Mean over tokens of the squared error summed over dimensions ("sum_mean")."""
-    return squared_error(x, x_hat) / len(x)
+def total_variance(x: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
+    """`sum |x - mean(x)|^2`, what FVU divides by; at least the smallest normal number."""
+    return sum_of_squares(x - x.mean(0)).clamp_min(torch.finfo(x.dtype).tiny)
 
 
 def weighted_l1(values: Float[Tensor, " nnz"], decoder_norms: Float[Tensor, " nnz"], batch: int) -> Float[Tensor, ""]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from saelab.kernels.decode import decode
+from saelab.kernels.decode import decode, decode_error
 from saelab.kernels.reference.decode import decode as decode_reference
 from saelab.kernels.reference.sampled_product import sampled_product as sampled_reference
 from saelab.kernels.reference.weight_gradients import weight_gradients as weight_reference
@@ -43,6 +43,36 @@ def test_gradcheck():
     W_dec = codes(7, 3, 1.0).requires_grad_()
     values = acts.values.clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda v, W: decode(acts.with_values(v), W), (values, W_dec))
+
+
+def test_gradcheck_of_the_error():
+    acts = SparseActs.from_dense(codes(5, 7))
+    inputs = codes(7, 3, 1.0), codes(1, 3, 1.0)[0], codes(5, 3, 1.0)
+    leaves = [t.clone().requires_grad_() for t in (acts.values, *inputs)]
+    assert torch.autograd.gradcheck(lambda v, W, b, y: decode_error(acts.with_values(v), W, b, y)[0], leaves)
+
+
+@pytest.mark.parametrize(("batch", "share"), [(6, 0.3), (0, 0.3), (4, 0.0)])
+def test_the_error_is_that_of_decode(batch, share):
+    acts = SparseActs.from_dense(codes(batch, 11, share))
+    W_dec, b_dec, target = codes(11, 5, 1.0), codes(1, 5, 1.0)[0], codes(batch, 5, 1.0)
+    error, residual = decode_error(acts, W_dec.requires_grad_(), b_dec, target)
+    torch.testing.assert_close(residual, (decode(acts, W_dec, b_dec) - target).detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(error.detach(), residual.square().sum(), rtol=1e-12, atol=1e-12)
+    assert error.requires_grad and not residual.requires_grad
+
+
+def test_several_sources_decode_as_one_by_one():
+    """A crosscoder's decoder is `(d_sae, sources, d_in)`."""
+    acts = SparseActs.from_dense(codes(6, 11))
+    W_dec, b_dec, target = codes(11, 10, 1.0).view(11, 2, 5), codes(2, 5, 1.0), codes(12, 5, 1.0).view(6, 2, 5)
+    each = [decode(acts, W_dec[:, i], b_dec[i]) for i in range(2)]
+    torch.testing.assert_close(decode(acts, W_dec, b_dec), torch.stack(each, 1), rtol=1e-12, atol=1e-12)
+    error, residual = decode_error(acts, W_dec, b_dec, target)
+    both = [decode_error(acts, W_dec[:, i], b_dec[i], target[:, i]) for i in range(2)]
+    torch.testing.assert_close(error, both[0][0] + both[1][0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(residual, torch.stack([both[0][1], both[1][1]], 1), rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda W: decode_error(acts, W, b_dec, target)[0], W_dec.clone().requires_grad_())
 
 
 def test_a_feature_that_fires_on_every_token():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from saelab.losses import auxk, fvu, sum_squared_error, weighted_l1
+from saelab.losses import auxk, fvu, squared_error, total_variance, weighted_l1
 
 X = torch.tensor([[0.0, 0.0], [2.0, 4.0]])
 
@@ -20,8 +20,10 @@ def test_fvu_counts_a_constant_offset():
     assert float(fvu(X, X + 10)) == pytest.approx(2 * 200 / 10)
 
 
-def test_sum_squared_error_and_l1_by_hand():
-    assert float(sum_squared_error(X, X + 1)) == 2
+def test_squared_error_variance_and_l1_by_hand():
+    assert float(squared_error(X, X + 1)) == 4
+    assert float(total_variance(X)) == 10
+    assert float(total_variance(X[:1])) > 0  # a divisor
     assert float(weighted_l1(torch.tensor([1.0, -2.0]), torch.tensor([3.0, 4.0]), 2)) == 5.5
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -9,3 +10,14 @@ from torch import Tensor
 def bag_sum(values: Tensor, rows: Tensor, offsets: Tensor, W: Tensor) -> Tensor:
     """`out[i] = sum over entries j of bag i of values[j] * W[rows[j]]`; an empty bag gives zeros."""
     return F.embedding_bag(rows, W, offsets[:-1], mode="sum", per_sample_weights=values)
+
+
+def bag_error(
+    values: Tensor, rows: Tensor, offsets: Tensor, W: Tensor, bias: Tensor | None, target: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`bag_sum + bias - target`, and its squared norm."""
+    error = bag_sum(values, rows, offsets, W)
+    if bias is not None:
+        error += bias
+    error -= target
+    return error, torch.dot(error.view(-1), error.view(-1))

@@ -121,6 +121,19 @@ def bag_sum(
     return out if tile_squares is None else (out, sum_slices(tile_squares))
 
 
+def bag_error(
+    values: Float[Tensor, " nnz"],
+    features: Int[Tensor, " nnz"],
+    offsets: Int[Tensor, " batch_plus_1"],
+    W: Float[Tensor, "m d_in"],
+    bias: Float[Tensor, " d_in"] | None,
+    target: Float[Tensor, "batch d_in"],
+) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, ""]]:
+    """`bag_sum + bias - target`, and its squared norm."""
+    error, squares = bag_sum(values, features, offsets, W, bias, target, squares=True)
+    return error, squares.sum()
+
+
 def _columns(d_sae: int, d_in: int, element_size: int) -> int:
     """The widest tile, 32 to 256 columns, of which `d_sae` rows fit the cache. Independent of the batch, as bits are."""
     columns = 256

@@ -53,8 +53,8 @@ class Loss(NamedTuple):
 
     total: Tensor
     acts: SparseActs
-    x_hat: Float[Tensor, "batch d_in"]
-    """Reconstruction of `y`, in the units that the weights live in; detached."""
+    residual: Float[Tensor, "batch d_in"]
+    """Reconstruction less `y`, in the units that the weights live in; detached."""
     y: Float[Tensor, "batch d_in"]
     """What was to be reconstructed, in the same units."""
     terms: dict[str, Tensor]

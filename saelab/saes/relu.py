@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from saelab.kernels.decode import decode
+from saelab.kernels.decode import decode_error
 from saelab.kernels.encode_threshold import encode_threshold
 from saelab.kernels.sparse_acts import SparseActs
-from saelab.losses import sum_squared_error, weighted_l1
+from saelab.losses import weighted_l1
 from saelab.saes.base import SAE, Batch, Loss, StepInfo, check_config
 
 
@@ -56,10 +56,10 @@ class ReLUSAE(SAE):
         x = self.normalize(batch.x)
         target = x if batch.y is batch.x else self.normalize(batch.y)
         acts = self.encode_normalized(x)
-        x_hat = decode(acts, self.W_dec, self.b_dec)
+        error, residual = decode_error(acts, self.W_dec, self.b_dec, target)
         norms = self.W_dec.norm(dim=1)[acts.features]
-        reconstruction = sum_squared_error(target, x_hat)
+        reconstruction = error / max(len(target), 1)
         penalty = weighted_l1(acts.values, norms, acts.batch)
         risen = min(1.0, (info.step + 1) / max(1.0, self.config.l1_warmup * info.n_steps))
         total = reconstruction + self.config.l1_coefficient * risen * penalty
-        return Loss(total, acts, x_hat.detach(), target, {"sse": reconstruction, "l1": penalty})
+        return Loss(total, acts, residual, target, {"sse": reconstruction, "l1": penalty})

@@ -11,10 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelab.arguments import check_integer
-from saelab.kernels.decode import decode
+from saelab.kernels.decode import decode_error
 from saelab.kernels.encode_topk import encode_topk
 from saelab.kernels.sparse_acts import SparseActs
-from saelab.losses import auxk, fvu
+from saelab.losses import auxk, total_variance
 from saelab.saes.base import SAE, Batch, Loss, StepInfo, check_config
 
 
@@ -58,18 +58,18 @@ class TopKSAE(SAE):
         x = self.normalize(batch.x)
         target = x if batch.y is batch.x else self.normalize(batch.y)
         acts = self.encode_normalized(x)
-        x_hat = decode(acts, self.W_dec, self.b_dec)
-        reconstruction = fvu(target, x_hat)
+        error, residual = decode_error(acts, self.W_dec, self.b_dec, target)
+        reconstruction = error / total_variance(target)
         terms = {"fvu": reconstruction}
         if self.config.auxk_alpha and bool(info.dead.any()):
             dead = info.dead.nonzero().squeeze(1)
             terms["auxk"] = auxk(
                 x - self.b_dec,
-                target - x_hat,
+                -residual,
                 self.W_enc[dead],
                 self.b_enc[dead],
                 self.W_dec[dead],
                 self.config.k_aux or max(self.d_in // 2, 1),
             )
         total = reconstruction + self.config.auxk_alpha * terms["auxk"] if "auxk" in terms else reconstruction
-        return Loss(total, acts, x_hat.detach(), target, terms)
+        return Loss(total, acts, residual, target, terms)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from saelab.errors import TrainingError
 from saelab.io import load_sae, save_sae
-from saelab.losses import fvu
+from saelab.losses import sum_of_squares, total_variance
 from saelab.saes import SAE, VARIANTS, Batch, StepInfo
 from saelab.training.adam import Adam
 from saelab.training.checkpoint import claim_run, list_checkpoints, load_checkpoint, save_checkpoint
@@ -89,7 +89,7 @@ class Run:
             values = {"loss": loss.total.item(), "l0": loss.acts.nnz / len(part)}
             if logged:
                 values |= {name: term.item() for name, term in loss.terms.items()}
-                values["fvu"] = float(fvu(loss.y, loss.x_hat))
+                values["fvu"] = float(sum_of_squares(loss.residual) / total_variance(loss.y))
             for name, value in values.items():
                 sums[name] = sums.get(name, 0.0) + share * value
         lr = learning_rate(self.train, self.sae.base_lr, self.sae.d_sae, self.step)
