@@ -18,6 +18,7 @@ from torch import Tensor
 VARIABLE = "SAELAB_KERNELS"
 CHOICES = ("auto", "torch", "triton", "reference")
 _forced: list[str] = []
+_bf16_off: list[bool] = []
 
 
 class Backend(NamedTuple):
@@ -95,9 +96,23 @@ def _load(name: str) -> Backend:
     )
 
 
-@cache
+@contextmanager
+def without_bf16() -> Iterator[None]:
+    """Inside a `with` every device counts as one without units for bfloat16 (for tests and benches)."""
+    _bf16_off.append(True)
+    try:
+        yield
+    finally:
+        _bf16_off.pop()
+
+
 def fast_bf16(device_type: str) -> bool:
-    """Has this kind of device units for bfloat16 products?"""
+    """Has this kind of device units for bfloat16 products, and may they be used?"""
+    return not _bf16_off and _has_fast_bf16(device_type)
+
+
+@cache
+def _has_fast_bf16(device_type: str) -> bool:
     if device_type == "cuda":
         return torch.cuda.get_device_capability()[0] >= 8
     found = torch.cpu.get_capabilities() if device_type == "cpu" else {}

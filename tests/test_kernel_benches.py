@@ -6,10 +6,12 @@ import json
 import pytest
 import torch
 
+from saelab.kernels import dispatch
 from saelab.kernels.bench import bench_step, exactness, memory
 from saelab.kernels.bench.dense_step import DenseTopK
 from saelab.kernels.bench.rows import COLUMNS, quantiles
 from saelab.kernels.sparse_acts import SparseActs
+from saelab.kernels.workspace import WORKSPACE
 from saelab.saes import TopKConfig
 from saelab.training import TrainConfig, train
 
@@ -36,6 +38,33 @@ def test_step_rows_and_files(tmp_path, capsys):
     assert (
         bench_step.main(bench_step.Settings(d_sae=(64,), k=(4,), d_in=16, batch_size=64, pairs=1, floor={64: 1e9})) == 1
     )
+
+
+def test_growth_is_told_from_8192_on():
+    rows = [
+        {"provider": "saelab", "shape": f"2048x576x{d_sae}x{k}", "median": ms}
+        for d_sae, k, ms in [
+            (4096, 32, 90.0),
+            (16384, 32, 150.0),
+            (8192, 32, 100.0),
+            (8192, 64, 10.0),
+            (16384, 64, 21.0),
+        ]
+    ]
+    assert bench_step.growth([*rows, {"provider": "dense", "shape": "2048x576x8192x32", "median": 1.0}]) == [
+        "k 32: d_sae 8192 to 16384, 2 times; time 1.50 times: no faster than linearly",
+        "k 64: d_sae 8192 to 16384, 2 times; time 2.10 times: FASTER THAN LINEARLY",
+    ]
+
+
+def test_without_bf16_the_screen_is_float32(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(dispatch, "_has_fast_bf16", lambda _: True)
+    for bf16 in (True, False):
+        WORKSPACE.buffers.clear()
+        settings = bench_step.Settings(d_sae=(64,), k=(4,), d_in=16, batch_size=64, pairs=1, warmup=1, bf16=bf16)
+        assert bench_step.main(settings) == 0
+        assert any(dtype == torch.bfloat16 for _, dtype in WORKSPACE.buffers) == bf16
+        assert (",float32 (bf16 screen)," in capsys.readouterr().out) == bf16
 
 
 def test_a_wrong_op_is_not_timed(monkeypatch):

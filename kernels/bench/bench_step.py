@@ -8,9 +8,11 @@ for an op that is wrong. The data are the activations of a cache (`--cache`), or
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from torch import Tensor
 from saelab.allocator import keep_freed_memory
 from saelab.kernels.bench.dense_step import DenseTopK
 from saelab.kernels.bench.rows import COLUMNS, append_csv, hardware, quantiles
+from saelab.kernels.dispatch import fast_bf16, without_bf16
 from saelab.kernels.reference.encode_topk import encode_topk
 from saelab.kernels.selection_log import LOG
 from saelab.saes import TopKConfig, TopKSAE
@@ -53,6 +56,8 @@ class Settings:
     """Largest d_sae at which the dense step is run as well (it needs three (batch, d_sae) tensors)."""
     out: Path | None = None
     """Folder for step.csv and step.json; None prints only."""
+    bf16: bool = True
+    """Screens in bfloat16 where the machine has units for it; --no-bf16 for float32."""
     floor: dict[int, float] = field(default_factory=dict)
     """Smallest allowed ratio for a d_sae; the exit status says whether it held."""
 
@@ -79,19 +84,34 @@ def main(settings: Settings) -> int:
     print(f"# {hardware()}")
     print(",".join(COLUMNS))
     rows, missed = [], False
-    for d_sae in settings.d_sae:
-        for k in settings.k:
+    with nullcontext() if settings.bf16 else without_bf16():
+        for k, d_sae in itertools.product(settings.k, settings.d_sae):
             measured = _measure(settings, d_sae, k)
             rows += measured
             ratio = measured[-1].get("ratio")
             missed |= ratio is not None and ratio < settings.floor.get(d_sae, 0.0)
             for row in measured:
                 print(",".join(str(row.get(name, "")) for name in COLUMNS), flush=True)
+    for line in growth(rows):
+        print(f"# {line}")
     if settings.out is not None:
         settings.out.mkdir(parents=True, exist_ok=True)
         append_csv(settings.out / "step.csv", rows)
         (settings.out / "step.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     return int(missed)
+
+
+def growth(rows: list[dict[str, Any]]) -> list[str]:
+    """How our step's time grows with d_sae: against the smallest size from 8192 on, for each k."""
+    ours = [(*map(int, row["shape"].split("x")[2:]), row["median"]) for row in rows if row["provider"] == "saelab"]
+    lines = []
+    for k in sorted({k for _, k, _ in ours}):
+        sizes = sorted((d_sae, ms) for d_sae, other, ms in ours if other == k and d_sae >= 8192)
+        for d_sae, ms in sizes[1:]:
+            larger, longer = d_sae / sizes[0][0], ms / sizes[0][1]
+            verdict = "no faster than linearly" if longer <= larger else "FASTER THAN LINEARLY"
+            lines.append(f"k {k}: d_sae {sizes[0][0]} to {d_sae}, {larger:g} times; time {longer:.2f} times: {verdict}")
+    return lines
 
 
 def _measure(settings: Settings, d_sae: int, k: int) -> list[dict[str, Any]]:
@@ -120,7 +140,7 @@ def _rows(
     settings: Settings, d_in: int, d_sae: int, k: int, ours: list[float], theirs: list[float]
 ) -> list[dict[str, Any]]:
     shape = f"{settings.batch_size}x{d_in}x{d_sae}x{k}"
-    base = {"op": "topk_step", "shape": shape, "dtype": "float32", "hardware": hardware()}
+    base = {"op": "topk_step", "shape": shape, "dtype": _screen_of(settings), "hardware": hardware()}
     rows = [base | {"provider": "dense"} | quantiles(theirs)] if theirs else []
     log = LOG.as_dict()
     selection = {
@@ -133,6 +153,11 @@ def _rows(
         each = quantiles([b / a for a, b in zip(ours, theirs, strict=True)], scale=1)
         rows[-1] |= {"ratio": each["median"], "ratio_q20": each["q20"], "ratio_q80": each["q80"]}
     return rows
+
+
+def _screen_of(settings: Settings) -> str:
+    """Weights and sums are float32; what finds the candidates is said beside."""
+    return "float32 (bf16 screen)" if settings.bf16 and fast_bf16("cpu") else "float32"
 
 
 def _check_codes(sae: TopKSAE, x: Tensor, k: int) -> None:
