@@ -23,7 +23,7 @@ from torch import Tensor
 
 from saelab.allocator import keep_freed_memory
 from saelab.kernels.bench.dense_step import DenseTopK
-from saelab.kernels.bench.rows import COLUMNS, append_csv, hardware, quantiles
+from saelab.kernels.bench.rows import COLUMNS, RESULTS, append_csv, default_device, hardware, quantiles
 from saelab.kernels.dispatch import fast_bf16, without_bf16
 from saelab.kernels.reference.encode_topk import encode_topk
 from saelab.kernels.selection_log import LOG
@@ -58,6 +58,8 @@ class Settings:
     """Folder for step.csv and step.json; None prints only."""
     bf16: bool = True
     """Screens in bfloat16 where the machine has units for it; --no-bf16 for float32."""
+    device: str = field(default_factory=default_device)
+    """Where the steps run. Rows from a GPU are also added to kernels/bench/results.csv."""
     floor: dict[int, float] = field(default_factory=dict)
     """Smallest allowed ratio for a d_sae; the exit status says whether it held."""
 
@@ -65,9 +67,9 @@ class Settings:
 class SparseTopK:
     """A step of `saelab.train`, without its data and files."""
 
-    def __init__(self, d_in: int, d_sae: int, k: int) -> None:
-        self.sae = TopKSAE(TopKConfig(d_sae=d_sae, k=k), d_in)
-        self.adam, self.dead = Adam(self.sae.parameters()), DeadFeatures(d_sae, 10**9, torch.device("cpu"))
+    def __init__(self, d_in: int, d_sae: int, k: int, device: str = "cpu") -> None:
+        self.sae = TopKSAE(TopKConfig(d_sae=d_sae, k=k), d_in).to(device)
+        self.adam, self.dead = Adam(self.sae.parameters()), DeadFeatures(d_sae, 10**9, torch.device(device))
 
     def step(self, x: Tensor) -> dict[str, float]:
         loss = self.sae.loss(Batch(x, x), StepInfo(self.dead.dead, 0, 1))
@@ -94,6 +96,8 @@ def main(settings: Settings) -> int:
                 print(",".join(str(row.get(name, "")) for name in COLUMNS), flush=True)
     for line in growth(rows):
         print(f"# {line}")
+    if settings.device != "cpu":
+        append_csv(RESULTS, rows)
     if settings.out is not None:
         settings.out.mkdir(parents=True, exist_ok=True)
         append_csv(settings.out / "step.csv", rows)
@@ -117,9 +121,9 @@ def growth(rows: list[dict[str, Any]]) -> list[str]:
 def _measure(settings: Settings, d_sae: int, k: int) -> list[dict[str, Any]]:
     batches = _batches(settings)
     first = next(batches)
-    sparse = SparseTopK(first.shape[1], d_sae, k)
+    sparse = SparseTopK(first.shape[1], d_sae, k, settings.device)
     with_dense = d_sae <= settings.dense_limit
-    dense = DenseTopK(first.shape[1], d_sae, k) if with_dense else None
+    dense = DenseTopK(first.shape[1], d_sae, k, settings.device) if with_dense else None
     for _ in range(settings.warmup):
         sparse.step(next(batches))
     _check_codes(sparse.sae, first, k)
@@ -157,7 +161,7 @@ def _rows(
 
 def _screen_of(settings: Settings) -> str:
     """Weights and sums are float32; what finds the candidates is said beside."""
-    return "float32 (bf16 screen)" if settings.bf16 and fast_bf16("cpu") else "float32"
+    return "float32 (bf16 screen)" if settings.bf16 and fast_bf16(settings.device.partition(":")[0]) else "float32"
 
 
 def _check_codes(sae: TopKSAE, x: Tensor, k: int) -> None:
@@ -171,6 +175,11 @@ def _check_codes(sae: TopKSAE, x: Tensor, k: int) -> None:
 
 
 def _batches(settings: Settings) -> Iterator[Tensor]:
+    for rows in _rows_of_data(settings):
+        yield rows.to(settings.device)
+
+
+def _rows_of_data(settings: Settings) -> Iterator[Tensor]:
     if settings.cache is not None:
         from saelab.training.data import open_data
 
@@ -187,8 +196,11 @@ def _batches(settings: Settings) -> Iterator[Tensor]:
 
 
 def _timed(step: Callable[[Tensor], Any], x: Tensor) -> float:
+    """Seconds of one step; a GPU is waited for."""
     start = time.perf_counter()
     step(x)
+    if x.is_cuda:
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 

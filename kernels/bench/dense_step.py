@@ -9,15 +9,15 @@ from torch import Tensor, nn
 class DenseTopK:
     """A TopK SAE in plain PyTorch with the same loss, projection, clip, unit norms, counters and log values as ours."""
 
-    def __init__(self, d_in: int, d_sae: int, k: int) -> None:
+    def __init__(self, d_in: int, d_sae: int, k: int, device: str = "cpu") -> None:
         rows = torch.randn(d_sae, d_in, generator=torch.Generator().manual_seed(0))
-        rows /= rows.norm(dim=1, keepdim=True)
+        rows = (rows / rows.norm(dim=1, keepdim=True)).to(device)
         self.k = k
         self.W_enc, self.W_dec = nn.Parameter(rows.clone()), nn.Parameter(rows)
-        self.b_enc, self.b_dec = nn.Parameter(torch.zeros(d_sae)), nn.Parameter(torch.zeros(d_in))
+        self.b_enc, self.b_dec = nn.Parameter(rows.new_zeros(d_sae)), nn.Parameter(rows.new_zeros(d_in))
         self.parameters = [self.W_enc, self.W_dec, self.b_enc, self.b_dec]
         self.adam = torch.optim.Adam(self.parameters, lr=2e-3, fused=True)
-        self.tokens_since_fired = torch.zeros(d_sae, dtype=torch.int64)
+        self.tokens_since_fired = torch.zeros(d_sae, dtype=torch.int64, device=device)
 
     def step(self, x: Tensor) -> dict[str, float]:
         pre_acts = (x - self.b_dec) @ self.W_enc.T + self.b_enc

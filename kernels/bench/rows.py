@@ -17,6 +17,15 @@ COLUMNS = (
 """Times in milliseconds; ratio: the baseline's time over this one's, of pairs of neighbouring steps."""
 
 
+RESULTS = Path(__file__).with_name("results.csv")
+"""What was measured on GPUs. No GPU speed is claimed without its row here."""
+
+
+def default_device() -> str:
+    """ "cuda" where there is one, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def quantiles(values: list[float], scale: float = 1e3) -> dict[str, float]:
     """Median, 20 % and 80 % quantile, rounded; seconds become milliseconds."""
     points = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64))
