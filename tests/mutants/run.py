@@ -51,12 +51,12 @@ def problem_of(mutant: Mutant) -> str | None:
     return "old and new are the same" if mutant.old == mutant.new else None
 
 
-def run_tests(copy: Path, tests: list[str]) -> subprocess.CompletedProcess[str]:
+def run_tests(copy: Path, tests: list[str], timeout: float | None = _TIMEOUT) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--no-header", *tests]
     # The copy stands before the installed package on the path, and no bytecode of another mutant is left behind.
-    environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        command, cwd=copy, env=environment, capture_output=True, text=True, timeout=_TIMEOUT, check=False
+        command, cwd=copy, env=environment, capture_output=True, text=True, timeout=timeout, check=False
     )
 
 
@@ -89,7 +89,7 @@ def main(words: list[str]) -> int:
         good = [m for m in mutants if m.name not in broken]
         tests = sorted({test for m in good for test in m.tests})
         print(f"{len(tests)} named tests without any breakage ...", flush=True)
-        if tests and (done := run_tests(copy, tests)).returncode != 0:
+        if tests and (done := run_tests(copy, ["-n", "2", "--dist", "loadfile", *tests], timeout=None)).returncode != 0:
             print(done.stdout[-3000:])
             print("The named tests fail without any breakage; nothing can be said about the mutants.")
             return 1
