@@ -57,7 +57,7 @@ def harvest(
     cache made with other arguments (naming them); `CacheError` when it does not fit the disk or `max_bytes`, and for
     NaN or infinite activations; `SaelabError` when the disk is full. What is written stays valid in each case.
     """
-    hooks = [hook_names] if isinstance(hook_names, str) else list(hook_names)
+    hooks = list(hook_names) if isinstance(hook_names, (list, tuple)) else [hook_names]
     sizes = {"n_tokens": n_tokens, "ctx_len": ctx_len, "batch_size": batch_size}
     sizes |= {"shard_rows": shard_rows, "pool_shards": pool_shards}
     _check_arguments(lm, hooks, split, sizes)
@@ -112,8 +112,8 @@ def _check_arguments(lm: LanguageModel, hooks: list[str], split: str, sizes: dic
     check_split(split)
     for name, value in sizes.items():
         check_integer(name, value, 1)
-    if not hooks or len(set(hooks)) < len(hooks):
-        raise ValueError(f"hook_names={hooks!r}: give at least one hook, each once.")
+    if not hooks or not all(isinstance(hook, str) for hook in hooks) or len(set(hooks)) < len(hooks):
+        raise ValueError(f"hook_names={hooks!r}: give the name of a hook, or a list of names, each once.")
     refuse_steered(lm)
     for hook in hooks:
         lm.check_hook(hook)

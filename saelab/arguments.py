@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 
@@ -13,3 +14,13 @@ def check_integer(name: str, value: Any, least: int, most: int | None = None) ->
     if value < least or (most is not None and value > most):
         bounds = f"at least {least}" if most is None else f"between {least} and {most}"
         raise ValueError(f"{name}={value} must be {bounds}.")
+
+
+def check_numbers(config: Any) -> None:
+    """Raise `ValueError` naming a field that is declared `float` (or `float | None`) and holds something else, or NaN."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if "float" not in str(field.type) or (value is None and "None" in str(field.type)):
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+            raise ValueError(f"{field.name}={value!r} must be a number.")

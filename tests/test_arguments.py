@@ -38,3 +38,21 @@ def test_what_is_no_integer_in_its_bounds_is_named(value, says):
 def test_callers_check_theirs(call):
     run = subprocess.run([sys.executable, "-c", f"import saelab; {call}"], capture_output=True, text=True)
     assert "ValueError: " in run.stderr and "must be a whole number" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        ("saelab.TrainConfig(n_tokens=2000, batch_size=256, lr='1e-3')", "lr='1e-3' must be a number."),
+        ("saelab.TrainConfig(n_tokens=2000, batch_size=256, clip_norm=None)", "clip_norm=None must be a number."),
+        (
+            "saelab.TrainConfig(n_tokens=2000, batch_size=256, decay_fraction=float('nan'))",
+            "decay_fraction=nan must be",
+        ),
+        ("saelab.saes.TopKConfig(d_sae=48, k=4, auxk_alpha='a')", "auxk_alpha='a' must be a number."),
+        ("saelab.saes.ReLUConfig(d_sae=48, l1_coefficient=True)", "l1_coefficient=True must be a number."),
+    ],
+)
+def test_fields_that_are_numbers_hold_numbers(call, says):
+    run = subprocess.run([sys.executable, "-c", f"import saelab; {call}"], capture_output=True, text=True)
+    assert f"ValueError: {says}" in run.stderr

@@ -438,7 +438,7 @@ def test_a_text_of_one_token_leaves_nothing_and_the_folder_stays_free(lm, tmp_pa
         ({"ctx_len": 65}, "ctx_len=65 is more than the 64 tokens"),
         ({"shard_rows": 0}, "shard_rows=0"),
         ({"pool_shards": 0}, "pool_shards=0"),
-        ({"hook_names": []}, "give at least one hook"),
+        ({"hook_names": []}, "give the name of a hook"),
         ({"hook_names": [HOOKS[0], HOOKS[0]]}, "each once"),
         ({"hook_names": ["blocks.9.hook_resid_post"]}, "no hook blocks.9.hook_resid_post; there are"),
         ({"split": "test"}, "split='test' does not exist"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from saelab.arguments import check_integer
+from saelab.arguments import check_integer, check_numbers
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class TrainConfig:
         check_integer("seed", self.seed, 0, 2**32 - 1)
         if self.dead_after_tokens is not None:
             check_integer("dead_after_tokens", self.dead_after_tokens, 0)
+        check_numbers(self)
         if self.n_tokens < self.batch_size:
             raise ValueError(
                 f"n_tokens={self.n_tokens} is less than one batch of {self.batch_size}; raise n_tokens or lower batch_size."
