@@ -57,7 +57,7 @@ def harvest(
     cache made with other arguments (naming them); `CacheError` when it does not fit the disk or `max_bytes`, and for
     NaN or infinite activations; `SaelabError` when the disk is full. What is written stays valid in each case.
     """
-    hooks = list(hook_names) if isinstance(hook_names, (list, tuple)) else [hook_names]
+    hooks = list(hook_names) if not isinstance(hook_names, str) and isinstance(hook_names, Sequence) else [hook_names]
     sizes = {"n_tokens": n_tokens, "ctx_len": ctx_len, "batch_size": batch_size}
     sizes |= {"shard_rows": shard_rows, "pool_shards": pool_shards}
     _check_arguments(lm, hooks, split, sizes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,12 @@ CHAT_TEMPLATE = (
 
 
 LONG_FILES = ("test_examples", "test_browser", "test_readme", "test_compile_report", "test_cli", "test_dispatch")
+
+
+def pytest_sessionstart():
+    """A shell ignores Ctrl-C for what it runs in the background, and children inherit that; here tests press it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):

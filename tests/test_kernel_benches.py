@@ -2,12 +2,13 @@
 
 import csv
 import json
+import sys
 
 import pytest
 import torch
 
 from saelab.kernels import dispatch
-from saelab.kernels.bench import bench_step, exactness, memory
+from saelab.kernels.bench import bench_step, exactness, memory, peers
 from saelab.kernels.bench.dense_step import DenseTopK
 from saelab.kernels.bench.rows import COLUMNS, quantiles
 from saelab.kernels.sparse_acts import SparseActs
@@ -65,6 +66,62 @@ def test_without_bf16_the_screen_is_float32(tmp_path, capsys, monkeypatch):
         assert bench_step.main(settings) == 0
         assert any(dtype == torch.bfloat16 for _, dtype in WORKSPACE.buffers) == bf16
         assert (",float32 (bf16 screen)," in capsys.readouterr().out) == bf16
+
+
+FAKE_PEERS = """
+import os, sys
+sys.path.insert(0, {folder!r})
+import peer_worker
+class Raises(peer_worker.Plain):
+    def step(self, x): raise ValueError("no such batch\\nsecond line")
+class Dies(peer_worker.Plain):
+    def step(self, x): print("out of memory", flush=True); os._exit(9)
+class Nan(peer_worker.Plain):
+    def step(self, x): return float("nan")
+class Stuck(peer_worker.Plain):
+    def step(self, x): return 1.0
+peer_worker.PEERS |= dict(raises=Raises, dies=Dies, nan=Nan, stuck=Stuck)
+peer_worker.main(sys.argv[1])
+"""
+
+
+def test_peers_have_rows_or_a_reason(tmp_path, capsys, monkeypatch):
+    script = tmp_path / "fake_peers.py"
+    script.write_text(FAKE_PEERS.format(folder=str(peers.WORKER.parent)), encoding="utf-8")
+    names = ("raises", "dies", "plain", "nan", "stuck", "absent")
+    commands = {name: [sys.executable, "-I", str(script), name] for name in names}
+    monkeypatch.setattr(peers, "install", lambda folder: commands)
+    settings = bench_step.Settings(d_sae=(64,), k=(4,), d_in=16, batch_size=64, pairs=3, warmup=20, peers=True)
+    assert bench_step.main(settings) == 0
+    out, err = capsys.readouterr()
+    rows = list(csv.DictReader(out.splitlines()[1:]))
+    assert [row["provider"] for row in rows] == ["dense", f"plain {torch.__version__}", "saelab"]
+    assert float(rows[1]["ratio"]) > 0 and float(rows[1]["ratio_q20"]) <= float(rows[1]["ratio_q80"])
+    assert float(rows[1]["median"]) > 0 and not rows[0]["ratio"]
+    assert sorted(err.splitlines()) == [
+        "peers: absent left out: KeyError: 'absent'",
+        "peers: dies left out: its process ended with status 9: out of memory",
+        "peers: nan left out: ArithmeticError: the loss is nan",
+        "peers: raises left out: ValueError: no such batch",
+        "peers: stuck left out: its loss went from 1 to 1 in 21 steps",
+    ]
+
+
+def test_a_peer_that_pip_refuses_is_named(tmp_path, capsys, monkeypatch):
+    calls: list[tuple[str, ...]] = []
+
+    def run(*command: str) -> None:
+        calls.append(command)
+        if command[-1] == "overcomplete":
+            raise peers.PeerError("ERROR: no such wheel")
+
+    monkeypatch.setattr(peers, "_run", run)
+    assert list(peers.install(tmp_path)) == ["sae-lens", "dictionary-learning", "eai-sparsify"]
+    assert capsys.readouterr().err.splitlines()[1:] == ["peers: overcomplete left out: ERROR: no such wheel"]
+    assert all(command[-2].startswith("torch==") for command in calls if command[-1] in peers.PEERS)
+    del calls[:]
+    assert len(peers.install(tmp_path)) == 3
+    assert [command[-1] for command in calls if command[-1] in peers.PEERS] == ["overcomplete"]  # the others are there
 
 
 def test_a_wrong_op_is_not_timed(monkeypatch):

@@ -4,6 +4,9 @@ A step is loss, backward, projection, clip, Adam, unit norms, dead counters and 
 batches in one process; the two take turns. The selection's margin (candidates a row beyond k), certified and
 recomputed shares stand beside the times. Before a size is timed its codes are compared with float64: no speed is printed
 for an op that is wrong. The data are the activations of a cache (`--cache`), or draws with a decaying spectrum.
+
+With `--peers` four other libraries take their turn with their own step (`peers.py`, `peer_worker.py`), each in a process
+that sleeps between its turns. Their `ratio` is their time over ours; for the row of saelab it is the dense step's over ours.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import tyro
 from torch import Tensor
 
 from saelab.allocator import keep_freed_memory
+from saelab.kernels.bench import peers
 from saelab.kernels.bench.dense_step import DenseTopK
 from saelab.kernels.bench.rows import COLUMNS, RESULTS, append_csv, default_device, hardware, quantiles
 from saelab.kernels.dispatch import fast_bf16, without_bf16
@@ -29,6 +33,7 @@ from saelab.kernels.reference.encode_topk import encode_topk
 from saelab.kernels.selection_log import LOG
 from saelab.saes import TopKConfig, TopKSAE
 from saelab.saes.base import Batch, StepInfo
+from saelab.smollm2 import cache_folder
 from saelab.training.adam import Adam
 from saelab.training.dead_features import DeadFeatures
 from saelab.training.optimizer import apply_step
@@ -53,7 +58,11 @@ class Settings:
     cache: Path | None = None
     """An activation cache to take the batches from, for instance runs/demo/cache."""
     dense_limit: int = 32768
-    """Largest d_sae at which the dense step is run as well (it needs three (batch, d_sae) tensors)."""
+    """Largest d_sae at which the dense step and peers are run as well (they need (batch, d_sae) tensors, three or more)."""
+    peers: bool = False
+    """Also sae-lens, dictionary-learning, eai-sparsify and overcomplete; pip fetches them the first time (gigabytes)."""
+    peers_venv: Path | None = None
+    """Their virtual environment; None is peers/ in the folder of SAELAB_CACHE."""
     out: Path | None = None
     """Folder for step.csv and step.json; None prints only."""
     bf16: bool = True
@@ -82,13 +91,18 @@ class SparseTopK:
 
 def main(settings: Settings) -> int:
     """Time every size; gives 1 when a floor was not reached."""
+    if settings.peers and settings.device != "cpu":
+        raise ValueError(
+            f"device={settings.device!r} with --peers: the other libraries' steps run on a CPU; add --device cpu."
+        )
     keep_freed_memory()
+    others = peers.install(settings.peers_venv or cache_folder() / "peers") if settings.peers else {}
     print(f"# {hardware()}")
     print(",".join(COLUMNS))
     rows, missed = [], False
     with nullcontext() if settings.bf16 else without_bf16():
         for k, d_sae in itertools.product(settings.k, settings.d_sae):
-            measured = _measure(settings, d_sae, k)
+            measured = _measure(settings, d_sae, k, others)
             rows += measured
             ratio = measured[-1].get("ratio")
             missed |= ratio is not None and ratio < settings.floor.get(d_sae, 0.0)
@@ -118,34 +132,43 @@ def growth(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _measure(settings: Settings, d_sae: int, k: int) -> list[dict[str, Any]]:
+def _measure(settings: Settings, d_sae: int, k: int, others: dict[str, list[str]]) -> list[dict[str, Any]]:
     batches = _batches(settings)
     first = next(batches)
     sparse = SparseTopK(first.shape[1], d_sae, k, settings.device)
     with_dense = d_sae <= settings.dense_limit
     dense = DenseTopK(first.shape[1], d_sae, k, settings.device) if with_dense else None
-    for _ in range(settings.warmup):
-        sparse.step(next(batches))
-    _check_codes(sparse.sae, first, k)
-    if dense is not None:
-        dense.step(first)
-    LOG.reset()
-    ours: list[float] = []
-    theirs: list[float] = []
-    for _ in range(settings.pairs):
-        x = next(batches)
-        ours.append(_timed(sparse.step, x))
+    with peers.Peers(others if with_dense else {}, first, d_sae, k) as beside:
+        beside.step(first)
+        for _ in range(settings.warmup):
+            x = next(batches)
+            sparse.step(x)
+            beside.step(x)
+        _check_codes(sparse.sae, first, k)
+        beside.check_learning(first)
         if dense is not None:
-            theirs.append(_timed(dense.step, x))
-    return _rows(settings, first.shape[1], d_sae, k, ours, theirs)
+            dense.step(first)
+        LOG.reset()
+        times: dict[str, list[float]] = {"dense": [], "saelab": []}
+        for _ in range(settings.pairs):
+            x = next(batches)
+            times["saelab"].append(_timed(sparse.step, x))
+            if dense is not None:
+                times["dense"].append(_timed(dense.step, x))
+            beside.step(x, timed=True)
+        ours = times.pop("saelab")
+        return _rows(settings, first.shape[1], d_sae, k, ours, times | beside.seconds())
 
 
 def _rows(
-    settings: Settings, d_in: int, d_sae: int, k: int, ours: list[float], theirs: list[float]
+    settings: Settings, d_in: int, d_sae: int, k: int, ours: list[float], theirs: dict[str, list[float]]
 ) -> list[dict[str, Any]]:
     shape = f"{settings.batch_size}x{d_in}x{d_sae}x{k}"
     base = {"op": "topk_step", "shape": shape, "dtype": _screen_of(settings), "hardware": hardware()}
-    rows = [base | {"provider": "dense"} | quantiles(theirs)] if theirs else []
+    rows: list[dict[str, Any]] = []
+    for name, times in theirs.items():
+        if times:
+            rows.append(base | {"provider": name} | quantiles(times) | ({} if name == "dense" else _ratio(times, ours)))
     log = LOG.as_dict()
     selection = {
         "margin": round(log["candidates"] / max(log["rows"], 1) - k, 1),
@@ -153,15 +176,20 @@ def _rows(
         "recomputed": round(log["recomputed"] / max(log["rows"], 1), 6),
     }
     rows.append(base | {"provider": "saelab"} | quantiles(ours) | selection)
-    if theirs:
-        each = quantiles([b / a for a, b in zip(ours, theirs, strict=True)], scale=1)
-        rows[-1] |= {"ratio": each["median"], "ratio_q20": each["q20"], "ratio_q80": each["q80"]}
+    if theirs["dense"]:
+        rows[-1] |= _ratio(theirs["dense"], ours)
     return rows
 
 
 def _screen_of(settings: Settings) -> str:
     """Weights and sums are float32; what finds the candidates is said beside."""
     return "float32 (bf16 screen)" if settings.bf16 and fast_bf16(settings.device.partition(":")[0]) else "float32"
+
+
+def _ratio(theirs: list[float], ours: list[float]) -> dict[str, float]:
+    """Their time over ours, turn by turn."""
+    each = quantiles([b / a for a, b in zip(ours, theirs, strict=True)], scale=1)
+    return {"ratio": each["median"], "ratio_q20": each["q20"], "ratio_q80": each["q80"]}
 
 
 def _check_codes(sae: TopKSAE, x: Tensor, k: int) -> None:

@@ -14,7 +14,8 @@ COLUMNS = (
     *("op", "shape", "dtype", "provider", "median", "q20", "q80", "ratio", "ratio_q20", "ratio_q80"),
     *("margin", "certified", "recomputed", "hardware"),
 )
-"""Times in milliseconds; ratio: the baseline's time over this one's, of pairs of neighbouring steps."""
+"""Times in milliseconds; ratio: the baseline's time over this one's, of pairs of neighbouring steps. A peer
+library's row has it the same way round: its time over ours."""
 
 
 RESULTS = Path(__file__).with_name("results.csv")
