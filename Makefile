@@ -10,6 +10,10 @@ STAMP := .venv/.installed
 DEV_STAMP := .venv/.installed-dev
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Compiling all that pip installs takes longer than installing it: --no-compile leaves that to the first import, which has
+# to be allowed to keep what it compiled. What the dashboard's first page waits for is imported once at the end.
+export PYTHONDONTWRITEBYTECODE :=
+FIRST_PAGE := streamlit.web.bootstrap, pandas, altair, plotly.graph_objects
 
 .PHONY: help install test lint bench demo mutants
 
@@ -23,12 +27,12 @@ help:
 
 install: $(DEV_STAMP)
 
-# --no-compile: Python compiles what is imported; compiling everything takes longer than the installation itself.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("saelab needs Python 3.11 or newer; say which with: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	@echo "Installing saelab into .venv; the first time this takes some minutes."
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --progress-bar off --no-compile -e . -c constraints.txt
+	.venv/bin/python -c 'import $(FIRST_PAGE)'
 	@touch $(STAMP)
 
 $(DEV_STAMP): $(STAMP)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from saelab.models import LanguageModel
 
 STRENGTHS = (1.0, 1.5)
-_CANDIDATES = 6
+_CANDIDATES = 4
 _WORDS = 6
 _EVERYDAY = 3  # times that a word stands in the texts the features were counted on
 _MAX_LOSS = 1.0  # nats per token that the text may be less likely than the model's own

@@ -99,7 +99,7 @@ def evaluate(
     allow_train: bool = False,
     hook_name: str | None = None,
     n_tokens: int | None = None,
-    n_tokens_ce: int = 8_192,
+    n_tokens_ce: int = 4_096,
     ctx_len: int | None = None,
     batch_size: int = 16,
     progress: bool = True,
