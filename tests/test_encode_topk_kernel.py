@@ -181,6 +181,16 @@ def test_chunks_of_rows_and_blocks_of_features_change_nothing(screen_dtype, scor
     assert k > 10 or LOG.candidates < 50 * d_sae / 3  # what only the first, low floors let through is dropped
 
 
+def test_each_block_has_its_own_maxima(screen_dtype, monkeypatch):
+    monkeypatch.setattr(screen, "_BUFFER_BYTES", 1)
+    monkeypatch.setattr(screen, "_BLOCK", 64)
+    W = torch.arange(1.0, 193.0)[:, None]
+    operands = candidates.build_operands(torch.ones(2, 1), W, torch.zeros(192))
+    maxima = screen.Screen(operands).maxima
+    assert maxima.shape == (2, 12)  # four groups in each of three blocks
+    torch.testing.assert_close(maxima[0].view(3, 4).amax(1), torch.tensor([64.0, 128.0, 192.0]), rtol=0.02, atol=0)
+
+
 def test_the_floor_of_all_blocks_is_that_of_their_best(screen_dtype, monkeypatch):
     """Features ascend in strength: every block raises the floor, and no candidate of an earlier one may stay."""
     x, W_enc = torch.ones(3, 1), torch.arange(1.0, 513.0)[:, None]

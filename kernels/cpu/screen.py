@@ -50,7 +50,7 @@ class Screen:
     @property
     def maxima(self) -> Float[Tensor, "rows n_groups"]:
         """A lower bound of each group's largest entry, as far as it is positive (others are any number that is not)."""
-        return torch.cat([self._lowered(self._maxima(table)) for _, table in self._tables()], 1)
+        return torch.cat([self._lowered(self._maxima(table)).clone() for _, table in self._tables()], 1)
 
     def best_pairs(self, k: int, window: Float[Tensor, " rows"]) -> Candidates:
         """Every pair not more than `window` under a lower bound of its row's k-th largest entry (k at most `d_sae`)."""

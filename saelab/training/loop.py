@@ -70,12 +70,7 @@ def train(
     if not configs:
         raise ValueError("The list of SAE configs is empty; give at least one.")
     source = open_data(data, hook_name, train_config.batch_size)
-    if source.n_rows is not None and source.n_rows < train_config.batch_size:
-        warnings.warn(
-            f"There are {source.n_rows:,} different rows, fewer than one batch of {train_config.batch_size:,}: the SAE will "
-            "learn them by heart. Harvest more tokens (100,000 and more), or lower batch_size.",
-            stacklevel=2,
-        )
+    _warn_if_few(source, train_config.batch_size)
     folders = _folders(configs, out_dir, isinstance(config, Sequence))
     with ExitStack() as stack:
         for folder in folders:
@@ -85,6 +80,16 @@ def train(
         _train_all([run for run in runs if not run.finished], source, train_config, progress)
     saes = [run.sae for run in runs]
     return saes if isinstance(config, Sequence) else saes[0]
+
+
+def _warn_if_few(source: DataSource, batch_size: int) -> None:
+    """Warn, at the line that called `train`, when all rows together do not fill a batch."""
+    if source.n_rows is not None and source.n_rows < batch_size:
+        warnings.warn(
+            f"There are {source.n_rows:,} different rows, fewer than one batch of {batch_size:,}: the SAE will "
+            "learn them by heart. Harvest more tokens (100,000 and more), or lower batch_size.",
+            stacklevel=3,
+        )
 
 
 def _train_all(runs: list[Run], source: DataSource, config: TrainConfig, progress: bool) -> None:
