@@ -30,8 +30,9 @@ def encode_batch_topk(
     n_kept: int,
     score: str = "value",
     norms: Float[Tensor, " d_sae"] | None = None,
+    center: Float[Tensor, " d_in"] | None = None,
 ) -> SparseActs:
-    """`u = x @ W_enc.T + b_enc`; of the whole batch keep the `n_kept` pairs of largest score, if positive
+    """`u = (x - center) @ W_enc.T + b_enc`; of the whole batch keep the `n_kept` pairs of largest score, if positive
     (Bussmann et al. 2024, "BatchTopK", eq. 4; Mutual Choice of Ayonrinde 2024). Scores as in `encode_topk`.
 
     Ties at the last place go to the earlier row, then the lower id. Differentiable through the kept values.
@@ -40,10 +41,12 @@ def encode_batch_topk(
     if not 0 <= n_kept <= x.shape[0] * W_enc.shape[0]:
         raise ValueError(f"n_kept={n_kept} must be between 0 and batch * d_sae = {x.shape[0] * W_enc.shape[0]}.")
     if backend_name(x) == "reference":
+        x = x if center is None else x - center
         return SparseActs.from_dense(encode_batch_topk_reference(x, W_enc, b_enc, n_kept, score, norms))
     with torch.no_grad():
-        acts = _select(x.detach(), W_enc.detach(), b_enc.detach(), n_kept, score, norms)
-    return selected_pre_acts(x, W_enc, b_enc, acts)
+        centered = x if center is None else x - center
+        acts = _select(centered.detach(), W_enc.detach(), b_enc.detach(), n_kept, score, norms)
+    return selected_pre_acts(x, W_enc, b_enc, acts, center, centered)
 
 
 def _select(x: Tensor, W: Tensor, bias: Tensor, n_kept: int, score: str, norms: Tensor | None) -> SparseActs:

@@ -28,17 +28,20 @@ def encode_feature_topk(
     W_enc: Float[Tensor, "d_sae d_in"],
     b_enc: Float[Tensor, " d_sae"],
     places: Int[Tensor, " d_sae"],
+    center: Float[Tensor, " d_in"] | None = None,
 ) -> SparseActs:
-    """`u = x @ W_enc.T + b_enc`; feature i keeps its `places[i]` largest `u` over the batch, if positive
+    """`u = (x - center) @ W_enc.T + b_enc`; feature i keeps its `places[i]` largest `u` over the batch, if positive
     (Ayonrinde 2024, arXiv 2411.02124, Feature Choice). Ties go to the earlier token. Differentiable as `encode_topk`.
     """
     if int(places.min()) < 0 or int(places.max()) > len(x):
         raise ValueError(f"places run from {int(places.min())} to {int(places.max())}; allowed is 0 to batch={len(x)}.")
     if backend_name(x) == "reference":
+        x = x if center is None else x - center
         return SparseActs.from_dense(encode_feature_topk_reference(x, W_enc, b_enc, places))
     with torch.no_grad():
-        acts = _select(x.detach(), W_enc.detach(), b_enc.detach(), places)
-    return selected_pre_acts(x, W_enc, b_enc, acts)
+        centered = x if center is None else x - center
+        acts = _select(centered.detach(), W_enc.detach(), b_enc.detach(), places)
+    return selected_pre_acts(x, W_enc, b_enc, acts, center, centered)
 
 
 def _select(x: Tensor, W: Tensor, bias: Tensor, places: Tensor) -> SparseActs:

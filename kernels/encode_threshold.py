@@ -24,21 +24,24 @@ def encode_threshold(
     x: Float[Tensor, "batch d_in"],
     W_enc: Float[Tensor, "d_sae d_in"],
     b_enc: Float[Tensor, " d_sae"],
-    threshold: float | Float[Tensor, " d_sae"] = 0.0,
+    threshold: float | Float[Tensor, ""] | Float[Tensor, " d_sae"] = 0.0,
     band: float = 0.0,
+    center: Float[Tensor, " d_in"] | None = None,
 ) -> SparseActs:
-    """`u = x @ W_enc.T + b_enc`, keep `u` where `u > threshold - band` (one threshold, or one for each feature).
+    """`u = (x - center) @ W_enc.T + b_enc`, keep `u` where `u > threshold - band` (one threshold, or one for each feature).
 
     With `band` half the bandwidth of a straight-through estimator the pairs just under the threshold come along: all
-    that its gradient can touch (`jump_relu`). Differentiable in `x`, `W_enc` and `b_enc` through the kept values.
+    that its gradient can touch (`jump_relu`). Differentiable in `x`, `W_enc`, `b_enc` and `center` through the kept values.
     A row's code is the same alone and in any batch, bit for bit.
     """
     if backend_name(x) == "reference":
+        x = x if center is None else x - center
         return SparseActs.from_dense(encode_threshold_reference(x, W_enc, b_enc, threshold, band))
     with torch.no_grad():
+        centered = x if center is None else x - center
         floor = torch.as_tensor(threshold, dtype=x.dtype, device=x.device).detach() - band
-        acts = _select(x.detach(), W_enc.detach(), b_enc.detach(), floor)
-    return selected_pre_acts(x, W_enc, b_enc, acts)
+        acts = _select(centered.detach(), W_enc.detach(), b_enc.detach(), floor)
+    return selected_pre_acts(x, W_enc, b_enc, acts, center, centered)
 
 
 def _select(x: Tensor, W: Tensor, bias: Tensor, floor: Tensor) -> SparseActs:

@@ -92,6 +92,23 @@ class SparseActs:
         entries = torch.repeat_interleave(self.offsets[:-1][ids], counts) + within
         return SparseActs(self.values[entries], self.features[entries], offsets, self.d_sae)
 
+    def below(self, n_features: int) -> SparseActs:
+        """The codes of the first `n_features` features alone, at the same width."""
+        here = self.features < n_features
+        return SparseActs(self.values[here], self.features[here], self._offsets_where(here), self.d_sae)
+
+    def split_features(self, sizes: list[int]) -> list[SparseActs]:
+        """The codes of consecutive groups of features, each numbered from 0."""
+        parts, start = [], 0
+        for size in sizes:
+            here = (self.features >= start) & (self.features < start + size)
+            parts.append(SparseActs(self.values[here], self.features[here] - start, self._offsets_where(here), size))
+            start += size
+        return parts
+
+    def _offsets_where(self, here: Tensor) -> Tensor:
+        return torch.cat([self.offsets.new_zeros(1), here.cumsum(0)])[self.offsets]
+
     @classmethod
     def from_dense(cls, dense: Float[Tensor, "batch d_sae"]) -> SparseActs:
         """The non-zero entries of a dense code."""

@@ -17,10 +17,15 @@ def check_integer(name: str, value: Any, least: int, most: int | None = None) ->
 
 
 def check_numbers(config: Any) -> None:
-    """Raise `ValueError` naming a field that is declared `float` (or `float | None`) and holds something else, or NaN."""
+    """Raise `ValueError` naming a field that is declared `float` (or `float | None`, or a tuple of them) and holds something else, or NaN."""
     for field in fields(config):
         value = getattr(config, field.name)
         if "float" not in str(field.type) or (value is None and "None" in str(field.type)):
             continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
-            raise ValueError(f"{field.name}={value!r} must be a number.")
+        several = "tuple" in str(field.type) and isinstance(value, tuple)
+        if not all(map(_is_number, value if several else [value])):
+            raise ValueError(f"{field.name}={value!r} must be {'numbers' if several else 'a number'}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value

@@ -55,6 +55,7 @@ def describe(sae: SAE) -> dict[str, Any]:
         "config": dataclasses.asdict(sae.config),
         "dtype": str(sae.W_enc.dtype).removeprefix("torch."),
         "unit_norm_decoder": sae.unit_norm,
+        "rule": sae.rule,
         "sae_hash": sae.hash,
         "training": sae.trained,
         **sae.origin,
@@ -96,7 +97,7 @@ def load_sae(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
 
 
 _ANEW = "put it back from a copy, or train the SAE anew"
-_OWN = {"format_version", "variant", "d_in", "d_sae", "config", "dtype", "unit_norm_decoder", "sae_hash"}
+_OWN = {"format_version", "variant", "d_in", "d_sae", "config", "dtype", "unit_norm_decoder", "rule", "sae_hash"}
 _OWN |= {"golden_hash", "training"}
 
 

@@ -63,18 +63,20 @@ def auxk(
     b_enc_dead: Float[Tensor, " n_dead"],
     W_dec_dead: Float[Tensor, "n_dead d_in"],
     k_aux: int,
+    signed: bool = False,
 ) -> Float[Tensor, ""]:
     """AuxK (Gao et al. 2024, Appendix A.2): the `k_aux` strongest dead features model the residual.
 
     `MSE(e_hat, e) / MSE(mean(e), e)` with `e` the detached residual, `e_hat` decoded without bias from the ReLU of the
-    dead pre-activations of `x` (already centred by `b_dec`). Only the compacted dead rows are touched. 0 without dead
-    features; 1 means no better than the batch mean.
+    dead pre-activations of `x` (already centred by `b_dec`); with `signed` codes the strongest are those of largest
+    magnitude, and there is no ReLU. Only the compacted dead rows are touched. 0 without dead features; 1 means no
+    better than the batch mean.
     """
     if W_enc_dead.shape[0] == 0 or residual.shape[0] == 0:
         return residual.new_zeros(())
     target = residual.detach()
     pre_acts = torch.addmm(b_enc_dead, x, W_enc_dead.T)  # (batch, n_dead)
     if k_aux < pre_acts.shape[1]:
-        top = pre_acts.topk(k_aux, dim=1)
-        pre_acts = torch.zeros_like(pre_acts).scatter(1, top.indices, top.values)
-    return fvu(target, pre_acts.relu() @ W_dec_dead)
+        top = (pre_acts.abs() if signed else pre_acts).topk(k_aux, dim=1).indices
+        pre_acts = torch.zeros_like(pre_acts).scatter(1, top, pre_acts.gather(1, top))
+    return fvu(target, (pre_acts if signed else pre_acts.relu()) @ W_dec_dead)

@@ -1,25 +1,34 @@
 """One contract suite over all of `VARIANTS`, then hand-computed numbers for each selection rule and loss."""
 
+import dataclasses
+from typing import Any
+
 import pytest
 import torch
 
 from saelab.kernels.reference.encode_topk import encode_topk as topk_reference
-from saelab.saes import SAE, VARIANTS, Batch, ReLUConfig, ReLUSAE, StepInfo, TopKConfig, TopKSAE
+from saelab.saes import VARIANTS, Batch, ReLUConfig, ReLUSAE, StepInfo, TopKConfig, TopKSAE
 
 D_IN, D_SAE = 12, 40
 
 
-def build(name: str, normalize: str = "center_and_scale") -> SAE:
+def config_of(name: str, **changes) -> Any:
+    """Any variant's config at the size of these tests, from its defaults."""
+    Config = VARIANTS[name].Config
+    k = {"k": 5} if "k" in {field.name for field in dataclasses.fields(Config)} else {}
+    return Config(d_sae=D_SAE, **(k | changes))
+
+
+def build(name: str, normalize: str = "center_and_scale", **changes) -> Any:
     torch.manual_seed(0)
-    config = {
-        "topk": lambda: TopKConfig(D_SAE, 5, normalize=normalize),
-        "relu": lambda: ReLUConfig(D_SAE, normalize=normalize),
-    }
-    sae = VARIANTS[name](config[name](), D_IN, seed=3)
+    sae = VARIANTS[name](config_of(name, normalize=normalize, **changes), D_IN, seed=3)
     sae.set_normalization(torch.linspace(-2, 2, D_IN), 40.0)
     with torch.no_grad():
-        sae.b_enc.add_(0.1 * torch.randn(D_SAE))
-        sae.b_dec.add_(0.1 * torch.randn(D_IN))
+        for bias in (getattr(sae, "b_enc", None), sae.b_dec):
+            if bias is not None:
+                bias.add_(0.1 * torch.randn(bias.shape))
+    with torch.no_grad():
+        sae.loss(Batch(rows(64, 5), rows(64, 5)), info())  # sets the threshold of those that have one
     return sae
 
 
@@ -102,8 +111,7 @@ def test_a_wrong_width_names_both(name, shape):
 
 @every
 def test_seed_decides_the_weights(name):
-    config = VARIANTS[name].Config(d_sae=D_SAE, **({"k": 5} if name == "topk" else {}))
-    one, same, other = (VARIANTS[name](config, D_IN, seed=s) for s in (1, 1, 2))
+    one, same, other = (VARIANTS[name](config_of(name), D_IN, seed=s) for s in (1, 1, 2))
     assert one.hash == same.hash != other.hash
 
 
@@ -112,8 +120,9 @@ def test_permuting_features_leaves_the_reconstruction(name):
     sae, x = build(name).double(), rows(9).double()
     before, order = sae(x).x_hat, torch.randperm(D_SAE)
     with torch.no_grad():
-        for parameter in (sae.W_enc, sae.b_enc, sae.W_dec):
-            parameter.copy_(parameter[order].clone())
+        for tensor in sae.state_dict().values():  # parameters, and thresholds where each feature has one
+            if tensor.ndim and len(tensor) == D_SAE:
+                tensor.copy_(tensor[order].clone())
     torch.testing.assert_close(sae(x).x_hat, before, rtol=1e-12, atol=1e-12)
 
 

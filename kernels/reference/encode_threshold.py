@@ -11,7 +11,7 @@ def encode_threshold(
     x: Float[Tensor, "batch d_in"],
     W_enc: Float[Tensor, "d_sae d_in"],
     b_enc: Float[Tensor, " d_sae"],
-    threshold: float | Float[Tensor, " d_sae"] = 0.0,
+    threshold: float | Float[Tensor, ""] | Float[Tensor, " d_sae"] = 0.0,
     band: float = 0.0,
 ) -> Float[Tensor, "batch d_sae"]:
     """The dense code `(batch, d_sae)`: `u` where `u > threshold - band`, else 0."""

@@ -1,19 +1,39 @@
 """Sparse autoencoders: one file a variant, found by name in `VARIANTS`."""
 
+from saelab.saes.abs_topk import AbsTopKConfig, AbsTopKSAE
 from saelab.saes.base import SAE, Batch, Loss, SAEOutput, StepInfo
+from saelab.saes.batch_topk import BatchTopKConfig, BatchTopKSAE
+from saelab.saes.feature_choice import FeatureChoiceConfig, FeatureChoiceSAE
+from saelab.saes.matryoshka import MatryoshkaConfig, MatryoshkaSAE
+from saelab.saes.mutual_choice import MutualChoiceConfig, MutualChoiceSAE
 from saelab.saes.relu import ReLUConfig, ReLUSAE
 from saelab.saes.topk import TopKConfig, TopKSAE
 
 VARIANTS: dict[str, type[SAE]] = {
     "topk": TopKSAE,
+    "batch_topk": BatchTopKSAE,
+    "abs_topk": AbsTopKSAE,
+    "mutual_choice": MutualChoiceSAE,
+    "feature_choice": FeatureChoiceSAE,
+    "matryoshka": MatryoshkaSAE,
     "relu": ReLUSAE,
 }
 
 __all__ = [
     "SAE",
     "VARIANTS",
+    "AbsTopKConfig",
+    "AbsTopKSAE",
     "Batch",
+    "BatchTopKConfig",
+    "BatchTopKSAE",
+    "FeatureChoiceConfig",
+    "FeatureChoiceSAE",
     "Loss",
+    "MatryoshkaConfig",
+    "MatryoshkaSAE",
+    "MutualChoiceConfig",
+    "MutualChoiceSAE",
     "ReLUConfig",
     "ReLUSAE",
     "SAEOutput",

@@ -70,6 +70,8 @@ class SAE(nn.Module):
     """Whether decoder rows are kept at norm 1 (then training projects their gradient)."""
     base_lr: ClassVar[float] = 3e-3
     """Adam's learning rate at d_sae 4096 when `TrainConfig.lr` is None; scaled by sqrt(4096 / d_sae)."""
+    rule: ClassVar[str]
+    """Which pre-activations become codes at inference, for `sae.json`."""
 
     def __init__(self, config: Any, d_in: int, seed: int = 0) -> None:
         super().__init__()
@@ -110,6 +112,11 @@ class SAE(nn.Module):
                 "give (n_tokens, d_in) from the hook it was trained on."
             )
         return (x.to(self.W_enc.dtype) - self.center) * self.scale
+
+    def normalized(self, batch: Batch) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, "batch d_out"]]:
+        """Input and target of a training batch in the units of the weights."""
+        x = self.normalize(batch.x)
+        return x, x if batch.y is batch.x else self.normalize(batch.y)
 
     def denormalize(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
         """Back to the units of the activations."""

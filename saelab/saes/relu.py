@@ -47,14 +47,14 @@ class ReLUSAE(SAE):
     Config = ReLUConfig
     config: ReLUConfig
     unit_norm = False
+    rule = "u > 0"
     base_lr = 1e-3
 
     def encode_normalized(self, x: Float[Tensor, "batch d_in"]) -> SparseActs:
         return encode_threshold(x, self.W_enc, self.b_enc)
 
     def loss(self, batch: Batch, info: StepInfo) -> Loss:
-        x = self.normalize(batch.x)
-        target = x if batch.y is batch.x else self.normalize(batch.y)
+        x, target = self.normalized(batch)
         acts = self.encode_normalized(x)
         error, residual = decode_error(acts, self.W_dec, self.b_dec, target)
         norms = self.W_dec.norm(dim=1)[acts.features]

@@ -1,0 +1,38 @@
+"""BatchTopK SAE (Bussmann et al. 2024, arXiv 2412.06410, eqs. 4 and 5): of a batch of B tokens the k B largest
+pre-activations are kept, so that hard tokens get more features than easy ones:
+
+    z = ReLU(BatchTopK(W_enc (x - b_dec) + b_enc)),   x_hat = W_dec z + b_dec,   L = FVU + auxk_alpha * AuxK
+
+At inference a threshold takes the batch's place (`threshold.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from saelab.kernels.encode_batch_topk import encode_batch_topk
+from saelab.kernels.sparse_acts import SparseActs
+from saelab.saes.base import StepInfo
+from saelab.saes.selection import SelectionConfig
+from saelab.saes.threshold import ThresholdSAE
+
+
+@dataclass(frozen=True)
+class BatchTopKConfig(SelectionConfig):
+    """A dictionary of `d_sae` features of which `k` fire on an average token."""
+
+
+class BatchTopKSAE(ThresholdSAE):
+    """Keeps the k B largest pre-activations of the batch."""
+
+    variant = "batch_topk"
+    Config = BatchTopKConfig
+
+    def select(self, x: Float[Tensor, "batch d_in"], info: StepInfo) -> SparseActs:
+        acts = encode_batch_topk(x, self.W_enc, self.b_enc, self.config.k * len(x), center=self.pre_bias)
+        if acts.nnz:
+            self.observe(acts.values.detach().min(), info)
+        return acts

@@ -1,0 +1,101 @@
+"""Feature Choice SAE (Ayonrinde 2024, arXiv 2411.02124): each feature keeps the m_i tokens of the batch where its
+pre-activation is largest, so that no feature can die; the m_i add up to k B.
+
+The budgets follow Zipf's law over the features' ranks (or are all equal). Progressive: the first half of the run is Mutual
+Choice, then the budgets move from what that gives each feature to Zipf's, and the last quarter is Feature Choice alone
+(the paper's formulas are not public; these are ours). At inference each feature has a threshold (`threshold.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saelab.kernels.encode_batch_topk import encode_batch_topk
+from saelab.kernels.encode_feature_topk import encode_feature_topk
+from saelab.kernels.sparse_acts import SparseActs
+from saelab.saes.base import StepInfo
+from saelab.saes.selection import SelectionConfig
+from saelab.saes.threshold import ThresholdSAE
+from saelab.saes.zipf import Density, zipf_places
+
+RANK_EVERY = 100
+PURE_FROM = 0.75
+
+
+@dataclass(frozen=True)
+class FeatureChoiceConfig(SelectionConfig):
+    """A dictionary of `d_sae` features of which `k` fire on an average token, each on its own share of them."""
+
+    aux: Literal["auxk", "aux_zipf"] = "aux_zipf"
+    """Whom the aux loss serves: features that are dead, or all that fire less than a tenth of what Zipf's law expects."""
+    budget: Literal["zipf", "uniform"] = "zipf"
+    """Places of each feature: by its rank under Zipf's law, or the same for all."""
+    zipf_exponent: float = 1.0
+    """Weight of rank r is 1 / (r + zipf_shift) ** zipf_exponent."""
+    zipf_shift: float = 0.0
+    """2.7 gives the Zipf-Mandelbrot law."""
+    progressive: bool = True
+    """Start as Mutual Choice; False is Feature Choice from the first step."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.budget not in ("zipf", "uniform"):
+            raise ValueError(f"budget={self.budget!r} must be 'zipf' or 'uniform'.")
+        if self.zipf_exponent < 0 or self.zipf_shift < 0:
+            raise ValueError(
+                f"zipf_exponent={self.zipf_exponent} and zipf_shift={self.zipf_shift} must not be negative."
+            )
+
+
+class FeatureChoiceSAE(ThresholdSAE):
+    """Keeps each feature's largest pre-activations over the batch."""
+
+    variant = "feature_choice"
+    Config = FeatureChoiceConfig
+    config: FeatureChoiceConfig
+
+    def __init__(self, config: FeatureChoiceConfig, d_in: int, seed: int = 0) -> None:
+        super().__init__(config, d_in, seed, threshold_shape=(config.d_sae,))
+        self.ranking = Density(self.d_sae)
+        self.ranks: Tensor
+        self.register_buffer("ranks", torch.arange(self.d_sae))
+
+    def select(self, x: Float[Tensor, "batch d_in"], info: StepInfo) -> SparseActs:
+        weights: dict[str, Any] = {"W_enc": self.W_enc, "b_enc": self.b_enc, "center": self.pre_bias}
+        share, acts = self._share(info), None
+        if share < 1 or info.step % RANK_EVERY == 0:
+            acts = encode_batch_topk(x, n_kept=self.config.k * len(x), **weights)
+            self.ranking.update(acts)
+            if info.step % RANK_EVERY == 0:
+                self.ranks.copy_(self.ranking.ranks)
+        if acts is None or share > 0:
+            acts = encode_feature_topk(x, places=self.places(len(x), share, acts), **weights)
+        self.observe(_smallest(acts), info)
+        return acts
+
+    def places(self, batch: int, share: float = 1.0, mutual: SparseActs | None = None) -> Int[Tensor, " d_sae"]:
+        """How many tokens of a batch each feature keeps: `share` of the way from what Mutual Choice gives to its budget."""
+        exponent = 0.0 if self.config.budget == "uniform" else self.config.zipf_exponent
+        budget = zipf_places(self.d_sae, self.config.k * batch, batch, exponent, self.config.zipf_shift)
+        own = budget.to(self.ranks.device)[self.ranks]
+        if mutual is None or share == 1:
+            return own
+        given = torch.bincount(mutual.features, minlength=self.d_sae)
+        return ((1 - share) * given + share * own).round().long()
+
+    def _share(self, info: StepInfo) -> float:
+        """0 during the first half of a progressive run, 1 in its last quarter, linear between."""
+        if not self.config.progressive:
+            return 1.0
+        return min(1.0, max(0.0, (info.step / max(info.n_steps, 1) - 0.5) / (PURE_FROM - 0.5)))
+
+
+def _smallest(acts: SparseActs) -> Float[Tensor, " d_sae"]:
+    """The smallest code of each feature in a batch; infinite where it has none."""
+    none = acts.values.new_full((acts.d_sae,), torch.inf)
+    return none.scatter_reduce(0, acts.features, acts.values.detach(), "amin")

@@ -1,0 +1,99 @@
+"""What all SAEs share whose sparsity is a selection among pre-activations (TopK, BatchTopK, Feature Choice, ...):
+
+    L = FVU + auxk_alpha * aux,   FVU = |x - x_hat|^2 / |x - mean(x)|^2 over the batch
+
+where the aux loss lets features that never fire (AuxK) or fire too seldom (aux_zipf) model what is left over.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from saelab.arguments import check_integer
+from saelab.kernels.decode import decode_error
+from saelab.kernels.sparse_acts import SparseActs
+from saelab.losses import auxk, total_variance
+from saelab.saes.base import SAE, Batch, Loss, StepInfo, check_config
+from saelab.saes.zipf import Density, underused
+
+
+@dataclass(frozen=True)
+class SelectionConfig:
+    """A dictionary of `d_sae` features of which `k` fire on a token, or on average."""
+
+    d_sae: int
+    """Number of features."""
+    k: int = 32
+    """Features kept per token (L0)."""
+    auxk_alpha: float = 1 / 32
+    """Weight of the aux loss that revives dead features (Gao et al. 2024, Appendix A.2)."""
+    k_aux: int | None = None
+    """Features used per token by the aux loss; None is d_in // 2."""
+    aux: Literal["auxk", "aux_zipf"] = "auxk"
+    """Whom the aux loss serves: features that are dead, or all that fire less than a tenth of what Zipf's law expects."""
+    normalize: str = "center_and_scale"
+    """Input normalisation: "center_and_scale", "scale" or "none"; stored with the SAE."""
+
+    def __post_init__(self) -> None:
+        check_config(self)
+        check_integer("k", self.k, 1)
+        if self.k > self.d_sae:
+            raise ValueError(f"k={self.k} must be between 1 and d_sae={self.d_sae}; lower k or raise d_sae.")
+        if self.k_aux is not None:
+            check_integer("k_aux", self.k_aux, 1)
+        if not self.auxk_alpha >= 0:
+            raise ValueError(f"auxk_alpha={self.auxk_alpha} must not be negative or NaN; 0 turns the aux loss off.")
+        if self.aux not in ("auxk", "aux_zipf"):
+            raise ValueError(f"aux={self.aux!r} must be 'auxk' or 'aux_zipf'.")
+
+
+class SelectionSAE(SAE):
+    """`select` gives the codes of a training batch; unless overridden they are those of inference."""
+
+    config: Any
+    signed: ClassVar[bool] = False
+    """Whether codes may be negative (then the aux loss ranks by magnitude, without a ReLU)."""
+
+    def __init__(self, config: Any, d_in: int, seed: int = 0) -> None:
+        super().__init__(config, d_in, seed)
+        self.density = Density(self.d_sae) if config.aux == "aux_zipf" else None
+
+    @property
+    def pre_bias(self) -> Float[Tensor, " d_in"] | None:
+        """What is taken from the input before the encoder; None: nothing."""
+        return self.b_dec
+
+    def select(self, x: Float[Tensor, "batch d_in"], info: StepInfo) -> SparseActs:
+        """The codes of a normalised training batch."""
+        return self.encode_normalized(x)
+
+    def loss(self, batch: Batch, info: StepInfo) -> Loss:
+        x, target = self.normalized(batch)
+        acts = self.select(x, info)
+        error, residual = decode_error(acts, self.W_dec, self.b_dec, target)
+        terms = {"fvu": error / total_variance(target)}
+        terms |= self.aux_term(x, residual, acts, info)
+        aux = self.config.auxk_alpha * terms[self.config.aux] if self.config.aux in terms else 0.0
+        return Loss(terms["fvu"] + aux, acts, residual, target, terms)
+
+    def aux_term(self, x: Tensor, residual: Tensor, acts: SparseActs, info: StepInfo) -> dict[str, Tensor]:
+        """The aux loss under its name; nothing where it is off or no feature needs it."""
+        chosen = self._helped(acts, info).nonzero().squeeze(1)
+        if not self.config.auxk_alpha or not len(chosen):
+            return {}
+        centered = x if self.pre_bias is None else x - self.pre_bias
+        rows = self.W_enc[chosen], self.b_enc[chosen], self.W_dec[chosen]
+        k_aux = self.config.k_aux or max(self.d_in // 2, 1)
+        return {self.config.aux: auxk(centered, -residual, *rows, k_aux, self.signed)}
+
+    def _helped(self, acts: SparseActs, info: StepInfo) -> Bool[Tensor, " d_sae"]:
+        """The features that the aux loss serves."""
+        if self.density is None:
+            return info.dead
+        self.density.update(acts)
+        return underused(self.density.mean, self.config.k * max(acts.batch, 1), acts.batch)

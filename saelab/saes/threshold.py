@@ -1,0 +1,58 @@
+"""SAEs that select over a whole batch while they train, and by a threshold afterwards, so that a token's code never
+depends on its neighbours: `z = u` where `u > threshold` (strict).
+
+The threshold is the mean over batches of the smallest value that was kept (Bussmann et al. 2024, "BatchTopK", eq. 5):
+an exponential average while the weights still move, the plain mean over the last twentieth of the run at its end.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saelab.kernels.encode_threshold import encode_threshold
+from saelab.kernels.sparse_acts import SparseActs
+from saelab.saes.base import StepInfo
+from saelab.saes.selection import SelectionSAE
+
+DECAY = 0.999
+LAST = 0.05
+UNSET = -1.0
+
+
+class ThresholdSAE(SelectionSAE):
+    """`threshold` is one number, or one for each feature where a variant gives `(d_sae,)`."""
+
+    rule = "u > threshold"
+
+    def __init__(self, config: Any, d_in: int, seed: int = 0, threshold_shape: tuple[int, ...] = ()) -> None:
+        super().__init__(config, d_in, seed)
+        self.threshold: Tensor
+        self.n_observed: Tensor
+        self.register_buffer("threshold", torch.full(threshold_shape, UNSET))
+        self.register_buffer("n_observed", torch.zeros(threshold_shape, dtype=torch.int64))
+
+    def encode_normalized(self, x: Float[Tensor, "batch d_in"]) -> SparseActs:
+        return encode_threshold(x, self.W_enc, self.b_enc, self.known_threshold(), center=self.pre_bias)
+
+    def known_threshold(self) -> Tensor:
+        """Raises `ValueError` before training has set it (`u > -1` would keep nearly everything)."""
+        if bool((self.n_observed == 0).all()):
+            raise ValueError(
+                f"This {self.variant} SAE has no threshold yet, which training sets: train it, or load a trained one."
+            )
+        return self.threshold.masked_fill(self.n_observed == 0, torch.inf)  # a feature that never was kept stays silent
+
+    @torch.no_grad()
+    def observe(self, smallest: Tensor, info: StepInfo) -> None:
+        """Take in the smallest kept score of a batch; infinite where nothing was kept."""
+        last = info.n_steps - max(1, int(LAST * info.n_steps))
+        if info.step == last:
+            self.n_observed.zero_()
+        seen = smallest.isfinite()
+        rate = (1 / (self.n_observed + 1)).clamp_min(1 - DECAY if info.step < last else 0).to(self.threshold)
+        self.threshold.copy_(torch.where(seen, self.threshold.lerp(smallest.to(self.threshold), rate), self.threshold))
+        self.n_observed += seen

@@ -1,0 +1,75 @@
+"""How often features fire, and how often Zipf's law expects them to (Ayonrinde 2024, arXiv 2411.02124; where that paper's
+formulas are not public, ours: the weight of the feature of rank r is `1 / (r + shift) ** exponent`)."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from saelab.kernels.sparse_acts import SparseActs
+
+DECAY = 0.999
+UNDER = 0.1
+
+
+class Density(nn.Module):
+    """Moving average over steps of the share of tokens on which each feature fires; `mean (d_sae)` is free of the start's bias."""
+
+    def __init__(self, d_sae: int) -> None:
+        super().__init__()
+        self.average: Tensor
+        self.steps: Tensor
+        self.register_buffer("average", torch.zeros(d_sae))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def update(self, acts: SparseActs) -> None:
+        """Take in the codes of one batch."""
+        fired = torch.bincount(acts.features[acts.values != 0], minlength=acts.d_sae)
+        self.average.lerp_(fired.to(self.average) / max(acts.batch, 1), 1 - DECAY)
+        self.steps += 1
+
+    @property
+    def mean(self) -> Float[Tensor, " d_sae"]:
+        return self.average / (1 - DECAY ** self.steps.clamp_min(1))
+
+    @property
+    def ranks(self) -> Int[Tensor, " d_sae"]:
+        """0 for the feature that fires most; ties by id."""
+        return ranks_of(self.average)
+
+
+def ranks_of(density: Float[Tensor, " d_sae"]) -> Int[Tensor, " d_sae"]:
+    """0 for the densest feature; ties by id."""
+    order = density.sort(descending=True, stable=True).indices
+    return torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
+
+
+def zipf_places(d_sae: int, budget: int, cap: int, exponent: float = 1.0, shift: float = 0.0) -> Int[Tensor, " d_sae"]:
+    """How many of `budget` places the feature of each rank gets: from 1 to `cap`, falling, `budget` in all.
+
+    Raises `ValueError` where that cannot be: with fewer places than features, or more than `cap` each.
+    """
+    if not d_sae <= budget <= d_sae * cap:
+        raise ValueError(
+            f"{budget} places cannot give each of {d_sae} features between 1 and {cap}: raise batch_size or k, or lower d_sae."
+        )
+    weights = (torch.arange(1, d_sae + 1, dtype=torch.float64) + shift) ** -exponent
+    low, high = 0.0, budget / float(weights[-1])  # the share of each under the best scale, by bisection
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if float((middle * weights).clamp(1, cap).sum()) <= budget else (low, middle)
+    share = (low * weights).clamp(1, cap)
+    places = share.floor().long()
+    left = budget - int(places.sum())
+    fraction = torch.where(places < cap, share - places, -1.0)
+    places[fraction.sort(descending=True, stable=True).indices[:left]] += 1
+    return places
+
+
+def underused(density: Float[Tensor, " d_sae"], budget: int, batch: int) -> Bool[Tensor, " d_sae"]:
+    """Features that fire on less than a tenth of the tokens that Zipf's law expects at their rank; dead ones always are."""
+    weights = 1 / torch.arange(1, len(density) + 1, dtype=torch.float64, device=density.device)
+    expected = budget * weights / weights.sum() / max(batch, 1)
+    return density < UNDER * expected.clamp_max(1)[ranks_of(density)]
