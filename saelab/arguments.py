@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 def check_integer(name: str, value: Any, least: int, most: int | None = None) -> None:
@@ -17,7 +17,7 @@ def check_integer(name: str, value: Any, least: int, most: int | None = None) ->
 
 
 def check_numbers(config: Any) -> None:
-    """Raise `ValueError` naming a field that is declared `float` (or `float | None`, or a tuple of them) and holds something else, or NaN."""
+    """Raise `ValueError` naming a field declared `float`, `float | None` or a tuple of them that holds something else or NaN."""
     for field in fields(config):
         value = getattr(config, field.name)
         if "float" not in str(field.type) or (value is None and "None" in str(field.type)):
@@ -25,6 +25,13 @@ def check_numbers(config: Any) -> None:
         several = "tuple" in str(field.type) and isinstance(value, tuple)
         if not all(map(_is_number, value if several else [value])):
             raise ValueError(f"{field.name}={value!r} must be {'numbers' if several else 'a number'}.")
+
+
+def check_choices(config: Any) -> None:
+    """Raise `ValueError` naming a field that is declared `Literal[...]` and holds something else."""
+    for name, kind in get_type_hints(type(config)).items():
+        if get_origin(kind) is Literal and getattr(config, name) not in get_args(kind):
+            raise ValueError(f"{name}={getattr(config, name)!r} must be one of {', '.join(map(repr, get_args(kind)))}.")
 
 
 def _is_number(value: Any) -> bool:

@@ -71,7 +71,8 @@ def load_sae(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
         )
     meta = _read_meta(folder / "sae.json")
     try:
-        sae = VARIANTS[meta["variant"]](VARIANTS[meta["variant"]].Config(**meta["config"]), meta["d_in"])
+        config = {key: tuple(value) if isinstance(value, list) else value for key, value in meta["config"].items()}
+        sae = VARIANTS[meta["variant"]](VARIANTS[meta["variant"]].Config(**config), meta["d_in"])
         sae.trained, weights_hash = meta["training"], meta["sae_hash"]
         golden_hash = meta["golden_hash"] if meta["format_version"] > 1 else None
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:

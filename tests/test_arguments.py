@@ -26,6 +26,19 @@ def test_what_is_no_integer_in_its_bounds_is_named(value, says):
 
 
 @pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        ("FeatureChoiceConfig(16, 4, budget='even')", "budget='even' must be one of 'zipf', 'uniform'."),
+        ("TopKConfig(16, 4, aux=None)", "aux=None must be one of 'auxk', 'aux_zipf'."),
+        ("MatryoshkaConfig(16, 4, group_fractions=('a', 0.5))", "group_fractions=('a', 0.5) must be numbers."),
+    ],
+)
+def test_choices_and_tuples_of_numbers_are_checked(call, says):
+    run = subprocess.run([sys.executable, "-c", f"import saelab; saelab.saes.{call}"], capture_output=True, text=True)
+    assert f"ValueError: {says}" in run.stderr
+
+
+@pytest.mark.parametrize(
     "call",
     [
         "saelab.TrainConfig(n_tokens=2e3, batch_size=256)",

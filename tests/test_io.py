@@ -1,22 +1,24 @@
 """`save_sae` and `load_sae`: bit-equal round trip, and refusal of whatever was altered, cut or is too new."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_saes import config_of
 
 from saelab.errors import SaelabError
 from saelab.io import load_sae, save_sae
-from saelab.saes import VARIANTS, ReLUConfig, TopKConfig
-
-CONFIGS = {"topk": TopKConfig(48, 6), "relu": ReLUConfig(48)}
+from saelab.saes import VARIANTS, Batch, StepInfo
 
 
 def build(name="topk"):
-    sae = VARIANTS[name](CONFIGS[name], 16, seed=1)
+    sae: Any = VARIANTS[name](config_of(name, 48), 16, seed=1)
     x = torch.randn(500, 16, generator=torch.Generator().manual_seed(0)) * 4 + 1
     sae.set_normalization(x.mean(0), float(x.square().sum(1).mean()))
+    with torch.no_grad():  # sets the threshold of those that have one
+        sae.loss(Batch(x, x), StepInfo(torch.zeros(48, dtype=torch.bool), 10, 100))
     sae.origin = {"hook_name": "blocks.1.hook_resid_post", "mask": {"max_norm": 12.5}}
     sae.trained = {"n_tokens": 5}
     sae.train_documents = torch.tensor([3, -9])

@@ -1,43 +1,11 @@
 """One contract suite over all of `VARIANTS`, then hand-computed numbers for each selection rule and loss."""
 
-import dataclasses
-from typing import Any
-
 import pytest
 import torch
+from tiny_saes import D_IN, D_SAE, build, config_of, info, rows
 
 from saelab.kernels.reference.encode_topk import encode_topk as topk_reference
 from saelab.saes import VARIANTS, Batch, ReLUConfig, ReLUSAE, StepInfo, TopKConfig, TopKSAE
-
-D_IN, D_SAE = 12, 40
-
-
-def config_of(name: str, **changes) -> Any:
-    """Any variant's config at the size of these tests, from its defaults."""
-    Config = VARIANTS[name].Config
-    k = {"k": 5} if "k" in {field.name for field in dataclasses.fields(Config)} else {}
-    return Config(d_sae=D_SAE, **(k | changes))
-
-
-def build(name: str, normalize: str = "center_and_scale", **changes) -> Any:
-    torch.manual_seed(0)
-    sae = VARIANTS[name](config_of(name, normalize=normalize, **changes), D_IN, seed=3)
-    sae.set_normalization(torch.linspace(-2, 2, D_IN), 40.0)
-    with torch.no_grad():
-        for bias in (getattr(sae, "b_enc", None), sae.b_dec):
-            if bias is not None:
-                bias.add_(0.1 * torch.randn(bias.shape))
-    with torch.no_grad():
-        sae.loss(Batch(rows(64, 5), rows(64, 5)), info())  # sets the threshold of those that have one
-    return sae
-
-
-def rows(n: int, seed: int = 0) -> torch.Tensor:
-    return 3 * torch.randn(n, D_IN, generator=torch.Generator().manual_seed(seed)) + torch.linspace(-2, 2, D_IN)
-
-
-def info(dead: torch.Tensor | None = None) -> StepInfo:
-    return StepInfo(torch.zeros(D_SAE, dtype=torch.bool) if dead is None else dead, 10, 100)
 
 
 def gradient(parameter: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from saelab.arguments import check_integer, check_numbers
+from saelab.arguments import check_choices, check_integer, check_numbers
 from saelab.files import tensors_hash
 from saelab.kernels.decode import decode
 from saelab.kernels.rows import unit_norm_
@@ -159,5 +159,6 @@ def check_config(config: Any) -> None:
     """Bounds that every config shares. Raises `ValueError` with the value and the fix."""
     check_integer("d_sae", config.d_sae, 1)
     check_numbers(config)
+    check_choices(config)
     if config.normalize not in NORMALIZATIONS:
         raise ValueError(f"normalize={config.normalize!r} must be one of {', '.join(NORMALIZATIONS)}.")

@@ -44,8 +44,6 @@ class FeatureChoiceConfig(SelectionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.budget not in ("zipf", "uniform"):
-            raise ValueError(f"budget={self.budget!r} must be 'zipf' or 'uniform'.")
         if self.zipf_exponent < 0 or self.zipf_shift < 0:
             raise ValueError(
                 f"zipf_exponent={self.zipf_exponent} and zipf_shift={self.zipf_shift} must not be negative."

@@ -26,7 +26,6 @@ class MatryoshkaConfig(SelectionConfig):
     """Share of the features in each group; they add up to 1."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "group_fractions", tuple(self.group_fractions))  # JSON gives a list
         super().__post_init__()
         sizes = self.group_sizes
         if abs(sum(self.group_fractions) - 1) > 1e-6 or min(sizes, default=0) < 1:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -48,8 +47,6 @@ class SelectionConfig:
             check_integer("k_aux", self.k_aux, 1)
         if not self.auxk_alpha >= 0:
             raise ValueError(f"auxk_alpha={self.auxk_alpha} must not be negative or NaN; 0 turns the aux loss off.")
-        if self.aux not in ("auxk", "aux_zipf"):
-            raise ValueError(f"aux={self.aux!r} must be 'auxk' or 'aux_zipf'.")
 
 
 class SelectionSAE(SAE):

@@ -14,7 +14,10 @@ UNDER = 0.1
 
 
 class Density(nn.Module):
-    """Moving average over steps of the share of tokens on which each feature fires; `mean (d_sae)` is free of the start's bias."""
+    """Moving average over steps of the share of tokens on which each feature fires.
+
+    `mean (d_sae)` is free of the bias of its start at 0.
+    """
 
     def __init__(self, d_sae: int) -> None:
         super().__init__()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -119,7 +120,7 @@ def claim_run(folder: Path, arguments: Mapping[str, Any], environment: Mapping[s
     environment_then = before.pop("environment", None) if isinstance(before, dict) else None
     if not isinstance(environment_then, dict):
         raise TrainingError(f"{path} is not what train wrote there: put it back from a copy, or train elsewhere.")
-    different = differences(before, arguments)
+    different = differences(before, json.loads(json.dumps(arguments)))  # tuples are lists there
     if different:
         raise TrainingError(
             f"{folder} holds another run ({'; '.join(different)}). Use the same arguments to go on, or train elsewhere "

@@ -1,0 +1,42 @@
+"""Small SAEs of every variant, from its defaults: what the contract suites are built on."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from saelab.saes import VARIANTS, Batch, StepInfo
+
+D_IN, D_SAE = 12, 40
+
+
+def config_of(name: str, d_sae: int = D_SAE, **changes: Any) -> Any:
+    """Any variant's config, k 5 where it has one."""
+    Config = VARIANTS[name].Config
+    k = {"k": 5} if "k" in {field.name for field in dataclasses.fields(Config)} else {}
+    return Config(d_sae=d_sae, **(k | changes))
+
+
+def build(name: str, normalize: str = "center_and_scale", **changes: Any) -> Any:
+    """An SAE of width 12 with random biases that has seen a batch (which sets the threshold of those that have one)."""
+    torch.manual_seed(0)
+    sae = VARIANTS[name](config_of(name, normalize=normalize, **changes), D_IN, seed=3)
+    sae.set_normalization(torch.linspace(-2, 2, D_IN), 40.0)
+    with torch.no_grad():
+        for bias in (getattr(sae, "b_enc", None), sae.b_dec):
+            if bias is not None:
+                bias.add_(0.1 * torch.randn(bias.shape))
+        sae.loss(Batch(rows(64, 5), rows(64, 5)), info())
+    return sae
+
+
+def rows(n: int, seed: int = 0) -> torch.Tensor:
+    """Raw activations `(n, 12)`."""
+    return 3 * torch.randn(n, D_IN, generator=torch.Generator().manual_seed(seed)) + torch.linspace(-2, 2, D_IN)
+
+
+def info(dead: torch.Tensor | None = None) -> StepInfo:
+    """Step 10 of 100."""
+    return StepInfo(torch.zeros(D_SAE, dtype=torch.bool) if dead is None else dead, 10, 100)
