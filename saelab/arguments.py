@@ -22,9 +22,11 @@ def check_numbers(config: Any) -> None:
         value = getattr(config, field.name)
         if "float" not in str(field.type) or (value is None and "None" in str(field.type)):
             continue
-        several = "tuple" in str(field.type) and isinstance(value, tuple)
-        if not all(map(_is_number, value if several else [value])):
-            raise ValueError(f"{field.name}={value!r} must be {'numbers' if several else 'a number'}.")
+        if isinstance(value, tuple) and "tuple" in str(field.type):
+            if not all(map(_is_number, value)):
+                raise ValueError(f"{field.name}={value!r} must be numbers.")
+        elif not _is_number(value):
+            raise ValueError(f"{field.name}={value!r} must be a number.")
 
 
 def check_choices(config: Any) -> None:
