@@ -181,7 +181,6 @@ def test_feature_choice_moves_from_mutual_choice_to_its_budgets():
     sae, x = build("feature_choice", k=4), rows(64)
     with torch.no_grad():
         sae.b_enc.fill_(30.0)
-    mutual = selected("mutual_choice", x, sae=None, k=4)
     with torch.no_grad():
         like = build("mutual_choice", k=4)
         like.b_enc.fill_(30.0)
