@@ -512,7 +512,7 @@ def test_adam_is_torchs_adam_bit_for_bit():
     for step in range(4):
         for a, b in zip(ours, theirs, strict=True):
             gradient = torch.randn(a.shape, generator=generator)
-            a.grad, b.grad = 4.0 * gradient, gradient
-        adam.step(0.01, grad_scale=4.0)
+            a.grad, b.grad = 4.0**step * gradient, gradient  # a constant scale Adam would not notice
+        adam.step(0.01, grad_scale=4.0**step)
         reference.step()
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)), step
