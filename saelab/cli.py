@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
+from saelab.benchmarks.command import bench
 from saelab.demo import demo
 from saelab.errors import SaelabError
 
@@ -229,12 +230,10 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
         "saelab train runs/mlp --d-sae 4096 --k 32 --n-tokens 2_000_000\n"
         "saelab train runs/mlp --name l1 --variant relu --d-sae 4096 --l1-coefficient 5 --n-tokens 2_000_000",
     ),
-    "eval": (
-        evaluate,
-        "saelab eval runs/mlp\nsaelab eval runs/mlp/sae-l1 --json\nsaelab eval runs/mlp --texts concepts",
-    ),
+    "eval": (evaluate, "saelab eval runs/mlp\nsaelab eval runs/mlp/sae --json\nsaelab eval runs/mlp --texts concepts"),
     "features": (features, "saelab features runs/mlp\nsaelab features runs/mlp/sae-l1 --n-tokens 20_000"),
     "dash": (dash, "saelab dash runs/demo\nsaelab dash runs/demo --port 8600"),
+    "bench": (bench, "saelab bench synthetic\nsaelab bench family runs/demo"),
     "steer": (
         steer,
         "saelab steer runs/demo --feature 17\n"

@@ -142,7 +142,7 @@ def _summary(runs: list[Run], bar: Any, batch_size: int) -> str:
 
 
 def _folders(configs: list[Any], out_dir: str | Path | None, several: bool) -> list[Path | None]:
-    """One folder a config: `out_dir` itself, or `out_dir/sae-VARIANT-D_SAE[-kK]` for each of a list."""
+    """One folder a config: `out_dir` itself, or `out_dir/sae-VARIANT-D_SAE[-kK][-lL0]` for each of a list."""
     if out_dir is None:
         return [None] * len(configs)
     if not several:
@@ -151,6 +151,7 @@ def _folders(configs: list[Any], out_dir: str | Path | None, several: bool) -> l
     for config in configs:
         name = f"sae-{variant_of(config).variant}-{config.d_sae}"
         name += f"-k{config.k}" if hasattr(config, "k") else ""
+        name += f"-l{config.target_l0:g}" if getattr(config, "target_l0", None) is not None else ""
         same = sum(other == name or other.startswith(f"{name}--") for other in names)
         names.append(f"{name}--{same + 1}" if same else name)
     return [Path(out_dir) / name for name in names]

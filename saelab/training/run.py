@@ -51,7 +51,7 @@ class Run:
         self.dead = DeadFeatures(self.sae.d_sae, train.dead_window, self.device)
         self.step = 0
         self.last: dict[str, Any] = {}
-        self._clock = time.perf_counter()
+        self._spent, self._spent_on = 0.0, 0
         self.finished = self._continue(config, source)
         self.log = MetricsLog(folder, self.step, wandb_project) if not self.finished else None
 
@@ -77,6 +77,7 @@ class Run:
 
     def train_on(self, rows: Tensor) -> None:
         """One optimiser step. Raises `TrainingError` on NaN or infinite rows, loss or gradient; the last checkpoint stays."""
+        start = time.perf_counter()
         rows = rows.to(self.device)
         info = StepInfo(self.dead.dead, self.step, self.train.n_steps)
         logged = self.step % self.train.log_every == 0 or self.step == self.train.n_steps - 1
@@ -97,6 +98,7 @@ class Run:
         if not (math.isfinite(sums["loss"]) and math.isfinite(sums["grad_norm"])):
             raise TrainingError(self._explain(rows))
         self.step += 1
+        self._spent, self._spent_on = self._spent + time.perf_counter() - start, self._spent_on + 1
         if logged:
             self._write_log(sums, lr)
         if (
@@ -126,9 +128,10 @@ class Run:
         return self.sae
 
     def _write_log(self, sums: dict[str, Any], lr: float) -> None:
-        now = time.perf_counter()
-        rate = self.train.log_every * self.train.batch_size / max(now - self._clock, 1e-9)
-        self._clock = now
+        rate = (
+            self._spent_on * self.train.batch_size / max(self._spent, 1e-9)
+        )  # its own steps: others may share the data
+        self._spent, self._spent_on = 0.0, 0
         dead = float(self.dead.dead.float().mean())
         tokens = self.step * self.train.batch_size
         self.last = {"step": self.step - 1, "tokens": tokens, **sums, "dead_fraction_train": dead, "lr": lr}

@@ -1,0 +1,105 @@
+"""`saelab bench`: the arguments of the benchmarks, and what is printed and drawn of their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg, subcommand
+
+Seeds = Annotated[tuple[int, ...], arg(help="One run of everything a seed; tables give mean and spread.")]
+
+
+@dataclass
+class Synthetic:
+    """Train every variant on data with known features, and hold the papers' claims against the numbers."""
+
+    out_dir: Annotated[Path, arg(help="Where rows and picture go; a finished row is not computed again.")] = Path(
+        "runs/synthetic"
+    )
+    seeds: Seeds = (0, 1, 2)
+    data: Annotated[
+        tuple[str, ...], arg(help="Kinds of data: flat, zipf, mixed, signed, hierarchy, diffing, fsm; none is all.")
+    ] = ()
+    steps: Annotated[int | None, arg(help="Training steps of every SAE; None is each kind's own.")] = None
+
+    def run(self) -> None:
+        """Measure, then print tables and verdicts."""
+        from saelab.benchmarks.claims import check_all
+        from saelab.benchmarks.synthetic import DATA, run_synthetic
+        from saelab.benchmarks.tables import synthetic_picture, synthetic_tables
+
+        rows = run_synthetic(self.seeds, self.out_dir, data=self.data or DATA, n_steps=self.steps)
+        _show(synthetic_tables(rows))
+        print("\n".join(str(verdict) for verdict in check_all(rows)))
+        _keep(self.out_dir, synthetic_picture(rows))
+
+
+@dataclass
+class Family:
+    """Train every variant on the activations of RUN, on one shared read, and measure each on held-out documents."""
+
+    run_folder: Annotated[Positional[Path], arg(metavar="RUN", help="Folder of the run, with its cache.")]
+    variants: Annotated[tuple[str, ...], arg(help="Kinds of SAE; none is all.")] = ()
+    l0: Annotated[
+        tuple[int, ...], arg(help="Features a token: the first for all, the others for those that draw the curve.")
+    ] = (32, 16, 64)
+    d_sae: Annotated[int, arg(help="Number of features of each SAE.")] = 4096
+    steps: Annotated[int, arg(help="Training steps of every SAE.")] = 400
+    batch_size: Annotated[int, arg(help="Activations in a step.")] = 2048
+    seeds: Seeds = (0,)
+    eval_tokens: Annotated[int | None, arg(help="Held-out tokens to measure on; None is all.")] = None
+    hook_name: Annotated[str | None, arg(help="Site, where the cache holds several.")] = None
+    hook_name_out: Annotated[str | None, arg(help="Site that transcoders predict; None leaves them out.")] = None
+    out_dir: Annotated[Path | None, arg(help="Where rows, SAEs and picture go; None is RUN/family.")] = None
+
+    def run(self) -> None:
+        """Measure, then print the table and the comparisons."""
+        from saelab.benchmarks.family import FamilyConfig, run_family
+        from saelab.benchmarks.tables import comparisons, family_picture, family_tables
+
+        sizes = self.d_sae, self.steps, self.batch_size, self.eval_tokens
+        config = FamilyConfig(*sizes, self.hook_name, self.hook_name_out)
+        out_dir = self.out_dir or self.run_folder / "family"
+        options: dict[str, Any] = {"variants": self.variants or None, "l0": self.l0, "seeds": self.seeds}
+        rows = run_family(self.run_folder, config, out_dir=out_dir, **options)
+        _show(family_tables(rows))
+        print("\n".join(comparisons(rows)))
+        _keep(out_dir, family_picture(rows))
+
+
+def _described(command: type, examples: str) -> str:
+    lines = "".join(f"  saelab bench {line}\n" for line in examples.split("\n"))
+    return f"{command.__doc__}\n\nExamples:\n{lines}"
+
+
+_SYNTHETIC = _described(Synthetic, "synthetic\nsynthetic --data zipf mixed --seeds 0 1 2 3 4")
+_FAMILY = _described(Family, "family runs/demo\nfamily runs/demo --variants topk batch_topk relu --l0 32 --seeds 0 1 2")
+Bench = (
+    Annotated[Synthetic, subcommand("synthetic", description=_SYNTHETIC)]
+    | Annotated[Family, subcommand("family", description=_FAMILY)]
+)
+
+
+def bench(what: OmitSubcommandPrefixes[OmitArgPrefixes[Bench]]) -> None:  # pyright: ignore[reportInvalidTypeArguments]
+    """Compare the variants: on data with known features, or on the activations of RUN."""
+    what.run()
+
+
+def _show(tables: Sequence[Any]) -> None:
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)  # a file has no width of its own
+    for table in tables:
+        console.print(table)
+
+
+def _keep(out_dir: Path, picture: str) -> None:
+    from saelab.files import atomic_write_text
+
+    atomic_write_text(out_dir / "picture.svg", picture)
+    print(f"Rows and picture are in {out_dir} (rows.csv, rows.json, picture.svg)")

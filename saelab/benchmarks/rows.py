@@ -1,0 +1,90 @@
+"""The rows of a benchmark on disk: `rows.json` and `rows.csv` are written whole after each row, so a bench that is killed
+has lost the row it was at and no other, and the same call goes on there."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from saelab.errors import SaelabError
+from saelab.files import atomic_write_json, atomic_write_text, differences, locked, read_json
+
+Row = dict[str, Any]
+
+
+class Rows:
+    """`settings` are what all rows have in common; `keys` name the columns that tell rows apart."""
+
+    def __init__(self, folder: Path | None, settings: Mapping[str, Any], keys: Sequence[str]) -> None:
+        self.folder, self.settings, self.keys = folder, dict(settings), tuple(keys)
+        self.rows: list[Row] = []
+        if folder is not None and (folder / "rows.json").exists():
+            self.rows = self._read(folder / "rows.json")
+
+    def _read(self, path: Path) -> list[Row]:
+        saved = read_json(path)
+        if not isinstance(saved, dict) or not isinstance(saved.get("rows"), list):
+            raise SaelabError(f"{path} is not what a bench wrote there: move it away, or give another --out-dir.")
+        different = differences(saved.get("settings") or {}, self.settings)
+        if different:
+            raise SaelabError(
+                f"{path.parent} holds a bench with other settings ({'; '.join(different)}). Use the same to go on, or "
+                "give another --out-dir."
+            )
+        return saved["rows"]
+
+    def find(self, **key: Any) -> Row | None:
+        """The finished row of that key, or None."""
+        return next((row for row in self.rows if self._key(row) == self._key(key)), None)
+
+    def get(self, compute: Callable[[], Mapping[str, Any]], **key: Any) -> Row:
+        """The row of that key: from the file where it is finished, else computed and kept."""
+        row = self.find(**key)
+        if row is None:
+            row = {**key, **compute()}
+            self.rows.append(row)
+            self._write()
+        return row
+
+    def _key(self, row: Mapping[str, Any]) -> tuple[Any, ...]:
+        return tuple(row[name] for name in self.keys)
+
+    def _write(self) -> None:
+        if self.folder is not None:
+            atomic_write_json(self.folder / "rows.json", {"settings": self.settings, "rows": self.rows})
+            atomic_write_text(self.folder / "rows.csv", to_csv(self.rows))
+
+
+@contextmanager
+def open_rows(folder: str | Path | None, settings: Mapping[str, Any], keys: Sequence[str]) -> Iterator[Rows]:
+    """The rows of a bench in `folder` (None: kept in memory only), which no other process may add to meanwhile."""
+    if folder is None:
+        yield Rows(None, settings, keys)
+        return
+    folder = Path(folder)
+    with locked(folder, f"Another process is at the bench in {folder}: wait for it, or give another --out-dir."):
+        yield Rows(folder, settings, keys)
+
+
+def to_csv(rows: Sequence[Row]) -> str:
+    """One line a row under all columns that any of them has, in order of appearance."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def spread(values: Iterable[float | None], digits: int = 3) -> str:
+    """Mean over seeds and, from two on, their standard deviation: "0.123 ± 0.004"; "-" for none."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    mean = f"{statistics.fmean(known):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else mean

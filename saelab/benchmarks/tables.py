@@ -1,0 +1,133 @@
+"""What a bench prints and draws of its rows: tables of means over seeds, comparisons, pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from saelab.benchmarks.picture import curves, dot_plot
+from saelab.benchmarks.rows import Row, spread
+
+SYNTHETIC = {
+    "mmcs": "MMCS",
+    "recovered": "recovered",
+    "copies": "copies",
+    "fvu": "FVU",
+    "l0": "L0",
+    "fvu_batch": "FVU (batch)",
+    "l0_batch": "L0 (batch)",
+    "dead_fraction": "dead",
+    "under_used": "under-used",
+    "seconds": "seconds",
+}
+"""Columns of the main table; those that only one kind of data has follow."""
+_DRAWN = {"recovered": "recovered share", "fvu": "FVU", "dead_fraction": "dead share"}
+FAMILY = {
+    "fvu": "FVU",
+    "l0": "L0",
+    "ce_loss_recovered": "CE recovered",
+    "dead_fraction": "dead",
+    "tokens_per_second": "tokens/s",
+    "wall_seconds": "seconds",
+}
+_KEYS = ("data", "sae", "seed", "variant", "target_l0")
+
+
+def synthetic_tables(rows: Sequence[Row]) -> list[Any]:
+    """One rich table a kind of data: mean and standard deviation over the seeds."""
+    return [_synthetic_table(kind, [row for row in rows if row["data"] == kind]) for kind in _distinct(rows, "data")]
+
+
+def _synthetic_table(kind: str, rows: Sequence[Row]) -> Any:
+    from rich.table import Table
+
+    numbers = [name for row in rows for name, value in row.items() if name not in _KEYS and not isinstance(value, str)]
+    columns = {name: title for name, title in SYNTHETIC.items() if name in numbers}
+    columns |= {name: name.replace("_", " ") for name in numbers if name not in columns}
+    table = Table("SAE", *columns.values(), title=f"{kind}, {len(_distinct(rows, 'seed'))} seeds")
+    for label in _distinct(rows, "sae"):
+        mine = [row for row in rows if row["sae"] == label]
+        table.add_row(label, *(spread(row.get(name) for row in mine) for name in columns))
+    return table
+
+
+def synthetic_picture(rows: Sequence[Row]) -> str:
+    """SVG: recovered share, FVU and dead share of each SAE on each kind of planted data, a dot a seed."""
+    rows = [row for row in rows if "recovered" in row]
+    blocks = {
+        kind: {
+            label: {
+                title: [row[name] for row in rows if (row["data"], row["sae"]) == (kind, label)]
+                for name, title in _DRAWN.items()
+            }
+            for label in _distinct([row for row in rows if row["data"] == kind], "sae")
+        }
+        for kind in _distinct(rows, "data")
+    }
+    return dot_plot(blocks, tuple(_DRAWN.values()))
+
+
+def family_tables(rows: Sequence[Row]) -> list[Any]:
+    """One rich table for the SAEs, and one for each kind that rebuilds something else: mean and deviation over the seeds."""
+    names = _distinct(rows, "table")
+    return [_family_table(name, [row for row in rows if row["table"] == name]) for name in names]
+
+
+def _family_table(name: str, rows: Sequence[Row]) -> Any:
+    """One line a variant and L0."""
+    from rich.table import Table
+
+    table = Table("variant", "L0 asked", *FAMILY.values(), title=f"{name}, {len(_distinct(rows, 'seed'))} seeds")
+    for variant, level in dict.fromkeys((row["variant"], row["target_l0"]) for row in rows):
+        mine = [row for row in rows if (row["variant"], row["target_l0"]) == (variant, level)]
+        cells = [spread((row[name] for row in mine), 0 if "second" in name else 4) for name in FAMILY]
+        asked = f"{level}" if all(row["l0_as_asked"] for row in mine) else f"{level}, missed by over 5 %"
+        table.add_row(variant, asked, *cells)
+    return table
+
+
+def family_picture(rows: Sequence[Row]) -> str:
+    """SVG: FVU against held-out L0, one line a variant through its means over the seeds."""
+    series: dict[str, list[tuple[float, float]]] = {}
+    rows = [row for row in rows if row["table"] == "sae"]
+    for variant, level in dict.fromkeys((row["variant"], row["target_l0"]) for row in rows):
+        mine = [row for row in rows if (row["variant"], row["target_l0"]) == (variant, level)]
+        x, y = (sum(row[name] for row in mine) / len(mine) for name in ("l0", "fvu"))
+        series.setdefault(variant, []).append((x, y))
+    return curves(series, "L0 (features that fire on a held-out token)", "FVU")
+
+
+def comparisons(rows: Sequence[Row]) -> list[str]:
+    """FVU of BatchTopK against TopK, and of every variant against ReLU, at each L0 that both were asked for.
+
+    One wins or loses where it does so on every seed, with both held-out L0 as asked; else it is undecided.
+    """
+    rows = [row for row in rows if row["table"] == "sae"]
+    variants = [name for name in _distinct(rows, "variant") if name != "relu"]
+    pairs = [("batch_topk", "topk"), *((name, "relu") for name in variants)]
+    found = {(row["variant"], row["target_l0"], row["seed"]): row for row in rows}
+    lines = []
+    for one, other in pairs:
+        for level in _distinct(rows, "target_l0"):
+            sides = [
+                (mine, found[other, level, seed])
+                for (name, at, seed), mine in found.items()
+                if (name, at) == (one, level) and (other, level, seed) in found
+            ]
+            if sides:
+                lines.append(_compared(one, other, level, sides))
+    return lines
+
+
+def _compared(one: str, other: str, level: int, sides: Sequence[tuple[Row, Row]]) -> str:
+    gaps = [mine["fvu"] - theirs["fvu"] for mine, theirs in sides]
+    word = "wins" if max(gaps) < 0 else "loses" if min(gaps) > 0 else "undecided"
+    if not all(row["l0_as_asked"] for pair in sides for row in pair):
+        word = "undecided: a held-out L0 is over 5 % off"
+    ours, theirs = (spread((pair[i]["fvu"] for pair in sides), 4) for i in (0, 1))
+    seeds = ", ".join(str(mine["seed"]) for mine, _ in sides)
+    return f"{one} against {other} at L0 {level}: FVU {ours} against {theirs}, seeds {seeds}: {word}"
+
+
+def _distinct(rows: Sequence[Row], name: str) -> list[Any]:
+    return list(dict.fromkeys(row[name] for row in rows))
