@@ -22,6 +22,7 @@ from saelab.benchmarks.tables import comparisons, family_picture, family_tables
 from saelab.errors import SaelabError
 from saelab.interop import load_sae
 from saelab.runs import find_saes
+from saelab.saes import BatchTopKSAE
 from saelab.training import TrainConfig, train
 from saelab.training.metrics_log import read_lines
 
@@ -68,26 +69,26 @@ def test_a_row_for_each_variant_l0_and_seed(run, rows):
     assert all(found.report_path.exists() for found in find_saes(run / "family" / "seed-1"))
 
 
-def test_each_run_of_a_shared_read_is_timed_by_its_own_steps(run, rows, monkeypatch):
-    from saelab.training.run import Run
+def test_each_run_of_a_shared_read_is_timed_by_its_own_steps(monkeypatch, tmp_path):
+    """A clock that only the slow SAE moves, by 5 s a step: 40 rows in 5 s; the other's steps take no time."""
+    now = [0.0]
 
-    honest = Run._write_log
-    seen: dict[str, list[float]] = {}
-
-    def spy(self, sums, lr):
-        seen.setdefault(self.sae.variant, []).append(self._spent / self._spent_on)
-        honest(self, sums, lr)
+    def slowly(*args):
+        now[0] += 5.0
+        return select(*args)
 
     slow = family.at_l0("batch_topk", 48, 4)
-    select = family.VARIANTS["batch_topk"].select
-    monkeypatch.setattr(Run, "_write_log", spy)
-    monkeypatch.setattr(
-        family.VARIANTS["batch_topk"], "select", lambda *args: (time.sleep(0.05), select(*args))[1], raising=True
-    )
+    select = BatchTopKSAE.select
+    monkeypatch.setattr("saelab.training.run.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr(BatchTopKSAE, "select", slowly)
     x = torch.randn(400, 8, generator=torch.Generator().manual_seed(0))
     config = TrainConfig(n_tokens=400, batch_size=40, warmup_steps=1, log_every=5)
-    train([family.at_l0("topk", 48, 4), slow], x, config, progress=False)
-    assert min(seen["batch_topk"]) >= 0.05 > max(seen["topk"][1:])
+    train([family.at_l0("topk", 48, 4), slow], x, config, tmp_path, progress=False)
+    rates = {
+        folder.name.split("-")[1]: [line["tokens_per_second"] for line in read_lines(folder / "metrics.jsonl")]
+        for folder in tmp_path.iterdir()
+    }
+    assert set(rates["batch_topk"]) == {8.0} and min(rates["topk"]) > 1e6
 
 
 def test_finished_rows_are_not_computed_again(run, rows, monkeypatch):
@@ -156,7 +157,7 @@ def test_a_stop_between_rows_loses_no_row(run, rows, tiny_lm, tmp_path, monkeypa
 
 
 def test_a_kill_in_training_goes_on_to_the_same_weights(run, tiny_folder, tmp_path):
-    words = ["bench", "family", str(run), "--d-sae", "48", "--steps", "350", "--batch-size", "200", "--l0", "4"]
+    words = ["bench", "family", str(run), "--d-sae", "48", "--steps", "260", "--batch-size", "200", "--l0", "4"]
     words += ["--variants", "topk", "batch_topk", "--out-dir"]
     script = "import sys; from saelab.cli import main; raise SystemExit(main(sys.argv[1:]))"
     process = subprocess.Popen([sys.executable, "-c", script, *words, str(tmp_path / "killed")])
@@ -172,7 +173,7 @@ def test_a_kill_in_training_goes_on_to_the_same_weights(run, tiny_folder, tmp_pa
     for folder in folders:
         twin = tmp_path / "whole" / "seed-0" / folder.name
         assert load_sae(folder).hash == load_sae(twin).hash
-        assert [line["step"] for line in read_lines(folder / "metrics.jsonl")][-1] == 349
+        assert [line["step"] for line in read_lines(folder / "metrics.jsonl")][-1] == 259
     assert len(json.loads((tmp_path / "killed" / "rows.json").read_text())["rows"]) == 2
 
 

@@ -20,7 +20,8 @@ EXCLUSIVE = 0.9
 NU_EPS, NU_R = 0.2, 0.5
 """From these ratios on an exclusive feature counts as an artefact (their section 3.1)."""
 
-Rows, Decoder = Float[Tensor, "n 2 d_in"], Float[Tensor, "d_sae 2 d_in"]
+Rows = Float[Tensor, "n 2 d_in"]
+Decoder = Float[Tensor, "d_sae 2 d_in"]
 
 
 def relative_norms(decoder: Decoder) -> Float[Tensor, " d_sae"]:
