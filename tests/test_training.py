@@ -501,6 +501,17 @@ def test_wandb_is_never_imported_unasked():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_only_the_encoder_decays_and_as_in_adamw():
+    sae = TopKSAE(TopKConfig(64, 4, encoder_decay=0.5), 16)
+    adam, before = Adam(sae.parameters(), sae.weight_decay), {name: p.clone() for name, p in sae.named_parameters()}
+    for parameter in sae.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    adam.step(0.1)
+    for name, parameter in sae.named_parameters():
+        torch.testing.assert_close(parameter, before[name] * (0.95 if name == "W_enc" else 1.0), rtol=1e-6, atol=0)
+    assert not TopKSAE(TopKConfig(64, 4), 16).weight_decay
+
+
 def test_adam_is_torchs_adam_bit_for_bit():
     generator = torch.Generator().manual_seed(0)
     ours = [

@@ -70,6 +70,8 @@ class SAE(nn.Module):
     """Whether decoder rows are kept at norm 1 (then training projects their gradient)."""
     base_lr: ClassVar[float] = 3e-3
     """Adam's learning rate at d_sae 4096 when `TrainConfig.lr` is None; scaled by sqrt(4096 / d_sae)."""
+    cpu_preset: ClassVar[dict[str, Any]] = {}
+    """Fields of the config that `saelab.presets.cpu` sets."""
     rule: ClassVar[str]
     """Which pre-activations become codes at inference, for `sae.json`."""
 
@@ -142,6 +144,11 @@ class SAE(nn.Module):
     def loss(self, batch: Batch, info: StepInfo) -> Loss:
         """The training loss of one batch."""
         raise NotImplementedError
+
+    @property
+    def weight_decay(self) -> dict[nn.Parameter, float]:
+        """Weight decay of the parameters that have one; a config's `encoder_decay` is that of `W_enc`."""
+        return {self.W_enc: self.config.encoder_decay} if getattr(self.config, "encoder_decay", 0.0) else {}
 
     @torch.no_grad()
     def after_step(self) -> None:

@@ -35,6 +35,8 @@ class SelectionConfig:
     """Features used per token by the aux loss; None is d_in // 2."""
     aux: Literal["auxk", "aux_zipf"] = "auxk"
     """Whom the aux loss serves: features that are dead, or all that fire less than a tenth of what Zipf's law expects."""
+    encoder_decay: float = 0.0
+    """Weight decay of `W_enc` (AdamW's). About 1 helps where rows are few and repeat: fewer are learnt by heart."""
     normalize: str = "center_and_scale"
     """Input normalisation: "center_and_scale", "scale" or "none"; stored with the SAE."""
 
@@ -45,6 +47,8 @@ class SelectionConfig:
             raise ValueError(f"k={self.k} must be between 1 and d_sae={self.d_sae}; lower k or raise d_sae.")
         if self.k_aux is not None:
             check_integer("k_aux", self.k_aux, 1)
+        if not self.encoder_decay >= 0:
+            raise ValueError(f"encoder_decay={self.encoder_decay} must not be negative.")
         if not self.auxk_alpha >= 0:
             raise ValueError(f"auxk_alpha={self.auxk_alpha} must not be negative or NaN; 0 turns the aux loss off.")
 
@@ -53,6 +57,7 @@ class SelectionSAE(SAE):
     """`select` gives the codes of a training batch; unless overridden they are those of inference."""
 
     config: Any
+    cpu_preset: ClassVar[dict[str, Any]] = {"encoder_decay": 1.0}
     signed: ClassVar[bool] = False
     """Whether codes may be negative (then the aux loss ranks by magnitude, without a ReLU)."""
 

@@ -6,7 +6,7 @@ The arithmetic is torch's own fused kernel; what is left out is `torch.optim`'s 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,14 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 class Adam:
-    """Betas 0.9 and 0.999, eps 1e-8, no weight decay; the rate is given to each step."""
+    """Betas 0.9 and 0.999, eps 1e-8; the rate is given to each step.
 
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+    `decay` names the weight decay of some parameters, apart from the gradient (AdamW, Loshchilov & Hutter 2019).
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], decay: Mapping[nn.Parameter, float] | None = None) -> None:
         self.parameters = list(parameters)
+        self._decay = [(decay or {}).get(p, 0.0) for p in self.parameters]
         self._state: dict[str, list[Tensor]] = {
             "step": [torch.zeros((), dtype=torch.float32, device=p.device) for p in self.parameters],
             "exp_avg": [torch.zeros_like(p) for p in self.parameters],
@@ -30,16 +34,21 @@ class Adam:
     @torch.no_grad()
     def step(self, lr: float, grad_scale: float = 1.0) -> None:
         """One step with the gradients divided by `grad_scale`; parameters without a gradient stay."""
-        used = [index for index, p in enumerate(self.parameters) if p.grad is not None]
+        scale = None if grad_scale == 1.0 else torch.tensor(grad_scale, device=self.parameters[0].device)
+        given = [index for index, p in enumerate(self.parameters) if p.grad is not None]
+        for decay in sorted(set(self._decay)):
+            self._step([index for index in given if self._decay[index] == decay], lr, decay, scale)
+
+    def _step(self, used: list[int], lr: float, decay: float, scale: Tensor | None) -> None:
+        """Step the parameters `used` (their indices)."""
         parameters = [self.parameters[index] for index in used]
         gradients = [p.grad for p in parameters]
         steps, averages, squares = ([self._state[name][index] for index in used] for name in _MOMENTS)
         for count in steps:
             count += 1
-        scale = None if grad_scale == 1.0 else torch.tensor(grad_scale, device=self.parameters[0].device)
-        torch.ops.aten._fused_adam_(
+        torch.ops.aten._fused_adamw_(
             *(parameters, gradients, averages, squares, [], steps),
-            **{"lr": lr, "beta1": BETAS[0], "beta2": BETAS[1], "weight_decay": 0.0, "eps": EPS},
+            **{"lr": lr, "beta1": BETAS[0], "beta2": BETAS[1], "weight_decay": decay, "eps": EPS},
             **{"amsgrad": False, "maximize": False, "grad_scale": scale, "found_inf": None},
         )
 

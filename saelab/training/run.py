@@ -47,7 +47,7 @@ class Run:
         self.sae.set_normalization(source.mean, source.mean_square)
         self.sae.origin, self.sae.train_documents = source.origin, source.documents
         self.sae.to(self.device)
-        self.adam = Adam(self.sae.parameters())
+        self.adam = Adam(self.sae.parameters(), self.sae.weight_decay)
         self.dead = DeadFeatures(self.sae.d_sae, train.dead_window, self.device)
         self.step = 0
         self.last: dict[str, Any] = {}

@@ -1,0 +1,26 @@
+"""CPU presets exist for every variant, and a run with one starts."""
+
+import pytest
+import torch
+
+from saelab import TrainConfig, presets, train
+from saelab.saes import VARIANTS
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_has_a_cpu_preset(name):
+    config = presets.cpu(name)
+    assert type(config) is VARIANTS[name].Config and config.d_sae == 4096
+    small = presets.cpu(name, d_sae=64, **({"k": 4} if hasattr(config, "k") else {}))
+    x = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
+    assert train(small, x, TrainConfig(n_tokens=640, batch_size=64), progress=False).d_sae == 64
+
+
+def test_changes_go_before_the_preset():
+    assert presets.cpu("topk").encoder_decay == 1.0
+    assert presets.cpu("topk", encoder_decay=0.0, k=8).encoder_decay == 0.0
+
+
+def test_an_unknown_variant_is_answered_with_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'batch_topk'"):
+        presets.cpu("batchtopk")
