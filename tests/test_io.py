@@ -1,5 +1,6 @@
 """`save_sae` and `load_sae`: bit-equal round trip, and refusal of whatever was altered, cut or is too new."""
 
+import dataclasses
 import json
 
 import pytest
@@ -8,15 +9,21 @@ from safetensors.torch import load_file, save_file
 
 from saelab.errors import SaelabError
 from saelab.io import load_sae, save_sae
-from saelab.saes import VARIANTS, ReLUConfig, TopKConfig
+from saelab.saes import VARIANTS, Batch, ReLUConfig, StepInfo, TopKConfig
 
 CONFIGS = {"topk": TopKConfig(48, 6), "relu": ReLUConfig(48)}
 
 
 def build(name="topk"):
-    sae = VARIANTS[name](CONFIGS[name], 16, seed=1)
+    Config = VARIANTS[name].Config
+    k = {"k": 6} if "k" in {field.name for field in dataclasses.fields(Config)} else {}
+    sae = VARIANTS[name](CONFIGS.get(name) or Config(d_sae=48, **k), 16, seed=1)
     x = torch.randn(500, 16, generator=torch.Generator().manual_seed(0)) * 4 + 1
     sae.set_normalization(x.mean(0), float(x.square().sum(1).mean()))
+    with torch.no_grad():
+        if not bool(sae.W_dec.any()):
+            sae.W_dec.add_(torch.randn(sae.W_dec.shape, generator=torch.Generator().manual_seed(1)))
+        sae.loss(Batch(x, x), StepInfo(torch.zeros(48, dtype=torch.bool), 0, 10))  # sets a threshold
     sae.origin = {"hook_name": "blocks.1.hook_resid_post", "mask": {"max_norm": 12.5}}
     sae.trained = {"n_tokens": 5}
     sae.train_documents = torch.tensor([3, -9])

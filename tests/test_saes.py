@@ -27,6 +27,8 @@ def build(name: str, normalize: str = "center_and_scale", **changes) -> Any:
         for bias in (getattr(sae, "b_enc", None), sae.b_dec):
             if bias is not None:
                 bias.add_(0.1 * torch.randn(bias.shape))
+        if not bool(sae.W_dec.any()):  # a transcoder's decoder starts at 0, where no gradient reaches the encoder
+            sae.W_dec.add_(0.1 * torch.randn(sae.W_dec.shape))
     with torch.no_grad():
         sae.loss(Batch(rows(64, 5), rows(64, 5)), info())  # sets the threshold of those that have one
     return sae
@@ -121,8 +123,8 @@ def test_permuting_features_leaves_the_reconstruction(name):
     before, order = sae(x).x_hat, torch.randperm(D_SAE)
     with torch.no_grad():
         for tensor in sae.state_dict().values():  # parameters, and thresholds where each feature has one
-            if tensor.ndim and len(tensor) == D_SAE:
-                tensor.copy_(tensor[order].clone())
+            if D_SAE in tensor.shape:
+                tensor.copy_(tensor.index_select(tensor.shape.index(D_SAE), order))
     torch.testing.assert_close(sae(x).x_hat, before, rtol=1e-12, atol=1e-12)
 
 
