@@ -27,11 +27,12 @@ from saelab.errors import CacheError
 from saelab.files import claim_folder, differences
 from saelab.language_model import LanguageModel
 from saelab.masking import MASK_RULE, Mask, NormRule, row_norms
+from saelab.models_together import hook_keys, names_and_hashes, together
 from saelab.tokens import Texts, TokenBatch, check_split, document_id, load_texts, pack
 
 
 def harvest(
-    lm: LanguageModel,
+    lm: LanguageModel | Sequence[LanguageModel],
     texts: Texts | str | Path | Mapping[str, Any] | Iterable[str],
     hook_names: str | Sequence[str],
     n_tokens: int,
@@ -52,12 +53,13 @@ def harvest(
     `batch_size` contexts at a time, from the documents of `split`. Rows that the mask drops are counted, not stored.
     Rows leave in shards of `shard_rows`, drawn at random from `pool_shards` times as many, which are held in memory
     (2 * d_in bytes each and hook). The same call again goes on where it stopped, or returns at once when finished.
+    A list of models is read on the same tokens: each hook of each model, as "MODEL/HOOK".
 
     Raises `ValueError` for bad arguments, texts that leave no row, and an `out_dir` that holds something else or a
     cache made with other arguments (naming them); `CacheError` when it does not fit the disk or `max_bytes`, and for
     NaN or infinite activations; `SaelabError` when the disk is full. What is written stays valid in each case.
     """
-    hooks = list(hook_names) if not isinstance(hook_names, str) and isinstance(hook_names, Sequence) else [hook_names]
+    hooks = hook_keys(lm := together(lm), hook_names)
     sizes = {"n_tokens": n_tokens, "ctx_len": ctx_len, "batch_size": batch_size}
     sizes |= {"shard_rows": shard_rows, "pool_shards": pool_shards}
     _check_arguments(lm, hooks, split, sizes)
@@ -289,6 +291,7 @@ class _Harvest:
                 "config_hash": start["config_hash"],
                 "environment": start["environment"],
                 "model_name": self.lm.name,
+                **({"models": models} if (models := names_and_hashes(self.lm)) else {}),
                 "texts": self.texts.spec,
                 "max_norm": dict(self.mask.max_norm),
                 **contents,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import atexit
 import weakref
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from jaxtyping import BFloat16, Float32, Int
@@ -57,6 +57,11 @@ class ActivationCache:
         """Rows of each hook, after the mask."""
         return self.manifest["n_rows"]
 
+    @property
+    def models(self) -> dict[str, dict[str, str]]:
+        """Where several models were read side by side: the name and hash of each by the word before "/" in its hooks."""
+        return self.manifest.get("models", {})
+
     def d_in(self, hook_name: str | None = None) -> int:
         """Width of a hook's rows. `hook_name` may be left out when there is only one."""
         return self._widths[self._hook(hook_name)]
@@ -70,16 +75,33 @@ class ActivationCache:
         tensors = self._load(format.stats_file(hook_name), self.manifest["stats"][hook_name], f"stats of {hook_name}")
         return {name: x if x.ndim else x.item() for name, x in tensors.items()}
 
+    @overload
     def batches(
         self, batch_size: int, seed: int = 0, start_step: int = 0, hook_name: str | None = None, prefetch: int = 2
-    ) -> Generator[Float32[Tensor, "batch d_in"], None, None]:
+    ) -> Generator[Float32[Tensor, "batch d_in"], None, None]: ...
+    @overload
+    def batches(
+        self, batch_size: int, seed: int = 0, start_step: int = 0, *, hook_name: Sequence[str], prefetch: int = 2
+    ) -> Generator[dict[str, Float32[Tensor, "batch d_in"]], None, None]: ...
+    def batches(
+        self,
+        batch_size: int,
+        seed: int = 0,
+        start_step: int = 0,
+        hook_name: str | Sequence[str] | None = None,
+        prefetch: int = 2,
+    ) -> Generator[Any, None, None]:
         """Shuffled batches without end, a pure function of (cache, seed, step); `start_step` leaves out that many.
 
         In each epoch shards come in another order, and rows in another order within them; batches run across both
-        borders. `prefetch` shards are read ahead. Raises `ValueError` for bad arguments, and `CacheError` naming a
-        damaged shard.
+        borders. `prefetch` shards are read ahead. A list of hooks gives dicts by hook: row i is the same token in each,
+        and the order is that of one hook alone. Raises `ValueError` for bad arguments, and `CacheError` naming a damaged
+        shard.
         """
-        hook_name = self._hook(hook_name)
+        one = hook_name is None or isinstance(hook_name, str)
+        hooks = [self._hook(name) for name in ([hook_name] if one else hook_name)]
+        if not hooks:
+            raise ValueError(f"hook_name=[] names no hook; {self.path} holds {', '.join(self.hook_names)}.")
         for name, value, least in (
             ("batch_size", batch_size, 1),
             ("start_step", start_step, 0),
@@ -87,29 +109,30 @@ class ActivationCache:
         ):
             if value < least:
                 raise ValueError(f"{name}={value} must be at least {least}.")
-        batches = self._batches(batch_size, seed, start_step * batch_size, hook_name, prefetch)
+        batches = self._batches(batch_size, seed, start_step * batch_size, hooks, prefetch, one)
         _OPEN.add(batches)
         return batches
 
     def _batches(
-        self, batch_size: int, seed: int, skip: int, hook_name: str, prefetch: int
-    ) -> Generator[Tensor, None, None]:
+        self, batch_size: int, seed: int, skip: int, hooks: list[str], prefetch: int, one: bool
+    ) -> Generator[Any, None, None]:
         plan = self._plan(seed, skip)
         with ThreadPoolExecutor(1, thread_name_prefix="saelab-cache-reader") as thread:
-            ahead = deque(thread.submit(self._read_shuffled, *next(plan), hook_name, seed) for _ in range(prefetch))
-            parts, missing = [], batch_size
+            ahead = deque(thread.submit(self._read_shuffled, *next(plan), hooks, seed) for _ in range(prefetch))
+            parts, missing = [], batch_size  # of each hook the same rows
             try:
                 while True:
-                    rows = ahead.popleft().result()  # (n, d_in)
-                    ahead.append(thread.submit(self._read_shuffled, *next(plan), hook_name, seed))
-                    while len(rows) >= missing:
-                        parts.append(rows[:missing])
-                        rows = rows[missing:]
-                        yield torch.cat(parts).float() if len(parts) > 1 else parts[0].float()
+                    rows = ahead.popleft().result()  # (n, d_in) of each hook
+                    ahead.append(thread.submit(self._read_shuffled, *next(plan), hooks, seed))
+                    while len(rows[0]) >= missing:
+                        parts.append([x[:missing] for x in rows])
+                        rows = [x[missing:] for x in rows]
+                        whole = [_joined(each) for each in zip(*parts, strict=True)]
+                        yield whole[0] if one else dict(zip(hooks, whole, strict=True))
                         parts, missing = [], batch_size
-                    if len(rows):
+                    if len(rows[0]):
                         parts.append(rows)
-                        missing -= len(rows)
+                        missing -= len(rows[0])
             finally:  # also when the iterator is closed or forgotten
                 thread.shutdown(wait=False, cancel_futures=True)
 
@@ -125,11 +148,11 @@ class ActivationCache:
             epoch += 1
 
     def _read_shuffled(
-        self, epoch: int, shard: int, skip: int, hook_name: str, seed: int
-    ) -> BFloat16[Tensor, "n d_in"]:
-        acts = self._read(shard, f"{hook_name}.safetensors")["acts"]
-        order = torch.randperm(len(acts), generator=format.seeded("rows", seed, epoch, shard))
-        return acts[order[skip:]]
+        self, epoch: int, shard: int, skip: int, hooks: list[str], seed: int
+    ) -> list[BFloat16[Tensor, "n _"]]:
+        n_rows = self.manifest["shards"][shard]["rows"]
+        order = torch.randperm(n_rows, generator=format.seeded("rows", seed, epoch, shard))[skip:]
+        return [self._read(shard, f"{hook}.safetensors")["acts"][order] for hook in hooks]
 
     def shards(
         self, hook_name: str | None = None
@@ -152,9 +175,10 @@ class ActivationCache:
     def origin(self, hook_name: str | None = None) -> dict[str, Any]:
         """Where a hook's rows come from, JSON-able: what an SAE trained on them keeps in `sae.json`."""
         hook_name, config = self._hook(hook_name), self.manifest["config"]
+        together = {"name": self.manifest["model_name"], "hash": config["model_hash"]}
         return {
             "hook_name": hook_name,
-            "model": {"name": self.manifest["model_name"], "hash": config["model_hash"]},
+            "model": self.models.get(hook_name.partition("/")[0], together),
             "tokenizer_hash": config["tokenizer_hash"],
             "ctx_len": config["ctx_len"],
             "prepend_bos": config["prepend_bos"],
@@ -195,3 +219,7 @@ class ActivationCache:
             return load_file(path)
         except (SafetensorError, OSError) as error:
             raise CacheError(f"{part}: {path} cannot be read ({error}). Harvest the cache again.") from error
+
+
+def _joined(parts: Sequence[Tensor]) -> Float32[Tensor, "batch d_in"]:
+    return torch.cat(list(parts)).float() if len(parts) > 1 else parts[0].float()

@@ -6,7 +6,7 @@ Evaluation and the feature store both read from here, so that their token counts
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,7 +18,9 @@ from saelab.arguments import check_integer
 from saelab.errors import ModelError
 from saelab.masking import MASK_RULE, Mask, NormRule, row_norms
 from saelab.models import LanguageModel
-from saelab.saes import SAE
+from saelab.models_together import ModelsTogether, names_and_hashes
+from saelab.saes import SAE, Batch
+from saelab.saes.sites import Sites, sites_of
 from saelab.tokens import Texts, TokenBatch, document_id, load_texts, pack
 
 
@@ -26,17 +28,18 @@ class ScoreBatch(NamedTuple):
     """One forward pass of the model."""
 
     tokens: TokenBatch
-    acts: Float[Tensor, "batch ctx_len d_in"]
+    acts: Float[Tensor, "batch ctx_len *sources d_in"]
+    """What the SAE reads."""
     keep: Bool[Tensor, "batch ctx_len"]
     """Tokens that count under the one mask."""
 
 
 @dataclass
 class ScoreStream:
-    """Iterate to get `ScoreBatch`es; afterwards `n_tokens` and `n_masked` hold the counts."""
+    """Iterate to get `ScoreBatch`es, or `pairs()`; afterwards `n_tokens` and `n_masked` hold the counts."""
 
     lm: LanguageModel
-    hook_name: str
+    sites: Sites
     split: str
     texts: Texts
     batches: list[TokenBatch]
@@ -45,19 +48,39 @@ class ScoreStream:
     n_masked: dict[str, int] = field(default_factory=lambda: {"special": 0, "position": 0, "norm": 0})
     rule: dict[str, Any] = field(default_factory=lambda: dict(MASK_RULE))
 
+    @property
+    def hook_name(self) -> str:
+        """The site that is written, of several the last: where features are steered, and their logits read."""
+        return self.sites.writes[-1]
+
+    @property
+    def max_norm(self) -> float | dict[str, float] | None:
+        """The mask's limit on norms; of several sites by name."""
+        limits = self.mask.max_norm or {}
+        return limits.get(self.hook_name) if len(self.sites.all) == 1 else {name: limits[name] for name in limits}
+
     def __iter__(self) -> Iterator[ScoreBatch]:
-        stream = self.lm.stream_activations((batch.ids for batch in self.batches), [self.hook_name])
+        return (ScoreBatch(tokens, batch.x, keep) for tokens, batch, keep in self.pairs())
+
+    def pairs(self) -> Iterator[tuple[TokenBatch, Batch, Bool[Tensor, "batch ctx_len"]]]:
+        """Tokens, `Batch(x, y)` of what the SAE reads and rebuilds, and the tokens that count."""
+        hooks = list(self.sites.all)
+        stream = self.lm.stream_activations((batch.ids for batch in self.batches), hooks)
         for tokens, found in zip(self.batches, stream, strict=True):
             keep, counts = self.mask.apply(tokens, found)
-            if not bool(found[self.hook_name][keep.to(found[self.hook_name].device)].isfinite().all()):
-                raise ModelError(
-                    f"{self.lm.name} gave NaN or infinite activations at {self.hook_name} in the batch of "
-                    f"{len(tokens.ids)} contexts from context {tokens.first_sequence}; try dtype=torch.float32."
-                )
+            for hook in hooks:
+                self._refuse_infinite(hook, found[hook][keep.to(found[hook].device)], tokens)
             self.n_tokens += int(keep.sum())
             for reason, count in counts.items():
                 self.n_masked[reason] += count
-            yield ScoreBatch(tokens, found[self.hook_name], keep)
+            yield tokens, self.sites.batch(found), keep
+
+    def _refuse_infinite(self, hook: str, kept: Tensor, tokens: TokenBatch) -> None:
+        if not bool(kept.isfinite().all()):
+            raise ModelError(
+                f"{self.lm.name} gave NaN or infinite activations at {hook} in the batch of "
+                f"{len(tokens.ids)} contexts from context {tokens.first_sequence}; try dtype=torch.float32."
+            )
 
 
 def open_score_stream(
@@ -67,7 +90,7 @@ def open_score_stream(
     *,
     split: str | None = None,
     allow_train: bool = False,
-    hook_name: str | None = None,
+    hook_name: str | Sequence[str] | None = None,
     n_tokens: int | None = None,
     ctx_len: int | None = None,
     batch_size: int = 16,
@@ -83,9 +106,8 @@ def open_score_stream(
     source = load_texts(texts) if texts is not None else own_texts(origin)
     own = source.spec is not None and source.spec == origin.get("texts")
     split = split or ("held_out" if own else "all")
-    hook_name = hook_name or origin.get("hook_name")
-    _check_fit(sae, lm, hook_name)
-    assert hook_name is not None
+    sites = sites_of(sae, hook_name)
+    _check_fit(sae, lm, sites)
     ids: list[int] = []
     width = int(ctx_len or origin.get("ctx_len") or min(256, lm.max_ctx))
     bos, note = bool(origin.get("prepend_bos", False)), lambda _, text: ids.append(document_id(text))
@@ -96,21 +118,33 @@ def open_score_stream(
     if not allow_train:
         _refuse_training_documents(sae, ids, source, split)
     max_norm = (origin.get("mask") or {}).get("max_norm")
-    stream = ScoreStream(lm, hook_name, split, source, batches, Mask(lm.special_ids, None))
-    stream.mask = Mask(lm.special_ids, {hook_name: max_norm or _norm_limit(stream)})
+    stream = ScoreStream(lm, sites, split, source, batches, Mask(lm.special_ids, None))
+    known = max_norm if isinstance(max_norm, dict) else dict.fromkeys(sites.all[:1], max_norm)
+    limits = {name: known.get(name) for name in sites.all}
+    stream.mask = Mask(lm.special_ids, limits if all(limits.values()) else _norm_limits(stream))
     return stream
 
 
-def _check_fit(sae: SAE, lm: LanguageModel, hook_name: str | None) -> None:
-    """Raise `ValueError` when the SAE cannot read the hook; warn when it learned from another model."""
-    if hook_name is None:
-        raise ValueError("This SAE does not say which hook it reads (it was trained on bare tensors): give hook_name.")
-    lm.check_hook(hook_name)
-    if lm.d_in(hook_name) != sae.d_in:
-        raise ValueError(f"{hook_name} of {lm.name} has width {lm.d_in(hook_name)}, the SAE reads d_in={sae.d_in}.")
-    trained_on = sae.origin.get("model")
-    if trained_on and trained_on["hash"] != lm.hash:
-        warnings.warn(f"The SAE was trained on {trained_on['name']}, this is {lm.name}: other weights.", stacklevel=4)
+def _check_fit(sae: SAE, lm: LanguageModel, sites: Sites) -> None:
+    """Raise `ValueError` when the SAE cannot read or write its hooks; warn when it learned from another model."""
+    origin = sae.origin
+    models = origin.get("models")
+    if models and not isinstance(lm, ModelsTogether):
+        raise ValueError(
+            f"The SAE reads {len(models)} models ({', '.join(models)}): give a list of them, in this order."
+        )
+    for name in sites.all:
+        lm.check_hook(name)
+    d_out = sae.shape.get("d_out", sae.d_in)
+    for names, width, verb in ((sites.reads, sae.d_in, "reads d_in"), (sites.writes, d_out, "writes d_out")):
+        for name in names:
+            if lm.d_in(name) != width:
+                raise ValueError(f"{name} of {lm.name} has width {lm.d_in(name)}, the SAE {verb}={width}.")
+    trained_on = list((models or {"": origin.get("model")}).values())
+    here = list(names_and_hashes(lm).values()) or [{"name": lm.name, "hash": lm.hash}]
+    for then, now in zip(trained_on, here, strict=False):
+        if then and then["hash"] != now["hash"]:
+            warnings.warn(f"The SAE was trained on {then['name']}, this is {now['name']}: other weights.", stacklevel=4)
 
 
 def check_scoring(lm: LanguageModel, **sizes: Any) -> None:
@@ -158,11 +192,11 @@ def _refuse_training_documents(sae: SAE, document_ids: list[int], texts: Texts, 
         )
 
 
-def _norm_limit(stream: ScoreStream) -> float:
+def _norm_limits(stream: ScoreStream) -> dict[str, float]:
     """The norm rule on the first rows of the stream itself, for an SAE that brings no mask of its own."""
     rule = NormRule(stream.lm.special_ids)
     ids = (batch.ids for batch in stream.batches)
-    for tokens, found in zip(stream.batches, stream.lm.stream_activations(ids, [stream.hook_name]), strict=False):
+    for tokens, found in zip(stream.batches, stream.lm.stream_activations(ids, list(stream.sites.all)), strict=False):
         rule.add(tokens, row_norms(found))
         if rule.ready:
             break
@@ -170,4 +204,4 @@ def _norm_limit(stream: ScoreStream) -> float:
         raise ValueError(
             f"There is no token to score in {stream.texts.name}: all are masked (first of context, special)."
         )
-    return rule.limits()[stream.hook_name]
+    return rule.limits()

@@ -129,8 +129,7 @@ def features(
     corpus = saelab.load_texts(texts, column=column) if texts else None
     for found in _find_saes(run):
         sae = saelab.load_sae(found.sae_dir)
-        lm = _model_of(sae, model, dtype)
-        out_dir = found.features_dir
+        lm, out_dir = _model_of(sae, model, dtype), found.features_dir
         saelab.collect_features(sae, lm, corpus, out_dir=out_dir, split=split, n_tokens=n_tokens, top_k=top_k)
         print(f"The features are in {out_dir}")
     print(f"Next: saelab dash {run}")
@@ -164,7 +163,7 @@ def steer(
 
     store = saelab.load_features(run)
     chosen = store.feature(feature)
-    lm = _model_of(store.sae, model, dtype)
+    lm = _load_model(model or store.manifest["model"]["name"], dtype)
     edit = chosen.ablate() if mode == "ablate" else getattr(chosen, mode)(strength)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     print(f"default: {lm.generate(prompt, **options)}\n")
@@ -188,11 +187,12 @@ def _load_model(model: str, dtype: str | None) -> LanguageModel:
     return saelab.load_model(model, dtype=getattr(torch, dtype) if dtype else None)
 
 
-def _model_of(sae: SAE, model: str | None, dtype: str | None) -> LanguageModel:
-    name = model or sae.origin.get("model", {}).get("name")
-    if name is None:
+def _model_of(sae: SAE, model: str | None, dtype: str | None) -> Any:
+    known = sae.origin.get("models") or {"": sae.origin.get("model", {})}
+    names = [model] if model else [one.get("name") for one in known.values()]
+    if None in names:
         raise ValueError("This SAE was trained on bare tensors, so it names no language model; give --model.")
-    return _load_model(name, dtype)
+    return [_load_model(name, dtype) for name in names] if len(names) > 1 else _load_model(names[0], dtype)
 
 
 def _train_arguments(args: Sequence[str]) -> type:

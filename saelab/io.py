@@ -26,7 +26,7 @@ GOLDEN_ROWS = 64
 _TINY_CODE = 1e-3
 
 
-def save_sae(sae: SAE, folder: str | Path, golden_inputs: Float[Tensor, "n d_in"] | None = None) -> Path:
+def save_sae(sae: SAE, folder: str | Path, golden_inputs: Float[Tensor, "n *sources d_in"] | None = None) -> Path:
     """Write an SAE. `golden_inputs` are raw activations (at least one row) from which the golden ones are taken.
 
     Without them random inputs around the SAE's centre serve. `sae.json` is written last: a folder with it is whole.
@@ -34,8 +34,8 @@ def save_sae(sae: SAE, folder: str | Path, golden_inputs: Float[Tensor, "n d_in"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if golden_inputs is None:
-        noise = torch.randn(4 * GOLDEN_ROWS, sae.d_in, generator=torch.Generator().manual_seed(0))
-        golden_inputs = noise / sae.scale.cpu() + sae.center.cpu()
+        noise = torch.randn(4 * GOLDEN_ROWS, *sae.center.shape, generator=torch.Generator().manual_seed(0))
+        golden_inputs = noise / sae.scale.cpu()[..., None] + sae.center.cpu()
     tensors = {name: value.detach().cpu() for name, value in sae.state_dict().items()}
     atomic_save_safetensors(folder / "sae.safetensors", tensors)
     golden = _golden(sae, golden_inputs)
@@ -51,6 +51,7 @@ def describe(sae: SAE) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "variant": sae.variant,
         "d_in": sae.d_in,
+        **sae.shape,
         "d_sae": sae.d_sae,
         "config": dataclasses.asdict(sae.config),
         "dtype": str(sae.W_enc.dtype).removeprefix("torch."),
@@ -71,8 +72,10 @@ def load_sae(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
         )
     meta = _read_meta(folder / "sae.json")
     try:
+        variant = VARIANTS[meta["variant"]]
+        shape = {name: meta[name] for name in variant.shape_names}
         config = {key: tuple(value) if isinstance(value, list) else value for key, value in meta["config"].items()}
-        sae = VARIANTS[meta["variant"]](VARIANTS[meta["variant"]].Config(**config), meta["d_in"])
+        sae = variant(variant.Config(**config), meta["d_in"], **shape)
         sae.trained, weights_hash = meta["training"], meta["sae_hash"]
         golden_hash = meta["golden_hash"] if meta["format_version"] > 1 else None
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -99,7 +102,7 @@ def load_sae(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
 
 _ANEW = "put it back from a copy, or train the SAE anew"
 _OWN = {"format_version", "variant", "d_in", "d_sae", "config", "dtype", "unit_norm_decoder", "rule", "sae_hash"}
-_OWN |= {"golden_hash", "training"}
+_OWN |= {"golden_hash", "training"}.union(*(variant.shape_names for variant in VARIANTS.values()))
 
 
 def _read_meta(path: Path) -> dict[str, Any]:
@@ -130,7 +133,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 def _golden(sae: SAE, inputs: Tensor) -> dict[str, Tensor]:
     """Inputs whose selection has a gap: it survives random changes of 1e-3 of their size. Such rows come first."""
     inputs = inputs.to(sae.W_enc.device).float()[: 16 * GOLDEN_ROWS]
-    size = (inputs - sae.center).norm(dim=1, keepdim=True) / sae.d_in**0.5
+    size = (inputs - sae.center).norm(dim=-1, keepdim=True) / sae.d_in**0.5
     generator = torch.Generator().manual_seed(0)
     fires = sae.encode(inputs).to_dense() != 0
     stable = torch.ones(len(inputs), dtype=torch.bool, device=inputs.device)
@@ -139,13 +142,13 @@ def _golden(sae: SAE, inputs: Tensor) -> dict[str, Tensor]:
         stable &= ((sae.encode(inputs + 1e-3 * size * noise).to_dense() != 0) == fires).all(1)
     order = torch.cat([stable.nonzero().squeeze(1), (~stable).nonzero().squeeze(1)])[:GOLDEN_ROWS]
     chosen = inputs[order]
-    acts = sae.encode(chosen)
+    x_hat, acts = sae(chosen)
     return {
         "x": chosen,
         "values": acts.values,
         "features": acts.features,
         "offsets": acts.offsets,
-        "x_hat": sae.decode(acts),
+        "x_hat": x_hat,
         "train_documents": sae.train_documents,
     }
 

@@ -58,10 +58,10 @@ def weighted_l1(values: Float[Tensor, " nnz"], decoder_norms: Float[Tensor, " nn
 
 def auxk(
     x: Float[Tensor, "batch d_in"],
-    residual: Float[Tensor, "batch d_in"],
+    residual: Float[Tensor, "batch d_out"],
     W_enc_dead: Float[Tensor, "n_dead d_in"],
     b_enc_dead: Float[Tensor, " n_dead"],
-    W_dec_dead: Float[Tensor, "n_dead d_in"],
+    W_dec_dead: Float[Tensor, "n_dead d_out"],
     k_aux: int,
     signed: bool = False,
 ) -> Float[Tensor, ""]:

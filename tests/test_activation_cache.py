@@ -27,6 +27,12 @@ def acts_of(seq, pos):
     return torch.stack([seq % 256, seq // 256, pos, torch.ones_like(seq)], dim=-1).float()
 
 
+def acts_by_hook(hooks, seq, pos):
+    """The last number of a row tells the hook: 1 for the first."""
+    x = acts_of(seq, pos)
+    return {hook: x + torch.tensor([0.0, 0, 0, i]) for i, hook in enumerate(hooks)}
+
+
 def make_cache(folder, n_sequences=40, shard_rows=32, pool_shards=3, seed=0, hooks=("h",)):
     folder.mkdir(exist_ok=True)
     config = {
@@ -38,6 +44,8 @@ def make_cache(folder, n_sequences=40, shard_rows=32, pool_shards=3, seed=0, hoo
         "shard_rows": shard_rows,
         "pool_shards": pool_shards,
         "seed": seed,
+        **{"model_hash": "m", "tokenizer_hash": "t", "texts_fingerprint": "f", "split": "all"},
+        **{"prepend_bos": False, "mask_rule": {}},
     }
     journal = format.Journal(folder)
     writer = CacheWriter(folder, journal, config)
@@ -46,9 +54,8 @@ def make_cache(folder, n_sequences=40, shard_rows=32, pool_shards=3, seed=0, hoo
         seq, pos = torch.meshgrid(torch.arange(first, first + n), torch.arange(CTX), indexing="ij")
         batch = TokenBatch(seq * CTX + pos, seq.clone(), first)
         writer.add_tokens(batch)
-        acts = acts_of(seq, pos)
         keep = pos > 0
-        writer.add(batch, dict.fromkeys(hooks, acts), keep, {"position": n, "special": 0, "norm": 0})
+        writer.add(batch, acts_by_hook(hooks, seq, pos), keep, {"position": n, "special": 0, "norm": 0})
     contents = writer.finish(torch.arange(n_sequences), dict.fromkeys(hooks, 2.0))
     writer.close()
     known = {"config": config, "config_hash": format.config_hash(config), "model_name": "m", "texts": {}}
@@ -121,7 +128,7 @@ def test_rows_are_shuffled_over_the_whole_pool_and_by_seed(tmp_path, cache):
 def test_two_hooks_share_one_order(tmp_path):
     cache = make_cache(tmp_path / "two", hooks=("a", "b"))
     for (a, _), (b, _) in zip(cache.shards("a"), cache.shards("b"), strict=True):
-        assert torch.equal(a, b)
+        assert torch.equal(a + torch.tensor([0, 0, 0, 1]), b)
     assert cache.hook_names == ["a", "b"]
     with pytest.raises(ValueError, match="hook_name=None is not in .*: it holds a, b"):
         cache.d_in()
@@ -194,6 +201,33 @@ def test_start_step_skips_whole_shards_without_reading_them(tmp_path):
     next(batches)
     batches.close()
     assert len(read) <= 3
+
+
+@pytest.mark.parametrize("batch_size", [5, 33, 200])
+def test_several_hooks_come_in_the_order_of_one(tmp_path, batch_size):
+    cache = make_cache(tmp_path / "cache", hooks=("a", "b", "c"))
+    hooks = ["c", "a"]
+    alone = {hook: take(cache.batches(batch_size, 1, 2, hook), 6) for hook in hooks}
+    for i, found in enumerate(take(cache.batches(batch_size, 1, 2, hook_name=hooks), 6)):
+        assert list(found) == hooks
+        for hook, x in found.items():
+            assert torch.equal(x, alone[hook][i]) and x.dtype == torch.float32
+        assert found["c"][:, 3].unique().tolist() == [3.0] and found["a"][:, 3].unique().tolist() == [1.0]
+
+
+def test_only_the_hooks_asked_for_are_read_and_few_shards_ahead(tmp_path):
+    cache = make_cache(tmp_path / "cache", hooks=("a", "b", "c"))
+    read = []
+    load = cache._read
+    cache._read = lambda shard, name: (read.append(name), load(shard, name))[1]
+    batches = cache.batches(32, hook_name=["b", "c"], prefetch=2)
+    next(batches)
+    batches.close()
+    assert set(read) == {"b.safetensors", "c.safetensors"} and len(read) <= 2 * 4
+    with pytest.raises(ValueError, match="'d' is not in"):
+        cache.batches(4, hook_name=["a", "d"])
+    with pytest.raises(ValueError, match="names no hook"):
+        cache.batches(4, hook_name=[])
 
 
 @pytest.mark.parametrize(

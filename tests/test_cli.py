@@ -202,3 +202,31 @@ def test_help_and_version_load_nothing_heavy():
         assert f"\n  {command} " in done.stdout
     loaded = {module.split(".")[0] for module in done.stdout.splitlines()[-1].split()}
     assert not loaded & {"torch", "numpy", "transformers", "transformer_lens", "datasets", "streamlit", "plotly"}
+
+
+def test_crosscoders_and_transcoders_are_trained_from_flags(tmp_path, tiny_folder, texts_file, capsys):
+    run, out = tmp_path / "run", "blocks.1.hook_mlp_out"
+    source = ["--model", str(tiny_folder), "--dtype", "float32", "--texts", str(texts_file), "--column", "body"]
+    size = ["--d-sae", "40", "--k", "4", "--n-tokens", "4_000", "--batch-size", "200"]
+    train = ["train", str(run), *size]
+    steps = [
+        ["harvest", str(run), "--hook-name", HOOK, out, "--n-tokens", "4_000", "--ctx-len", "64", *source],
+        [*train, "--variant", "crosscoder", "--name", "both"],
+        [*train, "--variant", "crosscoder", "--name", "swapped", "--hook-names", out, HOOK, "--sparsity", "l1"],
+        [*train, "--variant", "transcoder", "--name", "trans", "--hook-name", HOOK, "--hook-name-out", out],
+        [*train, "--variant", "skip_transcoder", "--name", "skip", "--hook-name-out", out],
+    ]
+    for step in steps:
+        assert cli.main(step) == 0, capsys.readouterr().err
+    known = {
+        name: json.loads((run / f"sae-{name}" / "sae.json").read_text())
+        for name in ("both", "swapped", "trans", "skip")
+    }
+    assert known["both"]["hook_names"] == [HOOK, out] and known["swapped"]["hook_names"] == [out, HOOK]
+    assert known["swapped"]["config"]["sparsity"] == "l1"
+    for name in ("trans", "skip"):
+        assert (known[name]["hook_name"], known[name]["hook_name_out"], known[name]["d_out"]) == (HOOK, out, 32)
+    capsys.readouterr()
+    assert cli.main(["eval", str(run / "sae-trans"), "--json", "--dtype", "float32"]) == 0
+    assert json.loads(capsys.readouterr().out)["hook_name"] == f"{HOOK} -> {out}"
+    assert cli.main(["features", str(run / "sae-both"), "--top-k", "3", "--n-tokens", "500"]) == 0

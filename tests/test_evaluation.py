@@ -10,7 +10,18 @@ import torch
 import saelab
 from saelab.activation_cache.score import open_score_stream
 from saelab.evaluation.reconstruction import Reconstruction, VarianceSums
-from saelab.saes import ReLUConfig, ReLUSAE, SAEOutput, TopKConfig
+from saelab.saes import (
+    CrosscoderConfig,
+    CrosscoderSAE,
+    ReLUConfig,
+    ReLUSAE,
+    SAEOutput,
+    SkipTranscoderConfig,
+    SkipTranscoderSAE,
+    TopKConfig,
+    TranscoderConfig,
+    TranscoderSAE,
+)
 from saelab.tokens import document_id
 
 HOOK = "blocks.1.hook_resid_post"
@@ -230,3 +241,123 @@ def test_density_counts_signed_codes():
 def test_budgets_are_whole_numbers_from_one_up(tiny_lm, arguments):
     with pytest.raises(ValueError, match="n_tokens(_ce)?=.* must be"):
         measure(rebuilder(32), tiny_lm, **arguments)
+
+
+# --- SAEs of several sites
+
+OTHER = "blocks.0.hook_resid_post"
+
+
+def crosscoder(gain=1.0):
+    """Rebuilds both sources, times `gain`: one feature for each direction, sign and source."""
+    sae = CrosscoderSAE(CrosscoderConfig(128, 1, sparsity="l1", normalize="none"), 32, n_sources=2)
+    signed = torch.cat([torch.eye(32), -torch.eye(32)])
+    with torch.no_grad():
+        for W, size in ((sae.W_enc, 1.0), (sae.W_dec, gain)):
+            W.zero_()
+            W[0, :64], W[1, 64:] = size * signed, size * signed
+    return sae
+
+
+def scored(sae, lm, hooks):
+    """Kept rows of what the SAE reads and rebuilds."""
+    stream = open_score_stream(sae, lm, TEXTS, hook_name=hooks, ctx_len=32, batch_size=3)
+    pairs = [(batch.x[keep], batch.y[keep]) for _, batch, keep in stream.pairs()]
+    return tuple(torch.cat(parts).double() for parts in zip(*pairs, strict=True))
+
+
+def measure_at(sae, lm, hooks, **options):
+    return saelab.evaluate(sae, lm, TEXTS, hook_name=hooks, ctx_len=32, batch_size=3, progress=False, **options)
+
+
+def test_a_perfect_crosscoder_recovers_all_at_each_hook(tiny_lm):
+    report = measure_at(crosscoder(), tiny_lm, [OTHER, HOOK])
+    assert report.fvu == pytest.approx(0, abs=1e-10) and report.l0 == 64
+    assert report.ce_loss_recovered == pytest.approx(1, abs=1e-4) and report.kl == pytest.approx(0, abs=1e-6)
+    assert report.ce_loss == pytest.approx(measure(rebuilder(32), tiny_lm).ce_loss, rel=1e-6)
+    assert report.hook_name == f"{OTHER}, {HOOK}" and set(report.mask["max_norm"]) == {OTHER, HOOK}
+
+
+def test_a_crosscoders_losses_are_means_over_its_hooks(tiny_lm):
+    both = measure_at(crosscoder(0.8), tiny_lm, [OTHER, HOOK])
+    each = [measure_at(rebuilder(32, 0.8), tiny_lm, hook) for hook in (OTHER, HOOK)]
+    assert each[0].ce_loss_sae != each[1].ce_loss_sae
+    assert both.ce_loss_sae == pytest.approx(sum(one.ce_loss_sae or 0 for one in each) / 2, rel=1e-5)
+    assert both.kl == pytest.approx(sum(one.kl or 0 for one in each) / 2, rel=1e-4)
+    assert both.n_tokens_ce == each[0].n_tokens_ce
+
+
+def test_a_crosscoders_fvu_pools_its_sources(tiny_lm):
+    sae = CrosscoderSAE(CrosscoderConfig(50, 1, sparsity="l1", normalize="none"), 32, seed=4, n_sources=2)
+    report = measure_at(sae, tiny_lm, [OTHER, HOOK])
+    x, _ = scored(sae, tiny_lm, [OTHER, HOOK])
+    assert x.shape[1:] == (2, 32)
+    error = x - sae(x.float()).x_hat.double()
+    fvu = error.square().sum() / (x - x.mean(0)).square().sum()
+    assert report.fvu == pytest.approx(fvu.item(), rel=1e-6)
+    swapped = measure_at(sae, tiny_lm, [HOOK, OTHER])
+    assert swapped.fvu != report.fvu
+
+
+def least_squares_transcoder(lm, hook_in, hook_out):
+    """All skip: the affine map that fits the scored rows best, as a skip transcoder whose codes are silent."""
+    config = SkipTranscoderConfig(4, 1, normalize="none", hook_name_out=hook_out)
+    sae = SkipTranscoderSAE(config, lm.d_in(hook_in), d_out=lm.d_in(hook_out))
+    x, y = scored(sae, lm, hook_in)
+    solved = torch.linalg.lstsq(torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1), y).solution.float()
+    with torch.no_grad():
+        sae.b_enc.fill_(-1e4)
+        sae.W_skip.copy_(solved[:-1].T)
+        sae.b_dec.copy_(solved[-1])
+    residual = y - sae(x.float()).x_hat.double()
+    return sae, (residual.square().sum() / (y - y.mean(0)).square().sum()).item()
+
+
+def test_a_transcoder_is_scored_against_what_it_predicts(tiny_lm):
+    hook_in, hook_out = "blocks.1.hook_resid_mid", "blocks.1.hook_mlp_out"
+    sae, fvu = least_squares_transcoder(tiny_lm, hook_in, hook_out)
+    report = measure_at(sae, tiny_lm, hook_in)
+    assert report.fvu == pytest.approx(fvu, rel=1e-4) and 0.01 < fvu < 0.99 and report.l0 == 0
+    assert report.hook_name == f"{hook_in} -> {hook_out}"
+    assert measure_at(sae, tiny_lm, [hook_in, hook_out]).fvu == report.fvu
+
+
+def test_a_transcoder_replaces_the_rows_it_predicts(tiny_lm):
+    hook_in, hook_out = "blocks.1.hook_resid_mid", "blocks.1.hook_mlp_out"
+    sae, _ = least_squares_transcoder(tiny_lm, hook_in, hook_out)
+    report = measure_at(sae, tiny_lm, hook_in)
+    total, count = 0.0, 0
+    stream = open_score_stream(sae, tiny_lm, TEXTS, hook_name=hook_in, ctx_len=32, batch_size=3)
+    for tokens, batch, keep in stream.pairs():
+        replaced = batch.y.clone()
+        replaced[keep] = sae(batch.x[keep]).x_hat
+        logits = tiny_lm.run_with_edit(tokens.ids, Put(hook_out, replaced))
+        for row, position in keep[:, :-1].nonzero().tolist():
+            if tokens.doc[row, position + 1] >= 0:
+                total -= logits[row, position].log_softmax(-1)[tokens.ids[row, position + 1]].item()
+                count += 1
+    assert report.n_tokens_ce == count and report.ce_loss_sae == pytest.approx(total / count, rel=1e-5)
+    assert report.ce_loss_sae != pytest.approx(report.ce_loss, rel=1e-4)
+
+
+class Put:
+    def __init__(self, hook_name, x):
+        self.hook_name, self.x = hook_name, x
+
+    def apply(self, x, positions):
+        return self.x
+
+
+def test_sites_that_do_not_fit_are_named(tiny_lm):
+    with pytest.raises(ValueError, match=r"reads 2 sources, hook_name names 1"):
+        measure_at(crosscoder(), tiny_lm, HOOK)
+    sae = TranscoderSAE(TranscoderConfig(4, 1, hook_name_out="blocks.1.hook_mlp_out"), 32, d_out=7)
+    with pytest.raises(ValueError, match=r"hook_mlp_out of .* has width 32, the SAE writes d_out=7"):
+        measure_at(sae, tiny_lm, HOOK)
+
+
+def test_a_saved_report_of_a_crosscoder_is_used_again(tiny_lm, tmp_path, monkeypatch):
+    path = tmp_path / "report.json"
+    first = measure_at(crosscoder(), tiny_lm, [OTHER, HOOK], path=path)
+    monkeypatch.setattr("saelab.evaluation.report._measure", lambda *_: pytest.fail("measured again"))
+    assert measure_at(crosscoder(), tiny_lm, (OTHER, HOOK), path=path) == first

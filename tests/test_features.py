@@ -23,7 +23,7 @@ from saelab.features.accumulate import Accumulator
 from saelab.features.blob import pack_arrays, unpack_arrays
 from saelab.features.store import FeatureStore, load_features
 from saelab.kernels.sparse_acts import SparseActs
-from saelab.saes import TopKConfig, TopKSAE
+from saelab.saes import CrosscoderConfig, CrosscoderSAE, TopKConfig, TopKSAE, TranscoderConfig, TranscoderSAE
 
 HOOK = "blocks.1.hook_resid_post"
 DOCUMENTS = [
@@ -463,3 +463,48 @@ def test_browsing_imports_no_torch(store):
     )
     done = subprocess.run([sys.executable, "-c", code, str(store.folder)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# --- SAEs of several sites
+
+
+def test_a_crosscoders_features_are_read_at_its_last_hook(tiny_lm, tmp_path):
+    hooks = ["blocks.0.hook_resid_post", HOOK]
+    sae = CrosscoderSAE(CrosscoderConfig(48, 4, sparsity="l1", normalize="none"), 32, seed=1, n_sources=2)
+    with torch.no_grad():
+        sae.b_enc.sub_(0.1)
+    store = _collect(sae, tiny_lm, tmp_path / "features", hook_name=hooks)
+    assert store.hook_name == HOOK and store.manifest["sites"]["reads"] == hooks
+    stream = open_score_stream(sae, tiny_lm, DOCUMENTS, hook_name=hooks, ctx_len=32, batch_size=5)
+    codes = torch.cat([sae.encode(acts[keep]).to_dense().detach() for _, acts, keep in stream])
+    assert store.column("n_fired").tolist() == (codes != 0).sum(0).tolist()
+    effect = tiny_lm.logit_weights().float() @ sae.W_dec[1, 5].detach()
+    assert store.feature(5).top_logits.positive[0][1] == pytest.approx(effect.max().item(), abs=1e-6)
+    flat = [W.detach()[:, 5].flatten() for W in (sae.W_enc, sae.W_dec)]
+    assert store.feature(5).cosine == pytest.approx(torch.cosine_similarity(*flat, dim=0).item(), abs=1e-6)
+    again = saelab.features.collect.collect_features(
+        sae,
+        tiny_lm,
+        DOCUMENTS,
+        out_dir=tmp_path / "features",
+        hook_name=tuple(hooks),
+        ctx_len=32,
+        batch_size=5,
+        top_k=6,
+    )
+    assert again.manifest == store.manifest
+    with pytest.raises(StoreError, match="hook_name"):
+        _collect(sae, tiny_lm, tmp_path / "features", hook_name=hooks[::-1])
+
+
+def test_a_transcoders_features_are_read_where_it_writes(tiny_lm, tmp_path):
+    config = TranscoderConfig(48, 4, normalize="none", hook_name_out="blocks.1.hook_mlp_out")
+    sae = TranscoderSAE(config, tiny_lm.d_in("blocks.1.mlp.hook_post"), d_out=32)
+    with torch.no_grad():
+        sae.W_dec.copy_(torch.randn(48, 32, generator=torch.Generator().manual_seed(0)))
+    store = _collect(sae, tiny_lm, tmp_path / "features", hook_name="blocks.1.mlp.hook_post")
+    assert store.hook_name == "blocks.1.hook_mlp_out"
+    effect = tiny_lm.logit_weights().float() @ sae.W_dec[5].detach()
+    assert store.feature(5).top_logits.positive[0][1] == pytest.approx(effect.max().item(), abs=1e-6)
+    assert store.feature(5).cosine is None and np.isnan(store.column("cosine")).all()  # of rows of two widths
+    assert store.feature(int(store.column("n_fired").argmax()))._repr_html_()

@@ -17,7 +17,10 @@ def build(name="topk"):
     sae: Any = VARIANTS[name](config_of(name, 48), 16, seed=1)
     x = torch.randn(500, 16, generator=torch.Generator().manual_seed(0)) * 4 + 1
     sae.set_normalization(x.mean(0), float(x.square().sum(1).mean()))
-    with torch.no_grad():  # sets the threshold of those that have one
+    with torch.no_grad():
+        if not bool(sae.W_dec.any()):  # a transcoder's decoder starts at 0
+            sae.W_dec.add_(torch.randn(sae.W_dec.shape, generator=torch.Generator().manual_seed(1)))
+        # sets the threshold of those that have one
         sae.loss(Batch(x, x), StepInfo(torch.zeros(48, dtype=torch.bool), 10, 100))
     sae.origin = {"hook_name": "blocks.1.hook_resid_post", "mask": {"max_norm": 12.5}}
     sae.trained = {"n_tokens": 5}

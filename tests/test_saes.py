@@ -89,8 +89,8 @@ def test_permuting_features_leaves_the_reconstruction(name):
     before, order = sae(x).x_hat, torch.randperm(D_SAE)
     with torch.no_grad():
         for tensor in sae.state_dict().values():  # parameters, and thresholds where each feature has one
-            if tensor.ndim and len(tensor) == D_SAE:
-                tensor.copy_(tensor[order].clone())
+            if D_SAE in tensor.shape:
+                tensor.copy_(tensor.index_select(tensor.shape.index(D_SAE), order))
     torch.testing.assert_close(sae(x).x_hat, before, rtol=1e-12, atol=1e-12)
 
 

@@ -11,7 +11,16 @@ from torch import Tensor
 
 from saelab.errors import SaelabError
 from saelab.models import load_model
-from saelab.saes import ReLUConfig, ReLUSAE, TopKConfig, TopKSAE
+from saelab.saes import (
+    CrosscoderConfig,
+    CrosscoderSAE,
+    ReLUConfig,
+    ReLUSAE,
+    TopKConfig,
+    TopKSAE,
+    TranscoderConfig,
+    TranscoderSAE,
+)
 from saelab.steering import NEUTRAL_PROMPTS, Direction, FeatureHandle, diff_means, effect_table
 
 HOOK = "blocks.1.hook_resid_post"
@@ -381,3 +390,54 @@ def test_effect_table_bad_input(tiny_lm, sae):
 
 def test_neutral_prompts():
     assert len(NEUTRAL_PROMPTS) == len(set(NEUTRAL_PROMPTS)) == 20
+
+
+# --- SAEs of several sites
+
+
+def test_a_crosscoder_is_steered_at_a_named_source(tiny_lm):
+    hooks = ["blocks.0.hook_resid_post", HOOK]
+    sae = CrosscoderSAE(CrosscoderConfig(8, 2), 32, n_sources=2)
+    sae.set_normalization(torch.zeros(2, 32), torch.tensor([50.0, 2.0]))
+    sae.origin = {"hook_name": HOOK, "hook_names": hooks}
+    x, positions = torch.ones(1, 3, 32), torch.tensor([[0, 1, 2]])
+    for hook, source in ((None, 1), (hooks[0], 0), (hooks[1], 1)):
+        handle = FeatureHandle(sae, 3, hook, units={"p99": 2.0})
+        edit = handle * 1.5
+        assert edit.hook_name == hooks[source] and edit.d_in == 32
+        moved = edit.apply(x, positions) - x
+        expected = 3.0 * (sae.W_dec[source, 3] / sae.scale[source]).detach()
+        torch.testing.assert_close(moved[0, 1:], expected.expand(2, 32))
+        assert not moved[0, 0].any()
+        with tiny_lm.steer(edit):
+            tiny_lm.logits(PROMPT)
+    assert sae.scale[0] != sae.scale[1]
+    with pytest.raises(ValueError, match="no source of this crosscoder, which has blocks.0"):
+        FeatureHandle(sae, 3, "blocks.2.hook_resid_post")
+
+
+def test_a_transcoder_is_steered_where_it_writes():
+    sae = TranscoderSAE(TranscoderConfig(8, 2, hook_name_out="blocks.1.hook_mlp_out"), 6, d_out=4)
+    sae.set_normalization(torch.zeros(6), 50.0, torch.zeros(4), 2.0)
+    with torch.no_grad():
+        sae.W_dec[3] = torch.tensor([1.0, 2, 3, 4])
+    sae.origin = {"hook_name": HOOK, "hook_name_out": "blocks.1.hook_mlp_out"}
+    edit = FeatureHandle(sae, 3).add(2.0, "raw")
+    assert edit.hook_name == "blocks.1.hook_mlp_out" and edit.d_in == 4
+    moved = edit.apply(torch.zeros(1, 2, 4), torch.tensor([[0, 1]]))
+    torch.testing.assert_close(moved[0, 1], torch.tensor([1.0, 2, 3, 4]) * 2 / 2**0.5)
+
+
+@pytest.mark.parametrize("kind", ["crosscoder", "transcoder"])
+def test_what_needs_the_code_is_refused_where_a_hook_does_not_tell_it(kind):
+    sae = CrosscoderSAE(CrosscoderConfig(8, 2), 4, n_sources=2)
+    sae.origin = {"hook_name": HOOK, "hook_names": ["a", HOOK]}
+    if kind == "transcoder":
+        sae = TranscoderSAE(TranscoderConfig(8, 2, hook_name_out="b"), 4)
+        sae.origin = {"hook_name": HOOK, "hook_name_out": "b"}
+    handle = FeatureHandle(sae, 3)
+    for edit in (handle.ablate, lambda: handle.scale(2.0), lambda: handle.clamp(1.0, "raw")):
+        with pytest.raises(ValueError, match=f"this {kind} does not read off .* alone: use add"):
+            edit()
+    same = TranscoderSAE(TranscoderConfig(8, 2), 4)  # y is x
+    assert FeatureHandle(same, 3, HOOK).ablate()

@@ -28,6 +28,8 @@ def build(name: str, normalize: str = "center_and_scale", **changes: Any) -> Any
         for bias in (getattr(sae, "b_enc", None), sae.b_dec):
             if bias is not None:
                 bias.add_(0.1 * torch.randn(bias.shape))
+        if not bool(sae.W_dec.any()):  # a transcoder's decoder starts at 0, where no gradient reaches the encoder
+            sae.W_dec.add_(0.1 * torch.randn(sae.W_dec.shape))
         sae.loss(Batch(rows(64, 5), rows(64, 5)), info())
     return sae
 

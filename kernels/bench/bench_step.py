@@ -209,12 +209,14 @@ def _batches(settings: Settings) -> Iterator[Tensor]:
 
 def _rows_of_data(settings: Settings) -> Iterator[Tensor]:
     if settings.cache is not None:
-        from saelab.training.data import open_data
+        from saelab.activation_cache.reader import ActivationCache
+        from saelab.saes.base import normalization
 
-        source = open_data(settings.cache, None, settings.batch_size)
-        scale = (source.d_in / max(source.mean_square - float(source.mean.double().square().sum()), 1e-30)) ** 0.5
-        for rows in source.batches(settings.batch_size, 0, 0):
-            yield (rows - source.mean) * scale
+        cache = ActivationCache(settings.cache)
+        stats = cache.stats()
+        center, scale = normalization("center_and_scale", stats["mean"].float(), stats["second_moment"].sum())
+        for rows in cache.batches(settings.batch_size):
+            yield (rows - center.float()) * float(scale)
     generator = torch.Generator().manual_seed(0)
     spectrum = torch.arange(1, settings.d_in + 1).pow(-0.5)
     spectrum *= (settings.d_in / spectrum.square().sum()).sqrt()

@@ -94,10 +94,9 @@ def main(settings: Settings) -> int:
 
 
 def _tokens(sae: saelab.saes.SAE, settings: Settings) -> Iterator[Tensor]:
-    from saelab.training.data import open_data
+    from saelab.activation_cache.reader import ActivationCache
 
-    source = open_data(settings.run / "cache", None, settings.batch_size)
-    batches = source.batches(settings.batch_size, 0, 0)
+    batches = ActivationCache(settings.run / "cache").batches(settings.batch_size)
     for _ in range(-(-settings.n_tokens // settings.batch_size)):
         with torch.no_grad():
             yield sae.normalize(next(batches)) - sae.b_dec.detach()

@@ -1,7 +1,9 @@
 """What the model loses when an SAE stands in its way: cross-entropy and KL with the kept rows of one hook replaced.
 
 The same rows are replaced in every arm: by the reconstruction, by zero, by the mean row. Losses are taken at those rows,
-for the next token of the same context, in nats.
+for the next token of the same context, in nats. A transcoder's prediction, made from the undisturbed site that it
+reads, replaces the rows of the site that it writes. A crosscoder's hooks are replaced one at a time, by what it rebuilds
+from all of them undisturbed, and the results are means over its hooks.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saelab.models import LanguageModel
+from saelab.models_together import locate
 from saelab.saes import SAE
+from saelab.saes.sites import Sites
 
 ARMS = ("sae", "zero", "mean")
 
@@ -25,10 +29,10 @@ class ReplaceRows:
 
     hook_name: str
     keep: Bool[Tensor, "batch seq"]
-    replacement: SAE | Float[Tensor, " d_in"]
+    replacement: SAE | Float[Tensor, " d_in"] | Float[Tensor, "n_kept d_in"]
 
     def apply(self, x: Float[Tensor, "batch seq d_in"], positions: Int[Tensor, "batch seq"]) -> Tensor:
-        """`x` with the kept rows replaced by the reconstruction, or by one row."""
+        """`x` with the kept rows replaced by the reconstruction, by rows, or by one row."""
         rows = x[self.keep]
         new = self.replacement(rows).x_hat if isinstance(self.replacement, SAE) else self.replacement.expand_as(rows)
         out = x.clone()
@@ -37,11 +41,11 @@ class ReplaceRows:
 
 
 class LossRecovered:
-    """Sums of the four arms over the scored positions."""
+    """Sums of the four arms over the scored positions; `mean` has an axis for the sources where there are several."""
 
-    def __init__(self, sae: SAE, lm: LanguageModel, hook_name: str, mean: Float[Tensor, " d_in"]) -> None:
-        self.lm, self.hook_name = lm, hook_name
-        self.replacements: dict[str, Any] = {"sae": sae, "zero": torch.zeros(sae.d_in), "mean": mean}
+    def __init__(self, sae: SAE, lm: LanguageModel, sites: Sites, mean: Float[Tensor, "*sources d_out"]) -> None:
+        self.sae, self.lm, self.sites = sae, lm, sites
+        self.means = mean.reshape(len(sites.writes), -1)
         self.n, self.kl = 0, 0.0
         self.loss: dict[str, float] = {arm: 0.0 for arm in ("model", *ARMS)}
 
@@ -52,16 +56,28 @@ class LossRecovered:
         scored = keep[:, :-1] & real[:, 1:]  # replaced here, and a token follows
         if not bool(scored.any()):
             return
-        targets = ids[:, 1:][scored].to(self.lm.device)
-        original = self._log_probs(self.lm.logits(ids), scored)
-        self.n += len(targets)
-        self.loss["model"] += _nll(original, targets)
-        for arm, replacement in self.replacements.items():
-            edit = ReplaceRows(self.hook_name, keep.to(self.lm.device), replacement)
-            log_probs = self._log_probs(self.lm.run_with_edit(ids, edit), scored)
-            self.loss[arm] += _nll(log_probs, targets)
-            if arm == "sae":
-                self.kl += float((original.exp() * (original - log_probs)).sum())
+        self.n += int(scored.sum())
+        rebuilt = self._rebuilt(ids, keep)
+        for site, by, mean in zip(self.sites.writes, rebuilt, self.means, strict=True):
+            lm, hook_name = locate(self.lm, site)
+            targets = ids[:, 1:][scored].to(lm.device)
+            original = self._log_probs(lm.logits(ids), scored)
+            self.loss["model"] += _nll(original, targets)
+            for arm, replacement in {"sae": by, "zero": torch.zeros_like(mean), "mean": mean}.items():
+                edit = ReplaceRows(hook_name, keep.to(lm.device), replacement)
+                log_probs = self._log_probs(lm.run_with_edit(ids, edit), scored)
+                self.loss[arm] += _nll(log_probs, targets)
+                if arm == "sae":
+                    self.kl += float((original.exp() * (original - log_probs)).sum())
+
+    def _rebuilt(self, ids: Int[Tensor, "batch seq"], keep: Bool[Tensor, "batch seq"]) -> list[Any]:
+        """What stands in for the rows of each site that is written: an SAE of one site works where it is."""
+        if len(self.sites.all) == 1:
+            return [self.sae]
+        found = next(iter(self.lm.stream_activations([ids], list(self.sites.all))))
+        x = self.sites.batch({name: acts[keep.to(acts.device)] for name, acts in found.items()}).x
+        x_hat = self.sae(x.float().to(self.sae.W_dec.device)).x_hat
+        return list(x_hat.reshape(len(x), len(self.sites.writes), -1).unbind(1))
 
     @staticmethod
     def _log_probs(logits: Tensor, scored: Tensor) -> Float[Tensor, "n vocab"]:
@@ -71,12 +87,13 @@ class LossRecovered:
         """Keys of `report.json`; recovered shares are None where ablation changes the loss by less than 1e-3 nats."""
         if self.n == 0:
             return dict.fromkeys(("ce_loss", "ce_loss_sae", "ce_loss_recovered", "ce_loss_recovered_mean", "kl"))
-        loss = {arm: total / self.n for arm, total in self.loss.items()}
+        n = self.n * len(self.sites.writes)
+        loss = {arm: total / n for arm, total in self.loss.items()}
         recovered: dict[str, float | None] = {}
         for arm, key in (("zero", "ce_loss_recovered"), ("mean", "ce_loss_recovered_mean")):
             gap = loss[arm] - loss["model"]
             recovered[key] = (loss[arm] - loss["sae"]) / gap if abs(gap) >= 1e-3 else None
-        return {"ce_loss": loss["model"], "ce_loss_sae": loss["sae"], **recovered, "kl": self.kl / self.n}
+        return {"ce_loss": loss["model"], "ce_loss_sae": loss["sae"], **recovered, "kl": self.kl / n}
 
 
 def _nll(log_probs: Float[Tensor, "n vocab"], targets: Int[Tensor, " n"]) -> float:

@@ -12,22 +12,25 @@ DENSE_ABOVE = 0.1
 
 
 class VarianceSums:
-    """Pooled FVU: `sum |x - x_hat|^2 / sum |x - mean(x)|^2`, the mean taken over everything seen."""
+    """Pooled FVU: `sum |x - x_hat|^2 / sum |x - mean(x)|^2`, the mean taken over everything seen.
 
-    def __init__(self, d_in: int) -> None:
+    A row with several sources counts as one of `width` numbers.
+    """
+
+    def __init__(self, width: int) -> None:
         self.n, self.squared_error, self.squared = 0, 0.0, 0.0
-        self.total = torch.zeros(d_in, dtype=torch.float64)
+        self.total = torch.zeros(width, dtype=torch.float64)
 
-    def add(self, x: Float[Tensor, "n d_in"], x_hat: Float[Tensor, "n d_in"]) -> None:
+    def add(self, x: Float[Tensor, "n *sources d"], x_hat: Float[Tensor, "n *sources d"]) -> None:
         """Take in rows, in float64."""
-        x, x_hat = x.double().cpu(), x_hat.double().cpu()
+        x, x_hat = x.flatten(1).double().cpu(), x_hat.flatten(1).double().cpu()
         self.n += len(x)
         self.squared_error += float((x - x_hat).square().sum())
         self.squared += float(x.square().sum())
         self.total += x.sum(0)
 
     @property
-    def mean(self) -> Float[Tensor, " d_in"]:
+    def mean(self) -> Float[Tensor, " width"]:
         """Mean row."""
         return self.total / max(self.n, 1)
 
@@ -42,15 +45,15 @@ class Reconstruction:
     """The measures of algorithm section 24 that need no language model."""
 
     def __init__(self, sae: SAE) -> None:
-        self.variance = VarianceSums(sae.d_in)
+        self.variance = VarianceSums(sae.b_dec.numel())
         self.firings = torch.zeros(sae.d_sae, dtype=torch.int64)
         self.cosine, self.inner, self.squared_hat = 0.0, 0.0, 0.0
 
-    def add(self, x: Float[Tensor, "n d_in"], output: SAEOutput) -> None:
-        """Take in the kept rows of one batch."""
+    def add(self, x: Float[Tensor, "n *sources d"], output: SAEOutput) -> None:
+        """Take in the kept rows of one batch: what was to be rebuilt, and what came out."""
         self.variance.add(x, output.x_hat)
         self.firings += torch.bincount(output.acts.features.cpu(), minlength=len(self.firings))
-        x, x_hat = x.double(), output.x_hat.double()
+        x, x_hat = x.flatten(1).double(), output.x_hat.flatten(1).double()
         inner, squared_hat = (x * x_hat).sum(1), x_hat.square().sum(1)
         self.inner += float(inner.sum())
         self.squared_hat += float(squared_hat.sum())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from saelab.evaluation.loss_recovered import LossRecovered
 from saelab.evaluation.reconstruction import Reconstruction, VarianceSums
 from saelab.files import atomic_write_text, read_json
 from saelab.models import LanguageModel
+from saelab.models_together import together
 from saelab.saes import SAE, SAEOutput
 from saelab.tokens import Texts, load_texts
 
@@ -92,12 +94,12 @@ class Report:
 
 def evaluate(
     sae: SAE,
-    lm: LanguageModel,
+    lm: LanguageModel | Sequence[LanguageModel],
     texts: Any = None,
     *,
     split: str | None = None,
     allow_train: bool = False,
-    hook_name: str | None = None,
+    hook_name: str | Sequence[str] | None = None,
     n_tokens: int | None = None,
     n_tokens_ce: int = 4_096,
     ctx_len: int | None = None,
@@ -111,10 +113,14 @@ def evaluate(
     `n_tokens_ce`, as it takes four full passes. With `path` the report is kept in that file, and one that is there
     already for the same weights, texts and arguments is returned at once. Raises `ValueError` when a scored document
     trained the SAE (naming how many; `allow_train=True` overrides), the SAE does not fit, or nothing is left to score.
+    A crosscoder of several models takes the list of them. `hook_name` is needed where the SAE does not say it: of a
+    crosscoder all hooks in order, of a transcoder the one it reads and the one it writes.
     """
+    lm = together(lm)
     check_scoring(lm, n_tokens=n_tokens, n_tokens_ce=n_tokens_ce or None)
     source = own_texts(sae.origin) if texts is None else load_texts(texts)
-    request = _circumstances(sae, lm, source) | {"split": split, "hook_name": hook_name, "n_tokens": n_tokens}
+    hooks = hook_name if hook_name is None or isinstance(hook_name, str) else list(hook_name)
+    request = _circumstances(sae, lm, source) | {"split": split, "hook_name": hooks, "n_tokens": n_tokens}
     request |= {"n_tokens_ce": n_tokens_ce, "ctx_len": ctx_len, "batch_size": batch_size, "allow_train": allow_train}
     if path is not None and (saved := _saved_report(Path(path), request)) is not None:
         return saved
@@ -134,6 +140,7 @@ def evaluate(
 def _circumstances(sae: SAE, lm: LanguageModel, texts: Texts) -> dict[str, Any]:
     """What decides the numbers beside the caller's arguments, JSON-able."""
     origin = {key: sae.origin.get(key) for key in ("hook_name", "ctx_len", "prepend_bos", "mask")}
+    origin |= {key: sae.origin[key] for key in ("hook_names", "hook_name_out") if key in sae.origin}
     return {
         "definitions": _DEFINITIONS,
         "sae": {"hash": sae.hash, **origin},
@@ -166,10 +173,10 @@ def _report(
         n_tokens=measures.variance.n,
         n_tokens_ce=losses.n,
         n_masked=stream.n_masked,
-        mask={"max_norm": (stream.mask.max_norm or {}).get(stream.hook_name), "rule": stream.rule},
+        mask={"max_norm": stream.max_norm, "rule": stream.rule},
         split=stream.split,
         texts=stream.texts.name,
-        hook_name=stream.hook_name,
+        hook_name=str(stream.sites),
         sae_hash=sae.hash,
         model_hash=stream.lm.hash,
         request=request,
@@ -180,14 +187,14 @@ def _measure(
     sae: SAE, stream: ScoreStream, progress: bool
 ) -> tuple[Reconstruction, VarianceSums, list[Bool[Tensor, "batch ctx_len"]]]:
     """One pass over all tokens: the measures under the mask, the sums without it, and what the mask kept."""
-    measures, unmasked, keeps = Reconstruction(sae), VarianceSums(sae.d_in), []
-    for tokens, acts, keep in tqdm(stream, total=len(stream.batches), desc="Evaluating", disable=not progress):
+    measures, unmasked, keeps = Reconstruction(sae), VarianceSums(sae.b_dec.numel()), []
+    for tokens, batch, keep in tqdm(stream.pairs(), total=len(stream.batches), desc="Evaluating", disable=not progress):
         real = tokens.doc >= 0
-        x, kept = acts[real].float(), keep[real]
-        output = sae(x.to(sae.W_dec.device))
-        unmasked.add(x, output.x_hat)
+        y, kept = batch.y[real].float(), keep[real]
+        output = sae(batch.x[real].float().to(sae.W_dec.device))
+        unmasked.add(y, output.x_hat)
         if bool(kept.any()):
-            measures.add(x[kept], SAEOutput(output.x_hat[kept], output.acts.select_rows(kept)))
+            measures.add(y[kept], SAEOutput(output.x_hat[kept], output.acts.select_rows(kept)))
         keeps.append(keep)
     if measures.variance.n == 0:
         raise ValueError(f"No token of {stream.texts.name} is left under the mask: {stream.n_masked}. Give more text.")
@@ -197,7 +204,7 @@ def _measure(
 def _score_losses(
     sae: SAE, stream: ScoreStream, keeps: list[Tensor], measures: Reconstruction, budget: int, progress: bool
 ) -> LossRecovered:
-    losses = LossRecovered(sae, stream.lm, stream.hook_name, measures.variance.mean.float())
+    losses = LossRecovered(sae, stream.lm, stream.sites, measures.variance.mean.float())
     total = min(budget, stream.n_tokens)
     with tqdm(total=total, desc="Loss recovered", unit="token", disable=not progress) as bar:
         for tokens, keep in zip(stream.batches, keeps, strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from saelab.features.store import FeatureStore, read_manifest
 from saelab.features.writer import write_store
 from saelab.files import claim_folder, differences, fsync_dir, remove_leftovers, temporary_path, writing
 from saelab.models import LanguageModel
+from saelab.models_together import locate, together
 from saelab.saes import SAE
 from saelab.tokens import Texts, load_texts
 
@@ -31,12 +32,12 @@ _WRITES_TO_RESIDUAL = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "h
 
 def collect_features(
     sae: SAE,
-    lm: LanguageModel,
+    lm: LanguageModel | Sequence[LanguageModel],
     texts: Any = None,
     *,
     out_dir: str | Path,
     split: str | None = None,
-    hook_name: str | None = None,
+    hook_name: str | Sequence[str] | None = None,
     n_tokens: int | None = None,
     ctx_len: int | None = None,
     batch_size: int = 16,
@@ -47,11 +48,13 @@ def collect_features(
 
     `texts` None is the SAE's own source. Of that the held-out tenth is read, of any other text all; `split` overrides.
     Packing, mask and counts are those of `saelab.evaluate`. `n_tokens` stops after so many tokens (whole batches);
-    a feature keeps `top_k` examples. The same call on a finished store returns at once.
+    a feature keeps `top_k` examples. The same call on a finished store returns at once. Models and hooks are given as to
+    `saelab.evaluate`.
 
     Raises `ValueError` when the SAE does not fit the model, when no token is left, or when `out_dir` holds something
     else; `StoreError` when it holds a store made with other arguments, naming them.
     """
+    lm = together(lm)
     numbers = {"n_tokens": n_tokens, "top_k": top_k, "batch_size": batch_size}  # n_tokens is rounded up to batches
     check_scoring(lm, **numbers)
     out_dir = claim_folder(out_dir, schema.MANIFEST, "feature store").resolve()
@@ -81,13 +84,19 @@ def _source(sae: SAE, lm: LanguageModel, texts: Any) -> Texts:
 
 
 def _request(
-    sae: SAE, lm: LanguageModel, source: Texts, split: str | None, hook_name: str | None, ctx_len: int | None
+    sae: SAE,
+    lm: LanguageModel,
+    source: Texts,
+    split: str | None,
+    hook_name: str | Sequence[str] | None,
+    ctx_len: int | None,
 ) -> dict[str, Any]:
     """What makes two stores the same, beside the numbers a caller gives."""
     return {
         "sae_hash": sae.hash,
         "model_hash": lm.hash,
-        "hook_name": hook_name or sae.origin.get("hook_name"),
+        "hook_name": (hook_name if isinstance(hook_name, str) else ", ".join(hook_name or ()))
+        or sae.origin.get("hook_name"),
         "texts": source.fingerprint(),
         "ctx_len": ctx_len or sae.origin.get("ctx_len") or 256,
         "split": split or ("held_out" if source.spec == sae.origin.get("texts") else "all"),
@@ -112,7 +121,7 @@ def _run(sae: SAE, stream: ScoreStream, top_k: int, progress: bool) -> Accumulat
     total = sum(int((batch.doc >= 0).sum()) for batch in stream.batches)
     with tqdm(total=total, unit="token", unit_scale=True, desc="Features", disable=not progress) as bar:
         for tokens, acts, keep in stream:
-            rows = acts[keep]  # (kept, d_in)
+            rows = acts[keep]  # (kept, *sources, d_in)
             where = keep.cpu().flatten()
             number = torch.arange(len(where)) + tokens.first_sequence * ctx_len
             codes = sae.encode(rows.float().to(sae.W_enc.device)).detach()
@@ -129,14 +138,16 @@ def _top_logits(sae: SAE, lm: LanguageModel, hook_name: str) -> dict[str, Tensor
     """Ids and values of the tokens each decoder row promotes and suppresses most; None off the residual stream.
 
     The values are the logit change of one unit along the decoder row, its direct effect: `logit_weights @ W_dec[f]`.
+    A crosscoder's row is that of its last source.
     """
     if not hook_name.endswith(_WRITES_TO_RESIDUAL):
         return None
-    unembed = lm.logit_weights().float().cpu()  # (vocab, d_model)
-    if unembed.shape[1] != sae.d_in:
+    unembed = locate(lm, hook_name)[0].logit_weights().float().cpu()  # (vocab, d_model)
+    decoder, _ = sae.written()
+    if unembed.shape[1] != decoder.shape[1]:
         return None
     n_top = min(TOP_LOGITS, len(unembed))
-    parts = [_extremes(rows.float().cpu() @ unembed.T, n_top) for rows in sae.W_dec.detach().split(256)]
+    parts = [_extremes(rows.float().cpu() @ unembed.T, n_top) for rows in decoder.detach().split(256)]
     names = ("positive", "positive_ids", "negative", "negative_ids")
     return {name: torch.cat(column) for name, column in zip(names, zip(*parts, strict=True), strict=True)}
 
@@ -149,8 +160,11 @@ def _extremes(
 
 
 def _cosine(sae: SAE) -> Float[Tensor, " d_sae"]:
-    """Cosine between each feature's encoder and decoder row."""
-    return torch.cosine_similarity(sae.W_enc.detach().float(), sae.W_dec.detach().float(), dim=1).clamp(-1, 1).cpu()
+    """Cosine between each feature's encoder and decoder row (of all sources together); NaN between spaces of two widths."""
+    encoder, decoder = (W.detach().float().transpose(0, -2).flatten(1) for W in (sae.W_enc, sae.W_dec))
+    if encoder.shape != decoder.shape:
+        return torch.full((sae.d_sae,), torch.nan)
+    return torch.cosine_similarity(encoder, decoder, dim=1).clamp(-1, 1).cpu()
 
 
 def _manifest(sae: SAE, stream: ScoreStream, state: Accumulator, out_dir: Path) -> dict[str, Any]:
@@ -158,16 +172,18 @@ def _manifest(sae: SAE, stream: ScoreStream, state: Accumulator, out_dir: Path) 
     if sae.folder is not None:
         folder = os.path.relpath(Path(sae.folder).resolve(), out_dir.resolve())
     nnz = int(state.n_fired.sum())
+    lm, _ = locate(stream.lm, stream.hook_name)
     return {
         "sae": {"hash": sae.hash, "variant": sae.variant, "d_sae": sae.d_sae, "d_in": sae.d_in, "folder": folder},
         "hook_name": stream.hook_name,
-        "model": {"name": stream.lm.name, "hash": stream.lm.hash},
+        "sites": {"reads": list(stream.sites.reads), "writes": list(stream.sites.writes)},
+        "model": {"name": lm.name, "hash": lm.hash},
         "tokenizer_hash": stream.lm.tokenizer_hash,
         "texts": {"name": stream.texts.name, "spec": stream.texts.spec, "fingerprint": stream.texts.fingerprint()},
         "split": stream.split,
         "ctx_len": state.ctx_len,
         "prepend_bos": bool(sae.origin.get("prepend_bos", False)),
-        "mask": {"max_norm": (stream.mask.max_norm or {}).get(stream.hook_name), "rule": stream.rule},
+        "mask": {"max_norm": stream.max_norm, "rule": stream.rule},
         "n_tokens": stream.n_tokens,
         "n_masked": stream.n_masked,
         "n_documents": len({int(doc) for batch in stream.batches for doc in batch.doc.unique()} - {-1}),

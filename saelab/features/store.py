@@ -62,7 +62,7 @@ class FeatureStore:
 
     @property
     def hook_name(self) -> str:
-        """The model site the SAE reads."""
+        """The model site that features are steered at: where the SAE writes, of several sites the last."""
         return self.manifest["hook_name"]
 
     def __len__(self) -> int:

@@ -3,11 +3,14 @@
 from saelab.saes.abs_topk import AbsTopKConfig, AbsTopKSAE
 from saelab.saes.base import SAE, Batch, Loss, SAEOutput, StepInfo
 from saelab.saes.batch_topk import BatchTopKConfig, BatchTopKSAE
+from saelab.saes.crosscoder import CrosscoderConfig, CrosscoderSAE
 from saelab.saes.feature_choice import FeatureChoiceConfig, FeatureChoiceSAE
 from saelab.saes.matryoshka import MatryoshkaConfig, MatryoshkaSAE
 from saelab.saes.mutual_choice import MutualChoiceConfig, MutualChoiceSAE
 from saelab.saes.relu import ReLUConfig, ReLUSAE
+from saelab.saes.skip_transcoder import SkipTranscoderConfig, SkipTranscoderSAE
 from saelab.saes.topk import TopKConfig, TopKSAE
+from saelab.saes.transcoder import TranscoderConfig, TranscoderSAE
 
 VARIANTS: dict[str, type[SAE]] = {
     "topk": TopKSAE,
@@ -17,6 +20,9 @@ VARIANTS: dict[str, type[SAE]] = {
     "feature_choice": FeatureChoiceSAE,
     "matryoshka": MatryoshkaSAE,
     "relu": ReLUSAE,
+    "crosscoder": CrosscoderSAE,
+    "transcoder": TranscoderSAE,
+    "skip_transcoder": SkipTranscoderSAE,
 }
 
 __all__ = [
@@ -27,6 +33,8 @@ __all__ = [
     "Batch",
     "BatchTopKConfig",
     "BatchTopKSAE",
+    "CrosscoderConfig",
+    "CrosscoderSAE",
     "FeatureChoiceConfig",
     "FeatureChoiceSAE",
     "Loss",
@@ -37,7 +45,11 @@ __all__ = [
     "ReLUConfig",
     "ReLUSAE",
     "SAEOutput",
+    "SkipTranscoderConfig",
+    "SkipTranscoderSAE",
     "StepInfo",
     "TopKConfig",
     "TopKSAE",
+    "TranscoderConfig",
+    "TranscoderSAE",
 ]

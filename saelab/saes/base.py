@@ -6,7 +6,6 @@ override: `encode`, `decode`, `loss`, `after_step`.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -64,6 +63,9 @@ class Loss(NamedTuple):
 class SAE(nn.Module):
     """A sparse autoencoder. `W_enc` and `W_dec` are both `(d_sae, d_in)`: one feature, one row."""
 
+    shape_names: ClassVar[tuple[str, ...]] = ()
+    """Sizes that come from the data beside `d_in`: attributes, arguments of `__init__` and keys of `sae.json`."""
+
     variant: ClassVar[str]
     Config: ClassVar[type]
     unit_norm: ClassVar[bool] = True
@@ -93,18 +95,19 @@ class SAE(nn.Module):
         """How it was trained: config, tokens, last metrics, environment."""
         self.folder: Path | None = None
 
-    def set_normalization(self, mean: Float[Tensor, " d_in"], mean_square: float) -> None:
+    @property
+    def shape(self) -> dict[str, int]:
+        """The sizes of `shape_names`."""
+        return {name: getattr(self, name) for name in self.shape_names}
+
+    def set_normalization(self, mean: Float[Tensor, "*sources d_in"], mean_square: float | Tensor) -> None:
         """Fix the input normalisation from the data's mean and mean squared norm, as `config.normalize` says.
 
         "center_and_scale": subtract the mean, scale to root-mean-square norm sqrt(d_in); "scale": scale only.
         """
-        kind = self.config.normalize
-        if kind == "none":
-            return
-        if kind == "center_and_scale":
-            self.center.copy_(mean)
-            mean_square -= float(mean.double().square().sum())
-        self.scale.fill_(math.sqrt(self.d_in / max(mean_square, 1e-30)))
+        center, scale = normalization(self.config.normalize, mean, mean_square)
+        self.center.copy_(center)
+        self.scale.copy_(scale)
 
     def normalize(self, x: Float[Tensor, ...]) -> Float[Tensor, "batch d_in"]:
         """Raw activations to the units the weights live in. Raises `ValueError` on another width."""
@@ -156,10 +159,28 @@ class SAE(nn.Module):
         if self.unit_norm:
             unit_norm_(self.W_dec)
 
+    def written(self, source: int = -1) -> tuple[Float[Tensor, "d_sae d_out"], Float[Tensor, ""]]:
+        """Decoder rows, and the scale they live in, of the site that features write (`source` counts a crosscoder's)."""
+        return self.W_dec, self.scale
+
     @property
     def hash(self) -> str:
         """SHA-256 over names, shapes and bytes of the weights."""
         return tensors_hash(self.state_dict())
+
+
+def normalization(
+    kind: str, mean: Float[Tensor, "*sources d"], mean_square: float | Tensor
+) -> tuple[Float[Tensor, "*sources d"], Float[Tensor, "*sources"]]:
+    """Centre and scale (fp64) for data of this mean and mean squared norm; see `SAE.set_normalization`."""
+    mean, mean_square = mean.double(), torch.as_tensor(mean_square, dtype=torch.float64)
+    if kind == "none":
+        return torch.zeros_like(mean), torch.ones_like(mean_square)
+    if kind == "center_and_scale":
+        mean_square = mean_square - mean.square().sum(-1)
+    else:
+        mean = torch.zeros_like(mean)
+    return mean, (mean.shape[-1] / mean_square.clamp_min(1e-30)).sqrt()
 
 
 def check_config(config: Any) -> None:

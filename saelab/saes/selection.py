@@ -70,6 +70,17 @@ class SelectionSAE(SAE):
         """What is taken from the input before the encoder; None: nothing."""
         return self.b_dec
 
+    @property
+    def rows(self) -> tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, "d_sae d_out"], Float[Tensor, " d_out"]]:
+        """`W_enc`, `W_dec` and `b_dec` as the kernels read them: one feature, one row."""
+        return self.W_enc, self.W_dec, self.b_dec
+
+    def left_for_codes(
+        self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"]
+    ) -> Float[Tensor, "batch d_out"]:
+        """What the codes have to rebuild: the target, less what a variant gives in another way."""
+        return target
+
     def select(self, x: Float[Tensor, "batch d_in"], info: StepInfo) -> SparseActs:
         """The codes of a normalised training batch."""
         return self.encode_normalized(x)
@@ -77,7 +88,8 @@ class SelectionSAE(SAE):
     def loss(self, batch: Batch, info: StepInfo) -> Loss:
         x, target = self.normalized(batch)
         acts = self.select(x, info)
-        error, residual = decode_error(acts, self.W_dec, self.b_dec, target)
+        _, W_dec, b_dec = self.rows
+        error, residual = decode_error(acts, W_dec, b_dec, self.left_for_codes(x, target))
         terms = {"fvu": error / total_variance(target)}
         terms |= self.aux_term(x, residual, acts, info)
         aux = self.config.auxk_alpha * terms[self.config.aux] if self.config.aux in terms else 0.0
@@ -89,7 +101,8 @@ class SelectionSAE(SAE):
         if not self.config.auxk_alpha or not len(chosen):
             return {}
         centered = x if self.pre_bias is None else x - self.pre_bias
-        rows = self.W_enc[chosen], self.b_enc[chosen], self.W_dec[chosen]
+        W_enc, W_dec, _ = self.rows
+        rows = W_enc[chosen], self.b_enc[chosen], W_dec[chosen]
         k_aux = self.config.k_aux or max(self.d_in // 2, 1)
         return {self.config.aux: auxk(centered, -residual, *rows, k_aux, self.signed)}
 

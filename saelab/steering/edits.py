@@ -20,6 +20,7 @@ from torch import Tensor
 
 from saelab.errors import SaelabError
 from saelab.saes import SAE
+from saelab.saes.sites import codes_need_other_sites, steered_site
 
 UNITS = ("p99", "max", "mean", "raw")
 
@@ -36,11 +37,13 @@ class FeatureEdit:
     """Added to the code, or what it becomes (a tensor holds one by absolute position), or its factor."""
     where: str = "always"
     """Every token, or only those on which the feature fires."""
+    source: int = -1
+    """Which of a crosscoder's decoder rows is added."""
 
     @property
     def d_in(self) -> int:
         """Width of the activations it edits."""
-        return self.sae.d_in
+        return self.sae.written(self.source)[0].shape[1]
 
     def __repr__(self) -> str:
         value = "values by position" if isinstance(self.value, Tensor) else f"{self.value:g}"
@@ -58,7 +61,8 @@ class FeatureEdit:
         if not moved.any():
             return x
         rows, change = rows[moved], change[moved]
-        direction = (self.sae.W_dec[self.feature].float() / self.sae.scale.float()).to(x.device)
+        decoder, scale = self.sae.written(self.source)
+        direction = (decoder[self.feature].float() / scale.float()).to(x.device)
         edited = flat.clone()
         edited[rows] = (flat[rows].float() + change[:, None] * direction).to(x.dtype)
         return edited.reshape(x.shape)
@@ -97,16 +101,19 @@ class FeatureHandle:
     """One feature of an SAE and the units its strength is measured in.
 
     `units` maps "p99", "max", "mean" to activations (of the tokens on which the feature fires). `hook_name` is by
-    default the hook the SAE was trained on. Raises `ValueError` for a feature the SAE does not have.
+    default the hook the SAE was trained on; a transcoder's is the one it predicts, a crosscoder's the last of its
+    sources. The code of those two cannot be read off that hook alone: they can only be added to. Raises `ValueError`
+    for a feature the SAE does not have.
     """
 
     def __init__(self, sae: SAE, feature: int, hook_name: str | None = None, units: Mapping[str, float] | None = None):
         if not 0 <= feature < sae.d_sae:
             raise ValueError(f"feature={feature} does not exist; this SAE has features 0 to {sae.d_sae - 1}.")
-        hook_name = hook_name or sae.origin.get("hook_name")
+        hook_name, self.source = steered_site(sae, hook_name)
         if hook_name is None:
             raise ValueError("The SAE does not say which hook it was trained on; give hook_name=.")
-        self.sae, self.feature, self.hook_name = sae, int(feature), hook_name
+        self.sae, self.feature = sae, int(feature)
+        self.hook_name = hook_name.rpartition("/")[2]  # "MODEL/HOOK" where several models were read
         self.units = dict(units or {})
 
     def __repr__(self) -> str:
@@ -162,7 +169,12 @@ class FeatureHandle:
         self, mode: Literal["add", "clamp", "scale"], value: float | Tensor, where: str = "always"
     ) -> FeatureEdit:
         value = value if isinstance(value, Tensor) else finite(value)
-        return FeatureEdit(self.hook_name, self.sae, self.feature, mode, value, where)
+        if mode != "add" and codes_need_other_sites(self.sae):
+            raise ValueError(
+                f"{mode} needs the feature's code, which this {self.sae.variant} does not read off {self.hook_name} alone: "
+                "use add (feature * 2.0)."
+            )
+        return FeatureEdit(self.hook_name, self.sae, self.feature, mode, value, where, self.source)
 
 
 def finite(value: Any) -> float:

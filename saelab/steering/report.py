@@ -144,7 +144,8 @@ def _effect(
     n_random: int,
     generator: torch.Generator,
 ) -> Effect:
-    row = handle.sae.W_dec[handle.feature].detach().float().cpu()
+    decoder, scale = handle.sae.written(handle.source)
+    row = decoder[handle.feature].detach().float().cpu()
     if "hook_resid" not in handle.hook_name or len(row) != weights.shape[1]:
         raise ValueError(f"{handle.hook_name} is not on the residual stream; its features have no logits to compare.")
     promoted = (weights @ row).topk(N_PROMOTED).indices
@@ -152,7 +153,7 @@ def _effect(
     def rise(edit: Edit) -> float:
         return float((log_probs(edit) - before)[:, promoted].mean())
 
-    norm = strength * handle.unit("p99") * row.norm() / handle.sae.scale.cpu()
+    norm = strength * handle.unit("p99") * row.norm() / scale.cpu()
     randoms = []
     for _ in range(n_random):
         direction = torch.randn(len(row), generator=generator)

@@ -1,12 +1,15 @@
-"""Where training rows come from: a cache, its path, a tensor or array, or an iterator, all as one `DataSource`."""
+"""Where training rows come from: a cache, its path, tensors, or an iterator of them, all as one `DataSource`.
+
+One stream gives the rows of every site that any SAE needs; each SAE takes its own batch from it (`View`).
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,133 +17,232 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelab.activation_cache.reader import ActivationCache
+from saelab.saes import SAE, Batch
+from saelab.saes.sites import Sites, choose_sites
 
-Rows = Callable[[int, int, int], Iterator[Tensor]]
-"""(batch_size, seed, start_step) -> batches from that step on."""
+Rows = Mapping[str, Tensor]
+"""Rows by site; row i is the same token in each."""
+Stream = Callable[[Sequence[str], int, int, int], Iterator[Rows]]
+"""(sites, batch_size, seed, start_step) -> batches from that step on."""
+
+
+class Moments(NamedTuple):
+    """What the normalisation of a site is made from."""
+
+    mean: Float[Tensor, "*sources d"]
+    mean_square: Float[Tensor, "*sources"]
+    """Mean squared norm of a row (fp64)."""
+
+
+class View(NamedTuple):
+    """What one SAE takes from the data, and what it must remember of it."""
+
+    sites: Sites
+    d_in: int
+    shape: dict[str, int]
+    """The sizes that its class names in `shape_names`."""
+    moments: tuple[Tensor, ...]
+    """Arguments of `set_normalization`."""
+    fingerprint: str
+    origin: dict[str, Any]
 
 
 @dataclass
 class DataSource:
-    """Training rows with what the SAE must remember of them."""
+    """Training rows of one site or several."""
 
-    d_in: int
-    mean: Float[Tensor, " d_in"]
-    mean_square: float
-    """Mean squared norm of a row."""
-    fingerprint: str
-    batches: Rows
+    moments: Callable[[str], Moments]
+    """Of a site."""
+    batches: Stream
+    choose: Callable[[Any], Sites]
+    """Config -> the sites of its SAE."""
+    identity: Callable[[Sites], tuple[str, dict[str, Any]]]
+    """Sites -> fingerprint of their rows, and the origin that `sae.json` keeps."""
     n_rows: int | None = None
     """How many different rows there are; None where nobody knows."""
-    origin: dict[str, Any] = field(default_factory=dict)
     documents: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
+    def view(self, variant: type[SAE], config: Any) -> View:
+        """What an SAE of this config takes. Raises `ValueError` where the data does not fit it."""
+        sites = self.choose(config)
+        x, y = self._moments(sites.reads), self._moments(sites.writes)
+        n_sources = max(one.mean.shape[0] if one.mean.ndim == 2 else 1 for one in (x, y))
+        sizes = {"n_sources": n_sources, "d_out": y.mean.shape[-1]}
+        shape = {name: sizes[name] for name in variant.shape_names}
+        if n_sources > 1 and "n_sources" not in shape:
+            raise ValueError(
+                f"A tensor to train on is (n, d_in) for {variant.variant}, got {n_sources} sources a row: only a "
+                "crosscoder reads (n, n_sources, d_in)."
+            )
+        moments = (*x, *y) if sites.reads != sites.writes else tuple(x)
+        return View(sites, x.mean.shape[-1], shape, moments, *self.identity(sites))
 
-def open_data(data: Any, hook_name: str | None, batch_size: int) -> DataSource:
+    def _moments(self, names: Sequence[str]) -> Moments:
+        """Of one site; several of equal width make one with an axis for the sources."""
+        several = [self.moments(name) for name in names]
+        if len(several) == 1:
+            return several[0]
+        widths = {name: one.mean.shape[-1] for name, one in zip(names, several, strict=True)}
+        if len(set(widths.values())) > 1:
+            raise ValueError(
+                f"The sources of a crosscoder have one width, these have {widths}: choose other hook_names."
+            )
+        return Moments(*(torch.stack(parts) for parts in zip(*several, strict=True)))
+
+
+def open_data(data: Any, hook_name: str | None) -> DataSource:
     """Make a `DataSource` of whatever `saelab.train` was given. Raises `ValueError` for anything else."""
     if isinstance(data, str | Path):
         data = ActivationCache(data)
     if isinstance(data, ActivationCache):
         return _from_cache(data, hook_name)
-    if isinstance(data, Tensor | np.ndarray):
-        return _from_tensor(_as_tensor(data))
+    if isinstance(data, Tensor | np.ndarray | Batch):
+        return _from_tensors(_as_rows(data))
     if isinstance(data, Iterable):
-        return _from_iterator(map(_as_tensor, data))
+        return _from_iterator(iter(data))
     raise ValueError(
-        f"Cannot train on {type(data).__name__}: give a cache, its path, a tensor or NumPy array (n, d_in), or an iterator "
-        "of such tensors."
+        f"Cannot train on {type(data).__name__}: give a cache, its path, a tensor or NumPy array (n, d_in), a Batch(x, y) "
+        "of them, or an iterator of such."
     )
 
 
-def _as_tensor(rows: Any) -> Tensor:
-    if isinstance(rows, np.ndarray) and rows.dtype.kind == "f":
-        return torch.from_numpy(np.require(rows, np.float32, ["C", "W"]))
-    if not isinstance(rows, Tensor):
-        kind = f"an array of {rows.dtype}" if isinstance(rows, np.ndarray) else type(rows).__name__
-        raise ValueError(f"Rows to train on are tensors or NumPy arrays of floats, (n, d_in); got {kind}.")
-    return rows
-
-
 def _from_cache(cache: ActivationCache, hook_name: str | None) -> DataSource:
-    if hook_name is None:
-        if len(cache.hook_names) > 1:
-            raise ValueError(f"The cache holds several hooks; give hook_name, one of {', '.join(cache.hook_names)}.")
-        hook_name = cache.hook_names[0]
-    if hook_name not in cache.hook_names:
-        raise ValueError(f"hook_name={hook_name!r} is not in the cache, which holds {', '.join(cache.hook_names)}.")
-    stats = cache.stats(hook_name)
-    origin = cache.origin(hook_name)
+    def moments(name: str) -> Moments:
+        stats = cache.stats(name)
+        return Moments(stats["mean"].float(), stats["second_moment"].sum())
 
-    def batches(batch_size: int, seed: int, start_step: int) -> Iterator[Tensor]:
-        return cache.batches(batch_size, seed=seed, start_step=start_step, hook_name=hook_name)
+    def batches(names: Sequence[str], batch_size: int, seed: int, start_step: int) -> Iterator[Rows]:
+        return cache.batches(batch_size, seed=seed, start_step=start_step, hook_name=list(names))
+
+    def identity(sites: Sites) -> tuple[str, dict[str, Any]]:
+        origin = _origin(cache, sites)
+        return f"cache {origin['dataset_fingerprint']} {sites}", origin
 
     return DataSource(
-        d_in=cache.d_in(hook_name),
-        mean=stats["mean"].float(),
-        mean_square=float(stats["second_moment"].sum()),
-        fingerprint=f"cache {origin['dataset_fingerprint']} {hook_name}",
+        moments=moments,
         batches=batches,
+        choose=lambda config: choose_sites(config, cache.hook_names, hook_name),
+        identity=identity,
         n_rows=cache.n_rows,
-        origin=origin,
         documents=cache.document_ids,
     )
 
 
-def _from_tensor(rows: Tensor) -> DataSource:
-    if not rows.numel():
-        raise ValueError(f"A tensor to train on is (n, d_in) with both above 0, got {tuple(rows.shape)}.")
-    rows = _as_rows(rows)
-    if not bool(rows.isfinite().all()):
-        raise ValueError(f"{int((~rows.isfinite()).any(1).sum())} of {len(rows)} rows hold NaN or infinite values.")
+def _origin(cache: ActivationCache, sites: Sites) -> dict[str, Any]:
+    """The origin of these sites' rows; hooks of a single model carry their plain names."""
+    each = {name: cache.origin(name) for name in sites.all}
+    models = {label: model for label, model in cache.models.items() if any(n.startswith(f"{label}/") for n in each)}
+    if len(models) == 1:
+        sites = Sites(*(tuple(name.partition("/")[2] for name in names) for names in sites))
+        each = {name.partition("/")[2]: origin for name, origin in each.items()}
+    origin = each[sites.reads[-1]] | sites.origin()
+    if len(each) > 1:
+        limits = {name: one["mask"]["max_norm"] for name, one in each.items()}
+        origin["mask"] = origin["mask"] | {"max_norm": limits}
+    return origin | ({"models": models} if len(models) > 1 else {})
 
-    def batches(batch_size: int, seed: int, start_step: int) -> Iterator[Tensor]:
-        return _shuffled_forever(rows, batch_size, seed, start_step)
 
-    digest = hashlib.sha256(rows.cpu().contiguous().numpy().tobytes()).hexdigest()
-    mean_square = float(rows.double().square().sum(1).mean())
-    return DataSource(rows.shape[1], rows.double().mean(0).float(), mean_square, f"tensor {digest}", batches, len(rows))
+def _from_tensors(rows: Rows) -> DataSource:
+    for name, x in rows.items():
+        if not x.numel():
+            raise ValueError(f"A tensor to train on is (n, d_in) with both above 0, {name} is {tuple(x.shape)}.")
+        if not bool(x.isfinite().all()):
+            raise ValueError(
+                f"{int((~x.isfinite()).flatten(1).any(1).sum())} of {len(x)} rows hold NaN or infinite values."
+            )
+
+    def batches(names: Sequence[str], batch_size: int, seed: int, start_step: int) -> Iterator[Rows]:
+        return ({name: rows[name][order] for name in names} for order in _shuffled(n, batch_size, seed, start_step))
+
+    def identity(sites: Sites) -> tuple[str, dict[str, Any]]:
+        return f"tensor {' '.join(digests)}", {"hook_name_out": "y"} if sites.writes != sites.reads else {}
+
+    n = len(rows["x"])
+    digests = [hashlib.sha256(x.cpu().contiguous().numpy().tobytes()).hexdigest() for x in rows.values()]
+
+    def moments(name: str) -> Moments:
+        x = rows[name].double()
+        return Moments(x.mean(0).float(), x.square().sum(-1).mean(0))
+
+    return DataSource(moments, batches, lambda config: _tensor_sites(config, rows), identity, n)
 
 
-def _as_rows(rows: Tensor, d_in: int | None = None) -> Tensor:
-    """fp32 `(n, d_in)`. Raises `ValueError` for another shape or kind."""
-    if rows.ndim != 2 or not rows.is_floating_point() or d_in not in (None, rows.shape[1]):
-        expected = f"(n, {'d_in' if d_in is None else d_in})"
+def _tensor_sites(config: Any, rows: Rows) -> Sites:
+    """x, and y where it was given: for a transcoder, and only there."""
+    predicts, several = hasattr(config, "hook_name_out"), getattr(config, "hook_names", None)
+    if "y" in rows and not predicts:
+        raise ValueError(
+            f"{type(config).__name__} rebuilds what it reads: give a tensor to train on, not a Batch(x, y)."
+        )
+    if "y" not in rows and predicts and config.hook_name_out is not None:
+        raise ValueError(
+            f"hook_name_out={config.hook_name_out!r} needs rows of that site to train on: give Batch(x, y), or a cache."
+        )
+    n_sources = rows["x"].shape[1] if rows["x"].ndim == 3 else 1
+    if several is not None and len(several) != n_sources:
+        raise ValueError(f"hook_names={several} names {len(several)} sources, the tensor to train on has {n_sources}.")
+    return Sites(("x",), ("y",) if "y" in rows else ("x",))
+
+
+def _as_rows(data: Any, like: Rows | None = None) -> Rows:
+    """fp32 rows by site of a tensor, an array, or a Batch of them. Raises `ValueError` for another shape or kind."""
+    parts = {"x": data.x, "y": data.y} if isinstance(data, Batch) else {"x": data}
+    if like is not None and parts.keys() != like.keys():
+        raise ValueError(f"Every chunk to train on has {' and '.join(like)}, this one has {' and '.join(parts)}.")
+    rows = {name: _as_floats(part, None if like is None else like[name].shape[1:]) for name, part in parts.items()}
+    if len({len(x) for x in rows.values()}) > 1:
+        raise ValueError(f"x and y to train on have as many rows each, got {[len(x) for x in rows.values()]}.")
+    return rows
+
+
+def _as_floats(rows: Any, row_shape: Sequence[int] | None = None) -> Tensor:
+    if isinstance(rows, np.ndarray) and rows.dtype.kind == "f":
+        rows = torch.from_numpy(np.require(rows, np.float32, ["C", "W"]))
+    if not isinstance(rows, Tensor):
+        kind = f"an array of {rows.dtype}" if isinstance(rows, np.ndarray) else type(rows).__name__
+        raise ValueError(f"Rows to train on are tensors or NumPy arrays of floats, (n, d_in); got {kind}.")
+    fits = rows.ndim in (2, 3) if row_shape is None else rows.shape[1:] == torch.Size(row_shape)
+    if not fits or not rows.is_floating_point():
+        expected = "(n, d_in)" if row_shape is None else f"(n, {', '.join(map(str, row_shape))})"
         raise ValueError(f"A tensor to train on is {expected} floats, got {tuple(rows.shape)} {rows.dtype}.")
     return rows.detach().float()
 
 
-def _shuffled_forever(rows: Tensor, batch_size: int, seed: int, start_step: int) -> Iterator[Tensor]:
-    """Endless batches; each epoch is a permutation of (seed, epoch), batches run over its border."""
-    first, n = start_step * batch_size, len(rows)
-    epoch, skip = divmod(first, n)
+def _shuffled(n: int, batch_size: int, seed: int, start_step: int) -> Iterator[Tensor]:
+    """Row numbers of batches without end; each epoch is a permutation of (seed, epoch), batches run over its border."""
+    epoch, skip = divmod(start_step * batch_size, n)
     waiting = torch.zeros(0, dtype=torch.int64)
     while True:
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
         waiting = torch.cat([waiting, order[skip:]])
         skip, epoch = 0, epoch + 1
         while len(waiting) >= batch_size:
-            yield rows[waiting[:batch_size]]
+            yield waiting[:batch_size]
             waiting = waiting[batch_size:]
 
 
-def _from_iterator(chunks: Iterator[Tensor]) -> DataSource:
+def _from_iterator(chunks: Iterator[Any]) -> DataSource:
     """Rows as they come; the first chunk's statistics normalise the input. A resume reads past what was used."""
-    first = next(chunks, None)
-    if first is None:
+    given = next(chunks, None)
+    if given is None:
         raise ValueError("The iterator to train on gave nothing.")
-    start = _from_tensor(first)
+    start = _from_tensors(first := _as_rows(given))
 
-    def batches(batch_size: int, seed: int, start_step: int) -> Iterator[Tensor]:
-        skip, waiting = start_step * batch_size, first.detach().float()
+    def batches(names: Sequence[str], batch_size: int, seed: int, start_step: int) -> Iterator[Rows]:
+        skip, waiting = start_step * batch_size, {name: first[name] for name in names}
         while True:
-            while len(waiting) >= batch_size + skip:
-                waiting, skip = waiting[skip:], 0
-                yield waiting[:batch_size]
-                waiting = waiting[batch_size:]
-            dropped = min(skip, len(waiting))
-            waiting, skip = waiting[dropped:], skip - dropped
-            chunk = next(chunks, None)
-            if chunk is None:
+            while (n := len(waiting[names[0]])) >= batch_size + skip:
+                yield {name: x[skip : skip + batch_size] for name, x in waiting.items()}
+                waiting, skip = {name: x[skip + batch_size :] for name, x in waiting.items()}, 0
+            waiting, skip = {name: x[min(skip, n) :] for name, x in waiting.items()}, skip - min(skip, n)
+            given = next(chunks, None)
+            if given is None:
                 return
-            waiting = torch.cat([waiting, _as_rows(chunk, start.d_in)])
+            chunk = _as_rows(given, first)
+            waiting = {name: torch.cat([x, chunk[name]]) for name, x in waiting.items()}
 
-    return DataSource(start.d_in, start.mean, start.mean_square, f"iterator from {start.fingerprint}", batches)
+    def identity(sites: Sites) -> tuple[str, dict[str, Any]]:
+        fingerprint, origin = start.identity(sites)
+        return f"iterator from {fingerprint}", origin
+
+    return DataSource(start.moments, batches, start.choose, identity)

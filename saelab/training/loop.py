@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn, overload
 
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from saelab.allocator import keep_freed_memory
@@ -16,7 +15,7 @@ from saelab.errors import TrainingError
 from saelab.saes import SAE
 from saelab.training.checkpoint import claimed
 from saelab.training.config import TrainConfig
-from saelab.training.data import DataSource, open_data
+from saelab.training.data import DataSource, Rows, open_data
 from saelab.training.interrupt import interrupt_between_steps
 from saelab.training.run import Run, variant_of
 
@@ -56,9 +55,11 @@ def train(
     """Train the SAE of `config`, or one for each config of a list, side by side on the same batches.
 
     `data` is a cache, a cache's path, a tensor or NumPy array `(n, d_in)` (shuffled, repeated as needed) or an iterator of
-    such tensors; `hook_name` chooses among a cache's hooks. `out_dir` is the SAE's folder (for a list: the RUN folder, in
-    which each gets `sae-NAME/`); without it nothing is written. The same call again goes on where it stopped, bit for bit,
-    and returns at once when finished; Ctrl-C writes a checkpoint first.
+    such tensors; `hook_name` chooses among a cache's hooks what an SAE or transcoder reads. A crosscoder takes the hooks
+    that its config names, or tensors `(n, n_sources, d_in)`; a transcoder predicts its config's `hook_name_out`, or the y
+    of a `Batch(x, y)` of tensors. `out_dir` is the SAE's folder (for a list: the RUN folder, in which each gets
+    `sae-NAME/`); without it nothing is written. The same call again goes on where it stopped, bit for bit, and returns at
+    once when finished; Ctrl-C writes a checkpoint first.
 
     Raises `ValueError` for bad arguments, `TrainingError` when activations or loss stop being finite or when `out_dir`
     holds another run.
@@ -69,7 +70,7 @@ def train(
         raise ValueError(f"train_config={train_config!r} is no saelab.TrainConfig; give TrainConfig(n_tokens=...).")
     if not configs:
         raise ValueError("The list of SAE configs is empty; give at least one.")
-    source = open_data(data, hook_name, train_config.batch_size)
+    source = open_data(data, hook_name)
     _warn_if_few(source, train_config.batch_size)
     folders = _folders(configs, out_dir, isinstance(config, Sequence))
     with ExitStack() as stack:
@@ -97,10 +98,11 @@ def _train_all(runs: list[Run], source: DataSource, config: TrainConfig, progres
     if not runs:
         return
     first = min(run.step for run in runs)
-    batches = source.batches(config.batch_size, config.seed, first)
+    sites = list(dict.fromkeys(site for run in runs for site in run.sites.all))
+    batches = source.batches(sites, config.batch_size, config.seed, first)
     options: dict[str, Any] = {"desc": "Training", "unit": "step", "disable": not progress}
     with tqdm(total=config.n_steps, initial=first, **options) as bar, interrupt_between_steps() as interrupt:
-        rows: Tensor | None = None
+        rows: Rows | None = None
         for step in range(first, config.n_steps):
             if interrupt.asked:
                 _stop(runs)

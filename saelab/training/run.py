@@ -7,11 +7,11 @@ import math
 import platform
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from saelab.errors import TrainingError
 from saelab.io import load_sae, save_sae
@@ -20,7 +20,7 @@ from saelab.saes import SAE, VARIANTS, Batch, StepInfo
 from saelab.training.adam import Adam
 from saelab.training.checkpoint import claim_run, list_checkpoints, load_checkpoint, save_checkpoint
 from saelab.training.config import TrainConfig
-from saelab.training.data import DataSource
+from saelab.training.data import DataSource, Rows
 from saelab.training.dead_features import DeadFeatures
 from saelab.training.metrics_log import MetricsLog
 from saelab.training.optimizer import apply_step, learning_rate
@@ -43,19 +43,22 @@ class Run:
     ) -> None:
         self.train, self.folder = train, folder
         self.device = _device(train.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.sae = variant_of(config)(config, source.d_in, seed=train.seed)
-        self.sae.set_normalization(source.mean, source.mean_square)
-        self.sae.origin, self.sae.train_documents = source.origin, source.documents
+        variant = variant_of(config)
+        view = source.view(variant, config)
+        self.sites = view.sites
+        self.sae = variant(config, view.d_in, seed=train.seed, **view.shape)
+        self.sae.set_normalization(*view.moments)
+        self.sae.origin, self.sae.train_documents = view.origin, source.documents
         self.sae.to(self.device)
         self.adam = Adam(self.sae.parameters(), self.sae.weight_decay)
         self.dead = DeadFeatures(self.sae.d_sae, train.dead_window, self.device)
         self.step = 0
         self.last: dict[str, Any] = {}
         self._spent, self._spent_on = 0.0, 0
-        self.finished = self._continue(config, source)
+        self.finished = self._continue(config, view.fingerprint)
         self.log = MetricsLog(folder, self.step, wandb_project) if not self.finished else None
 
-    def _continue(self, config: Any, source: DataSource) -> bool:
+    def _continue(self, config: Any, fingerprint: str) -> bool:
         """Take up what the folder holds; True when the run had already ended."""
         if self.folder is None:
             return False
@@ -63,7 +66,7 @@ class Run:
         begun = claim_run(
             self.folder,
             {"variant": self.sae.variant, "config": dataclasses.asdict(config), "train": train}
-            | {"data": source.fingerprint, "d_in": source.d_in},
+            | {"data": fingerprint, "d_in": self.sae.d_in, **self.sae.shape},
             environment(self.device),
         )
         if (self.folder / "sae.json").exists():
@@ -75,19 +78,19 @@ class Run:
             _warn_if_elsewhere(begun, environment(self.device))
         return False
 
-    def train_on(self, rows: Tensor) -> None:
+    def train_on(self, rows: Rows) -> None:
         """One optimiser step. Raises `TrainingError` on NaN or infinite rows, loss or gradient; the last checkpoint stays."""
         start = time.perf_counter()
-        rows = rows.to(self.device)
+        batch = self.sites.batch({name: rows[name].to(self.device) for name in self.sites.all})
         info = StepInfo(self.dead.dead, self.step, self.train.n_steps)
         logged = self.step % self.train.log_every == 0 or self.step == self.train.n_steps - 1
         sums: dict[str, Any] = {}
-        for part in rows.chunk(self.train.grad_accumulation):
-            share = len(part) / len(rows)
-            loss = self.sae.loss(Batch(part, part), info)
+        for part in _chunks(batch, self.train.grad_accumulation):
+            share = len(part.x) / len(batch.x)
+            loss = self.sae.loss(part, info)
             (loss.total * share).backward()
             self.dead.update(loss.acts)
-            values = {"loss": loss.total.item(), "l0": loss.acts.nnz / len(part)}
+            values = {"loss": loss.total.item(), "l0": loss.acts.nnz / len(part.x)}
             if logged:
                 values |= {name: term.item() for name, term in loss.terms.items()}
                 values["fvu"] = float(sum_of_squares(loss.residual) / total_variance(loss.y))
@@ -96,7 +99,7 @@ class Run:
         lr = learning_rate(self.train, self.sae.base_lr, self.sae.d_sae, self.step)
         sums["grad_norm"] = apply_step(self.sae, self.adam, lr, self.train.clip_norm)
         if not (math.isfinite(sums["loss"]) and math.isfinite(sums["grad_norm"])):
-            raise TrainingError(self._explain(rows))
+            raise TrainingError(self._explain(batch))
         self.step += 1
         self._spent, self._spent_on = self._spent + time.perf_counter() - start, self._spent_on + 1
         if logged:
@@ -112,7 +115,7 @@ class Run:
         if self.folder is not None and self.step:
             save_checkpoint(self.folder, self.step, self.sae, self.adam, self.dead)
 
-    def finish(self, rows: Tensor) -> SAE:
+    def finish(self, rows: Rows) -> SAE:
         """Save the trained SAE with golden inputs taken from `rows`."""
         if self.log is not None:
             self.log.close()
@@ -123,7 +126,7 @@ class Run:
         } | environment(self.device)
         self.sae.eval()
         if self.folder is not None:
-            save_sae(self.sae, self.folder, golden_inputs=rows)
+            save_sae(self.sae, self.folder, golden_inputs=self.sites.batch(rows).x)
         self.finished = True
         return self.sae
 
@@ -138,16 +141,22 @@ class Run:
         if self.log is not None:
             self.log.write(self.last | {"tokens_per_second": round(rate, 1)})
 
-    def _explain(self, rows: Tensor) -> str:
-        bad = int((~rows.isfinite()).any(1).sum())
+    def _explain(self, batch: Batch) -> str:
+        bad = int((~(batch.x.flatten(1).isfinite().all(1) & batch.y.flatten(1).isfinite().all(1))).sum())
         cause = (
-            f"{bad} of {len(rows)} activations in batch {self.step} are NaN or infinite; harvest them anew"
+            f"{bad} of {len(batch.x)} activations in batch {self.step} are NaN or infinite; harvest them anew"
             if bad
             else f"the loss of batch {self.step} is not finite though its activations are; lower lr"
         )
         saved = list_checkpoints(self.folder) if self.folder is not None else []
         kept = f"the checkpoint of step {saved[-1]} in {self.folder} is intact" if saved else "nothing was saved yet"
         return f"Training stopped at step {self.step}: {cause}; {kept}."
+
+
+def _chunks(batch: Batch, n: int) -> Iterator[Batch]:
+    """The batch in `n` parts; y stays x where it is."""
+    for x, y in zip(batch.x.chunk(n), batch.y.chunk(n), strict=True):
+        yield Batch(x, x if batch.y is batch.x else y)
 
 
 def _device(name: str) -> torch.device:

@@ -1,0 +1,121 @@
+"""What a crosscoder says of two of its sources: whose features are whose, and whether that is true.
+
+`compare_decoders` goes by decoder norms alone (Kissane et al. 2024; Minder et al. 2025, arXiv 2504.02922). A small norm
+need not mean that a source lacks the feature, so `latent_scaling` asks the activations (Minder et al., section 3.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saelab.kernels.decode import decode
+from saelab.saes import CrosscoderSAE
+
+CLASSES = ("a only", "shared", "b only", "other")
+_ENTRIES = 65_536
+
+
+class DecoderComparison(NamedTuple):
+    """Of two sources a and b, for each feature."""
+
+    norms_a: Float[Tensor, " d_sae"]
+    norms_b: Float[Tensor, " d_sae"]
+    share_b: Float[Tensor, " d_sae"]
+    """`|d_b| / (|d_a| + |d_b|)`; Kissane et al. call 0.3 to 0.7 shared."""
+    delta: Float[Tensor, " d_sae"]
+    """`((|d_b| - |d_a|) / max(|d_a|, |d_b|) + 1) / 2`: 0 is a's alone, 0.5 shared, 1 b's alone."""
+    cosine: Float[Tensor, " d_sae"]
+    """Between the two decoder rows."""
+
+    @property
+    def classes(self) -> Int[Tensor, " d_sae"]:
+        """Indices into `CLASSES`: delta under 0.1, 0.4 to 0.6, over 0.9, and the rest."""
+        kind = torch.full(self.delta.shape, 3)
+        kind[self.delta < 0.1] = 0
+        kind[(self.delta >= 0.4) & (self.delta <= 0.6)] = 1
+        kind[self.delta > 0.9] = 2
+        return kind
+
+    def counts(self) -> dict[str, int]:
+        """How many features each class has."""
+        return dict(zip(CLASSES, torch.bincount(self.classes, minlength=len(CLASSES)).tolist(), strict=True))
+
+
+@torch.no_grad()
+def compare_decoders(sae: CrosscoderSAE, a: int = 0, b: int = -1) -> DecoderComparison:
+    """Compare the decoder rows of two sources, in the units that the weights live in. NaN where both are zero."""
+    rows_a, rows_b = (sae.W_dec[source].double().cpu() for source in _checked(sae, a, b))
+    norms_a, norms_b = rows_a.norm(dim=1), rows_b.norm(dim=1)
+    delta = ((norms_b - norms_a) / torch.maximum(norms_a, norms_b) + 1) / 2
+    cosine = torch.cosine_similarity(rows_a, rows_b, dim=1)
+    return DecoderComparison(norms_a, norms_b, norms_b / (norms_a + norms_b), delta, cosine)
+
+
+class LatentScaling(NamedTuple):
+    """For each feature, how much of b's direction a source needs: 1 as much as b, 0 none. NaN: it never fired.
+
+    `beta` of a source is the least-squares factor on `z d_b` that explains what the other features leave of that source
+    ("error"), or what the crosscoder makes of it ("reconstruction"). The nu are beta of a over beta of b.
+    """
+
+    beta_error_a: Float[Tensor, " d_sae"]
+    beta_error_b: Float[Tensor, " d_sae"]
+    beta_reconstruction_a: Float[Tensor, " d_sae"]
+    beta_reconstruction_b: Float[Tensor, " d_sae"]
+
+    @property
+    def nu_error(self) -> Float[Tensor, " d_sae"]:
+        """High: a holds the feature although its decoder row there is small (complete shrinkage)."""
+        return self.beta_error_a / self.beta_error_b
+
+    @property
+    def nu_reconstruction(self) -> Float[Tensor, " d_sae"]:
+        """High: other features write the same direction into a (latent decoupling)."""
+        return self.beta_reconstruction_a / self.beta_reconstruction_b
+
+    def specific_to_b(self, error: float = 0.2, reconstruction: float = 0.5) -> Tensor:
+        """Features that both ratios leave to b alone; bounds as in Minder et al., `(d_sae)` bool."""
+        return (self.nu_error < error) & (self.nu_reconstruction < reconstruction)
+
+
+@torch.no_grad()
+def latent_scaling(
+    sae: CrosscoderSAE, batches: Iterable[Float[Tensor, "n n_sources d_in"]], a: int = 0, b: int = -1
+) -> LatentScaling:
+    """Stream raw activations once; sums are kept in float64. The direction is b's, for both sources.
+
+    With `e_m = x_m - x_hat_m`: `beta_error_m = <d_b, sum_t z e_m> / (|d_b|^2 sum_t z^2) + <d_b, d_m> / |d_b|^2`.
+    """
+    sources = _checked(sae, a, b)
+    decoder = sae.W_dec.double()
+    direction = decoder[sources[1]]
+    along_error, along_hat = torch.zeros(2, 2, sae.d_sae, dtype=torch.float64, device=direction.device)
+    squares = torch.zeros_like(along_hat[0])
+    for x in batches:
+        x = sae.normalize(x.to(direction.device))
+        acts = sae.encode_normalized(x)
+        x_hat = decode(acts, *sae.rows[1:]).unflatten(1, (sae.n_sources, sae.d_in)).double()
+        error = x.unflatten(1, (sae.n_sources, sae.d_in)).double() - x_hat
+        for entries in torch.arange(acts.nnz, device=x.device).split(_ENTRIES):
+            z, features, rows = acts.values[entries].double(), acts.features[entries], acts.rows[entries]
+            squares.index_add_(0, features, z.square())
+            for total, y in ((along_error, error), (along_hat, x_hat)):
+                for m, source in enumerate(sources):
+                    total[m].index_add_(0, features, z * (direction[features] * y[rows, source]).sum(1))
+    weight = squares * direction.square().sum(1)
+    own = torch.stack([(direction * decoder[source]).sum(1) for source in sources]) * squares
+    betas = torch.cat([along_error + own, along_hat]) / torch.where(weight > 0, weight, torch.nan)
+    return LatentScaling(*betas.cpu())
+
+
+def _checked(sae: CrosscoderSAE, *sources: int) -> list[int]:
+    """Indices from 0 up. Raises `ValueError` for a source that is not there, and for one taken twice."""
+    found = [source + sae.n_sources if source < 0 else source for source in sources]
+    if len(set(found)) < len(found) or not all(0 <= source < sae.n_sources for source in found):
+        raise ValueError(f"sources {sources} must be two of the {sae.n_sources} that this crosscoder has.")
+    return found

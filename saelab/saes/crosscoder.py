@@ -1,0 +1,152 @@
+"""Crosscoder (Lindsey et al. 2024, "Sparse crosscoders"; BatchTopK: Minder et al. 2025, arXiv 2504.02922): one code for
+several sources s, which are layers of a model or models read on the same tokens:
+
+    u = sum_s W_enc^s x^s + b_enc,   x_hat^s = W_dec^s z + b_dec^s,   n_i = sum_s |d_i^s|
+
+    "batch_topk": z = u where u n is among the k B largest of the batch, L = FVU over all sources + auxk_alpha * AuxK;
+                  at inference z = u where u n > threshold
+    "l1":         z = ReLU(u),  L = mean_t(sum_s |x^s - x_hat^s|^2 + lambda sum_i z_i n_i)
+
+A sum of norms, not the norm of all: only so does it pay to leave a source out. Each source has its own normalisation, else
+one would outweigh the others in n. No pre-bias, no norm constraint.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from saelab.kernels.decode import decode, decode_error
+from saelab.kernels.encode_batch_topk import encode_batch_topk
+from saelab.kernels.encode_threshold import encode_threshold
+from saelab.kernels.sparse_acts import SparseActs
+from saelab.losses import weighted_l1
+from saelab.saes.base import Batch, Loss, StepInfo
+from saelab.saes.selection import SelectionConfig
+from saelab.saes.threshold import ThresholdSAE
+
+INIT_NORMS = {"batch_topk": 1.0, "l1": 0.08}  # of a decoder row in each source; Kissane et al.'s code for L1
+
+
+@dataclass(frozen=True)
+class CrosscoderConfig(SelectionConfig):
+    """A dictionary of `d_sae` features, each with a direction in every source."""
+
+    sparsity: Literal["batch_topk", "l1"] = "batch_topk"
+    """`k` features on an average token (with AuxK), or an L1 penalty (without; `k` then has no meaning)."""
+    l1_coefficient: float = 5.0
+    """lambda, for sources of root-mean-square norm sqrt(d_in) and squared error summed over dimensions and sources."""
+    l1_warmup: float = 0.05
+    """Share of the run over which lambda rises from 0."""
+    init_norm: float | None = None
+    """Norm of a row in each source at the start; None is 1 for "batch_topk" and 0.08 for "l1"."""
+    hook_names: tuple[str, ...] | None = None
+    """The sources, in order; None is every hook of the cache."""
+
+    def __post_init__(self) -> None:
+        if self.hook_names is not None:
+            object.__setattr__(self, "hook_names", tuple(self.hook_names))  # JSON gives a list
+            if not self.hook_names or len(set(self.hook_names)) < len(self.hook_names):
+                raise ValueError(f"hook_names={self.hook_names} must name one hook or more, each once; None is all.")
+        super().__post_init__()
+        if self.sparsity not in INIT_NORMS:
+            raise ValueError(f"sparsity={self.sparsity!r} must be one of {', '.join(INIT_NORMS)}.")
+        if self.l1_coefficient < 0:
+            raise ValueError(f"l1_coefficient={self.l1_coefficient} must not be negative.")
+        if not 0 <= self.l1_warmup <= 1:
+            raise ValueError(f"l1_warmup={self.l1_warmup} is a share of the run: give 0 to 1.")
+        if self.init_norm is not None and not self.init_norm > 0:
+            raise ValueError(f"init_norm={self.init_norm} must be positive, or None.")
+
+
+class CrosscoderSAE(ThresholdSAE):
+    """`W_enc` and `W_dec` are `(n_sources, d_sae, d_in)`, in memory one feature after the other; `x` is
+    `(batch, n_sources, d_in)`, with one source `(batch, d_in)`. `threshold` is on `u n`."""
+
+    variant = "crosscoder"
+    Config = CrosscoderConfig
+    config: CrosscoderConfig
+    shape_names = ("n_sources",)
+    unit_norm = False
+    base_lr = 1e-3
+    rule = "u sum_s |d_s| > threshold; with sparsity l1: u > 0"
+
+    def __init__(self, config: CrosscoderConfig, d_in: int, seed: int = 0, n_sources: int = 1) -> None:
+        super().__init__(config, d_in, seed)
+        self.n_sources = n_sources
+        rows = torch.randn(self.d_sae, n_sources, d_in, generator=torch.Generator().manual_seed(seed))
+        rows /= rows.norm(dim=2, keepdim=True)
+        rows *= INIT_NORMS[config.sparsity] if config.init_norm is None else config.init_norm
+        self.W_enc, self.W_dec = (nn.Parameter(rows.clone().transpose(0, 1)) for _ in range(2))
+        self.b_dec = nn.Parameter(torch.zeros(n_sources, d_in))
+        self.center, self.scale = torch.zeros(n_sources, d_in), torch.ones(n_sources)
+        if config.sparsity == "l1":
+            self.threshold.zero_()
+            self.n_observed.fill_(1)
+
+    @property
+    def pre_bias(self) -> None:
+        return None
+
+    @property
+    def rows(self) -> tuple[Float[Tensor, "d_sae width"], Float[Tensor, "d_sae width"], Float[Tensor, " width"]]:
+        """Views: a feature's directions in all sources, one after the other."""
+        return self.W_enc.transpose(0, 1).flatten(1), self.W_dec.transpose(0, 1).flatten(1), self.b_dec.flatten()
+
+    @property
+    def decoder_norms(self) -> Float[Tensor, " d_sae"]:
+        """`n_i = sum_s |d_i^s|`."""
+        return self.W_dec.norm(dim=2).sum(0)
+
+    def set_normalization(self, mean: Float[Tensor, "*sources d_in"], mean_square: float | Tensor) -> None:
+        """Of each source by itself: `mean (n_sources, d_in)`, `mean_square (n_sources)`."""
+        squares = torch.as_tensor(mean_square, dtype=torch.float64).reshape(self.n_sources)
+        super().set_normalization(mean.reshape(self.n_sources, self.d_in), squares)
+
+    def normalize(self, x: Float[Tensor, ...]) -> Float[Tensor, "batch width"]:
+        """Raw activations to the units the weights live in, the sources of a token in one row."""
+        sources = x[:, None] if x.ndim == 2 and self.n_sources == 1 else x
+        if sources.ndim != 3 or sources.shape[1:] != (self.n_sources, self.d_in):
+            raise ValueError(
+                f"This crosscoder reads n_sources={self.n_sources} of width d_in={self.d_in}, got a tensor of shape "
+                f"{tuple(x.shape)}; give (n_tokens, n_sources, d_in) from the hooks it was trained on, in their order."
+            )
+        return ((sources.to(self.W_enc.dtype) - self.center) * self.scale[:, None]).flatten(1)
+
+    def denormalize(self, x: Float[Tensor, "batch width"]) -> Float[Tensor, "batch *sources d_in"]:
+        raw = x.unflatten(1, (self.n_sources, self.d_in)) / self.scale[:, None] + self.center
+        return raw.squeeze(1) if self.n_sources == 1 else raw
+
+    def encode_normalized(self, x: Float[Tensor, "batch width"]) -> SparseActs:
+        norms = self.decoder_norms.detach().clamp_min(torch.finfo(x.dtype).tiny)
+        return encode_threshold(x, self.rows[0], self.b_enc, self.known_threshold() / norms)
+
+    def decode(self, acts: SparseActs) -> Float[Tensor, "batch *sources d_in"]:
+        return self.denormalize(decode(acts, *self.rows[1:]))
+
+    def select(self, x: Float[Tensor, "batch width"], info: StepInfo) -> SparseActs:
+        norms = self.decoder_norms.detach()
+        acts = encode_batch_topk(x, self.rows[0], self.b_enc, self.config.k * len(x), "decoder_norm", norms)
+        if acts.nnz:
+            self.observe((acts.values.detach() * norms[acts.features]).min(), info)
+        return acts
+
+    def loss(self, batch: Batch, info: StepInfo) -> Loss:
+        return super().loss(batch, info) if self.config.sparsity == "batch_topk" else self._l1_loss(batch, info)
+
+    def _l1_loss(self, batch: Batch, info: StepInfo) -> Loss:
+        x, target = self.normalized(batch)
+        acts = self.encode_normalized(x)
+        error, residual = decode_error(acts, *self.rows[1:], target)
+        reconstruction = error / max(len(target), 1)
+        penalty = weighted_l1(acts.values, self.decoder_norms[acts.features], acts.batch)
+        risen = min(1.0, (info.step + 1) / max(1.0, self.config.l1_warmup * info.n_steps))
+        total = reconstruction + self.config.l1_coefficient * risen * penalty
+        return Loss(total, acts, residual, target, {"sse": reconstruction, "l1": penalty})
+
+    def written(self, source: int = -1) -> tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, ""]]:
+        return self.W_dec[source], self.scale[source]

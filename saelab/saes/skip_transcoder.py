@@ -1,0 +1,49 @@
+"""Skip transcoder (Paulo, Shabalin & Belrose 2025, "Transcoders beat sparse autoencoders for interpretability"):
+
+    y_hat = W_dec z + b_dec + W_skip x
+
+The linear part of the map from x to y goes past the codes, which are left with what is not linear. `W_skip (d_out, d_in)`
+starts at 0 (a plain transcoder), has no regulariser and does not count in L0. `decode(acts)` is the part of the codes;
+`forward` adds the skip, which needs x.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from saelab.saes.base import SAEOutput
+from saelab.saes.transcoder import TranscoderConfig, TranscoderSAE
+
+
+@dataclass(frozen=True)
+class SkipTranscoderConfig(TranscoderConfig):
+    """A transcoder's config; the skip has no settings."""
+
+
+class SkipTranscoderSAE(TranscoderSAE):
+    """A transcoder with a linear map beside the codes."""
+
+    variant = "skip_transcoder"
+    Config = SkipTranscoderConfig
+
+    def __init__(self, config: SkipTranscoderConfig, d_in: int, seed: int = 0, d_out: int | None = None) -> None:
+        super().__init__(config, d_in, seed, d_out)
+        self.W_skip = nn.Parameter(torch.zeros(self.d_out, d_in))
+
+    def left_for_codes(
+        self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"]
+    ) -> Float[Tensor, "batch d_out"]:
+        return target - x @ self.W_skip.T
+
+    def forward(self, x: Float[Tensor, ...]) -> SAEOutput:
+        """`x_hat == decode(acts) + skip(x)`."""
+        acts = self.encode(x)
+        return SAEOutput(self.decode(acts) + self.skip(x), acts)
+
+    def skip(self, x: Float[Tensor, ...]) -> Float[Tensor, "batch d_out"]:
+        """What the linear map adds, in the units of y."""
+        return self.normalize(x) @ self.W_skip.T / self.scale_out

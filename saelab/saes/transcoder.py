@@ -1,0 +1,87 @@
+"""Transcoder (Dunefsky et al. 2024; TopK and zero start as in EleutherAI's sparsify): codes of one site of the model that
+predict another, an MLP's input and its output for example:
+
+    z = ReLU(TopK(W_enc x + b_enc)),   y_hat = W_dec z + b_dec,   L = FVU against y + auxk_alpha * AuxK
+
+No pre-bias: `b_dec` lives at the site that is written. x and y are normalised each by its own statistics. `W_dec` starts
+at 0, so that nothing is predicted before something is learned; its rows can therefore not be kept at norm 1, and the
+scale of a code is that of its encoder row, which starts at norm 1. AuxK works as elsewhere: a dead feature's decoder row
+is free to grow from 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from saelab.kernels.encode_topk import encode_topk
+from saelab.kernels.sparse_acts import SparseActs
+from saelab.saes.base import Batch, normalization
+from saelab.saes.selection import SelectionConfig, SelectionSAE
+
+
+@dataclass(frozen=True)
+class TranscoderConfig(SelectionConfig):
+    """A dictionary of `d_sae` features, of which at most `k` fire on a token, from one site to another."""
+
+    hook_name_out: str | None = None
+    """Site to predict; None is the one that is read (a plain SAE without pre-bias)."""
+
+
+class TranscoderSAE(SelectionSAE):
+    """`W_enc (d_sae, d_in)`, `W_dec (d_sae, d_out)`; `center_out` and `scale_out` are the normalisation of y."""
+
+    variant = "transcoder"
+    Config = TranscoderConfig
+    config: TranscoderConfig
+    shape_names = ("d_out",)
+    unit_norm = False
+    rule = "the k largest u of the token, where positive"
+
+    def __init__(self, config: TranscoderConfig, d_in: int, seed: int = 0, d_out: int | None = None) -> None:
+        super().__init__(config, d_in, seed)
+        self.d_out = d_in if d_out is None else d_out
+        self.W_dec = nn.Parameter(torch.zeros(self.d_sae, self.d_out))
+        self.b_dec = nn.Parameter(torch.zeros(self.d_out))
+        self.center_out: Tensor
+        self.scale_out: Tensor
+        self.register_buffer("center_out", torch.zeros(self.d_out))
+        self.register_buffer("scale_out", torch.ones(()))
+
+    @property
+    def pre_bias(self) -> None:
+        return None
+
+    def set_normalization(
+        self,
+        mean: Float[Tensor, " d_in"],
+        mean_square: float | Tensor,
+        mean_out: Float[Tensor, " d_out"] | None = None,
+        mean_square_out: float | Tensor | None = None,
+    ) -> None:
+        """As for any SAE, and the same for y; without its statistics y is x."""
+        super().set_normalization(mean, mean_square)
+        if mean_out is None or mean_square_out is None:
+            mean_out, mean_square_out = mean, mean_square
+        center, scale = normalization(self.config.normalize, mean_out, mean_square_out)
+        self.center_out.copy_(center)
+        self.scale_out.copy_(scale)
+
+    def normalized(self, batch: Batch) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, "batch d_out"]]:
+        """Raises `ValueError` for a target of another width."""
+        x, y = self.normalize(batch.x), batch.y
+        if y.shape != (len(x), self.d_out):
+            raise ValueError(f"This transcoder predicts ({len(x)}, {self.d_out}), got y of shape {tuple(y.shape)}.")
+        return x, (y.to(x.dtype) - self.center_out) * self.scale_out
+
+    def denormalize(self, x: Float[Tensor, "batch d_out"]) -> Float[Tensor, "batch d_out"]:
+        return x / self.scale_out + self.center_out
+
+    def encode_normalized(self, x: Float[Tensor, "batch d_in"]) -> SparseActs:
+        return encode_topk(x, self.W_enc, self.b_enc, self.config.k)
+
+    def written(self, source: int = -1) -> tuple[Float[Tensor, "d_sae d_out"], Float[Tensor, ""]]:
+        return self.W_dec, self.scale_out
