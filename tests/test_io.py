@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 
 from saelab.errors import SaelabError
 from saelab.io import load_sae, save_sae
-from saelab.saes import VARIANTS, ReLUConfig, TopKConfig
+from saelab.saes import VARIANTS, CodebookConfig, ReLUConfig, TopKConfig
 
-CONFIGS = {"topk": TopKConfig(48, 6), "relu": ReLUConfig(48)}
+CONFIGS = {"topk": TopKConfig(48, 6), "relu": ReLUConfig(48), "codebook": CodebookConfig(48, 6)}
 
 
 def build(name="topk"):

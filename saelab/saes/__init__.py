@@ -3,6 +3,7 @@
 from saelab.saes.abs_topk import AbsTopKConfig, AbsTopKSAE
 from saelab.saes.base import SAE, Batch, Loss, SAEOutput, StepInfo
 from saelab.saes.batch_topk import BatchTopKConfig, BatchTopKSAE
+from saelab.saes.codebook import CodebookConfig, CodebookSAE
 from saelab.saes.feature_choice import FeatureChoiceConfig, FeatureChoiceSAE
 from saelab.saes.matryoshka import MatryoshkaConfig, MatryoshkaSAE
 from saelab.saes.mutual_choice import MutualChoiceConfig, MutualChoiceSAE
@@ -17,6 +18,7 @@ VARIANTS: dict[str, type[SAE]] = {
     "feature_choice": FeatureChoiceSAE,
     "matryoshka": MatryoshkaSAE,
     "relu": ReLUSAE,
+    "codebook": CodebookSAE,
 }
 
 __all__ = [
@@ -27,6 +29,8 @@ __all__ = [
     "Batch",
     "BatchTopKConfig",
     "BatchTopKSAE",
+    "CodebookConfig",
+    "CodebookSAE",
     "FeatureChoiceConfig",
     "FeatureChoiceSAE",
     "Loss",
