@@ -214,7 +214,7 @@ def test_unused_codes_become_inputs_when_it_is_time():
     layer.after_step()
     layer.prepare(x)
     assert torch.equal(layer.table[used], before[used])
-    fresh = layer.table[~used]
+    fresh = layer.table[~used].detach()
     distance = torch.cdist(fresh, x)
     assert float(distance.min(1).values.max()) < 1e-2 and len(set(distance.argmin(1).tolist())) == len(fresh)
     assert int(layer.counts.sum()) == 0
@@ -249,9 +249,9 @@ def test_online_codes_nothing_uses_go_to_inputs():
     assert 0 < int(unused.sum()) < 24
     before = layer.table.detach().clone()
     layer.after_step()
-    assert float(torch.cdist(layer.table[unused], x).min(1).values.max()) < 0.05
+    assert float(torch.cdist(layer.table[unused].detach(), x).min(1).values.max()) < 0.05
     busy = layer.usage > 0.0009
-    assert bool(busy.any()) and float((layer.table - before)[busy].abs().max()) < 1e-4
+    assert bool(busy.any()) and float((layer.table.detach() - before)[busy].abs().max()) < 1e-4
     after = layer.table.detach().clone()
     layer.after_step()
     assert torch.equal(layer.table, after), "anchors serve one step"
@@ -285,22 +285,22 @@ def test_loss_is_the_fvu_and_groups_read_their_slices():
     want = (out.x_hat - x).square().sum() / (x - x.mean(0)).square().sum()
     assert loss.total.item() == pytest.approx(want.item(), rel=1e-5)
     torch.testing.assert_close(loss.residual, (out.x_hat - x).detach())
-    assert sae.W_dec.shape == (24, 12) and float(sae.W_dec[:12, 6:].abs().max()) == 0
+    assert sae.W_dec.shape == (24, 12) and float(sae.W_dec.detach()[:12, 6:].abs().max()) == 0
     torch.testing.assert_close(out.acts.to_dense() @ sae.W_dec, out.x_hat)
     edited = out.acts.below(20)  # no longer k codes in each group
     torch.testing.assert_close(sae.decode(edited), edited.to_dense() @ sae.W_dec)
-    assert set(out.acts.values.tolist()) == {pytest.approx(1 / 3)} and out.acts.counts.tolist() == [6] * 50
+    assert bool((out.acts.values == torch.tensor(1 / 3)).all()) and out.acts.counts.tolist() == [6] * 50
 
 
 @pytest.mark.parametrize("revive", ["replace", "online", "simvq", "none"])
 def test_training_lowers_the_fvu_and_a_resume_is_bit_for_bit(tmp_path, revive, monkeypatch):
     x = rows(40, 8, seed=5).repeat(100, 1) + 0.3 * rows(4000, 8, seed=6)
-    config = CodebookConfig(32, 2, revive=revive, replace_every=3, start="normal")
+    config = CodebookConfig(128, 1, revive=revive, replace_every=3, start="normal")
     options: dict[str, Any] = {"batch_size": 200, "warmup_steps": 1, "lr": 0.02, "log_every": 1, "checkpoint_every": 5}
     train = saelab.TrainConfig(n_tokens=4000, **options)
     whole = saelab.train(config, x, train, tmp_path / "whole", progress=False)
     lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
-    assert lines[-1]["fvu"] < 0.7 * lines[0]["fvu"]
+    assert lines[-1]["fvu"] < 0.9 * lines[0]["fvu"]
 
     from saelab.training.run import Run
 
@@ -326,7 +326,6 @@ def test_training_lowers_the_fvu_and_a_resume_is_bit_for_bit(tmp_path, revive, m
         (lambda: CodebookConfig(10, 11), "k=11.*10 codes"),
         (lambda: CodebookConfig(10, 1, n_groups=3), "d_sae=10.*3 groups"),
         (lambda: CodebookConfig(12, 5, n_groups=3), "k=5.*4 codes of a group"),
-        (lambda: CodebookConfig(10, 1, similarity="cosine"), "similarity='cosine'.*euclidean"),  # pyright: ignore
         (lambda: CodebookConfig(10, 1, beta=-1.0), "beta=-1"),
         (lambda: CodebookConfig(10, 1, replace_every=0), "replace_every=0"),
         (lambda: CodebookSAE(CodebookConfig(12, 1, n_groups=3), 10), "d_in=10.*3 groups"),
@@ -335,6 +334,12 @@ def test_training_lowers_the_fvu_and_a_resume_is_bit_for_bit(tmp_path, revive, m
 def test_bad_configs_name_the_value(make, says):
     with pytest.raises(ValueError, match=says):
         make()
+
+
+def test_an_unknown_kind_is_named():
+    for name in ("similarity", "reduction", "gradient", "start", "revive"):
+        with pytest.raises((ValueError, TypeError), match="cosine"):  # TypeError: the tests' own check of types
+            CodebookConfig(10, 1, **{name: "cosine"})
 
 
 # --- inside a model
@@ -386,9 +391,8 @@ def test_generation_with_codebooks_equals_the_whole_pass(tiny_lm):
     """With the key-value cache tokens come one by one: the same codes, as a row's codes do not depend on its batch."""
     with insert(tiny_lm, CONFIG, [HEADS, MLP]):
         made = tiny_lm.generate_ids(PROMPT[:1], max_new_tokens=5)
-        ids = torch.tensor([made.ids])
-        best = tiny_lm.logits(ids)[0, made.n_prompt - 1 : -1].argmax(-1)
-        assert best.tolist() == list(made.ids[made.n_prompt :])
+        best = tiny_lm.logits(made.ids[None])[0, made.n_prompt - 1 : -1].argmax(-1)
+        assert best.tolist() == made.ids[made.n_prompt :].tolist()
 
 
 def test_bad_inserts_name_the_value(tiny_lm):
@@ -454,7 +458,7 @@ def test_finetune_refuses_what_it_cannot_do(own_lm, tiny_folder):
 def test_a_forced_code_moves_the_output_by_the_difference(tiny_lm, hook):
     """By `(c_new - c_old) / k` at its position, in its group, and nowhere else."""
     with insert(tiny_lm, CONFIG, hook) as inserted:
-        layer, ids = inserted.codebooks[hook], inserted.codes(PROMPT)[hook]
+        layer, ids = inserted.codebooks[hook].requires_grad_(False), inserted.codes(PROMPT)[hook]
         group = layer.n_groups - 1
         new = next(c for c in range(layer.d_sae - 1, 0, -1) if not bool((ids == c).any()))
         (before,) = tiny_lm.stream_activations([PROMPT], [hook])
@@ -486,7 +490,7 @@ def test_forcing_a_code_that_is_there_changes_no_bit(tiny_lm):
 
 def test_a_blocked_code_makes_way_for_the_next_best(tiny_lm):
     with insert(tiny_lm, CONFIG, MLP) as inserted:
-        layer, ids = inserted.codebooks[MLP], inserted.codes(PROMPT)[MLP]
+        layer, ids = inserted.codebooks[MLP].requires_grad_(False), inserted.codes(PROMPT)[MLP]
         code = int(ids[0, 2, 0])
         (before,) = tiny_lm.stream_activations([PROMPT], [MLP])
         with tiny_lm.steer(inserted.block(MLP, code)):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -106,34 +107,21 @@ def run_fsm(
         raise ValueError(f"k={config.k}: a state is forced by one code for each group; give k=1.")
     machine = Machine.random(n_states, n_edges, seed)
     texts = machine.write(machine.walks(max(4 * batch_size, 20_000), walk_length, seed + 1))
-    options: dict[str, Any] = {
-        "n_steps": n_steps,
-        "batch_size": batch_size,
-        "lr": lr,
-        "seed": seed,
-        "progress": progress,
-    }
-
-    def model() -> LanguageModel:
-        return build_tiny_llama(D_VOCAB, d_model, n_layers, n_heads, texts.shape[1], seed)
-
-    bare, lm = model(), model()
-    losses_bare = finetune(bare, texts, **options)
     hooks = [f"blocks.{i}.{site}" for i in range(n_layers) for site in ("attn.hook_z", "hook_mlp_out")]
+    bare, lm = (build_tiny_llama(D_VOCAB, d_model, n_layers, n_heads, texts.shape[1], seed) for _ in range(2))
+    train = partial(finetune, n_steps=n_steps, batch_size=batch_size, lr=lr, seed=seed, progress=progress)
+    loss_bare = _last(train(bare, texts))
     with insert(lm, config, hooks, seed) as inserted:
-        losses = finetune(lm, texts, inserted, **options)
+        loss = _last(train(lm, texts, inserted))
         numbers = measure(lm, inserted, machine, seed + 2)
-    last = min(50, n_steps)
-    return FSMResult(
-        seed=seed,
-        n_states=n_states,
-        n_steps=n_steps,
-        loss=sum(losses[-last:]) / last,
-        loss_bare=sum(losses_bare[-last:]) / last,
-        accuracy_bare=transition_accuracy(bare, machine, machine.walks(1000, 8, seed + 3)[:, :4], seed),
-        accuracy_chance=n_edges / 10**machine.n_digits,
-        **numbers,
-    )
+    accuracy = transition_accuracy(bare, machine, machine.walks(1000, 8, seed + 3)[:, :4], seed)
+    numbers |= {"loss": loss, "loss_bare": loss_bare, "accuracy_bare": accuracy}
+    return FSMResult(seed, n_states, n_steps, accuracy_chance=n_edges / 10**machine.n_digits, **numbers)
+
+
+def _last(losses: list[float], n: int = 50) -> float:
+    """Mean of the last losses of a training."""
+    return sum(losses[-n:]) / len(losses[-n:])
 
 
 def measure(lm: LanguageModel, inserted: Inserted, machine: Machine, seed: int) -> dict[str, Any]:

@@ -94,7 +94,7 @@ class CodeEdit:
         own = slice(group * k, (group + 1) * k)
         a = seen.unflatten(1, (book.n_groups, book.width))[:, group]
         order = similarities(a, book.codes[ids[:, own]], book.config.similarity).argsort(
-            1, descending=True, stable=True
+            dim=1, descending=True, stable=True
         )
         changed = ids[:, own].scatter(1, order[:, self.slot, None], self.code).sort(1).values
         return torch.cat([ids[:, : own.start], changed, ids[:, own.stop :]], 1)

@@ -52,24 +52,21 @@ def finetune(
         raise ValueError(f"{inserted!r} are not in this model, or were removed: insert codebooks in {lm.name} first.")
     if train_lm and lm.dtype != torch.float32:
         raise ValueError(f"{lm.name} is {lm.dtype}; train it in float32 (load_model(..., dtype=torch.float32)).")
-    batches = _from_ids(texts, batch_size, seed) if isinstance(texts, Tensor) else None
-    batches = batches or _from_texts(lm, texts, batch_size, ctx_len, split)
-    if inserted is not None and train_lm and inserted.base_hash is None:
-        inserted.base_hash = lm.hash
-    with _trained(lm, inserted, train_lm) as parameters:
+    from_ids = isinstance(texts, Tensor)
+    batches = _from_ids(texts, batch_size, seed) if from_ids else _from_texts(lm, texts, batch_size, ctx_len, split)
+    bar = tqdm(range(n_steps), desc="Finetuning", unit="step", disable=not progress)
+    losses: list[float] = []
+    with _trained(lm, inserted, train_lm) as parameters, bar:
         optimizer = torch.optim.Adam(parameters, lr)
-        losses = []
-        with tqdm(range(n_steps), desc="Finetuning", unit="step", disable=not progress) as bar:
-            for step in bar:
-                for group in optimizer.param_groups:
-                    group["lr"] = lr * min(1.0, (step + 1) / max(warmup_steps, 1))
-                ids, labels = next(batches)
-                losses.append(_step(lm, books, ids.to(lm.device), labels.to(lm.device), optimizer, parameters))
-                bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
+        for step in bar:
+            optimizer.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / max(warmup_steps, 1))
+            losses.append(_step(lm, books, *next(batches), optimizer, parameters))
+            bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
     return losses
 
 
 def _step(lm: LanguageModel, books: list[Any], ids: Tensor, labels: Tensor, optimizer: Any, parameters: Any) -> float:
+    ids, labels = ids.to(lm.device), labels.to(lm.device)
     loss = lm_loss(_logits(lm, ids), labels)
     total = loss + sum(book.loss for book in books)
     optimizer.zero_grad()
@@ -103,6 +100,8 @@ def _trained(lm: LanguageModel, inserted: Inserted | None, train_lm: bool) -> It
     )
     if not parameters:
         raise ValueError("There is nothing to train: insert codebooks, or let train_lm be True.")
+    if inserted is not None and train_lm and inserted.base_hash is None:
+        inserted.base_hash = lm.hash
     for book in codebooks:
         book.train()
     lm.model.requires_grad_(train_lm)

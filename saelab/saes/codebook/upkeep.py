@@ -22,7 +22,7 @@ DECAY = 0.99
 
 def generator_of(seed: int, step: int) -> torch.Generator:
     """The random numbers of one step: the same after a resume."""
-    return torch.Generator().manual_seed((seed << 32) + step)
+    return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**32)  # of more bits only 32 count
 
 
 @torch.no_grad()
