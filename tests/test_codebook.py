@@ -1,7 +1,7 @@
 """Codebook features: selection, gradients, upkeep by hand; codebooks inside a model: insert, finetune, force, save."""
 
 import json
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -339,7 +339,7 @@ def test_bad_configs_name_the_value(make, says):
 def test_an_unknown_kind_is_named():
     for name in ("similarity", "reduction", "gradient", "start", "revive"):
         with pytest.raises((ValueError, TypeError), match="cosine"):  # TypeError: the tests' own check of types
-            CodebookConfig(10, 1, **{name: "cosine"})
+            CodebookConfig(10, 1, **cast(Any, {name: "cosine"}))
 
 
 # --- inside a model
