@@ -25,7 +25,8 @@ def rows(n: int, d: int = 12, seed: int = 0) -> torch.Tensor:
 
 
 def book(d_in: int = 12, groups: int = 1, with_norm: bool = False, **changes) -> Codebook:
-    config = CodebookConfig(**({"d_sae": 24, "k": 3} | changes))
+    arguments: dict[str, Any] = {"d_sae": 24, "k": 3} | changes
+    config = CodebookConfig(**arguments)
     return Codebook(config, d_in, groups, with_norm, seed=1).eval()
 
 
@@ -267,7 +268,7 @@ def test_simvq_codes_are_one_map_of_frozen_ones():
     _, acts, loss = layer.bottleneck(x)
     loss.backward()
     with torch.no_grad():
-        layer.map -= 0.1 * gradient(layer.map)
+        layer.map.sub_(0.1 * gradient(layer.map))
     moved = (layer.codes - before).norm(dim=1) > 0
     assert bool(moved.all()) and len(acts.features.unique()) < 24, "codes that nothing selected move too"
     assert {name for name, _ in layer.named_parameters()} == {"map"}

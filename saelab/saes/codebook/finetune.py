@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
@@ -92,7 +92,7 @@ def _logits(lm: LanguageModel, ids: Tensor) -> Tensor:
 
 
 @contextmanager
-def _trained(lm: LanguageModel, inserted: Inserted | None, train_lm: bool) -> Iterator[list[Tensor]]:
+def _trained(lm: LanguageModel, inserted: Inserted | None, train_lm: bool) -> Iterator[list[nn.Parameter]]:
     """The parameters to train, ready for it inside the block and frozen again after it."""
     codebooks = [] if inserted is None else list(inserted.codebooks.values())
     parameters = [p for book in codebooks for p in book.parameters()] + (
