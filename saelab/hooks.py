@@ -2,7 +2,7 @@
 
 Two kinds of model share this file: plain Hugging Face modules (fast, read with forward hooks) and a
 TransformerBridge, whose hook points are modules already. Hooks live only while one forward pass runs (`tapped`), so
-none can be left behind.
+none can be left behind. (Codebooks that a model is trained with are attached to stay.)
 """
 
 from __future__ import annotations
@@ -89,6 +89,11 @@ def bridge_sites(bridge: Any) -> dict[str, Site]:
     return {name: Site(point, "point") for name, point in bridge.hook_dict.items()}
 
 
+def fast_sites(model: Any) -> dict[str, Site]:
+    """The sites of a model as it is: a bridge's, or those of a Hugging Face decoder."""
+    return bridge_sites(model) if hasattr(model, "hook_dict") else hf_sites(model, model.config)
+
+
 def unknown_hook(hook_name: str, names: Sequence[str], model_name: str) -> ValueError:
     """The error for a hook that a model does not have: the nearest names first, then the pattern of all."""
     nearest = difflib.get_close_matches(str(hook_name), names, n=5, cutoff=0.0)
@@ -128,9 +133,9 @@ def tapped(
     wanted = set(hook_names)
     try:
         for name in sorted(groups, key=list(sites).index):
-            handles += _attach(sites[name], _editor(groups[name], positions))
+            handles += attach(sites[name], _editor(groups[name], positions))
         for name in wanted:
-            handles += _attach(sites[name], _capturer(name, wanted, captured if captured is not None else {}))
+            handles += attach(sites[name], _capturer(name, wanted, captured if captured is not None else {}))
         yield
     except CutForward:
         pass
@@ -177,8 +182,11 @@ def _sum_of_changes(x: Tensor, results: list[Tensor]) -> Tensor:
     return torch.where(changed, (x.to(wide) + change).to(x.dtype), x)
 
 
-def _attach(site: Site, function: Callable[[Tensor], Tensor | None]) -> list[Any]:
-    """Call `function` with the tensor at `site`; what it returns (unless None) takes the tensor's place."""
+def attach(site: Site, function: Callable[[Tensor], Tensor | None]) -> list[Any]:
+    """Call `function` with the tensor at `site`; what it returns (unless None) takes the tensor's place.
+
+    Gives handles with `remove()`. What was attached first is called first.
+    """
     if site.kind == "point":
         return [_PointHandle(site.module, function)]
     if site.kind == "output":
@@ -196,15 +204,15 @@ def _attach_mid(site: Site, function: Callable[[Tensor], Tensor | None]) -> list
     def at_norm(x: Tensor) -> Tensor | None:
         result = function(x)
         if result is not None and result is not x:
-            change.append(result - x)
+            change[:] = [result - x]  # a pass that was cut may have left one
         return result
 
     def at_layer_end(x: Tensor) -> Tensor | None:
         return x + change.pop() if change else None
 
     return [
-        *_attach(Site(site.module, "input"), at_norm),
-        *_attach(Site(site.layer, "output"), at_layer_end),
+        *attach(Site(site.module, "input"), at_norm),
+        *attach(Site(site.layer, "output"), at_layer_end),
     ]
 
 

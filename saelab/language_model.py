@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelab.errors import ModelError
-from saelab.hooks import Edit, Site, bridge_sites, hf_sites, is_plain_mistake, tapped, unknown_hook
+from saelab.hooks import Edit, Site, bridge_sites, fast_sites, is_plain_mistake, tapped, unknown_hook
 from saelab.model_hash import hash_folder, hash_model, hash_tokenizer
 from saelab.prompts import Prompt, check_ids, special_token_ids, to_batch
 from saelab.sampling import Generation, check_generation, sample
@@ -50,7 +50,7 @@ class LanguageModel:
         self.bos_id: int | None = getattr(tokenizer, "bos_token_id", None)
         self.eos_id: int | None = getattr(tokenizer, "eos_token_id", None)
         self.special_ids: tuple[int, ...] = special_token_ids(tokenizer)
-        self._sites: dict[str, Site] = bridge_sites(model) if self._is_bridge else hf_sites(model, config)
+        self._sites: dict[str, Site] = fast_sites(model)
         self._edits: tuple[Edit, ...] = ()
         self._lock = threading.RLock()
         self._widths: dict[str, int] = {}
@@ -71,6 +71,10 @@ class LanguageModel:
     def tokenizer_hash(self) -> str:
         """SHA-256 of the tokenizer's content; "" for a model without one."""
         return hash_tokenizer(self.tokenizer)
+
+    def weights_changed(self) -> None:
+        """Forget what came from the old weights (hash, bridge), after they were trained in place."""
+        self._folder, _, _ = None, self.__dict__.pop("hash", None), self.__dict__.pop("_bridge", None)
 
     # --- hooks
 

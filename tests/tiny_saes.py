@@ -25,7 +25,7 @@ def build(name: str, normalize: str = "center_and_scale", **changes: Any) -> Any
     sae = VARIANTS[name](config_of(name, normalize=normalize, **changes), D_IN, seed=3)
     sae.set_normalization(torch.linspace(-2, 2, D_IN), 40.0)
     with torch.no_grad():
-        for bias in (getattr(sae, "b_enc", None), sae.b_dec):
+        for bias in (getattr(sae, "b_enc", None), getattr(sae, "b_dec", None)):
             if bias is not None:
                 bias.add_(0.1 * torch.randn(bias.shape))
         if not bool(sae.W_dec.any()):  # a transcoder's decoder starts at 0, where no gradient reaches the encoder

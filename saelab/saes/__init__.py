@@ -3,6 +3,7 @@
 from saelab.saes.abs_topk import AbsTopKConfig, AbsTopKSAE
 from saelab.saes.base import SAE, Batch, Loss, SAEOutput, StepInfo
 from saelab.saes.batch_topk import BatchTopKConfig, BatchTopKSAE
+from saelab.saes.codebook import CodebookConfig, CodebookSAE
 from saelab.saes.crosscoder import CrosscoderConfig, CrosscoderSAE
 from saelab.saes.feature_choice import FeatureChoiceConfig, FeatureChoiceSAE
 from saelab.saes.matryoshka import MatryoshkaConfig, MatryoshkaSAE
@@ -23,6 +24,7 @@ VARIANTS: dict[str, type[SAE]] = {
     "crosscoder": CrosscoderSAE,
     "transcoder": TranscoderSAE,
     "skip_transcoder": SkipTranscoderSAE,
+    "codebook": CodebookSAE,
 }
 
 __all__ = [
@@ -33,6 +35,8 @@ __all__ = [
     "Batch",
     "BatchTopKConfig",
     "BatchTopKSAE",
+    "CodebookConfig",
+    "CodebookSAE",
     "CrosscoderConfig",
     "CrosscoderSAE",
     "FeatureChoiceConfig",

@@ -83,8 +83,7 @@ class SAE(nn.Module):
         self.d_in, self.d_sae = d_in, int(config.d_sae)
         rows = torch.randn(self.d_sae, d_in, generator=torch.Generator().manual_seed(seed))
         rows /= rows.norm(dim=1, keepdim=True)
-        self.W_enc, self.W_dec = nn.Parameter(rows.clone()), nn.Parameter(rows)  # (d_sae, d_in)
-        self.b_enc, self.b_dec = nn.Parameter(torch.zeros(self.d_sae)), nn.Parameter(torch.zeros(d_in))
+        self.make_weights(rows)
         self.center: Tensor
         self.scale: Tensor
         self.register_buffer("center", torch.zeros(d_in))
@@ -94,6 +93,11 @@ class SAE(nn.Module):
         self.trained: dict[str, Any] = {}
         """How it was trained: config, tokens, last metrics, environment."""
         self.folder: Path | None = None
+
+    def make_weights(self, rows: Float[Tensor, "d_sae d_in"]) -> None:
+        """The parameters, from random unit `rows`."""
+        self.W_enc, self.W_dec = nn.Parameter(rows.clone()), nn.Parameter(rows)  # (d_sae, d_in)
+        self.b_enc, self.b_dec = nn.Parameter(torch.zeros(self.d_sae)), nn.Parameter(torch.zeros(self.d_in))
 
     @property
     def shape(self) -> dict[str, int]:
@@ -116,7 +120,7 @@ class SAE(nn.Module):
                 f"This SAE reads activations of width d_in={self.d_in}, got a tensor of shape {tuple(x.shape)}; "
                 "give (n_tokens, d_in) from the hook it was trained on."
             )
-        return (x.to(self.W_enc.dtype) - self.center) * self.scale
+        return (x.to(self.center.dtype) - self.center) * self.scale
 
     def normalized(self, batch: Batch) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, "batch d_out"]]:
         """Input and target of a training batch in the units of the weights."""

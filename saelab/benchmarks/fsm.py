@@ -1,0 +1,219 @@
+"""Does a model with codebooks learn a finite-state machine, do its codes stand for states, and do they steer it?
+
+A small transformer is trained from nothing on the machine's texts, with codebooks (k = 1) at the heads and the MLP of each
+layer; a second one without, for comparison. Then, on fresh texts:
+
+- first-transition accuracy: of the next states sampled after a random walk, the share that an edge leads to;
+- purity of a state: the share of its tokens (last digits) whose code stands for it, where a code stands for the state that
+  it was kept on most often in other texts; the mean over states, at the hook where those other texts gave the best;
+- steering: all codes of a token are forced to those most common for another state; Jensen-Shannon divergence between the
+  next-token distribution and the true one of that state, before and after.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from saelab.benchmarks.fsm_language import D_VOCAB, Machine, js_divergence
+from saelab.language_model import LanguageModel
+from saelab.models_tiny import build_tiny_llama
+from saelab.saes.codebook import CodebookConfig, Inserted, finetune, insert
+
+ACCURACY, PURITY, JS_SHARE = 0.95, 0.9, 0.5
+"""What the claims ask for: of the bare model's accuracy; of purity; of the divergence without forcing, at most."""
+
+
+@dataclass(frozen=True)
+class FSMResult:
+    """What `run_fsm` measured."""
+
+    seed: int
+    n_states: int
+    n_steps: int
+    loss: float
+    """Mean of the last 50 training losses, with codebooks."""
+    loss_bare: float
+    """The same without."""
+    accuracy: float
+    """First-transition accuracy with codebooks."""
+    accuracy_bare: float
+    """The same without."""
+    accuracy_chance: float
+    """Of uniform digits."""
+    purity: float
+    """Mean over states, at `purity_hook`."""
+    purity_hook: str
+    purities: dict[str, float]
+    """At every hook; a hook with heads counts the tuple of its codes as one."""
+    purity_chance: float
+    """The same with the states of the tokens shuffled."""
+    js_before: float
+    """In bits, against the state to be reached, with nothing forced."""
+    js_forced: float
+    """With its codes forced at every hook."""
+    js_own: float
+    """The model's own distribution on that state, nothing forced: what forcing can reach."""
+    accuracy_forced: float
+    """Of the next states sampled after forcing, the share that an edge leads to from the state forced."""
+
+    @property
+    def claims(self) -> list[tuple[str, bool]]:
+        """Each claim with its numbers, and whether it holds."""
+        return [
+            (
+                f"accuracy {self.accuracy:.3f} >= {ACCURACY} * {self.accuracy_bare:.3f} of the bare model",
+                self.accuracy >= ACCURACY * self.accuracy_bare,
+            ),
+            (f"state purity {self.purity:.3f} >= {PURITY} at {self.purity_hook}", self.purity >= PURITY),
+            (
+                f"forced divergence {self.js_forced:.3f} <= {JS_SHARE} * {self.js_before:.3f} bits",
+                self.js_forced <= JS_SHARE * self.js_before,
+            ),
+        ]
+
+    def __str__(self) -> str:
+        """A table: numbers, then claims."""
+        rows = [(f.name, getattr(self, f.name)) for f in fields(self) if f.name != "purities"]
+        rows += [(f"purity at {name}", value) for name, value in self.purities.items()]
+        lines = [f"{name:32} {value:.4f}" if isinstance(value, float) else f"{name:32} {value}" for name, value in rows]
+        return "\n".join(lines + [f"{'held' if held else 'NOT held':9} {claim}" for claim, held in self.claims])
+
+
+def run_fsm(
+    seed: int = 0,
+    n_states: int = 50,
+    n_edges: int = 10,
+    *,
+    n_steps: int = 1500,
+    batch_size: int = 64,
+    walk_length: int = 24,
+    d_model: int = 64,
+    n_layers: int = 2,
+    n_heads: int = 4,
+    config: CodebookConfig | None = None,
+    lr: float = 2e-3,
+    progress: bool = True,
+) -> FSMResult:
+    """Train both models and measure. `config` is for every hook (its codes are shared out among heads) and has k = 1."""
+    config = config or CodebookConfig(d_sae=1000, k=1)
+    if config.k != 1:
+        raise ValueError(f"k={config.k}: a state is forced by one code for each group; give k=1.")
+    machine = Machine.random(n_states, n_edges, seed)
+    texts = machine.write(machine.walks(max(4 * batch_size, 20_000), walk_length, seed + 1))
+    hooks = [f"blocks.{i}.{site}" for i in range(n_layers) for site in ("attn.hook_z", "hook_mlp_out")]
+    bare, lm = (build_tiny_llama(D_VOCAB, d_model, n_layers, n_heads, texts.shape[1], seed) for _ in range(2))
+    train = partial(finetune, n_steps=n_steps, batch_size=batch_size, lr=lr, seed=seed, progress=progress)
+    loss_bare = _last(train(bare, texts))
+    with insert(lm, config, hooks, seed) as inserted:
+        loss = _last(train(lm, texts, inserted))
+        numbers = measure(lm, inserted, machine, seed + 2)
+    accuracy = transition_accuracy(bare, machine, machine.walks(1000, 8, seed + 3)[:, :4], seed)
+    numbers |= {"loss": loss, "loss_bare": loss_bare, "accuracy_bare": accuracy}
+    return FSMResult(seed, n_states, n_steps, accuracy_chance=n_edges / 10**machine.n_digits, **numbers)
+
+
+def _last(losses: list[float], n: int = 50) -> float:
+    """Mean of the last losses of a training."""
+    return sum(losses[-n:]) / len(losses[-n:])
+
+
+def measure(lm: LanguageModel, inserted: Inserted, machine: Machine, seed: int) -> dict[str, Any]:
+    """Accuracy, purity and steering of a model with its codebooks in."""
+    fit, test = machine.walks(1000, 8, seed), machine.walks(1000, 8, seed + 1)
+    codes_fit, codes_test = state_codes(inserted, machine, fit), state_codes(inserted, machine, test)
+    states_fit, states_test = fit.flatten(), test.flatten()
+    known = {name: purity(ids, states_fit, ids, states_fit) for name, ids in codes_fit.items()}
+    purities = {name: purity(codes_fit[name], states_fit, ids, states_test) for name, ids in codes_test.items()}
+    best = max(known, key=lambda name: known[name])
+    order = torch.randperm(len(states_test), generator=torch.Generator().manual_seed(seed))
+    chance = purity(codes_fit[best], states_fit[order], codes_test[best], states_test[order])
+    return {
+        "accuracy": transition_accuracy(lm, machine, test[:, :4], seed - 2),
+        "purity": purities[best],
+        "purity_hook": best,
+        "purities": purities,
+        "purity_chance": chance,
+        **steering(lm, inserted, machine, codes_fit, states_fit, seed),
+    }
+
+
+def state_codes(inserted: Inserted, machine: Machine, walks: Int[Tensor, "n length"]) -> dict[str, Tensor]:
+    """Hook name -> codes `(n * length, kept)` on the last digit of each state."""
+    last = slice(machine.n_digits, None, machine.n_digits)
+    return {name: ids[:, last].flatten(0, 1) for name, ids in inserted.codes(machine.write(walks)).items()}
+
+
+def purity(codes_fit: Tensor, states_fit: Tensor, codes: Tensor, states: Tensor) -> float:
+    """Mean over states of the share of tokens whose set of codes stands for their state; an unknown set stands for none."""
+    sets, of = torch.cat([codes_fit, codes]).unique(dim=0, return_inverse=True)
+    n_states = int(torch.cat([states_fit, states]).max()) + 1
+    counts = torch.bincount(of[: len(codes_fit)] * n_states + states_fit, minlength=len(sets) * n_states)
+    most, stands_for = counts.view(len(sets), n_states).max(1)
+    right = (stands_for.where(most > 0, -1)[of[len(codes_fit) :]] == states).float()
+    total = torch.bincount(states, minlength=n_states)
+    return (torch.bincount(states, right, minlength=n_states) / total.clamp_min(1))[total > 0].mean().item()
+
+
+def transition_accuracy(lm: LanguageModel, machine: Machine, walks: Int[Tensor, "n length"], seed: int) -> float:
+    """Share of sampled next states that an edge of the machine leads to."""
+    states = sample_next(lm, machine, machine.write(walks), seed)
+    return allowed_share(machine, walks[:, -1], states)
+
+
+def allowed_share(machine: Machine, before: Int[Tensor, " n"], after: Int[Tensor, " n"]) -> float:
+    """Of these pairs, the share with an edge; -1 is no state."""
+    return (machine.allowed[before, after.clamp_min(0)] & (after >= 0)).float().mean().item()
+
+
+def sample_next(
+    lm: LanguageModel, machine: Machine, ids: Int[Tensor, "n seq"], seed: int, edits: list[Any] | None = None
+) -> Int[Tensor, " n"]:
+    """The state after each text, its digits sampled one by one (-1: no state)."""
+    generator, start = torch.Generator().manual_seed(seed), ids.shape[1]
+    with lm.steer(*edits) if edits else nullcontext():
+        for _ in range(machine.n_digits):
+            chosen = lm.logits(ids)[:, -1].softmax(-1).multinomial(1, generator=generator)
+            ids = torch.cat([ids, chosen], 1)
+    return machine.read(ids[:, start:])
+
+
+def steering(
+    lm: LanguageModel, inserted: Inserted, machine: Machine, codes: dict[str, Tensor], states: Tensor, seed: int
+) -> dict[str, float]:
+    """Force the codes of each state in turn on the last token of texts that end in other states."""
+    walks = machine.walks(16 * machine.n_states, 4, seed + 3)
+    truth, sums, n = machine.next_digit(), torch.zeros(4), 0
+    for target in range(machine.n_states):
+        sources = walks[target :: machine.n_states]
+        sources = sources[sources[:, -1] != target]
+        if not len(sources) or not bool((states == target).any()):
+            continue
+        ids = machine.write(sources)
+        edits = _forcing(inserted, codes, states == target, ids.shape[1] - 1)
+        own = torch.cat([sources[:, :-1], torch.full_like(sources[:, -1:], target)], 1)
+        aim = truth[target].expand(len(ids), -1)
+        forced = sample_next(lm, machine, ids, seed + target, edits)
+        shown = (lm.logits(ids), lm.run_with_edit(ids, edits), lm.logits(machine.write(own)))
+        found = [js_divergence(logits[:, -1].softmax(-1), aim).mean() for logits in shown]
+        sums += len(ids) * torch.stack(
+            [*found, torch.tensor(allowed_share(machine, aim.new_full((len(ids),), target).long(), forced))]
+        )
+        n += len(ids)
+    names = ("js_before", "js_forced", "js_own", "accuracy_forced")
+    return dict(zip(names, (sums / max(n, 1)).tolist(), strict=True))
+
+
+def _forcing(inserted: Inserted, codes: dict[str, Tensor], here: Tensor, position: int) -> list[Any]:
+    """Edits that force, at every hook and slot, the code that is most common on the tokens `here`."""
+    return [
+        inserted.force(name, int(column.mode().values), position)
+        for name, ids in codes.items()
+        for column in ids[here].T
+    ]

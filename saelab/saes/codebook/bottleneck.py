@@ -1,0 +1,136 @@
+"""Codebooks inside a model: at each hook the activation is replaced by its codes' mean, and the model goes on with that.
+
+`insert` attaches them until `remove()`; meanwhile everything that runs the model sees them. What a LayerNorm did is not
+undone: the model has to be trained around its codebooks (`finetune`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saelab.hooks import attach, fast_sites
+from saelab.saes.codebook.config import CodebookConfig
+from saelab.saes.codebook.edits import CodeEdit
+from saelab.saes.codebook.quantizer import Codebook
+
+if TYPE_CHECKING:
+    from saelab.language_model import LanguageModel
+    from saelab.prompts import Prompt
+
+
+class Bottleneck:
+    """What stands at one hook. After a pass it knows what it saw: `seen (tokens, d_in)` and the codes, `ids (tokens, kept)`."""
+
+    def __init__(self, hook_name: str, codebook: Codebook) -> None:
+        self.hook_name, self.codebook = hook_name, codebook
+        self.seen: Tensor | None = None
+        self.ids: Tensor | None = None
+        self.loss: Tensor | None = None
+
+    def __call__(self, x: Float[Tensor, "batch seq *d_in"]) -> Float[Tensor, "batch seq *d_in"]:
+        """The hook: the codebook computes in its own precision, whatever the model's."""
+        rows = x.flatten(2).flatten(0, 1).to(self.codebook.codes.dtype)
+        out, acts, self.loss = self.codebook.bottleneck(rows)
+        self.ids = acts.features.view(len(rows), -1)
+        self.seen = None if self.codebook.training else self.codebook.norm(rows).detach()
+        return out.to(x.dtype).view(x.shape)
+
+
+class Inserted:
+    """The codebooks of a model by hook name. A `with` block removes them at its end; so does `remove()`."""
+
+    def __init__(self, lm: LanguageModel, bottlenecks: Mapping[str, Bottleneck]) -> None:
+        self.lm, self.bottlenecks = lm, dict(bottlenecks)
+        self.base_hash: str | None = None
+        """The model's hash before its weights were trained; None: they are as they were."""
+        sites = fast_sites(lm.model)
+        self._handles: list[Any] = []
+        for name in sorted(self.bottlenecks, key=list(sites).index):
+            self._handles += attach(sites[name], self.bottlenecks[name])
+
+    def __enter__(self) -> Inserted:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        return f"<codebooks in {self.lm.name} at {', '.join(self.bottlenecks)}>"
+
+    def remove(self) -> None:
+        """Take them out: the model computes as without them (with the weights it has by now)."""
+        while self._handles:
+            self._handles.pop().remove()
+        for bottleneck in self.bottlenecks.values():  # no edit may take an old pass for its own
+            bottleneck.seen = bottleneck.ids = bottleneck.loss = None
+
+    @property
+    def active(self) -> bool:
+        """Whether they are in the model."""
+        return bool(self._handles)
+
+    @property
+    def codebooks(self) -> dict[str, Codebook]:
+        """Hook name -> codebook."""
+        return {name: bottleneck.codebook for name, bottleneck in self.bottlenecks.items()}
+
+    def codes(self, prompt: Prompt) -> dict[str, Int[Tensor, "batch seq kept"]]:
+        """Ids of the codes at each hook and token, ascending, `k` for each group."""
+        shape = self.lm.logits(prompt).shape[:2]
+        return {name: _seen(b, b.ids).clone().unflatten(0, shape) for name, b in self.bottlenecks.items()}
+
+    def force(self, hook_name: str, code: int, positions: Any = None, slot: int = -1) -> CodeEdit:
+        """An edit for `lm.steer`: the code takes the place of another one of its group.
+
+        `positions` are absolute (an int, several, or None: all); `slot` counts from the most similar code, -1 is the least.
+        Where the code is there already nothing changes.
+        """
+        return CodeEdit.made(self.bottlenecks, hook_name, code, "force", positions, slot)
+
+    def block(self, hook_name: str, code: int, positions: Any = None, refill: bool = True) -> CodeEdit:
+        """An edit for `lm.steer`: the code is left out; the next best takes its place, or (`refill=False`) zeros do."""
+        return CodeEdit.made(self.bottlenecks, hook_name, code, "block" if refill else "drop", positions)
+
+
+def insert(
+    lm: LanguageModel, config: CodebookConfig | Mapping[str, CodebookConfig], hook_names: Sequence[str], seed: int = 0
+) -> Inserted:
+    """Put a codebook at each hook; `config` is one for all, or one for each hook name.
+
+    At a `hook_z` with `n_groups=None` there is one for each head. Raises `ValueError` for a hook that the model does not
+    have, is named twice, or whose width the groups do not divide.
+    """
+    names = [hook_names] if isinstance(hook_names, str) else list(hook_names)
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"hook_names={names!r}: give at least one hook, and each once.")
+    if isinstance(config, Mapping) and set(config) != set(names):
+        raise ValueError(
+            f"config is for {', '.join(config)}, hook_names are {', '.join(names)}: give one config for each."
+        )
+    made: dict[str, Bottleneck] = {}
+    for index, name in enumerate(names):
+        lm.check_hook(name)
+        if name not in lm.hook_names:
+            raise ValueError(f"hook_name={name!r} can only be read; codebooks go at one of {', '.join(lm.hook_names)}.")
+        own = config[name] if isinstance(config, Mapping) else config
+        groups = own.n_groups or (n_heads(lm) if re.search(r"\bhook_z$", name) else 1)
+        with_norm = own.layer_norm is not False
+        made[name] = Bottleneck(name, Codebook(own, lm.d_in(name), groups, with_norm, (seed + index) % 2**32))
+        made[name].codebook.to(lm.device).eval()
+    return Inserted(lm, made)
+
+
+def n_heads(lm: LanguageModel) -> int:
+    """Attention heads of a layer."""
+    config = lm.model.config if hasattr(lm.model, "config") else lm.model.cfg
+    return getattr(config, "num_attention_heads", None) or config.n_heads
+
+
+def _seen(bottleneck: Bottleneck, value: Tensor | None) -> Tensor:
+    assert value is not None, f"no activation passed {bottleneck.hook_name}"
+    return value

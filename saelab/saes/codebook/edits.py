@@ -1,0 +1,140 @@
+"""Steering by codes: force one, or block one, at chosen positions. `lm.steer` takes these edits.
+
+An edit runs right behind its codebook, in the same pass, and puts the mean of the new set of codes where the old one was:
+forcing moves the output by `(c_new - c_old) / k`. A token whose codes stay keeps its bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from saelab.arguments import check_integer
+
+if TYPE_CHECKING:
+    from saelab.saes.codebook.bottleneck import Bottleneck
+
+
+@dataclass(frozen=True, eq=False)
+class CodeEdit:
+    """One code at one hook. Made by `Inserted.force` and `Inserted.block`."""
+
+    hook_name: str
+    bottleneck: Bottleneck
+    code: int
+    mode: Literal["force", "block", "drop"]
+    positions: tuple[int, ...] | None
+    """Absolute positions; None: all."""
+    slot: int = -1
+
+    @classmethod
+    def made(
+        cls, bottlenecks: Mapping[str, Bottleneck], hook_name: str, code: int, mode: Any, positions: Any, slot: int = -1
+    ) -> CodeEdit:
+        """Checked. Raises `ValueError` for a hook without codebook, or a code, slot or position that cannot be."""
+        if hook_name not in bottlenecks:
+            raise ValueError(f"hook_name={hook_name!r} has no codebook; there is one at {', '.join(bottlenecks)}.")
+        book = bottlenecks[hook_name].codebook
+        check_integer("code", code, 0, book.d_sae - 1)
+        check_integer("slot", slot, -book.config.k, book.config.k - 1)
+        several = (positions,) if isinstance(positions, int) else positions
+        where = None if several is None else tuple(int(position) for position in several)
+        for position in where or ():
+            check_integer("position", position, 0)
+        return cls(hook_name, bottlenecks[hook_name], code, mode, where, slot)
+
+    @property
+    def d_in(self) -> int:
+        """Width of the activations it edits."""
+        return self.bottleneck.codebook.d_in
+
+    def __repr__(self) -> str:
+        return f"<{self.mode} code {self.code} at {self.hook_name}>"
+
+    @torch.no_grad()
+    def apply(
+        self, x: Float[Tensor, "batch seq d_in"], positions: Int[Tensor, "batch seq"]
+    ) -> Float[Tensor, "batch seq d_in"]:
+        """`x`, which the codebook has just given, with the codes changed."""
+        seen, ids = self.bottleneck.seen, self.bottleneck.ids
+        if seen is None or ids is None or len(ids) != positions.numel():
+            raise ValueError(f"{self!r}: its codebook is not in the model; insert it again, and make a new edit.")
+        here = (positions >= 0).flatten()
+        if self.positions is not None:
+            here &= torch.isin(positions.flatten(), torch.tensor(self.positions, device=positions.device))
+        present = (ids == self.code).any(1)
+        rows = (here & (present if self.mode != "force" else ~present)).nonzero().squeeze(1)
+        if not len(rows):
+            return x
+        flat = x.flatten(0, 1).clone()
+        flat[rows] = self._output(seen[rows], ids[rows]).to(x.dtype)
+        return flat.view(x.shape)
+
+    def _output(self, seen: Tensor, ids: Tensor) -> Float[Tensor, "n d_in"]:
+        """What the codebook gives for these rows with the codes changed."""
+        book = self.bottleneck.codebook
+        if self.mode == "block":
+            blocked = torch.zeros(book.d_sae, dtype=torch.bool, device=ids.device)
+            blocked[self.code] = True
+            return book.decode(book.acts_of(book.select(seen, blocked)))
+        acts = book.acts_of(ids if self.mode == "drop" else self._forced(seen, ids))
+        values = torch.where(acts.features == self.code, 0.0, acts.values) if self.mode == "drop" else acts.values
+        return book.decode(acts.with_values(values))
+
+    def _forced(self, seen: Tensor, ids: Tensor) -> Int[Tensor, "n kept"]:
+        """The ids with the code in the place of the `slot`-th most similar one of its group."""
+        book = self.bottleneck.codebook
+        k, group = book.config.k, self.code // book.codes_per_group
+        own = slice(group * k, (group + 1) * k)
+        a = seen.unflatten(1, (book.n_groups, book.width))[:, group]
+        order = similarities(a, book.codes[ids[:, own]], book.config.similarity).argsort(
+            dim=1, descending=True, stable=True
+        )
+        changed = ids[:, own].scatter(1, order[:, self.slot, None], self.code).sort(1).values
+        return torch.cat([ids[:, : own.start], changed, ids[:, own.stop :]], 1)
+
+
+def similarities(
+    a: Float[Tensor, "n width"], codes: Float[Tensor, "n k width"], similarity: str
+) -> Float[Tensor, "n k"]:
+    """How similar each row is to codes of its own."""
+    if similarity == "euclidean":
+        return -(a[:, None] - codes).norm(dim=2)
+    return (normalize(codes, dim=2) * a[:, None]).sum(2)
+
+
+@dataclass(frozen=True)
+class CodeMatch:
+    """How well one code marks some tokens."""
+
+    code: int
+    precision: float
+    """Of the tokens on which the code is kept, the share that is meant."""
+    recall: float
+    """Of the tokens that are meant, the share on which the code is kept."""
+    count: int
+    """Tokens on which it is kept."""
+
+
+def find_codes(
+    ids: Int[Tensor, "*tokens kept"], meant: Bool[Tensor, "*tokens"], d_sae: int, min_recall: float = 0.01
+) -> list[CodeMatch]:
+    """Codes (`Inserted.codes`) that mark the tokens where `meant` is true: recall over `min_recall`, the most precise first.
+
+    Ties go to the larger recall. Raises `ValueError` when no token is meant.
+    """
+    n_meant = int(meant.sum())
+    if not n_meant:
+        raise ValueError("No token is meant: `meant` is false everywhere.")
+    count = torch.bincount(ids.flatten(), minlength=d_sae)
+    hits = torch.bincount(ids[meant].flatten(), minlength=d_sae)
+    recall, precision = hits / n_meant, hits / count.clamp_min(1)
+    found = (recall > min_recall).nonzero().squeeze(1).tolist()
+    matches = [CodeMatch(c, precision[c].item(), recall[c].item(), int(count[c])) for c in found]
+    return sorted(matches, key=lambda match: (-match.precision, -match.recall, match.code))

@@ -1,0 +1,51 @@
+"""The k most similar codes of each row, whatever their similarity; a row's choice is the same alone and in any batch.
+
+`encode_topk` keeps positive scores, so rows are scaled to norm 1 and codes to norm at most 1: then every score plus 2 is
+positive. Neither changes an order. For distances, `-|a - c|^2 / 2 = a . c - |c|^2 / 2 + const`, the second term carried by
+one more column.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from saelab.kernels.encode_topk import encode_topk
+
+_SHIFT = 2.0
+
+
+@torch.no_grad()
+def most_similar(
+    x: Float[Tensor, "n d"],
+    codes: Float[Tensor, "n_codes d"],
+    k: int,
+    similarity: str = "inner_product",
+    blocked: Bool[Tensor, " n_codes"] | None = None,
+) -> Int[Tensor, "n k"]:
+    """Ids of the k most similar codes, ascending; ties to the lowest id. `blocked` codes are never chosen.
+
+    Raises `ValueError` when fewer than k codes are left.
+    """
+    codes = codes.detach()
+    shift = codes.new_full((len(codes),), _SHIFT)
+    if similarity == "euclidean":
+        x, codes = _with_lengths(x, codes)
+        codes = codes / codes.norm(dim=1).max().clamp_min(torch.finfo(codes.dtype).tiny)
+    else:
+        codes = normalize(codes, dim=1)
+    if blocked is not None:
+        if int((~blocked).sum()) < k:
+            raise ValueError(f"{int(blocked.sum())} of {len(codes)} codes are blocked: fewer than k={k} are left.")
+        codes, shift = codes * ~blocked[:, None], shift * ~blocked
+    rows = normalize(x, dim=1).nan_to_num()  # not finite: some codes; the loss says that it is not finite
+    return encode_topk(rows.contiguous(), codes, shift, k).features.view(len(x), k)
+
+
+def _with_lengths(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows `(a, s)` and `(c, -|c|^2 / 2s)`; s, the codes' root-mean-square norm, keeps both columns of one size."""
+    squares = codes.square().sum(1)
+    size = squares.mean().sqrt().clamp_min(torch.finfo(codes.dtype).tiny)
+    return torch.cat([x, size.expand(len(x), 1)], 1), torch.cat([codes, (-squares / (2 * size))[:, None]], 1)

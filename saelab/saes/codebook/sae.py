@@ -1,0 +1,72 @@
+"""Codebook features (Tamkin et al. 2023, "Codebook Features: Sparse and Discrete Interpretability for Neural Networks") on
+cached activations of a frozen model: the input is rebuilt as the mean of the k most similar codes, L = FVU.
+
+    x_hat = 1/k sum_{i in I} c_i,   I = the k codes most similar to x
+
+Their codebooks stand inside a model that is trained with them: `saelab.saes.codebook.insert`.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saelab.kernels.decode import decode_error
+from saelab.kernels.sparse_acts import SparseActs
+from saelab.losses import total_variance
+from saelab.saes.base import SAE, Batch, Loss, StepInfo
+from saelab.saes.codebook.config import CodebookConfig
+from saelab.saes.codebook.quantizer import Codebook
+
+
+class CodebookSAE(SAE):
+    """Every code that fires has the value 1/k. There is no encoder and no bias: a code's row is what it looks for."""
+
+    variant = "codebook"
+    Config = CodebookConfig
+    config: CodebookConfig
+    unit_norm = False
+    rule = "the k most similar codes of each group, whatever their similarity"
+    base_lr = 1e-3
+
+    def __init__(self, config: CodebookConfig, d_in: int, seed: int = 0) -> None:
+        super().__init__(config, d_in, seed)
+        self.codebook = Codebook(config, d_in, config.n_groups or 1, bool(config.layer_norm), seed)
+
+    def make_weights(self, rows: Float[Tensor, "d_sae d_in"]) -> None:
+        """The codes are the only weights."""
+
+    @property
+    def W_dec(self) -> Float[Tensor, "d_sae d_in"]:
+        """One code a row; with groups zero outside the group's slice."""
+        codes, groups = self.codebook.codes, self.codebook.n_groups
+        if groups == 1:
+            return codes
+        blocks = codes.unflatten(0, (groups, -1))
+        return torch.block_diag(*blocks)
+
+    @property
+    def W_enc(self) -> Float[Tensor, "d_sae d_in"]:
+        """The same: a code is compared with the input as it stands."""
+        return self.W_dec
+
+    def encode_normalized(self, x: Float[Tensor, "batch d_in"]) -> SparseActs:
+        return self.codebook.encode(x)
+
+    def decode(self, acts: SparseActs) -> Float[Tensor, "batch d_in"]:
+        return self.denormalize(self.codebook.decode(acts))
+
+    def loss(self, batch: Batch, info: StepInfo) -> Loss:
+        x, target = self.normalized(batch)
+        book = self.codebook
+        book.prepare(target)  # codes live where the reconstruction does
+        acts = self.encode_normalized(x)
+        book.observe(target, acts)
+        error, residual = decode_error(book.by_slice(acts), book.codes, None, book.grouped(target))
+        loss = error / total_variance(target)
+        return Loss(loss, acts, residual.view(target.shape), target, {"fvu": loss})
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        self.codebook.after_step()
