@@ -25,7 +25,7 @@ def test_it_learns_loads_and_resumes_bit_for_bit(tmp_path, name):
     sae = train(config, x, SHORT, folder, progress=False)
     untrained = train(config, x, TrainConfig(n_tokens=128, batch_size=128), progress=False)
     error, before = ((one(x).x_hat - x).square().sum().item() for one in (sae, untrained))
-    assert error < 0.6 * before
+    assert error < (0.9 if name == "codebook" else 0.6) * before  # codes without magnitudes rebuild less
     back = load_sae(folder)
     assert back.hash == sae.hash
     assert torch.equal(back.encode(x).to_dense(), sae.encode(x).to_dense())
