@@ -98,8 +98,9 @@ class ActivationCache:
         and the order is that of one hook alone. Raises `ValueError` for bad arguments, and `CacheError` naming a damaged
         shard.
         """
-        several = None if hook_name is None or isinstance(hook_name, str) else list(hook_name)
-        hooks = [self._hook(name) for name in ([hook_name] if several is None else several)]
+        one = hook_name is None or isinstance(hook_name, str)
+        asked: list[str | None] = [hook_name] if hook_name is None or isinstance(hook_name, str) else list(hook_name)
+        hooks = [self._hook(name) for name in asked]
         if not hooks:
             raise ValueError(f"hook_name=[] names no hook; {self.path} holds {', '.join(self.hook_names)}.")
         for name, value, least in (
@@ -109,7 +110,7 @@ class ActivationCache:
         ):
             if value < least:
                 raise ValueError(f"{name}={value} must be at least {least}.")
-        batches = self._batches(batch_size, seed, start_step * batch_size, hooks, prefetch, several is None)
+        batches = self._batches(batch_size, seed, start_step * batch_size, hooks, prefetch, one)
         _OPEN.add(batches)
         return batches
 
