@@ -99,7 +99,8 @@ class ActivationCache:
         shard.
         """
         one = hook_name is None or isinstance(hook_name, str)
-        hooks = [self._hook(name) for name in ([hook_name] if one else hook_name)]
+        asked: list[str | None] = [hook_name] if hook_name is None or isinstance(hook_name, str) else list(hook_name)
+        hooks = [self._hook(name) for name in asked]
         if not hooks:
             raise ValueError(f"hook_name=[] names no hook; {self.path} holds {', '.join(self.hook_names)}.")
         for name, value, least in (

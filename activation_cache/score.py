@@ -119,9 +119,9 @@ def open_score_stream(
         _refuse_training_documents(sae, ids, source, split)
     max_norm = (origin.get("mask") or {}).get("max_norm")
     stream = ScoreStream(lm, sites, split, source, batches, Mask(lm.special_ids, None))
-    known = max_norm if isinstance(max_norm, dict) else dict.fromkeys(sites.all[:1], max_norm)
-    limits = {name: known.get(name) for name in sites.all}
-    stream.mask = Mask(lm.special_ids, limits if all(limits.values()) else _norm_limits(stream))
+    known: dict[str, Any] = max_norm if isinstance(max_norm, dict) else dict.fromkeys(sites.all[:1], max_norm)
+    limits = {name: float(known[name]) for name in sites.all if known.get(name)}
+    stream.mask = Mask(lm.special_ids, limits if len(limits) == len(sites.all) else _norm_limits(stream))
     return stream
 
 

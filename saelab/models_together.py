@@ -77,11 +77,12 @@ class ModelsTogether(LanguageModel):
             found |= {f"{label}/{hook}": x.to(self.device) for hook, x in acts.items()}
         return found
 
-    def steer(self, *edits: Any) -> Any:
-        """Raises `ValueError`: steer one of the models."""
+    def _only_one(self, *_: Any, **__: Any) -> Any:
+        """Raises `ValueError`: several models cannot do that as one."""
         raise ValueError(f"{self.name} are several models: steer, run and generate with one of them.")
 
-    logits = generate = generate_ids = run_with_edit = to_batch = to_ids = chat = logit_weights = steer
+    steer = logits = generate = generate_ids = run_with_edit = _only_one  # pyright: ignore[reportAssignmentType]
+    to_batch = to_ids = chat = logit_weights = _only_one  # pyright: ignore[reportAssignmentType]
 
 
 def together(lm: LanguageModel | Sequence[LanguageModel]) -> LanguageModel:

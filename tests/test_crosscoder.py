@@ -97,9 +97,10 @@ def test_a_feature_that_writes_nothing_never_fires_by_threshold():
 
 
 def test_e11_an_l1_crosscoder_of_one_source_is_a_relu_sae():
-    options = {"l1_coefficient": 0.7, "l1_warmup": 0.5}
-    crosscoder = CrosscoderSAE(CrosscoderConfig(D_SAE, 1, sparsity="l1", init_norm=1.0, **options), D_IN, seed=3)
-    relu, x = ReLUSAE(ReLUConfig(D_SAE, **options), D_IN, seed=3), rows(50, n_sources=1)[:, 0]
+    config = CrosscoderConfig(D_SAE, 1, sparsity="l1", init_norm=1.0, l1_coefficient=0.7, l1_warmup=0.5)
+    crosscoder = CrosscoderSAE(config, D_IN, seed=3)
+    relu = ReLUSAE(ReLUConfig(D_SAE, l1_coefficient=0.7, l1_warmup=0.5), D_IN, seed=3)
+    x = rows(50, n_sources=1)[:, 0]
     for sae in (crosscoder, relu):
         sae.set_normalization(*moments(x))
     assert torch.equal(crosscoder.W_enc[0], relu.W_enc) and torch.equal(crosscoder.center[0], relu.center)

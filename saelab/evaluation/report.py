@@ -112,15 +112,12 @@ def evaluate(
     Reconstruction is measured on every token (or the first `n_tokens`), the language model's loss on the first
     `n_tokens_ce`, as it takes four full passes. With `path` the report is kept in that file, and one that is there
     already for the same weights, texts and arguments is returned at once. Raises `ValueError` when a scored document
-    trained the SAE (naming how many; `allow_train=True` overrides), the SAE does not fit, or nothing is left to score.
-    A crosscoder of several models takes the list of them. `hook_name` is needed where the SAE does not say it: of a
-    crosscoder all hooks in order, of a transcoder the one it reads and the one it writes.
+    trained the SAE (naming how many; `allow_train=True` overrides), the SAE does not fit, or nothing is left to score. A
+    crosscoder of several models takes their list; `hook_name` may list all of a crosscoder's, or a transcoder's two.
     """
-    lm = together(lm)
-    check_scoring(lm, n_tokens=n_tokens, n_tokens_ce=n_tokens_ce or None)
+    check_scoring(lm := together(lm), n_tokens=n_tokens, n_tokens_ce=n_tokens_ce or None)
     source = own_texts(sae.origin) if texts is None else load_texts(texts)
-    hooks = hook_name if hook_name is None or isinstance(hook_name, str) else list(hook_name)
-    request = _circumstances(sae, lm, source) | {"split": split, "hook_name": hooks, "n_tokens": n_tokens}
+    request = _circumstances(sae, lm, source) | {"split": split, "hook_name": _listed(hook_name), "n_tokens": n_tokens}
     request |= {"n_tokens_ce": n_tokens_ce, "ctx_len": ctx_len, "batch_size": batch_size, "allow_train": allow_train}
     if path is not None and (saved := _saved_report(Path(path), request)) is not None:
         return saved
@@ -147,6 +144,11 @@ def _circumstances(sae: SAE, lm: LanguageModel, texts: Texts) -> dict[str, Any]:
         "model": {"hash": lm.hash, "dtype": str(lm.dtype)},
         "texts": {"fingerprint": texts.fingerprint(), "own": texts.spec == sae.origin.get("texts")},
     }
+
+
+def _listed(hook_name: str | Sequence[str] | None) -> str | list[str] | None:
+    """As JSON gives it back."""
+    return hook_name if hook_name is None or isinstance(hook_name, str) else list(hook_name)
 
 
 def _saved_report(path: Path, request: dict[str, Any]) -> Report | None:
