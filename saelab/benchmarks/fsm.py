@@ -1,7 +1,7 @@
 """Does a model with codebooks learn a finite-state machine, do its codes stand for states, and do they steer it?
 
-A small transformer is trained from nothing on the machine's texts, with codebooks (k = 1) at the heads and the MLP of each
-layer; a second one without, for comparison. Then, on fresh texts:
+A small transformer is trained from nothing on the machine's texts; a copy of it goes on for as many steps with codebooks
+(k = 1) at the heads and the MLP of each layer. Then, on fresh texts:
 
 - first-transition accuracy: of the next states sampled after a random walk, the share that an edge leads to;
 - purity of a state: the share of its tokens (last digits) whose code stands for it, where a code stands for the state that
@@ -13,6 +13,7 @@ layer; a second one without, for comparison. Then, on fresh texts:
 from __future__ import annotations
 
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from saelab.benchmarks.fsm_language import D_VOCAB, Machine, js_divergence
 from saelab.language_model import LanguageModel
+from saelab.models import load_model
 from saelab.models_tiny import build_tiny_llama
 from saelab.saes.codebook import CodebookConfig, Inserted, finetune, insert
 
@@ -91,26 +93,30 @@ def run_fsm(
     n_states: int = 50,
     n_edges: int = 10,
     *,
-    n_steps: int = 1500,
-    batch_size: int = 64,
+    n_steps: int = 600,
+    batch_size: int = 32,
     walk_length: int = 24,
     d_model: int = 64,
     n_layers: int = 2,
     n_heads: int = 4,
     config: CodebookConfig | None = None,
-    lr: float = 2e-3,
+    lr: float = 3e-3,
     progress: bool = True,
 ) -> FSMResult:
-    """Train both models and measure. `config` is for every hook (its codes are shared out among heads) and has k = 1."""
+    """Train the bare model, then with codebooks, and measure.
+
+    `config` is for every hook (its codes are shared out among heads) and has k = 1: `ValueError` otherwise.
+    """
     config = config or CodebookConfig(d_sae=1000, k=1)
     if config.k != 1:
         raise ValueError(f"k={config.k}: a state is forced by one code for each group; give k=1.")
     machine = Machine.random(n_states, n_edges, seed)
     texts = machine.write(machine.walks(max(4 * batch_size, 20_000), walk_length, seed + 1))
     hooks = [f"blocks.{i}.{site}" for i in range(n_layers) for site in ("attn.hook_z", "hook_mlp_out")]
-    bare, lm = (build_tiny_llama(D_VOCAB, d_model, n_layers, n_heads, texts.shape[1], seed) for _ in range(2))
+    bare = build_tiny_llama(D_VOCAB, d_model, n_layers, n_heads, texts.shape[1], seed)
     train = partial(finetune, n_steps=n_steps, batch_size=batch_size, lr=lr, seed=seed, progress=progress)
     loss_bare = _last(train(bare, texts))
+    lm = load_model(deepcopy(bare.model))
     with insert(lm, config, hooks, seed) as inserted:
         loss = _last(train(lm, texts, inserted))
         numbers = measure(lm, inserted, machine, seed + 2)
