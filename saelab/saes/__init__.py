@@ -4,6 +4,7 @@ from saelab.saes.abs_topk import AbsTopKConfig, AbsTopKSAE
 from saelab.saes.base import SAE, Batch, Loss, SAEOutput, StepInfo
 from saelab.saes.batch_topk import BatchTopKConfig, BatchTopKSAE
 from saelab.saes.feature_choice import FeatureChoiceConfig, FeatureChoiceSAE
+from saelab.saes.jumprelu import JumpReLUConfig, JumpReLUSAE
 from saelab.saes.matryoshka import MatryoshkaConfig, MatryoshkaSAE
 from saelab.saes.mutual_choice import MutualChoiceConfig, MutualChoiceSAE
 from saelab.saes.relu import ReLUConfig, ReLUSAE
@@ -17,6 +18,7 @@ VARIANTS: dict[str, type[SAE]] = {
     "feature_choice": FeatureChoiceSAE,
     "matryoshka": MatryoshkaSAE,
     "relu": ReLUSAE,
+    "jumprelu": JumpReLUSAE,
 }
 
 __all__ = [
@@ -29,6 +31,8 @@ __all__ = [
     "BatchTopKSAE",
     "FeatureChoiceConfig",
     "FeatureChoiceSAE",
+    "JumpReLUConfig",
+    "JumpReLUSAE",
     "Loss",
     "MatryoshkaConfig",
     "MatryoshkaSAE",
