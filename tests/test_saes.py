@@ -10,7 +10,7 @@ from saelab.kernels.reference.encode_topk import encode_topk as topk_reference
 from saelab.saes import VARIANTS, Batch, ReLUConfig, ReLUSAE, StepInfo, TopKConfig, TopKSAE
 
 D_IN, D_SAE = 12, 40
-NOT_THE_SLOPE = {"jumprelu": {"log_threshold"}}
+NOT_THE_SLOPE = {"jumprelu": {"log_threshold"}, "gated": {"W_dec", "b_dec"}}
 """Weights whose gradient is not the slope of the loss, on purpose: straight through a step, or held fixed in an aux loss."""
 
 

@@ -4,6 +4,7 @@ from saelab.saes.abs_topk import AbsTopKConfig, AbsTopKSAE
 from saelab.saes.base import SAE, Batch, Loss, SAEOutput, StepInfo
 from saelab.saes.batch_topk import BatchTopKConfig, BatchTopKSAE
 from saelab.saes.feature_choice import FeatureChoiceConfig, FeatureChoiceSAE
+from saelab.saes.gated import GatedConfig, GatedSAE
 from saelab.saes.jumprelu import JumpReLUConfig, JumpReLUSAE
 from saelab.saes.matryoshka import MatryoshkaConfig, MatryoshkaSAE
 from saelab.saes.mutual_choice import MutualChoiceConfig, MutualChoiceSAE
@@ -19,6 +20,7 @@ VARIANTS: dict[str, type[SAE]] = {
     "matryoshka": MatryoshkaSAE,
     "relu": ReLUSAE,
     "jumprelu": JumpReLUSAE,
+    "gated": GatedSAE,
 }
 
 __all__ = [
@@ -31,6 +33,8 @@ __all__ = [
     "BatchTopKSAE",
     "FeatureChoiceConfig",
     "FeatureChoiceSAE",
+    "GatedConfig",
+    "GatedSAE",
     "JumpReLUConfig",
     "JumpReLUSAE",
     "Loss",
