@@ -6,6 +6,7 @@ from saelab.saes.batch_topk import BatchTopKConfig, BatchTopKSAE
 from saelab.saes.feature_choice import FeatureChoiceConfig, FeatureChoiceSAE
 from saelab.saes.gated import GatedConfig, GatedSAE
 from saelab.saes.jumprelu import JumpReLUConfig, JumpReLUSAE
+from saelab.saes.matching_pursuit import MatchingPursuitConfig, MatchingPursuitSAE
 from saelab.saes.matryoshka import MatryoshkaConfig, MatryoshkaSAE
 from saelab.saes.mutual_choice import MutualChoiceConfig, MutualChoiceSAE
 from saelab.saes.relu import ReLUConfig, ReLUSAE
@@ -21,6 +22,7 @@ VARIANTS: dict[str, type[SAE]] = {
     "relu": ReLUSAE,
     "jumprelu": JumpReLUSAE,
     "gated": GatedSAE,
+    "matching_pursuit": MatchingPursuitSAE,
 }
 
 __all__ = [
@@ -38,6 +40,8 @@ __all__ = [
     "JumpReLUConfig",
     "JumpReLUSAE",
     "Loss",
+    "MatchingPursuitConfig",
+    "MatchingPursuitSAE",
     "MatryoshkaConfig",
     "MatryoshkaSAE",
     "MutualChoiceConfig",

@@ -68,6 +68,8 @@ class SAE(nn.Module):
     Config: ClassVar[type]
     unit_norm: bool = True
     """Whether decoder rows are kept at norm 1 (then training projects their gradient)."""
+    tied: ClassVar[bool] = False
+    """Whether the decoder is the encoder: then `W_enc` is `W_dec`, and there is no `b_enc`."""
     base_lr: ClassVar[float] = 3e-3
     """Adam's learning rate at d_sae 4096 when `TrainConfig.lr` is None; scaled by sqrt(4096 / d_sae)."""
     rule: ClassVar[str]
@@ -79,8 +81,12 @@ class SAE(nn.Module):
         self.d_in, self.d_sae = d_in, int(config.d_sae)
         rows = torch.randn(self.d_sae, d_in, generator=torch.Generator().manual_seed(seed))
         rows /= rows.norm(dim=1, keepdim=True)
-        self.W_enc, self.W_dec = nn.Parameter(rows.clone()), nn.Parameter(rows)  # (d_sae, d_in)
-        self.b_enc, self.b_dec = nn.Parameter(torch.zeros(self.d_sae)), nn.Parameter(torch.zeros(d_in))
+        if not self.tied:
+            self.W_enc = nn.Parameter(rows.clone())  # (d_sae, d_in)
+        self.W_dec = nn.Parameter(rows)  # (d_sae, d_in)
+        if not self.tied:
+            self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
+        self.b_dec = nn.Parameter(torch.zeros(d_in))
         self.center: Tensor
         self.scale: Tensor
         self.register_buffer("center", torch.zeros(d_in))
