@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saelab.kernels.ragged import stable_order
@@ -94,7 +94,10 @@ class SparseActs:
 
     def below(self, n_features: int) -> SparseActs:
         """The codes of the first `n_features` features alone, at the same width."""
-        here = self.features < n_features
+        return self.where(self.features < n_features)
+
+    def where(self, here: Bool[Tensor, " nnz"]) -> SparseActs:
+        """The entries at which `here` is true."""
         return SparseActs(self.values[here], self.features[here], self._offsets_where(here), self.d_sae)
 
     def split_features(self, sizes: list[int]) -> list[SparseActs]:

@@ -6,6 +6,9 @@ from saelab.saes.batch_topk import BatchTopKConfig, BatchTopKSAE
 from saelab.saes.codebook import CodebookConfig, CodebookSAE
 from saelab.saes.crosscoder import CrosscoderConfig, CrosscoderSAE
 from saelab.saes.feature_choice import FeatureChoiceConfig, FeatureChoiceSAE
+from saelab.saes.gated import GatedConfig, GatedSAE
+from saelab.saes.jumprelu import JumpReLUConfig, JumpReLUSAE
+from saelab.saes.matching_pursuit import MatchingPursuitConfig, MatchingPursuitSAE
 from saelab.saes.matryoshka import MatryoshkaConfig, MatryoshkaSAE
 from saelab.saes.mutual_choice import MutualChoiceConfig, MutualChoiceSAE
 from saelab.saes.relu import ReLUConfig, ReLUSAE
@@ -17,14 +20,17 @@ VARIANTS: dict[str, type[SAE]] = {
     "topk": TopKSAE,
     "batch_topk": BatchTopKSAE,
     "abs_topk": AbsTopKSAE,
+    "relu": ReLUSAE,
+    "jumprelu": JumpReLUSAE,
+    "gated": GatedSAE,
     "mutual_choice": MutualChoiceSAE,
     "feature_choice": FeatureChoiceSAE,
     "matryoshka": MatryoshkaSAE,
-    "relu": ReLUSAE,
+    "matching_pursuit": MatchingPursuitSAE,
+    "codebook": CodebookSAE,
     "crosscoder": CrosscoderSAE,
     "transcoder": TranscoderSAE,
     "skip_transcoder": SkipTranscoderSAE,
-    "codebook": CodebookSAE,
 }
 
 __all__ = [
@@ -41,7 +47,13 @@ __all__ = [
     "CrosscoderSAE",
     "FeatureChoiceConfig",
     "FeatureChoiceSAE",
+    "GatedConfig",
+    "GatedSAE",
+    "JumpReLUConfig",
+    "JumpReLUSAE",
     "Loss",
+    "MatchingPursuitConfig",
+    "MatchingPursuitSAE",
     "MatryoshkaConfig",
     "MatryoshkaSAE",
     "MutualChoiceConfig",

@@ -68,7 +68,7 @@ class SAE(nn.Module):
 
     variant: ClassVar[str]
     Config: ClassVar[type]
-    unit_norm: ClassVar[bool] = True
+    unit_norm: bool = True
     """Whether decoder rows are kept at norm 1 (then training projects their gradient)."""
     base_lr: ClassVar[float] = 3e-3
     """Adam's learning rate at d_sae 4096 when `TrainConfig.lr` is None; scaled by sqrt(4096 / d_sae)."""

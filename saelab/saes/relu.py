@@ -2,12 +2,14 @@
 
     z = ReLU(W_enc x + b_enc),   x_hat = W_dec z + b_dec,   L = mean_t(|x - x_hat|^2 + lambda sum_i z_i |d_i|)
 
-No unit-norm constraint and no pre-bias; lambda rises linearly over the first part of the run.
+No unit-norm constraint and no pre-bias; lambda rises linearly over the first part of the run, and may be moved so that a
+wanted number of features fires (`l0_controller.py`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -17,6 +19,7 @@ from saelab.kernels.encode_threshold import encode_threshold
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.losses import weighted_l1
 from saelab.saes.base import SAE, Batch, Loss, StepInfo, check_config
+from saelab.saes.l0_controller import L0Controller, check_sparsity, quiet_level
 
 
 @dataclass(frozen=True)
@@ -29,15 +32,14 @@ class ReLUConfig:
     """lambda, for inputs of root-mean-square norm sqrt(d_in) and squared error summed over dimensions."""
     l1_warmup: float = 0.05
     """Share of the run over which lambda rises from 0."""
+    target_l0: float | None = None
+    """Move lambda inside the run, from `l1_coefficient`, so that this many features fire on a token; None: leave it."""
     normalize: str = "center_and_scale"
     """Input normalisation: "center_and_scale", "scale" or "none"; stored with the SAE."""
 
     def __post_init__(self) -> None:
         check_config(self)
-        if self.l1_coefficient < 0:
-            raise ValueError(f"l1_coefficient={self.l1_coefficient} must not be negative.")
-        if not 0 <= self.l1_warmup <= 1:
-            raise ValueError(f"l1_warmup={self.l1_warmup} is a share of the run: give 0 to 1.")
+        check_sparsity(self, "l1")
 
 
 class ReLUSAE(SAE):
@@ -47,8 +49,15 @@ class ReLUSAE(SAE):
     Config = ReLUConfig
     config: ReLUConfig
     unit_norm = False
+    cpu_preset: ClassVar[dict[str, Any]] = {"target_l0": 32.0}
     rule = "u > 0"
     base_lr = 1e-3
+
+    def __init__(self, config: ReLUConfig, d_in: int, seed: int = 0) -> None:
+        super().__init__(config, d_in, seed)
+        self.sparsity = L0Controller(config.l1_coefficient, config.l1_warmup, config.target_l0)
+        if config.target_l0 is not None and config.normalize != "none":
+            self.b_enc.data.fill_(-quiet_level(self.d_sae, config.target_l0))
 
     def encode_normalized(self, x: Float[Tensor, "batch d_in"]) -> SparseActs:
         return encode_threshold(x, self.W_enc, self.b_enc)
@@ -58,8 +67,7 @@ class ReLUSAE(SAE):
         acts = self.encode_normalized(x)
         error, residual = decode_error(acts, self.W_dec, self.b_dec, target)
         norms = self.W_dec.norm(dim=1)[acts.features]
-        reconstruction = error / max(len(target), 1)
-        penalty = weighted_l1(acts.values, norms, acts.batch)
-        risen = min(1.0, (info.step + 1) / max(1.0, self.config.l1_warmup * info.n_steps))
-        total = reconstruction + self.config.l1_coefficient * risen * penalty
-        return Loss(total, acts, residual, target, {"sse": reconstruction, "l1": penalty})
+        terms = {"sse": error / max(len(target), 1), "l1": weighted_l1(acts.values, norms, acts.batch)}
+        coefficient = self.sparsity(acts, info)
+        total = terms["sse"] + coefficient * terms["l1"]
+        return Loss(total, acts, residual, target, terms | {"coefficient": coefficient})

@@ -1,0 +1,95 @@
+"""Gated SAE (Rajamanoharan et al. 2024, "Improving dictionary learning with gated sparse autoencoders", arXiv 2404.16014,
+section 3.2): whether a feature fires and how strongly are two questions, so that the L1 of the first does not shrink the second:
+
+    pi_gate = W_enc (x - b_dec) + b_gate,   pi_mag = exp(r_mag) * (W_enc (x - b_dec)) + b_mag,
+    z = H(pi_gate) * ReLU(pi_mag),   x_hat = W_dec z + b_dec,
+    L = mean_t(|x - x_hat|^2 + lambda |ReLU(pi_gate)|_1 + |x - x_hat_frozen|^2)
+
+where `x_hat_frozen` decodes ReLU(pi_gate) with W_dec and b_dec held fixed: it teaches the gate and leaves the decoder alone.
+`b_enc` is b_gate. The gate finds the active pairs, magnitudes are made of their values:
+`pi_mag = exp(r_mag) pi_gate + (b_mag - exp(r_mag) b_gate)`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from saelab.kernels.decode import decode_error
+from saelab.kernels.encode_threshold import encode_threshold
+from saelab.kernels.sparse_acts import SparseActs
+from saelab.saes.base import SAE, Batch, Loss, StepInfo, check_config
+from saelab.saes.l0_controller import L0Controller, check_sparsity, quiet_level
+
+
+@dataclass(frozen=True)
+class GatedConfig:
+    """A dictionary of `d_sae` features whose number per token is set by an L1 penalty on their gates."""
+
+    d_sae: int
+    """Number of features."""
+    l1_coefficient: float = 5.0
+    """lambda, for inputs of root-mean-square norm sqrt(d_in) and squared error summed over dimensions."""
+    l1_warmup: float = 0.05
+    """Share of the run over which lambda rises from 0."""
+    target_l0: float | None = None
+    """Move lambda inside the run, from `l1_coefficient`, so that this many features fire on a token; None: leave it."""
+    normalize: str = "center_and_scale"
+    """Input normalisation: "center_and_scale", "scale" or "none"; stored with the SAE."""
+
+    def __post_init__(self) -> None:
+        check_config(self)
+        check_sparsity(self, "l1")
+
+
+class GatedSAE(SAE):
+    """A gate chooses the features of a token; magnitudes share its weights."""
+
+    variant = "gated"
+    Config = GatedConfig
+    config: GatedConfig
+    cpu_preset: ClassVar[dict[str, Any]] = {"target_l0": 32.0}
+    rule = "u > 0 and exp(r_mag) u + b_mag - exp(r_mag) b_enc > 0, which is the code"
+    base_lr = 1e-3
+
+    def __init__(self, config: GatedConfig, d_in: int, seed: int = 0) -> None:
+        super().__init__(config, d_in, seed)
+        self.r_mag, self.b_mag = nn.Parameter(torch.zeros(self.d_sae)), nn.Parameter(torch.zeros(self.d_sae))
+        self.sparsity = L0Controller(config.l1_coefficient, config.l1_warmup, config.target_l0)
+        if config.target_l0 is not None and config.normalize != "none":
+            self.b_enc.data.fill_(-quiet_level(self.d_sae, config.target_l0))
+
+    @property
+    def b_gate(self) -> Float[Tensor, " d_sae"]:
+        """The gate's bias: another name of `b_enc`."""
+        return self.b_enc
+
+    def encode_normalized(self, x: Float[Tensor, "batch d_in"]) -> SparseActs:
+        return self._magnitudes(self._gates(x))
+
+    def _gates(self, x: Float[Tensor, "batch d_in"]) -> SparseActs:
+        """pi_gate where it is positive."""
+        return encode_threshold(x, self.W_enc, self.b_enc, center=self.b_dec)
+
+    def _magnitudes(self, gates: SparseActs) -> SparseActs:
+        """pi_mag at open gates, where it is positive."""
+        gain = self.r_mag.exp()
+        shift = self.b_mag - gain * self.b_gate
+        pi_mag = gain[gates.features] * gates.values + shift[gates.features]
+        return gates.with_values(pi_mag).where(pi_mag > 0)
+
+    def loss(self, batch: Batch, info: StepInfo) -> Loss:
+        x, target = self.normalized(batch)
+        gates = self._gates(x)
+        acts = self._magnitudes(gates)
+        error, residual = decode_error(acts, self.W_dec, self.b_dec, target)
+        frozen, _ = decode_error(gates, self.W_dec.detach(), self.b_dec.detach(), target)
+        n = max(len(target), 1)
+        terms = {"sse": error / n, "aux": frozen / n, "l1": gates.values.sum() / n}
+        coefficient = self.sparsity(acts, info)
+        total = terms["sse"] + terms["aux"] + coefficient * terms["l1"]
+        return Loss(total, acts, residual, target, terms | {"coefficient": coefficient})

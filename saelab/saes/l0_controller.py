@@ -1,0 +1,98 @@
+"""How strongly a loss asks for sparsity: a constant coefficient, or one that is moved inside the run until the batch L0 is
+a wanted number.
+
+The wanted L0 walks, in logarithms, from that of the first step to `target_l0` over the first `FALL` of the run, so that
+the error stays small. With `e = log(L0 / wanted)` and m a moving average of e,
+
+    log coefficient = I + DAMPING * m,   I += RATE * m,
+
+where I stays within `REACH` times the start, lest an L0 that is slow to follow wind it up, and RATE falls to 0 over the last
+`SETTLE` of the run, so that the coefficient rests and L0 does not swing. A run with a target also starts sparse
+(`quiet_level`): with thousands of features a token its first steps would be as dear as all others together.
+"""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from saelab.kernels.sparse_acts import SparseActs
+from saelab.saes.base import StepInfo
+
+FALL = 0.5
+SETTLE = 0.1
+RATE = 0.05
+DAMPING = 1.0
+MEMORY = 0.5
+LARGEST = 1.0
+LEAST = 1e-3
+START = 4.0
+REACH = (1 / 30, 30.0)
+
+
+class L0Controller(nn.Module):
+    """`start` times a linear warm-up over `warmup` of the run; with `target_l0` what the errors of L0 make of it."""
+
+    def __init__(self, start: float, warmup: float, target_l0: float | None) -> None:
+        super().__init__()
+        self.start, self.warmup, self.target_l0 = start, warmup, target_l0
+        if target_l0 is None:
+            return
+        self.state: Tensor
+        self.last_step: Tensor
+        self.register_buffer("state", torch.tensor([math.log(start), 0.0, 0.0]))  # I, m, log L0 of the first step
+        self.register_buffer("last_step", torch.tensor(-1))
+
+    def forward(self, acts: SparseActs, info: StepInfo) -> Float[Tensor, ""]:
+        """The coefficient for a batch with these codes. All parts of one step get the same number."""
+        risen = min(1.0, (info.step + 1) / max(1.0, self.warmup * info.n_steps))
+        if self.target_l0 is None:
+            return acts.values.new_tensor(self.start * risen)
+        if int(self.last_step) != info.step:
+            self._move(math.log(max(acts.nnz / max(acts.batch, 1), LEAST)), math.log(self.target_l0), info)
+        return risen * (self.state[0] + DAMPING * self.state[1]).exp().to(acts.values.dtype)
+
+    @torch.no_grad()
+    def _move(self, log_l0: float, target: float, info: StepInfo) -> None:
+        if int(self.last_step) < 0:
+            self.state[2] = log_l0
+        left = max(0.0, 1 - info.step / (FALL * info.n_steps))
+        wanted = target + (self.state[2] - target) * left
+        error = (log_l0 - wanted).clamp(-LARGEST, LARGEST)
+        rate = RATE * min(1.0, (info.n_steps - info.step) / (SETTLE * info.n_steps))
+        self.state[1].lerp_(error, 1 - MEMORY)
+        self.state[0] = (self.state[0] + rate * self.state[1]).clamp(*(math.log(self.start * by) for by in REACH))
+        self.last_step.fill_(info.step)
+
+
+def quiet_level(d_sae: int, l0: float) -> float:
+    """The pre-activation that `START` times `l0` of `d_sae` features exceed on normalised inputs before training.
+
+    Rows of norm 1 and inputs of root-mean-square norm sqrt(d_in) give pre-activations a spread of 1, about normal. (Anthropic's
+    January 2025 update sets initial biases in the same spirit.)
+    """
+    return NormalDist().inv_cdf(1 - min(0.5, START * l0 / d_sae))
+
+
+def check_sparsity(config: Any, kind: str) -> None:
+    """Bounds of the fields `KIND_coefficient`, `KIND_warmup` and `target_l0`. Raises `ValueError` with the value and the fix."""
+    coefficient, warmup, target = (
+        getattr(config, name) for name in (f"{kind}_coefficient", f"{kind}_warmup", "target_l0")
+    )
+    if coefficient < 0:
+        raise ValueError(f"{kind}_coefficient={coefficient} must not be negative.")
+    if not 0 <= warmup <= 1:
+        raise ValueError(f"{kind}_warmup={warmup} is a share of the run: give 0 to 1.")
+    if target is None:
+        return
+    if not 0 < target <= config.d_sae:
+        raise ValueError(
+            f"target_l0={target} must be more than 0 and at most d_sae={config.d_sae}; None sets no target."
+        )
+    if not coefficient:
+        raise ValueError(f"{kind}_coefficient=0 cannot be moved to reach target_l0={target}: give a positive start.")
