@@ -36,8 +36,8 @@ def activations(lm, ids: Tensor, hook: str = HOOK) -> Tensor:
 def sae(request, tiny_lm):
     """A random SAE on the tiny model's activations, centred and scaled, with biases that are not zero."""
     x = activations(tiny_lm, tiny_lm.to_ids(PROMPT))[0, 1:].clone()
-    config = TopKConfig(d_sae=64, k=8) if request.param == "topk" else ReLUConfig(d_sae=64)
-    made = (TopKSAE if request.param == "topk" else ReLUSAE)(config, d_in=32, seed=3)
+    topk = request.param == "topk"
+    made = TopKSAE(TopKConfig(64, k=8), d_in=32, seed=3) if topk else ReLUSAE(ReLUConfig(64), d_in=32, seed=3)
     made.set_normalization(x.mean(0), float(x.square().sum(1).mean()))
     with torch.no_grad():
         made.b_enc.copy_(torch.linspace(-0.2, 0.2, 64))
