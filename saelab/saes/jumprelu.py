@@ -52,7 +52,7 @@ class JumpReLUConfig:
     bandwidth: float = 0.1
     """Width of the window around a threshold in which its gradient sees pre-activations."""
     initial_threshold: float | None = None
-    """theta of every feature at the start; None is where 4 times `target_l0` (else 32) features fire on normalised inputs."""
+    """theta of every feature at the start; None is where 8 times `target_l0` (else 32) features fire on normalised inputs."""
     pre_bias: bool = False
     """Take `b_dec` from the input before the encoder."""
     tanh_scale: float = 4.0

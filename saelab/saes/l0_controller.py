@@ -2,7 +2,8 @@
 a wanted number.
 
 The wanted L0 walks, in logarithms, from that of the first step to `target_l0` over the first `FALL` of the run, so that
-the error stays small. With `e = log(L0 / wanted)` and m a moving average of e,
+the error stays small; an L0 between the wanted one and the target is no error either. With e the error of log(L0) and m a
+moving average of e,
 
     log coefficient = I + DAMPING * m,   I += RATE * m,
 
@@ -26,13 +27,13 @@ from saelab.saes.base import StepInfo
 
 FALL = 0.5
 SETTLE = 0.1
-RATE = 0.05
-DAMPING = 1.0
+RATE = 0.1
+DAMPING = 2.0
 MEMORY = 0.5
 LARGEST = 1.0
 LEAST = 1e-3
-START = 4.0
-REACH = (1 / 30, 30.0)
+START = 8.0
+REACH = (0.1, 30.0)
 
 
 class L0Controller(nn.Module):
@@ -62,10 +63,12 @@ class L0Controller(nn.Module):
         if int(self.last_step) < 0:
             self.state[2] = log_l0
         left = max(0.0, 1 - info.step / (FALL * info.n_steps))
-        wanted = target + (self.state[2] - target) * left
-        error = (log_l0 - wanted).clamp(-LARGEST, LARGEST)
+        wanted = target + (self.state[2].item() - target) * left
+        low, high = sorted((wanted, target))
+        error = log_l0 - min(max(log_l0, low), high)
+        error = min(max(error, -LARGEST), LARGEST)
         rate = RATE * min(1.0, (info.n_steps - info.step) / (SETTLE * info.n_steps))
-        self.state[1].lerp_(error, 1 - MEMORY)
+        self.state[1] += (1 - MEMORY) * (error - self.state[1])
         self.state[0] = (self.state[0] + rate * self.state[1]).clamp(*(math.log(self.start * by) for by in REACH))
         self.last_step.fill_(info.step)
 
