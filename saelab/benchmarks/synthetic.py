@@ -191,6 +191,6 @@ def _by_batch(sae: ThresholdSAE, x: Tensor) -> Mapping[str, float | None]:
 
 
 def _fvu(x: Tensor, x_hat: Tensor) -> float | None:
-    sums = VarianceSums(x[0].numel())
+    sums = VarianceSums()
     sums.add(x.flatten(1), x_hat.flatten(1))
     return sums.fvu

@@ -14,12 +14,12 @@ DENSE_ABOVE = 0.1
 class VarianceSums:
     """Pooled FVU: `sum |x - x_hat|^2 / sum |x - mean(x)|^2`, the mean taken over everything seen.
 
-    A row with several sources counts as one of `width` numbers.
+    A row with several sources counts as one long row.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self) -> None:
         self.n, self.squared_error, self.squared = 0, 0.0, 0.0
-        self.total = torch.zeros(width, dtype=torch.float64)
+        self.total = torch.zeros((), dtype=torch.float64)  # of one row's width from the first rows on
 
     def add(self, x: Float[Tensor, "n *sources d"], x_hat: Float[Tensor, "n *sources d"]) -> None:
         """Take in rows, in float64."""
@@ -27,7 +27,7 @@ class VarianceSums:
         self.n += len(x)
         self.squared_error += float((x - x_hat).square().sum())
         self.squared += float(x.square().sum())
-        self.total += x.sum(0)
+        self.total = self.total + x.sum(0)
 
     @property
     def mean(self) -> Float[Tensor, " width"]:
@@ -45,7 +45,7 @@ class Reconstruction:
     """The measures of algorithm section 24 that need no language model."""
 
     def __init__(self, sae: SAE) -> None:
-        self.variance = VarianceSums(sae.b_dec.numel())
+        self.variance = VarianceSums()
         self.firings = torch.zeros(sae.d_sae, dtype=torch.int64)
         self.cosine, self.inner, self.squared_hat = 0.0, 0.0, 0.0
 

@@ -189,7 +189,7 @@ def _measure(
     sae: SAE, stream: ScoreStream, progress: bool
 ) -> tuple[Reconstruction, VarianceSums, list[Bool[Tensor, "batch ctx_len"]]]:
     """One pass over all tokens: the measures under the mask, the sums without it, and what the mask kept."""
-    measures, unmasked, keeps = Reconstruction(sae), VarianceSums(sae.b_dec.numel()), []
+    measures, unmasked, keeps = Reconstruction(sae), VarianceSums(), []
     for tokens, batch, keep in tqdm(stream.pairs(), total=len(stream.batches), desc="Evaluating", disable=not progress):
         real = tokens.doc >= 0
         y, kept = batch.y[real].float(), keep[real]

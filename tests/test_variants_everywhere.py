@@ -1,0 +1,59 @@
+"""Every variant through the command line to the dashboard: train, eval, features, steer, and the pages that show it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from streamlit.testing.v1 import AppTest
+from streamlit.util import calc_hash
+from tiny_saes import config_of
+
+from saelab import cli
+from saelab.app import serve
+from saelab.features.store import load_features
+from saelab.saes import VARIANTS
+
+HOOKS = ("blocks.1.hook_resid_post", "blocks.1.hook_mlp_out")
+MAIN = str(Path(serve.__file__).with_name("main.py"))
+FLAGS = {
+    "crosscoder": [],
+    "transcoder": ["--hook-name", HOOKS[0], "--hook-name-out", HOOKS[1]],
+    "skip_transcoder": ["--hook-name", HOOKS[0], "--hook-name-out", HOOKS[1]],
+}
+WORDS = "the river runs past an old mill where nobody came to see what the light of morning had made of it".split()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny_folder) -> Path:
+    """A RUN whose cache holds two sites of the tiny model."""
+    folder = tmp_path_factory.mktemp("family") / "run"
+    texts = folder.parent / "notes.jsonl"
+    documents = [" ".join(WORDS[(i * j) % len(WORDS)] for j in range(1, 60)) + f" {i}." for i in range(80)]
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
+    source = ["--model", str(tiny_folder), "--dtype", "float32", "--texts", str(texts), "--ctx-len", "64"]
+    assert cli.main(["harvest", str(folder), "--hook-name", *HOOKS, "--n-tokens", "4_000", *source]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_from_the_command_line_to_the_dashboard(run, name, capsys, monkeypatch):
+    sae = run / f"sae-{name}"
+    size = ["--d-sae", "48", "--n-tokens", "10_000", "--batch-size", "200"]
+    size += ["--k", "4"] if hasattr(config_of(name), "k") else []
+    flags = FLAGS.get(name, ["--hook-name", HOOKS[0]])
+    for step in (["train", str(run), "--name", name, "--variant", name, *size, *flags], ["features", str(sae)]):
+        assert cli.main(step) == 0, capsys.readouterr().err
+    capsys.readouterr()
+    assert cli.main(["eval", str(sae), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert 0 < report["fvu"] < 2 and report["l0"] > 0 and report["ce_loss_recovered"] is not None
+    busiest = int(load_features(run / f"features-{name}").column("density").argmax())
+    monkeypatch.setenv(serve.RUN_VARIABLE, str(run))
+    for page in ("feature", "steer"):
+        app = AppTest.from_file(MAIN, default_timeout=60)
+        app.query_params["sae"], app.query_params["feature"] = sae.name, str(busiest)
+        app._page_hash = "" if page == "runs" else calc_hash(page)
+        app.run()
+        assert not app.exception and not app.error, (page, app.exception, app.error)
+    assert cli.main(["steer", str(sae), "--feature", str(busiest), "--max-new-tokens", "3"]) == 0, capsys.readouterr()
+    assert "add 2" in capsys.readouterr().out
