@@ -7,7 +7,8 @@ A small transformer is trained from nothing on the machine's texts; a copy of it
 - purity of a state: the share of its tokens (last digits) whose code stands for it, where a code stands for the state that
   it was kept on most often in other texts; the mean over states, at the hook where those other texts gave the best;
 - steering: all codes of a token are forced to those most common for another state; Jensen-Shannon divergence between the
-  next-token distribution and the true one of that state, before and after.
+  next-token distribution and the true one of that state, before and after; and the share of whole next states that an edge
+  leads to from there (digits after the first are written looking back at digits that nobody changed).
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from saelab.models import load_model
 from saelab.models_tiny import build_tiny_llama
 from saelab.saes.codebook import CodebookConfig, Inserted, finetune, insert
 
-ACCURACY, PURITY, JS_SHARE = 0.95, 0.9, 0.5
-"""What the claims ask for: of the bare model's accuracy; of purity; of the divergence without forcing, at most."""
+ACCURACY, PURITY, JS_SHARE, FORCED = 0.95, 0.9, 0.5, 0.5
+"""What the claims ask for: of the bare model's accuracy; of purity; of the divergence without forcing, at most; of the accuracy
+without forcing."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,10 @@ class FSMResult:
             (
                 f"forced divergence {self.js_forced:.3f} <= {JS_SHARE} * {self.js_before:.3f} bits",
                 self.js_forced <= JS_SHARE * self.js_before,
+            ),
+            (
+                f"next states after forcing {self.accuracy_forced:.3f} >= {FORCED} * {self.accuracy:.3f}",
+                self.accuracy_forced >= FORCED * self.accuracy,
             ),
         ]
 
