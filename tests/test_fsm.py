@@ -56,7 +56,7 @@ def test_a_claim_that_fails_is_printed_as_such():
     numbers |= {"seed": 0, "n_states": 5, "n_steps": 1, "purity_hook": "here", "purities": {"here": 0.9}, "purity": 0.9}
     numbers |= {"accuracy": 0.9, "accuracy_bare": 1.0, "js_before": 0.4, "js_forced": 0.2}
     result = FSMResult(**numbers)
-    assert [held for _, held in result.claims] == [False, True, True]
+    assert [held for _, held in result.claims] == [False, True, True, True]
     assert "NOT held  accuracy 0.900 >= 0.95 * 1.000" in str(result) and "held      state purity 0.900" in str(result)
 
 
