@@ -20,7 +20,29 @@ FLAGS = {
     "transcoder": ["--hook-name", HOOKS[0], "--hook-name-out", HOOKS[1]],
     "skip_transcoder": ["--hook-name", HOOKS[0], "--hook-name-out", HOOKS[1]],
 }
-WORDS = "the river runs past an old mill where nobody came to see what the light of morning had made of it".split()
+WORDS = [
+    "the",
+    "river",
+    "runs",
+    "past",
+    "an",
+    "old",
+    "mill",
+    "where",
+    "nobody",
+    "came",
+    "to",
+    "see",
+    "what",
+    "the",
+    "light",
+    "of",
+    "morning",
+    "had",
+    "made",
+    "of",
+    "it",
+]
 
 
 @pytest.fixture(scope="module")
