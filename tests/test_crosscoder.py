@@ -239,7 +239,7 @@ def test_bad_configs_name_the_value(changes, says):
 def test_an_unknown_sparsity_is_named():
     config = CrosscoderConfig(D_SAE, 4)
     object.__setattr__(config, "sparsity", "l0")  # the tests' type checker stops it earlier
-    with pytest.raises(ValueError, match="sparsity='l0' must be one of batch_topk, l1"):
+    with pytest.raises(ValueError, match="sparsity='l0' must be one of 'batch_topk', 'l1'"):
         config.__post_init__()
 
 

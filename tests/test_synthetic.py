@@ -1,5 +1,6 @@
 """The planted-feature bench: rows, claims, pictures, what a stop leaves behind, and the command."""
 
+import copy
 import csv
 import json
 import os
@@ -18,14 +19,14 @@ import torch
 from saelab import cli
 from saelab.benchmarks import synthetic
 from saelab.benchmarks.claims import CLAIMS, Claim, Side, check, check_all
-from saelab.benchmarks.diffing import exclusives, relative_norms, scaling_ratios
+from saelab.benchmarks.diffing import exclusives, own_ratios
 from saelab.benchmarks.picture import curves, dot_plot
-from saelab.benchmarks.planted import superposition
+from saelab.benchmarks.planted import diffing, superposition
 from saelab.benchmarks.rows import open_rows, spread, to_csv
 from saelab.benchmarks.synthetic import KINDS, SAES, at_l0, dictionary, run_synthetic
 from saelab.benchmarks.tables import synthetic_picture, synthetic_tables
 from saelab.errors import SaelabError
-from saelab.saes import VARIANTS, AbsTopKConfig, AbsTopKSAE, BatchTopKConfig, TopKConfig
+from saelab.saes import VARIANTS, AbsTopKConfig, AbsTopKSAE, BatchTopKConfig, CrosscoderConfig, TopKConfig
 from saelab.training import TrainConfig, train
 
 CLAIM = Claim("A is better", "mixed", Side("a", "fvu"), Side("b", "fvu"), at_equal_l0=True)
@@ -239,18 +240,16 @@ def test_measuring_by_batches_leaves_the_thresholds_alone():
     assert "exclusives" not in measured
 
 
-def test_latent_scaling_by_hand():
-    """Feature 0 lives in the second model alone, feature 1 was cut from the first though it has a fifth of it there."""
-    decoder = torch.tensor([[[0.0, 0.0], [1.0, 0.0]], [[0.0, 0.0], [0.0, 2.0]], [[1.0, 1.0], [1.0, 1.0]]])
-    codes = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
-    x_hat = torch.einsum("ni,isd->nsd", codes, decoder)
-    x = x_hat.clone()
-    x[1, 0, 1] += 0.4
-    nu_eps, nu_r = scaling_ratios(x, x_hat, codes, decoder)
-    assert nu_eps[:2].tolist() == pytest.approx([0.0, 0.2])
-    assert nu_r[:2].tolist() == pytest.approx([0.0, 0.0])
-    assert nu_eps[2].isnan()
-    assert relative_norms(decoder).tolist() == [1.0, 1.0, 0.5]
+def test_ratios_are_taken_against_the_model_that_has_the_feature():
+    """Swapping the two models of a crosscoder and of its data leaves each feature's ratios."""
+    planted = diffing(0, d_in=8, n_shared=6, n_each=2)
+    config = TrainConfig(n_tokens=50 * 256, batch_size=256, warmup_steps=5)
+    sae = train(CrosscoderConfig(20, 3), planted.stream(0, 256), config, progress=False)
+    x, swapped = planted.held_out(600, 0), copy.deepcopy(sae)
+    sources = {"W_enc", "W_dec", "b_dec", "center", "scale"}
+    swapped.load_state_dict({name: t.flip(0) if name in sources else t for name, t in sae.state_dict().items()})
+    for one, other in zip(own_ratios(sae, x), own_ratios(swapped, x.flip(1)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3, equal_nan=True)
 
 
 def test_exclusives_are_false_where_the_other_source_has_the_feature():
@@ -258,14 +257,14 @@ def test_exclusives_are_false_where_the_other_source_has_the_feature():
     features[0, 1, 0] = features[1, 0, 1] = features[1, 1, 1] = features[2, 0, 2] = 1.0
     decoder = features.clone()
     decoder[1, 0] *= 0.01  # a shared feature that the crosscoder calls the second's own
-    nu = torch.tensor([0.1, 0.25, 0.3])
+    nu, delta, fair = torch.tensor([0.1, 0.25, 0.3]), torch.tensor([1.0, 0.995, 0.0]), torch.tensor([1.0, 0.5, 0.0])
     expected = {"exclusives": 3.0, "false_exclusives": 1.0, "flagged_false": 1.0, "flagged_true": 0.5}
-    assert exclusives(features, decoder, nu, torch.zeros(3)) == expected
-    honest = exclusives(features, features, nu, torch.zeros(3))
+    assert exclusives(features, decoder, delta, nu, torch.zeros(3)) == expected
+    honest = exclusives(features, features, fair, nu, torch.zeros(3))
     assert honest["false_exclusives"] == 0 and honest["flagged_false"] is None
-    silent = exclusives(features, decoder, torch.full((3,), torch.nan), torch.full((3,), torch.nan))
+    silent = exclusives(features, decoder, delta, torch.full((3,), torch.nan), torch.full((3,), torch.nan))
     assert silent["exclusives"] == 0
-    written_by_others = exclusives(features, decoder, torch.zeros(3), torch.tensor([0.0, 0.6, 0.0]))
+    written_by_others = exclusives(features, decoder, delta, torch.zeros(3), torch.tensor([0.0, 0.6, 0.0]))
     assert written_by_others["flagged_false"] == 1 and written_by_others["flagged_true"] == 0
 
 

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from saelab.benchmarks.diffing import exclusives, scaling_ratios
+from saelab.benchmarks.diffing import exclusives, own_ratios
 from saelab.benchmarks.planted import Planted, diffing, hierarchy, superposition
 from saelab.benchmarks.recovery import recovery
 from saelab.benchmarks.rows import Row, Rows, open_rows
+from saelab.evaluation.crosscoder import compare_decoders
 from saelab.evaluation.reconstruction import VarianceSums
 from saelab.kernels.sparse_acts import SparseActs
-from saelab.saes import SAE, VARIANTS, StepInfo
+from saelab.saes import SAE, VARIANTS, CrosscoderSAE, StepInfo
 from saelab.saes.threshold import ThresholdSAE
 from saelab.saes.zipf import underused
 from saelab.training import TrainConfig, train
@@ -170,9 +171,8 @@ def measure(sae: SAE, planted: Planted, x: Tensor, kind: Kind) -> dict[str, floa
     }
     if isinstance(sae, ThresholdSAE) and x.ndim == 2:
         row |= _by_batch(sae, x)
-    if x.ndim == 3:
-        nu = scaling_ratios(x, output.x_hat, output.acts.to_dense(), decoder)
-        row |= exclusives(planted.features, decoder, *nu)
+    if isinstance(sae, CrosscoderSAE):
+        row |= exclusives(planted.features, decoder, compare_decoders(sae).delta, *own_ratios(sae, x))
     return row
 
 

@@ -85,7 +85,7 @@ class LatentScaling(NamedTuple):
 
 @torch.no_grad()
 def latent_scaling(
-    sae: CrosscoderSAE, batches: Iterable[Float[Tensor, "n n_sources d_in"]], a: int = 0, b: int = -1
+    sae: CrosscoderSAE, batches: Iterable[Float[Tensor, "_ n_sources d_in"]], a: int = 0, b: int = -1
 ) -> LatentScaling:
     """Stream raw activations once; sums are kept in float64. The direction is b's, for both sources.
 

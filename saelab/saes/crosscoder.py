@@ -26,6 +26,7 @@ from saelab.kernels.encode_threshold import encode_threshold
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.losses import weighted_l1
 from saelab.saes.base import Batch, Loss, StepInfo
+from saelab.saes.l0_controller import L0Controller, check_sparsity
 from saelab.saes.selection import SelectionConfig
 from saelab.saes.threshold import ThresholdSAE
 
@@ -42,6 +43,8 @@ class CrosscoderConfig(SelectionConfig):
     """lambda, for sources of root-mean-square norm sqrt(d_in) and squared error summed over dimensions and sources."""
     l1_warmup: float = 0.05
     """Share of the run over which lambda rises from 0."""
+    target_l0: float | None = None
+    """Move lambda inside the run, from `l1_coefficient`, so that this many features fire on a token; None: leave it."""
     init_norm: float | None = None
     """Norm of a row in each source at the start; None is 1 for "batch_topk" and 0.08 for "l1"."""
     hook_names: tuple[str, ...] | None = None
@@ -53,12 +56,7 @@ class CrosscoderConfig(SelectionConfig):
             if not self.hook_names or len(set(self.hook_names)) < len(self.hook_names):
                 raise ValueError(f"hook_names={self.hook_names} must name one hook or more, each once; None is all.")
         super().__post_init__()
-        if self.sparsity not in INIT_NORMS:
-            raise ValueError(f"sparsity={self.sparsity!r} must be one of {', '.join(INIT_NORMS)}.")
-        if self.l1_coefficient < 0:
-            raise ValueError(f"l1_coefficient={self.l1_coefficient} must not be negative.")
-        if not 0 <= self.l1_warmup <= 1:
-            raise ValueError(f"l1_warmup={self.l1_warmup} is a share of the run: give 0 to 1.")
+        check_sparsity(self, "l1")
         if self.init_norm is not None and not self.init_norm > 0:
             raise ValueError(f"init_norm={self.init_norm} must be positive, or None.")
 
@@ -84,6 +82,7 @@ class CrosscoderSAE(ThresholdSAE):
         self.W_enc, self.W_dec = (nn.Parameter(rows.clone().transpose(0, 1)) for _ in range(2))
         self.b_dec = nn.Parameter(torch.zeros(n_sources, d_in))
         self.center, self.scale = torch.zeros(n_sources, d_in), torch.ones(n_sources)
+        self.penalty = L0Controller(config.l1_coefficient, config.l1_warmup, config.target_l0)
         if config.sparsity == "l1":
             self.threshold.zero_()
             self.n_observed.fill_(1)
@@ -144,8 +143,7 @@ class CrosscoderSAE(ThresholdSAE):
         error, residual = decode_error(acts, *self.rows[1:], target)
         reconstruction = error / max(len(target), 1)
         penalty = weighted_l1(acts.values, self.decoder_norms[acts.features], acts.batch)
-        risen = min(1.0, (info.step + 1) / max(1.0, self.config.l1_warmup * info.n_steps))
-        total = reconstruction + self.config.l1_coefficient * risen * penalty
+        total = reconstruction + self.penalty(acts, info) * penalty
         return Loss(total, acts, residual, target, {"sse": reconstruction, "l1": penalty})
 
     def written(self, source: int = -1) -> tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, ""]]:
