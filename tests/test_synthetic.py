@@ -26,7 +26,15 @@ from saelab.benchmarks.rows import open_rows, spread, to_csv
 from saelab.benchmarks.synthetic import KINDS, SAES, at_l0, dictionary, run_synthetic
 from saelab.benchmarks.tables import synthetic_picture, synthetic_tables
 from saelab.errors import SaelabError
-from saelab.saes import VARIANTS, AbsTopKConfig, AbsTopKSAE, BatchTopKConfig, CrosscoderConfig, TopKConfig
+from saelab.saes import (
+    VARIANTS,
+    AbsTopKConfig,
+    AbsTopKSAE,
+    BatchTopKConfig,
+    CrosscoderConfig,
+    CrosscoderSAE,
+    TopKConfig,
+)
 from saelab.training import TrainConfig, train
 
 CLAIM = Claim("A is better", "mixed", Side("a", "fvu"), Side("b", "fvu"), at_equal_l0=True)
@@ -245,6 +253,7 @@ def test_ratios_are_taken_against_the_model_that_has_the_feature():
     planted = diffing(0, d_in=8, n_shared=6, n_each=2)
     config = TrainConfig(n_tokens=50 * 256, batch_size=256, warmup_steps=5)
     sae = train(CrosscoderConfig(20, 3), planted.stream(0, 256), config, progress=False)
+    assert isinstance(sae, CrosscoderSAE)
     x, swapped = planted.held_out(600, 0), copy.deepcopy(sae)
     sources = {"W_enc", "W_dec", "b_dec", "center", "scale"}
     swapped.load_state_dict({name: t.flip(0) if name in sources else t for name, t in sae.state_dict().items()})
