@@ -30,7 +30,7 @@ class VarianceSums:
         self.total = self.total + x.sum(0)
 
     @property
-    def mean(self) -> Float[Tensor, " width"]:
+    def mean(self) -> Float[Tensor, " *width"]:
         """Mean row."""
         return self.total / max(self.n, 1)
 
