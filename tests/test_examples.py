@@ -26,7 +26,7 @@ def test_train_relu(tmp_path):
     measures = [line for line in done.stdout.splitlines() if " fvu " in line]
     assert [line.split()[0] for line in measures] == ["relu", "topk"]
     assert all(0.0 < float(line.split()[2]) < 0.7 for line in measures), measures
-    assert (tmp_path / "run" / "sae-relu-1024" / "sae.json").exists()
+    assert (tmp_path / "run" / "sae-relu-1024-l32" / "sae.json").exists()
 
 
 @pytest.mark.timeout(600)

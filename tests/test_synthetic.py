@@ -327,9 +327,8 @@ def test_the_command_prints_tables_and_verdicts_and_says_where(tmp_path, capsys)
 
 
 def test_ctrl_c_keeps_finished_rows(tmp_path):
-    script = (
-        f"from saelab.cli import main; raise SystemExit(main({['bench', 'synthetic', '--out-dir', str(tmp_path)]!r}))"
-    )
+    words = ["bench", "synthetic", "--data", "flat", "--steps", "400", "--out-dir", str(tmp_path)]
+    script = f"from saelab.cli import main; raise SystemExit(main({words!r}))"
     process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not (tmp_path / "rows.json").exists() and time.monotonic() < deadline:
