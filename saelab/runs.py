@@ -38,4 +38,5 @@ def find_saes(run: str | Path) -> list[SaeRun]:
 
 def _is_sae(entry: Path) -> bool:
     named = entry.name == "sae" or entry.name.startswith("sae-")
-    return named and ((entry / "sae.json").exists() or (entry / "checkpoints").exists())
+    begun = entry / "checkpoints" / "run.json"  # a training that was refused leaves a folder without it
+    return named and ((entry / "sae.json").exists() or begun.exists())

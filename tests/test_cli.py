@@ -11,6 +11,7 @@ from unittest.mock import Mock
 import pytest
 
 from saelab import cli
+from saelab.runs import find_saes
 
 HOOK = "blocks.1.hook_resid_post"
 SENTENCE = "the river runs past an old mill where nobody came to see what the light of morning had made of it"
@@ -161,6 +162,14 @@ def test_a_wrong_hook_names_those_that_exist(tmp_path, tiny_folder, texts_file, 
     words += ["--model", str(tiny_folder), "--texts", str(texts_file), "--column", "body", "--ctx-len", "64"]
     assert cli.main(words) == 2
     assert HOOK in capsys.readouterr().err
+
+
+def test_a_refused_training_leaves_no_sae_behind(run: Path, capsys):
+    before = find_saes(run)
+    words = ["train", str(run), "--name", "b", "--hook-name", "blocks.0.hook_resid_post", "--n-tokens", "4_000"]
+    assert cli.main([*words, "--d-sae", "48", "--k", "4"]) == 2
+    assert "blocks.0.hook_resid_post" in capsys.readouterr().err
+    assert find_saes(run) == before
 
 
 def test_a_wrong_flag_or_value_is_exit_code_2(run: Path, capsys):
