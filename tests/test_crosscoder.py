@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from test_activation_cache import make_cache
+from tiny_saes import interrupt_before
 
 from saelab.evaluation.crosscoder import CLASSES, compare_decoders, latent_scaling
 from saelab.io import load_sae, save_sae
@@ -273,19 +274,10 @@ def test_it_learns_whose_features_are_whose(sparsity):
 
 @pytest.mark.parametrize("sparsity", ["batch_topk", "l1"])
 def test_interrupted_and_resumed_gives_the_same_bits(tmp_path, monkeypatch, sparsity):
-    from saelab.training import run
-
     x, config = planted()[0], CrosscoderConfig(24, 2, sparsity=sparsity)
     whole = train(config, x, SMALL, tmp_path / "whole", progress=False)
-    real = run.Run.train_on
-
-    def train_on(self, rows):
-        if self.step == 27:
-            raise KeyboardInterrupt
-        real(self, rows)
-
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run.Run, "train_on", train_on)
+        interrupt_before(27, patch)
         train(config, x, SMALL, tmp_path / "cut", progress=False)
     again = train(config, x, SMALL, tmp_path / "cut", progress=False)
     assert again.hash == whole.hash

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from test_activation_cache import make_cache
+from tiny_saes import interrupt_before
 
 from saelab.errors import TrainingError
 from saelab.io import load_sae, save_sae
@@ -210,19 +211,10 @@ def test_it_learns_from_a_batch_of_tensors(name):
 
 @BOTH
 def test_interrupted_and_resumed_gives_the_same_bits(tmp_path, monkeypatch, name):
-    from saelab.training import run
-
     batch, config = pairs(2000), CLASSES[name].Config(32, 4)
     whole = train(config, batch, SMALL, tmp_path / "whole", progress=False)
-    real = run.Run.train_on
-
-    def train_on(self, rows):
-        if self.step == 27:
-            raise KeyboardInterrupt
-        real(self, rows)
-
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run.Run, "train_on", train_on)
+        interrupt_before(27, patch)
         train(config, batch, SMALL, tmp_path / "cut", progress=False)
     assert train(config, batch, SMALL, tmp_path / "cut", progress=False).hash == whole.hash
     for file in ("sae.safetensors", "golden.safetensors", "sae.json"):

@@ -42,3 +42,17 @@ def rows(n: int, seed: int = 0) -> torch.Tensor:
 def info(dead: torch.Tensor | None = None) -> StepInfo:
     """Step 10 of 100."""
     return StepInfo(torch.zeros(D_SAE, dtype=torch.bool) if dead is None else dead, 10, 100)
+
+
+def interrupt_before(step: int, monkeypatch: Any) -> None:
+    """From now on training is interrupted before this step."""
+    from saelab.training.run import Run
+
+    real = Run.train_on
+
+    def train_on(self: Run, rows: Any) -> None:
+        if self.step == step:
+            raise KeyboardInterrupt
+        real(self, rows)
+
+    monkeypatch.setattr(Run, "train_on", train_on)

@@ -22,28 +22,13 @@ from torch import Tensor, nn
 from saelab.kernels.decode import decode_error
 from saelab.kernels.encode_threshold import encode_threshold
 from saelab.kernels.sparse_acts import SparseActs
-from saelab.saes.base import SAE, Batch, Loss, StepInfo, check_config
-from saelab.saes.l0_controller import L0Controller, check_sparsity, quiet_level
+from saelab.saes.base import SAE, Batch, Loss, StepInfo
+from saelab.saes.l0_controller import L0Controller, L1Config, quiet_level
 
 
 @dataclass(frozen=True)
-class GatedConfig:
+class GatedConfig(L1Config):
     """A dictionary of `d_sae` features whose number per token is set by an L1 penalty on their gates."""
-
-    d_sae: int
-    """Number of features."""
-    l1_coefficient: float = 5.0
-    """lambda, for inputs of root-mean-square norm sqrt(d_in) and squared error summed over dimensions."""
-    l1_warmup: float = 0.05
-    """Share of the run over which lambda rises from 0."""
-    target_l0: float | None = None
-    """Move lambda inside the run, from `l1_coefficient`, so that this many features fire on a token; None: leave it."""
-    normalize: str = "center_and_scale"
-    """Input normalisation: "center_and_scale", "scale" or "none"; stored with the SAE."""
-
-    def __post_init__(self) -> None:
-        check_config(self)
-        check_sparsity(self, "l1")
 
 
 class GatedSAE(SAE):

@@ -65,8 +65,6 @@ class JumpReLUConfig:
     def __post_init__(self) -> None:
         check_config(self)
         check_sparsity(self, "sparsity")
-        if self.loss not in ("l0", "tanh"):
-            raise ValueError(f"loss={self.loss!r} must be 'l0' or 'tanh'.")
         for name in ("bandwidth", "initial_threshold", "tanh_scale"):
             value = getattr(self, name)
             if value is not None and not value > 0:

@@ -15,6 +15,7 @@ where I stays within `REACH` times the start, lest an L0 that is slow to follow 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
 
@@ -23,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from saelab.kernels.sparse_acts import SparseActs
-from saelab.saes.base import StepInfo
+from saelab.saes.base import StepInfo, check_config
 
 FALL = 0.5
 SETTLE = 0.1
@@ -99,3 +100,23 @@ def check_sparsity(config: Any, kind: str) -> None:
         )
     if not coefficient:
         raise ValueError(f"{kind}_coefficient=0 cannot be moved to reach target_l0={target}: give a positive start.")
+
+
+@dataclass(frozen=True)
+class L1Config:
+    """A dictionary of `d_sae` features whose number per token is set by an L1 penalty."""
+
+    d_sae: int
+    """Number of features."""
+    l1_coefficient: float = 5.0
+    """lambda, for inputs of root-mean-square norm sqrt(d_in) and squared error summed over dimensions."""
+    l1_warmup: float = 0.05
+    """Share of the run over which lambda rises from 0."""
+    target_l0: float | None = None
+    """Move lambda inside the run, from `l1_coefficient`, so that this many features fire on a token; None: leave it."""
+    normalize: str = "center_and_scale"
+    """Input normalisation: "center_and_scale", "scale" or "none"; stored with the SAE."""
+
+    def __post_init__(self) -> None:
+        check_config(self)
+        check_sparsity(self, "l1")

@@ -15,6 +15,7 @@ from torch import Tensor
 from saelab.kernels.decode import decode_error
 from saelab.kernels.encode_topk import encode_topk
 from saelab.kernels.sparse_acts import SparseActs
+from saelab.losses import total_variance
 from saelab.saes.base import Batch, Loss, StepInfo
 from saelab.saes.selection import SelectionConfig, SelectionSAE
 
@@ -47,5 +48,5 @@ class TopKSAE(SelectionSAE):
             return loss
         x, target = self.normalized(batch)
         error, _ = decode_error(self._best(x, min(4 * self.config.k, self.d_sae)), self.W_dec, self.b_dec, target)
-        more = error * (loss.terms["fvu"].detach() / loss.residual.square().sum())
+        more = error / total_variance(target)
         return loss._replace(total=loss.total + more / 8, terms=loss.terms | {"multi_topk": more})

@@ -131,9 +131,8 @@ class Run:
         return self.sae
 
     def _write_log(self, sums: dict[str, Any], lr: float) -> None:
-        rate = (
-            self._spent_on * self.train.batch_size / max(self._spent, 1e-9)
-        )  # its own steps: others may share the data
+        # Its own steps alone: others may share the data.
+        rate = self._spent_on * self.train.batch_size / max(self._spent, 1e-9)
         self._spent, self._spent_on = 0.0, 0
         dead = float(self.dead.dead.float().mean())
         tokens = self.step * self.train.batch_size
