@@ -3,8 +3,8 @@
     python tests/mutants/run.py             # all
     python tests/mutants/run.py topk mask   # those whose file or name contains a word
 
-Each breakage is made in a copy of the checkout. Exit code 1 when a mutant survives, when a text to break stands in its
-file not exactly once, or when the named tests fail without any breakage.
+Each breakage is made in a copy of the checkout, of which there is one a core. Exit code 1 when a mutant survives, when a
+text to break stands in its file not exactly once, or when the named tests fail without any breakage.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Queue
 
 ROOT = Path(__file__).resolve().parents[2]
 LIST = Path(__file__).with_name("mutants.toml")
@@ -77,24 +80,43 @@ def fate(copy: Path, mutant: Mutant) -> str:
     return "SURVIVED" if done.returncode == 0 else f"ERROR: pytest exit code {done.returncode}: {last}"
 
 
+def fates(copies: list[Path], mutants: list[Mutant]) -> Iterator[tuple[Mutant, str]]:
+    """Each mutant with its fate, as they become known; one at a time in each copy."""
+    free: Queue[Path] = Queue()
+    for copy in copies:
+        free.put(copy)
+
+    def one(mutant: Mutant) -> tuple[Mutant, str]:
+        copy = free.get()
+        try:
+            return mutant, fate(copy, mutant)
+        finally:
+            free.put(copy)
+
+    with ThreadPoolExecutor(len(copies)) as pool:
+        for done in as_completed([pool.submit(one, mutant) for mutant in mutants]):
+            yield done.result()
+
+
 def main(words: list[str]) -> int:
     mutants = load_mutants(words)
     broken = {m.name: problem for m in mutants if (problem := problem_of(m))}
     for name, problem in broken.items():
         print(f"BAD ENTRY  {name}: {problem}")
     failures = len(broken)
+    good = [m for m in mutants if m.name not in broken]
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "saelab"
-        shutil.copytree(ROOT, copy, symlinks=True, ignore=_LEFT_OUT)
-        good = [m for m in mutants if m.name not in broken]
+        copies = [Path(folder) / f"copy{n}" / "saelab" for n in range(os.cpu_count() or 1)]
+        for copy in copies:
+            shutil.copytree(ROOT, copy, symlinks=True, ignore=_LEFT_OUT)
         tests = sorted({test for m in good for test in m.tests})
         print(f"{len(tests)} named tests without any breakage ...", flush=True)
-        if tests and (done := run_tests(copy, ["-n", "2", "--dist", "loadfile", *tests], timeout=None)).returncode != 0:
+        each = ["-n", str(len(copies)), "--dist", "loadfile", *tests]
+        if tests and (done := run_tests(copies[0], each, timeout=None)).returncode != 0:
             print(done.stdout[-3000:])
             print("The named tests fail without any breakage; nothing can be said about the mutants.")
             return 1
-        for number, mutant in enumerate(good, 1):
-            result = fate(copy, mutant)
+        for number, (mutant, result) in enumerate(fates(copies, good), 1):
             failures += result != "killed"
             print(f"{number:>3}/{len(good)}  {result:<9} {mutant.name}  ({mutant.file})", flush=True)
     print(f"{len(mutants) - failures} of {len(mutants)} mutants killed")
