@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -173,12 +173,16 @@ def own_texts(origin: dict[str, Any]) -> Texts:
 
 
 def _take(packed: Iterator[TokenBatch], n_tokens: int | None) -> list[TokenBatch]:
-    """Batches up to `n_tokens` tokens; all when None."""
-    batches, total = [], 0
+    """The contexts that hold the first `n_tokens` tokens, in batches; all when None."""
+    batches, missing = [], n_tokens
     for batch in packed:
+        if missing is not None:
+            before = (batch.doc >= 0).sum(1).cumsum(0)  # tokens up to the end of each context
+            n_contexts = int((before < missing).sum()) + 1
+            batch = replace(batch, ids=batch.ids[:n_contexts], doc=batch.doc[:n_contexts])
+            missing -= int(before[-1])
         batches.append(batch)
-        total += int((batch.doc >= 0).sum())
-        if n_tokens is not None and total >= n_tokens:
+        if missing is not None and missing <= 0:
             break
     return batches
 

@@ -86,14 +86,18 @@ def check_request(feature: Feature, request: dict[str, Any]) -> None:
 def _generate(store: FeatureStore, feature: Feature, request: dict[str, Any]) -> dict[str, Any]:
     check_request(feature, request)
     options = {key: request[key] for key in ("max_new_tokens", "temperature", "seed")}
-    with st.spinner("Waiting for the model"), state.MODEL_LOCK:
-        with st.spinner("Loading the model"):
-            lm = state.load_model(store.manifest["model"]["name"])
-            edit = feature * request["strength"]
-        with st.spinner("Generating"):
-            default = lm.generate(request["prompt"], **options)
-            with lm.steer(edit):
-                steered = lm.generate(request["prompt"], **options)
+    total = request["max_new_tokens"]
+    bar = st.progress(0.0, "Waiting for the model")
+    with state.MODEL_LOCK:
+        bar.progress(0.0, "Loading the model")
+        lm = state.load_model(store.manifest["model"]["name"])
+        # Each step of the bar is a place where Streamlit may end this run: pressed again, the page begins anew.
+        default = lm.generate(request["prompt"], **options, on_token=lambda n: bar.progress(n / total / 2, "Default"))
+        with lm.steer(feature * request["strength"]):
+            steered = lm.generate(
+                request["prompt"], **options, on_token=lambda n: bar.progress(0.5 + n / total / 2, "Steered")
+            )
+    bar.empty()
     other = (
         None
         if lm.hash == store.manifest["model"]["hash"]

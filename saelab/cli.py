@@ -1,207 +1,55 @@
-"""The `saelab` command: each sub-command is a thin function over the same calls as in Python.
-
-RUN is a folder with cache/, sae/ (or several sae-NAME/), features/ and report.json.
-"""
+"""The `saelab` command line: which sub-command is meant, what its flags are, and errors as one line."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
+import itertools
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
-from tyro.conf import OmitArgPrefixes, Positional, arg
+from tyro.conf import OmitArgPrefixes, arg
 
-from saelab.benchmarks.command import bench
-from saelab.demo import demo
+from saelab.commands import COMMANDS, Run, check_has_cache, train
 from saelab.errors import SaelabError
 
-if TYPE_CHECKING:
-    from saelab.models import LanguageModel
-    from saelab.saes import SAE
 
-Run = Annotated[Positional[Path], arg(metavar="RUN", help="Folder of the run, or one SAE folder in it.")]
-Model = Annotated[str, arg(help="smollm2, a Hugging Face id, or the folder of a model.")]
-OwnModel = Annotated[str | None, arg(help="Language model; None is the one the SAE was trained on.")]
-Dtype = Annotated[
-    Literal["bfloat16", "float32"] | None, arg(help="Of the language model; None is bfloat16 where that is fast.")
-]
-Texts = Annotated[str, arg(help="demo, concepts, a parquet, jsonl, csv or txt file, or a Hugging Face dataset id.")]
-OwnTexts = Annotated[str | None, arg(help="Texts, as for harvest; None are those the SAE was trained on.")]
-Column = Annotated[str, arg(help="Column of the texts that holds the text.")]
-Documents = Literal["train", "held_out", "all"]
-Split = Annotated[
-    Documents | None, arg(help="Which documents; None is held_out of the SAE's own texts, all of any other.")
-]
+def _variant(args: Sequence[str]) -> str:
+    """The kind of SAE that `args` ask for. Raises `ValueError` for one that there is not, and for another one's flag."""
+    from saelab.saes import VARIANTS
 
-
-def harvest(
-    run: Run,
-    hook_name: Annotated[tuple[str, ...], arg(help="One or more sites of the model.")],
-    n_tokens: Annotated[int, arg(help="Tokens to read.")],
-    model: Model = "smollm2",
-    texts: Texts = "demo",
-    column: Column = "text",
-    split: Annotated[Documents, arg(help="Which documents.")] = "train",
-    ctx_len: Annotated[int, arg(help="Tokens per context.")] = 256,
-    batch_size: Annotated[int, arg(help="Contexts per forward pass.")] = 16,
-    seed: Annotated[int, arg(help="Seed of the shuffle.")] = 0,
-    prepend_bos: Annotated[bool, arg(help="Start every context with the BOS token.")] = False,
-    max_bytes: Annotated[int | None, arg(help="Refuse to make a cache that is larger.")] = None,
-    dtype: Dtype = None,
-) -> None:
-    """Run a language model over texts and keep the activations of its hooks in RUN/cache."""
-    import saelab
-
-    options: dict[str, Any] = {"ctx_len": ctx_len, "batch_size": batch_size, "seed": seed, "split": split}
-    options |= {"prepend_bos": prepend_bos, "max_bytes": max_bytes}
-    corpus = saelab.load_texts(texts, column=column)  # before the model, which takes longer to load
-    lm = _load_model(model, dtype)
-    cache = saelab.harvest(lm, corpus, hook_names=list(hook_name), n_tokens=n_tokens, out_dir=run / "cache", **options)
-    print(f"{cache.n_rows:,} activations of {', '.join(cache.hook_names)} are in {run / 'cache'}")
-    print(f"Next: saelab train {run} --d-sae 4096 --k 32 --n-tokens 2_000_000")
+    words = [part for word in args for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    chosen = [after for word, after in itertools.pairwise(words) if word == "--variant"]
+    variant = chosen[-1] if chosen else "topk"
+    if variant not in VARIANTS:
+        close = difflib.get_close_matches(variant, VARIANTS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(VARIANTS)}."
+        raise ValueError(f"unknown --variant {variant!r}; {hint}")
+    flags = {name: _flags(one.Config) for name, one in VARIANTS.items()}
+    for word in words:
+        owners = [name for name in VARIANTS if word.replace("_", "-") in flags[name]]
+        if owners and variant not in owners:
+            raise ValueError(
+                f"{word} is no flag of {variant} (but of {', '.join(owners)}); {variant} has {', '.join(flags[variant])}: "
+                f"saelab train --variant {variant} --help"
+            )
+    return variant
 
 
-def train(
-    run: Path, variant: str, name: str | None, hook_name: str | None, wandb_project: str | None, config: Any, train: Any
-) -> None:
-    """Train an SAE on RUN/cache; it is written to RUN/sae, or RUN/sae-NAME with --name."""
-    import saelab
-
-    folder = run / (f"sae-{name}" if name else "sae")
-    saelab.train(config, run / "cache", train, out_dir=folder, hook_name=hook_name, wandb_project=wandb_project)
-    print(f"The {variant} SAE is in {folder}")
-    print(f"Next: saelab eval {folder}; saelab features {folder}; saelab dash {run}")
-
-
-def _check_has_cache(run: Path) -> None:
-    if not (run / "cache").is_dir():
-        raise ValueError(f"{run} holds no cache; make one: saelab harvest {run} --hook-name HOOK --n-tokens NUMBER")
-
-
-def evaluate(
-    run: Run,
-    model: OwnModel = None,
-    texts: OwnTexts = None,
-    column: Column = "text",
-    split: Split = None,
-    json: Annotated[bool, arg(help="Print one JSON object on standard output and nothing else.")] = False,
-    allow_train: Annotated[bool, arg(help="Score documents that trained the SAE instead of refusing.")] = False,
-    dtype: Dtype = None,
-) -> None:
-    """Measure the SAEs of RUN on held-out text; each gets its report.json."""
-    import saelab
-
-    runs = _find_saes(run)
-    if json and len(runs) > 1:
-        names = ", ".join(str(found.sae_dir) for found in runs)
-        raise ValueError(f"--json prints one report and {run} holds {len(runs)} SAEs; name one of {names}")
-    corpus = saelab.load_texts(texts, column=column) if texts else None
-    options: dict[str, Any] = {"split": split, "allow_train": allow_train}
-    for found in runs:
-        with contextlib.redirect_stdout(sys.stderr if json else sys.stdout):
-            sae = saelab.load_sae(found.sae_dir)
-            report = saelab.evaluate(sae, _model_of(sae, model, dtype), corpus, path=found.report_path, **options)
-            print(report)
-            print(f"The report is in {found.report_path}")
-        if json:
-            print(report.to_json())
-
-
-def features(
-    run: Run,
-    model: OwnModel = None,
-    texts: OwnTexts = None,
-    column: Column = "text",
-    split: Split = None,
-    n_tokens: Annotated[int | None, arg(help="Tokens to read at most; None reads all.")] = None,
-    top_k: Annotated[int, arg(help="Examples kept of each feature.")] = 20,
-    dtype: Dtype = None,
-) -> None:
-    """Collect the strongest examples, histogram and logits of every feature: what the dashboard shows."""
-    import saelab
-
-    corpus = saelab.load_texts(texts, column=column) if texts else None
-    for found in _find_saes(run):
-        sae = saelab.load_sae(found.sae_dir)
-        lm, out_dir = _model_of(sae, model, dtype), found.features_dir
-        saelab.collect_features(sae, lm, corpus, out_dir=out_dir, split=split, n_tokens=n_tokens, top_k=top_k)
-        print(f"The features are in {out_dir}")
-    print(f"Next: saelab dash {run}")
-
-
-def dash(
-    run: Run,
-    port: Annotated[int, arg(help="Port on 127.0.0.1.")] = 8501,
-    browser: Annotated[bool, arg(help="Open the page in a browser.")] = False,
-) -> None:
-    """Serve the dashboard of RUN on 127.0.0.1 until Ctrl-C."""
-    from saelab.app.serve import serve
-
-    serve(run, port=port, browser=browser)
-
-
-def steer(
-    run: Run,
-    feature: Annotated[int, arg(help="Its number in the dashboard.")],
-    prompt: Annotated[str, arg(help="Text to go on from.")] = "The weather today",
-    strength: Annotated[float, arg(help="A factor for scale; else in units of the feature's p99 activation.")] = 2.0,
-    mode: Annotated[Literal["add", "clamp", "scale", "ablate"], arg(help="What is done to the feature.")] = "add",
-    max_new_tokens: Annotated[int, arg(help="Tokens to generate.")] = 40,
-    temperature: Annotated[float, arg(help="0 takes the likeliest token each time.")] = 0.0,
-    seed: Annotated[int, arg(help="Seed of the sampling.")] = 0,
-    model: OwnModel = None,
-    dtype: Dtype = None,
-) -> None:
-    """Continue a prompt twice: as the model does by itself, and with one feature steered."""
-    import saelab
-
-    store = saelab.load_features(run)
-    chosen = store.feature(feature)
-    lm = _load_model(model or store.manifest["model"]["name"], dtype)
-    edit = chosen.ablate() if mode == "ablate" else getattr(chosen, mode)(strength)
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    print(f"default: {lm.generate(prompt, **options)}\n")
-    with lm.steer(edit):
-        print(
-            f"feature {feature}, {mode}{'' if mode == 'ablate' else f' {strength:g}'}: {lm.generate(prompt, **options)}"
-        )
-
-
-def _find_saes(run: Path) -> list[Any]:
-    from saelab.runs import find_saes
-
-    return find_saes(run)
-
-
-def _load_model(model: str, dtype: str | None) -> LanguageModel:
-    import torch
-
-    import saelab
-
-    return saelab.load_model(model, dtype=getattr(torch, dtype) if dtype else None)
-
-
-def _model_of(sae: SAE, model: str | None, dtype: str | None) -> Any:
-    known = sae.origin.get("models") or {"": sae.origin.get("model", {})}
-    names = [model] if model else [one.get("name") for one in known.values()]
-    if None in names:
-        raise ValueError("This SAE was trained on bare tensors, so it names no language model; give --model.")
-    return [_load_model(name, dtype) for name in names] if len(names) > 1 else _load_model(names[0], dtype)
+def _flags(config: type) -> list[str]:
+    return [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(config)]
 
 
 def _train_arguments(args: Sequence[str]) -> type:
     """A dataclass with the arguments of `train`: the fields of the variant's config and of `TrainConfig` are flags."""
     import saelab
 
-    chosen = [args[i + 1] for i, word in enumerate(args[:-1]) if word == "--variant"]
-    chosen += [word.partition("=")[2] for word in args if word.startswith("--variant=")]
-    variant = chosen[0] if chosen and chosen[0] in saelab.VARIANTS else "topk"
+    variant = _variant(args)
     optional = [
         ("variant", Literal[tuple(saelab.VARIANTS)], "Kind of SAE; it decides which config flags there are.", "topk"),
         ("name", str | None, "Write to RUN/sae-NAME instead of RUN/sae.", None),
@@ -217,29 +65,6 @@ def _train_arguments(args: Sequence[str]) -> type:
     return dataclasses.make_dataclass("Arguments", fields)
 
 
-COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
-    "demo": (demo, "saelab demo\nsaelab demo --no-serve --out-dir runs/demo"),
-    "harvest": (
-        harvest,
-        "saelab harvest runs/mlp --hook-name blocks.14.hook_mlp_out --n-tokens 250_000\n"
-        "saelab harvest runs/own --texts notes.jsonl --column body --hook-name blocks.9.hook_resid_post "
-        "--n-tokens 1_000_000",
-    ),
-    "train": (
-        train,
-        "saelab train runs/mlp --d-sae 4096 --k 32 --n-tokens 2_000_000\n"
-        "saelab train runs/mlp --name l1 --variant relu --d-sae 4096 --l1-coefficient 5 --n-tokens 2_000_000",
-    ),
-    "eval": (evaluate, "saelab eval runs/mlp\nsaelab eval runs/mlp/sae --json\nsaelab eval runs/mlp --texts concepts"),
-    "features": (features, "saelab features runs/mlp\nsaelab features runs/mlp/sae-l1 --n-tokens 20_000"),
-    "dash": (dash, "saelab dash runs/demo\nsaelab dash runs/demo --port 8600"),
-    "bench": (bench, "saelab bench synthetic\nsaelab bench family runs/demo"),
-    "steer": (
-        steer,
-        "saelab steer runs/demo --feature 17\n"
-        'saelab steer runs/demo --feature 17 --strength 4 --prompt "My favourite place is" --temperature 0.8 --seed 1',
-    ),
-}
 _EPILOG = "saelab COMMAND --help tells more. SAELAB_DEBUG=1 shows where an error came from."
 
 
@@ -248,7 +73,10 @@ def main(args: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if args is None else args)
     debug = bool(os.environ.get("SAELAB_DEBUG"))
     try:
-        return _run(args)
+        with warnings.catch_warnings():
+            if not debug:
+                warnings.showwarning = _show_warning
+            return _run(args)
     except KeyboardInterrupt as stopped:
         kept = f"{stopped}. " if str(stopped) else ""
         print(f"\nInterrupted. {kept}The same command again goes on from what is on disk.", file=sys.stderr)
@@ -258,6 +86,11 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         print("saelab:", " ".join(str(error).split()), file=sys.stderr)
         return 2
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
+    """A warning as one line, without the place in the code that a user cannot act on."""
+    print(f"saelab: {category.__name__}:" if category is not UserWarning else "saelab:", message, file=sys.stderr)
 
 
 def _run(args: list[str]) -> int:
@@ -282,9 +115,9 @@ def _run(args: list[str]) -> int:
     options: dict[str, Any] = {"prog": f"saelab {name}", "description": description, "args": rest}
     if function is train:
         if rest and not any(word.startswith("-") for word in (rest[0], *{"-h", "--help"}.intersection(rest))):
-            _check_has_cache(Path(rest[0]))  # before the flags, whose errors would hide that the run is missing
+            check_has_cache(Path(rest[0]))  # before the flags, whose errors would hide that the run is missing
         arguments = tyro.cli(_train_arguments(rest), **options)
-        _check_has_cache(arguments.run)  # pyright: ignore[reportAttributeAccessIssue]
+        check_has_cache(arguments.run)  # pyright: ignore[reportAttributeAccessIssue]
         train(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(arguments)})
     else:
         tyro.cli(function, **options)

@@ -98,12 +98,12 @@ def unknown_hook(hook_name: str, names: Sequence[str], model_name: str) -> Value
     """The error for a hook that a model does not have: the nearest names first, then the pattern of all."""
     nearest = difflib.get_close_matches(str(hook_name), names, n=5, cutoff=0.0)
     layers = sorted({int(found[1]) for name in names if (found := re.match(r"blocks\.(\d+)\.", name))})
-    suffixes = dict.fromkeys(re.sub(r"^blocks\.\d+\.", "", name) for name in names)
-    span = f"blocks.{{{layers[0]}..{layers[-1]}}}." if layers else ""
-    shown = ", ".join(list(suffixes)[:80])
+    suffixes = dict.fromkeys(name.split(".", 2)[2] for name in names if re.match(r"blocks\.\d+\.", name))
+    others = [name for name in names if not re.match(r"blocks\.\d+\.", name)]
+    shown = [f"blocks.{{{layers[0]}..{layers[-1]}}}.{{{', '.join(suffixes)}}}"] if layers else []
     return ValueError(
         f"hook_name={hook_name!r} does not exist in {model_name}. "
-        f"Nearest: {', '.join(nearest)}. All: {span}{{{shown}}}."
+        f"Nearest: {', '.join(nearest)}. There are: {', '.join(shown + others)}."
     )
 
 

@@ -18,7 +18,7 @@ from saelab.errors import ModelError
 from saelab.hooks import Edit, Site, bridge_sites, fast_sites, is_plain_mistake, tapped, unknown_hook
 from saelab.model_hash import hash_folder, hash_model, hash_tokenizer
 from saelab.prompts import Prompt, check_ids, special_token_ids, to_batch
-from saelab.sampling import Generation, check_generation, sample
+from saelab.sampling import Generation, OnToken, check_generation, sample
 from saelab.unembedding import logit_weights
 
 
@@ -119,9 +119,7 @@ class LanguageModel:
                 self._trunk(model, ids)
         for name in names:
             if name not in captured:
-                raise ModelError(
-                    f"hook_name={name!r} exists in {self.name} but no activation passed it. Choose another."
-                )
+                raise ModelError(f"hook_name={name!r} exists in {self.name}, but nothing passed it. Choose another.")
             if captured[name].ndim < 3 or captured[name].shape[:2] != ids.shape:
                 shape = tuple(captured[name].shape)
                 raise ValueError(f"hook_name={name!r} holds {shape}, not one vector for each token. Choose another.")
@@ -180,13 +178,7 @@ class LanguageModel:
         return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
     def _checked(self, ids: Tensor) -> Tensor:
-        check_ids(ids)
-        if ids.shape[1] > self.max_ctx:
-            raise ValueError(f"{ids.shape[1]} tokens exceed the context of {self.name}, {self.max_ctx}; give fewer.")
-        low, high = ids.aminmax()
-        if low < 0 or high >= self.d_vocab:
-            wrong = int(high) if high >= self.d_vocab else int(low)
-            raise ValueError(f"Token id {wrong} is outside the vocabulary of {self.name}, 0 to {self.d_vocab - 1}.")
+        check_ids(ids, self.name, self.max_ctx, self.d_vocab)
         return ids
 
     # --- running
@@ -243,12 +235,20 @@ class LanguageModel:
                 f"{d_in}. Use an SAE or vector that belongs to this hook."
             )
 
-    def generate(self, prompt: Prompt, max_new_tokens: int = 40, temperature: float = 0.0, seed: int = 0) -> str:
+    def generate(
+        self,
+        prompt: Prompt,
+        max_new_tokens: int = 40,
+        temperature: float = 0.0,
+        seed: int = 0,
+        on_token: OnToken | None = None,
+    ) -> str:
         """The prompt and what the model writes after it, until EOS or `max_new_tokens`.
 
         Temperature 0 takes the most likely token. On one seed every run draws the same random numbers, steered or not.
+        `on_token(n)` is called once n tokens are written; what it raises ends the generation.
         """
-        generation = self.generate_ids(prompt, max_new_tokens, temperature, seed)
+        generation = self.generate_ids(prompt, max_new_tokens, temperature, seed, on_token=on_token)
         start, whole = (
             self.tokenizer.decode(ids, skip_special_tokens=True)
             for ids in (generation.ids[: generation.n_prompt], generation.ids)
@@ -262,12 +262,13 @@ class LanguageModel:
         temperature: float = 0.0,
         seed: int = 0,
         keep_logits: bool = False,
+        on_token: OnToken | None = None,
     ) -> Generation:
         """`generate` as token ids, with the logits of each step on request. Active edits are honoured."""
         ids = self.to_ids(prompt).to(self.device)
         check_generation(ids, max_new_tokens, temperature, self.max_ctx, self.name)
         with self._lock, torch.inference_mode():
-            return sample(self._step, ids, max_new_tokens, temperature, seed, self._stop_ids, keep_logits)
+            return sample(self._step, ids, max_new_tokens, temperature, seed, self._stop_ids, keep_logits, on_token)
 
     @cached_property
     def _stop_ids(self) -> set[int]:

@@ -18,7 +18,7 @@ def to_batch(
     """Token ids, and their positions with -1 on padding (which stands on the right)."""
     if isinstance(prompt, Tensor):
         ids = prompt[None] if prompt.ndim == 1 else prompt
-        check_ids(ids)
+        check_shape(ids)
         return ids, torch.arange(ids.shape[-1], device=ids.device).expand(ids.shape)
     if isinstance(prompt, str):
         rows = [_text_ids(prompt, tokenizer)]
@@ -37,7 +37,18 @@ def to_batch(
     return ids, positions
 
 
-def check_ids(ids: Tensor) -> None:
+def check_ids(ids: Tensor, model: str, max_ctx: int, d_vocab: int) -> None:
+    """Raises `ValueError` for ids that the model cannot read, naming what is wrong."""
+    check_shape(ids)
+    if ids.shape[1] > max_ctx:
+        raise ValueError(f"{ids.shape[1]} tokens exceed the context of {model}, {max_ctx}; give fewer.")
+    low, high = ids.aminmax()
+    if low < 0 or high >= d_vocab:
+        wrong = int(high) if high >= d_vocab else int(low)
+        raise ValueError(f"Token id {wrong} is outside the vocabulary of {model}, 0 to {d_vocab - 1}.")
+
+
+def check_shape(ids: Tensor) -> None:
     """Raises `ValueError` unless `ids` are whole numbers in a non-empty (batch, seq)."""
     if ids.ndim != 2 or 0 in ids.shape or ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"Token ids are {ids.dtype} {tuple(ids.shape)}; expected a non-empty int64 (batch, seq).")

@@ -32,8 +32,17 @@ def find_saes(run: str | Path) -> list[SaeRun]:
         return [sae_run(run)]
     found = sorted(entry for entry in run.glob("sae*") if _is_sae(entry)) if run.is_dir() else []
     if not found:
-        raise SaelabError(f"{run} holds no SAE: give a RUN folder (with sae/ or sae-NAME/ in it) or one SAE folder.")
+        raise SaelabError(f"{run} {_what_is_missing(run)}")
     return [sae_run(entry) for entry in found]
+
+
+def _what_is_missing(run: Path) -> str:
+    """Why there is no SAE, and the next command."""
+    if not run.exists():
+        return "holds no SAE, it does not exist: saelab demo makes runs/demo, saelab harvest begins a RUN of your own."
+    if (run / "cache").is_dir():
+        return f"holds no SAE yet: saelab train {run} --d-sae 4096 --k 32 --n-tokens 2_000_000"
+    return "holds no SAE: give a RUN folder (with sae/ or sae-NAME/ in it) or one SAE folder."
 
 
 def _is_sae(entry: Path) -> bool:

@@ -9,6 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+OnToken = Callable[[int], None]
+"""Called with the number of tokens written so far; what it raises ends the generation."""
+
 
 class Generation(NamedTuple):
     """Token ids of a prompt and what was written after it."""
@@ -29,15 +32,18 @@ def sample(
     seed: int,
     stop_ids: Collection[int],
     keep_logits: bool = False,
+    on_token: OnToken | None = None,
 ) -> Generation:
     """Extend `prompt` until a stop token or `max_new_tokens`; `step(all ids, cache)` gives last logits and cache.
+
+    `on_token` is told after each.
 
     One uniform number is drawn for every token from a generator of `seed`, whatever the logits are: two runs on one
     seed, steered and not, meet the same luck.
     """
     generator = torch.Generator().manual_seed(seed)
     ids, cache, kept = prompt, None, []
-    for _ in range(max_new_tokens):
+    for n in range(1, max_new_tokens + 1):
         logits, cache = step(ids, cache)
         logits = logits.float().cpu()
         if keep_logits:
@@ -45,6 +51,8 @@ def sample(
         uniform = torch.rand((), generator=generator, dtype=torch.float64)
         token = choose(logits, temperature, uniform)
         ids = torch.cat([ids, torch.tensor([[token]], device=ids.device)], dim=1)  # (1, seq + 1)
+        if on_token is not None:
+            on_token(n)
         if token in stop_ids:
             break
     return Generation(ids[0].cpu(), prompt.shape[1], torch.stack(kept) if kept else None)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 
-from saelab import cli
+from saelab import cli, commands
 from saelab.runs import find_saes
 
 HOOK = "blocks.1.hook_resid_post"
@@ -173,11 +175,48 @@ def test_a_refused_training_leaves_no_sae_behind(run: Path, capsys):
 
 
 def test_a_wrong_flag_or_value_is_exit_code_2(run: Path, capsys):
-    for words in (["--k-foo", "3"], ["--k", "many"], ["--k", "100"], ["--variant", "topp"]):
+    for words in (["--k-foo", "3"], ["--k", "many"], ["--k", "100"]):
         with pytest.raises(SystemExit) as stopped:
             cli.main(["train", str(run), "--d-sae", "8", "--n-tokens", "2048", *words])
         assert stopped.value.code == 2
         assert words[-1] in capsys.readouterr().err or words[0] == "--k-foo"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--variant", "jumpreu"], "unknown --variant 'jumpreu'; did you mean jumprelu?"),
+        (["--variant=zzz"], "unknown --variant 'zzz'; there are topk, "),
+        (["--variant", "jumprelu", "--k=32"], "--k is no flag of jumprelu (but of topk, batch_topk"),
+        (["--l1_coefficient", "5"], "saelab train --variant topk --help"),
+    ],
+)
+def test_a_flag_of_another_variant_is_named(run: Path, capsys, words, message):
+    assert cli.main(["train", str(run), "--d-sae", "8", "--n-tokens", "2048", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_warnings_are_one_line(run: Path, tmp_path, capsys):
+    shutil.copytree(run / "cache", tmp_path / "cache")
+    words = ["train", str(tmp_path), "--d-sae", "8", "--k", "2", "--n-tokens", "20_000", "--batch-size", "10_000"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert cli.main(words) == 0
+    warned = [line for line in capsys.readouterr().err.splitlines() if "fewer than one batch" in line]
+    assert len(warned) == 1 and warned[0].startswith("saelab: There are ")
+
+
+def test_steer_of_several_saes_names_them(run: Path, capsys):
+    assert cli.main(["steer", str(run), "--feature", "3"]) == 2
+    assert f"saelab steer {run / 'sae'} or saelab steer {run / 'sae-l1'}" in capsys.readouterr().err
+
+
+def test_a_run_without_an_sae_names_the_next_command(run: Path, tmp_path, capsys):
+    shutil.copytree(run / "cache", tmp_path / "cache")
+    assert cli.main(["features", str(tmp_path)]) == 2
+    assert f"saelab train {tmp_path} --d-sae" in capsys.readouterr().err
+    assert cli.main(["dash", str(tmp_path / "none")]) == 2
+    assert "it does not exist" in capsys.readouterr().err
 
 
 def test_debug_shows_where_an_error_came_from(monkeypatch, tmp_path):
@@ -189,7 +228,7 @@ def test_debug_shows_where_an_error_came_from(monkeypatch, tmp_path):
 def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys, tmp_path):
     for kept in ("", "40 activations are in RUN"):
         stopped = KeyboardInterrupt(kept) if kept else KeyboardInterrupt()
-        monkeypatch.setattr(cli, "_find_saes", Mock(side_effect=stopped))
+        monkeypatch.setattr(commands, "_find_saes", Mock(side_effect=stopped))
         assert cli.main(["eval", str(tmp_path)]) == 130
         said = f"Interrupted. {kept + '. ' if kept else ''}The same command again goes on from what is on disk.\n"
         assert capsys.readouterr().err == "\n" + said

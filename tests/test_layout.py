@@ -21,7 +21,7 @@ LINKS = {"saelab/" + name.removeprefix("saelab."): folder for name, folder in PA
 
 # Who may import whom: a unit imports its own layer and those after it. Every unit may import errors and files.
 LAYERS = [
-    {"app", "cli", "presets", "demo", "demo_steering"},
+    {"app", "cli", "commands", "presets", "demo", "demo_steering"},
     {"benchmarks", "features", "training", "evaluation", "interop", "runs"},
     {"steering"},
     {"activation_cache", "io"},

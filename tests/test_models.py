@@ -179,7 +179,7 @@ def test_no_hook_stays_on_the_model(tiny_lm):
 )
 def test_unknown_hook_lists_those_that_exist(tiny_lm, name):
     for call in (tiny_lm.check_hook, tiny_lm.d_in, lambda n: tiny_lm.stream_activations([IDS], [n])):
-        with pytest.raises(ValueError, match=r"Nearest: .*hook_resid_p.*All: blocks\.\{0\.\.2\}") as caught:
+        with pytest.raises(ValueError, match=r"Nearest: .*hook_resid_p.*There are: blocks\.\{0\.\.2\}") as caught:
             call(name)
         assert repr(name) in str(caught.value)
 
@@ -378,6 +378,20 @@ def test_choose_by_hand():
     assert choose(logits, 0.0, torch.tensor(0.99, dtype=torch.float64)) == 0
     hot = [choose(logits, 100.0, torch.tensor(u, dtype=torch.float64)) for u in (0.3, 0.4)]
     assert hot == [0, 2]  # nearly uniform over the three possible tokens
+
+
+def test_generation_tells_each_token_and_can_be_ended(tiny_lm):
+    told = []
+
+    def until_three(n):
+        told.append(n)
+        if n == 3:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        tiny_lm.generate("the river", max_new_tokens=9, on_token=until_three)
+    assert told == [1, 2, 3]
+    assert not tiny_lm.edits and tiny_lm.generate("the river", max_new_tokens=2)  # the model is free again
 
 
 def test_generation_stops_at_eos(tiny_lm):

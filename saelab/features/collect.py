@@ -47,13 +47,13 @@ def collect_features(
     """Collect what every feature does into `out_dir`, and open the store.
 
     `texts` None is the SAE's own source. Of that the held-out tenth is read, of any other text all; `split` overrides.
-    Packing, mask and counts are those of `saelab.evaluate`. `n_tokens` stops after so many tokens (whole batches);
+    Packing, mask and counts are those of `saelab.evaluate`. `n_tokens` stops after so many tokens (whole contexts);
     a feature keeps `top_k` examples. The same call on a finished store returns at once. `lm` and `hook_name`: as there.
 
     Raises `ValueError` when the SAE does not fit the model, when no token is left, or when `out_dir` holds something
     else; `StoreError` when it holds a store made with other arguments, naming them.
     """
-    numbers = {"n_tokens": n_tokens, "top_k": top_k, "batch_size": batch_size}  # n_tokens is rounded up to batches
+    numbers = {"n_tokens": n_tokens, "top_k": top_k, "batch_size": batch_size}
     check_scoring(lm := together(lm), **numbers)
     out_dir = claim_folder(out_dir, schema.MANIFEST, "feature store").resolve()
     request = _request(sae, lm, source := _source(sae, lm, texts), split, hook_name, ctx_len) | numbers

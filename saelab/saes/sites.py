@@ -68,7 +68,10 @@ def choose_sites(config: Any, names: Sequence[str], hook_name: str | None = None
 def _known(field: str, chosen: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
     for name in chosen:
         if name not in names:
-            raise ValueError(f"{field}={name!r} is not in the cache, which holds {', '.join(names)}.")
+            raise ValueError(
+                f"{field}={name!r} is not in the cache, which holds {', '.join(names)}: choose of these, or "
+                "harvest it into another RUN."
+            )
     return tuple(chosen)
 
 

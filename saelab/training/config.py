@@ -17,7 +17,7 @@ class TrainConfig:
     batch_size: int = 2048
     """Rows per optimiser step."""
     lr: float | None = None
-    """Adam's peak learning rate; None is the variant's own (TopK: 3e-3 * sqrt(4096 / d_sae))."""
+    """Adam's peak learning rate; None is the variant's own (relu, gated, crosscoder: 1e-3, others 3e-3; * sqrt(4096 / d_sae))."""
     seed: int = 0
     """Seed of the initial weights and of the order of batches."""
     warmup_steps: int = 50
