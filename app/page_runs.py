@@ -48,9 +48,12 @@ def _overview(found: list[SaeRun]) -> None:
     rows = []
     for sae in found:
         report = _read(sae.report_path)
+        if not report:
+            continue  # its own section says how to make one
         values = {label: report.get(key) for key, (label, _) in _MEASURES.items()}
         rows.append({"SAE": sae.name, "hook": report.get("hook_name"), **values, "tokens": report.get("n_tokens")})
-    st.dataframe(rows, hide_index=True, alt="Held-out numbers of every SAE in this run")
+    if rows:
+        st.dataframe(rows, hide_index=True, alt="Held-out numbers of every SAE in this run")
 
 
 def _one(sae: SaeRun) -> None:

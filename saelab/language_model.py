@@ -119,7 +119,7 @@ class LanguageModel:
                 self._trunk(model, ids)
         for name in names:
             if name not in captured:
-                raise ModelError(f"hook_name={name!r} exists in {self.name}, but nothing passed it. Choose another.")
+                raise ModelError(f"hook_name={name!r} exists in {self.name}; no activation passed it. Choose another.")
             if captured[name].ndim < 3 or captured[name].shape[:2] != ids.shape:
                 shape = tuple(captured[name].shape)
                 raise ValueError(f"hook_name={name!r} holds {shape}, not one vector for each token. Choose another.")
