@@ -5,9 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import make_dataclass
 from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 from xml.etree import ElementTree
 
@@ -16,13 +14,21 @@ import torch
 
 from saelab import cli
 from saelab.activation_cache.harvest import harvest
-from saelab.benchmarks import family, synthetic
+from saelab.benchmarks import family
 from saelab.benchmarks.family import FamilyConfig, run_family
 from saelab.benchmarks.tables import comparisons, family_picture, family_tables
 from saelab.errors import SaelabError
 from saelab.interop import load_sae
 from saelab.runs import find_saes
-from saelab.saes import BatchTopKSAE
+from saelab.saes import (
+    VARIANTS,
+    BatchTopKSAE,
+    CodebookConfig,
+    CrosscoderConfig,
+    ReLUConfig,
+    TopKConfig,
+    TranscoderConfig,
+)
 from saelab.training import TrainConfig, train
 from saelab.training.metrics_log import read_lines
 
@@ -113,23 +119,20 @@ def test_what_cannot_be_compared_is_refused(run):
         run_family(run, CONFIG, seeds=())
 
 
-def test_other_targets_come_where_the_cache_has_what_they_need(monkeypatch):
-    names = ["d_sae", "k", "hook_name_out"]
-    plain = make_dataclass("Plain", [("d_sae", int), ("k", int, 8)])
-    routed = make_dataclass("Routed", [(name, Any, None) for name in names])
-    fakes = {"topk": plain, "crosscoder": plain, "transcoder": routed, "codebook": plain}
-    variants = {name: Mock(Config=config) for name, config in fakes.items()}
-    for module in (family, synthetic):
-        monkeypatch.setattr(module, "VARIANTS", variants)
-    found = family._configs(None, FamilyConfig(64, hook_name_out="mlp"), (4, 2), n_hooks=2)
+def test_other_targets_come_where_the_cache_has_what_they_need():
+    asked = ("topk", "relu", "crosscoder", "transcoder", "codebook")
+    found = family._configs(asked, FamilyConfig(64, hook_name_out="mlp"), (4, 2), n_hooks=2)
     assert found == {
-        ("topk", 4): plain(64, 4),
-        ("topk", 2): plain(64, 2),
-        ("crosscoder", 4): plain(64, 4),
-        ("transcoder", 4): routed(64, 4, "mlp"),
-        ("codebook", 8): plain(64),
+        ("topk", 4): TopKConfig(64, 4, encoder_decay=1.0),
+        ("topk", 2): TopKConfig(64, 2, encoder_decay=1.0),
+        ("relu", 4): ReLUConfig(64, target_l0=4),
+        ("relu", 2): ReLUConfig(64, target_l0=2),
+        ("crosscoder", 4): CrosscoderConfig(64, 4),
+        ("transcoder", 4): TranscoderConfig(64, 4, hook_name_out="mlp", encoder_decay=1.0),
+        ("codebook", 8): CodebookConfig(64),
     }
-    assert list(family._configs(None, FamilyConfig(64), (4,), n_hooks=1)) == [("topk", 4), ("codebook", 8)]
+    alone = family._configs(None, FamilyConfig(64), (4,), n_hooks=1)
+    assert {name for name, _ in alone} == set(VARIANTS) - {"crosscoder", "transcoder", "skip_transcoder"}
     for name, needs in (("crosscoder", "a cache of two hooks"), ("transcoder", "hook_name_out")):
         with pytest.raises(ValueError, match=f"'{name}', which needs {needs}"):
             family._configs([name], FamilyConfig(64), (4,), n_hooks=1)
