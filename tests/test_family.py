@@ -127,7 +127,7 @@ def test_other_targets_come_where_the_cache_has_what_they_need():
         ("topk", 2): TopKConfig(64, 2, encoder_decay=1.0),
         ("relu", 4): ReLUConfig(64, target_l0=4),
         ("relu", 2): ReLUConfig(64, target_l0=2),
-        ("crosscoder", 4): CrosscoderConfig(64, 4),
+        ("crosscoder", 4): CrosscoderConfig(64, 4, encoder_decay=1.0),
         ("transcoder", 4): TranscoderConfig(64, 4, hook_name_out="mlp", encoder_decay=1.0),
         ("codebook", 8): CodebookConfig(64),
     }
