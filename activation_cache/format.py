@@ -1,4 +1,4 @@
-"""What an activation cache looks like on disk: names, journal, manifest, sizes. Knows no model.
+"""What an activation cache looks like on disk: names, manifest, sizes. Knows no model.
 
 manifest.json                      written last: a folder without it is unfinished
 journal.jsonl                      append-only: one flushed line for the start, the norm limit, each finished file set
@@ -11,20 +11,17 @@ stats/HOOK.safetensors             mean, second_moment (d_in) fp64, mean_norm, m
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import shutil
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from saelab.errors import CacheError, SaelabError
-from saelab.files import fsync_dir, read_json, sha256_file, writing
+from saelab.errors import CacheError
+from saelab.files import read_json, sha256_file
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -32,7 +29,6 @@ JOURNAL = "journal.jsonl"
 INDEX = "index.safetensors"
 DOCUMENTS = "documents.safetensors"
 SEQUENCES_PER_FILE = 4096
-_BEGINNING = b'{"kind": "'  # of every line of a journal
 INDEX_BYTES = 12  # seq, pos, token: three int32 a row
 TOKEN_BYTES = 8  # id and document: two int32 a token
 
@@ -152,78 +148,3 @@ def _check_manifest(manifest: Mapping[str, Any]) -> None:
         _ = manifest["max_norm"][hook], manifest["stats"][hook]
         for shard in manifest["shards"]:
             _ = shard["folder"], shard["files"][f"{hook}.safetensors"], shard["files"][INDEX]
-
-
-class Journal:
-    """Append-only record of what is safely on disk; one process at a time may hold it open.
-
-    `entries` holds every whole line. A half-written last line (the process was killed) is cut off.
-    """
-
-    def __init__(self, folder: Path):
-        self.path = folder / JOURNAL
-        with writing(self.path):
-            self._file = self.path.open("ab+", buffering=0)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._file.close()
-            raise CacheError(
-                f"another process is harvesting into {folder}: wait for it, or give another out_dir."
-            ) from error
-        self._lock = threading.Lock()
-        self.entries: list[dict[str, Any]] = []
-        try:
-            self._read()
-        except CacheError:
-            self.close()
-            raise
-        fsync_dir(folder)
-
-    def of_kind(self, kind: str) -> list[dict[str, Any]]:
-        """Entries of one kind: "start", "mask", "shard" or "tokens"."""
-        return [entry for entry in self.entries if entry["kind"] == kind]
-
-    def append(self, entry: dict[str, Any]) -> None:
-        """Write one line and flush it to disk; on a full disk the journal stays as it was (`SaelabError`)."""
-        with self._lock:
-            end = self._file.seek(0, os.SEEK_END)
-            try:
-                with writing(self.path):
-                    self._file.write(json.dumps(entry).encode() + b"\n")
-                    os.fsync(self._file.fileno())
-            except SaelabError:
-                self._file.truncate(end)
-                raise
-            self.entries.append(entry)
-
-    def clear(self) -> None:
-        """Forget everything: for a start from nothing."""
-        self._file.truncate(0)
-        self.entries = []
-
-    def close(self) -> None:
-        """Let other processes have it."""
-        self._file.close()
-
-    def _read(self) -> None:
-        self._file.seek(0)
-        content = self._file.read()
-        if content[: len(_BEGINNING)] != _BEGINNING[: len(content)]:
-            raise CacheError(f"{self.path} is no journal of an activation cache: give another out_dir.")
-        lines = content.split(b"\n")
-        good = 0
-        for number, line in enumerate(lines[:-1]):
-            try:
-                entry = json.loads(line)
-                if not isinstance(entry, dict) or "kind" not in entry:
-                    raise ValueError(f"{entry} is no entry")
-                self.entries.append(entry)
-            except ValueError as error:
-                if number < len(lines) - 2 or not isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
-                    raise CacheError(
-                        f"{self.path} line {number + 1} was altered: delete the cache and harvest again."
-                    ) from error
-                break
-            good += len(line) + 1
-        self._file.truncate(good)

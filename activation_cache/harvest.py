@@ -19,12 +19,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from saelab.activation_cache import format
+from saelab.activation_cache.journal import Journal, begin
 from saelab.activation_cache.reader import ActivationCache
 from saelab.activation_cache.score import refuse_steered
 from saelab.activation_cache.writer import CacheWriter
 from saelab.arguments import check_integer
 from saelab.errors import CacheError
-from saelab.files import claim_folder, differences
+from saelab.files import claim_folder
 from saelab.language_model import LanguageModel
 from saelab.masking import MASK_RULE, Mask, NormRule, row_norms
 from saelab.models_together import hook_keys, names_and_hashes, together
@@ -72,9 +73,9 @@ def harvest(
 def _harvest_into(
     folder: Path, lm: LanguageModel, texts: Texts, config: dict[str, Any], max_bytes: int | None, progress: bool
 ) -> ActivationCache:
-    journal = format.Journal(folder)
+    journal = Journal(folder)
     try:
-        if not _open_journal(folder, journal, config, _environment(lm)):
+        if not begin(folder, journal, config, _environment(lm)):
             print(f"Harvesting {texts.describe(config['split'])}.")
             if config["split"] == "train" and next(texts.documents("held_out"), None) is None:
                 warnings.warn(
@@ -129,40 +130,10 @@ def _environment(lm: LanguageModel) -> dict[str, Any]:
     return {"torch": str(torch.__version__), "device": str(lm.device), "threads": threads, "backend": str(backend)}
 
 
-def _open_journal(folder: Path, journal: format.Journal, config: dict[str, Any], environment: dict[str, Any]) -> bool:
-    """Start or continue a journal; True when this very cache is finished. Raises `ValueError` when arguments differ."""
-    finished = (folder / format.MANIFEST).exists()
-    started = journal.of_kind("start")
-    if started and (finished or journal.of_kind("shard")):
-        different = differences(started[0]["config"], config)
-        if different:
-            raise ValueError(
-                f"{folder} already holds a cache made with other arguments ({'; '.join(different)}): repeat those to go "
-                f"on, or write elsewhere (another RUN; in Python another out_dir)."
-            )
-        if not finished and started[0]["environment"] != environment:
-            changed = "; ".join(differences(started[0]["environment"], environment))
-            warnings.warn(
-                f"this harvest was begun elsewhere ({changed}): its shards may differ in their last bits "
-                f"from those of an undisturbed run.",
-                stacklevel=3,
-            )
-        return finished
-    if finished:
-        raise CacheError(f"{folder / format.JOURNAL} was emptied: delete the cache and harvest again.")
-    journal.clear()
-    if started:
-        for leftover in folder.rglob("*.safetensors"):  # of an attempt that never finished a shard
-            leftover.unlink()
-    start = {"kind": "start", "config": config, "config_hash": format.config_hash(config), "environment": environment}
-    journal.append(start)
-    return False
-
-
 class _Harvest:
     """One run of `harvest` over one folder."""
 
-    def __init__(self, lm: LanguageModel, texts: Texts, config: dict[str, Any], folder: Path, journal: format.Journal):
+    def __init__(self, lm: LanguageModel, texts: Texts, config: dict[str, Any], folder: Path, journal: Journal):
         self.lm, self.texts, self.config, self.journal = lm, texts, config, journal
         self.hooks = list(config["hooks"])
         self.documents: list[int] = []

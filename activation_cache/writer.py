@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from saelab.activation_cache import format
+from saelab.activation_cache.journal import Journal
 from saelab.files import atomic_save_safetensors, atomic_write_json
 from saelab.tokens import TokenBatch
 
@@ -98,7 +99,7 @@ class CacheWriter:
     After a restart, give every batch to `add_tokens` again, but activations only from the context `start` on.
     """
 
-    def __init__(self, folder: Path, journal: format.Journal, config: Mapping[str, Any]):
+    def __init__(self, folder: Path, journal: Journal, config: Mapping[str, Any]):
         self.folder = folder
         self.journal = journal
         self.config = config

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saelab.activation_cache import format
+from saelab.activation_cache.journal import Journal
 from saelab.activation_cache.reader import ActivationCache
 from saelab.activation_cache.writer import CacheWriter, Pool
 from saelab.errors import CacheError, SaelabError
@@ -47,7 +49,7 @@ def make_cache(folder, n_sequences=40, shard_rows=32, pool_shards=3, seed=0, hoo
         **{"model_hash": "m", "tokenizer_hash": "t", "texts_fingerprint": "f", "split": "all"},
         **{"prepend_bos": False, "mask_rule": {}},
     }
-    journal = format.Journal(folder)
+    journal = Journal(folder)
     writer = CacheWriter(folder, journal, config)
     for first in range(0, n_sequences, BATCH):
         n = min(BATCH, n_sequences - first)
@@ -335,24 +337,24 @@ def test_newer_foreign_and_unfinished_caches_are_refused(tmp_path):
 
 
 def test_journal_drops_a_half_written_line_and_refuses_an_altered_one(tmp_path):
-    journal = format.Journal(tmp_path)
+    journal = Journal(tmp_path)
     journal.append({"kind": "start", "n": 1})
     journal.append({"kind": "shard", "n": 2})
     journal.close()
     whole = journal.path.read_bytes()
     for torn in (whole[-10:], b'{"kind": "sh', b"\x00\x00\n"):
         journal.path.write_bytes(whole + torn)
-        again = format.Journal(tmp_path)
+        again = Journal(tmp_path)
         assert [entry["n"] for entry in again.entries] == [1, 2]
         again.close()
         assert journal.path.read_bytes() == whole
     journal.path.write_bytes(b'{"kind": "]\n' + whole)
     with pytest.raises(CacheError, match="line 1 was altered"):
-        format.Journal(tmp_path)
+        Journal(tmp_path)
 
 
 def test_a_full_disk_leaves_the_journal_whole(tmp_path, monkeypatch):
-    journal = format.Journal(tmp_path)
+    journal = Journal(tmp_path)
     journal.append({"kind": "start"})
     before = journal.path.read_bytes()
 
@@ -360,7 +362,7 @@ def test_a_full_disk_leaves_the_journal_whole(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(format.os, "fsync", full)
+        patch.setattr(os, "fsync", full)
         with pytest.raises(SaelabError, match="disk is full"):
             journal.append({"kind": "shard"})
     assert journal.path.read_bytes() == before and len(journal.entries) == 1
@@ -368,11 +370,11 @@ def test_a_full_disk_leaves_the_journal_whole(tmp_path, monkeypatch):
 
 
 def test_one_process_at_a_time(tmp_path):
-    journal = format.Journal(tmp_path)
+    journal = Journal(tmp_path)
     with pytest.raises(CacheError, match="another process is harvesting"):
-        format.Journal(tmp_path)
+        Journal(tmp_path)
     journal.close()
-    format.Journal(tmp_path).close()
+    Journal(tmp_path).close()
 
 
 def test_estimate_is_close_above_the_real_size(tmp_path):
@@ -416,5 +418,5 @@ def test_an_altered_manifest_is_refused(tmp_path, change, says):
 def test_a_foreign_or_altered_journal_is_refused_and_unharmed(tmp_path, content):
     (tmp_path / "journal.jsonl").write_text(content)
     with pytest.raises(CacheError, match="no journal|was altered"):
-        format.Journal(tmp_path)
+        Journal(tmp_path)
     assert (tmp_path / "journal.jsonl").read_text() == content

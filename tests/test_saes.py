@@ -4,6 +4,8 @@ import pytest
 import torch
 from tiny_saes import D_IN, D_SAE, build, config_of, info, rows
 
+from saelab.kernels.encode_batch_topk import encode_batch_topk
+from saelab.kernels.encode_topk import encode_topk
 from saelab.kernels.reference.encode_topk import encode_topk as topk_reference
 from saelab.saes import VARIANTS, Batch, ReLUConfig, ReLUSAE, StepInfo, TopKConfig, TopKSAE
 
@@ -124,6 +126,36 @@ def test_e3_topk_with_k_of_all_is_the_relu_code():
     topk, relu = TopKSAE(TopKConfig(D_SAE, D_SAE), D_IN, seed=1), ReLUSAE(ReLUConfig(D_SAE), D_IN, seed=1)
     x = rows(20)
     assert torch.equal(topk.encode(x).to_dense(), relu.encode(x).to_dense())
+
+
+def _moved_into_the_encoder(sae, gains):
+    """The SAE whose decoder rows are `gains` times longer, and the one with those gains in the encoder instead."""
+    longer = {"W_dec": sae.W_dec * gains[:, None]}
+    folded = {"W_enc": sae.W_enc * gains[:, None], "b_enc": sae.b_enc * gains}
+    folded |= {"b_mag": sae.b_mag * gains} if hasattr(sae, "b_mag") else {}
+    folded |= {"log_threshold": sae.log_threshold + gains.log()} if hasattr(sae, "log_threshold") else {}
+    return longer, folded
+
+
+@pytest.mark.parametrize("name", ["relu", "jumprelu", "gated"])
+def test_e24_folding_decoder_norms_leaves_the_reconstruction(name):
+    sae, x = build(name).double(), rows(60).double()
+    gains = torch.linspace(0.5, 2, D_SAE, dtype=torch.float64)
+    outputs = [torch.func.functional_call(sae, changed, (x,)) for changed in _moved_into_the_encoder(sae, gains)]
+    assert outputs[0].acts.nnz == outputs[1].acts.nnz > 0
+    torch.testing.assert_close(outputs[0].x_hat, outputs[1].x_hat)
+
+
+@pytest.mark.parametrize("encode", [encode_topk, encode_batch_topk])
+def test_e24_folding_leaves_what_was_ranked_with_the_norms_and_nothing_else(encode):
+    x, W_enc, b_enc = torch.randn(30, D_IN), torch.randn(D_SAE, D_IN), torch.randn(D_SAE)
+    norms = torch.linspace(0.5, 2, D_SAE)
+    n = 4 if encode is encode_topk else 4 * len(x)
+    plain = encode(x, W_enc, b_enc, n)
+    ranked = encode(x, W_enc, b_enc, n, "decoder_norm", norms)
+    folded = encode(x, W_enc * norms[:, None], b_enc * norms, n)
+    torch.testing.assert_close(ranked.to_dense() * norms, folded.to_dense())
+    assert not torch.equal(plain.to_dense() != 0, folded.to_dense() != 0)
 
 
 def test_auxk_teaches_dead_features_and_no_live_one():

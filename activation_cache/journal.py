@@ -1,0 +1,128 @@
+"""The journal of a harvest: what is safely on disk, and whether a folder may go on with these arguments."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import threading
+import warnings
+from pathlib import Path
+from typing import Any
+
+from saelab.activation_cache.format import JOURNAL, MANIFEST, config_hash
+from saelab.errors import CacheError, SaelabError
+from saelab.files import differences, fsync_dir, writing
+
+_BEGINNING = b'{"kind": "'  # of every line
+
+
+class Journal:
+    """Append-only record of what is safely on disk; one process at a time may hold it open.
+
+    `entries` holds every whole line. A half-written last line (the process was killed) is cut off.
+    """
+
+    def __init__(self, folder: Path):
+        self.path = folder / JOURNAL
+        with writing(self.path):
+            self._file = self.path.open("ab+", buffering=0)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.close()
+            raise CacheError(
+                f"another process is harvesting into {folder}: wait for it, or give another out_dir."
+            ) from error
+        self._lock = threading.Lock()
+        self.entries: list[dict[str, Any]] = []
+        try:
+            self._read()
+        except CacheError:
+            self.close()
+            raise
+        fsync_dir(folder)
+
+    def of_kind(self, kind: str) -> list[dict[str, Any]]:
+        """Entries of one kind: "start", "mask", "shard" or "tokens"."""
+        return [entry for entry in self.entries if entry["kind"] == kind]
+
+    def append(self, entry: dict[str, Any]) -> None:
+        """Write one line and flush it to disk; on a full disk the journal stays as it was (`SaelabError`)."""
+        with self._lock:
+            end = self._file.seek(0, os.SEEK_END)
+            try:
+                with writing(self.path):
+                    self._file.write(json.dumps(entry).encode() + b"\n")
+                    os.fsync(self._file.fileno())
+            except SaelabError:
+                self._file.truncate(end)
+                raise
+            self.entries.append(entry)
+
+    def clear(self) -> None:
+        """Forget everything: for a start from nothing."""
+        self._file.truncate(0)
+        self.entries = []
+
+    def close(self) -> None:
+        """Let other processes have it."""
+        self._file.close()
+
+    def _read(self) -> None:
+        self._file.seek(0)
+        content = self._file.read()
+        if content[: len(_BEGINNING)] != _BEGINNING[: len(content)]:
+            raise CacheError(f"{self.path} is no journal of an activation cache: give another out_dir.")
+        lines = content.split(b"\n")
+        good = 0
+        for number, line in enumerate(lines[:-1]):
+            try:
+                entry = json.loads(line)
+                if not isinstance(entry, dict) or "kind" not in entry:
+                    raise ValueError(f"{entry} is no entry")
+                self.entries.append(entry)
+            except ValueError as error:
+                if number < len(lines) - 2 or not isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+                    raise CacheError(
+                        f"{self.path} line {number + 1} was altered: delete the cache and harvest again."
+                    ) from error
+                break
+            good += len(line) + 1
+        self._file.truncate(good)
+
+
+def begin(folder: Path, journal: Journal, config: dict[str, Any], environment: dict[str, Any]) -> bool:
+    """Start or continue a journal; True when this very cache is finished. Raises `ValueError` when arguments differ."""
+    finished = (folder / MANIFEST).exists()
+    started = journal.of_kind("start")
+    if started and (finished or journal.of_kind("shard")):
+        held, asked = (list(one["hooks"]) for one in (started[0]["config"], config))
+        if set(held) != set(asked):
+            raise ValueError(
+                f"{folder} holds the activations of {', '.join(held)}; those of {', '.join(asked)} go elsewhere "
+                "(another RUN; in Python another out_dir), or name all hooks in one harvest."
+            )
+        different = differences(started[0]["config"], config)
+        if different:
+            raise ValueError(
+                f"{folder} already holds a cache made with other arguments ({'; '.join(different)}): repeat those to go "
+                f"on, or write elsewhere (another RUN; in Python another out_dir)."
+            )
+        if not finished and started[0]["environment"] != environment:
+            changed = "; ".join(differences(started[0]["environment"], environment))
+            warnings.warn(
+                f"this harvest was begun elsewhere ({changed}): its shards may differ in their last bits "
+                f"from those of an undisturbed run.",
+                stacklevel=3,
+            )
+        return finished
+    if finished:
+        raise CacheError(f"{folder / JOURNAL} was emptied: delete the cache and harvest again.")
+    journal.clear()
+    if started:
+        for leftover in folder.rglob("*.safetensors"):  # of an attempt that never finished a shard
+            leftover.unlink()
+    start = {"kind": "start", "config": config, "config_hash": config_hash(config), "environment": environment}
+    journal.append(start)
+    return False
