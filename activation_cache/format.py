@@ -98,18 +98,30 @@ def describe_file(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
-def check_file(path: Path, known: Mapping[str, Any], part: str, contents: bool = False) -> None:
-    """Raise `CacheError` naming `part` when a file is missing, has another size, or (`contents`) another SHA-256."""
+def problem_of(path: Path, known: Mapping[str, Any], contents: bool = False) -> str | None:
+    """What is wrong with a file that is missing, has another size, or (`contents`) another SHA-256; None: nothing."""
     size = path.stat().st_size if path.is_file() else None
     if size is None:
-        problem = "is missing"
-    elif size != known["bytes"]:
-        problem = f"has {size} bytes instead of {known['bytes']}: it was truncated or altered"
-    elif contents and sha256_file(path) != known["sha256"]:
-        problem = "has other contents than were written (SHA-256 differs): it was altered"
-    else:
-        return
-    raise CacheError(f"{part}: {path} {problem}. Put the file back from a copy, or delete the cache and harvest again.")
+        return "is missing"
+    if size != known["bytes"]:
+        return f"has {size} bytes instead of {known['bytes']}: it was truncated or altered"
+    if contents and sha256_file(path) != known["sha256"]:
+        return "has other contents than were written (SHA-256 differs): it was altered, or is of another cache"
+    return None
+
+
+FIX = "Put it back from a copy, or rebuild what is damaged: `saelab cache repair RUN`."
+
+
+def check_file(path: Path, known: Mapping[str, Any], part: str, contents: bool = False) -> None:
+    """Raise `CacheError` naming `part` when something is wrong with a file (`problem_of`)."""
+    if problem := problem_of(path, known, contents):
+        raise CacheError(f"{part}: {path} {problem}. {FIX}")
+
+
+def part_of(file: str) -> str:
+    """How messages name the part of the cache that a file belongs to."""
+    return f"shard {'/'.join(file.split('/')[:2])}" if file.startswith("shards/") else file
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

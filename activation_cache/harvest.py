@@ -130,6 +130,19 @@ def _environment(lm: LanguageModel) -> dict[str, Any]:
     return {"torch": str(torch.__version__), "device": str(lm.device), "threads": threads, "backend": str(backend)}
 
 
+def contexts(lm: LanguageModel, texts: Texts, config: Mapping[str, Any], documents: list[int]) -> Iterator[TokenBatch]:
+    """Packed contexts of a cache of this config, up to the number asked for; `documents` gets the ids of those read."""
+    left, batch_size = math.ceil(config["n_tokens"] / config["ctx_len"]), config["batch_size"]
+    packed = pack(
+        texts.documents(config["split"]), lm, config["ctx_len"], batch_size, config["prepend_bos"],
+        on_document=lambda _, text: documents.append(document_id(text)),
+    )  # fmt: skip
+    for batch in islice(packed, math.ceil(left / batch_size)):
+        n = min(left, len(batch.ids))
+        left -= n
+        yield TokenBatch(batch.ids[:n], batch.doc[:n], batch.first_sequence)
+
+
 class _Harvest:
     """One run of `harvest` over one folder."""
 
@@ -180,29 +193,12 @@ class _Harvest:
             "this harvest begins anew"
         )
 
-    def _batches(self) -> Iterator[TokenBatch]:
-        """Packed contexts, up to the number asked for."""
-        left = math.ceil(self.config["n_tokens"] / self.config["ctx_len"])
-        batch_size = self.config["batch_size"]
-        packed = pack(
-            self.texts.documents(self.config["split"]),
-            self.lm,
-            self.config["ctx_len"],
-            batch_size,
-            self.config["prepend_bos"],
-            on_document=lambda _, text: self.documents.append(document_id(text)),
-        )
-        for batch in islice(packed, math.ceil(left / batch_size)):
-            n = min(left, len(batch.ids))
-            left -= n
-            yield TokenBatch(batch.ids[:n], batch.doc[:n], batch.first_sequence)
-
     def _activations(self, bar: tqdm) -> Iterator[tuple[TokenBatch, dict[str, Tensor]]]:
         """Batches that the writer needs, with their activations; all of them leave their tokens with the writer."""
         sent: deque[TokenBatch] = deque()
 
         def ids() -> Iterator[Tensor]:
-            for batch in self._batches():
+            for batch in contexts(self.lm, self.texts, self.config, self.documents):
                 self.writer.add_tokens(batch)
                 if batch.first_sequence >= self.writer.start:
                     sent.append(batch)

@@ -92,6 +92,12 @@ class Journal:
         self._file.truncate(good)
 
 
+def rows_on_disk(folder: Path) -> int:
+    """Rows in the finished shards of a harvest that may still be going on; only reads."""
+    lines = (folder / JOURNAL).read_bytes().split(b"\n")[:-1]
+    return sum(entry["rows"] for entry in map(json.loads, lines) if entry["kind"] == "shard")
+
+
 def begin(folder: Path, journal: Journal, config: dict[str, Any], environment: dict[str, Any]) -> bool:
     """Start or continue a journal; True when this very cache is finished. Raises `ValueError` when arguments differ."""
     finished = (folder / MANIFEST).exists()

@@ -16,6 +16,7 @@ from jaxtyping import BFloat16, Float32, Int
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from saelab.activation_cache import format
 from saelab.errors import CacheError
@@ -160,8 +161,11 @@ class ActivationCache:
     ) -> Iterator[tuple[BFloat16[Tensor, "n d_in"], dict[str, Int[Tensor, " n"]]]]:
         """Each shard in order: its rows, and their origin: `seq` (row of `tokens()`), `pos` (column) and `token`."""
         name = f"{self._hook(hook_name)}.safetensors"
-        numbers = range(len(self.manifest["shards"]))
-        return ((self._read(i, name)["acts"], self._read(i, format.INDEX)) for i in numbers)
+        return ((self._read(i, name)["acts"], self.index(i)) for i in range(len(self.manifest["shards"])))
+
+    def index(self, shard: int) -> dict[str, Int[Tensor, " n"]]:
+        """Where the rows of a shard come from: `seq`, `pos` and `token`, int32."""
+        return self._read(shard, format.INDEX)
 
     def tokens(self) -> tuple[Int[Tensor, "n_sequences ctx_len"], Int[Tensor, "n_sequences ctx_len"]]:
         """All packed contexts: token ids, and the index into `document_ids` of each token's document, -1 on padding."""
@@ -189,17 +193,27 @@ class ActivationCache:
             "split": config["split"],
         }
 
-    def verify(self) -> None:
-        """Read every file again and compare size and SHA-256. Raises `CacheError` naming the first damaged part."""
-        for shard in self.manifest["shards"]:
-            for name, known in shard["files"].items():
-                format.check_file(self.path / shard["folder"] / name, known, f"shard {shard['folder']}", contents=True)
-        for known in self.manifest["tokens"]:
-            format.check_file(self.path / known["file"], known, known["file"], contents=True)
-        for hook, known in self.manifest["stats"].items():
-            format.check_file(self.path / format.stats_file(hook), known, f"stats of {hook}", contents=True)
-        documents = self.path / format.DOCUMENTS
-        format.check_file(documents, self.manifest["documents"], format.DOCUMENTS, contents=True)
+    def files(self) -> dict[str, dict[str, Any]]:
+        """Every file by its path in the cache, with the size and SHA-256 it was written with."""
+        manifest = self.manifest
+        files = {
+            f"{shard['folder']}/{name}": known for shard in manifest["shards"] for name, known in shard["files"].items()
+        }
+        files |= {known["file"]: known for known in manifest["tokens"]}
+        files |= {format.stats_file(hook): known for hook, known in manifest["stats"].items()}
+        return files | {format.DOCUMENTS: manifest["documents"]}
+
+    def damaged(self, progress: bool = False) -> dict[str, str]:
+        """Read every file again and compare size and SHA-256: what is wrong with each that is not as it was written."""
+        bar = tqdm(self.files().items(), "Verifying", unit="file", disable=not progress)
+        found = {file: format.problem_of(self.path / file, known, contents=True) for file, known in bar}
+        return {file: problem for file, problem in found.items() if problem}
+
+    def verify(self, progress: bool = False) -> None:
+        """Read every file again. Raises `CacheError` naming all that are not as they were written."""
+        if damaged := self.damaged(progress):
+            parts = "; ".join(f"{format.part_of(file)}: {self.path / file} {what}" for file, what in damaged.items())
+            raise CacheError(f"{parts}. {format.FIX}")
 
     def _hook(self, hook_name: str | None) -> str:
         if hook_name is None and len(self._widths) == 1:

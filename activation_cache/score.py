@@ -168,7 +168,9 @@ def own_texts(origin: dict[str, Any]) -> Texts:
     """The texts that an SAE of this origin was trained on. Raises `ValueError` when they cannot be opened again."""
     spec = origin.get("texts")
     if spec is None or spec.get("source") == "strings":
-        raise ValueError("This SAE does not name a text source that can be opened again: give texts.")
+        raise ValueError(
+            "The texts it was made from came as strings, which nothing can open again: give texts (--texts)."
+        )
     return Texts.from_spec(spec)
 
 

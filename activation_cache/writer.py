@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import BFloat16, Bool, Float, Int
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -209,10 +209,9 @@ class CacheWriter:
 
     def _save_shard(self, entry: dict[str, Any], index: Tensor, acts: dict[str, Tensor]) -> None:
         folder = self.folder / entry["folder"]
-        columns = {name: index[:, i] for i, name in enumerate(("seq", "pos", "token"))}
-        atomic_save_safetensors(folder / format.INDEX, columns)
+        save_index(folder, index)
         for hook, x in acts.items():
-            atomic_save_safetensors(folder / f"{hook}.safetensors", {"acts": x, **_partial_sums(x)})
+            save_acts(folder, hook, x)
         names = [format.INDEX, *(f"{hook}.safetensors" for hook in acts)]
         files = {name: format.describe_file(folder / name) for name in names}
         self.journal.append({**entry, "files": files, "time": time.time()})
@@ -227,7 +226,7 @@ class CacheWriter:
         atomic_save_safetensors(self.folder / format.DOCUMENTS, {"ids": document_ids})
         shards = [{k: e[k] for k in ("folder", "rows", "files")} for e in self.journal.of_kind("shard")]
         tokens = [{k: e[k] for k in ("file", "sequences", "bytes", "sha256")} for e in self.journal.of_kind("tokens")]
-        stats = {hook: self._write_stats(hook, shards, medians[hook]) for hook in self.config["hooks"]}
+        stats = {hook: save_stats(self.folder, hook, shards, medians[hook]) for hook in self.config["hooks"]}
         return {
             "n_rows": sum(shard["rows"] for shard in shards),
             "n_sequences": self.n_sequences,
@@ -241,24 +240,6 @@ class CacheWriter:
             "documents": format.describe_file(self.folder / format.DOCUMENTS),
         }
 
-    def _write_stats(self, hook: str, shards: list[dict[str, Any]], median: float) -> dict[str, Any]:
-        n = sum(shard["rows"] for shard in shards)
-        totals: dict[str, Tensor] = {}
-        for shard in shards:
-            with safe_open(self.folder / shard["folder"] / f"{hook}.safetensors", "pt") as file:
-                for name in ("sum", "sum_squares", "sum_norms"):
-                    totals[name] = totals.get(name, 0) + file.get_tensor(name)
-        tensors = {
-            "n": torch.tensor(n),
-            "mean": totals["sum"] / n,
-            "second_moment": totals["sum_squares"] / n,
-            "mean_norm": totals["sum_norms"] / n,
-            "median_norm": torch.tensor(median, dtype=torch.float64),
-        }
-        path = self.folder / format.stats_file(hook)
-        atomic_save_safetensors(path, tensors)
-        return format.describe_file(path)
-
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
         """The last step: from now on the cache is finished."""
         atomic_write_json(self.folder / format.MANIFEST, dict(manifest))
@@ -266,6 +247,37 @@ class CacheWriter:
     def close(self) -> None:
         """Let shards on their way reach the disk, and end the thread."""
         self._background.close()
+
+
+def save_index(folder: Path, index: Int[Tensor, "n 3"]) -> None:
+    """Write where the rows of a shard come from: (seq, pos, token) of each."""
+    columns = {name: index[:, i] for i, name in enumerate(("seq", "pos", "token"))}
+    atomic_save_safetensors(folder / format.INDEX, columns)
+
+
+def save_acts(folder: Path, hook: str, x: BFloat16[Tensor, "n d_in"]) -> None:
+    """Write the rows of one hook of a shard, and their sums."""
+    atomic_save_safetensors(folder / f"{hook}.safetensors", {"acts": x, **_partial_sums(x)})
+
+
+def save_stats(folder: Path, hook: str, shards: Sequence[Mapping[str, Any]], median: float) -> dict[str, Any]:
+    """Write the statistics of a hook from the sums in its shards; gives size and SHA-256."""
+    n = sum(shard["rows"] for shard in shards)
+    totals: dict[str, Tensor] = {}
+    for shard in shards:
+        with safe_open(folder / shard["folder"] / f"{hook}.safetensors", "pt") as file:
+            for name in ("sum", "sum_squares", "sum_norms"):
+                totals[name] = totals.get(name, 0) + file.get_tensor(name)
+    tensors = {
+        "n": torch.tensor(n),
+        "mean": totals["sum"] / n,
+        "second_moment": totals["sum_squares"] / n,
+        "mean_norm": totals["sum_norms"] / n,
+        "median_norm": torch.tensor(median, dtype=torch.float64),
+    }
+    path = folder / format.stats_file(hook)
+    atomic_save_safetensors(path, tensors)
+    return format.describe_file(path)
 
 
 def _partial_sums(x: Float[Tensor, "n d_in"]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
+from saelab.activation_cache.command import cache
 from saelab.benchmarks.command import bench
 from saelab.demo import demo
 
@@ -218,6 +219,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
         "saelab eval runs/mlp\nsaelab eval runs/mlp/sae --json\nsaelab eval runs/mlp --texts concepts --n-tokens 20_000",
     ),
     "features": (features, "saelab features runs/mlp\nsaelab features runs/mlp/sae-l1 --n-tokens 20_000"),
+    "cache": (cache, "saelab cache info runs/demo\nsaelab cache verify runs/demo"),
     "dash": (dash, "saelab dash runs/demo\nsaelab dash runs/demo --port 8600"),
     "bench": (bench, "saelab bench synthetic\nsaelab bench family runs/demo"),
     "steer": (

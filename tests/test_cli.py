@@ -124,6 +124,26 @@ def test_demo_does_everything_and_goes_on(tmp_path, tiny_folder, texts_file, mon
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+def test_cache_is_described_verified_and_repaired(run: Path, tmp_path, capsys):
+    copy = shutil.copytree(run / "cache", tmp_path / "cache")
+    assert cli.main(["cache", "info", str(tmp_path)]) == 0
+    assert HOOK in (out := capsys.readouterr().out) and "split train" in out
+    assert cli.main(["cache", "stats", str(copy)]) == 0
+    assert "mean norm" in capsys.readouterr().out
+    shard = next(copy.rglob(f"{HOOK}.safetensors"))
+    before = shard.read_bytes()
+    shard.write_bytes(before[:-8])
+    assert cli.main(["cache", "verify", str(tmp_path)]) == 2
+    assert "saelab cache repair RUN" in capsys.readouterr().err
+    assert cli.main(["cache", "repair", str(tmp_path)]) == 0
+    assert "rebuilt, byte for byte" in capsys.readouterr().out
+    assert shard.read_bytes() == before
+    assert cli.main(["cache", "verify", str(tmp_path)]) == 0
+    (copy / "manifest.json").unlink()
+    assert cli.main(["cache", "info", str(tmp_path)]) == 0
+    assert "is unfinished" in capsys.readouterr().out
+
+
 def test_dash_serves_the_run(run: Path, monkeypatch):
     served = []
     monkeypatch.setattr("saelab.app.serve.serve", lambda *args, **options: served.append((args, options)))

@@ -1,0 +1,161 @@
+"""`saelab cache`: what a cache holds, whether it is as it was written, and rebuilding what is not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg, subcommand
+
+if TYPE_CHECKING:
+    from saelab.activation_cache.reader import ActivationCache
+
+Folder = Annotated[Positional[Path], arg(metavar="RUN", help="Folder of the run, or of the cache itself.")]
+
+
+@dataclass
+class Info:
+    """What the cache of RUN holds; of an unfinished one, how far it is."""
+
+    run_folder: Folder
+
+    def run(self) -> None:
+        """Print it."""
+        from saelab.activation_cache import format
+        from saelab.activation_cache.journal import rows_on_disk
+
+        folder = _folder(self.run_folder)
+        if not (folder / format.MANIFEST).exists() and (folder / format.JOURNAL).exists():
+            print(f"{folder} is unfinished, {rows_on_disk(folder):,} rows are on disk: the same harvest again goes on.")
+            return
+        cache = _open(self.run_folder)
+        manifest, config = cache.manifest, cache.manifest["config"]
+        size = sum(known["bytes"] for known in cache.files().values())
+        masked = ", ".join(f"{n:,} {reason}" for reason, n in manifest["masked"].items())
+        _table(
+            {
+                "hooks": ", ".join(f"{hook} ({width} wide)" for hook, width in config["hooks"].items()),
+                "model": f"{manifest['model_name']}, {config['model_dtype']}",
+                "texts": f"{(manifest['texts'] or {}).get('source', 'given in Python')}, split {config['split']}",
+                "rows": f"{cache.n_rows:,} in {len(manifest['shards'])} shards, {config['dtype']}",
+                "tokens": f"{manifest['n_tokens']:,} of {manifest['n_documents']:,} documents",
+                "masked": masked,
+                "contexts": f"{manifest['n_sequences']:,} of {config['ctx_len']} tokens",
+                "seed": config["seed"],
+                "size": format.human_bytes(size),
+                "format": manifest["format_version"],
+            }
+        )
+
+
+@dataclass
+class Verify:
+    """Read every file of RUN's cache again; exit status 2 and the names of those that are not as they were written."""
+
+    run_folder: Folder
+
+    def run(self) -> None:
+        """Raise `CacheError` or say that all is well."""
+        cache = _open(self.run_folder)
+        cache.verify(progress=True)
+        print(f"All {len(cache.files())} files of {cache.path} are as they were written.")
+
+
+@dataclass
+class Repair:
+    """Rebuild the damaged files of RUN's cache from its texts and its model, and no others."""
+
+    run_folder: Folder
+    texts: Annotated[str | None, arg(help="Where the texts lie now; None is where they were.")] = None
+    column: Annotated[str, arg(help="Column of the texts that holds the text.")] = "text"
+
+    def run(self) -> None:
+        """Repair, and say what was rebuilt."""
+        from saelab.activation_cache.repair import repair
+        from saelab.activation_cache.score import own_texts
+        from saelab.tokens import load_texts
+
+        cache = _open(self.run_folder)
+        texts = (
+            load_texts(self.texts, column=self.column) if self.texts else own_texts(cache.origin(cache.hook_names[0]))
+        )
+        rebuilt = repair(cache, _model_of(cache), texts)
+        for file, same in rebuilt.items():
+            print(f"{file}: rebuilt, {'byte for byte' if same else 'with other last bits (another torch or machine)'}")
+        print(f"{len(rebuilt)} of {len(cache.files())} files of {cache.path} were damaged.")
+
+
+@dataclass
+class Stats:
+    """Norms and means of each hook in RUN's cache; shares are of the mean squared norm."""
+
+    run_folder: Folder
+
+    def run(self) -> None:
+        """Print one block a hook."""
+        cache = _open(self.run_folder)
+        for hook in cache.hook_names:
+            stats = cache.stats(hook)
+            mean_square = stats["second_moment"].sum()
+            mean = f"{stats['mean'].norm():.4g}, {stats['mean'].square().sum() / mean_square:.1%} of the squared norm"
+            largest = stats["second_moment"].topk(min(3, cache.d_in(hook)))
+            dims = ", ".join(
+                f"{dim} ({share:.1%})"
+                for dim, share in zip(largest.indices.tolist(), largest.values / mean_square, strict=True)
+            )
+            print(f"{hook}, {stats['n']:,} rows")
+            _table(
+                {
+                    "mean norm": f"{stats['mean_norm']:.4g}",
+                    "median norm": f"{stats['median_norm']:.4g} (first 16,384 rows)",
+                    "largest norm kept": f"{cache.manifest['max_norm'][hook]:.4g}",
+                    "norm of the mean": mean,
+                    "largest dimensions": dims,
+                }
+            )
+
+
+def _described(command: type, example: str) -> str:
+    return f"{command.__doc__}\n\nExamples:\n  saelab cache {example}\n"
+
+
+Command = (
+    Annotated[Info, subcommand("info", description=_described(Info, "info runs/demo"))]
+    | Annotated[Verify, subcommand("verify", description=_described(Verify, "verify runs/demo"))]
+    | Annotated[Repair, subcommand("repair", description=_described(Repair, "repair runs/demo"))]
+    | Annotated[Stats, subcommand("stats", description=_described(Stats, "stats runs/demo"))]
+)
+
+
+def cache(what: OmitSubcommandPrefixes[OmitArgPrefixes[Command]]) -> None:  # pyright: ignore[reportInvalidTypeArguments]
+    """Look into the activation cache of RUN, check it, repair it."""
+    what.run()
+
+
+def _folder(run: Path) -> Path:
+    return run / "cache" if (run / "cache").is_dir() else run
+
+
+def _open(run: Path) -> ActivationCache:
+    from saelab.activation_cache.reader import ActivationCache
+
+    return ActivationCache(_folder(run))
+
+
+def _model_of(cache: ActivationCache) -> Any:
+    """The model or models that a cache was harvested from, in the dtype of then."""
+    import torch
+
+    from saelab.models import load_model
+    from saelab.models_together import together
+
+    names = [one["name"] for one in cache.models.values()] or [cache.manifest["model_name"]]
+    dtypes = [part.removeprefix("torch.") for part in cache.manifest["config"]["model_dtype"].split(" + ")]
+    dtypes = dtypes if len(dtypes) == len(names) else dtypes * len(names)
+    return together([load_model(name, dtype=getattr(torch, dtype)) for name, dtype in zip(names, dtypes, strict=True)])
+
+
+def _table(lines: dict[str, Any]) -> None:
+    for name, value in lines.items():
+        print(f"  {name:<20}{value}")

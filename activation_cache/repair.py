@@ -1,0 +1,174 @@
+"""Rebuilding the damaged files of a finished cache, and no others, byte for byte.
+
+What a shard holds is a function of the texts, the model and the seed: the rows that the mask keeps go through the pool
+in order, and each shard is drawn from it by its number. So the contexts whose rows a broken shard held are run through the
+model again; where its index is gone too, the drawing is repeated with indices alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from saelab.activation_cache import format
+from saelab.activation_cache.harvest import contexts
+from saelab.activation_cache.journal import Journal
+from saelab.activation_cache.reader import ActivationCache
+from saelab.activation_cache.writer import Pool, save_acts, save_index, save_stats
+from saelab.errors import CacheError
+from saelab.files import atomic_save_safetensors, atomic_write_json
+from saelab.language_model import LanguageModel
+from saelab.masking import Mask, row_norms, token_mask
+from saelab.tokens import Texts, TokenBatch
+
+
+def repair(cache: ActivationCache, lm: LanguageModel, texts: Texts, progress: bool = True) -> dict[str, bool]:
+    """Rebuild what is damaged; each file with whether it has its old bytes again. The manifest is told of those that differ.
+
+    Bytes differ where torch, device or thread count do. Raises `ValueError` for another model or other texts than the
+    cache was made with, `CacheError` while another process writes to it.
+    """
+    config = cache.manifest["config"]
+    for name, here in (
+        ("model_hash", lm.hash),
+        ("tokenizer_hash", lm.tokenizer_hash),
+        ("texts_fingerprint", texts.fingerprint()),
+    ):
+        if here != config[name]:
+            raise ValueError(f"{cache.path} was made with another {name}: {config[name]}, not {here}.")
+    journal = Journal(cache.path)
+    try:
+        damaged = cache.damaged(progress)
+        return _Repair(cache, lm, texts, damaged, journal).run(progress) if damaged else {}
+    finally:
+        journal.close()
+
+
+class _Repair:
+    """One repair of one cache."""
+
+    def __init__(
+        self, cache: ActivationCache, lm: LanguageModel, texts: Texts, damaged: Mapping[str, str], journal: Journal
+    ) -> None:
+        self.cache, self.lm, self.damaged, self.journal = cache, lm, damaged, journal
+        self.manifest, self.config = cache.manifest, cache.manifest["config"]
+        self.folders = [shard["folder"] for shard in self.manifest["shards"]]
+        self.broken = [i for i, folder in enumerate(self.folders) if any(f.startswith(f"{folder}/") for f in damaged)]
+        self.documents: list[int] = []
+        self.batches = list(contexts(lm, texts, self.config, self.documents))
+
+    def run(self, progress: bool) -> dict[str, bool]:
+        known = {file: dict(entry) for file, entry in self.cache.files().items()}
+        self._write_texts()
+        self._write_shards(progress)
+        for hook in self.config["hooks"]:
+            if format.stats_file(hook) in self.damaged:
+                save_stats(self.cache.path, hook, self.manifest["shards"], self._medians()[hook])
+        same = {
+            file: format.problem_of(self.cache.path / file, known[file], contents=True) is None for file in self.damaged
+        }
+        if not all(same.values()):
+            self._tell_manifest()
+        return same
+
+    def _medians(self) -> dict[str, float]:
+        for entry in self.journal.of_kind("mask"):
+            return entry["median_norm"]
+        raise CacheError(f"{self.journal.path} was emptied, and with it the median norms: harvest the cache again.")
+
+    def _write_texts(self) -> None:
+        """Packed contexts and document ids."""
+        for number, entry in enumerate(self.manifest["tokens"]):
+            if entry["file"] in self.damaged:
+                first = number * format.SEQUENCES_PER_FILE
+                rows = slice(first, first + entry["sequences"])
+                ids, doc = (torch.cat([getattr(b, name) for b in self.batches])[rows].int() for name in ("ids", "doc"))
+                atomic_save_safetensors(self.cache.path / entry["file"], {"ids": ids, "doc": doc})
+        if format.DOCUMENTS in self.damaged:
+            ids = torch.tensor(self.documents[: self.manifest["n_documents"]], dtype=torch.int64)
+            atomic_save_safetensors(self.cache.path / format.DOCUMENTS, {"ids": ids})
+
+    def _write_shards(self, progress: bool) -> None:
+        if not self.broken:
+            return
+        indices = {i: self._read_index(i) for i in range(len(self.folders)) if not self._lost(i)}
+        lost = [i for i in self.broken if i not in indices]
+        kept = self._grid(indices)  # of lost shards not yet
+        wanted = self._grid({i: indices[i] for i in self.broken if i in indices})
+        rows = self._run_model(wanted, ~kept if lost else torch.zeros_like(kept), progress)
+        if lost:
+            kept.view(-1)[rows["place"]] = True
+            replayed = dict(enumerate(self._drawn(kept)))
+            indices |= {i: replayed[i] for i in lost}
+        order = rows["place"].argsort()
+        for i in self.broken:
+            place = indices[i][:, 0].long() * self.config["ctx_len"] + indices[i][:, 1]
+            at = order[torch.searchsorted(rows["place"][order], place)]
+            folder = self.cache.path / self.folders[i]
+            if self._lost(i):
+                save_index(folder, indices[i])
+            for hook in self.config["hooks"]:
+                if self._lost(i, f"{hook}.safetensors"):
+                    save_acts(folder, hook, rows[hook][at])
+
+    def _lost(self, shard: int, name: str = format.INDEX) -> bool:
+        return f"{self.folders[shard]}/{name}" in self.damaged
+
+    def _read_index(self, shard: int) -> Int[Tensor, "n 3"]:
+        columns = self.cache.index(shard)
+        return torch.stack([columns[name] for name in ("seq", "pos", "token")], dim=1)
+
+    def _grid(self, indices: Mapping[int, Int[Tensor, "_ 3"]]) -> Bool[Tensor, "n_sequences ctx_len"]:
+        """Which tokens have a row in these shards."""
+        grid = torch.zeros(self.manifest["n_sequences"], self.config["ctx_len"], dtype=torch.bool)
+        for index in indices.values():
+            grid[index[:, 0].long(), index[:, 1].long()] = True
+        return grid
+
+    def _run_model(self, wanted: Tensor, unknown: Tensor, progress: bool) -> dict[str, Tensor]:
+        """Rows of the `wanted` tokens, and of the `unknown` ones that the mask keeps: `place`, and bf16 rows by hook."""
+        mask = Mask(tuple(self.config["special_ids"]), self.manifest["max_norm"])
+        asked: list[TokenBatch] = []
+        for batch in self.batches:
+            out = token_mask(batch.ids, batch.doc, mask.special_ids)
+            span = slice(batch.first_sequence, batch.first_sequence + len(batch.ids))
+            unknown[span] &= ~(out["padding"] | out["position"] | out["special"])
+            if bool((wanted[span] | unknown[span]).any()):
+                asked.append(batch)
+        found: dict[str, list[Tensor]] = {name: [] for name in ("place", *self.config["hooks"])}
+        stream = self.lm.stream_activations((batch.ids for batch in asked), list(self.config["hooks"]))
+        for batch, acts in zip(asked, tqdm(stream, "Repairing", len(asked), disable=not progress), strict=True):
+            first = batch.first_sequence
+            keep, _ = mask.apply_norms(batch, row_norms(acts))
+            take = wanted[first : first + len(keep)] | (keep & unknown[first : first + len(keep)])
+            rows = take.flatten().nonzero().flatten()
+            found["place"].append(rows + first * self.config["ctx_len"])
+            for hook, x in acts.items():
+                found[hook].append(x.flatten(0, 1)[rows.to(x.device)].to("cpu", torch.bfloat16))
+        return {name: torch.cat(parts) for name, parts in found.items()}
+
+    def _drawn(self, kept: Bool[Tensor, "n_sequences ctx_len"]) -> Iterator[Int[Tensor, "n 3"]]:
+        """The index of every shard, drawn again without activations."""
+        config = self.config
+        pool_rows = config["shard_rows"] * config["pool_shards"]
+        pool = Pool(pool_rows + config["batch_size"] * config["ctx_len"], {})
+        number = 0
+        for batch in [*self.batches, None]:
+            if batch is not None:
+                seq, pos = kept[batch.first_sequence : batch.first_sequence + len(batch.ids)].nonzero(as_tuple=True)
+                pool.add(torch.stack([seq + batch.first_sequence, pos, batch.ids[seq, pos]], dim=1).int(), {})
+            while len(pool) >= pool_rows if batch is not None else len(pool):
+                generator = format.seeded("shard", config["seed"], number)
+                yield pool.draw(min(config["shard_rows"], len(pool)), generator)[0]
+                number += 1
+
+    def _tell_manifest(self) -> None:
+        """Size and SHA-256 of rebuilt files that differ from what they were."""
+        for file, known in self.cache.files().items():
+            if file in self.damaged:
+                known |= format.describe_file(self.cache.path / file)
+        atomic_write_json(self.cache.path / format.MANIFEST, self.manifest)
