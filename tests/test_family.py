@@ -6,6 +6,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from unittest.mock import Mock
 from xml.etree import ElementTree
 
@@ -14,8 +16,9 @@ import torch
 
 from saelab import cli
 from saelab.activation_cache.harvest import harvest
-from saelab.benchmarks import family
+from saelab.benchmarks import family, remembered
 from saelab.benchmarks.family import FamilyConfig, run_family
+from saelab.benchmarks.remembered import Remembered
 from saelab.benchmarks.tables import comparisons, family_picture, family_tables
 from saelab.errors import SaelabError
 from saelab.interop import load_sae
@@ -136,6 +139,29 @@ def test_other_targets_come_where_the_cache_has_what_they_need():
     for name, needs in (("crosscoder", "a cache of two hooks"), ("transcoder", "hook_name_out")):
         with pytest.raises(ValueError, match=f"'{name}', which needs {needs}"):
             family._configs([name], FamilyConfig(64), (4,), n_hooks=1)
+
+
+def test_a_remembered_model_computes_nothing_twice(tiny_lm, monkeypatch):
+    ids = [torch.arange(1, 9).reshape(2, 4), torch.arange(9, 17).reshape(2, 4)]
+    want = [found[HOOK] for found in tiny_lm.stream_activations(ids, [HOOK])]
+    lm = Remembered(tiny_lm)
+    passes = Mock(side_effect=lm._capture)
+    monkeypatch.setattr(lm, "_capture", passes)
+    for _ in range(2):
+        got = [found[HOOK] for found in lm.stream_activations(ids, [HOOK])]
+        assert all(torch.equal(one, other) for one, other in zip(want, got, strict=True))
+    assert passes.call_count == 2
+    assert lm.hash == tiny_lm.hash and torch.equal(lm.logits(ids[0]), tiny_lm.logits(ids[0]))
+    next(iter(lm.stream_activations(ids, ["blocks.0.hook_resid_post"])))
+    assert passes.call_count == 3
+    zero: Any = SimpleNamespace(hook_name="blocks.0.hook_resid_post", apply=lambda x, positions: torch.zeros_like(x))
+    with lm.steer(zero):
+        assert not torch.equal(next(iter(lm.stream_activations(ids, [HOOK])))[HOOK], want[0])
+    assert torch.equal(next(iter(lm.stream_activations(ids, [HOOK])))[HOOK], want[0])
+    monkeypatch.setattr(remembered, "MOST_BYTES", 0)
+    full = Remembered(tiny_lm)
+    next(iter(full.stream_activations(ids, [HOOK])))
+    assert not full._seen
 
 
 def test_a_stop_between_rows_loses_no_row(run, rows, tiny_lm, tmp_path, monkeypatch):

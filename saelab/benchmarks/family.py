@@ -14,6 +14,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from saelab.activation_cache.reader import ActivationCache
+from saelab.benchmarks.remembered import Remembered
 from saelab.benchmarks.rows import Row, Rows, open_rows
 from saelab.benchmarks.synthetic import at_l0
 from saelab.evaluation import evaluate
@@ -84,7 +85,7 @@ def run_family(
     with open_rows(out_dir, settings, KEYS) as rows:
         for seed in seeds:
             if any(rows.find(variant=name, target_l0=level, seed=seed) is None for name, level in configs):
-                lm = lm or load_model(origin["model"]["name"])
+                lm = lm or Remembered(load_model(origin["model"]["name"]))
                 _run_seed(rows, configs, cache, config, seed, out_dir / f"seed-{seed}", lm, progress)
         wanted = [(name, level, seed) for seed in seeds for name, level in configs]
         return [row for key in wanted if (row := rows.find(**dict(zip(KEYS, key, strict=True)))) is not None]
@@ -147,7 +148,8 @@ def _run_seed(
 
 
 def _measure(sae: SAE, lm: LanguageModel, level: int, config: FamilyConfig) -> dict[str, Any]:
-    """The columns of a row. `wall_seconds` are of its own steps and its own measuring; reading is shared by all."""
+    """The columns of a row. `wall_seconds` are of its own steps and its own measuring; reading is shared by all, and
+    the model's activations on held-out text are in the first row's."""
     assert sae.folder is not None
     start = time.perf_counter()
     path = sae_run(sae.folder).report_path

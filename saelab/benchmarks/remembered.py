@@ -1,0 +1,40 @@
+"""A language model that keeps the activations it has computed: for many SAEs that are measured on the same tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from jaxtyping import Int
+from torch import Tensor
+
+from saelab.language_model import LanguageModel
+
+MOST_BYTES = 2 * 2**30
+
+
+class Remembered(LanguageModel):
+    """Everything that `lm` is; activations of token ids that it has seen are not computed again, up to 2 GB of them.
+
+    Not while it is steered.
+    """
+
+    def __init__(self, lm: LanguageModel) -> None:
+        self.__dict__.update(lm.__dict__)
+        self._seen: dict[tuple[Any, ...], dict[str, Tensor]] = {}
+        self._seen_bytes = 0
+
+    def stream_activations(
+        self, batches: Iterable[Int[Tensor, "_ _"]], hook_names: Sequence[str]
+    ) -> Iterator[dict[str, Tensor]]:
+        return (self._activations(ids, hook_names) for ids in batches)
+
+    def _activations(self, ids: Tensor, hook_names: Sequence[str]) -> dict[str, Tensor]:
+        key = (tuple(hook_names), tuple(ids.shape), ids.cpu().numpy().tobytes())
+        if key in self._seen and not self.edits:
+            return dict(self._seen[key])
+        (found,) = super().stream_activations([ids], hook_names)
+        size = sum(x.nbytes for x in found.values())
+        if not self.edits and self._seen_bytes + size <= MOST_BYTES:
+            self._seen[key], self._seen_bytes = dict(found), self._seen_bytes + size
+        return found
