@@ -17,6 +17,7 @@ from saelab.activation_cache.reader import ActivationCache
 from saelab.benchmarks.remembered import Remembered
 from saelab.benchmarks.rows import Row, Rows, open_rows
 from saelab.benchmarks.synthetic import at_l0
+from saelab.benchmarks.tables import L0_TOLERANCE
 from saelab.evaluation import evaluate
 from saelab.models import LanguageModel, load_model
 from saelab.runs import sae_run
@@ -34,7 +35,6 @@ TABLES = {
 }
 """Variants whose target or code is another, and the table of their own that they stand in; all others are in "sae"."""
 KEYS = ("variant", "target_l0", "seed")
-L0_TOLERANCE = 0.05
 MEASURES = ("fvu", "l0", "ce_loss_recovered", "dead_fraction")
 
 
@@ -69,6 +69,8 @@ def run_family(
 ) -> list[Row]:
     """Train all `variants` (None: every one that can be asked for an L0) on RUN/cache and measure each; one row each.
 
+    Gives all rows of `out_dir`, those of earlier calls too.
+
     All are trained at the first of `l0`, topk, batch_topk, jumprelu and relu at the others too; a codebook with the `k` of its
     defaults, a crosscoder on all hooks of the cache where it holds several. `out_dir` is RUN/family
     unless given: `rows.json` and `rows.csv` grow row by row, each seed's SAEs and reports lie in `seed-N/` (a RUN for the
@@ -87,8 +89,7 @@ def run_family(
             if any(rows.find(variant=name, target_l0=level, seed=seed) is None for name, level in configs):
                 lm = lm or Remembered(load_model(origin["model"]["name"]))
                 _run_seed(rows, configs, cache, config, seed, out_dir / f"seed-{seed}", lm, progress)
-        wanted = [(name, level, seed) for seed in seeds for name, level in configs]
-        return [row for key in wanted if (row := rows.find(**dict(zip(KEYS, key, strict=True)))) is not None]
+        return list(rows.rows)
 
 
 def _configs(

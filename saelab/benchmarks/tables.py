@@ -30,6 +30,7 @@ FAMILY = {
     "tokens_per_second": "tokens/s",
     "wall_seconds": "seconds",
 }
+L0_TOLERANCE = 0.05
 _KEYS = ("data", "sae", "seed", "variant", "target_l0")
 
 
@@ -98,35 +99,40 @@ def family_picture(rows: Sequence[Row]) -> str:
 
 
 def comparisons(rows: Sequence[Row]) -> list[str]:
-    """FVU of BatchTopK against TopK, and of every variant against ReLU, at each L0 that both were asked for.
+    """FVU of BatchTopK against TopK, and of every variant against ReLU, at equal held-out L0.
 
-    One wins or loses where it does so on every seed, with both held-out L0 as asked; else it is undecided.
+    Each row stands against the other variant's of the same seed whose held-out L0 is nearest. One wins or loses where it
+    does so on every seed, with those within 5 %; else it is undecided.
     """
     rows = [row for row in rows if row["table"] == "sae"]
     variants = [name for name in _distinct(rows, "variant") if name != "relu"]
     pairs = [("batch_topk", "topk"), *((name, "relu") for name in variants)]
-    found = {(row["variant"], row["target_l0"], row["seed"]): row for row in rows}
     lines = []
     for one, other in pairs:
-        for level in _distinct(rows, "target_l0"):
-            sides = [
-                (mine, found[other, level, seed])
-                for (name, at, seed), mine in found.items()
-                if (name, at) == (one, level) and (other, level, seed) in found
-            ]
+        ours, others = ([row for row in rows if row["variant"] == name] for name in (one, other))
+        for level in _distinct(ours, "target_l0"):
+            mine = [row for row in ours if row["target_l0"] == level]
+            sides = [(row, theirs) for row in mine if (theirs := _nearest(row, others)) is not None]
             if sides:
                 lines.append(_compared(one, other, level, sides))
     return lines
 
 
+def _nearest(row: Row, others: Sequence[Row]) -> Row | None:
+    """Of the rows of its seed the one of nearest held-out L0."""
+    same = [other for other in others if other["seed"] == row["seed"]]
+    return min(same, key=lambda other: abs(other["l0"] - row["l0"]), default=None)
+
+
 def _compared(one: str, other: str, level: int, sides: Sequence[tuple[Row, Row]]) -> str:
     gaps = [mine["fvu"] - theirs["fvu"] for mine, theirs in sides]
     word = "wins" if max(gaps) < 0 else "loses" if min(gaps) > 0 else "undecided"
-    if not all(row["l0_as_asked"] for pair in sides for row in pair):
-        word = "undecided: a held-out L0 is over 5 % off"
-    ours, theirs = (spread((pair[i]["fvu"] for pair in sides), 4) for i in (0, 1))
+    if not all(abs(mine["l0"] - theirs["l0"]) <= L0_TOLERANCE * theirs["l0"] for mine, theirs in sides):
+        word = f"undecided: no {other} within {L0_TOLERANCE:.0%} of that L0"
+    fvu = " against ".join(spread((pair[i]["fvu"] for pair in sides), 4) for i in (0, 1))
+    l0 = " and ".join(spread((pair[i]["l0"] for pair in sides), 1) for i in (0, 1))
     seeds = ", ".join(str(mine["seed"]) for mine, _ in sides)
-    return f"{one} against {other} at L0 {level}: FVU {ours} against {theirs}, seeds {seeds}: {word}"
+    return f"{one} against {other} at L0 {level}: FVU {fvu}, held-out L0 {l0}, seeds {seeds}: {word}"
 
 
 def _distinct(rows: Sequence[Row], name: str) -> list[Any]:
