@@ -14,29 +14,8 @@ from saelab.errors import CacheError
 from saelab.tokens import load_texts
 
 HOOKS = ("blocks.0.hook_resid_post", "blocks.1.hook_mlp_out")
-WORDS = [
-    "the",
-    "river",
-    "runs",
-    "past",
-    "an",
-    "old",
-    "mill",
-    "where",
-    "nobody",
-    "came",
-    "to",
-    "see",
-    "what",
-    "the",
-    "light",
-    "of",
-    "morning",
-    "had",
-    "made",
-    "of",
-    "it",
-]
+SENTENCE = "the river runs past an old mill where nobody came to see what the light of morning had made of it"
+WORDS = SENTENCE.split()
 TEXTS = [" ".join(WORDS[(i * j) % len(WORDS)] for j in range(1, 60)) + f" {i}." for i in range(60)]
 SIZES = {"ctx_len": 32, "batch_size": 4, "shard_rows": 200, "pool_shards": 3, "split": "all", "progress": False}
 ACTS, OTHER = f"{HOOKS[0]}.safetensors", f"{HOOKS[1]}.safetensors"
