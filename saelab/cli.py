@@ -6,9 +6,12 @@ import dataclasses
 import difflib
 import itertools
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -73,7 +76,7 @@ def main(args: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if args is None else args)
     debug = bool(os.environ.get("SAELAB_DEBUG"))
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _sigterm_as_ctrl_c():
             if not debug:
                 warnings.showwarning = _show_warning
             return _run(args)
@@ -86,6 +89,20 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         print("saelab:", " ".join(str(error).split()), file=sys.stderr)
         return 2
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """`kill`, and the end of a batch job, as Ctrl-C: what is begun is kept."""
+    free = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if not free or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import warnings
@@ -252,6 +254,13 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys, tmp_path):
         assert cli.main(["eval", str(tmp_path)]) == 130
         said = f"Interrupted. {kept + '. ' if kept else ''}The same command again goes on from what is on disk.\n"
         assert capsys.readouterr().err == "\n" + said
+
+
+def test_sigterm_ends_a_command_as_ctrl_c_does(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(commands, "_find_saes", lambda run: os.kill(os.getpid(), signal.SIGTERM))
+    assert cli.main(["eval", str(tmp_path)]) == 130
+    assert "goes on from what is on disk" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)

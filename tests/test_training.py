@@ -107,15 +107,15 @@ def test_interrupt_and_resume_gives_the_same_bits(tmp_path, monkeypatch, step):
     assert keep(metrics(tmp_path / "cut")) == keep(metrics(tmp_path / "whole"))
 
 
-def press_ctrl_c_in(monkeypatch, update, times=1):
-    """Send SIGINT in the middle of a step, just before its update of the weights."""
+def press_ctrl_c_in(monkeypatch, update, times=1, number=signal.SIGINT):
+    """Send a signal in the middle of a step, just before its update of the weights."""
     from saelab.training import run
 
     real, updates = run.apply_step, iter(range(10**6))
 
     def apply_step(*arguments):
         for _ in range(times if next(updates) == update else 0):
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         return real(*arguments)
 
     monkeypatch.setattr(run, "apply_step", apply_step)
@@ -132,6 +132,28 @@ def test_ctrl_c_writes_a_checkpoint_between_steps(tmp_path, monkeypatch, step):
     assert list_checkpoints(tmp_path) == [step + 1]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert train(TOPK, x, config, tmp_path, progress=False).hash == whole.hash
+
+
+def test_sigterm_does_as_ctrl_c(tmp_path, monkeypatch):
+    x = planted()
+    whole = train(TOPK, x, SMALL, progress=False)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="goes on from step 6$"):
+        press_ctrl_c_in(patch, 5, number=signal.SIGTERM)
+        train(TOPK, x, SMALL, tmp_path, progress=False)
+    assert list_checkpoints(tmp_path) == [6]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert train(TOPK, x, SMALL, tmp_path, progress=False).hash == whole.hash
+
+
+def test_an_applications_own_handler_stays(monkeypatch):
+    seen = []
+    before = signal.signal(signal.SIGTERM, lambda *_: seen.append(1))
+    try:
+        press_ctrl_c_in(monkeypatch, 5, number=signal.SIGTERM)
+        train(TOPK, planted(), SMALL, progress=False)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen == [1]
 
 
 def test_ctrl_c_saves_each_of_several_saes(tmp_path, monkeypatch):

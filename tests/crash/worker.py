@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ HOOK = "blocks.1.hook_resid_post"
 def harvest(model: str, folder: Path) -> None:
     lm = saelab.load_model(model)
     large = model == "smollm2"
-    sizes = {"n_tokens": 8_000, "ctx_len": 128} if large else {"n_tokens": 100_000, "ctx_len": 64}
+    sizes: dict[str, Any] = {"n_tokens": 8_000, "ctx_len": 128} if large else {"n_tokens": 100_000, "ctx_len": 64}
     sizes |= {"shard_rows": 500, "pool_shards": 3} if large else {"shard_rows": 3_000, "pool_shards": 4}
     print("ready", flush=True)
     saelab.harvest(
