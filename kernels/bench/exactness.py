@@ -38,6 +38,8 @@ class Settings:
     """Tokens of its cache."""
     batch_size: int = 2048
     """Tokens encoded at once."""
+    k: int | None = None
+    """Features a token; None is the SAE's own."""
 
 
 @dataclass
@@ -68,10 +70,11 @@ def main(settings: Settings) -> int:
     weights = sae.W_enc.detach(), sae.b_enc.detach()
     norms = sae.W_dec.detach().norm(dim=1) * torch.linspace(0.5, 2, sae.d_sae)
     counts: dict[str, Count] = {}
+    threshold = 0.0
     LOG.reset()
     for x in tqdm(_tokens(sae, settings), total=-(-settings.n_tokens // settings.batch_size), unit="batch"):
         exact = x.double() @ weights[0].double().T + weights[1].double()
-        k = sae.config.k
+        k = settings.k or sae.config.k
         for name, signed, score in (("value", exact, "value"), ("magnitude", exact.abs(), "magnitude")):
             _judge(counts.setdefault(f"topk {name}", Count()), encode_topk(x, *weights, k, score), signed, k)
         scaled = exact * norms.double()
@@ -82,7 +85,9 @@ def main(settings: Settings) -> int:
             k,
         )
         _judge_whole(counts.setdefault("batch_topk", Count()), encode_batch_topk(x, *weights, k * len(x)), exact, k)
-        _judge_threshold(counts.setdefault("threshold", Count()), encode_threshold(x, *weights, 1.0), exact, 1.0)
+        threshold = threshold or float(exact.flatten().topk(k * len(x)).values[-1])  # of the first batch, for all
+        acts = encode_threshold(x, *weights, threshold)
+        _judge_threshold(counts.setdefault("threshold", Count()), acts, exact, threshold)
         m = max(1, k * len(x) // sae.d_sae)
         places = torch.full((sae.d_sae,), m)
         acts = encode_feature_topk(x, *weights, places)
