@@ -103,6 +103,11 @@ class _Repair:
         if lost:
             kept.view(-1)[rows["place"]] = True
             replayed = dict(enumerate(self._drawn(kept)))
+            same = len(replayed) == len(self.folders) and all(torch.equal(replayed[i], indices[i]) for i in indices)
+            if not same:
+                raise CacheError(
+                    f"{self.cache.path}: the mask keeps other rows here than then; harvest the cache again."
+                )
             indices |= {i: replayed[i] for i in lost}
         order = rows["place"].argsort()
         for i in self.broken:

@@ -141,3 +141,14 @@ def test_bytes_that_cannot_come_back_are_told_to_the_manifest(folder, tiny_lm, m
     again = ActivationCache(folder)
     again.verify()
     assert sum(len(rows) for rows, _ in again.shards(HOOKS[0])) == again.n_rows
+
+
+def test_a_lost_index_is_not_guessed_where_the_mask_keeps_other_rows(folder, tiny_lm, monkeypatch):
+    (folder / SHARD.format(3) / "index.safetensors").unlink()
+    cache, real = ActivationCache(folder), tiny_lm.stream_activations
+    monkeypatch.setattr(
+        tiny_lm, "stream_activations", lambda ids, hooks: ({h: x * 1e3 for h, x in f.items()} for f in real(ids, hooks))
+    )
+    with pytest.raises(CacheError, match="keeps other rows here"):
+        repair(cache, tiny_lm, load_texts(TEXTS), progress=False)
+    assert not (folder / SHARD.format(3) / "index.safetensors").exists()

@@ -1,5 +1,6 @@
 """`kill -9` at three seeded moments each of a harvest and a training; `tests/crash/run.py` does thirty and thirty."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,5 @@ def test_killed_and_repeated_leaves_the_same_bytes():
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     for kind in ("harvest", "train"):
-        assert f"{kind}: 3 kills, the same bytes each time" in done.stdout or f"{kind}: 4 kills" in done.stdout, (
-            done.stdout
-        )
+        said = re.search(rf"^{kind}: (\d+) kills, the same bytes each time$", done.stdout, re.MULTILINE)
+        assert said is not None and int(said[1]) >= 3, done.stdout
