@@ -39,6 +39,8 @@ class Backend(NamedTuple):
     """`(acts, values, g)`: `S.T @ g`."""
     bias_gradient: Callable[..., Tensor]
     """`(acts, values)`: the sum at each feature."""
+    round_rows: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    """`(W, low)`: W rounded into `low`; each row's norm, and that of what it lost."""
     project_: Callable[[Tensor, Tensor], None]
     """`(gradient, W)`: take out each row's part along the row of W."""
     unit_norm_: Callable[[Tensor], None]
@@ -92,7 +94,8 @@ def _load(name: str) -> Backend:
     return Backend(
         name,
         *(screen.Screen, screen.rows_at_once, sampled_product.sampled_product, bag_sum.bag_sum, bag_sum.bag_error),
-        *(weight_gradients.weight_gradients, weight_gradients.bias_gradient, rows.project_, rows.unit_norm_),
+        *(weight_gradients.weight_gradients, weight_gradients.bias_gradient),
+        *(rows.round_rows, rows.project_, rows.unit_norm_),
     )
 
 

@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saelab.kernels.dispatch import backend
 from saelab.kernels.workspace import WORKSPACE
 
-_CHUNK_ROWS = 512
 _STEP = 2.0**-8  # largest relative error of one rounding to bfloat16
 _TILE = 32  # the operands are as wide as whole tiles: d_in, bias (2), bound (1), zeros
 WINDOW = 1.2
@@ -77,12 +77,7 @@ def bf16_operands(x: Tensor, W: Tensor, bias: Tensor, magnitude: bool) -> Operan
     width = -(-(d_in + 3) // _TILE) * _TILE
     a = WORKSPACE.take("bf16 rows", (len(x), width), torch.bfloat16, x.device)
     b = WORKSPACE.take("bf16 columns", (len(W), width), torch.bfloat16, x.device)
-    lengths, lost_W = torch.empty(2, len(W), device=x.device)
-    for start in range(0, len(W), _CHUNK_ROWS):  # few enough to stay in the cache
-        rows = slice(start, start + _CHUNK_ROWS)
-        lost = b[rows, :d_in].copy_(W[rows]).float().sub_(W[rows])
-        torch.linalg.vector_norm(lost, dim=1, out=lost_W[rows])
-        torch.linalg.vector_norm(W[rows], dim=1, out=lengths[rows])
+    lengths, lost_W = backend(W).round_rows(W, b)
     a[:, :d_in].copy_(x)
     a[:, d_in:] = 0
     b[:, d_in:] = 0

@@ -20,9 +20,9 @@ from saelab.kernels.workspace import WORKSPACE
 from saelab.saes import Batch, StepInfo, TopKConfig, TopKSAE
 
 
-def make(batch=9, d_in=12, d_sae=67):
+def make(batch=9, d_in=12, d_sae=67, device="cpu"):
     generator = torch.Generator().manual_seed(batch + d_sae)
-    return [torch.randn(*shape, generator=generator) for shape in ((batch, d_in), (d_sae, d_in), (d_sae,))]
+    return [torch.randn(*shape, generator=generator).to(device) for shape in ((batch, d_in), (d_sae, d_in), (d_sae,))]
 
 
 OPS = {
@@ -33,7 +33,9 @@ OPS = {
     "batch_topk": lambda x, W, b: encode_batch_topk(x, W, b, 5 * len(x)),
     "threshold": lambda x, W, b: encode_threshold(x, W, b, 2.0, 0.3),
     "jump_relu": lambda x, W, b: jump_relu(encode_threshold(x, W, b, b.abs().detach(), 0.3), b.abs(), 0.6)[0],
-    "feature_topk": lambda x, W, b: encode_feature_topk(x, W, b, torch.arange(W.shape[0]) % (len(x) + 1)),
+    "feature_topk": lambda x, W, b: encode_feature_topk(
+        x, W, b, torch.arange(W.shape[0], device=x.device) % (len(x) + 1)
+    ),
 }
 
 
@@ -54,8 +56,8 @@ def run(name, backend, inputs):
 
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("shape", [(9, 12, 67), (3, 17, 211), (3, 4, 7)], ids=str)
-def test_every_op_is_the_same_on_every_backend(name, shape, screen_dtype):
-    inputs = make(*shape)
+def test_every_op_is_the_same_on_every_backend(name, shape, screen_dtype, device):
+    inputs = make(*shape, device=device)
     acts, x_hat, grads = run(name, "torch", inputs)
     for backend in ("triton", "reference"):
         if backend == "reference" and name == "jump_relu":
@@ -82,22 +84,22 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
-def test_a_whole_triton_step_never_makes_a_dense_code(monkeypatch):
+def test_a_whole_triton_step_never_makes_a_dense_code(monkeypatch, device):
     """k * g = 64 < d_sae / 4: neither forward nor backward holds batch * d_sae elements; the dense step does."""
     monkeypatch.setattr(candidates, "fast_bf16", lambda _: True)
     batch, d_sae = 80, 640
-    sae, x = TopKSAE(TopKConfig(d_sae=d_sae, k=2), 8), make(batch, 8)[0]
-    seen = {}
+    sae, x = TopKSAE(TopKConfig(d_sae=d_sae, k=2), 8).to(device), make(batch, 8, device=device)[0]
+    dead, seen = torch.zeros(d_sae, dtype=torch.bool, device=device), {}
     for name in ("triton", "reference"):
         WORKSPACE.buffers.clear()  # of other tests' sizes
         with dispatch.using(name), LargestTensor() as mode:
-            sae.loss(Batch(x, x), StepInfo(torch.zeros(d_sae, dtype=torch.bool), 0, 10)).total.backward()
+            sae.loss(Batch(x, x), StepInfo(dead, 0, 10)).total.backward()
         seen[name] = mode.largest
     assert seen["triton"] < batch * d_sae <= seen["reference"]
 
 
-def test_rows_and_empty_batches_on_triton():
-    x, W, b = make()
+def test_rows_and_empty_batches_on_triton(device):
+    x, W, b = make(device=device)
     ours, theirs = W.clone(), W.clone()
     with dispatch.using("triton"):
         unit_norm_(ours)
@@ -111,9 +113,9 @@ def test_rows_and_empty_batches_on_triton():
     assert float(torch.linalg.vecdot(gradient, ours).abs().max()) < 1e-5
 
 
-def test_a_training_loss_is_the_same_on_triton():
-    sae, x = TopKSAE(TopKConfig(d_sae=67, k=4), 12), make()[0]
-    dead = torch.zeros(67, dtype=torch.bool)
+def test_a_training_loss_is_the_same_on_triton(device):
+    sae, x = TopKSAE(TopKConfig(d_sae=67, k=4), 12).to(device), make(device=device)[0]
+    dead = torch.zeros(67, dtype=torch.bool, device=device)
     dead[:20] = True
     found = []
     for name in ("torch", "triton"):
@@ -145,7 +147,7 @@ def test_an_unknown_backend_is_refused(monkeypatch):
 def test_triton_is_imported_only_where_it_is_chosen(choice, loaded):
     code = (
         "import os, sys, torch\n"
-        f"os.environ['SAELAB_KERNELS'] = {choice!r}\n"
+        f"os.environ.update(SAELAB_KERNELS={choice!r}, TRITON_INTERPRET='1')\n"
         "from saelab.kernels.encode_topk import encode_topk\n"
         "encode_topk(torch.ones(2, 3), torch.ones(5, 3), torch.zeros(5), 2)\n"
         "print('triton' in sys.modules)"

@@ -5,7 +5,7 @@ import torch
 
 from saelab.kernels.gpu import bag_sum, rows, sampled_product, weight_gradients
 from saelab.kernels.gpu.launch import packed
-from saelab.kernels.gpu.rows import adam_rows_, project_, row_norms, unit_norm_
+from saelab.kernels.gpu.rows import adam_rows_, project_, round_rows, row_norms, unit_norm_
 
 SHAPES = [(1, 1), (5, 7), (0, 4), (3, 1024), (4, 1100), (2, 2049)]
 SPECS = [spec for module in (sampled_product, bag_sum, weight_gradients, rows) for spec in module.production_specs()]
@@ -23,6 +23,17 @@ def test_norms(m, d_in, device, poisoned_empty):
     torch.testing.assert_close(row_norms(W.bfloat16()), W.bfloat16().float().norm(dim=1))
     wide = torch.cat([W, W], dim=1)
     assert torch.equal(row_norms(wide[:, :d_in]), row_norms(W))
+
+
+@pytest.mark.parametrize(("m", "d_in"), SHAPES)
+def test_rounding(m, d_in, device, poisoned_empty):
+    """What the selection's certificate builds on: the rounded row, its norm, and the norm of exactly what was lost."""
+    W, low = draw(device, m, d_in), torch.zeros(m, d_in + 3, dtype=torch.bfloat16, device=device)
+    norms, lost = round_rows(W, low)
+    difference = low[:, :d_in].double() - W.double()
+    assert bool((difference.abs() <= W.double().abs() / 128).all()) and not low[:, d_in:].any()
+    torch.testing.assert_close(norms.double(), W.double().norm(dim=1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(lost.double(), difference.norm(dim=1), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(("m", "d_in"), SHAPES)

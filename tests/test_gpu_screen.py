@@ -6,6 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from saelab.kernels.gpu import group_max as group_max_module
 from saelab.kernels.gpu import launch
 from saelab.kernels.gpu.group_max import group_max
 from saelab.kernels.gpu.grouped_product import grouped_product
@@ -68,6 +69,19 @@ def test_matches_the_dense_product(rows, K, d_sae, n_groups, dtype, magnitude, p
     assert torch.equal(screen.maxima, dense_maxima(u, n_groups))
     floor = u.quantile(0.8, dim=1) if rows else u.new_empty(0)
     floor = torch.where(torch.arange(rows, device=DEVICE) % 3 == 0, u.amax(1), floor)  # ties with the maximum count
+    assert_pairs(screen.pairs_above(floor), pairs_of(u >= floor[:, None]))
+
+
+@pytest.mark.parametrize("magnitude", [False, True], ids=["signed", "magnitude"])
+@pytest.mark.parametrize("tiles", [1, 2, 3, 4, 5, 7, 10])
+def test_any_number_of_tiles_along_K(tiles, magnitude):
+    """Compilers unroll short loops, and one of them then lost the sums of 3, 4 and 5 tiles (Triton 3.6, `tl.abs`)."""
+    depth = group_max_module.TILES[launch.target_of(torch.device(DEVICE))].depth
+    a, b = make(20, tiles * depth - 3, 128, torch.bfloat16)
+    u = dense_u(a, b, magnitude)
+    screen = Screen(a, b, 4, magnitude)
+    assert torch.equal(screen.maxima, dense_maxima(u, 4))
+    floor = u.quantile(0.9, dim=1)
     assert_pairs(screen.pairs_above(floor), pairs_of(u >= floor[:, None]))
 
 

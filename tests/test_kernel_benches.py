@@ -17,6 +17,11 @@ from saelab.saes import TopKConfig
 from saelab.training import TrainConfig, train
 
 
+def step_settings(**changes):
+    """On the CPU everywhere: what a GPU measures is kept (`results.csv`), and these sizes say nothing."""
+    return bench_step.Settings(device="cpu", **changes)
+
+
 def test_the_two_steps_do_the_same_work():
     """Same start, same batches: losses, L0 and gradient norms of both steps agree for as long as rounding allows."""
     x = torch.randn(3, 64, 12, generator=torch.Generator().manual_seed(0))
@@ -27,7 +32,7 @@ def test_the_two_steps_do_the_same_work():
 
 
 def test_step_rows_and_files(tmp_path, capsys):
-    settings = bench_step.Settings(d_sae=(64, 128), k=(4,), d_in=16, batch_size=64, pairs=3, warmup=1, out=tmp_path)
+    settings = step_settings(d_sae=(64, 128), k=(4,), d_in=16, batch_size=64, pairs=3, warmup=1, out=tmp_path)
     assert bench_step.main(settings) == 0
     assert capsys.readouterr().out.splitlines()[1] == ",".join(COLUMNS)
     rows = list(csv.DictReader((tmp_path / "step.csv").read_text(encoding="utf-8").splitlines()))
@@ -36,9 +41,7 @@ def test_step_rows_and_files(tmp_path, capsys):
         assert float(row["ratio"]) > 0 and float(row["certified"]) + float(row["recomputed"]) == pytest.approx(1)
         assert float(row["margin"]) > -4 and row["hardware"]
     assert len(json.loads((tmp_path / "step.json").read_text(encoding="utf-8"))) == 4
-    assert (
-        bench_step.main(bench_step.Settings(d_sae=(64,), k=(4,), d_in=16, batch_size=64, pairs=1, floor={64: 1e9})) == 1
-    )
+    assert bench_step.main(step_settings(d_sae=(64,), k=(4,), d_in=16, batch_size=64, pairs=1, floor={64: 1e9})) == 1
 
 
 def test_growth_is_told_from_8192_on():
@@ -62,7 +65,7 @@ def test_without_bf16_the_screen_is_float32(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(dispatch, "_has_fast_bf16", lambda _: True)
     for bf16 in (True, False):
         WORKSPACE.buffers.clear()
-        settings = bench_step.Settings(d_sae=(64,), k=(4,), d_in=16, batch_size=64, pairs=1, warmup=1, bf16=bf16)
+        settings = step_settings(d_sae=(64,), k=(4,), d_in=16, batch_size=64, pairs=1, warmup=1, bf16=bf16)
         assert bench_step.main(settings) == 0
         assert any(dtype == torch.bfloat16 for _, dtype in WORKSPACE.buffers) == bf16
         assert (",float32 (bf16 screen)," in capsys.readouterr().out) == bf16
@@ -91,7 +94,7 @@ def test_peers_have_rows_or_a_reason(tmp_path, capsys, monkeypatch):
     names = ("raises", "dies", "plain", "nan", "stuck", "absent")
     commands = {name: [sys.executable, "-I", str(script), name] for name in names}
     monkeypatch.setattr(peers, "install", lambda folder: commands)
-    settings = bench_step.Settings(d_sae=(64,), k=(4,), d_in=16, batch_size=64, pairs=3, warmup=20, peers=True)
+    settings = step_settings(d_sae=(64,), k=(4,), d_in=16, batch_size=64, pairs=3, warmup=20, peers=True)
     assert bench_step.main(settings) == 0
     out, err = capsys.readouterr()
     rows = list(csv.DictReader(out.splitlines()[1:]))
@@ -128,7 +131,7 @@ def test_a_wrong_op_is_not_timed(monkeypatch):
     monkeypatch.setattr(bench_step, "_timed", lambda *_: pytest.fail("timed"))
     monkeypatch.setattr(SparseActs, "to_dense", lambda self: torch.zeros(self.batch, self.d_sae))
     with pytest.raises(AssertionError, match="encode_topk is wrong"):
-        bench_step.main(bench_step.Settings(d_sae=(64,), k=(4,), d_in=16, batch_size=64, pairs=1, warmup=1))
+        bench_step.main(step_settings(d_sae=(64,), k=(4,), d_in=16, batch_size=64, pairs=1, warmup=1))
 
 
 def test_quantiles_by_hand():

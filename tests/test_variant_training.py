@@ -20,15 +20,17 @@ def planted(n: int = 3000, d_in: int = 16) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_it_learns_loads_and_resumes_bit_for_bit(tmp_path, name):
+def test_it_learns_loads_and_resumes_bit_for_bit(tmp_path, name, device):
     x, config, folder = planted(), config_of(name, D_SAE), tmp_path / "sae"
     sae = train(config, x, SHORT, folder, progress=False)
     untrained = train(config, x, TrainConfig(n_tokens=128, batch_size=128), progress=False)
-    error, before = ((one(x).x_hat - x).square().sum().item() for one in (sae, untrained))
+    there = x.to(device)  # where training went by itself
+    error, before = ((one(there).x_hat - there).square().sum().item() for one in (sae, untrained))
     assert error < (0.9 if name == "codebook" else 0.6) * before  # codes without magnitudes rebuild less
     back = load_sae(folder)
     assert back.hash == sae.hash
-    assert torch.equal(back.encode(x).to_dense(), sae.encode(x).to_dense())
+    assert torch.equal(back.to(device).encode(there).to_dense(), sae.encode(there).to_dense())
+    assert torch.equal(sae.encode(there[7:8]).to_dense(), sae.encode(there).to_dense()[7:8])
     for file in ("sae.json", "sae.safetensors", "golden.safetensors"):
         (folder / file).unlink()  # as if killed after the last checkpoint, which is of step 40
     assert train(config, x, SHORT, folder, progress=False).hash == sae.hash

@@ -59,6 +59,8 @@ class Settings:
     """An activation cache to take the batches from, for instance runs/demo/cache."""
     dense_limit: int = 32768
     """Largest d_sae at which the dense step and peers are run as well (they need (batch, d_sae) tensors, three or more)."""
+    tf32: bool = False
+    """Let the dense step's products round to TF32 on a GPU (10 bits of mantissa): faster, and another selection."""
     peers: bool = False
     """Also sae-lens, dictionary-learning, eai-sparsify and overcomplete; pip fetches them the first time (gigabytes)."""
     peers_venv: Path | None = None
@@ -137,7 +139,7 @@ def _measure(settings: Settings, d_sae: int, k: int, others: dict[str, list[str]
     first = next(batches)
     sparse = SparseTopK(first.shape[1], d_sae, k, settings.device)
     with_dense = d_sae <= settings.dense_limit
-    dense = DenseTopK(first.shape[1], d_sae, k, settings.device) if with_dense else None
+    dense = DenseTopK(first.shape[1], d_sae, k, settings.device, settings.tf32) if with_dense else None
     with peers.Peers(others if with_dense else {}, first, d_sae, k) as beside:
         beside.step(first)
         for _ in range(settings.warmup):
@@ -168,7 +170,10 @@ def _rows(
     rows: list[dict[str, Any]] = []
     for name, times in theirs.items():
         if times:
-            rows.append(base | {"provider": name} | quantiles(times) | ({} if name == "dense" else _ratio(times, ours)))
+            provider = "dense tf32" if settings.tf32 and name == "dense" else name
+            rows.append(
+                base | {"provider": provider} | quantiles(times) | ({} if name == "dense" else _ratio(times, ours))
+            )
     log = LOG.as_dict()
     selection = {
         "margin": round(log["candidates"] / max(log["rows"], 1) - k, 1),
@@ -198,7 +203,7 @@ def _check_codes(sae: TopKSAE, x: Tensor, k: int) -> None:
         acts = sae.encode(x)
         centered = (sae.normalize(x[:64]) - sae.b_dec).double()
         want = encode_topk(centered, sae.W_enc.double(), sae.b_enc.double(), k)
-        got = acts.select_rows(torch.arange(64)).to_dense()
+        got = acts.select_rows(torch.arange(64, device=x.device)).to_dense()
     assert torch.allclose(got.double(), want, atol=1e-4), "encode_topk is wrong here; nothing is timed"
 
 

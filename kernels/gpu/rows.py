@@ -1,4 +1,4 @@
-"""Row by row over a weight matrix: norms, the decoder's projection, unit norm, Adam.
+"""Row by row over a weight matrix: norms, rounding to bfloat16, the decoder's projection, unit norm, Adam.
 
 One program walks one row in blocks of columns. A row's second pass finds its few KB still in the cache, so every
 operand is read from memory once and every result written once: the launch order cannot be improved on.
@@ -39,6 +39,23 @@ def _row_norms_kernel(W_ptr, norms_ptr, d_in, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     square = _row_dot(W_ptr, W_ptr, row.to(tl.int64) * d_in, d_in, BLOCK)
     tl.store(norms_ptr + row, tl.sqrt_rn(square))
+
+
+@triton.jit
+@no_type_check
+def _round_rows_kernel(W_ptr, low_ptr, norms_ptr, lost_ptr, d_in, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    square, lost = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for first in range(0, d_in, BLOCK):
+        columns = first + tl.arange(0, BLOCK)
+        w = tl.load(W_ptr + row * d_in + columns, mask=columns < d_in, other=0.0)
+        low = w.to(low_ptr.dtype.element_ty)
+        difference = low.to(tl.float32) - w
+        square += w * w
+        lost += difference * difference
+        tl.store(low_ptr + row * width + columns, low, mask=columns < d_in)
+    tl.store(norms_ptr + row, tl.sqrt_rn(tl.sum(square, axis=0)))
+    tl.store(lost_ptr + row, tl.sqrt_rn(tl.sum(lost, axis=0)))
 
 
 @triton.jit
@@ -110,6 +127,16 @@ def row_norms(W: Float[Tensor, "m d_in"]) -> Float[Tensor, " m"]:
     return norms
 
 
+def round_rows(
+    W: Float[Tensor, "m d_in"], low: Float[Tensor, "m width"]
+) -> tuple[Float[Tensor, " m"], Float[Tensor, " m"]]:
+    """Write `W`, rounded, in the first `d_in` columns of `low` (bf16); the norm of each row, and of what it lost."""
+    norms, lost = torch.empty(2, W.shape[0], dtype=torch.float32, device=W.device)
+    sizes = (W.shape[1], low.stride(0))
+    launch(_round_rows_kernel, (W.shape[0],), packed(W), low, norms, lost, *sizes, BLOCK=_BLOCK, num_warps=_WARPS)
+    return norms, lost
+
+
 def project_(gradient: Float[Tensor, "m d_in"], W: Float[Tensor, "m d_in"]) -> None:
     """In place, per row: `gradient -= <gradient, W> W`, the part along the row `W` (whose norm is 1) taken out."""
     _check_in_place(gradient)
@@ -176,9 +203,11 @@ def production_specs() -> list[KernelSpec]:
     weights, norms = 4 * PRODUCTION.d_sae * PRODUCTION.d_in, 4 * PRODUCTION.d_sae
     adam_types = "*fp32 *fp32 *fp32 *fp32 *fp32 *bf16 i32" + " fp32" * 6
     adam_bytes = 7 * weights + weights // 2  # four read, three written, and the bf16 copy
+    round_types = "*fp32 *bf16 *fp32 *fp32 i32 i32"
     block = {"BLOCK": _BLOCK}
     return [
         kernel_spec("row_norms", _row_norms_kernel, "*fp32 *fp32 i32", block, _WARPS, weights + norms),
+        kernel_spec("round_rows", _round_rows_kernel, round_types, block, _WARPS, weights + weights // 2 + 2 * norms),
         kernel_spec("project_", _project_kernel, "*fp32 *fp32 i32", block, _WARPS, 3 * weights),
         kernel_spec("unit_norm_", _unit_norm_kernel, "*fp32 i32 fp32", block, _WARPS, 2 * weights),
         kernel_spec("adam_rows_", _adam_kernel, adam_types, block, _WARPS, adam_bytes),

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from saelab.kernels.encode_topk import encode_topk
+from saelab.kernels.rows import unit_norm_
 
 _SHIFT = 2.0
 
@@ -40,8 +41,10 @@ def most_similar(
         if int((~blocked).sum()) < k:
             raise ValueError(f"{int(blocked.sum())} of {len(codes)} codes are blocked: fewer than k={k} are left.")
         codes, shift = codes * ~blocked[:, None], shift * ~blocked
-    rows = normalize(x, dim=1).nan_to_num()  # not finite: some codes; the loss says that it is not finite
-    return encode_topk(rows.contiguous(), codes, shift, k).features.view(len(x), k)
+    rows = x.contiguous().clone()
+    unit_norm_(rows)  # not torch's normalize: on a GPU the batch's size decides the order of its sums
+    rows = rows.nan_to_num()  # not finite: some codes; the loss says that it is not finite
+    return encode_topk(rows, codes, shift, k).features.view(len(x), k)
 
 
 def _with_lengths(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
