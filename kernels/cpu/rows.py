@@ -30,4 +30,4 @@ def project_(gradient: Tensor, W: Tensor) -> None:
 def unit_norm_(W: Tensor) -> None:
     """Scale each row to norm 1; a row of zeros stays."""
     for w in W.split(_ROWS):
-        w /= torch.linalg.vector_norm(w, dim=1, keepdim=True).clamp_min(torch.finfo(W.dtype).eps)
+        w *= torch.linalg.vector_norm(w, dim=1, keepdim=True).clamp_min(torch.finfo(W.dtype).eps).reciprocal_()

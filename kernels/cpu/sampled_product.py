@@ -8,13 +8,15 @@ from torch import Tensor
 from saelab.kernels.ragged import stable_order
 
 _MANY = 4096
+_CACHE_BYTES = 1 << 21
 
 
 def sampled_product(x: Tensor, W: Tensor, features: Tensor, offsets: Tensor) -> Tensor:
     """`values[j] = <x[row of j], W[features[j]]>`.
 
-    Many pairs of a `W` larger than `x` are walked by feature: each row of `W` is then read once, and the rows gathered
-    are those of the smaller matrix. A pair has the same bits either way. Raises `IndexError` for an id out of range.
+    Many pairs of a `W` larger than `x` are walked by feature: the rows gathered are then those of the smaller matrix. It
+    is cut into parts that a core's cache holds, and each row of `W` is read once a part. A pair has the same bits either
+    way. Raises `IndexError` for an id out of range.
     """
     n = features.numel()
     if n == 0:
@@ -27,12 +29,15 @@ def sampled_product(x: Tensor, W: Tensor, features: Tensor, offsets: Tensor) -> 
     rows = torch.repeat_interleave(offsets.diff(), output_size=n)
     if n < _MANY or W.shape[0] <= x.shape[0]:
         return _pairs(x, W, rows, features)
-    order = stable_order(features)
+    parts = min(-(-x.numel() * x.element_size() // _CACHE_BYTES), n // (2 * W.shape[0]))
+    part_rows = -(-x.shape[0] // max(parts, 1))
+    order = stable_order(rows // part_rows * W.shape[0] + features)
     by_feature = _pairs(W, x, features[order], rows[order])
     return torch.empty_like(by_feature).index_copy_(0, order, by_feature)
 
 
 def _pairs(x: Tensor, W: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """`<x[rows[j]], W[columns[j]]>`; torch names the arguments after the bags whose weights these dots are gradients of."""
+    rows, columns = rows.int(), columns.int()
     offsets = rows.new_zeros(1)  # not read: `rows` says which bag
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(x, W, columns, offsets, rows, 0, -1)
