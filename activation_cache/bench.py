@@ -91,15 +91,16 @@ def main(
     print("op,shape,dtype,provider,median_tokens_per_s,q20,q80")
     shape = f"{batch_size}x{ctx_len}x{lm.d_in(hook_name)}"
     for provider, seconds in times.items():
-        row = ",".join(f"{speed:.0f}" for speed in _median_and_quantiles([n_tokens / s for s in seconds]))
+        row = ",".join(f"{speed:.0f}" for speed in median_and_quantiles([n_tokens / s for s in seconds]))
         print(f"harvest,{shape},{str(lm.dtype).removeprefix('torch.')},{provider},{row}")
     ratios = [bare / ours for bare, ours in zip(times["bare"], times["harvest"], strict=True)]
-    median, low, high = _median_and_quantiles(ratios)
+    median, low, high = median_and_quantiles(ratios)
     print(f"harvest / bare: {median:.3f} (q20 {low:.3f}, q80 {high:.3f}; at least 0.9 is asked for)")
     return median
 
 
-def _median_and_quantiles(values: list[float]) -> tuple[float, float, float]:
+def median_and_quantiles(values: list[float]) -> tuple[float, float, float]:
+    """Median, 20 % and 80 % quantile."""
     fifths = statistics.quantiles(values, n=5, method="inclusive")
     return statistics.median(values), fifths[0], fifths[3]
 

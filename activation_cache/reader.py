@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import atexit
 import weakref
-from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, overload
 
 import torch
-from jaxtyping import BFloat16, Float32, Int
+from jaxtyping import BFloat16, Float, Int
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from saelab.activation_cache import format
+from saelab.activation_cache.shuffled import shuffled_batches
 from saelab.errors import CacheError
 
 _OPEN: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
@@ -78,12 +77,25 @@ class ActivationCache:
 
     @overload
     def batches(
-        self, batch_size: int, seed: int = 0, start_step: int = 0, hook_name: str | None = None, prefetch: int = 2
-    ) -> Generator[Float32[Tensor, "batch d_in"], None, None]: ...
+        self,
+        batch_size: int,
+        seed: int = 0,
+        start_step: int = 0,
+        hook_name: str | None = None,
+        prefetch: int = 2,
+        dtype: torch.dtype = ...,
+    ) -> Generator[Float[Tensor, "batch d_in"], None, None]: ...
     @overload
     def batches(
-        self, batch_size: int, seed: int = 0, start_step: int = 0, *, hook_name: Sequence[str], prefetch: int = 2
-    ) -> Generator[dict[str, Float32[Tensor, "batch d_in"]], None, None]: ...
+        self,
+        batch_size: int,
+        seed: int = 0,
+        start_step: int = 0,
+        *,
+        hook_name: Sequence[str],
+        prefetch: int = 2,
+        dtype: torch.dtype = ...,
+    ) -> Generator[dict[str, Float[Tensor, "batch d_in"]], None, None]: ...
     def batches(
         self,
         batch_size: int,
@@ -91,11 +103,13 @@ class ActivationCache:
         start_step: int = 0,
         hook_name: str | Sequence[str] | None = None,
         prefetch: int = 2,
+        dtype: torch.dtype = torch.float32,
     ) -> Generator[Any, None, None]:
         """Shuffled batches without end, a pure function of (cache, seed, step); `start_step` leaves out that many.
 
         In each epoch shards come in another order, and rows in another order within them; batches run across both
-        borders. `prefetch` shards are read ahead. A list of hooks gives dicts by hook: row i is the same token in each,
+        borders. `prefetch` shards are opened ahead. Rows are stored in bfloat16: `dtype=torch.bfloat16` gives them as they
+        are. A list of hooks gives dicts by hook: row i is the same token in each,
         and the order is that of one hook alone. Raises `ValueError` for bad arguments, and `CacheError` naming a damaged
         shard.
         """
@@ -111,50 +125,30 @@ class ActivationCache:
         ):
             if value < least:
                 raise ValueError(f"{name}={value} must be at least {least}.")
-        batches = self._batches(batch_size, seed, start_step * batch_size, hooks, prefetch, one)
+        batches = self._batches(batch_size, seed, start_step * batch_size, hooks, prefetch, dtype, one)
         _OPEN.add(batches)
         return batches
 
     def _batches(
-        self, batch_size: int, seed: int, skip: int, hooks: list[str], prefetch: int, one: bool
+        self, batch_size: int, seed: int, skip: int, hooks: list[str], prefetch: int, dtype: torch.dtype, one: bool
     ) -> Generator[Any, None, None]:
-        plan = self._plan(seed, skip)
-        with ThreadPoolExecutor(1, thread_name_prefix="saelab-cache-reader") as thread:
-            ahead = deque(thread.submit(self._read_shuffled, *next(plan), hooks, seed) for _ in range(prefetch))
-            parts, missing = [], batch_size  # of each hook the same rows
-            try:
-                while True:
-                    rows = ahead.popleft().result()  # (n, d_in) of each hook
-                    ahead.append(thread.submit(self._read_shuffled, *next(plan), hooks, seed))
-                    while len(rows[0]) >= missing:
-                        parts.append([x[:missing] for x in rows])
-                        rows = [x[missing:] for x in rows]
-                        whole = [_joined(each) for each in zip(*parts, strict=True)]
-                        yield whole[0] if one else dict(zip(hooks, whole, strict=True))
-                        parts, missing = [], batch_size
-                    if len(rows[0]):
-                        parts.append(rows)
-                        missing -= len(rows[0])
-            finally:  # also when the iterator is closed or forgotten
-                thread.shutdown(wait=False, cancel_futures=True)
+        def opened(shard: int) -> list[Tensor]:
+            return [self._read(shard, f"{hook}.safetensors")["acts"] for hook in hooks]
 
-    def _plan(self, seed: int, skip: int) -> Iterator[tuple[int, int, int]]:
-        """Without end: (epoch, shard, how many of its shuffled rows to leave out), after `skip` rows of the stream."""
+        for batch in shuffled_batches(self._plan(seed, skip), opened, batch_size, prefetch, dtype):
+            yield batch[0] if one else dict(zip(hooks, batch, strict=True))
+
+    def _plan(self, seed: int, skip: int) -> Iterator[tuple[int, Int[Tensor, " n"]]]:
+        """Without end: a shard and which of its rows, in order, after `skip` rows of the stream."""
         epoch, skip = divmod(skip, self.n_rows)
         while True:
             shards = self.manifest["shards"]
             for shard in torch.randperm(len(shards), generator=format.seeded("epoch", seed, epoch)).tolist():
-                if skip < shards[shard]["rows"]:
-                    yield epoch, shard, skip
-                skip = max(0, skip - shards[shard]["rows"])
+                n_rows = shards[shard]["rows"]
+                if skip < n_rows:
+                    yield shard, torch.randperm(n_rows, generator=format.seeded("rows", seed, epoch, shard))[skip:]
+                skip = max(0, skip - n_rows)
             epoch += 1
-
-    def _read_shuffled(
-        self, epoch: int, shard: int, skip: int, hooks: list[str], seed: int
-    ) -> list[BFloat16[Tensor, "n _"]]:
-        n_rows = self.manifest["shards"][shard]["rows"]
-        order = torch.randperm(n_rows, generator=format.seeded("rows", seed, epoch, shard))[skip:]
-        return [self._read(shard, f"{hook}.safetensors")["acts"][order] for hook in hooks]
 
     def shards(
         self, hook_name: str | None = None
@@ -234,7 +228,3 @@ class ActivationCache:
             return load_file(path)
         except (SafetensorError, OSError) as error:
             raise CacheError(f"{part}: {path} cannot be read ({error}). Harvest the cache again.") from error
-
-
-def _joined(parts: Sequence[Tensor]) -> Float32[Tensor, "batch d_in"]:
-    return torch.cat(list(parts)).float() if len(parts) > 1 else parts[0].float()

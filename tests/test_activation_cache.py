@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saelab.activation_cache import format
+from saelab.activation_cache import format, read_bench
 from saelab.activation_cache.journal import Journal
 from saelab.activation_cache.reader import ActivationCache
 from saelab.activation_cache.writer import CacheWriter, Pool
@@ -225,11 +225,26 @@ def test_only_the_hooks_asked_for_are_read_and_few_shards_ahead(tmp_path):
     batches = cache.batches(32, hook_name=["b", "c"], prefetch=2)
     next(batches)
     batches.close()
-    assert set(read) == {"b.safetensors", "c.safetensors"} and len(read) <= 2 * 4
+    assert set(read) == {"b.safetensors", "c.safetensors"} and len(read) <= 2 * (
+        2 + 5
+    )  # prefetch, and the batches ahead
     with pytest.raises(ValueError, match="'d' is not in"):
         cache.batches(4, hook_name=["a", "d"])
     with pytest.raises(ValueError, match="names no hook"):
         cache.batches(4, hook_name=[])
+
+
+def test_rows_can_be_had_as_they_are_stored(cache):
+    stored, widened = (take(cache.batches(33, dtype=dtype), 12) for dtype in (torch.bfloat16, torch.float32))
+    for a, b in zip(stored, widened, strict=True):
+        assert a.dtype == torch.bfloat16 and torch.equal(a.float(), b)
+
+
+def test_the_bench_reads_and_trains(cache, capsys):
+    found = read_bench.main(read_bench.Settings(cache.path, batch_size=64, pairs=2, d_sae=16, k=2, steps=2))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in lines[1:]] == ["op", "read", "train"]
+    assert found.keys() == {"read", "train"} and min(found.values()) > 0
 
 
 @pytest.mark.parametrize(
