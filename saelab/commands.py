@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from saelab.activation_cache.command import cache
-from saelab.benchmarks.command import bench
+from saelab.benchmarks.command import bench, sweep
 from saelab.demo import demo
 
 if TYPE_CHECKING:
@@ -213,6 +213,12 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
         train,
         "saelab train runs/mlp --d-sae 4096 --k 32 --n-tokens 2_000_000\n"
         "saelab train runs/mlp --name l1 --variant relu --d-sae 4096 --l1-coefficient 5 --n-tokens 2_000_000",
+    ),
+    "sweep": (
+        sweep,
+        "saelab sweep runs/mlp --k 16 32 64 --n-tokens 2_000_000\n"
+        "saelab sweep runs/mlp --variants topk batch_topk relu --k 16 32 --d-sae 4096 8192 --lr 1e-3 3e-3 --seeds 0 1 "
+        "--n-tokens 2_000_000",
     ),
     "eval": (
         evaluate,

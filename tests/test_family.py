@@ -16,7 +16,7 @@ import torch
 
 from saelab import cli
 from saelab.activation_cache.harvest import harvest
-from saelab.benchmarks import family, remembered
+from saelab.benchmarks import family, measured, remembered
 from saelab.benchmarks.family import FamilyConfig, run_family
 from saelab.benchmarks.remembered import Remembered
 from saelab.benchmarks.tables import comparisons, family_picture, family_tables
@@ -102,7 +102,7 @@ def test_each_run_of_a_shared_read_is_timed_by_its_own_steps(monkeypatch, tmp_pa
 
 def test_finished_rows_are_not_computed_again(run, rows, monkeypatch):
     monkeypatch.setattr(family, "train", Mock(side_effect=AssertionError("trained again")))
-    monkeypatch.setattr(family, "evaluate", Mock(side_effect=AssertionError("measured again")))
+    monkeypatch.setattr(measured, "evaluate", Mock(side_effect=AssertionError("measured again")))
     assert run_family(run, CONFIG, seeds=(0, 1), **OPTIONS) == rows
     assert run_family(run, CONFIG, variants=("topk",), l0=(4,), progress=False) == rows
 
@@ -164,7 +164,7 @@ def test_a_remembered_model_computes_nothing_twice(tiny_lm, monkeypatch):
 
 
 def test_a_stop_between_rows_loses_no_row(run, rows, tiny_lm, tmp_path, monkeypatch):
-    honest, calls = family.evaluate, []
+    honest, calls = measured.evaluate, []
 
     def stop_at_the_third(*args, **options):
         calls.append(args)
@@ -173,14 +173,14 @@ def test_a_stop_between_rows_loses_no_row(run, rows, tiny_lm, tmp_path, monkeypa
         return honest(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(family, "evaluate", stop_at_the_third)
+        patch.setattr(measured, "evaluate", stop_at_the_third)
         with pytest.raises(KeyboardInterrupt):
             run_family(run, CONFIG, lm=tiny_lm, out_dir=tmp_path, **OPTIONS)
     assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == 2
-    measured = Mock(side_effect=honest)
-    monkeypatch.setattr(family, "evaluate", measured)
+    measures = Mock(side_effect=honest)
+    monkeypatch.setattr(measured, "evaluate", measures)
     again = run_family(run, CONFIG, lm=tiny_lm, out_dir=tmp_path, **OPTIONS)
-    assert measured.call_count == 3
+    assert measures.call_count == 3
     assert [row["fvu"] for row in again] == [row["fvu"] for row in rows if row["seed"] == 0]
 
 

@@ -18,7 +18,7 @@ from saelab.errors import SaelabError, TrainingError
 from saelab.files import tensors_hash
 from saelab.interop import load_sae
 from saelab.kernels.rows import project_
-from saelab.saes import Batch, ReLUConfig, StepInfo, TopKConfig, TopKSAE
+from saelab.saes import Batch, BatchTopKConfig, ReLUConfig, StepInfo, TopKConfig, TopKSAE
 from saelab.training import TrainConfig, train
 from saelab.training.adam import Adam
 from saelab.training.checkpoint import claimed, list_checkpoints
@@ -549,3 +549,25 @@ def test_adam_is_torchs_adam_bit_for_bit():
         adam.step(0.01, grad_scale=4.0**step)
         reference.step()
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)), step
+
+
+def test_train_takes_a_train_config_for_each_sae_of_one_stream(tmp_path):
+    x = torch.randn(400, 8, generator=torch.Generator().manual_seed(0))
+    configs = [TopKConfig(16, 2), TopKConfig(16, 2), BatchTopKConfig(16, 2)]
+    trains = [TrainConfig(400, 40, lr=lr, warmup_steps=1, seed=3) for lr in (1e-2, 1e-3, None)]
+    saes = train(configs, x, trains, tmp_path, progress=False)
+    names = ["sae-topk-16-k2-lr0.01-seed3", "sae-topk-16-k2-lr0.001-seed3", "sae-batch_topk-16-k2-seed3"]
+    assert [sae.folder for sae in saes] == [tmp_path / name for name in names]
+    alone = [train(config, x, one, progress=False) for config, one in zip(configs, trains, strict=True)]
+    assert [sae.hash for sae in saes] == [sae.hash for sae in alone]
+    for other, says in (
+        (trains[:2], "2 TrainConfigs for 3 SAE configs"),
+        (
+            [*trains[:2], TrainConfig(400, 40, seed=4)],
+            "seed=3 and 4: SAEs that train side by side see the same batches",
+        ),
+        ([*trains[:2], TrainConfig(800, 40, seed=3)], "n_tokens=400 and 800"),
+        ([*trains[:2], TrainConfig(400, 80, seed=3)], "batch_size=40 and 80"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            train(configs, x, other, progress=False)

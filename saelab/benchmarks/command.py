@@ -1,4 +1,4 @@
-"""`saelab bench`: the arguments of the benchmarks, and what is printed and drawn of their rows."""
+"""`saelab bench` and `saelab sweep`: their arguments, and what is printed and drawn of their rows."""
 
 from __future__ import annotations
 
@@ -86,6 +86,34 @@ Bench = (
 def bench(what: OmitSubcommandPrefixes[OmitArgPrefixes[Bench]]) -> None:  # pyright: ignore[reportInvalidTypeArguments]
     """Compare the variants: on data with known features, or on the activations of RUN."""
     what.run()
+
+
+def sweep(
+    run: Annotated[Positional[Path], arg(metavar="RUN", help="Folder of the run, with its cache.")],
+    n_tokens: Annotated[int, arg(help="Training tokens of every SAE.")],
+    variants: Annotated[tuple[str, ...], arg(help="Kinds of SAE.")] = ("topk",),
+    k: Annotated[
+        tuple[int, ...], arg(help="Features that fire on a token: k, or target_l0 of variants with a penalty.")
+    ] = (32,),
+    d_sae: Annotated[tuple[int, ...], arg(help="Numbers of features.")] = (4096,),
+    lr: Annotated[tuple[float | None, ...], arg(help="Learning rates; None is the variant's own.")] = (None,),
+    seeds: Annotated[tuple[int, ...], arg(help="Of weights and batches; the cache is read once a seed.")] = (0,),
+    batch_size: Annotated[int, arg(help="Activations in a step.")] = 2048,
+    eval_tokens: Annotated[int | None, arg(help="Held-out tokens to measure on; None is all.")] = None,
+    hook_name: Annotated[str | None, arg(help="Site, where the cache holds several.")] = None,
+    hook_name_out: Annotated[str | None, arg(help="Site that transcoders predict.")] = None,
+    out_dir: Annotated[Path | None, arg(help="Where SAEs and table go; None is RUN.")] = None,
+) -> None:
+    """Train an SAE on RUN/cache for each combination of the lists, side by side, and measure all in one table."""
+    from saelab.benchmarks.sweep import SweepConfig, run_sweep
+    from saelab.benchmarks.tables import sweep_table
+
+    config = SweepConfig(n_tokens, batch_size, eval_tokens, hook_name, hook_name_out)
+    lists: dict[str, Any] = {"variants": variants, "d_sae": d_sae, "k": k, "lr": lr, "seeds": seeds}
+    home = out_dir or run
+    _show([sweep_table(run_sweep(run, config, out_dir=home, **lists))])
+    print(f"The SAEs are in {home}, the table in {home / 'sweep.csv'} and {home / 'sweep.json'}")
+    print(f"Next: saelab dash {home}")
 
 
 def _show(tables: Sequence[Any]) -> None:

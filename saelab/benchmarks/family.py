@@ -4,8 +4,6 @@ documents that none of them saw."""
 from __future__ import annotations
 
 import dataclasses
-import statistics
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +12,13 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from saelab.activation_cache.reader import ActivationCache
+from saelab.benchmarks.measured import measure
 from saelab.benchmarks.remembered import Remembered
 from saelab.benchmarks.rows import Row, Rows, open_rows
-from saelab.benchmarks.synthetic import at_l0
-from saelab.benchmarks.tables import L0_TOLERANCE
-from saelab.evaluation import evaluate
+from saelab.benchmarks.synthetic import at_l0, check_variants
 from saelab.models import LanguageModel, load_model
-from saelab.runs import sae_run
 from saelab.saes import SAE, VARIANTS
 from saelab.training import TrainConfig, train
-from saelab.training.metrics_log import read_lines
 
 ALL_L0 = ("topk", "batch_topk", "jumprelu", "relu")
 """Variants that are trained at every L0; the others at the first alone."""
@@ -35,7 +30,6 @@ TABLES = {
 }
 """Variants whose target or code is another, and the table of their own that they stand in; all others are in "sae"."""
 KEYS = ("variant", "target_l0", "seed")
-MEASURES = ("fvu", "l0", "ce_loss_recovered", "dead_fraction")
 
 
 @dataclass(frozen=True)
@@ -98,9 +92,8 @@ def _configs(
     """(variant, L0): its config."""
     if not l0:
         raise ValueError("l0 is empty: give at least one number of features that fire on a token.")
+    check_variants(variants or ())
     for name in variants or ():
-        if name not in VARIANTS:
-            raise ValueError(f"variants holds {name!r}; there are {', '.join(VARIANTS)}.")
         if _config(name, config, l0[0], n_hooks) is None:
             raise ValueError(f"variants holds {name!r}, which {_NEEDS.get(name, 'cannot be asked for an L0')}.")
     wanted = [(name, level) for name in variants or VARIANTS for level in (l0 if name in ALL_L0 else l0[:1])]
@@ -142,29 +135,12 @@ def _run_seed(
         checkpoint_every=100,
     )
     saes = train(list(configs.values()), cache, training, folder, hook_name=config.hook_name, progress=progress)
+
+    def columns(sae: SAE, level: int) -> Row:
+        assert rows.folder is not None
+        return {"table": TABLES.get(sae.variant, "sae"), **measure(sae, lm, level, config.eval_tokens, rows.folder)}
+
     pairs = tqdm(zip(configs, saes, strict=True), "Measuring", len(saes), unit="SAE", disable=not progress)
     for (variant, level), sae in pairs:
         key = {"variant": variant, "target_l0": level, "seed": seed}
-        rows.get(lambda sae=sae, level=level: _measure(sae, lm, level, config), **key)
-
-
-def _measure(sae: SAE, lm: LanguageModel, level: int, config: FamilyConfig) -> dict[str, Any]:
-    """The columns of a row. `wall_seconds` are of its own steps and its own measuring; reading is shared by all, and
-    the model's activations on held-out text are in the first row's."""
-    assert sae.folder is not None
-    start = time.perf_counter()
-    path = sae_run(sae.folder).report_path
-    report = evaluate(sae, lm, n_tokens=config.eval_tokens, progress=False, path=path)
-    speed = statistics.median(line["tokens_per_second"] for line in read_lines(sae.folder / "metrics.jsonl"))
-    train_seconds = config.steps * config.batch_size / speed
-    measures = {name: getattr(report, name) for name in MEASURES}
-    return {
-        "table": TABLES.get(sae.variant, "sae"),
-        **measures,
-        "l0_as_asked": abs(report.l0 - level) <= L0_TOLERANCE * level,
-        "tokens_per_second": round(speed),
-        "train_seconds": round(train_seconds, 1),
-        "wall_seconds": round(train_seconds + time.perf_counter() - start, 1),
-        "n_tokens": report.n_tokens,
-        "folder": str(sae.folder.relative_to(sae.folder.parent.parent)),
-    }
+        rows.get(lambda sae=sae, level=level: columns(sae, level), **key)

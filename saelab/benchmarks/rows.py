@@ -1,4 +1,4 @@
-"""The rows of a benchmark on disk: `rows.json` and `rows.csv` are written whole after each row, so a bench that is killed
+"""The rows of a benchmark on disk: `STEM.json` and `STEM.csv` are written whole after each row, so a bench that is killed
 has lost the row it was at and no other, and the same call goes on there."""
 
 from __future__ import annotations
@@ -15,16 +15,26 @@ from saelab.errors import SaelabError
 from saelab.files import atomic_write_json, atomic_write_text, differences, locked, read_json
 
 Row = dict[str, Any]
+Order = Callable[[Row], Any]
 
 
 class Rows:
-    """`settings` are what all rows have in common; `keys` name the columns that tell rows apart."""
+    """`settings` are what all rows have in common; `keys` name the columns that tell rows apart; `order` is what rows are
+    sorted by, None keeps them as they came."""
 
-    def __init__(self, folder: Path | None, settings: Mapping[str, Any], keys: Sequence[str]) -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        settings: Mapping[str, Any],
+        keys: Sequence[str],
+        stem: str = "rows",
+        order: Order | None = None,
+    ) -> None:
         self.folder, self.settings, self.keys = folder, dict(settings), tuple(keys)
+        self.stem, self.order = stem, order
         self.rows: list[Row] = []
-        if folder is not None and (folder / "rows.json").exists():
-            self.rows = self._read(folder / "rows.json")
+        if folder is not None and (folder / f"{stem}.json").exists():
+            self.rows = self._read(folder / f"{stem}.json")
 
     def _read(self, path: Path) -> list[Row]:
         saved = read_json(path)
@@ -48,6 +58,8 @@ class Rows:
         if row is None:
             row = {**key, **compute()}
             self.rows.append(row)
+            if self.order is not None:
+                self.rows.sort(key=self.order)
             self._write()
         return row
 
@@ -56,19 +68,25 @@ class Rows:
 
     def _write(self) -> None:
         if self.folder is not None:
-            atomic_write_json(self.folder / "rows.json", {"settings": self.settings, "rows": self.rows})
-            atomic_write_text(self.folder / "rows.csv", to_csv(self.rows))
+            atomic_write_json(self.folder / f"{self.stem}.json", {"settings": self.settings, "rows": self.rows})
+            atomic_write_text(self.folder / f"{self.stem}.csv", to_csv(self.rows))
 
 
 @contextmanager
-def open_rows(folder: str | Path | None, settings: Mapping[str, Any], keys: Sequence[str]) -> Iterator[Rows]:
+def open_rows(
+    folder: str | Path | None,
+    settings: Mapping[str, Any],
+    keys: Sequence[str],
+    stem: str = "rows",
+    order: Order | None = None,
+) -> Iterator[Rows]:
     """The rows of a bench in `folder` (None: kept in memory only), which no other process may add to meanwhile."""
     if folder is None:
-        yield Rows(None, settings, keys)
+        yield Rows(None, settings, keys, order=order)
         return
     folder = Path(folder)
     with locked(folder, f"Another process is at the bench in {folder}: wait for it, or give another --out-dir."):
-        yield Rows(folder, settings, keys)
+        yield Rows(folder, settings, keys, stem, order)
 
 
 def to_csv(rows: Sequence[Row]) -> str:

@@ -112,6 +112,13 @@ def at_l0(variant: str, d_sae: int, l0: int, **options: Any) -> Any:
     return VARIANTS[variant].Config(d_sae=d_sae, **options)
 
 
+def check_variants(names: Sequence[str]) -> None:
+    """Raise `ValueError` for a variant that there is not."""
+    for name in names:
+        if name not in VARIANTS:
+            raise ValueError(f"variants holds {name!r}; there are {', '.join(VARIANTS)}.")
+
+
 def _labels(data: str) -> list[str]:
     """The SAEs of a kind of data whose variants are there."""
     if data == FSM:

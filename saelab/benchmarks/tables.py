@@ -75,15 +75,28 @@ def family_tables(rows: Sequence[Row]) -> list[Any]:
 
 
 def _family_table(name: str, rows: Sequence[Row]) -> Any:
-    """One line a variant and L0."""
+    columns = {"variant": "variant", "target_l0": "L0 asked"}
+    return _measured_table(f"{name}, {len(_distinct(rows, 'seed'))} seeds", columns, rows)
+
+
+def sweep_table(rows: Sequence[Row]) -> Any:
+    """One rich table with a line for each SAE, in the order of the rows."""
+    columns = {"variant": "variant", "d_sae": "d_sae", "target_l0": "L0 asked", "lr": "lr", "seed": "seed"}
+    return _measured_table(f"{len(rows)} SAEs", columns, rows)
+
+
+def _measured_table(title: str, columns: dict[str, str], rows: Sequence[Row]) -> Any:
+    """One line for all rows with the same values in `columns` (name: title): mean and deviation of what was measured."""
     from rich.table import Table
 
-    table = Table("variant", "L0 asked", *FAMILY.values(), title=f"{name}, {len(_distinct(rows, 'seed'))} seeds")
-    for variant, level in dict.fromkeys((row["variant"], row["target_l0"]) for row in rows):
-        mine = [row for row in rows if (row["variant"], row["target_l0"]) == (variant, level)]
+    table = Table(*columns.values(), *FAMILY.values(), title=title)
+    for values in dict.fromkeys(tuple(row[name] for name in columns) for row in rows):
+        mine = [row for row in rows if tuple(row[name] for name in columns) == values]
+        labels = {name: "own" if value is None else f"{value}" for name, value in zip(columns, values, strict=True)}
+        if not all(row["l0_as_asked"] for row in mine):
+            labels["target_l0"] += ", missed by over 5 %"
         cells = [spread((row[name] for row in mine), 0 if "second" in name else 4) for name in FAMILY]
-        asked = f"{level}" if all(row["l0_as_asked"] for row in mine) else f"{level}, missed by over 5 %"
-        table.add_row(variant, asked, *cells)
+        table.add_row(*labels.values(), *cells)
     return table
 
 

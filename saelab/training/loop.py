@@ -24,7 +24,7 @@ from saelab.training.run import Run, variant_of
 def train(
     config: Sequence[Any],
     data: Any,
-    train_config: TrainConfig,
+    train_config: TrainConfig | Sequence[TrainConfig],
     out_dir: str | Path | None = None,
     *,
     hook_name: str | None = None,
@@ -45,7 +45,7 @@ def train(
 def train(
     config: Any,
     data: Any,
-    train_config: TrainConfig,
+    train_config: TrainConfig | Sequence[TrainConfig],
     out_dir: str | Path | None = None,
     *,
     hook_name: str | None = None,
@@ -57,7 +57,8 @@ def train(
     `data` is a cache, a cache's path, a tensor or NumPy array `(n, d_in)` (shuffled, repeated as needed) or an iterator of
     such tensors; `hook_name` chooses among a cache's hooks what an SAE or transcoder reads. A crosscoder takes the hooks
     that its config names, or tensors `(n, n_sources, d_in)`; a transcoder predicts its config's `hook_name_out`, or the y
-    of a `Batch(x, y)` of tensors. `out_dir` is the SAE's folder (for a list: the RUN folder, in which each gets
+    of a `Batch(x, y)` of tensors. A list may have a `train_config` for each SAE, all of one `n_tokens`, `batch_size` and
+    `seed`. `out_dir` is the SAE's folder (for a list: the RUN folder, in which each gets
     `sae-NAME/`); without it nothing is written. The same call again goes on where it stopped, bit for bit, and returns at
     once when finished; Ctrl-C writes a checkpoint first.
 
@@ -66,21 +67,47 @@ def train(
     """
     keep_freed_memory()
     configs = list(config) if isinstance(config, Sequence) else [config]
-    if not isinstance(train_config, TrainConfig):
-        raise ValueError(f"train_config={train_config!r} is no saelab.TrainConfig; give TrainConfig(n_tokens=...).")
     if not configs:
         raise ValueError("The list of SAE configs is empty; give at least one.")
+    trains = _train_configs(train_config, configs, isinstance(config, Sequence))
     source = open_data(data, hook_name)
-    _warn_if_few(source, train_config.batch_size)
-    folders = _folders(configs, out_dir, isinstance(config, Sequence))
+    _warn_if_few(source, trains[0].batch_size)
+    if isinstance(config, Sequence):
+        folders = _folders(configs, out_dir, trains if isinstance(train_config, Sequence) else None)
+    else:
+        folders = [Path(out_dir) if out_dir is not None else None]
     with ExitStack() as stack:
         for folder in folders:
             stack.enter_context(claimed(folder))
-        pairs = zip(configs, folders, strict=True)
-        runs = [Run(one, source, train_config, folder, wandb_project) for one, folder in pairs]
-        _train_all([run for run in runs if not run.finished], source, train_config, progress)
+        each = zip(configs, trains, folders, strict=True)
+        runs = [Run(one, source, train, folder, wandb_project) for one, train, folder in each]
+        _train_all([run for run in runs if not run.finished], source, trains[0], progress)
     saes = [run.sae for run in runs]
     return saes if isinstance(config, Sequence) else saes[0]
+
+
+_COMMON = ("n_tokens", "batch_size", "seed")
+"""Fields of `TrainConfig` that decide the batches, so that SAEs side by side have them in common."""
+
+
+def _train_configs(given: Any, configs: list[Any], several: bool) -> list[TrainConfig]:
+    """One a config. Raises `ValueError` where their number is another, or one read does not serve them all."""
+    trains = list(given) if several and isinstance(given, Sequence) else [given] * len(configs)
+    for train in trains:
+        if not isinstance(train, TrainConfig):
+            raise ValueError(f"train_config={train!r} is no saelab.TrainConfig; give TrainConfig(n_tokens=...).")
+    if len(trains) != len(configs):
+        raise ValueError(
+            f"{len(trains)} TrainConfigs for {len(configs)} SAE configs: give one for all, or one for each."
+        )
+    for name in _COMMON:
+        values = list(dict.fromkeys(getattr(train, name) for train in trains))
+        if len(values) > 1:
+            raise ValueError(
+                f"{name}={' and '.join(map(str, values))}: SAEs that train side by side see the same batches, so it is one "
+                f"for all of them; call train once for each {name}."
+            )
+    return trains
 
 
 def _warn_if_few(source: DataSource, batch_size: int) -> None:
@@ -143,17 +170,18 @@ def _summary(runs: list[Run], bar: Any, batch_size: int) -> str:
     )
 
 
-def _folders(configs: list[Any], out_dir: str | Path | None, several: bool) -> list[Path | None]:
-    """One folder a config: `out_dir` itself, or `out_dir/sae-VARIANT-D_SAE[-kK][-lL0]` for each of a list."""
+def _folders(configs: list[Any], out_dir: str | Path | None, trains: list[TrainConfig] | None) -> list[Path | None]:
+    """One folder a config: `out_dir/sae-VARIANT-D_SAE[-kK][-lL0]`, then `[-lrLR]-seedSEED` where each has its `trains`."""
     if out_dir is None:
         return [None] * len(configs)
-    if not several:
-        return [Path(out_dir)]
     names: list[str] = []
-    for config in configs:
+    for i, config in enumerate(configs):
         name = f"sae-{variant_of(config).variant}-{config.d_sae}"
         name += f"-k{config.k}" if hasattr(config, "k") else ""
         name += f"-l{config.target_l0:g}" if getattr(config, "target_l0", None) is not None else ""
+        if trains is not None:
+            lr = trains[i].lr
+            name += f"{'' if lr is None else f'-lr{float(lr)!r}'}-seed{trains[i].seed}"
         same = sum(other == name or other.startswith(f"{name}--") for other in names)
         names.append(f"{name}--{same + 1}" if same else name)
     return [Path(out_dir) / name for name in names]

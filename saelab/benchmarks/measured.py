@@ -1,0 +1,39 @@
+"""What a bench says of an SAE that was trained on the activations of a model: quality on held-out documents, and speed."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from saelab.benchmarks.tables import L0_TOLERANCE
+from saelab.evaluation import evaluate
+from saelab.models import LanguageModel
+from saelab.runs import sae_run
+from saelab.saes import SAE
+from saelab.training.metrics_log import read_lines
+
+MEASURES = ("fvu", "l0", "ce_loss_recovered", "dead_fraction")
+
+
+def measure(sae: SAE, lm: LanguageModel, level: int, eval_tokens: int | None, home: Path) -> dict[str, Any]:
+    """The columns of a row; `level` is the L0 that was asked for, `home` the folder of the bench.
+
+    `wall_seconds` are of its own steps and its own measuring; reading is shared by all, and the model's activations on
+    held-out text are in the first row's.
+    """
+    assert sae.folder is not None
+    start = time.perf_counter()
+    report = evaluate(sae, lm, n_tokens=eval_tokens, progress=False, path=sae_run(sae.folder).report_path)
+    speed = statistics.median(line["tokens_per_second"] for line in read_lines(sae.folder / "metrics.jsonl"))
+    train_seconds = sae.trained["n_tokens"] / speed
+    return {
+        **{name: getattr(report, name) for name in MEASURES},
+        "l0_as_asked": abs(report.l0 - level) <= L0_TOLERANCE * level,
+        "tokens_per_second": round(speed),
+        "train_seconds": round(train_seconds, 1),
+        "wall_seconds": round(train_seconds + time.perf_counter() - start, 1),
+        "n_tokens": report.n_tokens,
+        "folder": str(sae.folder.relative_to(home)),
+    }

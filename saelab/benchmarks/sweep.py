@@ -1,0 +1,146 @@
+"""`run_sweep`: SAEs over lists of variants, widths, L0, learning rates and seeds; those of one seed are trained on one read
+of the cache, each is measured on documents that none of them saw."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm.auto import tqdm
+
+from saelab.activation_cache.reader import ActivationCache
+from saelab.arguments import check_integer
+from saelab.benchmarks.measured import measure
+from saelab.benchmarks.remembered import Remembered
+from saelab.benchmarks.rows import Row, Rows, open_rows
+from saelab.benchmarks.synthetic import at_l0, check_variants
+from saelab.models import LanguageModel, load_model
+from saelab.saes import VARIANTS
+from saelab.training import TrainConfig, train
+from saelab.training.data import open_data
+
+KEYS = ("variant", "d_sae", "target_l0", "lr", "seed")
+"""The swept columns; `target_l0` is the L0 asked for, by `k` or by the config's field of that name."""
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """What all SAEs of a sweep have in common."""
+
+    n_tokens: int
+    """Training tokens of every SAE."""
+    batch_size: int = 2048
+    """Activations in a step."""
+    eval_tokens: int | None = None
+    """Held-out tokens to measure on; None is all."""
+    hook_name: str | None = None
+    """Site, where the cache holds several."""
+    hook_name_out: str | None = None
+    """Site of the cache that transcoders predict."""
+
+    def __post_init__(self) -> None:
+        if self.eval_tokens is not None:  # else it would be refused after training
+            check_integer("eval_tokens", self.eval_tokens, 1)
+
+
+class Point(NamedTuple):
+    """One SAE of a sweep."""
+
+    key: Row
+    """Its values of `KEYS`."""
+    config: Any
+    train: TrainConfig
+
+
+def run_sweep(
+    run: str | Path,
+    config: SweepConfig,
+    *,
+    out_dir: str | Path | None = None,
+    lm: LanguageModel | None = None,
+    progress: bool = True,
+    **lists: Sequence[Any],
+) -> list[Row]:
+    """Train an SAE for each combination of `lists` (as of `sweep_points`) on RUN/cache and measure each; one row each.
+
+    Gives all rows of `out_dir`, those of earlier calls too, by variant, L0 asked and FVU. `out_dir` is RUN unless given:
+    `sweep.json` and `sweep.csv` grow row by row beside the SAEs and their reports, and the same call goes on where it was
+    stopped, in the middle of training too. `lm` None is the model that the cache names. Raises `ValueError` before
+    anything is written for a list that is empty and for what cannot be trained.
+    """
+    cache = ActivationCache(Path(run) / "cache")
+    points = sweep_points(config, **lists)
+    origin = _origin(points, cache, config.hook_name)
+    settings = dataclasses.asdict(config) | {"data": origin["dataset_fingerprint"]}
+    if len(cache.hook_names) == 1:
+        settings["hook_name"] = cache.hook_names[0]
+    with open_rows(out_dir or run, settings, KEYS, "sweep", _order) as rows:
+        points = [point for point in points if rows.find(**point.key) is None]
+        for seed in dict.fromkeys(point.train.seed for point in points):
+            lm = lm or Remembered(load_model(origin["model"]["name"]))
+            _run_seed(rows, [point for point in points if point.train.seed == seed], cache, config, lm, progress)
+        return list(rows.rows)
+
+
+def sweep_points(
+    config: SweepConfig,
+    *,
+    variants: Sequence[str] = ("topk",),
+    d_sae: Sequence[int] = (4096,),
+    k: Sequence[int] = (32,),
+    lr: Sequence[float | None] = (None,),
+    seeds: Sequence[int] = (0,),
+) -> list[Point]:
+    """Every combination once. `k` is `target_l0` for variants with a penalty; lr None is the variant's own.
+
+    Raises `ValueError` for an empty list, and for what a config refuses.
+    """
+    lists = {"variants": variants, "d_sae": d_sae, "k": k, "lr": lr, "seeds": seeds}
+    for name, values in lists.items():
+        if not values:
+            raise ValueError(f"{name} is empty: give at least one.")
+    check_variants(variants)
+    points = []
+    for values in itertools.product(*(dict.fromkeys(one) for one in lists.values())):
+        key: Row = dict(zip(KEYS, values, strict=True))
+        sae = at_l0(key["variant"], key["d_sae"], key["target_l0"], hook_name_out=config.hook_name_out)
+        if sae is None:
+            raise ValueError(f"variants holds {key['variant']!r}, which has neither k nor target_l0 to sweep over.")
+        training = TrainConfig(config.n_tokens, config.batch_size, lr=key["lr"], seed=key["seed"])
+        points.append(Point(key, sae, training))
+    return points
+
+
+def _origin(points: Sequence[Point], cache: ActivationCache, hook_name: str | None) -> dict[str, Any]:
+    """Where the activations come from. Raises `ValueError` for an SAE that this cache does not fit."""
+    source = open_data(cache, hook_name)
+    one_each = {point.key["variant"]: point.config for point in points}
+    origins = [source.view(VARIANTS[variant], config).origin for variant, config in one_each.items()]
+    if any("models" in origin for origin in origins) or len({origin["model"]["name"] for origin in origins}) > 1:
+        raise ValueError(
+            "A sweep measures its SAEs with one language model, and these read several: train each (saelab train)."
+        )
+    return origins[0]
+
+
+def _run_seed(
+    rows: Rows, points: Sequence[Point], cache: ActivationCache, config: SweepConfig, lm: LanguageModel, progress: bool
+) -> None:
+    """Train these SAEs on one read, then measure one after another."""
+    home, trains = rows.folder, [point.train for point in points]
+    assert home is not None
+    options: dict[str, Any] = {"hook_name": config.hook_name, "progress": progress}
+    saes = train([point.config for point in points], cache, trains, home, **options)
+    pairs = tqdm(zip(points, saes, strict=True), "Measuring", len(saes), unit="SAE", disable=not progress)
+    for point, sae in pairs:
+        level = point.key["target_l0"]
+        rows.get(lambda sae=sae, level=level: measure(sae, lm, level, config.eval_tokens, home), **point.key)
+
+
+def _order(row: Row) -> tuple[Any, ...]:
+    """By variant, L0 asked and FVU; what has no FVU comes last."""
+    return row["variant"], row["target_l0"], row["fvu"] is None, row["fvu"]
