@@ -39,6 +39,7 @@ class Info:
                 "model": f"{manifest['model_name']}, {config['model_dtype']}",
                 "texts": f"{(manifest['texts'] or {}).get('source', 'given in Python')}, split {config['split']}",
                 "rows": f"{cache.n_rows:,} in {len(manifest['shards'])} shards, {config['dtype']}",
+                **_lost(cache),
                 "tokens": f"{manifest['n_tokens']:,} of {manifest['n_documents']:,} documents",
                 "masked": masked,
                 "contexts": f"{manifest['n_sequences']:,} of {config['ctx_len']} tokens",
@@ -131,6 +132,16 @@ Command = (
 def cache(what: OmitSubcommandPrefixes[OmitArgPrefixes[Command]]) -> None:  # pyright: ignore[reportInvalidTypeArguments]
     """Look into the activation cache of RUN, check it, repair it."""
     what.run()
+
+
+def _lost(cache: ActivationCache) -> dict[str, str]:
+    """What a storage other than bfloat16 lost, and the columns that int8 left in bfloat16."""
+    lines: dict[str, str] = {}
+    for hook, outliers in cache.manifest.get("storage", {}).get("outliers", {}).items():
+        lines[f"outliers of {hook}"] = ", ".join(map(str, outliers)) or "none"
+    errors = {hook: cache.storage_error(hook) for hook in cache.hook_names}
+    told = {hook: f"{error:.4%} of the variance" for hook, error in errors.items() if error is not None}
+    return lines | {"storage error": ", ".join(f"{hook} {text}" for hook, text in told.items())} if told else lines
 
 
 def _folder(run: Path) -> Path:

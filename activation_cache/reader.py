@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any, overload
 
 import torch
-from jaxtyping import BFloat16, Float32, Int
+from jaxtyping import Float, Float32, Int
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from saelab.activation_cache import format
+from saelab.activation_cache.storage import decode
 from saelab.errors import CacheError
 
 _OPEN: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
@@ -68,13 +69,21 @@ class ActivationCache:
         return self._widths[self._hook(hook_name)]
 
     def stats(self, hook_name: str | None = None) -> dict[str, Any]:
-        """Exact statistics over all rows: `n`, `mean` and `second_moment` (d_in) fp64, `mean_norm`, and `median_norm`.
+        """Exact statistics over all rows as they are stored: `n`, `mean` and `second_moment` (d_in) fp64, `mean_norm`,
+        and `median_norm`.
 
         `second_moment` is the mean square of each dimension; `median_norm` is the norm rule's (first 16,384 rows).
         """
         hook_name = self._hook(hook_name)
         tensors = self._load(format.stats_file(hook_name), self.manifest["stats"][hook_name], f"stats of {hook_name}")
         return {name: x if x.ndim else x.item() for name, x in tensors.items()}
+
+    def storage_error(self, hook_name: str | None = None) -> float | None:
+        """What storing lost: sum |x - x~|^2 / sum |x~ - mean|^2 over all rows, x~ as stored; None of bfloat16, where it
+        was not measured.
+        """
+        hook_name = self._hook(hook_name)
+        return self.manifest["storage"]["error"][hook_name] if "storage" in self.manifest else None
 
     @overload
     def batches(
@@ -151,17 +160,20 @@ class ActivationCache:
 
     def _read_shuffled(
         self, epoch: int, shard: int, skip: int, hooks: list[str], seed: int
-    ) -> list[BFloat16[Tensor, "n _"]]:
+    ) -> list[Float[Tensor, "n _"]]:
         n_rows = self.manifest["shards"][shard]["rows"]
         order = torch.randperm(n_rows, generator=format.seeded("rows", seed, epoch, shard))[skip:]
-        return [self._read(shard, f"{hook}.safetensors")["acts"][order] for hook in hooks]
+        return [decode(self._read(shard, f"{hook}.safetensors"))[order] for hook in hooks]
 
     def shards(
         self, hook_name: str | None = None
-    ) -> Iterator[tuple[BFloat16[Tensor, "n d_in"], dict[str, Int[Tensor, " n"]]]]:
-        """Each shard in order: its rows, and their origin: `seq` (row of `tokens()`), `pos` (column) and `token`."""
+    ) -> Iterator[tuple[Float[Tensor, "n d_in"], dict[str, Int[Tensor, " n"]]]]:
+        """Each shard in order: its rows, and their origin: `seq` (row of `tokens()`), `pos` (column) and `token`.
+
+        Rows are bfloat16 or float16 as stored; of int8 float32, dequantised.
+        """
         name = f"{self._hook(hook_name)}.safetensors"
-        return ((self._read(i, name)["acts"], self.index(i)) for i in range(len(self.manifest["shards"])))
+        return ((decode(self._read(i, name)), self.index(i)) for i in range(len(self.manifest["shards"])))
 
     def index(self, shard: int) -> dict[str, Int[Tensor, " n"]]:
         """Where the rows of a shard come from: `seq`, `pos` and `token`, int32."""
