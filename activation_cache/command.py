@@ -39,7 +39,7 @@ class Info:
                 "model": f"{manifest['model_name']}, {config['model_dtype']}",
                 "texts": f"{(manifest['texts'] or {}).get('source', 'given in Python')}, split {config['split']}",
                 "rows": f"{cache.n_rows:,} in {len(manifest['shards'])} shards, {config['dtype']}",
-                **_lost(cache),
+                **_lost(cache, cache.hook_names),
                 "tokens": f"{manifest['n_tokens']:,} of {manifest['n_documents']:,} documents",
                 "masked": masked,
                 "contexts": f"{manifest['n_sequences']:,} of {config['ctx_len']} tokens",
@@ -113,6 +113,7 @@ class Stats:
                     "largest norm kept": f"{cache.manifest['max_norm'][hook]:.4g}",
                     "norm of the mean": mean,
                     "largest dimensions": dims,
+                    **_lost(cache, [hook]),
                 }
             )
 
@@ -134,14 +135,15 @@ def cache(what: OmitSubcommandPrefixes[OmitArgPrefixes[Command]]) -> None:  # py
     what.run()
 
 
-def _lost(cache: ActivationCache) -> dict[str, str]:
-    """What a storage other than bfloat16 lost, and the columns that int8 left in bfloat16."""
-    lines: dict[str, str] = {}
-    for hook, outliers in cache.manifest.get("storage", {}).get("outliers", {}).items():
-        lines[f"outliers of {hook}"] = ", ".join(map(str, outliers)) or "none"
-    errors = {hook: cache.storage_error(hook) for hook in cache.hook_names}
-    told = {hook: f"{error:.4%} of the variance" for hook, error in errors.items() if error is not None}
-    return lines | {"storage error": ", ".join(f"{hook} {text}" for hook, text in told.items())} if told else lines
+def _lost(cache: ActivationCache, hooks: list[str]) -> dict[str, str]:
+    """What a storage other than bfloat16 lost of these hooks, and the columns that int8 left in bfloat16."""
+    told: list[str] = []
+    for hook in hooks if "storage" in cache.manifest else ():
+        columns = cache.manifest["storage"]["outliers"].get(hook)
+        beside = f", columns in bfloat16: {', '.join(map(str, columns))}" if columns else ""
+        name = f"{hook} " if len(hooks) > 1 else ""
+        told.append(f"{name}{cache.storage_error(hook):.4%} of the variance{beside}")
+    return {"lost in storage": "; ".join(told)} if told else {}
 
 
 def _folder(run: Path) -> Path:

@@ -11,7 +11,7 @@ from test_activation_cache import make_cache, stored_rows
 
 import saelab
 from saelab.activation_cache import format
-from saelab.activation_cache.command import Info
+from saelab.activation_cache.command import Info, Stats
 from saelab.activation_cache.reader import ActivationCache
 from saelab.activation_cache.repair import repair
 from saelab.activation_cache.storage import Storage, decode, find_outliers, identity, row_bytes
@@ -162,7 +162,10 @@ def test_what_is_read_is_what_is_stored_and_its_error_is_told(tmp_path, name, dt
     capsys.readouterr()
     Info(tmp_path / "cache").run()
     said = capsys.readouterr().out
-    assert f"{cache.storage_error(HOOK):.4%} of the variance" in said and f"shards, {name}" in said
+    columns = ", columns in bfloat16: 11" if name == "int8" else ""
+    assert f"{HOOK} {cache.storage_error(HOOK):.4%} of the variance{columns}" in said and f"shards, {name}" in said
+    Stats(tmp_path / "cache").run()
+    assert f"lost in storage     {cache.storage_error(OTHER):.4%} of the variance{columns}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("stop_at", [1, 23, 40])
