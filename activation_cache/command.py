@@ -39,6 +39,7 @@ class Info:
                 "model": f"{manifest['model_name']}, {config['model_dtype']}",
                 "texts": f"{(manifest['texts'] or {}).get('source', 'given in Python')}, split {config['split']}",
                 "rows": f"{cache.n_rows:,} in {len(manifest['shards'])} shards, {config['dtype']}",
+                **_lost(cache, cache.hook_names),
                 "tokens": f"{manifest['n_tokens']:,} of {manifest['n_documents']:,} documents",
                 "masked": masked,
                 "contexts": f"{manifest['n_sequences']:,} of {config['ctx_len']} tokens",
@@ -112,6 +113,7 @@ class Stats:
                     "largest norm kept": f"{cache.manifest['max_norm'][hook]:.4g}",
                     "norm of the mean": mean,
                     "largest dimensions": dims,
+                    **_lost(cache, [hook]),
                 }
             )
 
@@ -131,6 +133,17 @@ Command = (
 def cache(what: OmitSubcommandPrefixes[OmitArgPrefixes[Command]]) -> None:  # pyright: ignore[reportInvalidTypeArguments]
     """Look into the activation cache of RUN, check it, repair it."""
     what.run()
+
+
+def _lost(cache: ActivationCache, hooks: list[str]) -> dict[str, str]:
+    """What a storage other than bfloat16 lost of these hooks, and the columns that int8 left in bfloat16."""
+    told: list[str] = []
+    for hook in hooks if "storage" in cache.manifest else ():
+        columns = cache.manifest["storage"]["outliers"].get(hook)
+        beside = f", columns in bfloat16: {', '.join(map(str, columns))}" if columns else ""
+        name = f"{hook} " if len(hooks) > 1 else ""
+        told.append(f"{name}{cache.storage_error(hook):.4%} of the variance{beside}")
+    return {"lost in storage": "; ".join(told)} if told else {}
 
 
 def _folder(run: Path) -> Path:

@@ -5,7 +5,7 @@ journal.jsonl                      append-only: one flushed line for the start, 
 documents.safetensors              ids (n_documents) int64, in order of appearance
 tokens/seq-000000.safetensors      ids, doc (n_sequences, ctx_len) int32; doc is a row of documents, -1 on padding
 shards/r000-000000/index.safetensors   seq, pos, token (n_rows) int32, shared by all hooks
-shards/r000-000000/HOOK.safetensors    acts (n_rows, d_in) bf16, and fp64 sums for the statistics
+shards/r000-000000/HOOK.safetensors    acts (n_rows, d_in) as `storage` says, and fp64 sums for the statistics
 stats/HOOK.safetensors             mean, second_moment (d_in) fp64, mean_norm, median_norm, n
 """
 
@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 
+from saelab.activation_cache.storage import row_bytes
 from saelab.errors import CacheError
 from saelab.files import read_json, sha256_file
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 knew bfloat16 alone, and such caches are still written as 1 (`storage.identity`)
 MANIFEST = "manifest.json"
 JOURNAL = "journal.jsonl"
 INDEX = "index.safetensors"
@@ -68,10 +69,12 @@ def human_bytes(n: int | float) -> str:
     return f"{n:.1f} TB"
 
 
-def estimate_bytes(n_sequences: int, ctx_len: int, widths: Mapping[str, int], shard_rows: int) -> int:
+def estimate_bytes(
+    n_sequences: int, ctx_len: int, widths: Mapping[str, int], shard_rows: int, storage: str = "bfloat16"
+) -> int:
     """Disk space of a cache in bytes, at most: nothing masked."""
     n_rows = n_sequences * ctx_len
-    per_row = 2 * sum(widths.values()) + INDEX_BYTES + TOKEN_BYTES
+    per_row = sum(row_bytes(storage, d) for d in widths.values()) + INDEX_BYTES + TOKEN_BYTES
     per_shard = sum(16 * d + 1024 for d in widths.values()) + 1024
     return n_rows * per_row + (n_rows // shard_rows + 2) * per_shard
 
@@ -156,6 +159,8 @@ def _check_manifest(manifest: Mapping[str, Any]) -> None:
     if manifest["n_rows"] != rows or not rows:
         raise ValueError(f"it counts {manifest['n_rows']} rows, and {rows} in {len(manifest['shards'])} shards")
     _ = manifest["model_name"], manifest["texts"], manifest["documents"], manifest["tokens"], manifest["n_tokens"]
+    if manifest["config"]["dtype"] != "bfloat16":
+        _ = manifest["storage"]["error"], manifest["storage"]["outliers"]
     for hook in manifest["config"]["hooks"]:
         _ = manifest["max_norm"][hook], manifest["stats"][hook]
         for shard in manifest["shards"]:

@@ -22,6 +22,7 @@ from saelab.activation_cache import format
 from saelab.activation_cache.journal import Journal, begin
 from saelab.activation_cache.reader import ActivationCache
 from saelab.activation_cache.score import refuse_steered
+from saelab.activation_cache.storage import Storage, find_outliers, identity, kept_rows
 from saelab.activation_cache.writer import CacheWriter
 from saelab.arguments import check_integer
 from saelab.errors import CacheError
@@ -47,26 +48,27 @@ def harvest(
     prepend_bos: bool = False,
     max_bytes: int | None = None,
     progress: bool = True,
+    storage: str = "bfloat16",
 ) -> ActivationCache:
     """Run `lm` over texts and store the activations at `hook_names`, shuffled, in `out_dir`.
 
     `n_tokens` packed tokens are read (rounded up to whole contexts of `ctx_len`; fewer where the texts end),
     `batch_size` contexts at a time, from the documents of `split`. Rows that the mask drops are counted, not stored.
-    Rows leave in shards of `shard_rows`, drawn at random from `pool_shards` times as many, which are held in memory
-    (2 * d_in bytes each and hook). The same call again goes on where it stopped, or returns at once when finished.
+    Rows leave in shards of `shard_rows`, drawn at random from `pool_shards` times as many, held in memory as they are
+    stored (`storage`, see docs/cache.md). The same call again goes on where it stopped, or returns when finished.
     A list of models is read on the same tokens: each hook of each model, as "MODEL/HOOK".
 
-    Raises `ValueError` for bad arguments, texts that leave no row, and an `out_dir` that holds something else or a
-    cache made with other arguments (naming them); `CacheError` when it does not fit the disk or `max_bytes`, and for
-    NaN or infinite activations; `SaelabError` when the disk is full. What is written stays valid in each case.
+    Raises `ValueError` for bad arguments, texts that leave no row, and an `out_dir` that holds something else or
+    another cache; `CacheError` when it does not fit the disk or `max_bytes`, and for activations that are not finite
+    or that `storage` cannot hold; `SaelabError` when the disk is full. What is written stays valid in each case.
     """
     hooks = hook_keys(lm := together(lm), hook_names)
     sizes = {"n_tokens": n_tokens, "ctx_len": ctx_len, "batch_size": batch_size}
     sizes |= {"shard_rows": shard_rows, "pool_shards": pool_shards}
-    _check_arguments(lm, hooks, split, sizes)
-    check_integer("seed", seed, 0)
+    _check_arguments(lm, hooks, split, sizes, seed)
     texts = load_texts(texts)
-    config = _identity(lm, texts, hooks) | sizes | {"split": split, "prepend_bos": prepend_bos, "seed": seed}
+    config = _identity(lm, texts, hooks) | identity(storage) | sizes
+    config |= {"split": split, "prepend_bos": prepend_bos, "seed": seed}
     return _harvest_into(claim_folder(out_dir, format.JOURNAL, "cache"), lm, texts, config, max_bytes, progress)
 
 
@@ -84,7 +86,8 @@ def _harvest_into(
                     stacklevel=3,
                 )
             n_sequences = math.ceil(config["n_tokens"] / config["ctx_len"])
-            needed = format.estimate_bytes(n_sequences, config["ctx_len"], config["hooks"], config["shard_rows"])
+            sizes = config["ctx_len"], config["hooks"], config["shard_rows"], config["dtype"]
+            needed = format.estimate_bytes(n_sequences, *sizes)
             format.check_space(folder, needed, max_bytes)
             _Harvest(lm, texts, config, folder, journal).run(progress)
     finally:
@@ -98,12 +101,10 @@ def _harvest_into(
 def _identity(lm: LanguageModel, texts: Texts, hooks: list[str]) -> dict[str, Any]:
     """What decides the bytes of a cache beside the numbers that the caller gives."""
     return {
-        "format_version": format.FORMAT_VERSION,
         "model_hash": lm.hash,
         "tokenizer_hash": lm.tokenizer_hash,
         "model_dtype": str(lm.dtype).removeprefix("torch."),
         "hooks": {hook: lm.d_in(hook) for hook in hooks},
-        "dtype": "bfloat16",
         "texts_fingerprint": texts.fingerprint(),
         "packing": "EOS between documents, attention not reset",
         "special_ids": sorted(lm.special_ids),
@@ -111,10 +112,11 @@ def _identity(lm: LanguageModel, texts: Texts, hooks: list[str]) -> dict[str, An
     }
 
 
-def _check_arguments(lm: LanguageModel, hooks: list[str], split: str, sizes: dict[str, int]) -> None:
+def _check_arguments(lm: LanguageModel, hooks: list[str], split: str, sizes: dict[str, int], seed: int) -> None:
     check_split(split)
     for name, value in sizes.items():
         check_integer(name, value, 1)
+    check_integer("seed", seed, 0)
     if not hooks or not all(isinstance(hook, str) for hook in hooks) or len(set(hooks)) < len(hooks):
         raise ValueError(f"hook_names={hooks!r}: give the name of a hook, or a list of names, each once.")
     refuse_steered(lm)
@@ -158,6 +160,8 @@ class _Harvest:
         for leftover in folder.rglob(".*.tmp-*"):
             leftover.unlink()
         self.writer = CacheWriter(folder, journal, config)
+        for entry in journal.of_kind("storage"):
+            self.writer.storage = Storage(config["dtype"], entry["outliers"])
 
     def run(self, progress: bool) -> None:
         waiting: list[tuple[TokenBatch, dict[str, Tensor], dict[str, Tensor]]] = []
@@ -230,9 +234,23 @@ class _Harvest:
         """Fix the limit on norms for good, then keep the rows of the batches that waited for it."""
         self.medians, limits = self.rule.medians(), self.rule.limits()
         self.mask = Mask(tuple(self.lm.special_ids), limits)
+        if self.config["dtype"] == "int8":
+            self._fix_outliers(waiting)
         self.journal.append({"kind": "mask", "median_norm": self.medians, "max_norm": limits, "rows": self.rule.n_rows})
         while waiting:
             self._keep(*waiting.pop(0))
+
+    def _fix_outliers(self, waiting: Sequence[tuple[TokenBatch, dict[str, Tensor], dict[str, Tensor]]]) -> None:
+        """Choose the columns that int8 leaves in bfloat16, for good, from the norm rule's rows that the mask keeps."""
+        assert self.mask is not None
+        keeps = [self.mask.apply_norms(batch, norms)[0] for batch, _, norms in waiting]
+        outliers: dict[str, list[int]] = {}
+        for hook in self.hooks if waiting else ():
+            x = torch.cat([kept_rows(acts[hook], keep) for (_, acts, _), keep in zip(waiting, keeps, strict=True)])
+            outliers[hook] = find_outliers(x)
+            Storage("int8", outliers).check_error(hook, x)
+        self.writer.storage = Storage("int8", outliers)
+        self.journal.append({"kind": "storage", "outliers": outliers})
 
     def _finish(self) -> None:
         writer, config = self.writer, self.config
@@ -253,7 +271,7 @@ class _Harvest:
         start = self.journal.of_kind("start")[0]
         writer.write_manifest(
             {
-                "format_version": format.FORMAT_VERSION,
+                "format_version": config["format_version"],
                 "config": config,
                 "config_hash": start["config_hash"],
                 "environment": start["environment"],

@@ -44,7 +44,7 @@ class Journal:
         fsync_dir(folder)
 
     def of_kind(self, kind: str) -> list[dict[str, Any]]:
-        """Entries of one kind: "start", "mask", "shard" or "tokens"."""
+        """Entries of one kind: "start", "storage", "mask", "shard" or "tokens"."""
         return [entry for entry in self.entries if entry["kind"] == kind]
 
     def append(self, entry: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, overload
 
 import torch
-from jaxtyping import BFloat16, Float, Int
+from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from saelab.activation_cache import format
 from saelab.activation_cache.shuffled import shuffled_batches
+from saelab.activation_cache.storage import decode
 from saelab.errors import CacheError
 
 _OPEN: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
@@ -67,13 +68,21 @@ class ActivationCache:
         return self._widths[self._hook(hook_name)]
 
     def stats(self, hook_name: str | None = None) -> dict[str, Any]:
-        """Exact statistics over all rows: `n`, `mean` and `second_moment` (d_in) fp64, `mean_norm`, and `median_norm`.
+        """Exact statistics over all rows as they are stored: `n`, `mean` and `second_moment` (d_in) fp64, `mean_norm`,
+        and `median_norm`.
 
         `second_moment` is the mean square of each dimension; `median_norm` is the norm rule's (first 16,384 rows).
         """
         hook_name = self._hook(hook_name)
         tensors = self._load(format.stats_file(hook_name), self.manifest["stats"][hook_name], f"stats of {hook_name}")
         return {name: x if x.ndim else x.item() for name, x in tensors.items()}
+
+    def storage_error(self, hook_name: str | None = None) -> float | None:
+        """What storing lost: sum |x - x~|^2 / sum |x~ - mean|^2 over all rows, x~ as stored; None of bfloat16, where it
+        was not measured.
+        """
+        hook_name = self._hook(hook_name)
+        return self.manifest["storage"]["error"][hook_name] if "storage" in self.manifest else None
 
     @overload
     def batches(
@@ -108,10 +117,9 @@ class ActivationCache:
         """Shuffled batches without end, a pure function of (cache, seed, step); `start_step` leaves out that many.
 
         In each epoch shards come in another order, and rows in another order within them; batches run across both
-        borders. `prefetch` shards are opened ahead. Rows are stored in bfloat16: `dtype=torch.bfloat16` gives them as they
-        are. A list of hooks gives dicts by hook: row i is the same token in each,
-        and the order is that of one hook alone. Raises `ValueError` for bad arguments, and `CacheError` naming a damaged
-        shard.
+        borders. `prefetch` shards are opened ahead. `dtype=torch.bfloat16` gives rows stored in bfloat16 as they are.
+        A list of hooks gives dicts by hook: row i is the same token in each, and the order is that of one hook alone.
+        Raises `ValueError` for bad arguments, and `CacheError` naming a damaged shard.
         """
         one = hook_name is None or isinstance(hook_name, str)
         asked: list[str | None] = [hook_name] if hook_name is None or isinstance(hook_name, str) else list(hook_name)
@@ -133,7 +141,7 @@ class ActivationCache:
         self, batch_size: int, seed: int, skip: int, hooks: list[str], prefetch: int, dtype: torch.dtype, one: bool
     ) -> Generator[Any, None, None]:
         def opened(shard: int) -> list[Tensor]:
-            return [self._read(shard, f"{hook}.safetensors")["acts"] for hook in hooks]
+            return [decode(self._read(shard, f"{hook}.safetensors")) for hook in hooks]
 
         for batch in shuffled_batches(self._plan(seed, skip), opened, batch_size, prefetch, dtype):
             yield batch[0] if one else dict(zip(hooks, batch, strict=True))
@@ -152,10 +160,13 @@ class ActivationCache:
 
     def shards(
         self, hook_name: str | None = None
-    ) -> Iterator[tuple[BFloat16[Tensor, "n d_in"], dict[str, Int[Tensor, " n"]]]]:
-        """Each shard in order: its rows, and their origin: `seq` (row of `tokens()`), `pos` (column) and `token`."""
+    ) -> Iterator[tuple[Float[Tensor, "n d_in"], dict[str, Int[Tensor, " n"]]]]:
+        """Each shard in order: its rows, and their origin: `seq` (row of `tokens()`), `pos` (column) and `token`.
+
+        Rows are bfloat16 or float16 as stored; of int8 float32, dequantised.
+        """
         name = f"{self._hook(hook_name)}.safetensors"
-        return ((self._read(i, name)["acts"], self.index(i)) for i in range(len(self.manifest["shards"])))
+        return ((decode(self._read(i, name)), self.index(i)) for i in range(len(self.manifest["shards"])))
 
     def index(self, shard: int) -> dict[str, Int[Tensor, " n"]]:
         """Where the rows of a shard come from: `seq`, `pos` and `token`, int32."""

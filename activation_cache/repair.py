@@ -17,8 +17,10 @@ from tqdm.auto import tqdm
 from saelab.activation_cache import format
 from saelab.activation_cache.harvest import contexts
 from saelab.activation_cache.journal import Journal
+from saelab.activation_cache.pool import Pool
 from saelab.activation_cache.reader import ActivationCache
-from saelab.activation_cache.writer import Pool, save_acts, save_index, save_stats
+from saelab.activation_cache.storage import Storage, kept_rows
+from saelab.activation_cache.writer import save_acts, save_index, save_stats
 from saelab.errors import CacheError
 from saelab.files import atomic_save_safetensors, atomic_write_json
 from saelab.language_model import LanguageModel
@@ -56,6 +58,7 @@ class _Repair:
     ) -> None:
         self.cache, self.lm, self.damaged, self.journal = cache, lm, damaged, journal
         self.manifest, self.config = cache.manifest, cache.manifest["config"]
+        self.storage = Storage(self.config["dtype"], self.manifest.get("storage", {}).get("outliers", {}))
         self.folders = [shard["folder"] for shard in self.manifest["shards"]]
         self.broken = [i for i, folder in enumerate(self.folders) if any(f.startswith(f"{folder}/") for f in damaged)]
         self.documents: list[int] = []
@@ -99,9 +102,9 @@ class _Repair:
         lost = [i for i in self.broken if i not in indices]
         kept = self._grid(indices)  # of lost shards not yet
         wanted = self._grid({i: indices[i] for i in self.broken if i in indices})
-        rows = self._run_model(wanted, ~kept if lost else torch.zeros_like(kept), progress)
+        places, rows = self._run_model(wanted, ~kept if lost else torch.zeros_like(kept), progress)
         if lost:
-            kept.view(-1)[rows["place"]] = True
+            kept.view(-1)[places] = True
             replayed = dict(enumerate(self._drawn(kept)))
             same = len(replayed) == len(self.folders) and all(torch.equal(replayed[i], indices[i]) for i in indices)
             if not same:
@@ -109,16 +112,16 @@ class _Repair:
                     f"{self.cache.path}: the mask keeps other rows here than then; harvest the cache again."
                 )
             indices |= {i: replayed[i] for i in lost}
-        order = rows["place"].argsort()
+        order = places.argsort()
         for i in self.broken:
             place = indices[i][:, 0].long() * self.config["ctx_len"] + indices[i][:, 1]
-            at = order[torch.searchsorted(rows["place"][order], place)]
+            at = order[torch.searchsorted(places[order], place)]
             folder = self.cache.path / self.folders[i]
             if self._lost(i):
                 save_index(folder, indices[i])
             for hook in self.config["hooks"]:
                 if self._lost(i, f"{hook}.safetensors"):
-                    save_acts(folder, hook, rows[hook][at])
+                    save_acts(folder, hook, self.storage, {name: x[at] for name, x in rows[hook].items()})
 
     def _lost(self, shard: int, name: str = format.INDEX) -> bool:
         return f"{self.folders[shard]}/{name}" in self.damaged
@@ -134,8 +137,10 @@ class _Repair:
             grid[index[:, 0].long(), index[:, 1].long()] = True
         return grid
 
-    def _run_model(self, wanted: Tensor, unknown: Tensor, progress: bool) -> dict[str, Tensor]:
-        """Rows of the `wanted` tokens, and of the `unknown` ones that the mask keeps: `place`, and bf16 rows by hook."""
+    def _run_model(
+        self, wanted: Tensor, unknown: Tensor, progress: bool
+    ) -> tuple[Int[Tensor, " n"], dict[str, dict[str, Tensor]]]:
+        """Places of the `wanted` tokens, and of the `unknown` ones that the mask keeps, and rows by hook."""
         mask = Mask(tuple(self.config["special_ids"]), self.manifest["max_norm"])
         asked: list[TokenBatch] = []
         for batch in self.batches:
@@ -144,23 +149,26 @@ class _Repair:
             unknown[span] &= ~(out["padding"] | out["position"] | out["special"])
             if bool((wanted[span] | unknown[span]).any()):
                 asked.append(batch)
-        found: dict[str, list[Tensor]] = {name: [] for name in ("place", *self.config["hooks"])}
+        places: list[Tensor] = []
+        found: dict[str, list[dict[str, Tensor]]] = {hook: [] for hook in self.config["hooks"]}
         stream = self.lm.stream_activations((batch.ids for batch in asked), list(self.config["hooks"]))
         for batch, acts in zip(asked, tqdm(stream, "Repairing", len(asked), disable=not progress), strict=True):
             first = batch.first_sequence
             keep, _ = mask.apply_norms(batch, row_norms(acts))
             take = wanted[first : first + len(keep)] | (keep & unknown[first : first + len(keep)])
-            rows = take.flatten().nonzero().flatten()
-            found["place"].append(rows + first * self.config["ctx_len"])
+            places.append(take.flatten().nonzero().flatten() + first * self.config["ctx_len"])
             for hook, x in acts.items():
-                found[hook].append(x.flatten(0, 1)[rows.to(x.device)].to("cpu", torch.bfloat16))
-        return {name: torch.cat(parts) for name, parts in found.items()}
+                found[hook].append(self.storage.encode(hook, kept_rows(x, take)))
+        return torch.cat(places), {
+            hook: {name: torch.cat([parts[name] for parts in batches]) for name in batches[0]}
+            for hook, batches in found.items()
+        }
 
     def _drawn(self, kept: Bool[Tensor, "n_sequences ctx_len"]) -> Iterator[Int[Tensor, "n 3"]]:
         """The index of every shard, drawn again without activations."""
         config = self.config
         pool_rows = config["shard_rows"] * config["pool_shards"]
-        pool = Pool(pool_rows + config["batch_size"] * config["ctx_len"], {})
+        pool = Pool(pool_rows + config["batch_size"] * config["ctx_len"])
         number = 0
         for batch in [*self.batches, None]:
             if batch is not None:

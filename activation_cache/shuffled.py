@@ -89,4 +89,4 @@ def _taken(rows: list[Tensor], orders: list[np.ndarray]) -> Tensor:
 
 def _bits(rows: Tensor) -> np.ndarray:
     """The same memory as whole numbers: numpy knows no bfloat16."""
-    return rows.view(torch.int16).numpy()
+    return rows.view({2: torch.int16, 4: torch.int32}[rows.element_size()]).numpy()

@@ -15,51 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import BFloat16, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from saelab.activation_cache import format
 from saelab.activation_cache.journal import Journal
+from saelab.activation_cache.pool import Parts, Pool
+from saelab.activation_cache.storage import Storage, decode, kept_rows
 from saelab.files import atomic_save_safetensors, atomic_write_json
 from saelab.tokens import TokenBatch
-
-
-class Pool:
-    """Rows waiting to be drawn: fixed buffers of slots, and the slots in use in the order in which their rows came."""
-
-    def __init__(self, capacity: int, widths: Mapping[str, int]):
-        self._acts = {hook: torch.empty(capacity, d, dtype=torch.bfloat16) for hook, d in widths.items()}
-        self._index = torch.empty(capacity, 3, dtype=torch.int32)
-        self._order = torch.empty(0, dtype=torch.int64)
-        self._free = torch.arange(capacity)
-
-    def __len__(self) -> int:
-        return len(self._order)
-
-    @property
-    def oldest_sequence(self) -> int | None:
-        """Sequence of the row that has waited longest."""
-        return int(self._index[self._order[0], 0]) if len(self) else None
-
-    def add(self, index: Int[Tensor, "n 3"], acts: Mapping[str, Float[Tensor, "n d_in"]]) -> None:
-        """Put rows in, `index` being (seq, pos, token)."""
-        slots, self._free = self._free[: len(index)], self._free[len(index) :]
-        self._index[slots] = index
-        for hook, x in acts.items():
-            self._acts[hook].index_copy_(0, slots, x.to("cpu", torch.bfloat16))
-        self._order = torch.cat([self._order, slots])
-
-    def draw(self, n: int, generator: torch.Generator) -> tuple[Int[Tensor, "n 3"], dict[str, Tensor]]:
-        """Take `n` rows out, at random and in random order."""
-        picks = torch.randperm(len(self), generator=generator)[:n]
-        slots = self._order[picks]
-        stays = torch.ones(len(self), dtype=torch.bool)
-        stays[picks] = False
-        self._order = self._order[stays]
-        self._free = torch.cat([self._free, slots])
-        return self._index[slots], {hook: x.index_select(0, slots) for hook, x in self._acts.items()}
 
 
 class _Background:
@@ -106,7 +72,9 @@ class CacheWriter:
         self.ctx_len: int = config["ctx_len"]
         self.pool_rows: int = config["shard_rows"] * config["pool_shards"]
         rows = -(-config["n_tokens"] // self.ctx_len) * self.ctx_len
-        self._pool = Pool(min(self.pool_rows, rows) + config["batch_size"] * self.ctx_len, config["hooks"])
+        self._pool = Pool(min(self.pool_rows, rows) + config["batch_size"] * self.ctx_len)
+        self.storage = Storage(config["dtype"])
+        """For int8, set it with the outlier columns before the first row is added."""
         self._background = _Background()
         self._shards = len(journal.of_kind("shard"))
         self._tokens_written = sum(entry["sequences"] for entry in journal.of_kind("tokens"))
@@ -176,7 +144,10 @@ class CacheWriter:
         keep: Bool[Tensor, "n ctx"],
         counts: Mapping[str, int],
     ) -> None:
-        """Take the rows `keep` of a batch (`counts`: why not the others), and write shards when the pool is full."""
+        """Take the rows `keep` of a batch (`counts`: why not the others), and write shards when the pool is full.
+
+        Raises `CacheError` where float16 overflows, before any row of the batch is taken.
+        """
         first, end = batch.first_sequence, batch.first_sequence + len(batch.ids)
         if first < self._cursor:  # repeated after a restart: its counts and some of its rows are on disk
             keep = keep & ~self._written[first - self.start : end - self.start]
@@ -184,9 +155,9 @@ class CacheWriter:
             self.counts = {reason: n + counts[reason] for reason, n in self.counts.items()}
         seq, pos = keep.nonzero(as_tuple=True)
         index = torch.stack([seq + first, pos, batch.ids[seq, pos]], dim=1).int()
+        rows = {hook: self.storage.encode(hook, kept_rows(x, keep)) for hook, x in acts.items()}
+        self._pool.add(index, rows)
         self.n_rows += len(index)
-        rows = keep.flatten().nonzero().flatten()
-        self._pool.add(index, {hook: x.flatten(0, 1).index_select(0, rows.to(x.device)) for hook, x in acts.items()})
         if end < self._cursor:
             return
         self._consumed = end
@@ -196,7 +167,7 @@ class CacheWriter:
     def _write_shard(self) -> None:
         number, self._shards = self._shards, self._shards + 1
         generator = format.seeded("shard", self.config["seed"], number)
-        index, acts = self._pool.draw(min(self.config["shard_rows"], len(self._pool)), generator)
+        index, rows = self._pool.draw(min(self.config["shard_rows"], len(self._pool)), generator)
         entry = {
             "kind": "shard",
             "folder": format.shard_folder(number),
@@ -205,14 +176,14 @@ class CacheWriter:
             "oldest": self._pool.oldest_sequence,
             "counts": dict(self.counts),
         }
-        self._background.submit(self._save_shard, entry, index, acts)
+        self._background.submit(self._save_shard, entry, index, rows)
 
-    def _save_shard(self, entry: dict[str, Any], index: Tensor, acts: dict[str, Tensor]) -> None:
+    def _save_shard(self, entry: dict[str, Any], index: Tensor, rows: Parts) -> None:
         folder = self.folder / entry["folder"]
         save_index(folder, index)
-        for hook, x in acts.items():
-            save_acts(folder, hook, x)
-        names = [format.INDEX, *(f"{hook}.safetensors" for hook in acts)]
+        for hook, parts in rows.items():
+            save_acts(folder, hook, self.storage, parts)
+        names = [format.INDEX, *(f"{hook}.safetensors" for hook in rows)]
         files = {name: format.describe_file(folder / name) for name in names}
         self.journal.append({**entry, "files": files, "time": time.time()})
 
@@ -237,8 +208,17 @@ class CacheWriter:
             "shards": shards,
             "tokens": tokens,
             "stats": stats,
+            **self._storage_entry(shards),
             "documents": format.describe_file(self.folder / format.DOCUMENTS),
         }
+
+    def _storage_entry(self, shards: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """What the manifest says of a storage other than bfloat16: outlier columns (int8) and error of each hook."""
+        if self.storage.name == "bfloat16":
+            return {}
+        error = {hook: _relative_error(self.folder, hook, shards) for hook in self.config["hooks"]}
+        outliers = {hook: list(dims) for hook, dims in self.storage.outliers.items()}
+        return {"storage": {"error": error, "outliers": outliers}}
 
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
         """The last step: from now on the cache is finished."""
@@ -255,19 +235,19 @@ def save_index(folder: Path, index: Int[Tensor, "n 3"]) -> None:
     atomic_save_safetensors(folder / format.INDEX, columns)
 
 
-def save_acts(folder: Path, hook: str, x: BFloat16[Tensor, "n d_in"]) -> None:
-    """Write the rows of one hook of a shard, and their sums."""
-    atomic_save_safetensors(folder / f"{hook}.safetensors", {"acts": x, **_partial_sums(x)})
+def save_acts(folder: Path, hook: str, storage: Storage, parts: Mapping[str, Tensor]) -> None:
+    """Write the rows of one hook of a shard, as `storage.encode` gave them, and the sums of what is stored."""
+    tensors = storage.tensors(hook, parts)
+    sums = _partial_sums(decode(tensors))
+    if "error" in parts:
+        sums["sum_error"] = parts["error"].double().sum()
+    atomic_save_safetensors(folder / f"{hook}.safetensors", {**tensors, **sums})
 
 
 def save_stats(folder: Path, hook: str, shards: Sequence[Mapping[str, Any]], median: float) -> dict[str, Any]:
     """Write the statistics of a hook from the sums in its shards; gives size and SHA-256."""
     n = sum(shard["rows"] for shard in shards)
-    totals: dict[str, Tensor] = {}
-    for shard in shards:
-        with safe_open(folder / shard["folder"] / f"{hook}.safetensors", "pt") as file:
-            for name in ("sum", "sum_squares", "sum_norms"):
-                totals[name] = totals.get(name, 0) + file.get_tensor(name)
+    totals = _totals(folder, hook, shards, "sum", "sum_squares", "sum_norms")
     tensors = {
         "n": torch.tensor(n),
         "mean": totals["sum"] / n,
@@ -278,6 +258,24 @@ def save_stats(folder: Path, hook: str, shards: Sequence[Mapping[str, Any]], med
     path = folder / format.stats_file(hook)
     atomic_save_safetensors(path, tensors)
     return format.describe_file(path)
+
+
+def _totals(folder: Path, hook: str, shards: Sequence[Mapping[str, Any]], *names: str) -> dict[str, Tensor]:
+    """Sums of a hook over all shards."""
+    totals: dict[str, Tensor] = {}
+    for shard in shards:
+        with safe_open(folder / shard["folder"] / f"{hook}.safetensors", "pt") as file:
+            for name in names:
+                totals[name] = totals.get(name, 0) + file.get_tensor(name)
+    return totals
+
+
+def _relative_error(folder: Path, hook: str, shards: Sequence[Mapping[str, Any]]) -> float:
+    """sum |x - x~|^2 / sum |x~ - mean|^2 over the harvest, x~ being the stored row; 0 where rows do not vary."""
+    totals = _totals(folder, hook, shards, "sum", "sum_squares", "sum_error")
+    n = sum(shard["rows"] for shard in shards)
+    variance = (totals["sum_squares"] - totals["sum"].square() / n).sum().item()
+    return totals["sum_error"].item() / variance if variance > 0 else 0.0
 
 
 def _partial_sums(x: Float[Tensor, "n d_in"]) -> dict[str, Tensor]:

@@ -50,12 +50,15 @@ def harvest(
     prepend_bos: Annotated[bool, arg(help="Start every context with the BOS token.")] = False,
     max_bytes: Annotated[int | None, arg(help="Refuse to make a cache that is larger.")] = None,
     dtype: Dtype = None,
+    storage: Annotated[
+        Literal["bfloat16", "float16", "int8"], arg(help="Of the rows; int8 takes half the disk.")
+    ] = "bfloat16",
 ) -> None:
     """Run a language model over texts and keep the activations of its hooks in RUN/cache."""
     import saelab
 
     options: dict[str, Any] = {"ctx_len": ctx_len, "batch_size": batch_size, "seed": seed, "split": split}
-    options |= {"prepend_bos": prepend_bos, "max_bytes": max_bytes}
+    options |= {"prepend_bos": prepend_bos, "max_bytes": max_bytes, "storage": storage}
     corpus = saelab.load_texts(texts, column=column)  # before the model, which takes longer to load
     lm = _load_model(model, dtype)
     cache = saelab.harvest(lm, corpus, hook_names=list(hook_name), n_tokens=n_tokens, out_dir=run / "cache", **options)

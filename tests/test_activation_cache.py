@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 
 from saelab.activation_cache import format, read_bench
 from saelab.activation_cache.journal import Journal
+from saelab.activation_cache.pool import Pool
 from saelab.activation_cache.reader import ActivationCache
-from saelab.activation_cache.writer import CacheWriter, Pool
+from saelab.activation_cache.storage import identity
+from saelab.activation_cache.writer import CacheWriter
 from saelab.errors import CacheError, SaelabError
 from saelab.tokens import TokenBatch
 
@@ -35,10 +37,10 @@ def acts_by_hook(hooks, seq, pos):
     return {hook: x + torch.tensor([0.0, 0, 0, i]) for i, hook in enumerate(hooks)}
 
 
-def make_cache(folder, n_sequences=40, shard_rows=32, pool_shards=3, seed=0, hooks=("h",)):
+def make_cache(folder, n_sequences=40, shard_rows=32, pool_shards=3, seed=0, hooks=("h",), storage="bfloat16"):
     folder.mkdir(exist_ok=True)
     config = {
-        "format_version": format.FORMAT_VERSION,
+        **identity(storage),
         "hooks": dict.fromkeys(hooks, 4),
         "ctx_len": CTX,
         "batch_size": BATCH,
@@ -62,7 +64,7 @@ def make_cache(folder, n_sequences=40, shard_rows=32, pool_shards=3, seed=0, hoo
     writer.close()
     known = {"config": config, "config_hash": format.config_hash(config), "model_name": "m", "texts": {}}
     known["max_norm"] = dict.fromkeys(hooks, 10.0)
-    writer.write_manifest({"format_version": format.FORMAT_VERSION, **known, **contents})
+    writer.write_manifest({"format_version": config["format_version"], **known, **contents})
     journal.close()
     return ActivationCache(folder)
 
@@ -84,15 +86,15 @@ def stored_rows(cache):
 
 
 def test_pool_gives_out_what_it_got_each_row_once_and_reuses_slots():
-    pool = Pool(6, {"h": 4})
+    pool = Pool(6)
     seen = Counter()
     generator = torch.Generator().manual_seed(0)
     for seq in range(20):
         index = torch.tensor([[seq, pos, 0] for pos in range(3)], dtype=torch.int32)
-        pool.add(index, {"h": acts_of(index[:, 0], index[:, 1])})
+        pool.add(index, {"h": {"acts": acts_of(index[:, 0], index[:, 1])}})
         if seq % 2:
             drawn, acts = pool.draw(6 if seq == 19 else len(pool), generator)
-            torch.testing.assert_close(acts["h"].float(), acts_of(drawn[:, 0], drawn[:, 1]))
+            torch.testing.assert_close(acts["h"]["acts"], acts_of(drawn[:, 0], drawn[:, 1]))
             seen.update(map(tuple, drawn.tolist()))
     assert len(pool) == 0 and pool.oldest_sequence is None
     assert seen == Counter((seq, pos, 0) for seq in range(20) for pos in range(3))

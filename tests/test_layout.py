@@ -190,7 +190,7 @@ def _at_run_time(tree: ast.Module) -> ast.Module:
 
 
 def test_storage_knows_no_model():
-    for name in ("format", "writer", "reader"):
+    for name in ("format", "pool", "storage", "writer", "reader"):
         for line, module in imported_modules(TREES.get(f"activation_cache/{name}.py", ast.Module([], []))):
             assert unit_of(module) not in ("models", "language_model"), f"activation_cache/{name}.py:{line} {module}"
 

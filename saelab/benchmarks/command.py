@@ -67,7 +67,8 @@ class Family:
         rows = run_family(self.run_folder, config, out_dir=out_dir, **options)
         _show(family_tables(rows))
         print("\n".join(comparisons(rows)))
-        _keep(out_dir, family_picture(rows))
+        if any(row["table"] == "sae" for row in rows):  # transcoders alone have no curve
+            _keep(out_dir, family_picture(rows))
 
 
 def _described(command: type, examples: str) -> str:

@@ -115,8 +115,9 @@ def _from_cache(cache: ActivationCache, hook_name: str | None) -> DataSource:
         return cache.batches(batch_size, seed=seed, start_step=start_step, hook_name=list(names))
 
     def identity(sites: Sites) -> tuple[str, dict[str, Any]]:
-        origin = _origin(cache, sites)
-        return f"cache {origin['dataset_fingerprint']} {sites}", origin
+        origin, storage = _origin(cache, sites), cache.manifest["config"]["dtype"]
+        rounded = "" if storage == "bfloat16" else f" {storage}"  # other rows
+        return f"cache {origin['dataset_fingerprint']}{rounded} {sites}", origin
 
     return DataSource(
         moments=moments,
