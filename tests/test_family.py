@@ -261,6 +261,13 @@ def test_the_command_prints_table_and_comparisons_and_says_where(run, rows, caps
     assert (run / "family" / "picture.svg").exists()
 
 
+def test_variants_without_a_curve_are_a_table_alone(run, tmp_path, capsys):
+    words = ["--d-sae", "48", "--steps", "2", "--batch-size", "200", "--l0", "4", "--variants", "codebook"]
+    assert cli.main(["bench", "family", str(run), "--out-dir", str(tmp_path), *words]) == 0
+    assert "codebook" in capsys.readouterr().out
+    assert (tmp_path / "rows.csv").exists() and not (tmp_path / "picture.svg").exists()
+
+
 def test_the_command_on_no_run_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["bench", "family", "no-such"]) == 2
