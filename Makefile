@@ -42,7 +42,7 @@ $(DEV_STAMP): $(STAMP)
 test: install
 	@if [ -z "$$SAELAB_CHROMIUM" ] && ! command -v chromium > /dev/null 2>&1; then \
 		echo "No Chromium found: the browser tests are skipped. To install it: apt-get install chromium (or set SAELAB_CHROMIUM)"; fi
-	OMP_NUM_THREADS=1 python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --durations=12 $(PYTEST_ARGS)
 
 lint: install
 	ruff format --check .
