@@ -20,7 +20,6 @@ from saelab.activation_cache.reader import ActivationCache
 from saelab.allocator import keep_freed_memory
 from saelab.kernels.bench.bench_step import SparseTopK
 from saelab.kernels.bench.rows import hardware
-from saelab.saes.base import normalization
 
 _BUFFER_BYTES = 1 << 24
 
@@ -91,9 +90,8 @@ def seconds_bare(files: list[Path]) -> float:
 def _training(cache: ActivationCache, settings: Settings) -> float:
     """Steps a second on the cache over those on tensors."""
     stats = cache.stats(settings.hook_name)
-    center, scale = normalization("center_and_scale", stats["mean"].float(), stats["second_moment"].sum())
     model = SparseTopK(cache.d_in(settings.hook_name), settings.d_sae, settings.k)
-    model.sae.set_normalization(center.float(), float(stats["second_moment"].sum()))
+    model.sae.set_normalization(stats["mean"].float(), float(stats["second_moment"].sum()))
     streams = [cache.batches(settings.batch_size, hook_name=settings.hook_name) for _ in range(2)]
     _steps(model, (next(streams[0]) for _ in range(settings.steps)))
     speeds = []

@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 from collections import Counter
-from itertools import islice
 
 import pytest
 import torch
@@ -205,8 +204,7 @@ def test_start_step_skips_whole_shards_without_reading_them(tmp_path):
     batches = cache.batches(32, start_step=7, prefetch=1)
     next(batches)
     batches.close()
-    due = Counter(shard for shard, _ in islice(cache._plan(0, 7 * 32), 7))  # the batches ahead need no more
-    assert Counter(read) <= due
+    assert len(read) <= 7  # the batches ahead touch no more; with the 7 that are left out it would be 12 and more
 
 
 @pytest.mark.parametrize("batch_size", [5, 33, 200])

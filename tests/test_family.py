@@ -13,9 +13,9 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from tiny_runs import HOOK, make_run
 
 from saelab import cli
-from saelab.activation_cache.harvest import harvest
 from saelab.benchmarks import family, measured, remembered
 from saelab.benchmarks.family import FamilyConfig, run_family
 from saelab.benchmarks.remembered import Remembered
@@ -35,23 +35,13 @@ from saelab.saes import (
 from saelab.training import TrainConfig, train
 from saelab.training.metrics_log import read_lines
 
-HOOK = "blocks.1.hook_resid_post"
 CONFIG = FamilyConfig(d_sae=48, steps=20, batch_size=200)
 OPTIONS = {"variants": ("topk", "batch_topk", "mutual_choice"), "l0": (4, 2), "progress": False}
-SENTENCE = "the river runs past an old mill where nobody came to see what the light of morning had made of it"
-WORDS = SENTENCE.split()
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, tiny_lm) -> Path:
-    """A RUN with a cache of 4,000 activations; about a tenth of the 80 documents is held out."""
-    folder = tmp_path_factory.mktemp("family") / "run"
-    folder.mkdir()
-    documents = [" ".join(WORDS[(i * j) % len(WORDS)] for j in range(1, 60)) + f" {i}." for i in range(80)]
-    texts = folder / "texts.jsonl"
-    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
-    harvest(tiny_lm, texts, [HOOK], 4_000, folder / "cache", ctx_len=64, progress=False)
-    return folder
+    return make_run(tmp_path_factory.mktemp("family") / "run", tiny_lm)
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ from typing import Any
 from unittest.mock import Mock, patch
 
 import pytest
+from tiny_runs import make_run
 
 from saelab import cli
-from saelab.activation_cache.harvest import harvest
 from saelab.activation_cache.reader import ActivationCache
 from saelab.benchmarks import measured, sweep
 from saelab.benchmarks.sweep import KEYS, SweepConfig, run_sweep, sweep_points
@@ -22,23 +22,13 @@ from saelab.saes import VARIANTS, ReLUConfig, TopKConfig
 from saelab.training import TrainConfig, train
 from saelab.training.run import Run
 
-HOOK = "blocks.1.hook_resid_post"
 CONFIG = SweepConfig(n_tokens=2_000, batch_size=200, eval_tokens=200)
 LISTS: Any = {"variants": ("topk", "relu"), "d_sae": (48,), "k": (4,), "lr": (None, 1e-3), "seeds": (0, 1)}
-SENTENCE = "the river runs past an old mill where nobody came to see what the light of morning had made of it"
-WORDS = SENTENCE.split()
 
 
 @pytest.fixture(scope="module")
 def cached(tmp_path_factory, tiny_lm) -> Path:
-    """A RUN with a cache of 4,000 activations; about a tenth of the 80 documents is held out."""
-    folder = tmp_path_factory.mktemp("sweep") / "run"
-    folder.mkdir()
-    documents = [" ".join(WORDS[(i * j) % len(WORDS)] for j in range(1, 60)) + f" {i}." for i in range(80)]
-    texts = folder / "texts.jsonl"
-    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
-    harvest(tiny_lm, texts, [HOOK], 4_000, folder / "cache", ctx_len=64, progress=False)
-    return folder
+    return make_run(tmp_path_factory.mktemp("sweep") / "run", tiny_lm)
 
 
 @pytest.fixture

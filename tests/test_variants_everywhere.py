@@ -7,6 +7,7 @@ import pytest
 import torch
 from streamlit.testing.v1 import AppTest
 from streamlit.util import calc_hash
+from tiny_runs import write_texts
 from tiny_saes import config_of
 
 from saelab import cli
@@ -21,38 +22,13 @@ FLAGS = {
     "transcoder": ["--hook-name", HOOKS[0], "--hook-name-out", HOOKS[1]],
     "skip_transcoder": ["--hook-name", HOOKS[0], "--hook-name-out", HOOKS[1]],
 }
-WORDS = [
-    "the",
-    "river",
-    "runs",
-    "past",
-    "an",
-    "old",
-    "mill",
-    "where",
-    "nobody",
-    "came",
-    "to",
-    "see",
-    "what",
-    "the",
-    "light",
-    "of",
-    "morning",
-    "had",
-    "made",
-    "of",
-    "it",
-]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, tiny_folder) -> Path:
     """A RUN whose cache holds two sites of the tiny model."""
     folder = tmp_path_factory.mktemp("family") / "run"
-    texts = folder.parent / "notes.jsonl"
-    documents = [" ".join(WORDS[(i * j) % len(WORDS)] for j in range(1, 60)) + f" {i}." for i in range(80)]
-    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
+    texts = write_texts(folder.parent / "notes.jsonl")
     source = ["--model", str(tiny_folder), "--dtype", "float32", "--texts", str(texts), "--ctx-len", "64"]
     assert cli.main(["harvest", str(folder), "--hook-name", *HOOKS, "--n-tokens", "4_000", *source]) == 0
     return folder

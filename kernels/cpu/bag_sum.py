@@ -10,9 +10,10 @@ from torch import Tensor
 def bag_sum(values: Tensor, rows: Tensor, offsets: Tensor, W: Tensor) -> Tensor:
     """`out[i] = sum over entries j of bag i of values[j] * W[rows[j]]`; an empty bag gives zeros.
 
-    32-bit ids are gathered a tenth faster; a batch has fewer than 2^31 entries.
+    32-bit ids are gathered a tenth faster.
     """
-    return F.embedding_bag(rows.int(), W, offsets[:-1].int(), mode="sum", per_sample_weights=values)
+    ids = torch.int32 if rows.numel() < 2**31 else torch.int64
+    return F.embedding_bag(rows.to(ids), W, offsets[:-1].to(ids), mode="sum", per_sample_weights=values)
 
 
 def bag_error(

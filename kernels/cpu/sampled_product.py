@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,8 @@ def sampled_product(x: Tensor, W: Tensor, features: Tensor, offsets: Tensor) -> 
         return _pairs(x, W, rows, features)
     parts = min(-(-x.numel() * x.element_size() // _CACHE_BYTES), n // (2 * W.shape[0]))
     part_rows = -(-x.shape[0] // max(parts, 1))
-    order = stable_order(rows // part_rows * W.shape[0] + features)
+    edges = [*offsets[:-1:part_rows].tolist(), n]  # entries ascend by row: a part of the rows is a run of them
+    order = torch.cat([start + stable_order(features[start:end]) for start, end in pairwise(edges)])
     by_feature = _pairs(W, x, features[order], rows[order])
     return torch.empty_like(by_feature).index_copy_(0, order, by_feature)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from saelab.kernels.bench.hbm_model import Product
 from saelab.kernels.gpu import launch
-from saelab.kernels.gpu.group_max import tile_product
+from saelab.kernels.gpu.group_max import absolute, tile_product
 from saelab.kernels.gpu.launch import KernelSpec, Tile
 
 # About 100 rows of a super-block take part in a group: small tiles waste few rows.
@@ -66,7 +66,7 @@ def _grouped_product_fwd_kernel(
     present = feature < D_SAE
     u = tile_product(a_ptr + row * K, b_ptr + feature * K, taken, present, K, WIDEN, BLOCK_M, BLOCK_N, BLOCK_K)
     if MAGNITUDE:
-        u = tl.maximum(u, -u)  # with `tl.abs` Triton 3.6 gave zeros on an H100, for K of 3 to 5 tiles
+        u = absolute(u)
     hit = ((u >= floor[:, None]) & present[None, :]).to(tl.int32)
     bit = hit << (tl.arange(0, BLOCK_N) % 32)[None, :]
     words = tl.sum(tl.reshape(bit, (BLOCK_M, BLOCK_W, 32)), axis=2)  # distinct bits: their sum is their union

@@ -66,16 +66,15 @@ def train(
     holds another run.
     """
     keep_freed_memory()
-    configs = list(config) if isinstance(config, Sequence) else [config]
+    several = isinstance(config, Sequence)
+    configs = list(config) if several else [config]
     if not configs:
         raise ValueError("The list of SAE configs is empty; give at least one.")
-    trains = _train_configs(train_config, configs, isinstance(config, Sequence))
+    trains = _train_configs(train_config, configs, several)
     source = open_data(data, hook_name)
     _warn_if_few(source, trains[0].batch_size)
-    if isinstance(config, Sequence):
-        folders = _folders(configs, out_dir, trains if isinstance(train_config, Sequence) else None)
-    else:
-        folders = [Path(out_dir) if out_dir is not None else None]
+    own = Path(out_dir) if out_dir is not None else None
+    folders = _folders(configs, own, trains if isinstance(train_config, Sequence) else None) if several else [own]
     with ExitStack() as stack:
         for folder in folders:
             stack.enter_context(claimed(folder))
@@ -83,7 +82,7 @@ def train(
         runs = [Run(one, source, train, folder, wandb_project) for one, train, folder in each]
         _train_all([run for run in runs if not run.finished], source, trains[0], progress)
     saes = [run.sae for run in runs]
-    return saes if isinstance(config, Sequence) else saes[0]
+    return saes if several else saes[0]
 
 
 _COMMON = ("n_tokens", "batch_size", "seed")
