@@ -43,7 +43,7 @@ class Info:
                 "tokens": f"{manifest['n_tokens']:,} of {manifest['n_documents']:,} documents",
                 "masked": masked,
                 "contexts": f"{manifest['n_sequences']:,} of {config['ctx_len']} tokens",
-                "seed": config["seed"],
+                "order": f"mixed by seed {config['seed']}" if config.get("shuffle", True) else "that of the texts",
                 "size": format.human_bytes(size),
                 "format": manifest["format_version"],
             }

@@ -24,7 +24,7 @@ from saelab.activation_cache.storage import row_bytes
 from saelab.errors import CacheError
 from saelab.files import read_json, sha256_file
 
-FORMAT_VERSION = 2  # 1 knew bfloat16 alone, and such caches are still written as 1 (`storage.identity`)
+FORMAT_VERSION = 3  # 1 knew bfloat16 alone, 2 no modes: caches that have none are written as ever (`storage.identity`)
 MANIFEST = "manifest.json"
 JOURNAL = "journal.jsonl"
 INDEX = "index.safetensors"
@@ -58,6 +58,11 @@ def seeded(*parts: object) -> torch.Generator:
     """A generator that depends on nothing but `parts`."""
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def shard_generator(config: Mapping[str, Any], number: int) -> torch.Generator | None:
+    """What draws the rows of a shard from the pool; None where rows keep their order."""
+    return seeded("shard", config["seed"], number) if config.get("shuffle", True) else None
 
 
 def human_bytes(n: int | float) -> str:

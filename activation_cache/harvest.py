@@ -49,13 +49,15 @@ def harvest(
     max_bytes: int | None = None,
     progress: bool = True,
     storage: str = "bfloat16",
+    shuffle: bool = True,
 ) -> ActivationCache:
     """Run `lm` over texts and store the activations at `hook_names`, shuffled, in `out_dir`.
 
     `n_tokens` packed tokens are read (rounded up to whole contexts of `ctx_len`; fewer where the texts end),
     `batch_size` contexts at a time, from the documents of `split`. Rows that the mask drops are counted, not stored.
     Rows leave in shards of `shard_rows`, drawn at random from `pool_shards` times as many, held in memory as they are
-    stored (`storage`, see docs/cache.md). The same call again goes on where it stopped, or returns when finished.
+    stored (`storage`). `shuffle=False` keeps them in the order of the texts. docs/cache.md tells more of each mode.
+    The same call again goes on where it stopped, or returns when finished.
     A list of models is read on the same tokens: each hook of each model, as "MODEL/HOOK".
 
     Raises `ValueError` for bad arguments, texts that leave no row, and an `out_dir` that holds something else or
@@ -68,7 +70,7 @@ def harvest(
     _check_arguments(lm, hooks, split, sizes, seed)
     texts = load_texts(texts)
     config = _identity(lm, texts, hooks) | identity(storage) | sizes
-    config |= {"split": split, "prepend_bos": prepend_bos, "seed": seed}
+    config |= {"split": split, "prepend_bos": prepend_bos, "seed": seed} | _modes(shuffle)
     return _harvest_into(claim_folder(out_dir, format.JOURNAL, "cache"), lm, texts, config, max_bytes, progress)
 
 
@@ -110,6 +112,11 @@ def _identity(lm: LanguageModel, texts: Texts, hooks: list[str]) -> dict[str, An
         "special_ids": sorted(lm.special_ids),
         "mask_rule": MASK_RULE,
     }
+
+
+def _modes(shuffle: bool) -> dict[str, Any]:
+    """What a config says of modes that are not the default."""
+    return {} if shuffle else {"format_version": format.FORMAT_VERSION, "pool_shards": 1, "shuffle": False}
 
 
 def _check_arguments(lm: LanguageModel, hooks: list[str], split: str, sizes: dict[str, int], seed: int) -> None:
@@ -193,7 +200,7 @@ class _Harvest:
             return f"{rows:,} activations are in {self.writer.folder}"
         pool, asked = self.writer.pool_rows, self.config["n_tokens"]
         return (
-            f"No activation is on disk yet (the first {min(pool, asked):,} are shuffled in memory): "
+            f"No activation is on disk yet (the first {min(pool, asked):,} wait in memory): "
             "this harvest begins anew"
         )
 

@@ -175,7 +175,7 @@ class _Repair:
                 seq, pos = kept[batch.first_sequence : batch.first_sequence + len(batch.ids)].nonzero(as_tuple=True)
                 pool.add(torch.stack([seq + batch.first_sequence, pos, batch.ids[seq, pos]], dim=1).int(), {})
             while len(pool) >= pool_rows if batch is not None else len(pool):
-                generator = format.seeded("shard", config["seed"], number)
+                generator = format.shard_generator(config, number)
                 yield pool.draw(min(config["shard_rows"], len(pool)), generator)[0]
                 number += 1
 

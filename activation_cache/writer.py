@@ -166,7 +166,7 @@ class CacheWriter:
 
     def _write_shard(self) -> None:
         number, self._shards = self._shards, self._shards + 1
-        generator = format.seeded("shard", self.config["seed"], number)
+        generator = format.shard_generator(self.config, number)
         index, rows = self._pool.draw(min(self.config["shard_rows"], len(self._pool)), generator)
         entry = {
             "kind": "shard",
