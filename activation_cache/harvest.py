@@ -10,7 +10,6 @@ import math
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +24,18 @@ from saelab.activation_cache.score import refuse_steered
 from saelab.activation_cache.storage import Storage, find_outliers, identity, kept_rows
 from saelab.activation_cache.writer import CacheWriter
 from saelab.arguments import check_integer
+from saelab.contexts import ALONE, PACKED, contexts
 from saelab.errors import CacheError
 from saelab.files import claim_folder
 from saelab.language_model import LanguageModel
 from saelab.masking import MASK_RULE, Mask, NormRule, row_norms
 from saelab.models_together import hook_keys, names_and_hashes, together
-from saelab.tokens import Texts, TokenBatch, check_split, document_id, load_texts, pack
+from saelab.tokens import Texts, TokenBatch, check_split, document_id, load_texts
 
 
 def harvest(
     lm: LanguageModel | Sequence[LanguageModel],
-    texts: Texts | str | Path | Mapping[str, Any] | Iterable[str],
+    texts: Texts | str | Path | Mapping[str, Any] | Iterable[Any],
     hook_names: str | Sequence[str],
     n_tokens: int,
     out_dir: str | Path,
@@ -50,15 +50,16 @@ def harvest(
     progress: bool = True,
     storage: str = "bfloat16",
     shuffle: bool = True,
+    chat: bool = False,
 ) -> ActivationCache:
     """Run `lm` over texts and store the activations at `hook_names`, shuffled, in `out_dir`.
 
     `n_tokens` packed tokens are read (rounded up to whole contexts of `ctx_len`; fewer where the texts end),
     `batch_size` contexts at a time, from the documents of `split`. Rows that the mask drops are counted, not stored.
     Rows leave in shards of `shard_rows`, drawn at random from `pool_shards` times as many, held in memory as they are
-    stored (`storage`). `shuffle=False` keeps them in the order of the texts. docs/cache.md tells more of each mode.
-    The same call again goes on where it stopped, or returns when finished.
-    A list of models is read on the same tokens: each hook of each model, as "MODEL/HOOK".
+    stored (`storage`). `shuffle=False` keeps them in the order of the texts; with `chat` these are lists of messages,
+    each for the chat template and a context of its own. Of a list of models, read on the same tokens, hooks are named
+    "MODEL/HOOK". docs/cache.md tells more. The same call again goes on where it stopped, or returns when finished.
 
     Raises `ValueError` for bad arguments, texts that leave no row, and an `out_dir` that holds something else or
     another cache; `CacheError` when it does not fit the disk or `max_bytes`, and for activations that are not finite
@@ -68,9 +69,9 @@ def harvest(
     sizes = {"n_tokens": n_tokens, "ctx_len": ctx_len, "batch_size": batch_size}
     sizes |= {"shard_rows": shard_rows, "pool_shards": pool_shards}
     _check_arguments(lm, hooks, split, sizes, seed)
-    texts = load_texts(texts)
+    texts = _conversations(texts, lm) if chat else load_texts(texts)
     config = _identity(lm, texts, hooks) | identity(storage) | sizes
-    config |= {"split": split, "prepend_bos": prepend_bos, "seed": seed} | _modes(shuffle)
+    config |= {"split": split, "prepend_bos": prepend_bos, "seed": seed} | _modes(shuffle, chat)
     return _harvest_into(claim_folder(out_dir, format.JOURNAL, "cache"), lm, texts, config, max_bytes, progress)
 
 
@@ -108,15 +109,29 @@ def _identity(lm: LanguageModel, texts: Texts, hooks: list[str]) -> dict[str, An
         "model_dtype": str(lm.dtype).removeprefix("torch."),
         "hooks": {hook: lm.d_in(hook) for hook in hooks},
         "texts_fingerprint": texts.fingerprint(),
-        "packing": "EOS between documents, attention not reset",
+        "packing": PACKED,
         "special_ids": sorted(lm.special_ids),
         "mask_rule": MASK_RULE,
     }
 
 
-def _modes(shuffle: bool) -> dict[str, Any]:
+def _modes(shuffle: bool, chat: bool) -> dict[str, Any]:
     """What a config says of modes that are not the default."""
-    return {} if shuffle else {"format_version": format.FORMAT_VERSION, "pool_shards": 1, "shuffle": False}
+    modes: dict[str, Any] = {} if shuffle else {"pool_shards": 1, "shuffle": False}
+    modes |= {"packing": ALONE} if chat else {}
+    return modes | ({"format_version": format.FORMAT_VERSION} if modes else {})
+
+
+def _conversations(texts: Any, lm: LanguageModel) -> Texts:
+    """Texts whose rows are lists of messages. Raises `ValueError` for others, and for a model without a template."""
+    texts = load_texts(texts, chat=lm)
+    first = next(row[texts.spec["column"]] for row in texts.rows())
+    if "chat" not in texts.spec or isinstance(first, str):
+        raise ValueError(
+            f"chat=True harvests conversations, and {texts.name} begins with {str(first)[:40]!r}: give lists of "
+            '{"role", "content"} messages, in a file of them their column (load_texts(..., column=, chat=lm); --column).'
+        )
+    return texts
 
 
 def _check_arguments(lm: LanguageModel, hooks: list[str], split: str, sizes: dict[str, int], seed: int) -> None:
@@ -139,17 +154,13 @@ def _environment(lm: LanguageModel) -> dict[str, Any]:
     return {"torch": str(torch.__version__), "device": str(lm.device), "threads": threads, "backend": str(backend)}
 
 
-def contexts(lm: LanguageModel, texts: Texts, config: Mapping[str, Any], documents: list[int]) -> Iterator[TokenBatch]:
-    """Packed contexts of a cache of this config, up to the number asked for; `documents` gets the ids of those read."""
-    left, batch_size = math.ceil(config["n_tokens"] / config["ctx_len"]), config["batch_size"]
-    packed = pack(
-        texts.documents(config["split"]), lm, config["ctx_len"], batch_size, config["prepend_bos"],
-        on_document=lambda _, text: documents.append(document_id(text)),
-    )  # fmt: skip
-    for batch in islice(packed, math.ceil(left / batch_size)):
-        n = min(left, len(batch.ids))
-        left -= n
-        yield TokenBatch(batch.ids[:n], batch.doc[:n], batch.first_sequence)
+def cache_contexts(
+    lm: LanguageModel, texts: Texts, config: Mapping[str, Any], documents: list[int]
+) -> Iterator[TokenBatch]:
+    """The contexts of a cache of this config; `documents` gets the ids of the documents read."""
+    sizes = (config[name] for name in ("ctx_len", "batch_size", "prepend_bos", "packing", "n_tokens"))
+    note = lambda _, text: documents.append(document_id(text))  # noqa: E731
+    return contexts(texts.documents(config["split"]), lm, *sizes, on_document=note)
 
 
 class _Harvest:
@@ -199,17 +210,14 @@ class _Harvest:
         if rows:
             return f"{rows:,} activations are in {self.writer.folder}"
         pool, asked = self.writer.pool_rows, self.config["n_tokens"]
-        return (
-            f"No activation is on disk yet (the first {min(pool, asked):,} wait in memory): "
-            "this harvest begins anew"
-        )
+        return f"No activation is on disk yet (the first {min(pool, asked):,} wait in memory): this harvest begins anew"
 
     def _activations(self, bar: tqdm) -> Iterator[tuple[TokenBatch, dict[str, Tensor]]]:
         """Batches that the writer needs, with their activations; all of them leave their tokens with the writer."""
         sent: deque[TokenBatch] = deque()
 
         def ids() -> Iterator[Tensor]:
-            for batch in contexts(self.lm, self.texts, self.config, self.documents):
+            for batch in cache_contexts(self.lm, self.texts, self.config, self.documents):
                 self.writer.add_tokens(batch)
                 if batch.first_sequence >= self.writer.start:
                     sent.append(batch)

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from saelab.activation_cache import format
 from saelab.activation_cache.shuffled import shuffled_batches
 from saelab.activation_cache.storage import decode
+from saelab.contexts import PACKED
 from saelab.errors import CacheError
 
 _OPEN: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
@@ -205,6 +206,7 @@ class ActivationCache:
             "texts": self.manifest["texts"],
             "dataset_fingerprint": config["texts_fingerprint"],
             "split": config["split"],
+            **({"packing": config["packing"]} if config.get("packing", PACKED) != PACKED else {}),
         }
 
     def files(self) -> dict[str, dict[str, Any]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from saelab.activation_cache import format
-from saelab.activation_cache.harvest import contexts
+from saelab.activation_cache.harvest import cache_contexts
 from saelab.activation_cache.journal import Journal
 from saelab.activation_cache.pool import Pool
 from saelab.activation_cache.reader import ActivationCache
@@ -62,7 +62,7 @@ class _Repair:
         self.folders = [shard["folder"] for shard in self.manifest["shards"]]
         self.broken = [i for i, folder in enumerate(self.folders) if any(f.startswith(f"{folder}/") for f in damaged)]
         self.documents: list[int] = []
-        self.batches = list(contexts(lm, texts, self.config, self.documents))
+        self.batches = list(cache_contexts(lm, texts, self.config, self.documents))
 
     def run(self, progress: bool) -> dict[str, bool]:
         known = {file: dict(entry) for file, entry in self.cache.files().items()}

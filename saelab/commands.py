@@ -53,15 +53,25 @@ def harvest(
     storage: Annotated[
         Literal["bfloat16", "float16", "int8"], arg(help="Of the rows; int8 takes half the disk.")
     ] = "bfloat16",
+    chat: Annotated[
+        bool, arg(help="The column holds conversations, each for the chat template and read alone.")
+    ] = False,
     shuffle: Annotated[bool, arg(help="Mix the rows; without it they keep the order of the texts.")] = True,
 ) -> None:
     """Run a language model over texts and keep the activations of its hooks in RUN/cache."""
     import saelab
 
     options: dict[str, Any] = {"ctx_len": ctx_len, "batch_size": batch_size, "seed": seed, "split": split}
-    options |= {"prepend_bos": prepend_bos, "max_bytes": max_bytes, "storage": storage, "shuffle": shuffle}
-    corpus = saelab.load_texts(texts, column=column)  # before the model, which takes longer to load
-    lm = _load_model(model, dtype)
+    options |= {
+        "prepend_bos": prepend_bos,
+        "max_bytes": max_bytes,
+        "storage": storage,
+        "shuffle": shuffle,
+        "chat": chat,
+    }
+    template = _load_model(model, dtype) if chat else None
+    corpus = saelab.load_texts(texts, column=column, chat=template)  # before the model, which takes longer to load
+    lm = template or _load_model(model, dtype)
     cache = saelab.harvest(lm, corpus, hook_names=list(hook_name), n_tokens=n_tokens, out_dir=run / "cache", **options)
     print(f"{cache.n_rows:,} activations of {', '.join(cache.hook_names)} are in {run / 'cache'}")
     print(f"Next: saelab train {run} --d-sae 4096 --k 32 --n-tokens 2_000_000")
