@@ -17,6 +17,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,10 @@ def estimate_bytes(
 
 def check_space(folder: Path, needed: int, max_bytes: int | None) -> None:
     """Print what the cache will take; raise `CacheError` when the disk or `max_bytes` does not allow it."""
-    have = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    have = 0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # another process has given it its name
+            have += path.stat().st_size if path.is_file() else 0
     free = shutil.disk_usage(folder).free
     print(f"The cache in {folder} will take up to {human_bytes(needed)} (free there: {human_bytes(free)}).")
     if max_bytes is not None and needed > max_bytes:
