@@ -62,10 +62,9 @@ class Run:
         """Take up what the folder holds; True when the run had already ended."""
         if self.folder is None:
             return False
-        train = {key: str(value) for key, value in dataclasses.asdict(self.train).items()}
         begun = claim_run(
             self.folder,
-            {"variant": self.sae.variant, "config": dataclasses.asdict(config), "train": train}
+            {"variant": self.sae.variant, "config": dataclasses.asdict(config), "train": self.train.settings()}
             | {"data": fingerprint, "d_in": self.sae.d_in, **self.sae.shape},
             environment(self.device),
         )
@@ -113,14 +112,14 @@ class Run:
     def checkpoint(self) -> None:
         """Write the state before the next step, where the run has a folder and has begun."""
         if self.folder is not None and self.step:
-            save_checkpoint(self.folder, self.step, self.sae, self.adam, self.dead)
+            save_checkpoint(self.folder, self.step, self.train.keep_checkpoints, self.sae, self.adam, self.dead)
 
     def finish(self, rows: Rows) -> SAE:
         """Save the trained SAE with golden inputs taken from `rows`."""
         if self.log is not None:
             self.log.close()
         self.sae.trained = {
-            "train": {key: str(value) for key, value in dataclasses.asdict(self.train).items()},
+            "train": self.train.settings(),
             "n_tokens": self.train.n_steps * self.train.batch_size,
             "metrics": self.last,
         } | environment(self.device)
