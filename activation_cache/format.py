@@ -54,6 +54,27 @@ def config_hash(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
+def origin(
+    config: Mapping[str, Any],
+    hook_name: str,
+    model: Mapping[str, str],
+    max_norm: float,
+    texts: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Where the rows of a hook come from, JSON-able: what an SAE trained on them keeps in `sae.json`."""
+    return {
+        "hook_name": hook_name,
+        "model": model,
+        "tokenizer_hash": config["tokenizer_hash"],
+        "ctx_len": config["ctx_len"],
+        "prepend_bos": config["prepend_bos"],
+        "mask": {"max_norm": max_norm, "rule": config["mask_rule"]},
+        "texts": texts,
+        "dataset_fingerprint": config["texts_fingerprint"],
+        "split": config["split"],
+    }
+
+
 def seeded(*parts: object) -> torch.Generator:
     """A generator that depends on nothing but `parts`."""
     digest = hashlib.sha256(repr(parts).encode()).digest()

@@ -7,7 +7,6 @@ known before the first row is kept, so the first batches wait in memory until it
 from __future__ import annotations
 
 import math
-import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -19,18 +18,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from saelab.activation_cache import format
+from saelab.activation_cache.checks import check_arguments, finite_norms, warn_if_none_held_out
 from saelab.activation_cache.journal import Journal, begin
 from saelab.activation_cache.reader import ActivationCache
-from saelab.activation_cache.score import refuse_steered
 from saelab.activation_cache.storage import Storage, find_outliers, identity, kept_rows
 from saelab.activation_cache.writer import CacheWriter
-from saelab.arguments import check_integer
-from saelab.errors import CacheError
 from saelab.files import claim_folder
 from saelab.language_model import LanguageModel
-from saelab.masking import MASK_RULE, Mask, NormRule, row_norms
+from saelab.masking import MASK_RULE, Mask, NormRule
 from saelab.models_together import hook_keys, names_and_hashes, together
-from saelab.tokens import Texts, TokenBatch, check_split, document_id, load_texts, pack
+from saelab.tokens import Texts, TokenBatch, document_id, load_texts, pack
 
 
 def harvest(
@@ -65,9 +62,9 @@ def harvest(
     hooks = hook_keys(lm := together(lm), hook_names)
     sizes = {"n_tokens": n_tokens, "ctx_len": ctx_len, "batch_size": batch_size}
     sizes |= {"shard_rows": shard_rows, "pool_shards": pool_shards}
-    _check_arguments(lm, hooks, split, sizes, seed)
+    check_arguments(lm, hooks, split, sizes, seed)
     texts = load_texts(texts)
-    config = _identity(lm, texts, hooks) | identity(storage) | sizes
+    config = identity_of(lm, texts, hooks) | identity(storage) | sizes
     config |= {"split": split, "prepend_bos": prepend_bos, "seed": seed}
     return _harvest_into(claim_folder(out_dir, format.JOURNAL, "cache"), lm, texts, config, max_bytes, progress)
 
@@ -79,12 +76,7 @@ def _harvest_into(
     try:
         if not begin(folder, journal, config, _environment(lm)):
             print(f"Harvesting {texts.describe(config['split'])}.")
-            if config["split"] == "train" and next(texts.documents("held_out"), None) is None:
-                warnings.warn(
-                    f"{texts.name} has no held-out document (a tenth of the documents on average), so an SAE trained on it "
-                    "can only be measured on other texts (evaluate(texts=...), eval --texts). Give more, or shorter, documents.",
-                    stacklevel=3,
-                )
+            warn_if_none_held_out(texts, config["split"], 3)
             n_sequences = math.ceil(config["n_tokens"] / config["ctx_len"])
             sizes = config["ctx_len"], config["hooks"], config["shard_rows"], config["dtype"]
             needed = format.estimate_bytes(n_sequences, *sizes)
@@ -98,7 +90,7 @@ def _harvest_into(
     return cache
 
 
-def _identity(lm: LanguageModel, texts: Texts, hooks: list[str]) -> dict[str, Any]:
+def identity_of(lm: LanguageModel, texts: Texts, hooks: list[str]) -> dict[str, Any]:
     """What decides the bytes of a cache beside the numbers that the caller gives."""
     return {
         "model_hash": lm.hash,
@@ -110,20 +102,6 @@ def _identity(lm: LanguageModel, texts: Texts, hooks: list[str]) -> dict[str, An
         "special_ids": sorted(lm.special_ids),
         "mask_rule": MASK_RULE,
     }
-
-
-def _check_arguments(lm: LanguageModel, hooks: list[str], split: str, sizes: dict[str, int], seed: int) -> None:
-    check_split(split)
-    for name, value in sizes.items():
-        check_integer(name, value, 1)
-    check_integer("seed", seed, 0)
-    if not hooks or not all(isinstance(hook, str) for hook in hooks) or len(set(hooks)) < len(hooks):
-        raise ValueError(f"hook_names={hooks!r}: give the name of a hook, or a list of names, each once.")
-    refuse_steered(lm)
-    for hook in hooks:
-        lm.check_hook(hook)
-    if sizes["ctx_len"] > lm.max_ctx:
-        raise ValueError(f"ctx_len={sizes['ctx_len']} is more than the {lm.max_ctx} tokens that {lm.name} can read.")
 
 
 def _environment(lm: LanguageModel) -> dict[str, Any]:
@@ -169,7 +147,9 @@ class _Harvest:
             total = math.ceil(self.config["n_tokens"] / self.config["ctx_len"]) * self.config["ctx_len"]
             with tqdm(total=total, unit=" tokens", unit_scale=True, desc="Harvesting", disable=not progress) as bar:
                 for batch, acts in self._activations(bar):
-                    norms = self._finite_norms(batch, acts)
+                    norms = finite_norms(
+                        batch, acts, self.config["batch_size"], f"What is in {self.writer.folder} is intact."
+                    )
                     if self.mask is None:
                         waiting.append((batch, acts, norms))
                         self.rule.add(batch, norms)
@@ -211,19 +191,6 @@ class _Harvest:
 
         for acts in self.lm.stream_activations(ids(), self.hooks):
             yield sent.popleft(), acts
-
-    def _finite_norms(self, batch: TokenBatch, acts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        norms = row_norms(acts)
-        for hook, norm in norms.items():
-            bad = (~norm.isfinite()).cpu() & (batch.doc >= 0)
-            if bad.any():
-                first, last = batch.first_sequence, batch.first_sequence + len(batch.ids) - 1
-                raise CacheError(
-                    f"batch {first // self.config['batch_size']} (contexts {first} to {last}): {int(bad.sum())} of "
-                    f"{bad.numel()} rows at {hook} are NaN or infinite. Load the model in another dtype "
-                    f"(load_model(..., dtype=torch.float32)). What is in {self.writer.folder} is intact."
-                )
-        return norms
 
     def _keep(self, batch: TokenBatch, acts: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> None:
         assert self.mask is not None

@@ -253,9 +253,7 @@ def test_latest_names_the_newest_checkpoint_and_so_many_are_kept(tmp_path, monke
     assert list_checkpoints(tmp_path) == [10, 20, 30]
     latest = json.loads((tmp_path / "checkpoints" / "latest.json").read_text())
     assert latest == {"step": 30, "file": "step-00000030.safetensors"}
-    for number, other in enumerate(
-        ('{"step": 20}', "[3]", '{"step": 99}')
-    ):  # the first is whole too, the others say nothing
+    for number, other in enumerate(('{"step": 20}', "[3]")):  # that one is whole too; this names none
         (tmp_path / "checkpoints" / "latest.json").write_text(other)
         copy = shutil.copytree(tmp_path, tmp_path / f"copy-{number}", ignore=shutil.ignore_patterns("copy-*"))
         assert train(TOPK, x, SMALL, copy, progress=False).hash == whole.hash

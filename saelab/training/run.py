@@ -42,13 +42,13 @@ class Run:
         self, config: Any, source: DataSource, train: TrainConfig, folder: Path | None, wandb_project: str | None
     ) -> None:
         self.train, self.folder = train, folder
-        self.device = _device(train.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = device_of(train)
         variant = variant_of(config)
         view = source.view(variant, config)
         self.sites = view.sites
         self.sae = variant(config, view.d_in, seed=train.seed, **view.shape)
         self.sae.set_normalization(*view.moments)
-        self.sae.origin, self.sae.train_documents = view.origin, source.documents
+        self.sae.origin, self._documents = view.origin, source.documents
         self.sae.to(self.device)
         self.adam = Adam(self.sae.parameters(), self.sae.weight_decay)
         self.dead = DeadFeatures(self.sae.d_sae, train.dead_window, self.device)
@@ -123,6 +123,7 @@ class Run:
             "n_tokens": self.train.n_steps * self.train.batch_size,
             "metrics": self.last,
         } | environment(self.device)
+        self.sae.train_documents = self._documents()
         self.sae.eval()
         if self.folder is not None:
             save_sae(self.sae, self.folder, golden_inputs=self.sites.batch(rows).x)
@@ -157,8 +158,9 @@ def _chunks(batch: Batch, n: int) -> Iterator[Batch]:
         yield Batch(x, x if batch.y is batch.x else y)
 
 
-def _device(name: str) -> torch.device:
-    """The device of that name. Raises `ValueError` where it is unknown or not there."""
+def device_of(train: TrainConfig) -> torch.device:
+    """Where a run computes. Raises `ValueError` for a device that is unknown or not there."""
+    name = train.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.zeros(0, device=name).device
     except (RuntimeError, AssertionError) as error:
