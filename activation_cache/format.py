@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from saelab.activation_cache.storage import row_bytes
+from saelab.contexts import PACKED
 from saelab.errors import CacheError
 from saelab.files import read_json, sha256_file
 
@@ -66,6 +67,28 @@ def stats_file(hook_name: str) -> str:
 def config_hash(config: Mapping[str, Any]) -> str:
     """SHA-256 of everything that decides the bytes of a cache."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def origin(
+    config: Mapping[str, Any],
+    hook_name: str,
+    model: Mapping[str, str],
+    max_norm: float,
+    texts: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Where the rows of a hook come from, JSON-able: what an SAE trained on them keeps in `sae.json`."""
+    return {
+        "hook_name": hook_name,
+        "model": model,
+        "tokenizer_hash": config["tokenizer_hash"],
+        "ctx_len": config["ctx_len"],
+        "prepend_bos": config["prepend_bos"],
+        "mask": {"max_norm": max_norm, "rule": config["mask_rule"]},
+        "texts": texts,
+        "dataset_fingerprint": config["texts_fingerprint"],
+        "split": config["split"],
+        **({"packing": config["packing"]} if config.get("packing", PACKED) != PACKED else {}),
+    }
 
 
 def seeded(*parts: object) -> torch.Generator:

@@ -6,7 +6,6 @@ What is asked for is checked here, and becomes the config of the cache; `model_p
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -16,11 +15,11 @@ import torch
 
 from saelab.activation_cache import format
 from saelab.activation_cache.blocks import decide_limits, harvest_blocks
+from saelab.activation_cache.checks import check_arguments, warn_if_none_held_out
 from saelab.activation_cache.journal import Journal, begin
 from saelab.activation_cache.limits import Limits
 from saelab.activation_cache.model_pass import Reading, finish, run_pass
 from saelab.activation_cache.reader import ActivationCache
-from saelab.activation_cache.score import refuse_steered
 from saelab.activation_cache.storage import identity
 from saelab.activation_cache.writer import CacheWriter
 from saelab.arguments import check_integer
@@ -29,7 +28,7 @@ from saelab.files import claim_folder
 from saelab.language_model import LanguageModel
 from saelab.masking import MASK_RULE
 from saelab.models_together import hook_keys, together
-from saelab.tokens import Texts, check_split, load_texts
+from saelab.tokens import Texts, load_texts
 
 
 def harvest(
@@ -67,9 +66,9 @@ def harvest(
     sizes = {"n_tokens": n_tokens, "ctx_len": ctx_len, "batch_size": batch_size}
     sizes |= {"shard_rows": shard_rows, "pool_shards": pool_shards}
     modes = _modes(shuffle, chat, block_contexts, batch_size)
-    _check_arguments(lm, hooks, split, sizes, seed)
+    check_arguments(lm, hooks, split, sizes, seed)
     texts = _conversations(texts, lm) if chat else load_texts(texts)
-    config = _identity(lm, texts, hooks) | identity(storage) | sizes
+    config = identity_of(lm, texts, hooks) | identity(storage) | sizes
     config |= {"split": split, "prepend_bos": prepend_bos, "seed": seed} | modes
     return _harvest_into(claim_folder(out_dir, format.JOURNAL, "cache"), lm, texts, config, max_bytes, progress)
 
@@ -100,12 +99,7 @@ def _harvest_into(
 def _announce(folder: Path, texts: Texts, config: dict[str, Any], max_bytes: int | None) -> None:
     """Say what is harvested and what it takes. Raises `CacheError` when it does not fit."""
     print(f"Harvesting {texts.describe(config['split'])}.")
-    if config["split"] == "train" and next(texts.documents("held_out"), None) is None:
-        warnings.warn(
-            f"{texts.name} has no held-out document (a tenth of the documents on average), so an SAE trained on it "
-            "can only be measured on other texts (evaluate(texts=...), eval --texts). Give more, or shorter, documents.",
-            stacklevel=4,
-        )
+    warn_if_none_held_out(texts, config["split"], 4)
     n_sequences = math.ceil(config["n_tokens"] / config["ctx_len"])
     sizes = config["ctx_len"], config["hooks"], config["shard_rows"], config["dtype"]
     format.check_space(folder, format.estimate_bytes(n_sequences, *sizes), max_bytes)
@@ -120,7 +114,7 @@ def _harvest_stream(folder: Path, reading: Reading, limits: Limits, journal: Jou
     finish(folder, reading, limits, journal.of_kind("start")[0], journal.entries, writer.counts)
 
 
-def _identity(lm: LanguageModel, texts: Texts, hooks: list[str]) -> dict[str, Any]:
+def identity_of(lm: LanguageModel, texts: Texts, hooks: list[str]) -> dict[str, Any]:
     """What decides the bytes of a cache beside the numbers that the caller gives."""
     return {
         "model_hash": lm.hash,
@@ -156,20 +150,6 @@ def _conversations(texts: Any, lm: LanguageModel) -> Texts:
             '{"role", "content"} messages, in a file of them their column (load_texts(..., column=, chat=lm); --column).'
         )
     return texts
-
-
-def _check_arguments(lm: LanguageModel, hooks: list[str], split: str, sizes: dict[str, int], seed: int) -> None:
-    check_split(split)
-    for name, value in sizes.items():
-        check_integer(name, value, 1)
-    check_integer("seed", seed, 0)
-    if not hooks or not all(isinstance(hook, str) for hook in hooks) or len(set(hooks)) < len(hooks):
-        raise ValueError(f"hook_names={hooks!r}: give the name of a hook, or a list of names, each once.")
-    refuse_steered(lm)
-    for hook in hooks:
-        lm.check_hook(hook)
-    if sizes["ctx_len"] > lm.max_ctx:
-        raise ValueError(f"ctx_len={sizes['ctx_len']} is more than the {lm.max_ctx} tokens that {lm.name} can read.")
 
 
 def _environment(lm: LanguageModel) -> dict[str, Any]:

@@ -12,15 +12,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from saelab.activation_cache import format
+from saelab.activation_cache.checks import finite_norms
 from saelab.activation_cache.contents import Totals, contents
 from saelab.activation_cache.journal import rows_on_disk
 from saelab.activation_cache.limits import Limits, Read
 from saelab.activation_cache.writer import CacheWriter
 from saelab.contexts import contexts
-from saelab.errors import CacheError
 from saelab.files import atomic_write_json
 from saelab.language_model import LanguageModel
-from saelab.masking import row_norms
 from saelab.models_together import names_and_hashes
 from saelab.tokens import Texts, TokenBatch, document_id
 
@@ -63,16 +62,8 @@ def read_model(lm: LanguageModel, config: Mapping[str, Any], batches: Iterable[T
             yield batch.ids
 
     for acts in lm.stream_activations(ids(), list(config["hooks"])):
-        batch, norms = sent.popleft(), row_norms(acts)
-        for hook, norm in norms.items():
-            bad = (~norm.isfinite()).cpu() & (batch.doc >= 0)
-            if bad.any():
-                first, last = batch.first_sequence, batch.first_sequence + len(batch.ids) - 1
-                raise CacheError(
-                    f"batch {first // config['batch_size']} (contexts {first} to {last}): {int(bad.sum())} of "
-                    f"{bad.numel()} rows at {hook} are NaN or infinite. Load the model in another dtype "
-                    "(load_model(..., dtype=torch.float32)). What is on disk is intact."
-                )
+        batch = sent.popleft()
+        norms = finite_norms(batch, acts, config["batch_size"], "What is on disk is intact.")
         yield Read(batch, acts, norms)
 
 

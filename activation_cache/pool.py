@@ -26,6 +26,11 @@ class Pool:
         return len(self._order)
 
     @property
+    def waiting(self) -> Int[Tensor, "n 3"]:
+        """(seq, pos, token) of the rows in the pool, in the order in which they came."""
+        return self._index[self._order]
+
+    @property
     def oldest_sequence(self) -> int | None:
         """Sequence of the row that has waited longest."""
         return int(self._index[self._order[0], 0]) if len(self) else None

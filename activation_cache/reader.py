@@ -19,7 +19,6 @@ from tqdm.auto import tqdm
 from saelab.activation_cache import format
 from saelab.activation_cache.shuffled import shuffled_batches
 from saelab.activation_cache.storage import decode
-from saelab.contexts import PACKED
 from saelab.errors import CacheError
 
 _OPEN: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
@@ -194,20 +193,10 @@ class ActivationCache:
 
     def origin(self, hook_name: str | None = None) -> dict[str, Any]:
         """Where a hook's rows come from, JSON-able: what an SAE trained on them keeps in `sae.json`."""
-        hook_name, config = self._hook(hook_name), self.manifest["config"]
-        together = {"name": self.manifest["model_name"], "hash": config["model_hash"]}
-        return {
-            "hook_name": hook_name,
-            "model": self.models.get(hook_name.partition("/")[0], together),
-            "tokenizer_hash": config["tokenizer_hash"],
-            "ctx_len": config["ctx_len"],
-            "prepend_bos": config["prepend_bos"],
-            "mask": {"max_norm": self.manifest["max_norm"][hook_name], "rule": config["mask_rule"]},
-            "texts": self.manifest["texts"],
-            "dataset_fingerprint": config["texts_fingerprint"],
-            "split": config["split"],
-            **({"packing": config["packing"]} if config.get("packing", PACKED) != PACKED else {}),
-        }
+        hook_name, manifest = self._hook(hook_name), self.manifest
+        together = {"name": manifest["model_name"], "hash": manifest["config"]["model_hash"]}
+        model = self.models.get(hook_name.partition("/")[0], together)
+        return format.origin(manifest["config"], hook_name, model, manifest["max_norm"][hook_name], manifest["texts"])
 
     def files(self) -> dict[str, dict[str, Any]]:
         """Every file by its path in the cache, with the size and SHA-256 it was written with."""

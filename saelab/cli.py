@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import OmitArgPrefixes, arg
 
-from saelab.commands import COMMANDS, Run, check_has_cache, train
+from saelab.commands import COMMANDS, Reading, Run, check_has_cache, train
 from saelab.errors import SaelabError
 
 
@@ -56,7 +56,13 @@ def _train_arguments(args: Sequence[str]) -> type:
     optional = [
         ("variant", Literal[tuple(saelab.VARIANTS)], "Kind of SAE; it decides which config flags there are.", "topk"),
         ("name", str | None, "Write to RUN/sae-NAME instead of RUN/sae.", None),
-        ("hook_name", str | None, "Site to train on, where the cache holds several.", None),
+        ("hook_name", str | None, "Site to train on, where there are several.", None),
+        (
+            "stream",
+            tuple[str, ...],
+            "Sites to harvest while training, without a cache; its flags: --stream --help.",
+            (),
+        ),
         ("wandb_project", str | None, "Log to this project of Weights & Biases as well.", None),
     ]
     fields: list[Any] = [
@@ -64,8 +70,13 @@ def _train_arguments(args: Sequence[str]) -> type:
         ("config", OmitArgPrefixes[saelab.VARIANTS[variant].Config]),
         ("train", OmitArgPrefixes[saelab.TrainConfig]),
     ]
+    fields += [("reading", OmitArgPrefixes[Reading])] if _streams(args) else []
     fields += [(name, Annotated[kind, arg(help=text)], default) for name, kind, text, default in optional]
     return dataclasses.make_dataclass("Arguments", fields)
+
+
+def _streams(args: Sequence[str]) -> bool:
+    return any(word.partition("=")[0] == "--stream" for word in args)
 
 
 _EPILOG = "saelab COMMAND --help tells more. SAELAB_DEBUG=1 shows where an error came from."
@@ -131,10 +142,16 @@ def _run(args: list[str]) -> int:
     description = f"{_summary(function)}\n\nExamples:\n" + "".join(f"  {line}\n" for line in examples.split("\n"))
     options: dict[str, Any] = {"prog": f"saelab {name}", "description": description, "args": rest}
     if function is train:
-        if rest and not any(word.startswith("-") for word in (rest[0], *{"-h", "--help"}.intersection(rest))):
+        needs_cache = not _streams(rest)
+        if (
+            needs_cache
+            and rest
+            and not any(word.startswith("-") for word in (rest[0], *{"-h", "--help"}.intersection(rest)))
+        ):
             check_has_cache(Path(rest[0]))  # before the flags, whose errors would hide that the run is missing
         arguments = tyro.cli(_train_arguments(rest), **options)
-        check_has_cache(arguments.run)  # pyright: ignore[reportAttributeAccessIssue]
+        if needs_cache:
+            check_has_cache(arguments.run)  # pyright: ignore[reportAttributeAccessIssue]
         train(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(arguments)})
     else:
         tyro.cli(function, **options)

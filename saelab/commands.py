@@ -10,6 +10,7 @@ import io
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -83,21 +84,54 @@ def _is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What `saelab train --stream` reads, as `harvest` would."""
+
+    model: Model = "smollm2"
+    texts: Texts = "demo"
+    column: Column = "text"
+    split: Annotated[Documents, arg(help="Which documents.")] = "train"
+    ctx_len: Annotated[int, arg(help="Tokens per context.")] = 256
+    prepend_bos: Annotated[bool, arg(help="Start every context with the BOS token.")] = False
+    dtype: Dtype = None
+
+
 def train(
-    run: Path, variant: str, name: str | None, hook_name: str | None, wandb_project: str | None, config: Any, train: Any
+    run: Path,
+    variant: str,
+    name: str | None,
+    hook_name: str | None,
+    wandb_project: str | None,
+    config: Any,
+    train: Any,
+    stream: tuple[str, ...] = (),
+    reading: Reading | None = None,
 ) -> None:
-    """Train an SAE on RUN/cache; it is written to RUN/sae, or RUN/sae-NAME with --name."""
+    """Train an SAE on RUN/cache, or with --stream on what it harvests by the way; into RUN/sae, or RUN/sae-NAME with --name."""
     import saelab
 
     folder = run / (f"sae-{name}" if name else "sae")
-    saelab.train(config, run / "cache", train, out_dir=folder, hook_name=hook_name, wandb_project=wandb_project)
+    data = run / "cache" if reading is None else _open_stream(stream, **asdict(reading))
+    saelab.train(config, data, train, out_dir=folder, hook_name=hook_name, wandb_project=wandb_project)
     print(f"The {variant} SAE is in {folder}")
     print(f"Next: saelab eval {folder}; saelab features {folder}; saelab dash {run}")
 
 
+def _open_stream(hooks: tuple[str, ...], model: str, texts: str, column: str, dtype: str | None, **options: Any) -> Any:
+    import saelab
+    from saelab.activation_cache.streaming import stream
+
+    corpus = saelab.load_texts(texts, column=column)  # before the model, which takes longer to load
+    return stream(_load_model(model, dtype), corpus, list(hooks), **options)
+
+
 def check_has_cache(run: Path) -> None:
     if not (run / "cache").is_dir():
-        raise ValueError(f"{run} holds no cache; make one: saelab harvest {run} --hook-name HOOK --n-tokens NUMBER")
+        raise ValueError(
+            f"{run} holds no cache; make one: saelab harvest {run} --hook-name HOOK --n-tokens NUMBER; or train without one: "
+            f"saelab train {run} --stream HOOK"
+        )
 
 
 def evaluate(
@@ -232,7 +266,8 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "train": (
         train,
         "saelab train runs/mlp --d-sae 4096 --k 32 --n-tokens 2_000_000\n"
-        "saelab train runs/mlp --name l1 --variant relu --d-sae 4096 --l1-coefficient 5 --n-tokens 2_000_000",
+        "saelab train runs/mlp --name l1 --variant relu --d-sae 4096 --l1-coefficient 5 --n-tokens 2_000_000\n"
+        "saelab train runs/no-cache --stream blocks.14.hook_mlp_out --d-sae 4096 --k 32 --n-tokens 2_000_000",
     ),
     "sweep": (
         sweep,

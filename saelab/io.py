@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -135,11 +135,11 @@ def _golden(sae: SAE, inputs: Tensor) -> dict[str, Tensor]:
     inputs = inputs.to(sae.W_enc.device).float()[: 16 * GOLDEN_ROWS]
     size = (inputs - sae.center).norm(dim=-1, keepdim=True) / sae.d_in**0.5
     generator = torch.Generator().manual_seed(0)
-    fires = sae.encode(inputs).to_dense() != 0
+    codes = sae.encode(inputs)
     stable = torch.ones(len(inputs), dtype=torch.bool, device=inputs.device)
     for _ in range(4):
         noise = torch.randn(inputs.shape, generator=generator).to(inputs.device)
-        stable &= ((sae.encode(inputs + 1e-3 * size * noise).to_dense() != 0) == fires).all(1)
+        stable &= _same_features(codes, sae.encode(inputs + 1e-3 * size * noise))
     order = torch.cat([stable.nonzero().squeeze(1), (~stable).nonzero().squeeze(1)])[:GOLDEN_ROWS]
     chosen = inputs[order]
     x_hat, acts = sae(chosen)
@@ -151,6 +151,13 @@ def _golden(sae: SAE, inputs: Tensor) -> dict[str, Tensor]:
         "x_hat": x_hat,
         "train_documents": sae.train_documents,
     }
+
+
+def _same_features(one: SparseActs, other: SparseActs) -> Bool[Tensor, " rows"]:
+    """Whether the same features fire on a row, some rows at a time: dense tensors of all would be large."""
+    parts = torch.arange(one.batch, device=one.features.device).split(GOLDEN_ROWS)
+    dense = ((acts.select_rows(rows).to_dense() != 0 for acts in (one, other)) for rows in parts)
+    return torch.cat([(a == b).all(1) for a, b in dense])
 
 
 @torch.no_grad()

@@ -204,6 +204,16 @@ def save_without(names):
     return save
 
 
+def without_latest(copy):
+    """As a run of before there was a `latest.json`, which would name the whole one."""
+
+    def damage(path):
+        (path.parent / "latest.json").unlink()
+        copy(path)
+
+    return damage
+
+
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
@@ -212,10 +222,13 @@ def save_without(names):
         (save_without("adam."), "not those of this run"),
         (save_without("tokens_since_fired"), "not those of this run"),
         (
-            lambda path: shutil.copy(path, path.with_name("step-00000099.safetensors")),
+            without_latest(lambda path: shutil.copy(path, path.with_name("step-00000099.safetensors"))),
             "it is of step 20, the run has 40",
         ),
-        (lambda path: shutil.copy(path, path.with_name("step-00000030.safetensors")), "it is of step 20"),
+        (
+            without_latest(lambda path: shutil.copy(path, path.with_name("step-00000030.safetensors"))),
+            "it is of step 20",
+        ),
     ],
     ids=["cut", "flipped", "no moments", "no counters", "past the end", "renamed"],
 )
@@ -229,6 +242,33 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, monk
     damage(tmp_path / "checkpoints" / "step-00000020.safetensors")
     with pytest.warns(UserWarning, match=says):
         assert train(TOPK, x, SMALL, tmp_path, progress=False).hash == whole.hash
+
+
+def test_latest_names_the_newest_checkpoint_and_so_many_are_kept(tmp_path, monkeypatch):
+    x, keep_three = planted(), TrainConfig(**{**vars(SMALL), "keep_checkpoints": 3})
+    whole = train(TOPK, x, SMALL, progress=False)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, 35)
+        train(TOPK, x, keep_three, tmp_path, progress=False)
+    assert list_checkpoints(tmp_path) == [10, 20, 30]
+    latest = json.loads((tmp_path / "checkpoints" / "latest.json").read_text())
+    assert latest == {"step": 30, "file": "step-00000030.safetensors"}
+    for number, other in enumerate(('{"step": 20}', "[3]")):  # that one is whole too; this names none
+        (tmp_path / "checkpoints" / "latest.json").write_text(other)
+        copy = shutil.copytree(tmp_path, tmp_path / f"copy-{number}", ignore=shutil.ignore_patterns("copy-*"))
+        assert train(TOPK, x, SMALL, copy, progress=False).hash == whole.hash
+
+
+def test_latest_is_taken_before_a_newer_file(tmp_path, monkeypatch):
+    """Killed between a checkpoint and its pointer, or a file that somebody put there: what the pointer names goes first."""
+    x = planted()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, 25)
+        train(TOPK, x, SMALL, tmp_path, progress=False)
+    (tmp_path / "checkpoints" / "step-00000030.safetensors").write_text("half")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, 20)  # it goes on from step 20 without a warning
+        train(TOPK, x, SMALL, tmp_path, progress=False)
 
 
 def test_a_finished_run_returns_at_once(tmp_path, monkeypatch):
@@ -481,6 +521,7 @@ def test_dead_features_count_tokens_since_a_nonzero_code():
         ({"n_tokens": 5000, "decay_fraction": 3.0}, "decay_fraction=3"),
         ({"n_tokens": 5000, "clip_norm": 0.0}, "clip_norm=0"),
         ({"n_tokens": 5000, "log_every": 0}, "log_every=0"),
+        ({"n_tokens": 5000, "keep_checkpoints": 0}, "keep_checkpoints=0 must be at least 1"),
         ({"n_tokens": 5000, "seed": 2**63}, "seed=.* between 0 and"),
         ({"n_tokens": 5000, "batch_size": 1}, "batch_size=1 .*one row, whose FVU is undefined"),
         ({"n_tokens": 5000, "batch_size": 5, "grad_accumulation": 4}, "grad_accumulation=4 leaves a part of one row"),

@@ -1,4 +1,7 @@
-"""Checkpoints: everything a run needs to go on exactly, in one safetensors file, written whole or not at all."""
+"""Checkpoints: everything a run needs to go on exactly, in one safetensors file, written whole or not at all.
+
+`checkpoints/latest.json` names the newest; it is replaced once that file is on disk, and before any older one goes.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from saelab.errors import TrainingError
+from saelab.errors import SaelabError, TrainingError
 from saelab.files import (
     atomic_save_safetensors,
     atomic_write_json,
@@ -30,7 +33,7 @@ from saelab.training.adam import Adam
 from saelab.training.dead_features import DeadFeatures
 
 RUN_FILE = "checkpoints/run.json"
-KEEP = 2
+LATEST = "checkpoints/latest.json"
 _NAME = re.compile(r"step-(\d{8})\.safetensors")
 
 
@@ -53,22 +56,24 @@ def list_checkpoints(folder: Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
-def save_checkpoint(folder: Path, step: int, sae: SAE, adam: Adam, dead: DeadFeatures) -> None:
-    """Write the state before step `step`; the newest two up to it are kept."""
+def save_checkpoint(folder: Path, step: int, keep: int, sae: SAE, adam: Adam, dead: DeadFeatures) -> None:
+    """Write the state before step `step`, which becomes the latest; the newest `keep` up to it are kept."""
     tensors = _state(sae, adam, dead)
     metadata = {"step": str(step), "sha256": tensors_hash(tensors)}
-    atomic_save_safetensors(checkpoint_path(folder, step), tensors, metadata)
-    for old in [known for known in list_checkpoints(folder) if known <= step][:-KEEP]:
+    path = checkpoint_path(folder, step)
+    atomic_save_safetensors(path, tensors, metadata)
+    atomic_write_json(folder / LATEST, {"step": step, "file": path.name})
+    for old in [known for known in list_checkpoints(folder) if known <= step][:-keep]:
         checkpoint_path(folder, old).unlink(missing_ok=True)
 
 
 def load_checkpoint(folder: Path, n_steps: int, sae: SAE, adam: Adam, dead: DeadFeatures) -> int:
-    """Restore the newest whole checkpoint of the run in place; gives the step to go on with, 0 when there is none.
+    """Restore the latest checkpoint of the run in place; gives the step to go on with, 0 when there is none.
 
-    One that was damaged, or is not of this run, is passed over with a warning.
+    One that was damaged, or is not of this run, is passed over with a warning, for the newest of the others.
     """
     state = _state(sae, adam, dead)
-    for step in reversed(list_checkpoints(folder)):
+    for step in _latest_first(folder):
         path = checkpoint_path(folder, step)
         try:
             tensors = _read_checked(path, step, n_steps, state)
@@ -79,6 +84,16 @@ def load_checkpoint(folder: Path, n_steps: int, sae: SAE, adam: Adam, dead: Dead
             tensor.copy_(tensors[name])
         return step
     return 0
+
+
+def _latest_first(folder: Path) -> list[int]:
+    """Steps that have a checkpoint: the one that `latest.json` names, then the others from the newest down."""
+    steps = list_checkpoints(folder)[::-1]
+    try:
+        latest = read_json(folder / LATEST)["step"]
+    except (SaelabError, KeyError, TypeError):  # none was written, or it was altered: the files speak for themselves
+        return steps
+    return sorted(steps, key=lambda step: step != latest)
 
 
 def _state(sae: SAE, adam: Adam, dead: DeadFeatures) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from saelab.arguments import check_integer, check_numbers
 
@@ -30,6 +30,8 @@ class TrainConfig:
     """A feature silent for this many training tokens counts as dead; None is 50,000 in runs under 10M tokens, else 10M."""
     checkpoint_every: int = 250
     """Steps between checkpoints; 0 writes none. Ctrl-C writes one at any step."""
+    keep_checkpoints: int = 2
+    """How many checkpoints stay on disk, the newest ones."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     grad_accumulation: int = 1
@@ -43,6 +45,7 @@ class TrainConfig:
             ("batch_size", 1),
             ("log_every", 1),
             ("grad_accumulation", 1),
+            ("keep_checkpoints", 1),
             ("checkpoint_every", 0),
             ("warmup_steps", 0),
         ):
@@ -79,3 +82,7 @@ class TrainConfig:
         if self.dead_after_tokens is not None:
             return self.dead_after_tokens
         return 50_000 if self.n_tokens < 10_000_000 else 10_000_000
+
+    def settings(self) -> dict[str, str]:
+        """What decides the result, as `run.json` and `sae.json` keep it: all but how many checkpoints stay."""
+        return {name: str(value) for name, value in asdict(self).items() if name != "keep_checkpoints"}

@@ -1,13 +1,14 @@
-"""Where training rows come from: a cache, its path, tensors, or an iterator of them, all as one `DataSource`.
+"""Where training rows come from: a cache, its path, a stream, tensors, or an iterator of them, all as one `DataSource`.
 
 One stream gives the rows of every site that any SAE needs; each SAE takes its own batch from it (`View`).
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelab.activation_cache.reader import ActivationCache
+from saelab.activation_cache.streaming import ActivationStream
 from saelab.saes import SAE, Batch
 from saelab.saes.sites import Sites, choose_sites
 
@@ -60,7 +62,10 @@ class DataSource:
     """Sites -> fingerprint of their rows, and the origin that `sae.json` keeps."""
     n_rows: int | None = None
     """How many different rows there are; None where nobody knows."""
-    documents: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    documents: Callable[[], Tensor] = lambda: torch.zeros(0, dtype=torch.int64)
+    """Ids of the documents that were read up to now."""
+    held_bytes: int = 0
+    """Memory that reading takes beside the batches."""
 
     def view(self, variant: type[SAE], config: Any) -> View:
         """What an SAE of this config takes. Raises `ValueError` where the data does not fit it."""
@@ -94,19 +99,20 @@ def open_data(data: Any, hook_name: str | None) -> DataSource:
     """Make a `DataSource` of whatever `saelab.train` was given. Raises `ValueError` for anything else."""
     if isinstance(data, str | Path):
         data = ActivationCache(data)
-    if isinstance(data, ActivationCache):
+    if isinstance(data, ActivationCache | ActivationStream):
         return _from_cache(data, hook_name)
     if isinstance(data, Tensor | np.ndarray | Batch):
         return _from_tensors(_as_rows(data))
     if isinstance(data, Iterable):
         return _from_iterator(iter(data))
     raise ValueError(
-        f"Cannot train on {type(data).__name__}: give a cache, its path, a tensor or NumPy array (n, d_in), a Batch(x, y) "
-        "of them, or an iterator of such."
+        f"Cannot train on {type(data).__name__}: give a cache, its path, a stream, a tensor or NumPy array (n, d_in), a "
+        "Batch(x, y) of them, or an iterator of such."
     )
 
 
-def _from_cache(cache: ActivationCache, hook_name: str | None) -> DataSource:
+def _from_cache(cache: ActivationCache | ActivationStream, hook_name: str | None) -> DataSource:
+    @functools.cache
     def moments(name: str) -> Moments:
         stats = cache.stats(name)
         return Moments(stats["mean"].float(), stats["second_moment"].sum())
@@ -115,21 +121,26 @@ def _from_cache(cache: ActivationCache, hook_name: str | None) -> DataSource:
         return cache.batches(batch_size, seed=seed, start_step=start_step, hook_name=list(names))
 
     def identity(sites: Sites) -> tuple[str, dict[str, Any]]:
-        origin, storage = _origin(cache, sites), cache.manifest["config"]["dtype"]
+        origin = _origin(cache, sites)
+        if isinstance(cache, ActivationStream):
+            return f"stream {cache.fingerprint} {sites}", origin
+        storage = cache.manifest["config"]["dtype"]
         rounded = "" if storage == "bfloat16" else f" {storage}"  # other rows
         return f"cache {origin['dataset_fingerprint']}{rounded} {sites}", origin
 
+    streamed = isinstance(cache, ActivationStream)
     return DataSource(
         moments=moments,
         batches=batches,
         choose=lambda config: choose_sites(config, cache.hook_names, hook_name),
         identity=identity,
-        n_rows=cache.n_rows,
-        documents=cache.document_ids,
+        n_rows=None if streamed else cache.n_rows,
+        documents=lambda: cache.document_ids,
+        held_bytes=cache.held_bytes if streamed else 0,
     )
 
 
-def _origin(cache: ActivationCache, sites: Sites) -> dict[str, Any]:
+def _origin(cache: ActivationCache | ActivationStream, sites: Sites) -> dict[str, Any]:
     """The origin of these sites' rows; hooks of a single model carry their plain names."""
     each = {name: cache.origin(name) for name in sites.all}
     models = {label: model for label, model in cache.models.items() if any(n.startswith(f"{label}/") for n in each)}
@@ -161,6 +172,7 @@ def _from_tensors(rows: Rows) -> DataSource:
     n = len(rows["x"])
     digests = [hashlib.sha256(x.cpu().contiguous().numpy().tobytes()).hexdigest() for x in rows.values()]
 
+    @functools.cache
     def moments(name: str) -> Moments:
         x = rows[name].double()
         return Moments(x.mean(0).float(), x.square().sum(-1).mean(0))

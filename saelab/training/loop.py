@@ -17,7 +17,8 @@ from saelab.training.checkpoint import claimed
 from saelab.training.config import TrainConfig
 from saelab.training.data import DataSource, Rows, open_data
 from saelab.training.interrupt import interrupt_between_steps
-from saelab.training.run import Run, variant_of
+from saelab.training.memory import check_memory, free_bytes, plan_memory
+from saelab.training.run import Run, device_of, variant_of
 
 
 @overload
@@ -54,16 +55,16 @@ def train(
 ) -> SAE | list[SAE]:
     """Train the SAE of `config`, or one for each config of a list, side by side on the same batches.
 
-    `data` is a cache, a cache's path, a tensor or NumPy array `(n, d_in)` (shuffled, repeated as needed) or an iterator of
-    such tensors; `hook_name` chooses among a cache's hooks what an SAE or transcoder reads. A crosscoder takes the hooks
-    that its config names, or tensors `(n, n_sources, d_in)`; a transcoder predicts its config's `hook_name_out`, or the y
-    of a `Batch(x, y)` of tensors. A list may have a `train_config` for each SAE, all of one `n_tokens`, `batch_size` and
-    `seed`. `out_dir` is the SAE's folder (for a list: the RUN folder, in which each gets
-    `sae-NAME/`); without it nothing is written. The same call again goes on where it stopped, bit for bit, and returns at
-    once when finished; Ctrl-C writes a checkpoint first.
+    `data` is a cache, a cache's path, a stream, a tensor or NumPy array `(n, d_in)` (shuffled, repeated as needed) or an
+    iterator of such tensors; `hook_name` chooses among several hooks what an SAE or transcoder reads. A crosscoder takes the
+    hooks that its config names, or tensors `(n, n_sources, d_in)`; a transcoder predicts its config's `hook_name_out`, or
+    the y of a `Batch(x, y)` of tensors. A list may have a `train_config` for each SAE, all of one `n_tokens`, `batch_size`
+    and `seed`. `out_dir` is the SAE's folder (for a list: the RUN folder, in which each gets `sae-NAME/`); without it
+    nothing is written. The same call again goes on where it stopped, bit for bit, and returns at once when finished; Ctrl-C
+    writes a checkpoint first.
 
-    Raises `ValueError` for bad arguments, `TrainingError` when activations or loss stop being finite or when `out_dir`
-    holds another run.
+    Raises `ValueError` for bad arguments, `TrainingError` when the memory does not suffice, when activations or loss stop
+    being finite or when `out_dir` holds another run.
     """
     keep_freed_memory()
     several = isinstance(config, Sequence)
@@ -78,11 +79,24 @@ def train(
     with ExitStack() as stack:
         for folder in folders:
             stack.enter_context(claimed(folder))
-        each = zip(configs, trains, folders, strict=True)
+        each = list(zip(configs, trains, folders, strict=True))
+        _check_memory(each, source, progress)
         runs = [Run(one, source, train, folder, wandb_project) for one, train, folder in each]
         _train_all([run for run in runs if not run.finished], source, trains[0], progress)
     saes = [run.sae for run in runs]
     return saes if several else saes[0]
+
+
+def _check_memory(each: list[tuple[Any, TrainConfig, Path | None]], source: DataSource, progress: bool) -> None:
+    """Say what the SAEs that are not finished will take. Raises `TrainingError` where that is not free."""
+    left = [(one, train) for one, train, folder in each if folder is None or not (folder / "sae.json").exists()]
+    if not left:
+        return
+    device = device_of(left[0][1])
+    plans = [plan_memory(kind := variant_of(one), one, source.view(kind, one), train, device) for one, train in left]
+    said = check_memory([*plans, {"cpu": {"reading": source.held_bytes}}], free_bytes(device))
+    if progress:
+        print(said)
 
 
 _COMMON = ("n_tokens", "batch_size", "seed")

@@ -42,13 +42,13 @@ class Run:
         self, config: Any, source: DataSource, train: TrainConfig, folder: Path | None, wandb_project: str | None
     ) -> None:
         self.train, self.folder = train, folder
-        self.device = _device(train.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = device_of(train)
         variant = variant_of(config)
         view = source.view(variant, config)
         self.sites = view.sites
         self.sae = variant(config, view.d_in, seed=train.seed, **view.shape)
         self.sae.set_normalization(*view.moments)
-        self.sae.origin, self.sae.train_documents = view.origin, source.documents
+        self.sae.origin, self._documents = view.origin, source.documents
         self.sae.to(self.device)
         self.adam = Adam(self.sae.parameters(), self.sae.weight_decay)
         self.dead = DeadFeatures(self.sae.d_sae, train.dead_window, self.device)
@@ -62,10 +62,9 @@ class Run:
         """Take up what the folder holds; True when the run had already ended."""
         if self.folder is None:
             return False
-        train = {key: str(value) for key, value in dataclasses.asdict(self.train).items()}
         begun = claim_run(
             self.folder,
-            {"variant": self.sae.variant, "config": dataclasses.asdict(config), "train": train}
+            {"variant": self.sae.variant, "config": dataclasses.asdict(config), "train": self.train.settings()}
             | {"data": fingerprint, "d_in": self.sae.d_in, **self.sae.shape},
             environment(self.device),
         )
@@ -113,17 +112,18 @@ class Run:
     def checkpoint(self) -> None:
         """Write the state before the next step, where the run has a folder and has begun."""
         if self.folder is not None and self.step:
-            save_checkpoint(self.folder, self.step, self.sae, self.adam, self.dead)
+            save_checkpoint(self.folder, self.step, self.train.keep_checkpoints, self.sae, self.adam, self.dead)
 
     def finish(self, rows: Rows) -> SAE:
         """Save the trained SAE with golden inputs taken from `rows`."""
         if self.log is not None:
             self.log.close()
         self.sae.trained = {
-            "train": {key: str(value) for key, value in dataclasses.asdict(self.train).items()},
+            "train": self.train.settings(),
             "n_tokens": self.train.n_steps * self.train.batch_size,
             "metrics": self.last,
         } | environment(self.device)
+        self.sae.train_documents = self._documents()
         self.sae.eval()
         if self.folder is not None:
             save_sae(self.sae, self.folder, golden_inputs=self.sites.batch(rows).x)
@@ -158,8 +158,9 @@ def _chunks(batch: Batch, n: int) -> Iterator[Batch]:
         yield Batch(x, x if batch.y is batch.x else y)
 
 
-def _device(name: str) -> torch.device:
-    """The device of that name. Raises `ValueError` where it is unknown or not there."""
+def device_of(train: TrainConfig) -> torch.device:
+    """Where a run computes. Raises `ValueError` for a device that is unknown or not there."""
+    name = train.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.zeros(0, device=name).device
     except (RuntimeError, AssertionError) as error:

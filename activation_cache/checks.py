@@ -1,0 +1,55 @@
+"""What neither a harvest nor a stream takes: bad arguments, a steered model, rows that are not finite."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from saelab.activation_cache.score import refuse_steered
+from saelab.arguments import check_integer
+from saelab.errors import CacheError
+from saelab.language_model import LanguageModel
+from saelab.masking import row_norms
+from saelab.tokens import Texts, TokenBatch, check_split
+
+
+def check_arguments(lm: LanguageModel, hooks: list[str], split: str, sizes: dict[str, int], seed: int = 0) -> None:
+    """Raise `ValueError` for what cannot be harvested: the model's hooks, sizes, seed, or a model that is being steered."""
+    check_split(split)
+    for name, value in sizes.items():
+        check_integer(name, value, 1)
+    check_integer("seed", seed, 0)
+    if not hooks or not all(isinstance(hook, str) for hook in hooks) or len(set(hooks)) < len(hooks):
+        raise ValueError(f"hook_names={hooks!r}: give the name of a hook, or a list of names, each once.")
+    refuse_steered(lm)
+    for hook in hooks:
+        lm.check_hook(hook)
+    if sizes["ctx_len"] > lm.max_ctx:
+        raise ValueError(f"ctx_len={sizes['ctx_len']} is more than the {lm.max_ctx} tokens that {lm.name} can read.")
+
+
+def warn_if_none_held_out(texts: Texts, split: str, stacklevel: int) -> None:
+    """Warn, at the line that called `harvest` or `stream` (`stacklevel` calls up), when all documents would train."""
+    if split == "train" and next(texts.documents("held_out"), None) is None:
+        warnings.warn(
+            f"{texts.name} has no held-out document (a tenth of the documents on average), so an SAE trained on it "
+            "can only be measured on other texts (evaluate(texts=...), eval --texts). Give more, or shorter, documents.",
+            stacklevel=stacklevel + 1,
+        )
+
+
+def finite_norms(batch: TokenBatch, acts: Mapping[str, Tensor], batch_size: int, kept: str) -> dict[str, Tensor]:
+    """`row_norms` of a batch. Raises `CacheError`, with what is `kept`, where a token's row is NaN or infinite."""
+    norms = row_norms(acts)
+    for hook, norm in norms.items():
+        bad = (~norm.isfinite()).cpu() & (batch.doc >= 0)
+        if bad.any():
+            first, last = batch.first_sequence, batch.first_sequence + len(batch.ids) - 1
+            raise CacheError(
+                f"batch {first // batch_size} (contexts {first} to {last}): {int(bad.sum())} of "
+                f"{bad.numel()} rows at {hook} are NaN or infinite. Load the model in another dtype "
+                f"(load_model(..., dtype=torch.float32)). {kept}"
+            )
+    return norms

@@ -1,0 +1,246 @@
+"""Training rows straight from a language model: harvested and shuffled in memory while they are used, nothing on disk.
+
+The rows of an epoch are those of the cache that `harvest` would make of all the texts, in the order of its shards: contexts
+go through the model one after the other, rows wait in the pool, each draw depends on (seed, its number) alone. What is in
+the pool follows from the token ids, so a resume sends ids alone through it, up to the draw it needs, and runs the model
+on those contexts that have rows in the pool then. Which rows the norm rule drops only the model tells: such a row keeps
+its place, and the row drawn before it stands in for it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import chain
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saelab.activation_cache import format
+from saelab.activation_cache.checks import check_arguments, finite_norms, warn_if_none_held_out
+from saelab.activation_cache.harvest import identity_of
+from saelab.activation_cache.pool import Pool
+from saelab.activation_cache.score import refuse_steered
+from saelab.activation_cache.storage import Storage, identity, kept_rows, row_bytes
+from saelab.errors import CacheError
+from saelab.language_model import LanguageModel
+from saelab.masking import NORM_RULE_ROWS, Mask, NormRule
+from saelab.models_together import hook_keys, names_and_hashes, together
+from saelab.tokens import Texts, TokenBatch, document_id, load_texts, pack
+
+_DROPPED = -1  # in place of the token of a row that the norm rule drops
+_STORAGE = Storage("bfloat16")
+
+Rows = tuple[Int[Tensor, "n 3"], dict[str, dict[str, Tensor]]]
+"""(seq, pos, token) of rows, and what each is at every hook: as `Pool.add` takes them."""
+
+
+def stream(
+    lm: LanguageModel | Sequence[LanguageModel],
+    texts: Any,
+    hook_names: str | Sequence[str],
+    ctx_len: int = 256,
+    batch_size: int = 16,
+    split: str = "train",
+    shard_rows: int = 8_192,
+    pool_shards: int = 16,
+    prepend_bos: bool = False,
+) -> ActivationStream:
+    """What `saelab.train` takes in place of a cache: the same rows, made while it trains, the texts again and again.
+
+    Arguments are those of `saelab.harvest`; `batch_size` is in contexts. The pool holds `shard_rows * pool_shards` rows
+    of each hook in bfloat16, in memory. The seed of the order is `TrainConfig.seed`.
+    Raises `ValueError` for bad arguments.
+    """
+    hooks = hook_keys(lm := together(lm), hook_names)
+    sizes = {"ctx_len": ctx_len, "batch_size": batch_size, "shard_rows": shard_rows, "pool_shards": pool_shards}
+    check_arguments(lm, hooks, split, sizes)
+    texts = load_texts(texts)
+    print(f"Streaming {texts.describe(split)} through {lm.name}.")
+    warn_if_none_held_out(texts, split, 2)
+    config = identity_of(lm, texts, hooks) | identity(_STORAGE.name) | sizes
+    return ActivationStream(lm, texts, config | {"split": split, "prepend_bos": prepend_bos})
+
+
+class ActivationStream:
+    """Made by `stream`. It has what training needs of an `ActivationCache`, under the same names.
+
+    The first rows (those of the norm rule, 16,384) are run when something of them is first asked for: limits or `stats`.
+    """
+
+    def __init__(self, lm: LanguageModel, texts: Texts, config: Mapping[str, Any]):
+        self.lm, self.texts, self.config = lm, texts, config
+        self.hook_names: list[str] = list(config["hooks"])
+        self.models = names_and_hashes(lm)
+        self.pool_rows: int = config["shard_rows"] * config["pool_shards"]
+        self._capacity = self.pool_rows + config["batch_size"] * config["ctx_len"]
+        self._documents: list[int] = []
+        self._n_documents = 0
+
+    def __repr__(self) -> str:
+        return f"ActivationStream({self.lm.name!r} over {self.texts.name}: {', '.join(self.hook_names)})"
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that decides the rows and, beside the seed, their order."""
+        return format.config_hash(self.config)
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory of the full pool, the first rows and a draw."""
+        widths, n_rows = self.config["hooks"].values(), self._capacity + NORM_RULE_ROWS + self.config["shard_rows"]
+        return n_rows * (format.INDEX_BYTES + sum(row_bytes(_STORAGE.name, width) for width in widths))
+
+    @property
+    def document_ids(self) -> Int[Tensor, " n_documents"]:
+        """`tokens.document_id` of every document read so far by the last `batches`, in order of appearance."""
+        return torch.tensor(self._documents[: self._n_documents], dtype=torch.int64)
+
+    def origin(self, hook_name: str) -> dict[str, Any]:
+        """As of a cache: where a hook's rows come from, for `sae.json`."""
+        model = self.models.get(hook_name.partition("/")[0], {"name": self.lm.name, "hash": self.lm.hash})
+        limits = self._beginning[0].max_norm or {}
+        return format.origin(self.config, hook_name, model, limits[hook_name], self.texts.spec)
+
+    def stats(self, hook_name: str) -> dict[str, Any]:
+        """`n`, `mean` and `second_moment` (d_in, fp64) of the first rows that the mask keeps, as they are stored."""
+        n, total, squares = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        for index, rows in self._beginning[1].values():
+            x = rows[hook_name]["acts"][index[:, 2] != _DROPPED].double()
+            n, total, squares = n + len(x), total + x.sum(0), squares + x.square().sum(0)
+        return {"n": n, "mean": total / n, "second_moment": squares / n}
+
+    def batches(
+        self, batch_size: int, seed: int = 0, start_step: int = 0, hook_name: Sequence[str] | None = None
+    ) -> Generator[dict[str, Float[Tensor, "batch d_in"]], None, None]:
+        """Shuffled fp32 batches of each hook without end, a pure function of (stream, seed, step).
+
+        To begin at `start_step` the texts are tokenised up to there (once for all epochs), and the contexts run that
+        have rows in the pool. Raises `CacheError` where the model gives rows that are not finite.
+        """
+        hooks = self.hook_names if hook_name is None else list(hook_name)
+        waiting: dict[str, Tensor] = {}
+        for drawn in self._drawn(seed, start_step * batch_size, hooks):
+            waiting = {hook: torch.cat([waiting[hook], x]) for hook, x in drawn.items()} if waiting else drawn
+            while len(waiting[hooks[0]]) >= batch_size:
+                yield {hook: x[:batch_size].float() for hook, x in waiting.items()}
+                waiting = {hook: x[batch_size:] for hook, x in waiting.items()}
+
+    def _drawn(self, seed: int, skip: int, hooks: list[str]) -> Iterator[dict[str, Tensor]]:
+        """The rows of each draw without end, from the one that holds row `skip` on, less those before it."""
+        _ = self._beginning  # raises where the texts have no row to wait for
+        self._n_documents = number = 0
+        live, epoch_rows = False, 0
+        while True:
+            pool, read = Pool(self._capacity), deque[TokenBatch]()
+            for batch in chain(self._contexts(), [None]):
+                if batch is not None:
+                    self._n_documents = max(self._n_documents, int(batch.doc.max()) + 1)
+                    pool.add(*(self._rows(batch, hooks) if live else (self._places(batch), {})))
+                    read.append(batch)
+                while len(pool) >= (self.pool_rows if batch is not None else 1):
+                    n = min(self.config["shard_rows"], len(pool))
+                    if not live and skip < n:
+                        pool, live = self._filled(pool, read, hooks), True
+                    index, rows = pool.draw(n, format.seeded("shard", seed, number))
+                    number += 1
+                    if live:
+                        at = _stand_ins(index)[skip:]
+                        yield {hook: parts["acts"][at] for hook, parts in rows.items()}
+                    skip, epoch_rows = 0 if live else skip - n, epoch_rows + n
+                    _forget(read, pool)
+            if not live and skip >= epoch_rows:  # whole epochs have as many draws as the first
+                number, skip = number * (1 + skip // epoch_rows), skip % epoch_rows
+
+    def _contexts(self) -> Iterator[TokenBatch]:
+        """All packed contexts, one epoch."""
+
+        def note(index: int, text: str) -> None:
+            if index == len(self._documents):
+                self._documents.append(document_id(text))
+
+        config = self.config
+        documents = self.texts.documents(config["split"])
+        return pack(
+            documents, self.lm, config["ctx_len"], config["batch_size"], config["prepend_bos"], on_document=note
+        )
+
+    def _places(self, batch: TokenBatch) -> Int[Tensor, "n 3"]:
+        """(seq, pos, token) of the rows that the token ids alone do not mask."""
+        keep, _ = Mask(tuple(self.lm.special_ids), None).apply_norms(batch, {})
+        seq, pos = keep.nonzero(as_tuple=True)
+        return torch.stack([seq + batch.first_sequence, pos, batch.ids[seq, pos]], dim=1).int()
+
+    def _rows(self, batch: TokenBatch, hooks: list[str]) -> Rows:
+        """Those rows, the ones that the norm rule drops marked."""
+        mask, first = self._beginning
+        index, rows = first.get(batch.first_sequence) or self._marked(mask, batch, *self._run(batch))
+        return index, {hook: rows[hook] for hook in hooks}
+
+    def _run(self, batch: TokenBatch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Activations and norms of some contexts at all hooks: a row goes when it is too large at any of them."""
+        refuse_steered(self.lm)
+        acts = next(iter(self.lm.stream_activations([batch.ids], self.hook_names)))
+        kept = "Of a training, the last checkpoint is intact."
+        return acts, finite_norms(batch, acts, self.config["batch_size"], kept)
+
+    def _marked(self, mask: Mask, batch: TokenBatch, acts: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> Rows:
+        index = self._places(batch)
+        seq, pos = index[:, 0].long() - batch.first_sequence, index[:, 1].long()
+        keep, _ = mask.apply_norms(batch, norms)
+        index[~keep[seq, pos], 2] = _DROPPED
+        places = torch.zeros_like(keep)
+        places[seq, pos] = True
+        return index, {hook: _STORAGE.encode(hook, kept_rows(x, places)) for hook, x in acts.items()}
+
+    @cached_property
+    def _beginning(self) -> tuple[Mask, dict[int, Rows]]:
+        """The mask, and the rows of the contexts that its limits come from, by their first sequence."""
+        rule, waiting = NormRule(self.lm.special_ids), []
+        for batch in self._contexts():
+            acts, norms = self._run(batch)
+            waiting.append((batch, acts, norms))
+            rule.add(batch, norms)
+            if rule.ready:
+                break
+        if not rule.n_rows:
+            raise ValueError(
+                f"The mask leaves no token of {self.texts.describe(self.config['split'])}: give more text."
+            )
+        mask = Mask(tuple(self.lm.special_ids), rule.limits())
+        return mask, {batch.first_sequence: self._marked(mask, batch, acts, norms) for batch, acts, norms in waiting}
+
+    def _filled(self, pool: Pool, read: Sequence[TokenBatch], hooks: list[str]) -> Pool:
+        """The same pool, with rows beside the places."""
+        filled, waiting = Pool(self._capacity), self._numbered(pool.waiting)
+        for batch in read:
+            start = batch.first_sequence * self.config["ctx_len"]
+            here = waiting[(waiting >= start) & (waiting < start + batch.ids.numel())]
+            if len(here):
+                index, rows = self._rows(batch, hooks)
+                at = torch.searchsorted(self._numbered(index), here)
+                filled.add(index[at], {hook: {"acts": parts["acts"][at]} for hook, parts in rows.items()})
+        return filled
+
+    def _numbered(self, index: Int[Tensor, "n 3"]) -> Int[Tensor, " n"]:
+        """Each row's place in the stream of tokens."""
+        return index[:, 0].long() * self.config["ctx_len"] + index[:, 1]
+
+
+def _stand_ins(index: Int[Tensor, "n 3"]) -> Int[Tensor, " n"]:
+    """Of each drawn row its own place, or for one that the norm rule drops that of the last kept one before it."""
+    kept = index[:, 2] != _DROPPED
+    if not bool(kept.any()):
+        raise CacheError(f"The norm rule drops all of {len(index)} rows: the texts change. Harvest a cache of them.")
+    places = torch.where(kept, torch.arange(len(index)), 0).cummax(0).values
+    return places.clamp_min(int(kept.nonzero()[0]))  # at the front there is none before it
+
+
+def _forget(read: deque[TokenBatch], pool: Pool) -> None:
+    """Drop the contexts that have no row in the pool any more."""
+    oldest = pool.oldest_sequence
+    while read and (oldest is None or read[0].first_sequence + len(read[0].ids) <= oldest):
+        read.popleft()

@@ -1,0 +1,142 @@
+"""What a run will hold in memory, counted before any of it is made: one that does not fit is refused, not killed on the way.
+
+Weights, gradients and Adam's moments are known but for the biases. Batches and workspace are estimates from the sizes of a
+step's tensors, which the tests hold against real steps. `DEAD` of the features count as dead: the aux loss is dense in them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saelab.activation_cache.format import human_bytes
+from saelab.errors import TrainingError
+from saelab.kernels.dispatch import fast_bf16
+from saelab.saes import SAE, MatchingPursuitConfig
+from saelab.saes.l0_controller import START
+from saelab.training.config import TrainConfig
+from saelab.training.data import View
+
+Plan = Mapping[str, Mapping[str, int]]
+"""Bytes by device and by what they are for."""
+
+DEAD = 0.05
+_CODE_BYTES = 120  # ids, values, their sorted copies and gradients, of one feature that fires on one token
+_ROW_COPIES = 8  # of a step's input and output
+_AUX_COPIES = 7  # of the dense pre-activations of dead features
+_SCREEN_BYTES = 36 << 20  # kernels/cpu/screen.py
+_BATCHES = 6  # read ahead, and the one in use
+
+
+def plan_memory(variant: type[SAE], config: Any, view: View, train: TrainConfig, device: torch.device) -> Plan:
+    """Bytes that training one SAE takes beyond what is held before."""
+    width = view.d_in * view.shape.get("n_sources", 1)
+    width_out = view.shape.get("d_out", width)
+    tied = isinstance(getattr(variant, "W_enc", None), property)  # another name of W_dec
+    matrices = [config.d_sae * width_out * 4] + ([] if tied else [config.d_sae * width * 4])
+    weights = sum(matrices)
+    n_rows = -(-train.batch_size // train.grad_accumulation)
+    screen = min(_SCREEN_BYTES, n_rows * config.d_sae * 4)
+    rounded = config.d_sae * width * 2 if fast_bf16(device.type) else 0
+    again = max(matrices) if train.grad_accumulation > 1 or tied else 0  # gradients that are added up
+    step = {
+        "weights": weights,
+        "gradients": weights,
+        "Adam": 2 * weights,
+        "batches": _BATCHES * train.batch_size * max(width, width_out) * 4,
+        "workspace": screen + rounded + again + _step_bytes(config, n_rows, width, weights),
+    }
+    if device.type == "cpu":
+        return {"cpu": step}
+    return {str(device): step, "cpu": {"batches": step["batches"], "checkpoint": 3 * weights}}
+
+
+def _step_bytes(config: Any, n_rows: int, width: int, weights: int) -> int:
+    """Tensors that live as long as a step does, of `n_rows` tokens."""
+    steps = config.k if isinstance(config, MatchingPursuitConfig) else 0  # each step of a pursuit keeps its residual
+    total = n_rows * width * 4 * (_ROW_COPIES + 6 * steps) + n_rows * _codes_a_token(config) * _CODE_BYTES
+    if getattr(config, "auxk_alpha", 0.0):
+        total += DEAD * (_AUX_COPIES * 4 * n_rows * config.d_sae + 3 * weights)
+    return int(total)
+
+
+def _codes_a_token(config: Any) -> float:
+    """Features that fire on a token when most do: at the start, for those that a penalty makes sparse."""
+    if hasattr(config, "k") and getattr(config, "sparsity", "") != "l1":
+        return config.k * (5 if getattr(config, "multi_topk", False) else 1)
+    target = getattr(config, "target_l0", None) or (32 if hasattr(config, "initial_threshold") else None)
+    return config.d_sae / 2 if target is None else min(config.d_sae / 2, START * target)
+
+
+def check_memory(plans: Iterable[Plan], free: Mapping[str, int]) -> str:
+    """One line for each device: the sum of the plans and its parts, and what is `free` (bytes by device) there.
+
+    Raises `TrainingError` where it does not fit. A device that `free` does not name is not judged.
+    """
+    total: dict[str, Counter[str]] = {}
+    for plan in plans:
+        for device, parts in plan.items():
+            total.setdefault(device, Counter()).update(parts)
+    lines = []
+    for device, parts in total.items():
+        needed = sum(parts.values())
+        each = ", ".join(f"{name} {human_bytes(n)}" for name, n in parts.items() if n)
+        have = f" of {human_bytes(free[device])} free" if device in free else ""
+        lines.append(f"Memory on {device}: about {human_bytes(needed)}{have} ({each}).")
+        if needed > free.get(device, needed):
+            raise TrainingError(
+                f"This training does not fit. {lines[-1]} Lower d_sae, or batch_size, or raise grad_accumulation (they make "
+                "the workspace smaller), train fewer SAEs side by side, or share the features among ranks (feature_shards)."
+            )
+    return "\n".join(lines)
+
+
+def free_bytes(device: torch.device, root: Path = Path("/")) -> dict[str, int]:
+    """Bytes that can still be had on the CPU, under the limit of its control group, and on a GPU; none where unknown."""
+    known = [_available(root), _left_in_cgroup(root)]
+    free = {"cpu": min(n for n in known if n is not None)} if known != [None, None] else {}
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own, to be used again
+        free[str(device)] = torch.cuda.mem_get_info(device)[0] + kept
+    return free
+
+
+def _available(root: Path) -> int | None:
+    found = _fields(root / "proc/meminfo").get("MemAvailable:")
+    return None if found is None else found * 1024
+
+
+def _left_in_cgroup(root: Path) -> int | None:
+    """Limit less use of the process's control group (version 2 or 1); what is cached of files can be had back."""
+    left: list[int] = []
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        base = root / "sys/fs/cgroup" / controllers
+        names = ("memory.max", "memory.current", "inactive_file")
+        if controllers:
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        for folder in {base / path.lstrip("/"), base}:  # a container may see its own as the root
+            limit, used = (_lines(folder / name) for name in names[:2])
+            if limit and used and limit[0].isdigit():  # "max" is none
+                cached = _fields(folder / "memory.stat").get(names[2], 0)
+                left.append(max(0, int(limit[0]) - int(used[0]) + cached))
+    return min(left, default=None)
+
+
+def _fields(path: Path) -> dict[str, int]:
+    """First two words of each line."""
+    words = (line.split() for line in _lines(path))
+    return {some[0]: int(some[1]) for some in words if len(some) > 1 and some[1].isdigit()}
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
