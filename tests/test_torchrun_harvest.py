@@ -52,6 +52,7 @@ def pid_of_rank(rank: int, pid: int) -> int:
     return named[0]
 
 
+@pytest.mark.timeout(900)  # three processes start, each with its imports
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the ranks of torchrun in /proc")
 def test_a_rank_is_killed_and_one_process_goes_on(tiny_folder, tmp_path):
     """Two ranks, one gets SIGKILL in the middle, torchrun ends the other; one process leaves the bytes of an undisturbed one."""
