@@ -110,7 +110,7 @@ def begin(folder: Path, journal: Journal, config: dict[str, Any], environment: d
     """Start or continue a journal; True when this very cache is finished. Raises `ValueError` when arguments differ."""
     finished = (folder / MANIFEST).exists()
     started = journal.of_kind("start")
-    limits = any(entry["rows"] for entry in journal.of_kind("mask"))
+    limits = any(entry.get("rows") for entry in journal.of_kind("mask"))
     blocks = limits and "block_contexts" in started[0]["config"]  # other processes may be at them
     if started and (finished or blocks or journal.of_kind("shard")):
         held, asked = (list(one["hooks"]) for one in (started[0]["config"], config))

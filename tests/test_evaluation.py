@@ -10,6 +10,7 @@ import torch
 import saelab
 from saelab.activation_cache.score import open_score_stream
 from saelab.evaluation.reconstruction import Reconstruction, VarianceSums
+from saelab.masking import token_mask
 from saelab.saes import (
     CrosscoderConfig,
     CrosscoderSAE,
@@ -26,7 +27,7 @@ from saelab.tokens import document_id
 
 HOOK = "blocks.1.hook_resid_post"
 KEYS = {
-    "fvu", "fvu_unmasked", "explained_variance", "l0", "dead_fraction", "dense_fraction", "cosine",
+    "fvu", "fvu_unmasked", "fvu_special", "explained_variance", "l0", "dead_fraction", "dense_fraction", "cosine",
     "relative_reconstruction_bias", "ce_loss", "ce_loss_sae", "ce_loss_recovered", "ce_loss_recovered_mean", "kl",
     "n_tokens", "n_masked", "mask", "split", "hook_name", "sae_hash", "model_hash",
 }  # fmt: skip
@@ -99,6 +100,11 @@ def test_numbers_equal_a_plain_computation(tiny_lm):
     unmasked = (every - sae(every).x_hat.double()).square().sum() / (every - every.mean(0)).square().sum()
     assert report.fvu == pytest.approx(fvu.item(), rel=1e-6)
     assert report.fvu_unmasked == pytest.approx(unmasked.item(), rel=1e-6) and report.fvu_unmasked != report.fvu
+    masks = [token_mask(tokens.ids, tokens.doc, stream.mask.special_ids)["special"] for tokens, _, _ in batches]
+    special = torch.cat([acts[mask] for mask, (_, acts, _) in zip(masks, batches, strict=True)]).double()
+    error = special - sae(special).x_hat.double()
+    fvu = error.square().sum() / (special - special.mean(0)).square().sum()
+    assert report.fvu_special == pytest.approx(fvu.item(), rel=1e-6) and len(special) == report.n_masked["special"] > 3
     assert report.l0 == pytest.approx((codes != 0).sum(1).double().mean().item())
     density = (codes != 0).double().mean(0)
     assert report.dead_fraction == pytest.approx((density == 0).double().mean().item())

@@ -20,6 +20,7 @@ from saelab.errors import SaelabError
 from saelab.evaluation.loss_recovered import LossRecovered
 from saelab.evaluation.reconstruction import Reconstruction, VarianceSums
 from saelab.files import atomic_write_text, read_json
+from saelab.masking import token_mask
 from saelab.models import LanguageModel
 from saelab.models_together import together
 from saelab.saes import SAE, SAEOutput
@@ -35,6 +36,7 @@ class Report:
 
     fvu: float | None
     fvu_unmasked: float | None
+    fvu_special: float | None
     explained_variance: float | None
     l0: float
     dead_fraction: float
@@ -126,9 +128,9 @@ def evaluate(
         n_tokens=n_tokens, ctx_len=ctx_len, batch_size=batch_size,
     )  # fmt: skip
     with torch.inference_mode():
-        measures, unmasked, keeps = _measure(sae, stream, progress)
+        measures, masked, keeps = _measure(sae, stream, progress)
         losses = _score_losses(sae, stream, keeps, measures, n_tokens_ce, progress)
-    report = _report(sae, stream, measures, unmasked, losses, request)
+    report = _report(sae, stream, measures, masked, losses, request)
     if path is not None:
         report.save(path)
     return report
@@ -164,14 +166,14 @@ def _report(
     sae: SAE,
     stream: ScoreStream,
     measures: Reconstruction,
-    unmasked: VarianceSums,
+    masked: dict[str, VarianceSums],
     losses: LossRecovered,
     request: dict[str, Any],
 ) -> Report:
     return Report(
         **measures.results(),  # pyright: ignore[reportArgumentType]
         **losses.results(),
-        fvu_unmasked=unmasked.fvu,
+        **{name: sums.fvu for name, sums in masked.items()},  # pyright: ignore[reportArgumentType]
         n_tokens=measures.variance.n,
         n_tokens_ce=losses.n,
         n_masked=stream.n_masked,
@@ -187,20 +189,23 @@ def _report(
 
 def _measure(
     sae: SAE, stream: ScoreStream, progress: bool
-) -> tuple[Reconstruction, VarianceSums, list[Bool[Tensor, "batch ctx_len"]]]:
-    """One pass over all tokens: the measures under the mask, the sums without it, and what the mask kept."""
-    measures, unmasked, keeps = Reconstruction(sae), VarianceSums(), []
+) -> tuple[Reconstruction, dict[str, VarianceSums], list[Bool[Tensor, "batch ctx_len"]]]:
+    """One pass over all tokens: the measures under the mask, the sums with masked tokens, and what the mask kept."""
+    measures, keeps = Reconstruction(sae), []
+    masked = {"fvu_unmasked": VarianceSums(), "fvu_special": VarianceSums()}
     for tokens, batch, keep in tqdm(stream.pairs(), total=len(stream.batches), desc="Evaluating", disable=not progress):
         real = tokens.doc >= 0
         y, kept = batch.y[real].float(), keep[real]
         output = sae(batch.x[real].float().to(sae.W_dec.device))
-        unmasked.add(y, output.x_hat)
+        special = token_mask(tokens.ids, tokens.doc, stream.mask.special_ids)["special"][real]
+        masked["fvu_unmasked"].add(y, output.x_hat)
+        masked["fvu_special"].add(y[special], output.x_hat[special])
         if bool(kept.any()):
             measures.add(y[kept], SAEOutput(output.x_hat[kept], output.acts.select_rows(kept)))
         keeps.append(keep)
     if measures.variance.n == 0:
         raise ValueError(f"No token of {stream.texts.name} is left under the mask: {stream.n_masked}. Give more text.")
-    return measures, unmasked, keeps
+    return measures, masked, keeps
 
 
 def _score_losses(
