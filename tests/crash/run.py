@@ -10,36 +10,47 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import random
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
+from typing import Any
+
+import torch
 
 WORKER = Path(__file__).with_name("worker.py")
-sys.path.insert(0, str(WORKER.parents[1]))  # for conftest, which builds the tiny model
+sys.path[:0] = [str(WORKER.parent), str(WORKER.parents[1])]
+from conftest import build_tiny_llama  # noqa: E402
+from worker import WORK  # noqa: E402
+
+import saelab  # noqa: E402
+
+_COMPARED = {"harvest": "cache", "train": "."}
+_FORKS = multiprocessing.get_context("fork")  # a process of its own for each, without importing torch in each
 
 
-def start(kind: str, model: str, folder: Path) -> subprocess.Popen[str]:
-    """A worker that has begun its work."""
-    command = [sys.executable, str(WORKER), kind, model, str(folder)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line == "ready\n":
-            return process
-    raise RuntimeError(f"{kind} never began: {process.communicate()[1][-2000:]}")
+def start(kind: str, lm: Any, folder: Path) -> Any:
+    """A process that does the work."""
+    process = _FORKS.Process(target=WORK[kind], args=(lm, folder))
+    process.start()
+    return process
 
 
-def finish(kind: str, model: str, folder: Path) -> float:
-    """Run a worker to its end; seconds of work."""
-    process, begun = start(kind, model, folder), time.perf_counter()
-    said = process.communicate()[1]
-    if process.returncode:
-        raise RuntimeError(f"{kind} ended with {process.returncode}: {said[-2000:]}")
-    return time.perf_counter() - begun
+def _check_end(process: Any) -> None:
+    if process.exitcode:
+        raise RuntimeError(f"A process ended with {process.exitcode}")  # and has printed why
+
+
+def whole_run(model: str, folder: Path) -> dict[str, float]:
+    """Both kinds left alone, in a Python that shares nothing with the forks, not even its hashes of texts; seconds of each."""
+    command = [sys.executable, str(WORKER), model, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"the run left alone ended with {done.returncode}: {done.stderr[-2000:]}")
+    return dict(zip(WORK, map(float, done.stdout.split()[-len(WORK) :]), strict=True))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -56,25 +67,25 @@ def contents(folder: Path) -> dict[str, bytes]:
     return found
 
 
-def trial(
-    kind: str, model: str, whole: Path, begun_with: Path | None, seconds: float, moments: random.Random
-) -> list[float]:
+def trial(kind: str, lm: Any, whole: Path, seconds: float, moments: random.Random) -> list[float]:
     """Kill one run once, one in three more often, then let it end; the moments of the kills. Raises when bytes differ."""
     with tempfile.TemporaryDirectory() as name:
         folder, kills = Path(name), []
-        if begun_with is not None:
-            shutil.copytree(begun_with, folder / "cache")
+        if kind == "train":
+            shutil.copytree(whole / "cache", folder / "cache")
         while not kills or moments.random() < 1 / 3:
-            process, moment = start(kind, model, folder), moments.uniform(0, seconds)
-            try:
-                process.wait(moment)
-                break  # it was faster than the one that was left alone
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.communicate()
-                kills.append(moment)
-        finish(kind, model, folder)
-        ours, theirs = contents(folder), contents(whole)
+            process, moment = start(kind, lm, folder), moments.uniform(0, seconds)
+            process.join(moment)
+            if not process.is_alive():
+                _check_end(process)  # it was faster than the one that was left alone
+                break
+            process.kill()
+            process.join()
+            kills.append(moment)
+        process = start(kind, lm, folder)
+        process.join()
+        _check_end(process)
+        ours, theirs = (contents(made / _COMPARED[kind]) for made in (folder, whole))
         different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
         if different:
             raise AssertionError(f"{kind} killed after {kills} s differs in {', '.join(different)}")
@@ -88,18 +99,16 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args(arguments)
     moments = random.Random(asked.seed)
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         whole = Path(name) / "whole"
-        model = asked.model
-        if model == "tiny":
-            from conftest import build_tiny_llama
-
-            model = str(build_tiny_llama(Path(name) / "tiny-llama"))
-        for kind in ("harvest", "train"):
-            seconds, kills = finish(kind, model, whole), 0
+        model = asked.model if asked.model != "tiny" else str(build_tiny_llama(Path(name) / "tiny-llama"))
+        took, lm = whole_run(model, whole), saelab.load_model(model)
+        for kind, seconds in took.items():
+            kills = 0
             while kills < asked.kills:
                 try:
-                    times = trial(kind, model, whole, whole / "cache" if kind == "train" else None, seconds, moments)
+                    times = trial(kind, lm, whole, seconds, moments)
                 except AssertionError as error:
                     print(error)
                     return 1
