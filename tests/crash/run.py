@@ -34,7 +34,7 @@ import saelab  # noqa: E402
 
 _AT_ONCE = 2
 _LATEST = 1.1  # of the seconds of the run left alone: two at once are slower
-_COMPARED = {"harvest": "cache", "train": "sae", "stream": "streamed"}
+_COMPARED = {"harvest": ["cache"], "train": ["cache", "sae"], "stream": ["streamed"]}
 _FORKS = multiprocessing.get_context("fork")  # a process of its own for each, without importing torch in each
 
 
@@ -60,17 +60,16 @@ def whole_run(model: str, folder: Path, kinds: list[str]) -> dict[str, float]:
     return dict(zip(kinds, seconds, strict=True))
 
 
-def contents(folder: Path) -> dict[str, bytes]:
+def contents(made: Path, parts: list[str]) -> dict[str, bytes]:
     """What must be the same: all tensors and the manifest, and the log without its speeds."""
-    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.safetensors")}
-    found = {name: content for name, content in found.items() if "checkpoints" not in Path(name).parts}
-    for path in folder.rglob("manifest.json"):
-        found[str(path.relative_to(folder))] = path.read_bytes()
-    for path in folder.rglob("metrics.jsonl"):
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        found["metrics"] = json.dumps(
-            [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
-        ).encode()
+    found: dict[str, bytes] = {}
+    for path in (path for part in parts for path in (made / part).rglob("*")):
+        if path.name == "manifest.json" or (path.suffix == ".safetensors" and path.parent.name != "checkpoints"):
+            found[str(path.relative_to(made))] = path.read_bytes()
+        elif path.name == "metrics.jsonl":
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            kept = [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+            found["metrics"] = json.dumps(kept).encode()
     return found
 
 
@@ -93,7 +92,7 @@ def trial(kind: str, lm: Any, whole: Path, seconds: float, seed: str) -> list[fl
         process = start(kind, lm, folder)
         process.join()
         _check_end(process)
-        ours, theirs = (contents(made / _COMPARED[kind]) for made in (folder, whole))
+        ours, theirs = (contents(made, _COMPARED[kind]) for made in (folder, whole))
         different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
         if different or not theirs:
             raise AssertionError(f"{kind} killed after {kills} s differs in {', '.join(different)}")

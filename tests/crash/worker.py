@@ -41,7 +41,7 @@ def run_stream(lm: Any, folder: Path) -> None:
 
 def _train(large: bool, data: Any, folder: Path) -> None:
     sae = saes.BatchTopKConfig(d_sae=512 if large else 96, k=8)  # its threshold is part of the state
-    config = TrainConfig(n_tokens=128 * (120 if large else 240), batch_size=128, checkpoint_every=7, log_every=5)
+    config = TrainConfig(n_tokens=128 * (120 if large else 300), batch_size=128, checkpoint_every=7, log_every=5)
     train(sae, data, config, out_dir=folder, progress=False)
 
 
