@@ -8,7 +8,10 @@ import signal
 from pathlib import Path
 
 import pytest
+import runtime_types
 import torch
+
+runtime_types.install()  # before saelab is imported, which the import hook then decorates with it
 
 # Without a GPU the Triton kernels run in Triton's interpreter, which has to be chosen before triton is imported.
 if not torch.cuda.is_available():

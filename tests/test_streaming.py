@@ -169,7 +169,8 @@ def test_only_documents_that_were_read_count_as_seen(tiny_lm, tmp_path):
 def test_another_stream_in_the_folder_is_refused(tmp_path, tiny_lm, streamed):
     once = TrainConfig(n_tokens=100, batch_size=100)
     train(TopKConfig(48, 4), streamed, once, tmp_path / "sae", hook_name=HOOK, progress=False)
-    other = stream(tiny_lm, TEXTS, TWO, **(SIZES | {"pool_shards": 2}))
+    sizes: dict[str, Any] = SIZES | {"pool_shards": 2}
+    other = stream(tiny_lm, TEXTS, TWO, **sizes)
     with pytest.raises(Exception, match=r"another run \(data: stream "):
         train(TopKConfig(48, 4), other, once, tmp_path / "sae", hook_name=HOOK, progress=False)
 
