@@ -6,6 +6,7 @@ RUN is a folder with cache/, sae/ (or several sae-NAME/), features/ and report.j
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -74,8 +75,15 @@ def train(
 
     folder = run / (f"sae-{name}" if name else "sae")
     saelab.train(config, run / "cache", train, out_dir=folder, hook_name=hook_name, wandb_project=wandb_project)
+    if _rank():
+        return
     print(f"The {variant} SAE is in {folder}")
     print(f"Next: saelab eval {folder}; saelab features {folder}; saelab dash {run}")
+
+
+def _rank() -> int:
+    """The number of this process under torchrun, where the first one speaks for all."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def check_has_cache(run: Path) -> None:

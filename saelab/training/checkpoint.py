@@ -47,7 +47,7 @@ def list_checkpoints(folder: Path) -> list[int]:
 
 def save_checkpoint(folder: Path, step: int, sae: SAE, adam: Adam, dead: DeadFeatures) -> None:
     """Write the state before step `step`; the newest two up to it are kept."""
-    tensors = _state(sae, adam, dead)
+    tensors = state_of(sae, adam, dead)
     metadata = {"step": str(step), "sha256": tensors_hash(tensors)}
     atomic_save_safetensors(checkpoint_path(folder, step), tensors, metadata)
     for old in [known for known in list_checkpoints(folder) if known <= step][:-KEEP]:
@@ -59,7 +59,7 @@ def load_checkpoint(folder: Path, n_steps: int, sae: SAE, adam: Adam, dead: Dead
 
     One that was damaged, or is not of this run, is passed over with a warning.
     """
-    state = _state(sae, adam, dead)
+    state = state_of(sae, adam, dead)
     for step in reversed(list_checkpoints(folder)):
         path = checkpoint_path(folder, step)
         try:
@@ -73,7 +73,7 @@ def load_checkpoint(folder: Path, n_steps: int, sae: SAE, adam: Adam, dead: Dead
     return 0
 
 
-def _state(sae: SAE, adam: Adam, dead: DeadFeatures) -> dict[str, Tensor]:
+def state_of(sae: SAE, adam: Adam, dead: DeadFeatures) -> dict[str, Tensor]:
     """The tensors of a checkpoint, no copies."""
     tensors: dict[str, Tensor] = {f"sae.{name}": value for name, value in sae.state_dict().items()}
     tensors |= {f"adam.{name}": value for name, value in adam.state_dict().items()}

@@ -55,8 +55,7 @@ class TrainConfig:
             raise ValueError(
                 f"n_tokens={self.n_tokens} is less than one batch of {self.batch_size}; raise n_tokens or lower batch_size."
             )
-        part = -(-self.batch_size // self.grad_accumulation)
-        if 1 in (part, self.batch_size % part):
+        if 1 in map(len, self.parts):
             raise ValueError(
                 f"batch_size={self.batch_size} with grad_accumulation={self.grad_accumulation} leaves a part of one row, "
                 "whose FVU is undefined (one row has no variance): raise batch_size or lower grad_accumulation."
@@ -67,6 +66,12 @@ class TrainConfig:
             raise ValueError(f"decay_fraction={self.decay_fraction} is a share of the run: give 0 to 1.")
         if not self.clip_norm > 0:
             raise ValueError(f"clip_norm={self.clip_norm} must be positive; float('inf') turns clipping off.")
+
+    @property
+    def parts(self) -> list[range]:
+        """The rows of each part of a batch."""
+        size = -(-self.batch_size // self.grad_accumulation)
+        return [range(start, min(start + size, self.batch_size)) for start in range(0, self.batch_size, size)]
 
     @property
     def n_steps(self) -> int:

@@ -11,6 +11,7 @@ from typing import Any, NoReturn, overload
 from tqdm.auto import tqdm
 
 from saelab.allocator import keep_freed_memory
+from saelab.distributed import join
 from saelab.errors import TrainingError
 from saelab.saes import SAE
 from saelab.training.checkpoint import claimed
@@ -62,6 +63,9 @@ def train(
     `sae-NAME/`); without it nothing is written. The same call again goes on where it stopped, bit for bit, and returns at
     once when finished; Ctrl-C writes a checkpoint first.
 
+    Under `torchrun` every process makes this call with the same arguments, and takes its share of the rows of each batch;
+    the first of them writes.
+
     Raises `ValueError` for bad arguments, `TrainingError` when activations or loss stop being finite or when `out_dir`
     holds another run.
     """
@@ -71,16 +75,20 @@ def train(
     if not configs:
         raise ValueError("The list of SAE configs is empty; give at least one.")
     trains = _train_configs(train_config, configs, several)
+    ranks = join()
     source = open_data(data, hook_name)
-    _warn_if_few(source, trains[0].batch_size)
+    if ranks.is_first:
+        _warn_if_few(source, trains[0].batch_size)
+    else:
+        out_dir = wandb_project = None
     own = Path(out_dir) if out_dir is not None else None
     folders = _folders(configs, own, trains if isinstance(train_config, Sequence) else None) if several else [own]
     with ExitStack() as stack:
         for folder in folders:
             stack.enter_context(claimed(folder))
         each = zip(configs, trains, folders, strict=True)
-        runs = [Run(one, source, train, folder, wandb_project) for one, train, folder in each]
-        _train_all([run for run in runs if not run.finished], source, trains[0], progress)
+        runs = [Run(one, source, train, folder, wandb_project, ranks) for one, train, folder in each]
+        _train_all([run for run in runs if not run.finished], source, trains[0], progress and ranks.is_first)
     saes = [run.sae for run in runs]
     return saes if several else saes[0]
 
@@ -123,14 +131,14 @@ def _train_all(runs: list[Run], source: DataSource, config: TrainConfig, progres
     """Feed every unfinished run from the earliest step any of them needs."""
     if not runs:
         return
-    first = min(run.step for run in runs)
+    first, ranks = min(run.step for run in runs), runs[0].ranks
     sites = list(dict.fromkeys(site for run in runs for site in run.sites.all))
     batches = source.batches(sites, config.batch_size, config.seed, first)
     options: dict[str, Any] = {"desc": "Training", "unit": "step", "disable": not progress}
     with tqdm(total=config.n_steps, initial=first, **options) as bar, interrupt_between_steps() as interrupt:
         rows: Rows | None = None
         for step in range(first, config.n_steps):
-            if interrupt.asked:
+            if ranks.agree(interrupt.asked, runs[0].device):
                 _stop(runs)
             rows = next(batches, None)
             if rows is None:
@@ -146,6 +154,7 @@ def _train_all(runs: list[Run], source: DataSource, config: TrainConfig, progres
         assert rows is not None
         for run in runs:
             run.finish(rows)
+        ranks.agree(False, runs[0].device)  # none goes on before everything is written
 
 
 def _stop(runs: list[Run]) -> NoReturn:

@@ -7,18 +7,19 @@ import math
 import platform
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from saelab.distributed import ALONE, Ranks
+from saelab.distributed.gradients import GradientSum
 from saelab.errors import TrainingError
 from saelab.io import load_sae, save_sae
 from saelab.losses import sum_of_squares, total_variance
-from saelab.saes import SAE, VARIANTS, Batch, StepInfo
+from saelab.saes import SAE, VARIANTS, StepInfo
 from saelab.training.adam import Adam
-from saelab.training.checkpoint import claim_run, list_checkpoints, load_checkpoint, save_checkpoint
+from saelab.training.checkpoint import claim_run, list_checkpoints, load_checkpoint, save_checkpoint, state_of
 from saelab.training.config import TrainConfig
 from saelab.training.data import DataSource, Rows
 from saelab.training.dead_features import DeadFeatures
@@ -36,14 +37,24 @@ def variant_of(config: Any) -> type[SAE]:
 
 
 class Run:
-    """Call `train_on(batch)` once a step; `finish(batch)` when `step` reaches `config.n_steps`."""
+    """Call `train_on(batch)` once a step; `finish(batch)` when `step` reaches `config.n_steps`.
+
+    Where `ranks` share the batches, each has a `Run` with the same weights, and only the first has a folder.
+    """
 
     def __init__(
-        self, config: Any, source: DataSource, train: TrainConfig, folder: Path | None, wandb_project: str | None
+        self,
+        config: Any,
+        source: DataSource,
+        train: TrainConfig,
+        folder: Path | None,
+        wandb_project: str | None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.train, self.folder = train, folder
+        self.train, self.folder, self.ranks = train, folder, ranks
         self.device = _device(train.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         variant = variant_of(config)
+        _check_shares(variant, train, ranks)
         view = source.view(variant, config)
         self.sites = view.sites
         self.sae = variant(config, view.d_in, seed=train.seed, **view.shape)
@@ -52,54 +63,53 @@ class Run:
         self.sae.to(self.device)
         self.adam = Adam(self.sae.parameters(), self.sae.weight_decay)
         self.dead = DeadFeatures(self.sae.d_sae, train.dead_window, self.device)
+        self._sum_gradients = GradientSum(self.sae.parameters(), ranks)
         self.step = 0
         self.last: dict[str, Any] = {}
         self._spent, self._spent_on = 0.0, 0
-        self.finished = self._continue(config, view.fingerprint)
+        self._continue(config, view.fingerprint)
+        self.finished = self.step == train.n_steps
         self.log = MetricsLog(folder, self.step, wandb_project) if not self.finished else None
 
-    def _continue(self, config: Any, fingerprint: str) -> bool:
-        """Take up what the folder holds; True when the run had already ended."""
-        if self.folder is None:
-            return False
+    def _continue(self, config: Any, fingerprint: str) -> None:
+        """Take up what the folder holds; at the last step when the run had already ended."""
+        if self.folder is not None:
+            self._read(self.folder, config, fingerprint)
+        step = torch.tensor(self.step, device=self.device)
+        self.ranks.take_from_first_([step, *state_of(self.sae, self.adam, self.dead).values()])
+        self.step = int(step)
+
+    def _read(self, folder: Path, config: Any, fingerprint: str) -> None:
         train = {key: str(value) for key, value in dataclasses.asdict(self.train).items()}
         begun = claim_run(
-            self.folder,
+            folder,
             {"variant": self.sae.variant, "config": dataclasses.asdict(config), "train": train}
             | {"data": fingerprint, "d_in": self.sae.d_in, **self.sae.shape},
-            environment(self.device),
+            environment(self.device, self.ranks),
         )
-        if (self.folder / "sae.json").exists():
-            self.sae = load_sae(self.folder)
+        if (folder / "sae.json").exists():
+            self.sae = load_sae(folder, self.device)
             self.step = self.train.n_steps
-            return True
-        self.step = load_checkpoint(self.folder, self.train.n_steps, self.sae, self.adam, self.dead)
+            return
+        self.step = load_checkpoint(folder, self.train.n_steps, self.sae, self.adam, self.dead)
         if self.step:
-            _warn_if_elsewhere(begun, environment(self.device))
-        return False
+            _warn_if_elsewhere(begun, environment(self.device, self.ranks))
 
     def train_on(self, rows: Rows) -> None:
         """One optimiser step. Raises `TrainingError` on NaN or infinite rows, loss or gradient; the last checkpoint stays."""
         start = time.perf_counter()
-        batch = self.sites.batch({name: rows[name].to(self.device) for name in self.sites.all})
         info = StepInfo(self.dead.dead, self.step, self.train.n_steps)
         logged = self.step % self.train.log_every == 0 or self.step == self.train.n_steps - 1
         sums: dict[str, Any] = {}
-        for part in _chunks(batch, self.train.grad_accumulation):
-            share = len(part.x) / len(batch.x)
-            loss = self.sae.loss(part, info)
-            (loss.total * share).backward()
-            self.dead.update(loss.acts)
-            values = {"loss": loss.total.item(), "l0": loss.acts.nnz / len(part.x)}
-            if logged:
-                values |= {name: term.item() for name, term in loss.terms.items()}
-                values["fvu"] = float(sum_of_squares(loss.residual) / total_variance(loss.y))
-            for name, value in values.items():
-                sums[name] = sums.get(name, 0.0) + share * value
+        for part in self.train.parts:
+            for name, value in self._learn(rows, part, info, logged).items():
+                sums[name] = sums.get(name, 0.0) + value
+        sums = self._sum_over_ranks(sums)
+        self._sum_gradients()
         lr = learning_rate(self.train, self.sae.base_lr, self.sae.d_sae, self.step)
         sums["grad_norm"] = apply_step(self.sae, self.adam, lr, self.train.clip_norm)
         if not (math.isfinite(sums["loss"]) and math.isfinite(sums["grad_norm"])):
-            raise TrainingError(self._explain(batch))
+            raise TrainingError(self._explain(rows))
         self.step += 1
         self._spent, self._spent_on = self._spent + time.perf_counter() - start, self._spent_on + 1
         if logged:
@@ -109,6 +119,27 @@ class Run:
             and self.step % self.train.checkpoint_every == 0 < self.train.n_steps - self.step
         ):
             self.checkpoint()
+
+    def _learn(self, rows: Rows, part: range, info: StepInfo, logged: bool) -> dict[str, float]:
+        """Add the gradients of this rank's rows in `part` of the batch; what it adds to the metrics of the whole batch."""
+        ranks = self.ranks.sharing(len(part))
+        own = part[ranks.own]
+        batch = self.sites.batch({name: rows[name][own.start : own.stop].to(self.device) for name in self.sites.all})
+        share = len(own) / self.train.batch_size
+        loss = self.sae.loss(batch, info._replace(ranks=ranks))
+        (loss.total * share).backward()
+        self.dead.update(loss.acts, ranks)
+        values = {"loss": loss.total.item(), "l0": loss.acts.nnz / len(own)}
+        if logged:
+            values |= {name: term.item() for name, term in loss.terms.items()}
+            values["fvu"] = float(sum_of_squares(loss.residual) / total_variance(loss.y, ranks))
+        return {name: share * value for name, value in values.items()}
+
+    def _sum_over_ranks(self, values: dict[str, float]) -> dict[str, float]:
+        if self.ranks.size == 1:
+            return values
+        whole = self.ranks.sum(torch.tensor(list(values.values()), dtype=torch.float64, device=self.device))
+        return dict(zip(values, whole.tolist(), strict=True))
 
     def checkpoint(self) -> None:
         """Write the state before the next step, where the run has a folder and has begun."""
@@ -123,7 +154,7 @@ class Run:
             "train": {key: str(value) for key, value in dataclasses.asdict(self.train).items()},
             "n_tokens": self.train.n_steps * self.train.batch_size,
             "metrics": self.last,
-        } | environment(self.device)
+        } | environment(self.device, self.ranks)
         self.sae.eval()
         if self.folder is not None:
             save_sae(self.sae, self.folder, golden_inputs=self.sites.batch(rows).x)
@@ -140,7 +171,8 @@ class Run:
         if self.log is not None:
             self.log.write(self.last | {"tokens_per_second": round(rate, 1)})
 
-    def _explain(self, batch: Batch) -> str:
+    def _explain(self, rows: Rows) -> str:
+        batch = self.sites.batch(rows)
         bad = int((~(batch.x.flatten(1).isfinite().all(1) & batch.y.flatten(1).isfinite().all(1))).sum())
         cause = (
             f"{bad} of {len(batch.x)} activations in batch {self.step} are NaN or infinite; harvest them anew"
@@ -152,10 +184,20 @@ class Run:
         return f"Training stopped at step {self.step}: {cause}; {kept}."
 
 
-def _chunks(batch: Batch, n: int) -> Iterator[Batch]:
-    """The batch in `n` parts; y stays x where it is."""
-    for x, y in zip(batch.x.chunk(n), batch.y.chunk(n), strict=True):
-        yield Batch(x, x if batch.y is batch.x else y)
+def _check_shares(variant: type[SAE], train: TrainConfig, ranks: Ranks) -> None:
+    """Raises `ValueError` where the batches cannot be shared by these processes."""
+    if ranks.size == 1:
+        return
+    if not variant.shares_batches:
+        raise ValueError(
+            f"{variant.variant} trains in one process, this job has {ranks.size}: start it without torchrun."
+        )
+    least = min(len(part) for part in train.parts)
+    if least < ranks.size:
+        raise ValueError(
+            f"batch_size={train.batch_size} with grad_accumulation={train.grad_accumulation} has a part of {least} rows, "
+            f"fewer than the {ranks.size} processes that share it: raise batch_size, or start fewer."
+        )
 
 
 def _device(name: str) -> torch.device:
@@ -169,18 +211,20 @@ def _device(name: str) -> torch.device:
         ) from error
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """The four things beside seed and data that decide the bits of a run."""
+def environment(device: torch.device, ranks: Ranks = ALONE) -> dict[str, Any]:
+    """The things beside seed and data that decide the bits of a run."""
     return {
         "torch": torch.__version__,
         "device": str(device),
         "threads": torch.get_num_threads(),
         "backend": platform.machine(),
+        "ranks": ranks.size,
     }
 
 
 def _warn_if_elsewhere(before: dict[str, Any], now: dict[str, Any]) -> None:
     """Warn when a run goes on under another torch, device or thread count: its bits may then differ."""
+    before = {"ranks": 1} | before
     different = [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
     if different:
         warnings.warn(
