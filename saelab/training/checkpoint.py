@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from saelab.errors import TrainingError
+from saelab.errors import SaelabError, TrainingError
 from saelab.files import (
     atomic_save_safetensors,
     atomic_write_json,
@@ -28,30 +29,40 @@ from saelab.files import (
 from saelab.saes import SAE
 from saelab.training.adam import Adam
 from saelab.training.dead_features import DeadFeatures
+from saelab.training.sharded_checkpoint import check_folder, read_folder
 
 RUN_FILE = "checkpoints/run.json"
 KEEP = 2
-_NAME = re.compile(r"step-(\d{8})\.safetensors")
+_NAME = re.compile(r"step-(\d{8})(\.safetensors)?")
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint taken before step `step` lives."""
-    return folder / "checkpoints" / f"step-{step:08d}.safetensors"
+    """Where the checkpoint taken before step `step` lives; one of sharded features is a folder, without the suffix."""
+    path = folder / "checkpoints" / f"step-{step:08d}.safetensors"
+    return path.with_suffix("") if path.with_suffix("").is_dir() else path
 
 
 def list_checkpoints(folder: Path) -> list[int]:
     """Steps that have a checkpoint, ascending."""
-    found = (_NAME.fullmatch(entry.name) for entry in (folder / "checkpoints").glob("step-*.safetensors"))
-    return sorted(int(match[1]) for match in found if match)
+    found = (_NAME.fullmatch(entry.name) for entry in (folder / "checkpoints").glob("step-*"))
+    return sorted({int(match[1]) for match in found if match})
 
 
 def save_checkpoint(folder: Path, step: int, sae: SAE, adam: Adam, dead: DeadFeatures) -> None:
     """Write the state before step `step`; the newest two up to it are kept."""
     tensors = state_of(sae, adam, dead)
     metadata = {"step": str(step), "sha256": tensors_hash(tensors)}
+    shutil.rmtree(checkpoint_path(folder, step).with_suffix(""), ignore_errors=True)
     atomic_save_safetensors(checkpoint_path(folder, step), tensors, metadata)
+    remove_old_checkpoints(folder, step)
+
+
+def remove_old_checkpoints(folder: Path, step: int) -> None:
+    """All but the newest two up to `step`."""
     for old in [known for known in list_checkpoints(folder) if known <= step][:-KEEP]:
-        checkpoint_path(folder, old).unlink(missing_ok=True)
+        path = checkpoint_path(folder, old)
+        shutil.rmtree(path.with_suffix(""), ignore_errors=True)
+        path.with_suffix(".safetensors").unlink(missing_ok=True)
 
 
 def load_checkpoint(folder: Path, n_steps: int, sae: SAE, adam: Adam, dead: DeadFeatures) -> int:
@@ -60,17 +71,34 @@ def load_checkpoint(folder: Path, n_steps: int, sae: SAE, adam: Adam, dead: Dead
     One that was damaged, or is not of this run, is passed over with a warning.
     """
     state = state_of(sae, adam, dead)
+
+    def read(path: Path, step: int) -> None:
+        tensors = _read_checked(path, step, n_steps, state)
+        for name, tensor in state.items():
+            tensor.copy_(tensors[name])
+
+    return newest_checkpoint(folder, read)
+
+
+def newest_checkpoint(folder: Path, read: Callable[[Path, int], object]) -> int:
+    """The newest step whose checkpoint `read(path, step)` accepts, 0 where there is none; others are warned of."""
     for step in reversed(list_checkpoints(folder)):
         path = checkpoint_path(folder, step)
         try:
-            tensors = _read_checked(path, step, n_steps, state)
-        except (SafetensorError, OSError, ValueError) as error:
-            warnings.warn(f"{path} is passed over ({error}): the run goes on from the one before.", stacklevel=5)
+            read(path, step)
+        except (SafetensorError, OSError, ValueError, SaelabError) as error:
+            warnings.warn(f"{path} is passed over ({error}): the run goes on from the one before.", stacklevel=6)
             continue
-        for name, tensor in state.items():
-            tensor.copy_(tensors[name])
         return step
     return 0
+
+
+def check_checkpoint(path: Path, step: int, n_steps: int) -> None:
+    """Raises `ValueError`, or what reading raises, unless the file or folder is as written and of this step."""
+    if path.is_dir():
+        check_folder(path, step, n_steps)
+    else:
+        _tensors_of(path, step, n_steps)
 
 
 def state_of(sae: SAE, adam: Adam, dead: DeadFeatures) -> dict[str, Tensor]:
@@ -82,6 +110,16 @@ def state_of(sae: SAE, adam: Adam, dead: DeadFeatures) -> dict[str, Tensor]:
 
 def _read_checked(path: Path, step: int, n_steps: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a checkpoint. Raises `ValueError` unless they are as written and fit `state`."""
+    if path.is_dir():
+        check_folder(path, step, n_steps)
+        return read_folder(path, state)
+    tensors = _tensors_of(path, step, n_steps)
+    if {name: tensor.shape for name, tensor in tensors.items()} != {name: t.shape for name, t in state.items()}:
+        raise ValueError("its tensors are not those of this run")
+    return tensors
+
+
+def _tensors_of(path: Path, step: int, n_steps: int) -> dict[str, Tensor]:
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
     if metadata.get("step") != str(step) or step >= n_steps:
@@ -89,8 +127,6 @@ def _read_checked(path: Path, step: int, n_steps: int, state: Mapping[str, Tenso
     tensors = load_file(path)
     if metadata.get("sha256") != tensors_hash(tensors):
         raise ValueError("it was altered: SHA-256 differs")
-    if {name: tensor.shape for name, tensor in tensors.items()} != {name: t.shape for name, t in state.items()}:
-        raise ValueError("its tensors are not those of this run")
     return tensors
 
 

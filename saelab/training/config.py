@@ -36,6 +36,8 @@ class TrainConfig:
     """Parts a batch is cut into, one after another, to save memory."""
     device: str | None = None
     """"cpu", "cuda", ...; None takes a GPU when there is one."""
+    feature_shards: int = 1
+    """Processes over which the features of one SAE are spread (topk, batch_topk); the others of a job share the rows."""
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -43,6 +45,7 @@ class TrainConfig:
             ("batch_size", 1),
             ("log_every", 1),
             ("grad_accumulation", 1),
+            ("feature_shards", 1),
             ("checkpoint_every", 0),
             ("warmup_steps", 0),
         ):

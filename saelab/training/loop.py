@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from saelab.allocator import keep_freed_memory
 from saelab.distributed import join
+from saelab.distributed.mesh import build_mesh
 from saelab.errors import TrainingError
 from saelab.saes import SAE
 from saelab.training.checkpoint import claimed
@@ -64,7 +65,8 @@ def train(
     once when finished; Ctrl-C writes a checkpoint first.
 
     Under `torchrun` every process makes this call with the same arguments, and takes its share of the rows of each batch;
-    the first of them writes.
+    the first of them writes. With `feature_shards` S the features of each SAE are spread over S processes, and the first
+    of all gets the whole SAE.
 
     Raises `ValueError` for bad arguments, `TrainingError` when activations or loss stop being finite or when `out_dir`
     holds another run.
@@ -76,25 +78,24 @@ def train(
         raise ValueError("The list of SAE configs is empty; give at least one.")
     trains = _train_configs(train_config, configs, several)
     ranks = join()
+    mesh = build_mesh(ranks, trains[0].feature_shards, trains[0].device)
     source = open_data(data, hook_name)
     if ranks.is_first:
         _warn_if_few(source, trains[0].batch_size)
-    else:
-        out_dir = wandb_project = None
     own = Path(out_dir) if out_dir is not None else None
     folders = _folders(configs, own, trains if isinstance(train_config, Sequence) else None) if several else [own]
     with ExitStack() as stack:
         for folder in folders:
-            stack.enter_context(claimed(folder))
+            stack.enter_context(claimed(folder if ranks.is_first else None))
         each = zip(configs, trains, folders, strict=True)
-        runs = [Run(one, source, train, folder, wandb_project, ranks) for one, train, folder in each]
+        runs = [Run(one, source, train, folder, wandb_project, mesh) for one, train, folder in each]
         _train_all([run for run in runs if not run.finished], source, trains[0], progress and ranks.is_first)
     saes = [run.sae for run in runs]
     return saes if several else saes[0]
 
 
-_COMMON = ("n_tokens", "batch_size", "seed")
-"""Fields of `TrainConfig` that decide the batches, so that SAEs side by side have them in common."""
+_COMMON = ("n_tokens", "batch_size", "seed", "feature_shards")
+"""Fields of `TrainConfig` that decide the batches and who holds what, so that SAEs side by side have them in common."""
 
 
 def _train_configs(given: Any, configs: list[Any], several: bool) -> list[TrainConfig]:

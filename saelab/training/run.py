@@ -12,19 +12,22 @@ from typing import Any
 
 import torch
 
-from saelab.distributed import ALONE, Ranks
-from saelab.distributed.gradients import GradientSum
+from saelab.distributed import Ranks
+from saelab.distributed.mesh import Mesh
 from saelab.errors import TrainingError
 from saelab.io import load_sae, save_sae
 from saelab.losses import sum_of_squares, total_variance
 from saelab.saes import SAE, VARIANTS, StepInfo
+from saelab.saes.sharded import FeatureShard, check_shardable, gather_into, shard_of
 from saelab.training.adam import Adam
-from saelab.training.checkpoint import claim_run, list_checkpoints, load_checkpoint, save_checkpoint, state_of
+from saelab.training.checkpoint import claim_run, list_checkpoints
 from saelab.training.config import TrainConfig
 from saelab.training.data import DataSource, Rows
 from saelab.training.dead_features import DeadFeatures
+from saelab.training.exchange import Exchange
 from saelab.training.metrics_log import MetricsLog
 from saelab.training.optimizer import apply_step, learning_rate
+from saelab.training.state import State
 
 
 def variant_of(config: Any) -> type[SAE]:
@@ -39,7 +42,7 @@ def variant_of(config: Any) -> type[SAE]:
 class Run:
     """Call `train_on(batch)` once a step; `finish(batch)` when `step` reaches `config.n_steps`.
 
-    Where `ranks` share the batches, each has a `Run` with the same weights, and only the first has a folder.
+    On a mesh of ranks each has a `Run` with its rows of every batch and its features; the first writes.
     """
 
     def __init__(
@@ -49,51 +52,56 @@ class Run:
         train: TrainConfig,
         folder: Path | None,
         wandb_project: str | None,
-        ranks: Ranks = ALONE,
+        mesh: Mesh | None = None,
     ) -> None:
-        self.train, self.folder, self.ranks = train, folder, ranks
+        self.mesh = mesh or Mesh()
+        self.ranks = self.mesh.world
+        self.train, self.folder = train, folder if self.ranks.is_first else None
         self.device = _device(train.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         variant = variant_of(config)
-        _check_shares(variant, train, ranks)
+        _check_shares(variant, config, train, self.mesh.data)
         view = source.view(variant, config)
         self.sites = view.sites
         self.sae = variant(config, view.d_in, seed=train.seed, **view.shape)
         self.sae.set_normalization(*view.moments)
         self.sae.origin, self.sae.train_documents = view.origin, source.documents
+        self._whole: SAE | None = None
+        if train.feature_shards > 1:
+            self._whole = self.sae if self.ranks.is_first else None
+            self.sae = shard_of(self.sae, self.mesh)
         self.sae.to(self.device)
         self.adam = Adam(self.sae.parameters(), self.sae.weight_decay)
         self.dead = DeadFeatures(self.sae.d_sae, train.dead_window, self.device)
-        self._sum_gradients = GradientSum(self.sae.parameters(), ranks)
+        self.exchange = Exchange(self.sae, self.mesh)
+        self.state = State(folder, self.sae, self.adam, self.dead, self.mesh)
         self.step = 0
         self.last: dict[str, Any] = {}
         self._spent, self._spent_on = 0.0, 0
         self._continue(config, view.fingerprint)
         self.finished = self.step == train.n_steps
-        self.log = MetricsLog(folder, self.step, wandb_project) if not self.finished else None
+        wandb_project = wandb_project if self.ranks.is_first else None
+        self.log = MetricsLog(self.folder, self.step, wandb_project) if not self.finished else None
 
     def _continue(self, config: Any, fingerprint: str) -> None:
         """Take up what the folder holds; at the last step when the run had already ended."""
-        if self.folder is not None:
-            self._read(self.folder, config, fingerprint)
-        step = torch.tensor(self.step, device=self.device)
-        self.ranks.take_from_first_([step, *state_of(self.sae, self.adam, self.dead).values()])
-        self.step = int(step)
-
-    def _read(self, folder: Path, config: Any, fingerprint: str) -> None:
-        train = {key: str(value) for key, value in dataclasses.asdict(self.train).items()}
-        begun = claim_run(
-            folder,
-            {"variant": self.sae.variant, "config": dataclasses.asdict(config), "train": train}
-            | {"data": fingerprint, "d_in": self.sae.d_in, **self.sae.shape},
-            environment(self.device, self.ranks),
-        )
-        if (folder / "sae.json").exists():
-            self.sae = load_sae(folder, self.device)
+        here = environment(self.device, self.mesh)
+        begun = here if self.folder is None else claim_run(self.folder, self._identity(config, fingerprint), here)
+        ended = self.folder is not None and (self.folder / "sae.json").exists()
+        if self.ranks.agree(ended, self.device):
             self.step = self.train.n_steps
+            self.sae = self.sae if self.folder is None else load_sae(self.folder, self.device)
+            if self.train.feature_shards == 1:
+                self.ranks.take_from_first_(self.sae.state_dict().values())
             return
-        self.step = load_checkpoint(folder, self.train.n_steps, self.sae, self.adam, self.dead)
+        self.step = self.state.load(self.train.n_steps)
         if self.step:
-            _warn_if_elsewhere(begun, environment(self.device, self.ranks))
+            _warn_if_elsewhere(begun, here)
+
+    def _identity(self, config: Any, fingerprint: str) -> dict[str, Any]:
+        """What a run that goes on must have in common with the one that began; on how many ranks may change."""
+        train = {key: str(value) for key, value in dataclasses.asdict(self.train).items() if key != "feature_shards"}
+        named = {"variant": self.sae.variant, "config": dataclasses.asdict(config), "train": train}
+        return named | {"data": fingerprint, "d_in": self.sae.d_in, **self.sae.shape}
 
     def train_on(self, rows: Rows) -> None:
         """One optimiser step. Raises `TrainingError` on NaN or infinite rows, loss or gradient; the last checkpoint stays."""
@@ -104,10 +112,11 @@ class Run:
         for part in self.train.parts:
             for name, value in self._learn(rows, part, info, logged).items():
                 sums[name] = sums.get(name, 0.0) + value
-        sums = self._sum_over_ranks(sums)
-        self._sum_gradients()
-        lr = learning_rate(self.train, self.sae.base_lr, self.sae.d_sae, self.step)
-        sums["grad_norm"] = apply_step(self.sae, self.adam, lr, self.train.clip_norm)
+        sums = self.exchange.sum_metrics(sums, self.device)
+        self.exchange.sum_gradients()
+        shards = self.mesh.feature
+        lr = learning_rate(self.train, self.sae.base_lr, self.sae.d_sae * shards.size, self.step)
+        sums["grad_norm"] = apply_step(self.sae, self.adam, lr, self.train.clip_norm, shards)
         if not (math.isfinite(sums["loss"]) and math.isfinite(sums["grad_norm"])):
             raise TrainingError(self._explain(rows))
         self.step += 1
@@ -122,7 +131,7 @@ class Run:
 
     def _learn(self, rows: Rows, part: range, info: StepInfo, logged: bool) -> dict[str, float]:
         """Add the gradients of this rank's rows in `part` of the batch; what it adds to the metrics of the whole batch."""
-        ranks = self.ranks.sharing(len(part))
+        ranks = self.mesh.data.sharing(len(part))
         own = part[ranks.own]
         batch = self.sites.batch({name: rows[name][own.start : own.stop].to(self.device) for name in self.sites.all})
         share = len(own) / self.train.batch_size
@@ -135,26 +144,23 @@ class Run:
             values["fvu"] = float(sum_of_squares(loss.residual) / total_variance(loss.y, ranks))
         return {name: share * value for name, value in values.items()}
 
-    def _sum_over_ranks(self, values: dict[str, float]) -> dict[str, float]:
-        if self.ranks.size == 1:
-            return values
-        whole = self.ranks.sum(torch.tensor(list(values.values()), dtype=torch.float64, device=self.device))
-        return dict(zip(values, whole.tolist(), strict=True))
-
     def checkpoint(self) -> None:
         """Write the state before the next step, where the run has a folder and has begun."""
-        if self.folder is not None and self.step:
-            save_checkpoint(self.folder, self.step, self.sae, self.adam, self.dead)
+        self.state.save(self.step)
 
     def finish(self, rows: Rows) -> SAE:
-        """Save the trained SAE with golden inputs taken from `rows`."""
+        """Save the trained SAE with golden inputs taken from `rows`. Of sharded features the first rank gets all of them."""
+        if isinstance(self.sae, FeatureShard):
+            if self.mesh.data.is_first:
+                gather_into(self._whole, self.sae)
+            self.sae = self._whole or self.sae
         if self.log is not None:
             self.log.close()
         self.sae.trained = {
             "train": {key: str(value) for key, value in dataclasses.asdict(self.train).items()},
             "n_tokens": self.train.n_steps * self.train.batch_size,
             "metrics": self.last,
-        } | environment(self.device, self.ranks)
+        } | environment(self.device, self.mesh)
         self.sae.eval()
         if self.folder is not None:
             save_sae(self.sae, self.folder, golden_inputs=self.sites.batch(rows).x)
@@ -165,7 +171,7 @@ class Run:
         # Its own steps alone: others may share the data.
         rate = self._spent_on * self.train.batch_size / max(self._spent, 1e-9)
         self._spent, self._spent_on = 0.0, 0
-        dead = float(self.dead.dead.float().mean())
+        dead = float(self.mesh.feature.sum(self.dead.dead.float().mean()) / self.mesh.feature.size)
         tokens = self.step * self.train.batch_size
         self.last = {"step": self.step - 1, "tokens": tokens, **sums, "dead_fraction_train": dead, "lr": lr}
         if self.log is not None:
@@ -184,8 +190,10 @@ class Run:
         return f"Training stopped at step {self.step}: {cause}; {kept}."
 
 
-def _check_shares(variant: type[SAE], train: TrainConfig, ranks: Ranks) -> None:
-    """Raises `ValueError` where the batches cannot be shared by these processes."""
+def _check_shares(variant: type[SAE], config: Any, train: TrainConfig, ranks: Ranks) -> None:
+    """Raises `ValueError` where features or batches cannot be shared by these processes."""
+    if train.feature_shards > 1:
+        check_shardable(variant, config, train.feature_shards)
     if ranks.size == 1:
         return
     if not variant.shares_batches:
@@ -211,14 +219,14 @@ def _device(name: str) -> torch.device:
         ) from error
 
 
-def environment(device: torch.device, ranks: Ranks = ALONE) -> dict[str, Any]:
+def environment(device: torch.device, mesh: Mesh) -> dict[str, Any]:
     """The things beside seed and data that decide the bits of a run."""
     return {
         "torch": torch.__version__,
         "device": str(device),
         "threads": torch.get_num_threads(),
         "backend": platform.machine(),
-        "ranks": ranks.size,
+        "ranks": mesh.world.size if mesh.feature.size == 1 else f"{mesh.data.size} x {mesh.feature.size}",
     }
 
 
