@@ -1,15 +1,17 @@
 """`encode_batch_topk`: the `n_kept` best pre-activations of a whole batch (BatchTopK, Mutual Choice).
 
 The same steps as in `encode_topk` with one floor for all rows: among all group maxima of the batch, the `n_kept`-th is
-a lower bound of the `n_kept`-th best score.
+a lower bound of the `n_kept`-th best score. Where other processes hold pairs of the same batch, each takes its part of
+`n_kept` for that, and the lowest of their floors is one for all.
 """
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelab.kernels.candidates import Candidates, build_operands, find_candidates, screens
@@ -23,6 +25,30 @@ from saelab.kernels.selection_log import LOG
 from saelab.kernels.sparse_acts import SparseActs
 
 
+@runtime_checkable
+class Pool(Protocol):
+    """The pairs of several processes (`saelab.distributed.pool`)."""
+
+    @property
+    def size(self) -> int:
+        """Processes that hold pairs."""
+        ...
+
+    def least(self, x: Tensor) -> Tensor:
+        """Elementwise minimum over them."""
+        ...
+
+    def every(self, flag: bool, device: torch.device) -> bool:
+        """Whether the flag is set in all of them."""
+        ...
+
+    def keep(
+        self, scores: Float[Tensor, " m"], rows: Int[Tensor, " m"], features: Int[Tensor, " m"], n: int
+    ) -> tuple[Int[Tensor, " kept"], Float[Tensor, " 1"]]:
+        """Positions of this process's scores among the n best of all, and the last of those."""
+        ...
+
+
 def encode_batch_topk(
     x: Float[Tensor, "batch d_in"],
     W_enc: Float[Tensor, "d_sae d_in"],
@@ -31,36 +57,52 @@ def encode_batch_topk(
     score: str = "value",
     norms: Float[Tensor, " d_sae"] | None = None,
     center: Float[Tensor, " d_in"] | None = None,
+    pool: Pool | None = None,
 ) -> SparseActs:
     """`u = (x - center) @ W_enc.T + b_enc`; of the whole batch keep the `n_kept` pairs of largest score, if positive
     (Bussmann et al. 2024, "BatchTopK", eq. 4; Mutual Choice of Ayonrinde 2024). Scores as in `encode_topk`.
 
-    Ties at the last place go to the earlier row, then the lower id. Differentiable through the kept values.
+    Ties at the last place go to the earlier row, then the lower id. Differentiable through the kept values. With a
+    `pool` the batch is that of all its processes, and what comes back are those of the kept pairs that are here.
     """
     check_score(score, norms)
-    if not 0 <= n_kept <= x.shape[0] * W_enc.shape[0]:
+    if pool is None and not 0 <= n_kept <= x.shape[0] * W_enc.shape[0]:
         raise ValueError(f"n_kept={n_kept} must be between 0 and batch * d_sae = {x.shape[0] * W_enc.shape[0]}.")
     if backend_name(x) == "reference":
         x = x if center is None else x - center
-        return SparseActs.from_dense(encode_batch_topk_reference(x, W_enc, b_enc, n_kept, score, norms))
+        acts = SparseActs.from_dense(encode_batch_topk_reference(x, W_enc, b_enc, n_kept, score, norms))
+        return acts if pool is None else _among(acts, n_kept, score, norms, pool)
     with torch.no_grad():
         centered = x if center is None else x - center
-        acts = _select(centered.detach(), W_enc.detach(), b_enc.detach(), n_kept, score, norms)
+        acts = _select(centered.detach(), W_enc.detach(), b_enc.detach(), n_kept, score, norms, pool)
     return selected_pre_acts(x, W_enc, b_enc, acts, center, centered)
 
 
-def _select(x: Tensor, W: Tensor, bias: Tensor, n_kept: int, score: str, norms: Tensor | None) -> SparseActs:
+def _among(acts: SparseActs, n_kept: int, score: str, norms: Tensor | None, pool: Pool) -> SparseActs:
+    """Those of this process's best codes that are among the best of all."""
+    scores = score_of(acts.values.detach(), acts.features, score, norms)
+    kept = torch.zeros(acts.nnz, dtype=torch.bool, device=scores.device)
+    kept[pool.keep(scores, acts.rows, acts.features, n_kept)[0]] = True
+    return acts.where(kept)
+
+
+def _select(
+    x: Tensor, W: Tensor, bias: Tensor, n_kept: int, score: str, norms: Tensor | None, pool: Pool | None
+) -> SparseActs:
     W_score, bias_score = (W, bias) if norms is None else (W * norms[:, None], bias * norms)
-    magnitude, min_groups = score == "magnitude", -(-n_kept // max(len(x), 1)) or 1
+    n_here = n_kept if pool is None else min(-(-n_kept // pool.size), len(x) * len(W))
+    magnitude, min_groups = score == "magnitude", -(-n_here // max(len(x), 1)) or 1
     operands = build_operands(x, W_score, bias_score, magnitude)
-    keep = partial(_keep, x=x, W=W, bias=bias, n_kept=n_kept, score=score, norms=norms)
+    keep = partial(_keep, x=x, W=W, bias=bias, n_kept=n_kept, score=score, norms=norms, pool=pool)
     best = torch.cat([screen.maxima.reshape(-1) for _, screen in screens(operands, magnitude, min_groups)])
-    last = kth_largest(best[None], n_kept) if 0 < n_kept <= len(best) else best.new_zeros(1)
-    window = operands.window.max() if len(x) else 0
+    last = kth_largest(best[None], n_here) if 0 < n_here <= len(best) else best.new_zeros(1)
+    floor = last - (operands.window.max() if len(x) else 0)
+    floor = floor if pool is None else pool.least(floor)
     search = partial(find_candidates, operands, magnitude=magnitude, min_groups=min_groups)
-    found = search(lambda screen, rows: screen.pairs_above(last - window - operands.slack[rows]))
+    found = search(lambda screen, rows: screen.pairs_above(floor - operands.slack[rows]))
     acts, kth = keep(found)
     n_candidates, certified = found.features.numel(), bool(found.completes(kth).all())
+    certified = certified if pool is None else pool.every(certified, x.device)
     if not certified:  # what was found is a lower bound of the best: now the floor is exact
         found = search(lambda screen, rows: screen.pairs_above(kth - operands.slack[rows]))
         acts, n_candidates = keep(found)[0], n_candidates + found.features.numel()
@@ -69,10 +111,21 @@ def _select(x: Tensor, W: Tensor, bias: Tensor, n_kept: int, score: str, norms: 
 
 
 def _keep(
-    found: Candidates, x: Tensor, W: Tensor, bias: Tensor, n_kept: int, score: str, norms: Tensor | None
+    found: Candidates,
+    x: Tensor,
+    W: Tensor,
+    bias: Tensor,
+    n_kept: int,
+    score: str,
+    norms: Tensor | None,
+    pool: Pool | None,
 ) -> tuple[SparseActs, Tensor]:
     """The best `n_kept` candidates by their exact values, and the last score `(1)` (0 where fewer are positive)."""
     values = sampled_product(x, W, found.features, found.offsets) + bias[found.features]
-    whole = torch.tensor([0, len(values)], device=x.device)
-    kept, kth = keep_largest(score_of(values, found.features, score, norms), whole, n_kept)
+    scores = score_of(values, found.features, score, norms)
+    if pool is None:
+        kept, kth = keep_largest(scores, torch.tensor([0, len(values)], device=x.device), n_kept)
+    else:
+        rows = torch.repeat_interleave(found.offsets.diff(), output_size=len(values))
+        kept, kth = pool.keep(scores, rows, found.features, n_kept)
     return SparseActs(values[kept], found.features[kept], count_before(kept, found.offsets), W.shape[0]), kth

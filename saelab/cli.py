@@ -85,11 +85,11 @@ _EPILOG = "saelab COMMAND --help tells more. SAELAB_DEBUG=1 shows where an error
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code: 0, 2 for an error the user can mend, 130 after Ctrl-C."""
     args = list(sys.argv[1:] if args is None else args)
-    debug = bool(os.environ.get("SAELAB_DEBUG"))
+    debug, rank = bool(os.environ.get("SAELAB_DEBUG")), int(os.environ.get("RANK", "0"))  # of torchrun
     try:
         with warnings.catch_warnings(), _sigterm_as_ctrl_c():
             if not debug:
-                warnings.showwarning = _show_warning
+                warnings.showwarning = _show_warning if not rank else _silent
             return _run(args)
     except KeyboardInterrupt as stopped:
         kept = f"{stopped}. " if str(stopped) else ""
@@ -98,7 +98,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except (ValueError, SaelabError) as error:
         if debug:
             raise
-        print("saelab:", " ".join(str(error).split()), file=sys.stderr)
+        print(f"saelab{f' (rank {rank})' if rank else ''}:", " ".join(str(error).split()), file=sys.stderr)
         return 2
 
 
@@ -114,6 +114,10 @@ def _sigterm_as_ctrl_c() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _silent(*_: Any) -> None:
+    """Only rank 0 of a job speaks."""
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:

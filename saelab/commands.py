@@ -114,6 +114,8 @@ def train(
     folder = run / (f"sae-{name}" if name else "sae")
     data = run / "cache" if reading is None else _open_stream(stream, **asdict(reading))
     saelab.train(config, data, train, out_dir=folder, hook_name=hook_name, wandb_project=wandb_project)
+    if _rank():
+        return
     print(f"The {variant} SAE is in {folder}")
     print(f"Next: saelab eval {folder}; saelab features {folder}; saelab dash {run}")
 
@@ -124,6 +126,11 @@ def _open_stream(hooks: tuple[str, ...], model: str, texts: str, column: str, dt
 
     corpus = saelab.load_texts(texts, column=column)  # before the model, which takes longer to load
     return stream(_load_model(model, dtype), corpus, list(hooks), **options)
+
+
+def _rank() -> int:
+    """The number of this process under torchrun, where the first one speaks for all."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def check_has_cache(run: Path) -> None:

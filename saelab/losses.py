@@ -10,6 +10,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from saelab.distributed import ALONE, Ranks
+from saelab.distributed.moments import whole_variance
+
 
 class SquaredError(Function):
     """`sum |x - x_hat|^2`; the difference is made once and serves the gradient too."""
@@ -38,17 +41,25 @@ def squared_error(x: Float[Tensor, "batch d_in"], x_hat: Float[Tensor, "batch d_
     return SquaredError.apply(x, x_hat)  # pyright: ignore[reportReturnType]
 
 
-def fvu(x: Float[Tensor, "batch d_in"], x_hat: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
+def fvu(x: Float[Tensor, "batch d_in"], x_hat: Float[Tensor, "batch d_in"], ranks: Ranks = ALONE) -> Float[Tensor, ""]:
     """Fraction of variance unexplained in this batch: `sum |x - x_hat|^2 / sum |x - mean(x)|^2`.
 
     The denominator is floored at the smallest normal number.
     """
-    return squared_error(x, x_hat) / total_variance(x)
+    return squared_error(x, x_hat) / total_variance(x, ranks)
 
 
-def total_variance(x: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
-    """`sum |x - mean(x)|^2`, what FVU divides by; at least the smallest normal number."""
-    return sum_of_squares(x - x.mean(0)).clamp_min(torch.finfo(x.dtype).tiny)
+def total_variance(x: Float[Tensor, "batch d_in"], ranks: Ranks = ALONE) -> Float[Tensor, ""]:
+    """`sum |x - mean(x)|^2`, what FVU divides by; at least the smallest normal number.
+
+    Where ranks share a batch: that of all rows times this rank's share of them, so that the mean of the ranks' FVU,
+    weighted by their rows, is the FVU of the batch.
+    """
+    mean = x.mean(0)
+    variance = sum_of_squares(x - mean)
+    if ranks.size > 1:
+        variance = whole_variance(variance, mean, len(x), ranks) * (len(x) / ranks.whole(len(x)))
+    return variance.clamp_min(torch.finfo(x.dtype).tiny)
 
 
 def weighted_l1(values: Float[Tensor, " nnz"], decoder_norms: Float[Tensor, " nnz"], batch: int) -> Float[Tensor, ""]:
@@ -64,6 +75,7 @@ def auxk(
     W_dec_dead: Float[Tensor, "n_dead d_out"],
     k_aux: int,
     signed: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Float[Tensor, ""]:
     """AuxK (Gao et al. 2024, Appendix A.2): the `k_aux` strongest dead features model the residual.
 
@@ -79,4 +91,4 @@ def auxk(
     if k_aux < pre_acts.shape[1]:
         top = (pre_acts.abs() if signed else pre_acts).topk(k_aux, dim=1).indices
         pre_acts = torch.zeros_like(pre_acts).scatter(1, top, pre_acts.gather(1, top))
-    return fvu(target, (pre_acts if signed else pre_acts.relu()) @ W_dec_dead)
+    return fvu(target, (pre_acts if signed else pre_acts.relu()) @ W_dec_dead, ranks)

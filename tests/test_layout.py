@@ -38,6 +38,7 @@ LAYERS = [
         "unembedding",
     }
     | {"tokens", "text_sources", "contexts", "masking"},
+    {"distributed"},
     {"kernels"},
     {"errors", "files", "allocator", "arguments"},
 ]

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from saelab.arguments import check_choices, check_integer, check_numbers
+from saelab.distributed import ALONE, Ranks
 from saelab.files import tensors_hash
 from saelab.kernels.decode import decode
 from saelab.kernels.rows import unit_norm_
@@ -45,6 +46,8 @@ class StepInfo(NamedTuple):
     """Features silent for longer than `TrainConfig.dead_after_tokens`."""
     step: int
     n_steps: int
+    ranks: Ranks = ALONE
+    """The processes that share the batch: what is a function of all its rows asks them."""
 
 
 class Loss(NamedTuple):
@@ -70,6 +73,8 @@ class SAE(nn.Module):
     Config: ClassVar[type]
     unit_norm: bool = True
     """Whether decoder rows are kept at norm 1 (then training projects their gradient)."""
+    shares_batches: ClassVar[bool] = True
+    """Whether several processes can train it, each on its share of every batch."""
     base_lr: ClassVar[float] = 3e-3
     """Adam's learning rate at d_sae 4096 when `TrainConfig.lr` is None; scaled by sqrt(4096 / d_sae)."""
     cpu_preset: ClassVar[dict[str, Any]] = {}

@@ -17,7 +17,7 @@ from saelab.kernels.encode_batch_topk import encode_batch_topk
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.saes.base import StepInfo
 from saelab.saes.selection import SelectionConfig
-from saelab.saes.threshold import ThresholdSAE
+from saelab.saes.threshold import ThresholdSAE, smallest
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class BatchTopKSAE(ThresholdSAE):
     Config = BatchTopKConfig
 
     def select(self, x: Float[Tensor, "batch d_in"], info: StepInfo) -> SparseActs:
-        acts = encode_batch_topk(x, self.W_enc, self.b_enc, self.config.k * len(x), center=self.pre_bias)
-        if acts.nnz:
-            self.observe(acts.values.detach().min(), info)
+        n_kept = self.config.k * info.ranks.whole(len(x))
+        acts = encode_batch_topk(x, self.W_enc, self.b_enc, n_kept, center=self.pre_bias, pool=self.pool(info))
+        self.observe(smallest(acts.values), info)
         return acts

@@ -28,7 +28,7 @@ from saelab.losses import weighted_l1
 from saelab.saes.base import Batch, Loss, StepInfo
 from saelab.saes.l0_controller import L0Controller, check_sparsity
 from saelab.saes.selection import SelectionConfig
-from saelab.saes.threshold import ThresholdSAE
+from saelab.saes.threshold import ThresholdSAE, smallest
 
 INIT_NORMS = {"batch_topk": 1.0, "l1": 0.08}  # of a decoder row in each source; Kissane et al.'s code for L1
 
@@ -129,9 +129,9 @@ class CrosscoderSAE(ThresholdSAE):
 
     def select(self, x: Float[Tensor, "batch width"], info: StepInfo) -> SparseActs:
         norms = self.decoder_norms.detach()
-        acts = encode_batch_topk(x, self.rows[0], self.b_enc, self.config.k * len(x), "decoder_norm", norms)
-        if acts.nnz:
-            self.observe((acts.values.detach() * norms[acts.features]).min(), info)
+        n_kept, scored = self.config.k * info.ranks.whole(len(x)), ("decoder_norm", norms)
+        acts = encode_batch_topk(x, self.rows[0], self.b_enc, n_kept, *scored, pool=self.pool(info))
+        self.observe(smallest(acts.values * norms[acts.features]), info)
         return acts
 
     def loss(self, batch: Batch, info: StepInfo) -> Loss:

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saelab.distributed.pool import keep_by_feature
 from saelab.kernels.encode_batch_topk import encode_batch_topk
 from saelab.kernels.encode_feature_topk import encode_feature_topk
 from saelab.kernels.sparse_acts import SparseActs
@@ -66,24 +67,30 @@ class FeatureChoiceSAE(ThresholdSAE):
     def select(self, x: Float[Tensor, "batch d_in"], info: StepInfo) -> SparseActs:
         weights: dict[str, Any] = {"W_enc": self.W_enc, "b_enc": self.b_enc, "center": self.pre_bias}
         share, acts = self._share(info), None
+        batch = info.ranks.whole(len(x))
         if share < 1 or info.step % RANK_EVERY == 0:
-            acts = encode_batch_topk(x, n_kept=self.config.k * len(x), **weights)
-            self.ranking.update(acts)
+            acts = encode_batch_topk(x, n_kept=self.config.k * batch, pool=self.pool(info), **weights)
+            self.ranking.update(acts, info.ranks)
             if info.step % RANK_EVERY == 0:
                 self.ranks.copy_(self.ranking.ranks)
         if acts is None or share > 0:
-            acts = encode_feature_topk(x, places=self.places(len(x), share, acts), **weights)
+            given = None if acts is None else info.ranks.sum(torch.bincount(acts.features, minlength=self.d_sae))
+            places = self.places(batch, share, given)
+            acts = encode_feature_topk(x, places=places.clamp_max(len(x)), **weights)
+            if info.ranks.size > 1:
+                acts = acts.where(keep_by_feature(acts, places, info.ranks))
         self.observe(_smallest(acts), info)
         return acts
 
-    def places(self, batch: int, share: float = 1.0, mutual: SparseActs | None = None) -> Int[Tensor, " d_sae"]:
-        """How many tokens of a batch each feature keeps: `share` of the way from what Mutual Choice gives to its budget."""
+    def places(
+        self, batch: int, share: float = 1.0, given: Int[Tensor, " d_sae"] | None = None
+    ) -> Int[Tensor, " d_sae"]:
+        """How many tokens of a batch each feature keeps: `share` of the way from what it was `given` to its own budget."""
         exponent = 0.0 if self.config.budget == "uniform" else self.config.zipf_exponent
         budget = zipf_places(self.d_sae, self.config.k * batch, batch, exponent, self.config.zipf_shift)
         own = budget.to(self.ranks.device)[self.ranks]
-        if mutual is None or share == 1:
+        if given is None or share == 1:
             return own
-        given = torch.bincount(mutual.features, minlength=self.d_sae)
         return ((1 - share) * given + share * own).round().long()
 
     def _share(self, info: StepInfo) -> float:

@@ -56,7 +56,9 @@ class L0Controller(nn.Module):
         if self.target_l0 is None:
             return acts.values.new_tensor(self.start * risen)
         if int(self.last_step) != info.step:
-            self._move(math.log(max(acts.nnz / max(acts.batch, 1), LEAST)), math.log(self.target_l0), info)
+            fired = int(info.ranks.sum(torch.tensor(acts.nnz, device=acts.values.device)))
+            l0 = fired / max(info.ranks.whole(acts.batch), 1)
+            self._move(math.log(max(l0, LEAST)), math.log(self.target_l0), info)
         return risen * (self.state[0] + DAMPING * self.state[1]).exp().to(acts.values.dtype)
 
     @torch.no_grad()

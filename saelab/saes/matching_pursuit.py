@@ -100,13 +100,13 @@ class MatchingPursuitSAE(SAE):
         acts, unexplained = self._pursue(x, self.config.k)
         if target is not x:
             unexplained = unexplained + (target - x)
-        terms = {"fvu": sum_of_squares(unexplained) / total_variance(target)}
+        terms = {"fvu": sum_of_squares(unexplained) / total_variance(target, info.ranks)}
         residual, total = unexplained.detach(), terms["fvu"]
         chosen = info.dead.nonzero().squeeze(1)
         if self.config.auxk_alpha and len(chosen):
             rows = self.W_dec[chosen]
             no_bias = rows.new_zeros(len(chosen))
-            terms["auxk"] = auxk(residual, residual, rows, no_bias, rows, 1, self.config.signed)
+            terms["auxk"] = auxk(residual, residual, rows, no_bias, rows, 1, self.config.signed, info.ranks)
             total = total + self.config.auxk_alpha * terms["auxk"]
         return Loss(total, acts, -residual, target, terms)
 

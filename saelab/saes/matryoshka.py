@@ -64,7 +64,7 @@ class MatryoshkaSAE(BatchTopKSAE):
             x_hat = x_hat + decode(group, rows)
             errors.append(squared_error(target, x_hat))
         residual = (x_hat - target).detach()
-        variance = total_variance(target)
+        variance = total_variance(target, info.ranks)
         nested = torch.stack(errors).mean() / variance
         terms = {"fvu": errors[-1] / variance, "nested": nested} | self.aux_term(x, residual, acts, info)
         aux = self.config.auxk_alpha * terms[self.config.aux] if self.config.aux in terms else 0.0

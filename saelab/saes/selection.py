@@ -85,12 +85,17 @@ class SelectionSAE(SAE):
         """The codes of a normalised training batch."""
         return self.encode_normalized(x)
 
+    def rebuild(
+        self, acts: SparseActs, target: Float[Tensor, "batch d_out"]
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "batch d_out"]]:
+        """Squared error of the reconstruction over the batch, and the reconstruction less the target, detached."""
+        return decode_error(acts, *self.rows[1:], target)
+
     def loss(self, batch: Batch, info: StepInfo) -> Loss:
         x, target = self.normalized(batch)
         acts = self.select(x, info)
-        _, W_dec, b_dec = self.rows
-        error, residual = decode_error(acts, W_dec, b_dec, self.left_for_codes(x, target))
-        terms = {"fvu": error / total_variance(target)}
+        error, residual = self.rebuild(acts, self.left_for_codes(x, target))
+        terms = {"fvu": error / total_variance(target, info.ranks)}
         terms |= self.aux_term(x, residual, acts, info)
         aux = self.config.auxk_alpha * terms[self.config.aux] if self.config.aux in terms else 0.0
         return Loss(terms["fvu"] + aux, acts, residual, target, terms)
@@ -104,11 +109,12 @@ class SelectionSAE(SAE):
         W_enc, W_dec, _ = self.rows
         rows = W_enc[chosen], self.b_enc[chosen], W_dec[chosen]
         k_aux = self.config.k_aux or max(self.d_in // 2, 1)
-        return {self.config.aux: auxk(centered, -residual, *rows, k_aux, self.signed)}
+        return {self.config.aux: auxk(centered, -residual, *rows, k_aux, self.signed, info.ranks)}
 
     def _helped(self, acts: SparseActs, info: StepInfo) -> Bool[Tensor, " d_sae"]:
         """The features that the aux loss serves."""
         if self.density is None:
             return info.dead
-        self.density.update(acts)
-        return underused(self.density.mean, self.config.k * max(acts.batch, 1), acts.batch)
+        self.density.update(acts, info.ranks)
+        batch = info.ranks.whole(acts.batch)
+        return underused(self.density.mean, self.config.k * max(batch, 1), batch)

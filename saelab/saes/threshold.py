@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from saelab.distributed.pool import Pool
 from saelab.kernels.encode_threshold import encode_threshold
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.saes.base import StepInfo
@@ -46,9 +47,14 @@ class ThresholdSAE(SelectionSAE):
             )
         return self.threshold.masked_fill(self.n_observed == 0, torch.inf)  # a feature that never was kept stays silent
 
+    def pool(self, info: StepInfo) -> Pool | None:
+        """The pairs of all ranks that share the batch; None where there is one."""
+        return Pool(info.ranks, self.d_sae, info.ranks.own.start) if info.ranks.size > 1 else None
+
     @torch.no_grad()
     def observe(self, smallest: Tensor, info: StepInfo) -> None:
         """Take in the smallest kept score of a batch; infinite where nothing was kept."""
+        smallest = info.ranks.least(smallest)
         last = info.n_steps - max(1, int(LAST * info.n_steps))
         if info.step == last:
             self.n_observed.zero_()
@@ -56,3 +62,8 @@ class ThresholdSAE(SelectionSAE):
         rate = (1 / (self.n_observed + 1)).clamp_min(1 - DECAY if info.step < last else 0).to(self.threshold)
         self.threshold.copy_(torch.where(seen, self.threshold.lerp(smallest.to(self.threshold), rate), self.threshold))
         self.n_observed += seen
+
+
+def smallest(scores: Float[Tensor, " nnz"]) -> Float[Tensor, ""]:
+    """The smallest score; infinite where there is none."""
+    return scores.detach().min() if scores.numel() else scores.new_tensor(torch.inf)

@@ -48,5 +48,5 @@ class TopKSAE(SelectionSAE):
             return loss
         x, target = self.normalized(batch)
         error, _ = decode_error(self._best(x, min(4 * self.config.k, self.d_sae)), self.W_dec, self.b_dec, target)
-        more = error / total_variance(target)
+        more = error / total_variance(target, info.ranks)
         return loss._replace(total=loss.total + more / 8, terms=loss.terms | {"multi_topk": more})

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from saelab.distributed import ALONE, Ranks
 from saelab.kernels.sparse_acts import SparseActs
 
 DECAY = 0.999
@@ -27,10 +28,10 @@ class Density(nn.Module):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
-    def update(self, acts: SparseActs) -> None:
-        """Take in the codes of one batch."""
-        fired = torch.bincount(acts.features[acts.values != 0], minlength=acts.d_sae)
-        self.average.lerp_(fired.to(self.average) / max(acts.batch, 1), 1 - DECAY)
+    def update(self, acts: SparseActs, ranks: Ranks = ALONE) -> None:
+        """Take in the codes of one batch, of which `ranks` hold the other rows."""
+        fired = ranks.sum(torch.bincount(acts.features[acts.values != 0], minlength=acts.d_sae))
+        self.average.lerp_(fired.to(self.average) / max(ranks.whole(acts.batch), 1), 1 - DECAY)
         self.steps += 1
 
     @property

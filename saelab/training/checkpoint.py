@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,11 @@ from saelab.files import (
 from saelab.saes import SAE
 from saelab.training.adam import Adam
 from saelab.training.dead_features import DeadFeatures
+from saelab.training.sharded_checkpoint import check_folder, read_folder
 
 RUN_FILE = "checkpoints/run.json"
 LATEST = "checkpoints/latest.json"
-_NAME = re.compile(r"step-(\d{8})\.safetensors")
+_NAME = re.compile(r"step-(\d{8})(\.safetensors)?")
 
 
 class AnotherRunError(TrainingError):
@@ -46,25 +48,33 @@ class AnotherRunError(TrainingError):
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint taken before step `step` lives."""
-    return folder / "checkpoints" / f"step-{step:08d}.safetensors"
+    """Where the checkpoint taken before step `step` lives; one of sharded features is a folder, without the suffix."""
+    path = folder / "checkpoints" / f"step-{step:08d}.safetensors"
+    return path.with_suffix("") if path.with_suffix("").is_dir() else path
 
 
 def list_checkpoints(folder: Path) -> list[int]:
     """Steps that have a checkpoint, ascending."""
-    found = (_NAME.fullmatch(entry.name) for entry in (folder / "checkpoints").glob("step-*.safetensors"))
-    return sorted(int(match[1]) for match in found if match)
+    found = (_NAME.fullmatch(entry.name) for entry in (folder / "checkpoints").glob("step-*"))
+    return sorted({int(match[1]) for match in found if match})
 
 
 def save_checkpoint(folder: Path, step: int, keep: int, sae: SAE, adam: Adam, dead: DeadFeatures) -> None:
     """Write the state before step `step`, which becomes the latest; the newest `keep` up to it are kept."""
-    tensors = _state(sae, adam, dead)
+    tensors = state_of(sae, adam, dead)
     metadata = {"step": str(step), "sha256": tensors_hash(tensors)}
-    path = checkpoint_path(folder, step)
-    atomic_save_safetensors(path, tensors, metadata)
-    atomic_write_json(folder / LATEST, {"step": step, "file": path.name})
+    shutil.rmtree(checkpoint_path(folder, step).with_suffix(""), ignore_errors=True)
+    atomic_save_safetensors(checkpoint_path(folder, step), tensors, metadata)
+    note_latest(folder, step, keep)
+
+
+def note_latest(folder: Path, step: int, keep: int) -> None:
+    """Name the checkpoint of `step` as the latest; all but the newest `keep` up to it are removed."""
+    atomic_write_json(folder / LATEST, {"step": step, "file": checkpoint_path(folder, step).name})
     for old in [known for known in list_checkpoints(folder) if known <= step][:-keep]:
-        checkpoint_path(folder, old).unlink(missing_ok=True)
+        path = checkpoint_path(folder, old)
+        shutil.rmtree(path.with_suffix(""), ignore_errors=True)
+        path.with_suffix(".safetensors").unlink(missing_ok=True)
 
 
 def load_checkpoint(folder: Path, n_steps: int, sae: SAE, adam: Adam, dead: DeadFeatures) -> int:
@@ -72,16 +82,25 @@ def load_checkpoint(folder: Path, n_steps: int, sae: SAE, adam: Adam, dead: Dead
 
     One that was damaged, or is not of this run, is passed over with a warning, for the newest of the others.
     """
-    state = _state(sae, adam, dead)
+    state = state_of(sae, adam, dead)
+
+    def read(path: Path, step: int) -> None:
+        tensors = _read_checked(path, step, n_steps, state)
+        for name, tensor in state.items():
+            tensor.copy_(tensors[name])
+
+    return newest_checkpoint(folder, read)
+
+
+def newest_checkpoint(folder: Path, read: Callable[[Path, int], object]) -> int:
+    """The step of the latest checkpoint that `read(path, step)` accepts, 0 where there is none; others are warned of."""
     for step in _latest_first(folder):
         path = checkpoint_path(folder, step)
         try:
-            tensors = _read_checked(path, step, n_steps, state)
-        except (SafetensorError, OSError, ValueError) as error:
-            warnings.warn(f"{path} is passed over ({error}): the run goes on from the one before.", stacklevel=5)
+            read(path, step)
+        except (SafetensorError, OSError, ValueError, SaelabError) as error:
+            warnings.warn(f"{path} is passed over ({error}): the run goes on from the one before.", stacklevel=6)
             continue
-        for name, tensor in state.items():
-            tensor.copy_(tensors[name])
         return step
     return 0
 
@@ -96,7 +115,15 @@ def _latest_first(folder: Path) -> list[int]:
     return sorted(steps, key=lambda step: step != latest)
 
 
-def _state(sae: SAE, adam: Adam, dead: DeadFeatures) -> dict[str, Tensor]:
+def check_checkpoint(path: Path, step: int, n_steps: int) -> None:
+    """Raises `ValueError`, or what reading raises, unless the file or folder is as written and of this step."""
+    if path.is_dir():
+        check_folder(path, step, n_steps)
+    else:
+        _tensors_of(path, step, n_steps)
+
+
+def state_of(sae: SAE, adam: Adam, dead: DeadFeatures) -> dict[str, Tensor]:
     """The tensors of a checkpoint, no copies."""
     tensors: dict[str, Tensor] = {f"sae.{name}": value for name, value in sae.state_dict().items()}
     tensors |= {f"adam.{name}": value for name, value in adam.state_dict().items()}
@@ -105,6 +132,16 @@ def _state(sae: SAE, adam: Adam, dead: DeadFeatures) -> dict[str, Tensor]:
 
 def _read_checked(path: Path, step: int, n_steps: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a checkpoint. Raises `ValueError` unless they are as written and fit `state`."""
+    if path.is_dir():
+        check_folder(path, step, n_steps)
+        return read_folder(path, state)
+    tensors = _tensors_of(path, step, n_steps)
+    if {name: tensor.shape for name, tensor in tensors.items()} != {name: t.shape for name, t in state.items()}:
+        raise ValueError("its tensors are not those of this run")
+    return tensors
+
+
+def _tensors_of(path: Path, step: int, n_steps: int) -> dict[str, Tensor]:
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
     if metadata.get("step") != str(step) or step >= n_steps:
@@ -112,8 +149,6 @@ def _read_checked(path: Path, step: int, n_steps: int, state: Mapping[str, Tenso
     tensors = load_file(path)
     if metadata.get("sha256") != tensors_hash(tensors):
         raise ValueError("it was altered: SHA-256 differs")
-    if {name: tensor.shape for name, tensor in tensors.items()} != {name: t.shape for name, t in state.items()}:
-        raise ValueError("its tensors are not those of this run")
     return tensors
 
 

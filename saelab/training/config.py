@@ -38,6 +38,8 @@ class TrainConfig:
     """Parts a batch is cut into, one after another, to save memory."""
     device: str | None = None
     """"cpu", "cuda", ...; None takes a GPU when there is one."""
+    feature_shards: int = 1
+    """Processes over which the features of one SAE are spread (topk, batch_topk); the others of a job share the rows."""
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -46,6 +48,7 @@ class TrainConfig:
             ("log_every", 1),
             ("grad_accumulation", 1),
             ("keep_checkpoints", 1),
+            ("feature_shards", 1),
             ("checkpoint_every", 0),
             ("warmup_steps", 0),
         ):
@@ -58,8 +61,7 @@ class TrainConfig:
             raise ValueError(
                 f"n_tokens={self.n_tokens} is less than one batch of {self.batch_size}; raise n_tokens or lower batch_size."
             )
-        part = -(-self.batch_size // self.grad_accumulation)
-        if 1 in (part, self.batch_size % part):
+        if 1 in map(len, self.parts):
             raise ValueError(
                 f"batch_size={self.batch_size} with grad_accumulation={self.grad_accumulation} leaves a part of one row, "
                 "whose FVU is undefined (one row has no variance): raise batch_size or lower grad_accumulation."
@@ -70,6 +72,12 @@ class TrainConfig:
             raise ValueError(f"decay_fraction={self.decay_fraction} is a share of the run: give 0 to 1.")
         if not self.clip_norm > 0:
             raise ValueError(f"clip_norm={self.clip_norm} must be positive; float('inf') turns clipping off.")
+
+    @property
+    def parts(self) -> list[range]:
+        """The rows of each part of a batch."""
+        size = -(-self.batch_size // self.grad_accumulation)
+        return [range(start, min(start + size, self.batch_size)) for start in range(0, self.batch_size, size)]
 
     @property
     def n_steps(self) -> int:
@@ -84,5 +92,9 @@ class TrainConfig:
         return 50_000 if self.n_tokens < 10_000_000 else 10_000_000
 
     def settings(self) -> dict[str, str]:
-        """What decides the result, as `run.json` and `sae.json` keep it: all but how many checkpoints stay."""
-        return {name: str(value) for name, value in asdict(self).items() if name != "keep_checkpoints"}
+        """What decides the result, as `run.json` and `sae.json` keep it: not how many checkpoints stay or shards there are."""
+        return {
+            name: str(value)
+            for name, value in asdict(self).items()
+            if name not in ("keep_checkpoints", "feature_shards")
+        }

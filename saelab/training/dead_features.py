@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from saelab.distributed import ALONE, Ranks
 from saelab.kernels.sparse_acts import SparseActs
 
 
@@ -16,10 +17,11 @@ class DeadFeatures:
         self.window = window
         self.tokens_since_fired = torch.zeros(d_sae, dtype=torch.int64, device=device)
 
-    def update(self, acts: SparseActs) -> None:
-        """Take in one batch."""
-        self.tokens_since_fired += acts.batch
-        self.tokens_since_fired.index_fill_(0, acts.features, 0)
+    def update(self, acts: SparseActs, ranks: Ranks = ALONE) -> None:
+        """Take in one batch, of which `ranks` hold the other rows."""
+        fired = torch.zeros_like(self.tokens_since_fired, dtype=torch.bool).index_fill_(0, acts.features, True)
+        self.tokens_since_fired += ranks.whole(acts.batch)
+        self.tokens_since_fired.masked_fill_(ranks.any(fired), 0)
 
     @property
     def dead(self) -> Bool[Tensor, " d_sae"]:

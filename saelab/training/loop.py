@@ -11,6 +11,8 @@ from typing import Any, NoReturn, overload
 from tqdm.auto import tqdm
 
 from saelab.allocator import keep_freed_memory
+from saelab.distributed import join
+from saelab.distributed.mesh import build_mesh
 from saelab.errors import TrainingError
 from saelab.saes import SAE
 from saelab.training.checkpoint import claimed
@@ -63,6 +65,10 @@ def train(
     nothing is written. The same call again goes on where it stopped, bit for bit, and returns at once when finished; Ctrl-C
     writes a checkpoint first.
 
+    Under `torchrun` every process makes this call with the same arguments, and takes its share of the rows of each batch;
+    the first of them writes. With `feature_shards` S the features of each SAE are spread over S processes, and the first
+    of all gets the whole SAE.
+
     Raises `ValueError` for bad arguments, `TrainingError` when the memory does not suffice, when activations or loss stop
     being finite or when `out_dir` holds another run.
     """
@@ -72,17 +78,20 @@ def train(
     if not configs:
         raise ValueError("The list of SAE configs is empty; give at least one.")
     trains = _train_configs(train_config, configs, several)
+    ranks = join()
+    mesh = build_mesh(ranks, trains[0].feature_shards, trains[0].device)
     source = open_data(data, hook_name)
-    _warn_if_few(source, trains[0].batch_size)
+    if ranks.is_first:
+        _warn_if_few(source, trains[0].batch_size)
     own = Path(out_dir) if out_dir is not None else None
     folders = _folders(configs, own, trains if isinstance(train_config, Sequence) else None) if several else [own]
     with ExitStack() as stack:
         for folder in folders:
-            stack.enter_context(claimed(folder))
+            stack.enter_context(claimed(folder if ranks.is_first else None))
         each = list(zip(configs, trains, folders, strict=True))
-        _check_memory(each, source, progress)
-        runs = [Run(one, source, train, folder, wandb_project) for one, train, folder in each]
-        _train_all([run for run in runs if not run.finished], source, trains[0], progress)
+        _check_memory(each, source, progress and ranks.is_first)
+        runs = [Run(one, source, train, folder, wandb_project, mesh) for one, train, folder in each]
+        _train_all([run for run in runs if not run.finished], source, trains[0], progress and ranks.is_first)
     saes = [run.sae for run in runs]
     return saes if several else saes[0]
 
@@ -99,8 +108,8 @@ def _check_memory(each: list[tuple[Any, TrainConfig, Path | None]], source: Data
         print(said)
 
 
-_COMMON = ("n_tokens", "batch_size", "seed")
-"""Fields of `TrainConfig` that decide the batches, so that SAEs side by side have them in common."""
+_COMMON = ("n_tokens", "batch_size", "seed", "feature_shards")
+"""Fields of `TrainConfig` that decide the batches and who holds what, so that SAEs side by side have them in common."""
 
 
 def _train_configs(given: Any, configs: list[Any], several: bool) -> list[TrainConfig]:
@@ -137,14 +146,14 @@ def _train_all(runs: list[Run], source: DataSource, config: TrainConfig, progres
     """Feed every unfinished run from the earliest step any of them needs."""
     if not runs:
         return
-    first = min(run.step for run in runs)
+    first, ranks = min(run.step for run in runs), runs[0].ranks
     sites = list(dict.fromkeys(site for run in runs for site in run.sites.all))
     batches = source.batches(sites, config.batch_size, config.seed, first)
     options: dict[str, Any] = {"desc": "Training", "unit": "step", "disable": not progress}
     with tqdm(total=config.n_steps, initial=first, **options) as bar, interrupt_between_steps() as interrupt:
         rows: Rows | None = None
         for step in range(first, config.n_steps):
-            if interrupt.asked:
+            if ranks.agree(interrupt.asked, runs[0].device):
                 _stop(runs)
             rows = next(batches, None)
             if rows is None:
@@ -160,6 +169,7 @@ def _train_all(runs: list[Run], source: DataSource, config: TrainConfig, progres
         assert rows is not None
         for run in runs:
             run.finish(rows)
+        ranks.agree(False, runs[0].device)  # none goes on before everything is written
 
 
 def _stop(runs: list[Run]) -> NoReturn:

@@ -33,15 +33,16 @@ _BATCHES = 6  # read ahead, and the one in use
 
 
 def plan_memory(variant: type[SAE], config: Any, view: View, train: TrainConfig, device: torch.device) -> Plan:
-    """Bytes that training one SAE takes beyond what is held before."""
+    """Bytes that training one SAE takes beyond what is held before; of sharded features, those of one shard."""
+    d_sae = -(-config.d_sae // train.feature_shards)
     width = view.d_in * view.shape.get("n_sources", 1)
     width_out = view.shape.get("d_out", width)
     tied = isinstance(getattr(variant, "W_enc", None), property)  # another name of W_dec
-    matrices = [config.d_sae * width_out * 4] + ([] if tied else [config.d_sae * width * 4])
+    matrices = [d_sae * width_out * 4] + ([] if tied else [d_sae * width * 4])
     weights = sum(matrices)
     n_rows = -(-train.batch_size // train.grad_accumulation)
-    screen = min(_SCREEN_BYTES, n_rows * config.d_sae * 4)
-    rounded = config.d_sae * width * 2 if fast_bf16(device.type) else 0
+    screen = min(_SCREEN_BYTES, n_rows * d_sae * 4)
+    rounded = d_sae * width * 2 if fast_bf16(device.type) else 0
     again = max(matrices) if train.grad_accumulation > 1 or tied else 0  # gradients that are added up
     step = {
         "weights": weights,

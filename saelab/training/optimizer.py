@@ -6,8 +6,10 @@ import math
 
 import torch
 
+from saelab.distributed import ALONE, Ranks
 from saelab.kernels.rows import project_
 from saelab.saes import SAE
+from saelab.saes.sharded import ROWS
 from saelab.training.adam import Adam
 from saelab.training.config import TrainConfig
 
@@ -21,16 +23,18 @@ def learning_rate(config: TrainConfig, base_lr: float, d_sae: int, step: int) ->
     return peak * min(1.0, rising, falling)
 
 
-def apply_step(sae: SAE, adam: Adam, lr: float, clip_norm: float) -> float:
+def apply_step(sae: SAE, adam: Adam, lr: float, clip_norm: float, shards: Ranks = ALONE) -> float:
     """Project, clip, step, renormalise; gives the gradient norm before clipping.
 
     Clipping costs no pass of its own: Adam divides each gradient as it reads it. A norm that is not finite changes
-    nothing.
+    nothing. With `shards` the norm is that of all features.
     """
     if sae.unit_norm and sae.W_dec.grad is not None:
         project_(sae.W_dec.grad, sae.W_dec)
-    norms = [torch.linalg.vector_norm(p.grad, dim=-1).norm() for p in sae.parameters() if p.grad is not None]
-    norm = float(torch.stack(norms).norm())
+    own = [p.grad for name, p in sae.named_parameters() if shards.is_first or name in ROWS]
+    norms = [torch.linalg.vector_norm(grad, dim=-1).norm() for grad in own if grad is not None]
+    total = torch.stack(norms).norm()
+    norm = float(shards.sum(total.square()).sqrt() if shards.size > 1 else total)
     if math.isfinite(norm):
         adam.step(lr, grad_scale=max(1.0, norm / clip_norm))
         sae.after_step()

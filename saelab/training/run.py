@@ -7,23 +7,27 @@ import math
 import platform
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from saelab.distributed import Ranks
+from saelab.distributed.mesh import Mesh
 from saelab.errors import TrainingError
 from saelab.io import load_sae, save_sae
 from saelab.losses import sum_of_squares, total_variance
-from saelab.saes import SAE, VARIANTS, Batch, StepInfo
+from saelab.saes import SAE, VARIANTS, StepInfo
+from saelab.saes.sharded import FeatureShard, check_shardable, gather_into, shard_of
 from saelab.training.adam import Adam
-from saelab.training.checkpoint import claim_run, list_checkpoints, load_checkpoint, save_checkpoint
+from saelab.training.checkpoint import claim_run, list_checkpoints
 from saelab.training.config import TrainConfig
 from saelab.training.data import DataSource, Rows
 from saelab.training.dead_features import DeadFeatures
+from saelab.training.exchange import Exchange
 from saelab.training.metrics_log import MetricsLog
 from saelab.training.optimizer import apply_step, learning_rate
+from saelab.training.state import State
 
 
 def variant_of(config: Any) -> type[SAE]:
@@ -36,69 +40,84 @@ def variant_of(config: Any) -> type[SAE]:
 
 
 class Run:
-    """Call `train_on(batch)` once a step; `finish(batch)` when `step` reaches `config.n_steps`."""
+    """Call `train_on(batch)` once a step; `finish(batch)` when `step` reaches `config.n_steps`.
+
+    On a mesh of ranks each has a `Run` with its rows of every batch and its features; the first writes.
+    """
 
     def __init__(
-        self, config: Any, source: DataSource, train: TrainConfig, folder: Path | None, wandb_project: str | None
+        self,
+        config: Any,
+        source: DataSource,
+        train: TrainConfig,
+        folder: Path | None,
+        wandb_project: str | None,
+        mesh: Mesh | None = None,
     ) -> None:
-        self.train, self.folder = train, folder
+        self.mesh = mesh or Mesh()
+        self.ranks = self.mesh.world
+        self.train, self.folder = train, folder if self.ranks.is_first else None
         self.device = device_of(train)
         variant = variant_of(config)
+        _check_shares(variant, config, train, self.mesh.data)
         view = source.view(variant, config)
         self.sites = view.sites
         self.sae = variant(config, view.d_in, seed=train.seed, **view.shape)
         self.sae.set_normalization(*view.moments)
         self.sae.origin, self._documents = view.origin, source.documents
+        self._whole: SAE | None = None
+        if train.feature_shards > 1:
+            self._whole = self.sae if self.ranks.is_first else None
+            self.sae = shard_of(self.sae, self.mesh)
         self.sae.to(self.device)
         self.adam = Adam(self.sae.parameters(), self.sae.weight_decay)
         self.dead = DeadFeatures(self.sae.d_sae, train.dead_window, self.device)
+        self.exchange = Exchange(self.sae, self.mesh)
+        self.state = State(folder, train.keep_checkpoints, self.sae, self.adam, self.dead, self.mesh)
         self.step = 0
         self.last: dict[str, Any] = {}
         self._spent, self._spent_on = 0.0, 0
-        self.finished = self._continue(config, view.fingerprint)
-        self.log = MetricsLog(folder, self.step, wandb_project) if not self.finished else None
+        self._continue(config, view.fingerprint)
+        self.finished = self.step == train.n_steps
+        wandb_project = wandb_project if self.ranks.is_first else None
+        self.log = MetricsLog(self.folder, self.step, wandb_project) if not self.finished else None
 
-    def _continue(self, config: Any, fingerprint: str) -> bool:
-        """Take up what the folder holds; True when the run had already ended."""
-        if self.folder is None:
-            return False
-        begun = claim_run(
-            self.folder,
-            {"variant": self.sae.variant, "config": dataclasses.asdict(config), "train": self.train.settings()}
-            | {"data": fingerprint, "d_in": self.sae.d_in, **self.sae.shape},
-            environment(self.device),
-        )
-        if (self.folder / "sae.json").exists():
-            self.sae = load_sae(self.folder)
+    def _continue(self, config: Any, fingerprint: str) -> None:
+        """Take up what the folder holds; at the last step when the run had already ended."""
+        here = environment(self.device, self.mesh)
+        begun = here if self.folder is None else claim_run(self.folder, self._identity(config, fingerprint), here)
+        ended = self.folder is not None and (self.folder / "sae.json").exists()
+        if self.ranks.agree(ended, self.device):
             self.step = self.train.n_steps
-            return True
-        self.step = load_checkpoint(self.folder, self.train.n_steps, self.sae, self.adam, self.dead)
+            self.sae = self.sae if self.folder is None else load_sae(self.folder, self.device)
+            if self.train.feature_shards == 1:
+                self.ranks.take_from_first_(self.sae.state_dict().values())
+            return
+        self.step = self.state.load(self.train.n_steps)
         if self.step:
-            _warn_if_elsewhere(begun, environment(self.device))
-        return False
+            _warn_if_elsewhere(begun, here)
+
+    def _identity(self, config: Any, fingerprint: str) -> dict[str, Any]:
+        """What a run that goes on must have in common with the one that began; on how many ranks may change."""
+        named = {"variant": self.sae.variant, "config": dataclasses.asdict(config), "train": self.train.settings()}
+        return named | {"data": fingerprint, "d_in": self.sae.d_in, **self.sae.shape}
 
     def train_on(self, rows: Rows) -> None:
         """One optimiser step. Raises `TrainingError` on NaN or infinite rows, loss or gradient; the last checkpoint stays."""
         start = time.perf_counter()
-        batch = self.sites.batch({name: rows[name].to(self.device) for name in self.sites.all})
         info = StepInfo(self.dead.dead, self.step, self.train.n_steps)
         logged = self.step % self.train.log_every == 0 or self.step == self.train.n_steps - 1
         sums: dict[str, Any] = {}
-        for part in _chunks(batch, self.train.grad_accumulation):
-            share = len(part.x) / len(batch.x)
-            loss = self.sae.loss(part, info)
-            (loss.total * share).backward()
-            self.dead.update(loss.acts)
-            values = {"loss": loss.total.item(), "l0": loss.acts.nnz / len(part.x)}
-            if logged:
-                values |= {name: term.item() for name, term in loss.terms.items()}
-                values["fvu"] = float(sum_of_squares(loss.residual) / total_variance(loss.y))
-            for name, value in values.items():
-                sums[name] = sums.get(name, 0.0) + share * value
-        lr = learning_rate(self.train, self.sae.base_lr, self.sae.d_sae, self.step)
-        sums["grad_norm"] = apply_step(self.sae, self.adam, lr, self.train.clip_norm)
+        for part in self.train.parts:
+            for name, value in self._learn(rows, part, info, logged).items():
+                sums[name] = sums.get(name, 0.0) + value
+        sums = self.exchange.sum_metrics(sums, self.device)
+        self.exchange.sum_gradients()
+        shards = self.mesh.feature
+        lr = learning_rate(self.train, self.sae.base_lr, self.sae.d_sae * shards.size, self.step)
+        sums["grad_norm"] = apply_step(self.sae, self.adam, lr, self.train.clip_norm, shards)
         if not (math.isfinite(sums["loss"]) and math.isfinite(sums["grad_norm"])):
-            raise TrainingError(self._explain(batch))
+            raise TrainingError(self._explain(rows))
         self.step += 1
         self._spent, self._spent_on = self._spent + time.perf_counter() - start, self._spent_on + 1
         if logged:
@@ -109,20 +128,38 @@ class Run:
         ):
             self.checkpoint()
 
+    def _learn(self, rows: Rows, part: range, info: StepInfo, logged: bool) -> dict[str, float]:
+        """Add the gradients of this rank's rows in `part` of the batch; what it adds to the metrics of the whole batch."""
+        ranks = self.mesh.data.sharing(len(part))
+        own = part[ranks.own]
+        batch = self.sites.batch({name: rows[name][own.start : own.stop].to(self.device) for name in self.sites.all})
+        share = len(own) / self.train.batch_size
+        loss = self.sae.loss(batch, info._replace(ranks=ranks))
+        (loss.total * share).backward()
+        self.dead.update(loss.acts, ranks)
+        values = {"loss": loss.total.item(), "l0": loss.acts.nnz / len(own)}
+        if logged:
+            values |= {name: term.item() for name, term in loss.terms.items()}
+            values["fvu"] = float(sum_of_squares(loss.residual) / total_variance(loss.y, ranks))
+        return {name: share * value for name, value in values.items()}
+
     def checkpoint(self) -> None:
         """Write the state before the next step, where the run has a folder and has begun."""
-        if self.folder is not None and self.step:
-            save_checkpoint(self.folder, self.step, self.train.keep_checkpoints, self.sae, self.adam, self.dead)
+        self.state.save(self.step)
 
     def finish(self, rows: Rows) -> SAE:
-        """Save the trained SAE with golden inputs taken from `rows`."""
+        """Save the trained SAE with golden inputs taken from `rows`. Of sharded features the first rank gets all of them."""
+        if isinstance(self.sae, FeatureShard):
+            if self.mesh.data.is_first:
+                gather_into(self._whole, self.sae)
+            self.sae = self._whole or self.sae
         if self.log is not None:
             self.log.close()
         self.sae.trained = {
             "train": self.train.settings(),
             "n_tokens": self.train.n_steps * self.train.batch_size,
             "metrics": self.last,
-        } | environment(self.device)
+        } | environment(self.device, self.mesh)
         self.sae.train_documents = self._documents()
         self.sae.eval()
         if self.folder is not None:
@@ -134,13 +171,14 @@ class Run:
         # Its own steps alone: others may share the data.
         rate = self._spent_on * self.train.batch_size / max(self._spent, 1e-9)
         self._spent, self._spent_on = 0.0, 0
-        dead = float(self.dead.dead.float().mean())
+        dead = float(self.mesh.feature.sum(self.dead.dead.float().mean()) / self.mesh.feature.size)
         tokens = self.step * self.train.batch_size
         self.last = {"step": self.step - 1, "tokens": tokens, **sums, "dead_fraction_train": dead, "lr": lr}
         if self.log is not None:
             self.log.write(self.last | {"tokens_per_second": round(rate, 1)})
 
-    def _explain(self, batch: Batch) -> str:
+    def _explain(self, rows: Rows) -> str:
+        batch = self.sites.batch(rows)
         bad = int((~(batch.x.flatten(1).isfinite().all(1) & batch.y.flatten(1).isfinite().all(1))).sum())
         cause = (
             f"{bad} of {len(batch.x)} activations in batch {self.step} are NaN or infinite; harvest them anew"
@@ -152,10 +190,22 @@ class Run:
         return f"Training stopped at step {self.step}: {cause}; {kept}."
 
 
-def _chunks(batch: Batch, n: int) -> Iterator[Batch]:
-    """The batch in `n` parts; y stays x where it is."""
-    for x, y in zip(batch.x.chunk(n), batch.y.chunk(n), strict=True):
-        yield Batch(x, x if batch.y is batch.x else y)
+def _check_shares(variant: type[SAE], config: Any, train: TrainConfig, ranks: Ranks) -> None:
+    """Raises `ValueError` where features or batches cannot be shared by these processes."""
+    if train.feature_shards > 1:
+        check_shardable(variant, config, train.feature_shards)
+    if ranks.size == 1:
+        return
+    if not variant.shares_batches:
+        raise ValueError(
+            f"{variant.variant} trains in one process, this job has {ranks.size}: start it without torchrun."
+        )
+    least = min(len(part) for part in train.parts)
+    if least < ranks.size:
+        raise ValueError(
+            f"batch_size={train.batch_size} with grad_accumulation={train.grad_accumulation} has a part of {least} rows, "
+            f"fewer than the {ranks.size} processes that share it: raise batch_size, or start fewer."
+        )
 
 
 def device_of(train: TrainConfig) -> torch.device:
@@ -170,18 +220,20 @@ def device_of(train: TrainConfig) -> torch.device:
         ) from error
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """The four things beside seed and data that decide the bits of a run."""
+def environment(device: torch.device, mesh: Mesh) -> dict[str, Any]:
+    """The things beside seed and data that decide the bits of a run."""
     return {
         "torch": torch.__version__,
         "device": str(device),
         "threads": torch.get_num_threads(),
         "backend": platform.machine(),
+        "ranks": mesh.world.size if mesh.feature.size == 1 else f"{mesh.data.size} x {mesh.feature.size}",
     }
 
 
 def _warn_if_elsewhere(before: dict[str, Any], now: dict[str, Any]) -> None:
     """Warn when a run goes on under another torch, device or thread count: its bits may then differ."""
+    before = {"ranks": 1} | before
     different = [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
     if different:
         warnings.warn(

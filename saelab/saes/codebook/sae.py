@@ -27,6 +27,7 @@ class CodebookSAE(SAE):
     Config = CodebookConfig
     config: CodebookConfig
     unit_norm = False
+    shares_batches = False
     rule = "the k most similar codes of each group, whatever their similarity"
     base_lr = 1e-3
 

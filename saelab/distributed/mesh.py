@@ -1,0 +1,40 @@
+"""The ranks of a job as a table: along one side they share the rows of a batch, along the other the features of an SAE."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+
+from saelab.distributed.ranks import ALONE, Ranks
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Where this rank stands. Rank r of `world` has the features of shard r % S and the rows of share r // S."""
+
+    world: Ranks = ALONE
+    data: Ranks = ALONE
+    """Those with the same features and other rows."""
+    feature: Ranks = ALONE
+    """Those with the same rows and other features."""
+    device_mesh: Any = None
+    """The `DeviceMesh`, where features are sharded."""
+
+
+def build_mesh(world: Ranks, feature_shards: int, device: str | None = None) -> Mesh:
+    """The mesh ("data", "feature") of all ranks. Raises `ValueError` where their number is no multiple of the shards."""
+    if feature_shards == 1:
+        return Mesh(world, world)
+    if world.size % feature_shards:
+        raise ValueError(
+            f"feature_shards={feature_shards} needs a multiple of {feature_shards} processes, this job has {world.size}: "
+            f"torchrun --nproc-per-node {feature_shards}, or another feature_shards."
+        )
+    shape = (world.size // feature_shards, feature_shards)
+    device_type = torch.device(device).type if device else "cuda" if torch.cuda.is_available() else "cpu"
+    mesh = init_device_mesh(device_type, shape, mesh_dim_names=("data", "feature"))
+    data, feature = (Ranks(mesh.get_group(name)) if mesh[name].size() > 1 else ALONE for name in ("data", "feature"))
+    return Mesh(world, data, feature, mesh)

@@ -1,0 +1,112 @@
+"""Exact selection of the best pairs of token and feature when the pairs are spread over ranks.
+
+The n-th largest score is found digit by digit: each round adds up the ranks' histograms of the next 11 bits (16 KB), three
+rounds for float32. Positive floats are ordered as their bits are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from saelab.distributed.ranks import Ranks
+from saelab.kernels.ragged import keep_largest, stable_order, true_places
+from saelab.kernels.sparse_acts import SparseActs, offsets_of
+
+_DIGIT = 11
+_BITS = {torch.float32: (torch.int32, 31), torch.float64: (torch.int64, 63)}
+
+
+class Nth(NamedTuple):
+    """What `nth_largest` found."""
+
+    value: Float[Tensor, " 1"]
+    """0 where fewer than n scores are positive."""
+    n_ties: int
+    """How many of the scores that equal `value` belong to the n largest."""
+    all_ties: bool
+    """Whether those are all there are."""
+
+
+def nth_largest(scores: Float[Tensor, " m"], n: int, ranks: Ranks) -> Nth:
+    """The n-th largest of the positive scores of all ranks (n at least 1)."""
+    kind, n_bits = _BITS[scores.dtype]
+    bits = scores[scores > 0].view(kind)
+    key, left, n_ties = 0, n, 0
+    for shift in range(n_bits // _DIGIT * _DIGIT, -1, -_DIGIT):
+        digits = (bits >> shift) & ((1 << _DIGIT) - 1)
+        above = ranks.sum(torch.bincount(digits, minlength=1 << _DIGIT)).flip(0).cumsum(0)  # from the largest digit on
+        at = int(torch.searchsorted(above, left))
+        if at == len(above):  # only in the first round
+            return Nth(scores.new_zeros(1), 0, True)
+        before = int(above[at - 1]) if at else 0
+        left, n_ties = left - before, int(above[at]) - before
+        digit = len(above) - 1 - at
+        key, bits = key | (digit << shift), bits[digits == digit]
+    return Nth(torch.tensor([key], dtype=kind, device=scores.device).view(scores.dtype), left, left == n_ties)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The pairs of all ranks, where this one holds rows from `first_row` on and features from `first_feature` on."""
+
+    ranks: Ranks
+    d_sae: int
+    """Features on all ranks together."""
+    first_row: int
+    first_feature: int = 0
+
+    @property
+    def size(self) -> int:
+        """Ranks that hold pairs."""
+        return self.ranks.size
+
+    def least(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Elementwise minimum over the ranks."""
+        return self.ranks.least(x)
+
+    def every(self, flag: bool, device: torch.device) -> bool:
+        """Whether the flag is set on all ranks."""
+        return not self.ranks.agree(not flag, device)
+
+    def keep(
+        self, scores: Float[Tensor, " m"], rows: Int[Tensor, " m"], features: Int[Tensor, " m"], n: int
+    ) -> tuple[Int[Tensor, " kept"], Float[Tensor, " 1"]]:
+        """Positions, ascending, of this rank's scores among the `n` largest positive ones of all, and the last of those
+        (0 where fewer are positive). Ties at the last place go to the earlier row, then the lower feature.
+        """
+        nth = nth_largest(scores, n, self.ranks)
+        if nth.all_ties:
+            return true_places((scores >= nth.value) & (scores > 0)), nth.value
+        tied = true_places(scores == nth.value)
+        places = (rows[tied] + self.first_row) * self.d_sae + features[tied] + self.first_feature  # ascending
+        last = torch.cat(self.ranks.gather(places[: nth.n_ties])).sort().values[nth.n_ties - 1]
+        kept = scores > nth.value
+        kept[tied[places <= last]] = True
+        return true_places(kept), nth.value
+
+
+def keep_by_feature(acts: SparseActs, places: Int[Tensor, " d_sae"], ranks: Ranks) -> Bool[Tensor, " nnz"]:
+    """Which codes are among the `places[i]` largest of their feature i on all ranks; ties go to the earlier row.
+
+    `acts` holds at least those of this rank's rows. If each rank has its part of the places at or above some floor, the
+    last place is not under it; only codes that reach it are sent around.
+    """
+    order, _, offsets = acts.by_feature
+    scores, features = acts.values.detach()[order], acts.features[order]
+    _, last = keep_largest(scores, offsets, -(-places // ranks.size))  # 0 where there are fewer
+    sent = true_places(scores >= ranks.least(last)[features])
+    gathered = ranks.gather(scores[sent])
+    all_scores, all_features = torch.cat(gathered), torch.cat(ranks.gather(features[sent]))
+    by_feature = stable_order(all_features)  # of one feature by rank, then by row
+    counts = torch.bincount(all_features, minlength=acts.d_sae)
+    kept, _ = keep_largest(all_scores[by_feature], offsets_of(counts), places)
+    chosen = torch.zeros(len(all_scores), dtype=torch.bool, device=order.device)
+    chosen[by_feature[kept]] = True
+    mask = torch.zeros(acts.nnz, dtype=torch.bool, device=order.device)
+    mask[order[sent]] = chosen.split([len(part) for part in gathered])[ranks.rank]
+    return mask

@@ -1,0 +1,160 @@
+"""SAEs whose features are spread over ranks: each holds d_sae / S rows of `W_enc`, `b_enc` and `W_dec`.
+
+A step has two exchanges: the candidates of the selection, `(batch, k)` scores, and the sum of the reconstructions,
+`(batch, d_in)`. The selection is that of the whole dictionary, ties included. Gradients need no exchange between shards:
+each has the whole residual. `b_dec` is on all of them, and its gradient is the sum over the shards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from saelab.distributed.mesh import Mesh
+from saelab.distributed.pool import Pool
+from saelab.distributed.ranks import Ranks
+from saelab.kernels.decode import decode
+from saelab.kernels.ragged import kth_largest
+from saelab.kernels.sparse_acts import SparseActs
+from saelab.losses import fvu, squared_error
+from saelab.saes.base import SAE, StepInfo
+from saelab.saes.batch_topk import BatchTopKSAE
+from saelab.saes.selection import SelectionSAE
+from saelab.saes.topk import TopKSAE
+
+ROWS = ("W_enc", "b_enc", "W_dec")
+"""Parameters with a row for each feature."""
+
+
+class SumOfParts(Function):
+    """The sum over ranks; each then computes the same from it, so that its gradient is that of every part."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, ranks: Ranks) -> Tensor:
+        return ranks.sum(part)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class FeatureShard(SelectionSAE):
+    """The features of one rank. Its `d_sae` is their number; only `loss` is meant to be called."""
+
+    mesh: Mesh
+
+    @property
+    def first_feature(self) -> int:
+        """The number of its first feature among all."""
+        return self.mesh.feature.rank * self.d_sae
+
+    def rebuild(self, acts: SparseActs, target: Tensor) -> tuple[Tensor, Tensor]:
+        x_hat = self._sum(decode(acts, self.W_dec)) + self._own_b_dec
+        return squared_error(target, x_hat), (x_hat - target).detach()
+
+    def aux_term(self, x: Tensor, residual: Tensor, acts: SparseActs, info: StepInfo) -> dict[str, Tensor]:
+        chosen = info.dead.nonzero().squeeze(1)
+        if not self.config.auxk_alpha or not self.mesh.feature.agree(bool(len(chosen)), x.device):
+            return {}
+        codes = torch.addmm(self.b_enc[chosen], x - self.b_dec, self.W_enc[chosen].T).relu()  # (batch, n_dead)
+        k_aux = self.config.k_aux or max(self.d_in // 2, 1)
+        best = codes.detach().topk(min(k_aux, len(chosen)), dim=1).indices.sort(dim=1).values
+        kept = among_best(codes.detach().gather(1, best), k_aux, self.mesh.feature)
+        codes = codes * torch.zeros_like(codes).scatter(1, best, kept.to(codes.dtype))
+        return {"auxk": fvu(-residual, self._sum(codes @ self.W_dec[chosen]), info.ranks)}
+
+    def _sum(self, part: Tensor) -> Tensor:
+        return SumOfParts.apply(part, self.mesh.feature)  # pyright: ignore[reportReturnType]
+
+    @property
+    def _own_b_dec(self) -> Tensor:
+        """The bias, which learns from the reconstruction on one shard, so that the sum over them counts that once."""
+        return self.b_dec if self.mesh.feature.is_first else self.b_dec.detach()
+
+
+class TopKShard(FeatureShard, TopKSAE):
+    """Of each token the k best of all shards are among the k best of each."""
+
+    def select(self, x: Float[Tensor, "batch d_in"], info: StepInfo) -> SparseActs:
+        acts = self._best(x, self.config.k)
+        here = torch.arange(self.config.k, device=x.device) < acts.counts[:, None]
+        scores = x.new_zeros(here.shape).masked_scatter_(here, acts.values.detach())
+        return acts.where(among_best(scores, self.config.k, self.mesh.feature)[here])
+
+
+class BatchTopKShard(FeatureShard, BatchTopKSAE):
+    """One pool of all pairs."""
+
+    def pool(self, info: StepInfo) -> Pool:
+        whole, first_row = self.d_sae * self.mesh.feature.size, info.ranks.own.start
+        return Pool(self.mesh.world, whole, first_row, self.first_feature)
+
+    def observe(self, smallest: Tensor, info: StepInfo) -> None:
+        super().observe(self.mesh.world.least(smallest), info)
+
+
+SHARDS: dict[str, type[FeatureShard]] = {"topk": TopKShard, "batch_topk": BatchTopKShard}
+
+
+def among_best(scores: Float[Tensor, "batch m"], k: int, shards: Ranks) -> Bool[Tensor, "batch m"]:
+    """Which of this shard's scores are among the k largest positive ones of their row on all shards.
+
+    Each row is in the order of its features; ties go to the lower shard, then the earlier score: the lowest feature.
+    One collective of `(batch, m)` numbers.
+    """
+    parts = shards.gather(scores.T.contiguous())
+    whole = torch.cat(parts).T.contiguous()  # (batch, shards * m), in the order of the features
+    kth = kth_largest(whole, k)[:, None] if whole.shape[1] >= k else whole.new_zeros(len(whole), 1)
+    above, tied = whole > kth, whole == kth
+    places = k - above.sum(1, keepdim=True)
+    kept = (above | (tied & (tied.cumsum(1) <= places))) & (whole > 0)
+    return kept.split([len(part) for part in parts], dim=1)[shards.rank]
+
+
+def check_shardable(variant: type[SAE], config: Any, feature_shards: int) -> None:
+    """Raises `ValueError` where this SAE cannot be spread over so many shards."""
+    if variant.variant not in SHARDS:
+        raise ValueError(
+            f"feature_shards={feature_shards} is for {' and '.join(SHARDS)}; {variant.variant} trains data-parallel: leave "
+            "feature_shards at 1."
+        )
+    if config.d_sae % feature_shards or config.d_sae // feature_shards < config.k:
+        raise ValueError(
+            f"d_sae={config.d_sae} must be a multiple of feature_shards={feature_shards}, each shard with at least "
+            f"k={config.k} features."
+        )
+    if config.aux != "auxk" or getattr(config, "multi_topk", False):
+        raise ValueError(
+            f"feature_shards={feature_shards} knows aux='auxk' alone, without multi_topk: change the config."
+        )
+
+
+def shard_of(sae: SAE, mesh: Mesh) -> FeatureShard:
+    """This rank's features of a whole SAE."""
+    config = dataclasses.replace(sae.config, d_sae=sae.d_sae // mesh.feature.size)
+    shard = SHARDS[sae.variant](config, sae.d_in)
+    shard.mesh = mesh
+    own = slice(shard.first_feature, shard.first_feature + shard.d_sae)
+    whole = sae.state_dict()
+    shard.load_state_dict({name: x[own] if name in ROWS else x for name, x in whole.items()})
+    shard.origin, shard.train_documents = sae.origin, sae.train_documents
+    return shard
+
+
+def gather_into(sae: SAE | None, shard: FeatureShard) -> None:
+    """Fill a whole SAE with the shards, one after another; ranks that give None only send theirs."""
+    whole = {} if sae is None else sae.state_dict()
+    for name, part in shard.state_dict().items():
+        parts = shard.mesh.feature.each(part) if name in ROWS else [part]
+        start = 0
+        for rows in parts:
+            if whole:
+                whole[name].view(-1)[start : start + rows.numel()].copy_(rows.view(-1))
+            start += rows.numel()

@@ -1,0 +1,36 @@
+"""What the ranks of a run add up in every step: gradients and metrics."""
+
+from __future__ import annotations
+
+import torch
+
+from saelab.distributed.gradients import GradientSum
+from saelab.distributed.mesh import Mesh
+from saelab.saes import SAE
+from saelab.saes.sharded import ROWS
+
+
+class Exchange:
+    """Rows of features are summed over the ranks that hold the same features, everything else over all ranks."""
+
+    def __init__(self, sae: SAE, mesh: Mesh) -> None:
+        self.mesh = mesh
+        rows = [p for name, p in sae.named_parameters() if name in ROWS]
+        others = [p for name, p in sae.named_parameters() if name not in ROWS]
+        sharded = mesh.feature.size > 1
+        self._sums = [GradientSum(rows, mesh.data), GradientSum(others, mesh.world)] if sharded else []
+        self._sums = self._sums or [GradientSum([*rows, *others], mesh.world)]
+
+    def sum_gradients(self) -> None:
+        """Each parameter's gradient becomes that of the whole batch."""
+        for gradient_sum in self._sums:
+            gradient_sum()
+
+    def sum_metrics(self, values: dict[str, float], device: torch.device) -> dict[str, float]:
+        """Each is a sum over rows; L0 is one over features too, of the others every shard has the whole."""
+        if self.mesh.world.size == 1:
+            return values
+        copies = self.mesh.feature.size
+        own = [value if name == "l0" else value / copies for name, value in values.items()]
+        whole = self.mesh.world.sum(torch.tensor(own, dtype=torch.float64, device=device))
+        return dict(zip(values, whole.tolist(), strict=True))

@@ -1,0 +1,64 @@
+"""`State`: all that a run learns, saved in its folder and taken up from there, by one process or by several together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from saelab.distributed.mesh import Mesh
+from saelab.saes import SAE
+from saelab.saes.sharded import FeatureShard
+from saelab.training.adam import Adam
+from saelab.training.checkpoint import (
+    check_checkpoint,
+    checkpoint_path,
+    load_checkpoint,
+    newest_checkpoint,
+    note_latest,
+    save_checkpoint,
+    state_of,
+)
+from saelab.training.dead_features import DeadFeatures
+from saelab.training.sharded_checkpoint import load_part, row_names, save_part
+
+
+class State:
+    """Weights, Adam's moments and the counters of one run. All ranks call each method, with the same `folder` or none."""
+
+    def __init__(self, folder: Path | None, keep: int, sae: SAE, adam: Adam, dead: DeadFeatures, mesh: Mesh) -> None:
+        self.folder, self.keep, self.mesh = folder, keep, mesh
+        self._parts = sae, adam, dead
+        self._tensors = state_of(sae, adam, dead)
+        self._rows = row_names(sae) if isinstance(sae, FeatureShard) else None
+        self._device = dead.tokens_since_fired.device
+
+    def save(self, step: int) -> None:
+        """Write the state before `step`; the newest `keep` stay. One of sharded features is written by all ranks."""
+        first = self.mesh.world.is_first
+        if self.folder is None or not step:
+            return
+        if self._rows is not None:
+            path = checkpoint_path(self.folder, step).with_suffix("")
+            save_part(path, step, self._tensors, self._rows, self.mesh)
+            if first:
+                note_latest(self.folder, step, self.keep)
+        elif first:
+            save_checkpoint(self.folder, step, self.keep, *self._parts)
+
+    def load(self, n_steps: int) -> int:
+        """Take up the newest whole checkpoint, of any number of ranks and shards; gives the step to go on with."""
+        found = 0
+        if self.folder is not None and self.mesh.world.is_first:
+            if self._rows is None:
+                found = load_checkpoint(self.folder, n_steps, *self._parts)
+            else:
+                check = lambda path, step: check_checkpoint(path, step, n_steps)  # noqa: E731
+                found = newest_checkpoint(self.folder, check)
+        step = torch.tensor(found, device=self._device)
+        self.mesh.world.take_from_first_([step])
+        if self._rows is None:
+            self.mesh.world.take_from_first_(self._tensors.values())
+        elif self.folder is not None and int(step):
+            load_part(checkpoint_path(self.folder, int(step)), self._tensors, self._rows, self.mesh)
+        return int(step)
