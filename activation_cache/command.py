@@ -43,7 +43,7 @@ class Info:
                 "tokens": f"{manifest['n_tokens']:,} of {manifest['n_documents']:,} documents",
                 "masked": masked,
                 "contexts": f"{manifest['n_sequences']:,} of {config['ctx_len']} tokens",
-                "seed": config["seed"],
+                "order": f"mixed by seed {config['seed']}" if config.get("shuffle", True) else "that of the texts",
                 "size": format.human_bytes(size),
                 "format": manifest["format_version"],
             }
@@ -78,10 +78,10 @@ class Repair:
         from saelab.tokens import load_texts
 
         cache = _open(self.run_folder)
-        texts = (
-            load_texts(self.texts, column=self.column) if self.texts else own_texts(cache.origin(cache.hook_names[0]))
-        )
-        rebuilt = repair(cache, _model_of(cache), texts)
+        lm, known = _model_of(cache), cache.origin(cache.hook_names[0])
+        chat = lm if "chat" in (known["texts"] or {}) else None
+        texts = load_texts(self.texts, column=self.column, chat=chat) if self.texts else own_texts(known, lm)
+        rebuilt = repair(cache, lm, texts)
         for file, same in rebuilt.items():
             print(f"{file}: rebuilt, {'byte for byte' if same else 'with other last bits (another torch or machine)'}")
         print(f"{len(rebuilt)} of {len(cache.files())} files of {cache.path} were damaged.")

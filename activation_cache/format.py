@@ -7,6 +7,8 @@ tokens/seq-000000.safetensors      ids, doc (n_sequences, ctx_len) int32; doc is
 shards/r000-000000/index.safetensors   seq, pos, token (n_rows) int32, shared by all hooks
 shards/r000-000000/HOOK.safetensors    acts (n_rows, d_in) as `storage` says, and fp64 sums for the statistics
 stats/HOOK.safetensors             mean, second_moment (d_in) fp64, mean_norm, median_norm, n
+
+A harvest in blocks: block 7 has journals/r007.jsonl, tokens/r007-000000.safetensors and shards/r007-000000/.
 """
 
 from __future__ import annotations
@@ -15,18 +17,21 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from saelab.activation_cache.storage import row_bytes
+from saelab.contexts import PACKED
 from saelab.errors import CacheError
 from saelab.files import read_json, sha256_file
 
-FORMAT_VERSION = 2  # 1 knew bfloat16 alone, and such caches are still written as 1 (`storage.identity`)
+FORMAT_VERSION = 3  # 1 knew bfloat16 alone, 2 no modes: caches that have none are written as ever (`storage.identity`)
 MANIFEST = "manifest.json"
 JOURNAL = "journal.jsonl"
+BLOCK_JOURNALS = "journals"
 INDEX = "index.safetensors"
 DOCUMENTS = "documents.safetensors"
 SEQUENCES_PER_FILE = 4096
@@ -34,14 +39,24 @@ INDEX_BYTES = 12  # seq, pos, token: three int32 a row
 TOKEN_BYTES = 8  # id and document: two int32 a token
 
 
-def shard_folder(number: int, rank: int = 0) -> str:
+def namespace(block: int) -> str:
+    """What the files of a block begin with."""
+    return f"r{block:03d}"
+
+
+def shard_folder(number: int, block: int = 0) -> str:
     """Path of a shard inside the cache."""
-    return f"shards/r{rank:03d}-{number:06d}"
+    return f"shards/{namespace(block)}-{number:06d}"
 
 
-def tokens_file(number: int) -> str:
+def tokens_file(number: int, block: int | None = None) -> str:
     """Path of a file of packed contexts inside the cache."""
-    return f"tokens/seq-{number:06d}.safetensors"
+    return f"tokens/{'seq' if block is None else namespace(block)}-{number:06d}.safetensors"
+
+
+def block_journal(block: int) -> str:
+    """Path of a block's journal inside the cache."""
+    return f"{BLOCK_JOURNALS}/{namespace(block)}.jsonl"
 
 
 def stats_file(hook_name: str) -> str:
@@ -72,6 +87,7 @@ def origin(
         "texts": texts,
         "dataset_fingerprint": config["texts_fingerprint"],
         "split": config["split"],
+        **({"packing": config["packing"]} if config.get("packing", PACKED) != PACKED else {}),
     }
 
 
@@ -79,6 +95,18 @@ def seeded(*parts: object) -> torch.Generator:
     """A generator that depends on nothing but `parts`."""
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def block_of(config: Mapping[str, Any], sequence: int) -> int | None:
+    """The block that holds a context; None where a harvest was not cut into blocks."""
+    return sequence // config["block_contexts"] if "block_contexts" in config else None
+
+
+def shard_generator(config: Mapping[str, Any], number: int, block: int | None = None) -> torch.Generator | None:
+    """What draws the rows of a shard, of the cache or of a block, from the pool; None where rows keep their order."""
+    if not config.get("shuffle", True):
+        return None
+    return seeded("shard", config["seed"], *(() if block is None else ("block", block)), number)
 
 
 def human_bytes(n: int | float) -> str:
@@ -102,7 +130,10 @@ def estimate_bytes(
 
 def check_space(folder: Path, needed: int, max_bytes: int | None) -> None:
     """Print what the cache will take; raise `CacheError` when the disk or `max_bytes` does not allow it."""
-    have = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    have = 0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # another process has given it its name
+            have += path.stat().st_size if path.is_file() else 0
     free = shutil.disk_usage(folder).free
     print(f"The cache in {folder} will take up to {human_bytes(needed)} (free there: {human_bytes(free)}).")
     if max_bytes is not None and needed > max_bytes:

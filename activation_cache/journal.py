@@ -10,29 +10,36 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from saelab.activation_cache.format import JOURNAL, MANIFEST, config_hash
+from saelab.activation_cache.format import BLOCK_JOURNALS, JOURNAL, MANIFEST, config_hash
 from saelab.errors import CacheError, SaelabError
 from saelab.files import differences, fsync_dir, writing
 
 _BEGINNING = b'{"kind": "'  # of every line
 
 
+class BusyError(CacheError):
+    """Another process holds the journal."""
+
+
 class Journal:
-    """Append-only record of what is safely on disk; one process at a time may hold it open.
+    """Append-only record of what is safely on disk, of a cache or of a block (`name`); one process at a time holds it.
 
     `entries` holds every whole line. A half-written last line (the process was killed) is cut off.
+    Raises `BusyError` while another process holds it, or waits for that one (`wait`).
     """
 
-    def __init__(self, folder: Path):
-        self.path = folder / JOURNAL
+    def __init__(self, folder: Path, name: str = JOURNAL, wait: bool = False):
+        self.path = folder / name
         with writing(self.path):
+            self.path.parent.mkdir(exist_ok=True)
             self._file = self.path.open("ab+", buffering=0)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:
             self._file.close()
-            raise CacheError(
-                f"another process is harvesting into {folder}: wait for it, or give another out_dir."
+            raise BusyError(
+                f"another process is harvesting into {folder}: wait for it, or give another out_dir (processes that are to "
+                "share a harvest are all given block_contexts)."
             ) from error
         self._lock = threading.Lock()
         self.entries: list[dict[str, Any]] = []
@@ -41,10 +48,10 @@ class Journal:
         except CacheError:
             self.close()
             raise
-        fsync_dir(folder)
+        fsync_dir(self.path.parent)
 
     def of_kind(self, kind: str) -> list[dict[str, Any]]:
-        """Entries of one kind: "start", "storage", "mask", "shard" or "tokens"."""
+        """Entries of one kind: "start", "storage", "mask", "shard" or "tokens"; a block has an "end"."""
         return [entry for entry in self.entries if entry["kind"] == kind]
 
     def append(self, entry: dict[str, Any]) -> None:
@@ -94,7 +101,8 @@ class Journal:
 
 def rows_on_disk(folder: Path) -> int:
     """Rows in the finished shards of a harvest that may still be going on; only reads."""
-    lines = (folder / JOURNAL).read_bytes().split(b"\n")[:-1]
+    paths = [folder / JOURNAL, *(folder / BLOCK_JOURNALS).glob("*.jsonl")]
+    lines = [line for path in paths for line in path.read_bytes().split(b"\n")[:-1]]
     return sum(entry["rows"] for entry in map(json.loads, lines) if entry["kind"] == "shard")
 
 
@@ -102,7 +110,9 @@ def begin(folder: Path, journal: Journal, config: dict[str, Any], environment: d
     """Start or continue a journal; True when this very cache is finished. Raises `ValueError` when arguments differ."""
     finished = (folder / MANIFEST).exists()
     started = journal.of_kind("start")
-    if started and (finished or journal.of_kind("shard")):
+    limits = any(entry["rows"] for entry in journal.of_kind("mask"))
+    blocks = limits and "block_contexts" in started[0]["config"]  # other processes may be at them
+    if started and (finished or blocks or journal.of_kind("shard")):
         held, asked = (list(one["hooks"]) for one in (started[0]["config"], config))
         if set(held) != set(asked):
             raise ValueError(
@@ -127,8 +137,8 @@ def begin(folder: Path, journal: Journal, config: dict[str, Any], environment: d
         raise CacheError(f"{folder / JOURNAL} was emptied: delete the cache and harvest again.")
     journal.clear()
     if started:
-        for leftover in folder.rglob("*.safetensors"):  # of an attempt that never finished a shard
-            leftover.unlink()
+        for leftover in (*folder.rglob("*.safetensors"), *folder.glob(f"{BLOCK_JOURNALS}/*.jsonl")):
+            leftover.unlink()  # of an attempt that never finished a shard
     start = {"kind": "start", "config": config, "config_hash": config_hash(config), "environment": environment}
     journal.append(start)
     return False

@@ -1,4 +1,5 @@
-"""The pool that shuffles: rows wait in fixed slots and are drawn at random. Knows no model, no file and no storage."""
+"""The pool that shuffles: rows wait in fixed slots and are drawn at random, or in order. Knows no model, no file and no
+storage."""
 
 from __future__ import annotations
 
@@ -46,9 +47,12 @@ class Pool:
                 buffers[name].index_copy_(0, slots, x)
         self._order = torch.cat([self._order, slots])
 
-    def draw(self, n: int, generator: torch.Generator) -> tuple[Int[Tensor, "n 3"], dict[str, dict[str, Tensor]]]:
-        """Take `n` rows out, at random and in random order."""
-        picks = torch.randperm(len(self), generator=generator)[:n]
+    def draw(
+        self, n: int, generator: torch.Generator | None
+    ) -> tuple[Int[Tensor, "n 3"], dict[str, dict[str, Tensor]]]:
+        """Take `n` rows out, at random and in random order; without a generator the first that came, in order."""
+        picks = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
+        picks = picks[:n]
         slots = self._order[picks]
         stays = torch.ones(len(self), dtype=torch.bool)
         stays[picks] = False

@@ -93,6 +93,7 @@ class ActivationCache:
         hook_name: str | None = None,
         prefetch: int = 2,
         dtype: torch.dtype = ...,
+        shuffle: bool = True,
     ) -> Generator[Float[Tensor, "batch d_in"], None, None]: ...
     @overload
     def batches(
@@ -104,6 +105,7 @@ class ActivationCache:
         hook_name: Sequence[str],
         prefetch: int = 2,
         dtype: torch.dtype = ...,
+        shuffle: bool = True,
     ) -> Generator[dict[str, Float[Tensor, "batch d_in"]], None, None]: ...
     def batches(
         self,
@@ -113,11 +115,13 @@ class ActivationCache:
         hook_name: str | Sequence[str] | None = None,
         prefetch: int = 2,
         dtype: torch.dtype = torch.float32,
+        shuffle: bool = True,
     ) -> Generator[Any, None, None]:
         """Shuffled batches without end, a pure function of (cache, seed, step); `start_step` leaves out that many.
 
         In each epoch shards come in another order, and rows in another order within them; batches run across both
         borders. `prefetch` shards are opened ahead. `dtype=torch.bfloat16` gives rows stored in bfloat16 as they are.
+        `shuffle=False` gives consecutive rows in the order in which they are stored (`index(shard)` tells whose they are).
         A list of hooks gives dicts by hook: row i is the same token in each, and the order is that of one hook alone.
         Raises `ValueError` for bad arguments, and `CacheError` naming a damaged shard.
         """
@@ -133,28 +137,33 @@ class ActivationCache:
         ):
             if value < least:
                 raise ValueError(f"{name}={value} must be at least {least}.")
-        batches = self._batches(batch_size, seed, start_step * batch_size, hooks, prefetch, dtype, one)
+        plan = self._plan(seed if shuffle else None, start_step * batch_size)
+        batches = self._batches(plan, batch_size, hooks, prefetch, dtype, one)
         _OPEN.add(batches)
         return batches
 
     def _batches(
-        self, batch_size: int, seed: int, skip: int, hooks: list[str], prefetch: int, dtype: torch.dtype, one: bool
+        self, plan: Iterator[Any], batch_size: int, hooks: list[str], prefetch: int, dtype: torch.dtype, one: bool
     ) -> Generator[Any, None, None]:
         def opened(shard: int) -> list[Tensor]:
             return [decode(self._read(shard, f"{hook}.safetensors")) for hook in hooks]
 
-        for batch in shuffled_batches(self._plan(seed, skip), opened, batch_size, prefetch, dtype):
+        for batch in shuffled_batches(plan, opened, batch_size, prefetch, dtype):
             yield batch[0] if one else dict(zip(hooks, batch, strict=True))
 
-    def _plan(self, seed: int, skip: int) -> Iterator[tuple[int, Int[Tensor, " n"]]]:
-        """Without end: a shard and which of its rows, in order, after `skip` rows of the stream."""
+    def _plan(self, seed: int | None, skip: int) -> Iterator[tuple[int, Int[Tensor, " n"]]]:
+        """Without end: a shard and which of its rows, in order, after `skip` rows of the stream; seed None: as stored."""
+
+        def order(n: int, *what: object) -> Tensor:
+            return torch.arange(n) if seed is None else torch.randperm(n, generator=format.seeded(*what))
+
         epoch, skip = divmod(skip, self.n_rows)
         while True:
             shards = self.manifest["shards"]
-            for shard in torch.randperm(len(shards), generator=format.seeded("epoch", seed, epoch)).tolist():
+            for shard in order(len(shards), "epoch", seed, epoch).tolist():
                 n_rows = shards[shard]["rows"]
                 if skip < n_rows:
-                    yield shard, torch.randperm(n_rows, generator=format.seeded("rows", seed, epoch, shard))[skip:]
+                    yield shard, order(n_rows, "rows", seed, epoch, shard)[skip:]
                 skip = max(0, skip - n_rows)
             epoch += 1
 

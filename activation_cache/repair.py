@@ -8,6 +8,7 @@ model again; where its index is gone too, the drawing is repeated with indices a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import count, groupby
 
 import torch
 from jaxtyping import Bool, Int
@@ -15,12 +16,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from saelab.activation_cache import format
-from saelab.activation_cache.harvest import contexts
+from saelab.activation_cache.contents import save_stats
 from saelab.activation_cache.journal import Journal
+from saelab.activation_cache.model_pass import Reading
 from saelab.activation_cache.pool import Pool
 from saelab.activation_cache.reader import ActivationCache
 from saelab.activation_cache.storage import Storage, kept_rows
-from saelab.activation_cache.writer import save_acts, save_index, save_stats
+from saelab.activation_cache.writer import save_acts, save_index
 from saelab.errors import CacheError
 from saelab.files import atomic_save_safetensors, atomic_write_json
 from saelab.language_model import LanguageModel
@@ -61,8 +63,8 @@ class _Repair:
         self.storage = Storage(self.config["dtype"], self.manifest.get("storage", {}).get("outliers", {}))
         self.folders = [shard["folder"] for shard in self.manifest["shards"]]
         self.broken = [i for i, folder in enumerate(self.folders) if any(f.startswith(f"{folder}/") for f in damaged)]
-        self.documents: list[int] = []
-        self.batches = list(contexts(lm, texts, self.config, self.documents))
+        self.reading = Reading(lm, texts, self.config)
+        self.batches = list(self.reading.batches())
 
     def run(self, progress: bool) -> dict[str, bool]:
         known = {file: dict(entry) for file, entry in self.cache.files().items()}
@@ -85,15 +87,14 @@ class _Repair:
 
     def _write_texts(self) -> None:
         """Packed contexts and document ids."""
-        for number, entry in enumerate(self.manifest["tokens"]):
+        first = 0
+        for entry in self.manifest["tokens"]:
+            rows = slice(first, first := first + entry["sequences"])
             if entry["file"] in self.damaged:
-                first = number * format.SEQUENCES_PER_FILE
-                rows = slice(first, first + entry["sequences"])
                 ids, doc = (torch.cat([getattr(b, name) for b in self.batches])[rows].int() for name in ("ids", "doc"))
                 atomic_save_safetensors(self.cache.path / entry["file"], {"ids": ids, "doc": doc})
         if format.DOCUMENTS in self.damaged:
-            ids = torch.tensor(self.documents[: self.manifest["n_documents"]], dtype=torch.int64)
-            atomic_save_safetensors(self.cache.path / format.DOCUMENTS, {"ids": ids})
+            atomic_save_safetensors(self.cache.path / format.DOCUMENTS, {"ids": self.reading.document_ids()})
 
     def _write_shards(self, progress: bool) -> None:
         if not self.broken:
@@ -168,16 +169,15 @@ class _Repair:
         """The index of every shard, drawn again without activations."""
         config = self.config
         pool_rows = config["shard_rows"] * config["pool_shards"]
-        pool = Pool(pool_rows + config["batch_size"] * config["ctx_len"])
-        number = 0
-        for batch in [*self.batches, None]:
-            if batch is not None:
-                seq, pos = kept[batch.first_sequence : batch.first_sequence + len(batch.ids)].nonzero(as_tuple=True)
-                pool.add(torch.stack([seq + batch.first_sequence, pos, batch.ids[seq, pos]], dim=1).int(), {})
-            while len(pool) >= pool_rows if batch is not None else len(pool):
-                generator = format.seeded("shard", config["seed"], number)
-                yield pool.draw(min(config["shard_rows"], len(pool)), generator)[0]
-                number += 1
+        for block, batches in groupby(self.batches, lambda batch: format.block_of(config, batch.first_sequence)):
+            pool, numbers = Pool(pool_rows + config["batch_size"] * config["ctx_len"]), count()
+            for batch in [*batches, None]:
+                if batch is not None:
+                    seq, pos = kept[batch.first_sequence : batch.first_sequence + len(batch.ids)].nonzero(as_tuple=True)
+                    pool.add(torch.stack([seq + batch.first_sequence, pos, batch.ids[seq, pos]], dim=1).int(), {})
+                while len(pool) >= pool_rows if batch is not None else len(pool):
+                    generator = format.shard_generator(config, next(numbers), block)
+                    yield pool.draw(min(config["shard_rows"], len(pool)), generator)[0]
 
     def _tell_manifest(self) -> None:
         """Size and SHA-256 of rebuilt files that differ from what they were."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -15,13 +15,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saelab.arguments import check_integer
+from saelab.contexts import PACKED, contexts
 from saelab.errors import ModelError
 from saelab.masking import MASK_RULE, Mask, NormRule, row_norms
 from saelab.models import LanguageModel
 from saelab.models_together import ModelsTogether, names_and_hashes
 from saelab.saes import SAE, Batch
 from saelab.saes.sites import Sites, sites_of
-from saelab.tokens import Texts, TokenBatch, document_id, load_texts, pack
+from saelab.tokens import Texts, TokenBatch, document_id, load_texts
 
 
 class ScoreBatch(NamedTuple):
@@ -103,7 +104,7 @@ def open_score_stream(
     """
     check_scoring(lm, n_tokens=n_tokens, ctx_len=ctx_len, batch_size=batch_size)
     origin = sae.origin
-    source = load_texts(texts) if texts is not None else own_texts(origin)
+    source = load_texts(texts) if texts is not None else own_texts(origin, lm)
     own = source.spec is not None and source.spec == origin.get("texts")
     split = split or ("held_out" if own else "all")
     sites = sites_of(sae, hook_name)
@@ -111,8 +112,8 @@ def open_score_stream(
     ids: list[int] = []
     width = int(ctx_len or origin.get("ctx_len") or min(256, lm.max_ctx))
     bos, note = bool(origin.get("prepend_bos", False)), lambda _, text: ids.append(document_id(text))
-    packed = pack(source.documents(split), lm, width, batch_size, prepend_bos=bos, on_document=note)
-    batches = _take(packed, n_tokens)
+    packing = origin.get("packing", PACKED)
+    batches = list(contexts(source.documents(split), lm, width, batch_size, bos, packing, n_tokens, on_document=note))
     if not batches:
         raise ValueError(f"There is no text to score: split={split!r} of {source.name} holds no token.")
     if not allow_train:
@@ -164,29 +165,17 @@ def refuse_steered(lm: LanguageModel) -> None:
         )
 
 
-def own_texts(origin: dict[str, Any]) -> Texts:
-    """The texts that an SAE of this origin was trained on. Raises `ValueError` when they cannot be opened again."""
+def own_texts(origin: dict[str, Any], lm: LanguageModel) -> Texts:
+    """The texts that an SAE of this origin was trained on; the template of `lm` renders conversations.
+
+    Raises `ValueError` when they cannot be opened again.
+    """
     spec = origin.get("texts")
     if spec is None or spec.get("source") == "strings":
         raise ValueError(
             "The texts it was made from came as strings, which nothing can open again: give texts (--texts)."
         )
-    return Texts.from_spec(spec)
-
-
-def _take(packed: Iterator[TokenBatch], n_tokens: int | None) -> list[TokenBatch]:
-    """The contexts that hold the first `n_tokens` tokens, in batches; all when None."""
-    batches, missing = [], n_tokens
-    for batch in packed:
-        if missing is not None:
-            before = (batch.doc >= 0).sum(1).cumsum(0)  # tokens up to the end of each context
-            n_contexts = int((before < missing).sum()) + 1
-            batch = replace(batch, ids=batch.ids[:n_contexts], doc=batch.doc[:n_contexts])
-            missing -= int(before[-1])
-        batches.append(batch)
-        if missing is not None and missing <= 0:
-            break
-    return batches
+    return Texts.from_spec(spec, lm)
 
 
 def _refuse_training_documents(sae: SAE, document_ids: list[int], texts: Texts, split: str) -> None:

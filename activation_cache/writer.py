@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -24,7 +23,7 @@ from saelab.activation_cache import format
 from saelab.activation_cache.journal import Journal
 from saelab.activation_cache.pool import Parts, Pool
 from saelab.activation_cache.storage import Storage, decode, kept_rows
-from saelab.files import atomic_save_safetensors, atomic_write_json
+from saelab.files import atomic_save_safetensors
 from saelab.tokens import TokenBatch
 
 
@@ -63,12 +62,15 @@ class CacheWriter:
     """Takes packed contexts and the activations of each batch in stream order, and leaves a cache.
 
     After a restart, give every batch to `add_tokens` again, but activations only from the context `start` on.
+    A `block` has a journal, shards and token files of its own, and is given its own contexts alone.
     """
 
-    def __init__(self, folder: Path, journal: Journal, config: Mapping[str, Any]):
+    def __init__(self, folder: Path, journal: Journal, config: Mapping[str, Any], block: int | None = None):
         self.folder = folder
         self.journal = journal
         self.config = config
+        self._block = block
+        self._first = (block or 0) * config.get("block_contexts", 0)
         self.ctx_len: int = config["ctx_len"]
         self.pool_rows: int = config["shard_rows"] * config["pool_shards"]
         rows = -(-config["n_tokens"] // self.ctx_len) * self.ctx_len
@@ -77,14 +79,11 @@ class CacheWriter:
         """For int8, set it with the outlier columns before the first row is added."""
         self._background = _Background()
         self._shards = len(journal.of_kind("shard"))
-        self._tokens_written = sum(entry["sequences"] for entry in journal.of_kind("tokens"))
+        self._tokens_written = self._first + sum(entry["sequences"] for entry in journal.of_kind("tokens"))
         self._tokens_waiting: list[TokenBatch] = []
-        self.n_sequences = self.n_tokens = self.n_padding = self.n_documents = 0
-        self._consumed = 0
+        self._end = self._consumed = self._first
         self.counts = {"position": 0, "special": 0, "norm": 0}
-        self.start = self._cursor = 0
-        self.n_rows = sum(entry["rows"] for entry in journal.of_kind("shard"))
-        """Rows in shards or waiting for one."""
+        self.start = self._cursor = self._first
         self._restore()
 
     def _restore(self) -> None:
@@ -109,17 +108,13 @@ class CacheWriter:
 
     def add_tokens(self, batch: TokenBatch) -> None:
         """Keep the token ids of the next batch."""
-        self.n_sequences += len(batch.ids)
-        padding = int((batch.doc < 0).sum())
-        self.n_padding += padding
-        self.n_tokens += batch.ids.numel() - padding
-        self.n_documents = max(self.n_documents, int(batch.doc.max()) + 1)
+        self._end += len(batch.ids)
         self._tokens_waiting.append(batch)
-        while self.n_sequences - self._first_waiting() >= format.SEQUENCES_PER_FILE:
+        while self._end - self._first_waiting() >= format.SEQUENCES_PER_FILE:
             self._write_tokens(format.SEQUENCES_PER_FILE)
 
     def _first_waiting(self) -> int:
-        return self._tokens_waiting[0].first_sequence if self._tokens_waiting else self.n_sequences
+        return self._tokens_waiting[0].first_sequence if self._tokens_waiting else self._end
 
     def _write_tokens(self, n: int) -> None:
         first = self._first_waiting()
@@ -130,7 +125,8 @@ class CacheWriter:
         if first < self._tokens_written:
             return  # on disk since before the restart
         tensors = {"ids": ids[:n].int(), "doc": doc[:n].int()}
-        self._background.submit(self._save_tokens, format.tokens_file(first // format.SEQUENCES_PER_FILE), tensors)
+        number = (first - self._first) // format.SEQUENCES_PER_FILE
+        self._background.submit(self._save_tokens, format.tokens_file(number, self._block), tensors)
 
     def _save_tokens(self, name: str, tensors: dict[str, Tensor]) -> None:
         atomic_save_safetensors(self.folder / name, tensors)
@@ -157,7 +153,6 @@ class CacheWriter:
         index = torch.stack([seq + first, pos, batch.ids[seq, pos]], dim=1).int()
         rows = {hook: self.storage.encode(hook, kept_rows(x, keep)) for hook, x in acts.items()}
         self._pool.add(index, rows)
-        self.n_rows += len(index)
         if end < self._cursor:
             return
         self._consumed = end
@@ -166,11 +161,11 @@ class CacheWriter:
 
     def _write_shard(self) -> None:
         number, self._shards = self._shards, self._shards + 1
-        generator = format.seeded("shard", self.config["seed"], number)
+        generator = format.shard_generator(self.config, number, self._block)
         index, rows = self._pool.draw(min(self.config["shard_rows"], len(self._pool)), generator)
         entry = {
             "kind": "shard",
-            "folder": format.shard_folder(number),
+            "folder": format.shard_folder(number, self._block or 0),
             "rows": len(index),
             "cursor": self._consumed,
             "oldest": self._pool.oldest_sequence,
@@ -187,42 +182,13 @@ class CacheWriter:
         files = {name: format.describe_file(folder / name) for name in names}
         self.journal.append({**entry, "files": files, "time": time.time()})
 
-    def finish(self, document_ids: Int[Tensor, " n_documents"], medians: Mapping[str, float]) -> dict[str, Any]:
-        """Write what is still waiting, the documents and the statistics; returns the manifest's list of contents."""
+    def flush(self) -> None:
+        """Write what is still waiting, and return when it is on disk."""
         while len(self._pool):
             self._write_shard()
         while self._tokens_waiting:
-            self._write_tokens(min(format.SEQUENCES_PER_FILE, self.n_sequences - self._first_waiting()))
+            self._write_tokens(min(format.SEQUENCES_PER_FILE, self._end - self._first_waiting()))
         self._background.wait()
-        atomic_save_safetensors(self.folder / format.DOCUMENTS, {"ids": document_ids})
-        shards = [{k: e[k] for k in ("folder", "rows", "files")} for e in self.journal.of_kind("shard")]
-        tokens = [{k: e[k] for k in ("file", "sequences", "bytes", "sha256")} for e in self.journal.of_kind("tokens")]
-        stats = {hook: save_stats(self.folder, hook, shards, medians[hook]) for hook in self.config["hooks"]}
-        return {
-            "n_rows": sum(shard["rows"] for shard in shards),
-            "n_sequences": self.n_sequences,
-            "n_tokens": self.n_tokens,
-            "n_documents": len(document_ids),
-            "masked": self.counts,
-            "padding": self.n_padding,
-            "shards": shards,
-            "tokens": tokens,
-            "stats": stats,
-            **self._storage_entry(shards),
-            "documents": format.describe_file(self.folder / format.DOCUMENTS),
-        }
-
-    def _storage_entry(self, shards: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """What the manifest says of a storage other than bfloat16: outlier columns (int8) and error of each hook."""
-        if self.storage.name == "bfloat16":
-            return {}
-        error = {hook: _relative_error(self.folder, hook, shards) for hook in self.config["hooks"]}
-        outliers = {hook: list(dims) for hook, dims in self.storage.outliers.items()}
-        return {"storage": {"error": error, "outliers": outliers}}
-
-    def write_manifest(self, manifest: Mapping[str, Any]) -> None:
-        """The last step: from now on the cache is finished."""
-        atomic_write_json(self.folder / format.MANIFEST, dict(manifest))
 
     def close(self) -> None:
         """Let shards on their way reach the disk, and end the thread."""
@@ -242,40 +208,6 @@ def save_acts(folder: Path, hook: str, storage: Storage, parts: Mapping[str, Ten
     if "error" in parts:
         sums["sum_error"] = parts["error"].double().sum()
     atomic_save_safetensors(folder / f"{hook}.safetensors", {**tensors, **sums})
-
-
-def save_stats(folder: Path, hook: str, shards: Sequence[Mapping[str, Any]], median: float) -> dict[str, Any]:
-    """Write the statistics of a hook from the sums in its shards; gives size and SHA-256."""
-    n = sum(shard["rows"] for shard in shards)
-    totals = _totals(folder, hook, shards, "sum", "sum_squares", "sum_norms")
-    tensors = {
-        "n": torch.tensor(n),
-        "mean": totals["sum"] / n,
-        "second_moment": totals["sum_squares"] / n,
-        "mean_norm": totals["sum_norms"] / n,
-        "median_norm": torch.tensor(median, dtype=torch.float64),
-    }
-    path = folder / format.stats_file(hook)
-    atomic_save_safetensors(path, tensors)
-    return format.describe_file(path)
-
-
-def _totals(folder: Path, hook: str, shards: Sequence[Mapping[str, Any]], *names: str) -> dict[str, Tensor]:
-    """Sums of a hook over all shards."""
-    totals: dict[str, Tensor] = {}
-    for shard in shards:
-        with safe_open(folder / shard["folder"] / f"{hook}.safetensors", "pt") as file:
-            for name in names:
-                totals[name] = totals.get(name, 0) + file.get_tensor(name)
-    return totals
-
-
-def _relative_error(folder: Path, hook: str, shards: Sequence[Mapping[str, Any]]) -> float:
-    """sum |x - x~|^2 / sum |x~ - mean|^2 over the harvest, x~ being the stored row; 0 where rows do not vary."""
-    totals = _totals(folder, hook, shards, "sum", "sum_squares", "sum_error")
-    n = sum(shard["rows"] for shard in shards)
-    variance = (totals["sum_squares"] - totals["sum"].square() / n).sum().item()
-    return totals["sum_error"].item() / variance if variance > 0 else 0.0
 
 
 def _partial_sums(x: Float[Tensor, "n d_in"]) -> dict[str, Tensor]:

@@ -77,17 +77,15 @@ def bf16_operands(x: Tensor, W: Tensor, bias: Tensor, magnitude: bool) -> Operan
     width = -(-(d_in + 3) // _TILE) * _TILE
     a = WORKSPACE.take("bf16 rows", (len(x), width), torch.bfloat16, x.device)
     b = WORKSPACE.take("bf16 columns", (len(W), width), torch.bfloat16, x.device)
-    lengths, lost_W = backend(W).round_rows(W, b)
-    a[:, :d_in].copy_(x)
+    (lengths, lost_W), (sizes, lost) = backend(W).round_rows(W, b), backend(x).round_rows(x, a)
     a[:, d_in:] = 0
     b[:, d_in:] = 0
     a[:, d_in : d_in + 2] = 1
     high = bias.to(torch.bfloat16)
     b[:, d_in] = high
     b[:, d_in + 1] = _rounded_up(bias - high + 2 * _STEP**2 * bias.abs() + 1e-30)
-    lost = torch.linalg.vector_norm(x - a[:, :d_in], dim=1)
     share = _largest(lost_W / lengths.clamp_min(1e-30)) + 2 * gamma(width, torch.float32)
-    c = lost + share * (torch.linalg.vector_norm(x, dim=1) + lost)
+    c = lost + share * (sizes + lost)
     if magnitude:
         slack = c * _largest(lengths) + 4 * _STEP**2 * _largest(bias.abs())
         return Operands(a, b, None, slack, WINDOW * slack, (c, lengths))

@@ -6,6 +6,8 @@ RUN is a folder with cache/, sae/ (or several sae-NAME/), features/ and report.j
 from __future__ import annotations
 
 import contextlib
+import io
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -54,17 +56,32 @@ def harvest(
     storage: Annotated[
         Literal["bfloat16", "float16", "int8"], arg(help="Of the rows; int8 takes half the disk.")
     ] = "bfloat16",
+    chat: Annotated[bool, arg(help="The column holds conversations: each by the chat template, read alone.")] = False,
+    block_contexts: Annotated[int | None, arg(help="Cut the work into blocks, for several processes.")] = None,
+    shuffle: Annotated[bool, arg(help="Mix the rows; without it they keep the order of the texts.")] = True,
 ) -> None:
     """Run a language model over texts and keep the activations of its hooks in RUN/cache."""
     import saelab
 
     options: dict[str, Any] = {"ctx_len": ctx_len, "batch_size": batch_size, "seed": seed, "split": split}
-    options |= {"prepend_bos": prepend_bos, "max_bytes": max_bytes, "storage": storage}
-    corpus = saelab.load_texts(texts, column=column)  # before the model, which takes longer to load
-    lm = _load_model(model, dtype)
-    cache = saelab.harvest(lm, corpus, hook_names=list(hook_name), n_tokens=n_tokens, out_dir=run / "cache", **options)
-    print(f"{cache.n_rows:,} activations of {', '.join(cache.hook_names)} are in {run / 'cache'}")
-    print(f"Next: saelab train {run} --d-sae 4096 --k 32 --n-tokens 2_000_000")
+    options |= {"prepend_bos": prepend_bos, "max_bytes": max_bytes, "storage": storage, "shuffle": shuffle}
+    options |= {"chat": chat, "block_contexts": block_contexts, "progress": _is_first_process()}
+    options |= {"hook_names": list(hook_name), "n_tokens": n_tokens, "out_dir": run / "cache"}
+    with contextlib.redirect_stdout(sys.stdout if options["progress"] else io.StringIO()):
+        template = _load_model(model, dtype) if chat else None
+        corpus = saelab.load_texts(texts, column=column, chat=template)  # before the model, which takes longer to load
+        cache = saelab.harvest(template or _load_model(model, dtype), corpus, **options)
+        print(f"{cache.n_rows:,} activations of {', '.join(cache.hook_names)} are in {run / 'cache'}")
+        print(f"Next: saelab train {run} --d-sae 4096 --k 32 --n-tokens 2_000_000")
+
+
+def _is_first_process() -> bool:
+    """Whether this one does the talking. Under torchrun each process of a machine takes a GPU of its own."""
+    import torch
+
+    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    return os.environ.get("RANK", "0") == "0"
 
 
 @dataclass(frozen=True)

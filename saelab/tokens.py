@@ -18,7 +18,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from saelab.text_sources import Source, open_named, open_source, without_lone_surrogates
+from saelab.prompts import eos_and_bos, render, tokenized
+from saelab.text_sources import Source, open_named, open_source
 
 SPLITS = {
     "train": "the nine tenths of the documents with sha256(text) % 10 != 0",
@@ -106,7 +107,7 @@ class Texts:
         if value is None or isinstance(value, str):
             return value or ""
         if self._chat is not None and isinstance(value, list | tuple):
-            return self._chat.tokenizer.apply_chat_template(list(value), tokenize=False)
+            return render(self._chat.tokenizer, value)
         fix = "give load_texts(..., chat=lm) to render messages" if isinstance(value, list) else "make it a string"
         raise ValueError(
             f"row {number} of {self.name} holds {repr(value)[:60]} ({type(value).__name__}), not a string: {fix}."
@@ -221,46 +222,8 @@ def pack(
 
     Raises `ValueError` for sizes below 1 (2 with BOS) and a tokenizer without EOS or BOS.
     """
-    tokenizer = getattr(lm_or_tokenizer, "tokenizer", lm_or_tokenizer)
-    eos = getattr(lm_or_tokenizer, "eos_id", None)
-    eos = tokenizer.eos_token_id if eos is None else eos
-    bos = tokenizer.bos_token_id if prepend_bos else None
-    if eos is None:
-        raise ValueError("the tokenizer has no EOS token, which separates documents: set tokenizer.eos_token.")
-    if prepend_bos and bos is None:
-        raise ValueError("prepend_bos=True, but the tokenizer has no BOS token: use prepend_bos=False.")
-    if ctx_len < 1 + prepend_bos or batch_size < 1:
-        raise ValueError(f"ctx_len={ctx_len}, batch_size={batch_size}: ctx_len needs {1 + prepend_bos}, batch_size 1.")
-    return _pack(_tokenized(documents, tokenizer, bos, on_document), ctx_len, batch_size, eos, bos)
-
-
-def _tokenized(
-    documents: Iterable[str], tokenizer: Any, bos: int | None, on_document: Callable[[int, str], None] | None
-) -> Iterator[list[int]]:
-    """Token ids of each document that has any, tokenised many documents at a time."""
-    index = 0
-    for texts in _groups(documents):
-        options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
-        readable = [without_lone_surrogates(text) for text in texts]
-        encoded = tokenizer(readable, verbose=False, **options)  # not verbose: documents may be longer than the context
-        for text, ids in zip(texts, encoded["input_ids"], strict=True):
-            ids = ids[1:] if bos is not None and ids[:1] == [bos] else ids
-            if ids:
-                if on_document is not None:
-                    on_document(index, text)
-                index += 1
-                yield ids
-
-
-def _groups(documents: Iterable[str], max_documents: int = 64, max_characters: int = 200_000) -> Iterator[list[str]]:
-    group: list[str] = []
-    for text in documents:
-        group.append(text)
-        if len(group) == max_documents or sum(map(len, group)) >= max_characters:
-            yield group
-            group = []
-    if group:
-        yield group
+    eos, bos = eos_and_bos(lm_or_tokenizer, ctx_len, batch_size, prepend_bos)
+    return _pack(tokenized(documents, lm_or_tokenizer, bos, on_document), ctx_len, batch_size, eos, bos)
 
 
 def _pack(

@@ -15,12 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saelab.activation_cache import format, read_bench
+from saelab.activation_cache.contents import Totals, contents
 from saelab.activation_cache.journal import Journal
 from saelab.activation_cache.pool import Pool
 from saelab.activation_cache.reader import ActivationCache
 from saelab.activation_cache.storage import identity
 from saelab.activation_cache.writer import CacheWriter
 from saelab.errors import CacheError, SaelabError
+from saelab.files import atomic_write_json
 from saelab.tokens import TokenBatch
 
 CTX, BATCH = 8, 4
@@ -52,7 +54,7 @@ def make_cache(folder, n_sequences=40, shard_rows=32, pool_shards=3, seed=0, hoo
         **{"prepend_bos": False, "mask_rule": {}},
     }
     journal = Journal(folder)
-    writer = CacheWriter(folder, journal, config)
+    writer, totals = CacheWriter(folder, journal, config), Totals()
     for first in range(0, n_sequences, BATCH):
         n = min(BATCH, n_sequences - first)
         seq, pos = torch.meshgrid(torch.arange(first, first + n), torch.arange(CTX), indexing="ij")
@@ -60,11 +62,17 @@ def make_cache(folder, n_sequences=40, shard_rows=32, pool_shards=3, seed=0, hoo
         writer.add_tokens(batch)
         keep = pos > 0
         writer.add(batch, acts_by_hook(hooks, seq, pos), keep, {"position": n, "special": 0, "norm": 0})
-    contents = writer.finish(torch.arange(n_sequences), dict.fromkeys(hooks, 2.0))
+        totals.add(batch)
+    writer.flush()
     writer.close()
+    medians = dict.fromkeys(hooks, 2.0)
+    listed = contents(
+        folder, config, journal.entries, totals, writer.counts, writer.storage, torch.arange(n_sequences), medians
+    )
     known = {"config": config, "config_hash": format.config_hash(config), "model_name": "m", "texts": {}}
     known["max_norm"] = dict.fromkeys(hooks, 10.0)
-    writer.write_manifest({"format_version": config["format_version"], **known, **contents})
+    manifest = {"format_version": config["format_version"], **known, **listed}
+    atomic_write_json(folder / format.MANIFEST, manifest)
     journal.close()
     return ActivationCache(folder)
 

@@ -94,6 +94,16 @@ def test_damage_is_named_and_repaired_byte_for_byte(whole, folder, tiny_lm, dama
     assert repair(cache, tiny_lm, load_texts(TEXTS), progress=False) == {}
 
 
+def test_a_cache_in_the_order_of_the_texts_is_repaired(tmp_path, tiny_lm):
+    cache = harvest(tiny_lm, TEXTS, HOOKS, 2_000, tmp_path / "cache", shuffle=False, **SIZES)
+    whole = contents(cache.path)
+    damage = [f"{SHARD.format(4)}/index.safetensors", f"{SHARD.format(4)}/{ACTS}", f"{SHARD.format(7)}/{OTHER}"]
+    for file in damage:
+        (cache.path / file).unlink()
+    assert repair(cache, tiny_lm, load_texts(TEXTS), progress=False) == dict.fromkeys(damage, True)
+    assert contents(cache.path) == whole
+
+
 @pytest.mark.parametrize("name", [ACTS, "index.safetensors"])
 def test_nothing_damaged_is_trained_on(folder, name):
     alter(folder / SHARD.format(6) / name)

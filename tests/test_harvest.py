@@ -347,6 +347,56 @@ def test_a_damaged_shard_stops_a_resume(tmp_path):
         harvest(StandIn(), tmp_path)
 
 
+# --- in the order of the texts
+
+
+@pytest.fixture(scope="module")
+def ordered(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("harvests") / "ordered"
+    return harvest(StandIn(), folder, shuffle=False)
+
+
+def places(cache):
+    """Sequence and position of every row as one number, in stored order."""
+    each = [cache.index(i) for i in range(len(cache.manifest["shards"]))]
+    return torch.cat([index["seq"].long() * 16 + index["pos"] for index in each])
+
+
+def test_without_shuffle_rows_keep_the_order_of_the_texts(ordered, tmp_path):
+    shuffled = harvest(StandIn(), tmp_path / "shuffled")
+    assert torch.equal(places(ordered), places(shuffled).sort().values)
+    assert not torch.equal(places(ordered), places(shuffled))
+    assert ordered.manifest["masked"] == shuffled.manifest["masked"]
+    config = shuffled.manifest["config"]
+    assert ordered.manifest["config"] == config | {"shuffle": False, "pool_shards": 1, "format_version": 3}
+    for acts, index in ordered.shards(HOOKS[0]):
+        table = StandIn().table[0, index["token"].long()] + index["pos"][:, None] / 64
+        assert torch.equal(acts, table.bfloat16())
+
+
+def test_batches_in_stored_order(ordered):
+    rows = torch.cat([acts for acts, _ in ordered.shards(HOOKS[0])]).float()
+    batches = ordered.batches(100, hook_name=HOOKS, shuffle=False)
+    read = torch.cat([next(batches)[HOOKS[0]] for _ in range(-(-len(rows) // 100) + 1)])
+    assert torch.equal(read[: len(rows)], rows) and torch.equal(read[len(rows) :], rows[: len(read) - len(rows)])
+    later = next(ordered.batches(100, start_step=7, hook_name=HOOKS[0], shuffle=False))
+    assert torch.equal(later, rows[700:800])
+
+
+@pytest.mark.parametrize("stop_at", [1, 9, 23, 40])
+def test_without_shuffle_an_interrupted_harvest_goes_on_to_the_same_bytes(ordered, tmp_path, stop_at):
+    lm = StandIn()
+    lm.stop_at = stop_at
+    with pytest.raises(KeyboardInterrupt):
+        harvest(lm, tmp_path, shuffle=False)
+    shards = len(journaled_shards(tmp_path))
+    assert shards == 0 if stop_at < 5 else shards >= (stop_at - 5) // 3  # one shard waits in memory, no more
+    harvest(StandIn(), tmp_path, shuffle=False).verify()
+    assert contents(tmp_path) == contents(ordered.path)
+    with pytest.raises(ValueError, match="shuffle: False -> .none."):
+        harvest(StandIn(), tmp_path)
+
+
 # --- refusals
 
 

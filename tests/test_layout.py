@@ -37,7 +37,7 @@ LAYERS = [
         "sampling",
         "unembedding",
     }
-    | {"tokens", "text_sources", "masking"},
+    | {"tokens", "text_sources", "contexts", "masking"},
     {"kernels"},
     {"errors", "files", "allocator", "arguments"},
 ]

@@ -30,17 +30,17 @@ def sampled_product(x: Tensor, W: Tensor, features: Tensor, offsets: Tensor) -> 
         )
     rows = torch.repeat_interleave(offsets.diff(), output_size=n)
     if n < _MANY or W.shape[0] <= x.shape[0]:
-        return _pairs(x, W, rows, features)
+        return pairs(x, W, rows, features)
     parts = min(-(-x.numel() * x.element_size() // _CACHE_BYTES), n // (2 * W.shape[0]))
     part_rows = -(-x.shape[0] // max(parts, 1))
     edges = [*offsets[:-1:part_rows].tolist(), n]  # entries ascend by row: a part of the rows is a run of them
     order = torch.cat([start + stable_order(features[start:end]) for start, end in pairwise(edges)])
-    by_feature = _pairs(W, x, features[order], rows[order])
+    by_feature = pairs(W, x, features[order], rows[order])
     return torch.empty_like(by_feature).index_copy_(0, order, by_feature)
 
 
-def _pairs(x: Tensor, W: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """`<x[rows[j]], W[columns[j]]>`; torch names the arguments after the bags whose weights these dots are gradients of."""
+def pairs(x: Tensor, W: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """`<x[rows[j]], W[columns[j]]>`, ids in range; torch names it after the bags whose weights these dots are gradients of."""
     rows, columns = rows.int(), columns.int()
     offsets = rows.new_zeros(1)  # not read: `rows` says which bag
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(x, W, columns, offsets, rows, 0, -1)

@@ -18,9 +18,11 @@ from saelab.benchmarks.measured import measure
 from saelab.benchmarks.remembered import Remembered
 from saelab.benchmarks.rows import Row, Rows, open_rows
 from saelab.benchmarks.synthetic import at_l0, check_variants
+from saelab.errors import TrainingError
 from saelab.models import LanguageModel, load_model
 from saelab.saes import VARIANTS
 from saelab.training import TrainConfig, train
+from saelab.training.checkpoint import AnotherRunError
 from saelab.training.data import open_data
 
 KEYS = ("variant", "d_sae", "target_l0", "lr", "seed")
@@ -134,7 +136,10 @@ def _run_seed(
     home, trains = rows.folder, [point.train for point in points]
     assert home is not None
     options: dict[str, Any] = {"hook_name": config.hook_name, "progress": progress}
-    saes = train([point.config for point in points], cache, trains, home, **options)
+    try:
+        saes = train([point.config for point in points], cache, trains, home, **options)
+    except AnotherRunError as error:  # of a sweep with other settings, stopped before its first row
+        raise TrainingError(f"{error.found}give another --out-dir.") from error
     pairs = tqdm(zip(points, saes, strict=True), "Measuring", len(saes), unit="SAE", disable=not progress)
     for point, sae in pairs:
         level = point.key["target_l0"]

@@ -116,7 +116,7 @@ def evaluate(
     crosscoder of several models takes their list; `hook_name` may list all of a crosscoder's, or a transcoder's two.
     """
     check_scoring(lm := together(lm), n_tokens=n_tokens, n_tokens_ce=n_tokens_ce or None)
-    source = own_texts(sae.origin) if texts is None else load_texts(texts)
+    source = own_texts(sae.origin, lm) if texts is None else load_texts(texts)
     request = _circumstances(sae, lm, source) | {"split": split, "hook_name": _listed(hook_name), "n_tokens": n_tokens}
     request |= {"n_tokens_ce": n_tokens_ce, "ctx_len": ctx_len, "batch_size": batch_size, "allow_train": allow_train}
     if path is not None and (saved := _saved_report(Path(path), request)) is not None:
@@ -137,7 +137,7 @@ def evaluate(
 def _circumstances(sae: SAE, lm: LanguageModel, texts: Texts) -> dict[str, Any]:
     """What decides the numbers beside the caller's arguments, JSON-able."""
     origin = {key: sae.origin.get(key) for key in ("hook_name", "ctx_len", "prepend_bos", "mask")}
-    origin |= {key: sae.origin[key] for key in ("hook_names", "hook_name_out") if key in sae.origin}
+    origin |= {key: sae.origin[key] for key in ("hook_names", "hook_name_out", "packing") if key in sae.origin}
     return {
         "definitions": _DEFINITIONS,
         "sae": {"hash": sae.hash, **origin},

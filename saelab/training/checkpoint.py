@@ -37,6 +37,14 @@ LATEST = "checkpoints/latest.json"
 _NAME = re.compile(r"step-(\d{8})\.safetensors")
 
 
+class AnotherRunError(TrainingError):
+    """A folder holds a run of other arguments: what was found there, and where `train` can go instead."""
+
+    def __init__(self, found: str, fix: str):
+        super().__init__(found + fix)
+        self.found = found
+
+
 def checkpoint_path(folder: Path, step: int) -> Path:
     """Where the checkpoint taken before step `step` lives."""
     return folder / "checkpoints" / f"step-{step:08d}.safetensors"
@@ -137,8 +145,8 @@ def claim_run(folder: Path, arguments: Mapping[str, Any], environment: Mapping[s
         raise TrainingError(f"{path} is not what train wrote there: put it back from a copy, or train elsewhere.")
     different = differences(before, json.loads(json.dumps(arguments)))  # tuples are lists there
     if different:
-        raise TrainingError(
-            f"{folder} holds another run ({'; '.join(different)}). Use the same arguments to go on, or train elsewhere "
-            "(--name NAME or another RUN; in Python another out_dir)."
+        raise AnotherRunError(
+            f"{folder} holds another run ({'; '.join(different)}). Use the same arguments to go on, or ",
+            "train elsewhere (--name NAME or another RUN; in Python another out_dir).",
         )
     return environment_then

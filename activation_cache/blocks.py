@@ -1,0 +1,97 @@
+"""A harvest by many processes: contexts are cut into blocks, and whoever takes the lock of a block's journal harvests it.
+
+No process talks to another. A lock is let go when its process ends, however it ends; what a block holds depends on the
+config alone. So processes may come and go, and the result is that of one process alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from saelab.activation_cache import format
+from saelab.activation_cache.journal import BusyError, Journal
+from saelab.activation_cache.limits import Limits
+from saelab.activation_cache.model_pass import Reading, finish, read_model, run_pass
+from saelab.activation_cache.writer import CacheWriter
+from saelab.errors import CacheError
+from saelab.tokens import TokenBatch
+
+
+def decide_limits(reading: Reading, limits: Limits) -> None:
+    """Decide what holds for all blocks, from the first rows; whoever does it holds the cache's journal."""
+    if limits.mask is None:
+        for read in read_model(reading.lm, reading.config, reading.batches()):
+            limits.admit(read)
+            if limits.mask is not None:
+                return
+        limits.decide()
+
+
+def harvest_blocks(folder: Path, reading: Reading, limits: Limits, progress: bool) -> None:
+    """Harvest the blocks that nobody else has, then those that others left behind, and finish the cache.
+
+    Returns when the cache is finished, by this process or another.
+    """
+    for block, batches in _blocks(reading, progress):
+        _harvest_block(folder, reading, limits, block, lambda batches=batches: batches, wait=False)
+    n_blocks = -(-reading.totals.n_sequences // reading.config["block_contexts"])
+    for block in range(n_blocks):
+        _harvest_block(folder, reading, limits, block, lambda block=block: _block(reading, block), wait=True)
+    with closing(Journal(folder, wait=True)) as journal:
+        if (folder / format.MANIFEST).exists():
+            return
+        blocks = [_entries(folder, block, n_blocks) for block in range(n_blocks)]
+        ends = [entries[-1]["counts"] for entries in blocks]
+        counts = {reason: sum(end[reason] for end in ends) for reason in (ends[0] if ends else ())}
+        finish(folder, reading, limits, journal.of_kind("start")[0], sum(blocks, []), counts)
+
+
+def _blocks(reading: Reading, progress: bool = False) -> Iterator[tuple[int, Iterator[TokenBatch]]]:
+    """Each block and its contexts; what is not taken of one is read over."""
+    return groupby(reading.batches(progress), lambda batch: batch.first_sequence // reading.config["block_contexts"])
+
+
+def _block(reading: Reading, block: int) -> Iterator[TokenBatch]:
+    """The contexts of one block, read from the start again."""
+    again = Reading(reading.lm, reading.texts, reading.config)
+    return next(batches for number, batches in _blocks(again) if number == block)
+
+
+def _harvest_block(
+    folder: Path,
+    reading: Reading,
+    limits: Limits,
+    block: int,
+    batches: Callable[[], Iterable[TokenBatch]],
+    wait: bool,
+) -> None:
+    """Harvest a block unless that is done, or (without `wait`) another process is at it."""
+    try:
+        journal = Journal(folder, format.block_journal(block), wait)
+    except BusyError:
+        return
+    with closing(journal):
+        if not journal.of_kind("end"):
+            name = format.namespace(block)
+            for leftover in (*folder.glob(f"shards/{name}-*/.*.tmp-*"), *folder.glob(f"tokens/.{name}-*.tmp-*")):
+                leftover.unlink()
+            writer = CacheWriter(folder, journal, reading.config, block)
+            run_pass(reading.lm, batches(), limits, writer)
+            journal.append({"kind": "end", "counts": writer.counts})
+
+
+def _entries(folder: Path, block: int, n_blocks: int) -> list[dict[str, Any]]:
+    """The journal of a block. Raises `CacheError` unless all of it is on disk."""
+    with closing(Journal(folder, format.block_journal(block), wait=True)) as journal:
+        if not journal.of_kind("end"):
+            raise CacheError(f"block {block} of {n_blocks} of {folder} is missing: repeat the same harvest call.")
+        for entry in journal.of_kind("shard"):
+            for name, known in entry["files"].items():
+                format.check_file(folder / entry["folder"] / name, known, f"shard {entry['folder']}")
+        for entry in journal.of_kind("tokens"):
+            format.check_file(folder / entry["file"], entry, entry["file"])
+        return journal.entries

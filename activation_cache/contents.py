@@ -1,0 +1,114 @@
+"""What a finished harvest holds: the counts, files and statistics that its manifest tells. Knows no model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from safetensors import safe_open
+from torch import Tensor
+
+from saelab.activation_cache import format
+from saelab.activation_cache.storage import Storage
+from saelab.files import atomic_save_safetensors
+from saelab.tokens import TokenBatch
+
+
+@dataclass
+class Totals:
+    """What was read, counted over the contexts in order."""
+
+    n_sequences: int = 0
+    n_tokens: int = 0
+    n_documents: int = 0
+    padding: int = 0
+
+    def add(self, batch: TokenBatch) -> None:
+        """Count the next batch."""
+        padding = int((batch.doc < 0).sum())
+        self.n_sequences += len(batch.ids)
+        self.n_tokens += batch.ids.numel() - padding
+        self.n_documents = max(self.n_documents, int(batch.doc.max()) + 1)
+        self.padding += padding
+
+
+def contents(
+    folder: Path,
+    config: Mapping[str, Any],
+    entries: Sequence[Mapping[str, Any]],
+    totals: Totals,
+    counts: Mapping[str, int],
+    storage: Storage,
+    document_ids: Int[Tensor, " n_documents"],
+    medians: Mapping[str, float],
+) -> dict[str, Any]:
+    """The manifest's list of what journals (`entries`) say is on disk; writes the documents and the statistics.
+
+    `counts` are the masked tokens by reason, `medians` the norm rule's by hook.
+    """
+    atomic_save_safetensors(folder / format.DOCUMENTS, {"ids": document_ids})
+    shards = [{k: e[k] for k in ("folder", "rows", "files")} for e in entries if e["kind"] == "shard"]
+    tokens = [{k: e[k] for k in ("file", "sequences", "bytes", "sha256")} for e in entries if e["kind"] == "tokens"]
+    stats = {hook: save_stats(folder, hook, shards, medians[hook]) for hook in config["hooks"]}
+    return {
+        "n_rows": sum(shard["rows"] for shard in shards),
+        "n_sequences": totals.n_sequences,
+        "n_tokens": totals.n_tokens,
+        "n_documents": len(document_ids),
+        "masked": dict(counts),
+        "padding": totals.padding,
+        "shards": shards,
+        "tokens": tokens,
+        "stats": stats,
+        **_storage_entry(folder, config["hooks"], storage, shards),
+        "documents": format.describe_file(folder / format.DOCUMENTS),
+    }
+
+
+def save_stats(folder: Path, hook: str, shards: Sequence[Mapping[str, Any]], median: float) -> dict[str, Any]:
+    """Write the statistics of a hook from the sums in its shards; gives size and SHA-256."""
+    n = sum(shard["rows"] for shard in shards)
+    totals = _totals(folder, hook, shards, "sum", "sum_squares", "sum_norms")
+    tensors = {
+        "n": torch.tensor(n),
+        "mean": totals["sum"] / n,
+        "second_moment": totals["sum_squares"] / n,
+        "mean_norm": totals["sum_norms"] / n,
+        "median_norm": torch.tensor(median, dtype=torch.float64),
+    }
+    path = folder / format.stats_file(hook)
+    atomic_save_safetensors(path, tensors)
+    return format.describe_file(path)
+
+
+def _storage_entry(
+    folder: Path, hooks: Mapping[str, int], storage: Storage, shards: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """What the manifest says of a storage other than bfloat16: outlier columns (int8) and error of each hook."""
+    if storage.name == "bfloat16":
+        return {}
+    error = {hook: _relative_error(folder, hook, shards) for hook in hooks}
+    outliers = {hook: list(dims) for hook, dims in storage.outliers.items()}
+    return {"storage": {"error": error, "outliers": outliers}}
+
+
+def _totals(folder: Path, hook: str, shards: Sequence[Mapping[str, Any]], *names: str) -> dict[str, Tensor]:
+    """Sums of a hook over all shards."""
+    totals: dict[str, Tensor] = {}
+    for shard in shards:
+        with safe_open(folder / shard["folder"] / f"{hook}.safetensors", "pt") as file:
+            for name in names:
+                totals[name] = totals.get(name, 0) + file.get_tensor(name)
+    return totals
+
+
+def _relative_error(folder: Path, hook: str, shards: Sequence[Mapping[str, Any]]) -> float:
+    """sum |x - x~|^2 / sum |x~ - mean|^2 over the harvest, x~ being the stored row; 0 where rows do not vary."""
+    totals = _totals(folder, hook, shards, "sum", "sum_squares", "sum_error")
+    n = sum(shard["rows"] for shard in shards)
+    variance = (totals["sum_squares"] - totals["sum"].square() / n).sum().item()
+    return totals["sum_error"].item() / variance if variance > 0 else 0.0

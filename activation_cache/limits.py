@@ -1,0 +1,77 @@
+"""What the first rows decide for a whole cache: the limit on norms, and the columns that int8 leaves in bfloat16."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from saelab.activation_cache.journal import Journal
+from saelab.activation_cache.storage import Storage, find_outliers, kept_rows
+from saelab.language_model import LanguageModel
+from saelab.masking import Mask, NormRule
+from saelab.tokens import TokenBatch
+
+
+class Read(NamedTuple):
+    """One forward pass."""
+
+    batch: TokenBatch
+    acts: dict[str, Tensor]
+    """(n, ctx, d_in) of each hook."""
+    norms: dict[str, Tensor]
+    """(n, ctx) of each hook."""
+
+
+class Limits:
+    """Decided once and noted in the cache's journal: the same after a restart, and for every process.
+
+    Until the norm rule has its rows, the first batches wait in memory; no forward pass is done twice.
+    """
+
+    def __init__(self, lm: LanguageModel, config: dict[str, Any], journal: Journal):
+        self._journal, self._hooks = journal, list(config["hooks"])
+        self._special_ids = tuple(lm.special_ids)
+        self._rule = NormRule(lm.special_ids)
+        self._waiting: list[Read] = []
+        self.medians: dict[str, float] = {}
+        self.mask: Mask | None = None
+        """None until decided."""
+        self.storage = Storage(config["dtype"])
+        for entry in journal.of_kind("mask"):
+            self.medians, self.mask = entry["median_norm"], Mask(self._special_ids, entry["max_norm"])
+        for entry in journal.of_kind("storage"):
+            self.storage = Storage(config["dtype"], entry["outliers"])
+
+    def admit(self, read: Read) -> list[Read]:
+        """The batches whose rows can be kept from now on: none while the rule wants more rows, then all that waited."""
+        if self.mask is not None:
+            return [read]
+        self._waiting.append(read)
+        self._rule.add(read.batch, read.norms)
+        return self.decide() if self._rule.ready else []
+
+    def decide(self) -> list[Read]:
+        """Decide on the rows there are, where that is not done; the batches that waited for it."""
+        if self.mask is None:
+            self.medians, limits = self._rule.medians(), self._rule.limits()
+            self.mask = Mask(self._special_ids, limits)
+            if self.storage.name == "int8":
+                self._choose_outliers(self._waiting, self.mask)
+            entry = {"kind": "mask", "median_norm": self.medians, "max_norm": limits, "rows": self._rule.n_rows}
+            self._journal.append(entry)
+        ready, self._waiting = self._waiting, []
+        return ready
+
+    def _choose_outliers(self, waiting: Sequence[Read], mask: Mask) -> None:
+        """Choose the columns that int8 leaves in bfloat16 from the norm rule's rows that the mask keeps."""
+        keeps = [mask.apply_norms(read.batch, read.norms)[0] for read in waiting]
+        outliers: dict[str, list[int]] = {}
+        for hook in self._hooks if waiting else ():
+            x = torch.cat([kept_rows(read.acts[hook], keep) for read, keep in zip(waiting, keeps, strict=True)])
+            outliers[hook] = find_outliers(x)
+            Storage("int8", outliers).check_error(hook, x)
+        self.storage = Storage("int8", outliers)
+        self._journal.append({"kind": "storage", "outliers": outliers})

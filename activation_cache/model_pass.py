@@ -1,0 +1,140 @@
+"""One pass: contexts go through the model and the mask to a writer; at the end of a harvest the manifest is written."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from saelab.activation_cache import format
+from saelab.activation_cache.checks import finite_norms
+from saelab.activation_cache.contents import Totals, contents
+from saelab.activation_cache.journal import rows_on_disk
+from saelab.activation_cache.limits import Limits, Read
+from saelab.activation_cache.writer import CacheWriter
+from saelab.contexts import contexts
+from saelab.files import atomic_write_json
+from saelab.language_model import LanguageModel
+from saelab.models_together import names_and_hashes
+from saelab.tokens import Texts, TokenBatch, document_id
+
+
+class Reading:
+    """The contexts of a cache in order, as often as they are asked for; the last whole reading leaves its counts."""
+
+    def __init__(self, lm: LanguageModel, texts: Texts, config: Mapping[str, Any]):
+        self.lm, self.texts, self.config = lm, texts, config
+        self.documents: list[int] = []
+        """`document_id` of each document read."""
+        self.totals = Totals()
+
+    def batches(self, progress: bool = False) -> Iterator[TokenBatch]:
+        """From the first context on."""
+        config = self.config
+        documents, totals = self.documents, self.totals = [], Totals()
+        sizes = (config[name] for name in ("ctx_len", "batch_size", "prepend_bos", "packing", "n_tokens"))
+        note = lambda _, text: documents.append(document_id(text))  # noqa: E731
+        batches = contexts(self.texts.documents(config["split"]), self.lm, *sizes, on_document=note)
+        n_tokens = -(-config["n_tokens"] // config["ctx_len"]) * config["ctx_len"]
+        with tqdm(total=n_tokens, unit=" tokens", unit_scale=True, desc="Harvesting", disable=not progress) as bar:
+            for batch in batches:
+                totals.add(batch)
+                yield batch
+                bar.update(int((batch.doc >= 0).sum()))
+
+    def document_ids(self) -> Tensor:
+        """Of the documents that gave a token, (n_documents) int64."""
+        return torch.tensor(self.documents[: self.totals.n_documents], dtype=torch.int64)
+
+
+def read_model(lm: LanguageModel, config: Mapping[str, Any], batches: Iterable[TokenBatch]) -> Iterator[Read]:
+    """The activations of each batch. Raises `CacheError` for rows that are not finite, naming the batch."""
+    sent: deque[TokenBatch] = deque()
+
+    def ids() -> Iterator[Tensor]:
+        for batch in batches:
+            sent.append(batch)
+            yield batch.ids
+
+    for acts in lm.stream_activations(ids(), list(config["hooks"])):
+        batch = sent.popleft()
+        norms = finite_norms(batch, acts, config["batch_size"], "What is on disk is intact.")
+        yield Read(batch, acts, norms)
+
+
+def run_pass(lm: LanguageModel, batches: Iterable[TokenBatch], limits: Limits, writer: CacheWriter) -> None:
+    """Take batches, from the writer's first on, through the model, and leave on disk what the mask keeps."""
+
+    def needed() -> Iterator[TokenBatch]:
+        for batch in batches:
+            writer.add_tokens(batch)
+            if batch.first_sequence >= writer.start:
+                yield batch
+
+    def keep(ready: Iterable[Read]) -> None:
+        writer.storage = limits.storage
+        for read in ready:
+            assert limits.mask is not None
+            writer.add(read.batch, read.acts, *limits.mask.apply_norms(read.batch, read.norms))
+
+    try:
+        for read in read_model(lm, writer.config, needed()):
+            keep(limits.admit(read))
+        keep(limits.decide())
+        writer.flush()
+    except KeyboardInterrupt:
+        writer.close()
+        raise KeyboardInterrupt(_kept(writer)) from None
+    finally:
+        writer.close()
+
+
+def _kept(writer: CacheWriter) -> str:
+    """What a repeated call need not do again, for the message of Ctrl-C."""
+    if rows := rows_on_disk(writer.folder):
+        return f"{rows:,} activations are in {writer.folder}"
+    pool, asked = writer.pool_rows, writer.config["n_tokens"]
+    return f"No activation is on disk yet (the first {min(pool, asked):,} wait in memory): this harvest begins anew"
+
+
+def finish(
+    folder: Path,
+    reading: Reading,
+    limits: Limits,
+    start: Mapping[str, Any],
+    entries: Sequence[Mapping[str, Any]],
+    counts: Mapping[str, int],
+) -> None:
+    """Write documents, statistics and, last, the manifest, from the journals' `start` and `entries`.
+
+    Raises `ValueError` where nothing was kept.
+    """
+    totals, texts, config = reading.totals, reading.texts, start["config"]
+    if not totals.n_tokens:
+        raise ValueError(f"no document in {texts.describe(config['split'])}: give more text or another split.")
+    if not any(entry["kind"] == "shard" for entry in entries):
+        reasons = ", ".join(f"{n} {reason}" for reason, n in counts.items())
+        raise ValueError(
+            f"the mask leaves nothing of the {totals.n_tokens} tokens of {texts.name} ({reasons}): give more text."
+        )
+    if totals.n_tokens < config["n_tokens"]:
+        print(f"The texts hold only {totals.n_tokens:,} of the {config['n_tokens']:,} tokens asked for: took all.")
+    assert limits.mask is not None
+    assert limits.mask.max_norm is not None
+    manifest = {
+        "format_version": config["format_version"],
+        "config": config,
+        "config_hash": start["config_hash"],
+        "environment": start["environment"],
+        "model_name": reading.lm.name,
+        **({"models": models} if (models := names_and_hashes(reading.lm)) else {}),
+        "texts": texts.spec,
+        "max_norm": dict(limits.mask.max_norm),
+        **contents(folder, config, entries, totals, counts, limits.storage, reading.document_ids(), limits.medians),
+    }
+    atomic_write_json(folder / format.MANIFEST, manifest)

@@ -1,0 +1,70 @@
+"""The contexts that a model reads: documents packed one after the other, or each in a context of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import torch
+
+from saelab.prompts import eos_and_bos, tokenized
+from saelab.tokens import TokenBatch, pack
+
+PACKED = "EOS between documents, attention not reset"
+ALONE = "each document in a context of its own, cut where that ends"
+
+
+def contexts(
+    documents: Iterable[str],
+    lm: Any,
+    ctx_len: int,
+    batch_size: int,
+    prepend_bos: bool = False,
+    packing: str = PACKED,
+    n_tokens: int | None = None,
+    on_document: Callable[[int, str], None] | None = None,
+) -> Iterator[TokenBatch]:
+    """Contexts of `ctx_len` tokens, `batch_size` at a time, up to the one that holds the last of `n_tokens` tokens.
+
+    `packing` is `PACKED` (see `tokens.pack`, also for `on_document` and what is raised) or `ALONE`: the rest of such a
+    context is padding, EOS with `doc` -1.
+    """
+    read = pack if packing == PACKED else _alone
+    batches = read(documents, lm, ctx_len, batch_size, prepend_bos, on_document)
+    return batches if n_tokens is None else _first_tokens(batches, n_tokens)
+
+
+def _alone(
+    documents: Iterable[str],
+    lm: Any,
+    ctx_len: int,
+    batch_size: int,
+    prepend_bos: bool,
+    on_document: Callable[[int, str], None] | None,
+) -> Iterator[TokenBatch]:
+    eos, bos = eos_and_bos(lm, ctx_len, batch_size, prepend_bos)
+    rows = tokenized(documents, lm, bos, on_document)
+    start = [] if bos is None else [bos]
+    first = 0
+    while some := [(start + ids)[:ctx_len] for ids in islice(rows, batch_size)]:
+        ids = torch.full((len(some), ctx_len), eos)
+        doc = torch.full_like(ids, -1)
+        for i, row in enumerate(some):
+            ids[i, : len(row)] = torch.tensor(row)
+            doc[i, : len(row)] = first + i
+        yield TokenBatch(ids, doc, first)
+        first += len(some)
+
+
+def _first_tokens(batches: Iterator[TokenBatch], n_tokens: int) -> Iterator[TokenBatch]:
+    """The contexts that hold the first `n_tokens` tokens, in batches; no batch is read ahead."""
+    missing = n_tokens
+    for batch in batches:
+        before = (batch.doc >= 0).sum(1).cumsum(0)  # tokens up to the end of each context
+        n = int((before < missing).sum()) + 1
+        missing -= int(before[-1])
+        yield replace(batch, ids=batch.ids[:n], doc=batch.doc[:n])
+        if missing <= 0:
+            return
