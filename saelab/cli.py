@@ -92,6 +92,8 @@ def main(args: Sequence[str] | None = None) -> int:
                 warnings.showwarning = _show_warning if not rank else _silent
             return _run(args)
     except KeyboardInterrupt as stopped:
+        if rank:  # the first one tells what is kept
+            return 130
         kept = f"{stopped}. " if str(stopped) else ""
         print(f"\nInterrupted. {kept}The same command again goes on from what is on disk.", file=sys.stderr)
         return 130

@@ -46,8 +46,8 @@ def _work(worker: Callable[..., None], rank: int, n: int, folder: Path, *argumen
     torch.set_num_threads(1)
     try:
         if n > 1:
-            store = dist.FileStore(str(folder / "store"), n)
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=n, timeout=timedelta(seconds=SECONDS))
+            meeting, limit = f"file://{folder / 'store'}", timedelta(seconds=SECONDS)
+            dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=n, timeout=limit)
         worker(rank, folder, *arguments)
         if n > 1:
             dist.destroy_process_group()

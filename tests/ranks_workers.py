@@ -114,6 +114,7 @@ def resume_at_four(rank: int, folder: Path) -> None:
     for dtype in (torch.float32, torch.float64):
         for shards in (2, 4):
             select_with_ties(dtype, shards)
+    share_with_ties()
     with fp64():
         for name in SHARDED:
             for shards in (2, 4):
@@ -148,16 +149,35 @@ def select_with_ties(dtype: torch.dtype, shards: int) -> None:
     x = torch.randint(-2, 3, (131, 8), generator=generator).to(dtype)
     dead = torch.zeros(D_SAE, dtype=torch.bool)
     for name, config in SHARDED.items():
-        sae = VARIANTS[name](replace(config, normalize="none"), 8).to(dtype)
+        sae: Any = VARIANTS[name](replace(config, normalize="none"), 8).to(dtype)
         with torch.no_grad():
             sae.W_enc.copy_(torch.randint(-1, 2, sae.W_enc.shape, generator=generator))
-        shard = shard_of(sae, mesh).to(dtype)
+        shard: Any = shard_of(sae, mesh).to(dtype)
         whole = sae.select(x, StepInfo(dead, 0, 10, ALONE.sharing(len(x)))).to_dense()
         ranks = mesh.data.sharing(len(x))
         own = shard.select(x[ranks.own], StepInfo(dead[: shard.d_sae], 0, 10, ranks)).to_dense()
         expected = whole[ranks.own, shard.first_feature : shard.first_feature + shard.d_sae]
         assert torch.equal(own, expected) and bool(whole.any()), f"{name}, {shards} shards"
         assert name == "topk" or torch.equal(shard.threshold, sae.threshold)
+
+
+def share_with_ties() -> None:
+    """The same for rows shared by all ranks."""
+    ranks, generator = join().sharing(131), torch.Generator().manual_seed(1)
+    x = torch.randint(-2, 3, (131, 8), generator=generator).float()
+    dead = torch.zeros(D_SAE, dtype=torch.bool)
+    for name in ("batch_topk", "mutual_choice", "feature_choice"):
+        for step in (0, 2, 7):  # Mutual Choice first, then on the way, then Feature Choice
+            config = config_of(name, D_SAE, normalize="none")
+            saes: list[Any] = [VARIANTS[name](config, 8) for _ in range(2)]
+            one, shared = saes
+            integers = torch.randint(-1, 2, one.W_enc.shape, generator=generator).float()
+            for sae in saes:
+                sae.W_enc.data.copy_(integers)
+            whole = one.select(x, StepInfo(dead, step, 10)).to_dense()
+            own = shared.select(x[ranks.own], StepInfo(dead, step, 10, ranks)).to_dense()
+            assert torch.equal(own, whole[ranks.own]) and bool(whole.any()), f"{name} at step {step}"
+            assert torch.equal(one.threshold, shared.threshold)
 
 
 @contextmanager

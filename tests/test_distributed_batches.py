@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,7 +16,10 @@ from ranks_workers import CONFIGS, KILLED, TRAIN, lines, train_each, train_whole
 from safetensors.torch import load_file
 from tiny_runs import make_run
 
+from saelab import load_sae
 from saelab.training.checkpoint import list_checkpoints
+
+PAGE = Path(__file__).parents[1] / "docs" / "distributed_training.md"
 
 
 @pytest.fixture(scope="module")
@@ -73,20 +78,23 @@ def test_a_killed_rank_ends_the_run_and_the_same_call_goes_on_bit_for_bit(tmp_pa
     assert lines(tmp_path / "cut") == lines(tmp_path / "whole") and KILLED.n_steps == 20
 
 
-def test_the_command_under_torchrun(tmp_path, tiny_lm):
-    """The line of docs/distributed_training.md."""
+def test_the_lines_of_the_page_run(tmp_path, tiny_lm):
+    """Those of docs/distributed_training.md, with smaller numbers."""
     run = make_run(tmp_path / "run", tiny_lm)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = ["-m", "saelab.cli", "train", str(run), "--d-sae", "64", "--k", "4", "--n-tokens", "2_560"]
-    options = ["--batch-size", "256", "--device", "cpu"]
-    done = subprocess.run(
-        [*launch, *command, *options],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("The topk SAE is in") == 1 and done.stderr.count("100%") == 1
-    assert json.loads((run / "sae" / "sae.json").read_text())["training"]["ranks"] == 2
+    lines = re.findall(r"^torchrun (.* runs/mlp .*)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    for name, ranks, line in zip(("plain", "sharded"), (2, "1 x 2"), lines, strict=True):
+        small = re.sub(r"--d-sae \d+ --k \d+ --n-tokens [\d_]+", "--d-sae 64 --k 4 --n-tokens 2_560", line)
+        words = shlex.split(small.replace("runs/mlp", shlex.quote(str(run))))
+        more = ["--batch-size", "256", "--device", "cpu", "--name", name]
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", *words, *more],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("The topk SAE is in") == 1 and done.stderr.count("| 0/10 ") == 1
+        assert json.loads((run / f"sae-{name}" / "sae.json").read_text())["training"]["ranks"] == ranks
+        assert load_sae(run / f"sae-{name}").d_sae == 64

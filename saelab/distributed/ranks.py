@@ -78,7 +78,11 @@ class Ranks:
 
     def agree(self, flag: bool, device: torch.device | None = None) -> bool:
         """Whether the flag is set on any rank."""
-        return bool(self.any(torch.tensor(flag, device=device)))
+        return flag if self.group is None else bool(self.any(torch.tensor(flag, device=device)))
+
+    def total(self, n: int, device: torch.device | None = None) -> int:
+        """The sum of a number over the ranks."""
+        return n if self.group is None else int(self.sum(torch.tensor(n, device=device)))
 
     def gather(self, x: Shaped[Tensor, "n ..."]) -> list[Shaped[Tensor, "_ ..."]]:
         """The tensors of all ranks in order; their first axes may differ."""
@@ -121,7 +125,7 @@ class Ranks:
         try:
             call()
         except RuntimeError as error:  # the peer's socket closed, or the time is over
-            reason = str(error).strip().partition("\n")[0]
+            reason = str(error).strip().partition("\n")[0].partition(". ")[0]  # gloo goes on
             raise TrainingError(
                 f"Rank {self.rank} of {self.size} waits in vain for another one, which was killed, stopped or hangs "
                 f"({reason}). The message of the rank that ended first tells why; the same call goes on from the last "

@@ -56,8 +56,7 @@ class L0Controller(nn.Module):
         if self.target_l0 is None:
             return acts.values.new_tensor(self.start * risen)
         if int(self.last_step) != info.step:
-            fired = int(info.ranks.sum(torch.tensor(acts.nnz, device=acts.values.device)))
-            l0 = fired / max(info.ranks.whole(acts.batch), 1)
+            l0 = info.ranks.total(acts.nnz, acts.values.device) / max(info.ranks.whole(acts.batch), 1)
             self._move(math.log(max(l0, LEAST)), math.log(self.target_l0), info)
         return risen * (self.state[0] + DAMPING * self.state[1]).exp().to(acts.values.dtype)
 
