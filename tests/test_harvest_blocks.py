@@ -110,8 +110,8 @@ def test_a_block_that_was_left_behind_is_taken_over(alone, tmp_path):
     (tmp_path / format.block_journal(2)).unlink()
     stream = one.stream_activations
 
-    def slow(batches, hooks):
-        for acts in stream(batches, hooks):
+    def slow(batches, hook_names):
+        for acts in stream(batches, hook_names):
             waiting.set()
             assert released.wait(20)
             yield acts
