@@ -140,15 +140,23 @@ def amdgcn_usage(asm: dict[str, str]) -> tuple[int, int, int]:
 
 
 def cubin_usage(asm: dict[str, Any]) -> tuple[int, int, int]:
-    """(registers, stack bytes, local-memory instructions) of a cubin, read by the cuobjdump of triton's wheel."""
+    """(registers, stack bytes, local-memory instructions) of a cubin, read by the cuobjdump of triton's wheel.
+
+    Registers are spilled to the stack, so that a kernel without one is not disassembled, which takes as long as compiling.
+    """
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(asm["cubin"])
-        usage = re.search(r"REG:(\d+) STACK:(\d+)", _cuobjdump("--dump-resource-usage", cubin))
+        usage = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", _cuobjdump("--dump-resource-usage", cubin))
+        if usage is None:
+            raise RuntimeError("cuobjdump did not describe the kernel")
+        registers, stack, local = map(int, usage.groups())
+        if not stack and not local:
+            return registers, 0, 0
         sass = _cuobjdump("-sass", cubin)
-    if usage is None or not re.search(r"\bEXIT\b", sass):
-        raise RuntimeError("cuobjdump did not describe the kernel")
-    return int(usage[1]), int(usage[2]), len(re.findall(r"\b(?:STL|LDL)\b", sass))
+    if not re.search(r"\bEXIT\b", sass):
+        raise RuntimeError("cuobjdump did not disassemble the kernel")
+    return registers, stack, len(re.findall(r"\b(?:STL|LDL)\b", sass))
 
 
 def _cuobjdump(option: str, cubin: Path) -> str:
