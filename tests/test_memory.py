@@ -29,7 +29,7 @@ def plan_of(config, d_in=64, device=CPU, train=BATCH, **shape) -> Plan:
 
 
 MEASURE = """
-import resource, sys, torch, saelab
+import sys, torch, saelab
 from pathlib import Path
 torch.set_num_threads(1)
 
@@ -37,12 +37,15 @@ def measured(d_sae, batch):
     config = saelab.TrainConfig(n_tokens=2 * batch, batch_size=batch, checkpoint_every=1)
     saelab.train(getattr(saelab.saes, sys.argv[1])(d_sae), x[:2 * batch], config, sys.argv[2] + str(d_sae))
 
+def status(name):  # not ru_maxrss, which begins with the peak of the process that started this one
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
 x = torch.randn(1024, 256)
 measured(64, 64)  # what is loaded when it is first needed
-lines = Path("/proc/self/status").read_text().splitlines()
-before = next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
+before = status("VmRSS")
 measured(int(sys.argv[3]), 256)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+print(status("VmHWM") - before)
 """
 
 
