@@ -33,7 +33,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
 CONFIGS = {name: config_of(name, D_SAE, **SPECIAL.get(name, {})) for name in VARIANTS if name != "codebook"}
 # Two parts of 34 and 33 rows, of which the second has no equal shares. Clipping is float32's affair.
 TRAIN = TrainConfig(
-    n_tokens=67 * 8,
+    n_tokens=67 * 6,
     batch_size=67,
     warmup_steps=3,
     clip_norm=float("inf"),
@@ -131,9 +131,11 @@ def resume_at_four(rank: int, folder: Path) -> None:
     (folder / f"refused-{rank}.json").write_text(json.dumps(refused))
 
 
-def train_sharded(name: str, folder: Path, shards: int, n_chunks: int = TRAIN.n_steps) -> None:
+def train_sharded(name: str, folder: Path, shards: int, n_chunks: int = 8) -> None:
+    """Eight steps, or as many as there are chunks."""
     chunks = (planted(TRAIN.batch_size, seed=step) for step in range(n_chunks))
     changes: dict[str, Any] = {
+        "n_tokens": 8 * TRAIN.batch_size,
         "feature_shards": shards,
         "checkpoint_every": 3,
         "grad_accumulation": 1,
