@@ -1,6 +1,6 @@
 """`kill -9` at random moments of a harvest and of a training; the same call again must leave the same bytes.
 
-    python tests/crash/run.py                    # 30 + 30 on a tiny model
+    python tests/crash/run.py                    # 30 + 30 on a tiny model, some minutes
     python tests/crash/run.py --kinds stream     # a training that harvests by the way
     python tests/crash/run.py --kills 3 --model smollm2
 
