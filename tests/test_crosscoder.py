@@ -263,7 +263,7 @@ def planted(n=4000, seed=0):
 def test_it_learns_whose_features_are_whose(sparsity):
     x, _ = planted()
     config = CrosscoderConfig(24, 2, sparsity=sparsity, l1_coefficient=0.5)
-    options = TrainConfig(n_tokens=128 * 1500, batch_size=128, lr=5e-3, warmup_steps=20)
+    options = TrainConfig(n_tokens=128 * 600, batch_size=128, lr=5e-3, warmup_steps=20)
     sae = train(config, x, options, progress=False)
     assert isinstance(sae, CrosscoderSAE)
     error = (sae(x).x_hat - x).square().sum() / (x - x.mean(0)).square().sum()

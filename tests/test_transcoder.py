@@ -202,7 +202,7 @@ SMALL = TrainConfig(n_tokens=64 * 40, batch_size=64, warmup_steps=5, checkpoint_
 def test_it_learns_from_a_batch_of_tensors(name):
     batch = pairs(4000)
     config = CLASSES[name].Config(64, 8)
-    options = TrainConfig(n_tokens=128 * 600, batch_size=128, warmup_steps=20)
+    options = TrainConfig(n_tokens=128 * 300, batch_size=128, warmup_steps=20)
     sae = train(config, batch, options, progress=False)
     fvu = (sae(batch.x).x_hat - batch.y).square().sum() / (batch.y - batch.y.mean(0)).square().sum()
     assert fvu.item() < 0.1
