@@ -48,7 +48,7 @@ def row(sae, seed, fvu, l0=3.0, data="mixed"):
 def signed_rows(tmp_path_factory):
     """The rows of a short run on signed features, and their folder."""
     folder = tmp_path_factory.mktemp("bench") / "synthetic"
-    return run_synthetic((0, 1), folder, data=("signed",), n_steps=300, progress=False), folder
+    return run_synthetic((0, 1), folder, data=("signed",), n_steps=200, progress=False), folder
 
 
 def test_a_run_gives_a_row_for_each_sae_and_seed(signed_rows):
@@ -82,17 +82,17 @@ def test_finished_rows_are_not_computed_again_and_new_seeds_are(signed_rows, tmp
     rows, folder = signed_rows
     measured = Mock(return_value={"fvu": 0.5, "l0": 3.0})
     monkeypatch.setattr(synthetic, "_measure_one", measured)
-    assert run_synthetic((0, 1), folder, data=("signed",), n_steps=300, progress=False) == rows
+    assert run_synthetic((0, 1), folder, data=("signed",), n_steps=200, progress=False) == rows
     assert not measured.called
     (tmp_path / "rows.json").write_text((folder / "rows.json").read_text())
-    more = run_synthetic((0, 2), tmp_path, data=("signed",), n_steps=300, progress=False)
+    more = run_synthetic((0, 2), tmp_path, data=("signed",), n_steps=200, progress=False)
     assert [call.args[:3] for call in measured.call_args_list] == [("signed", "topk", 2), ("signed", "abs_topk", 2)]
     assert [r["seed"] for r in more] == [0, 2, 0, 2]
 
 
 def test_other_settings_and_unknown_data_are_refused(signed_rows, tmp_path):
-    with pytest.raises(SaelabError, match="other settings .n_steps: 300 -> 200"):
-        run_synthetic((0,), signed_rows[1], data=("signed",), n_steps=200, progress=False)
+    with pytest.raises(SaelabError, match="other settings .n_steps: 200 -> 100"):
+        run_synthetic((0,), signed_rows[1], data=("signed",), n_steps=100, progress=False)
     with pytest.raises(ValueError, match="data='zip' must be one of flat, zipf"):
         run_synthetic((0,), data=("zip",))
     with pytest.raises(ValueError, match="seeds is empty"):
@@ -327,7 +327,7 @@ def test_the_command_prints_tables_and_verdicts_and_says_where(tmp_path, capsys)
 
 
 def test_ctrl_c_keeps_finished_rows(tmp_path):
-    words = ["bench", "synthetic", "--data", "flat", "--steps", "400", "--out-dir", str(tmp_path)]
+    words = ["bench", "synthetic", "--data", "flat", "--steps", "150", "--out-dir", str(tmp_path)]
     script = f"from saelab.cli import main; raise SystemExit(main({words!r}))"
     process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
