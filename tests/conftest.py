@@ -33,7 +33,11 @@ CHAT_TEMPLATE = (
 )
 
 
-LONG_FILES = ("test_examples", "test_browser", "test_readme", "test_compile_report", "test_cli", "test_dispatch")
+# The longest first.
+LONG_FILES = [
+    *("test_compile_report", "test_readme", "test_examples", "test_cli", "test_family", "test_synthetic"),
+    *("test_training", "test_browser", "test_dispatch", "test_sweep", "test_crash"),
+]
 
 
 def pytest_sessionstart():
@@ -44,7 +48,8 @@ def pytest_sessionstart():
 
 def pytest_collection_modifyitems(items):
     """Files that take minutes come first, so that no process ends up alone with one of them."""
-    items.sort(key=lambda item: item.path.stem not in LONG_FILES)
+    places = {name: place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 def build_tokenizer():

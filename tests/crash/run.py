@@ -1,6 +1,6 @@
 """`kill -9` at random moments of a harvest and of a training; the same call again must leave the same bytes.
 
-    python tests/crash/run.py                    # 30 + 30 on a tiny model, about 10 minutes
+    python tests/crash/run.py                    # 30 + 30 on a tiny model, some minutes
     python tests/crash/run.py --kills 3 --model smollm2
 
 Exit status 1 when a resumed run differs from one that was left alone. The moments are drawn from `--seed`.
