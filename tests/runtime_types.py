@@ -44,7 +44,7 @@ def _checked(fn: Any, typechecker: Any) -> Any:
     if not fn.__annotations__:
         return fn
     hints = {name: _hint(annotation, fn.__globals__) for name, annotation in fn.__annotations__.items()}
-    twin = FunctionType(fn.__code__, fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
+    twin: Any = FunctionType(fn.__code__, fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
     functools.update_wrapper(twin, fn)
     twin.__kwdefaults__ = fn.__kwdefaults__
     del twin.__wrapped__

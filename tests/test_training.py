@@ -40,6 +40,18 @@ def planted(n=2000, d_in=16, seed=0):
     return codes @ directions + 1.5
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run that nothing disturbed: TOPK on planted() with SMALL."""
+    train(TOPK, planted(), SMALL, folder := tmp_path_factory.mktemp("whole") / "sae", progress=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole_hash(whole):
+    return load_sae(whole).hash
+
+
 def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -92,19 +104,18 @@ def interrupt_at(monkeypatch, step):
 
 
 @pytest.mark.parametrize("step", [3, 10, 27, 39])
-def test_interrupt_and_resume_gives_the_same_bits(tmp_path, monkeypatch, step):
+def test_interrupt_and_resume_gives_the_same_bits(tmp_path, monkeypatch, step, whole, whole_hash):
     x = planted()
-    whole = train(TOPK, x, SMALL, tmp_path / "whole", progress=False)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_at(patch, step)
         train(TOPK, x, SMALL, tmp_path / "cut", progress=False)
     assert not (tmp_path / "cut" / "sae.json").exists()
     again = train(TOPK, x, SMALL, tmp_path / "cut", progress=False)
-    assert again.hash == whole.hash
+    assert again.hash == whole_hash
     for name in ("sae.safetensors", "golden.safetensors", "sae.json"):
-        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+        assert (tmp_path / "cut" / name).read_bytes() == (whole / name).read_bytes(), name
     keep = lambda lines: [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]  # noqa: E731
-    assert keep(metrics(tmp_path / "cut")) == keep(metrics(tmp_path / "whole"))
+    assert keep(metrics(tmp_path / "cut")) == keep(metrics(whole))
 
 
 def press_ctrl_c_in(monkeypatch, update, times=1, number=signal.SIGINT):
@@ -122,27 +133,25 @@ def press_ctrl_c_in(monkeypatch, update, times=1, number=signal.SIGINT):
 
 
 @pytest.mark.parametrize("step", [0, 7, 20])
-def test_ctrl_c_writes_a_checkpoint_between_steps(tmp_path, monkeypatch, step):
+def test_ctrl_c_writes_a_checkpoint_between_steps(tmp_path, monkeypatch, step, whole_hash):
     """Less than checkpoint_every steps are done, and still nothing is lost, bit for bit."""
     x, config = planted(), TrainConfig(**{**vars(SMALL), "checkpoint_every": 250})
-    whole = train(TOPK, x, config, progress=False)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match=f"goes on from step {step + 1}$"):
         press_ctrl_c_in(patch, step)
         train(TOPK, x, config, tmp_path, progress=False)
     assert list_checkpoints(tmp_path) == [step + 1]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert train(TOPK, x, config, tmp_path, progress=False).hash == whole.hash
+    assert train(TOPK, x, config, tmp_path, progress=False).hash == whole_hash
 
 
-def test_sigterm_does_as_ctrl_c(tmp_path, monkeypatch):
+def test_sigterm_does_as_ctrl_c(tmp_path, monkeypatch, whole_hash):
     x = planted()
-    whole = train(TOPK, x, SMALL, progress=False)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="goes on from step 6$"):
         press_ctrl_c_in(patch, 5, number=signal.SIGTERM)
         train(TOPK, x, SMALL, tmp_path, progress=False)
     assert list_checkpoints(tmp_path) == [6]
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    assert train(TOPK, x, SMALL, tmp_path, progress=False).hash == whole.hash
+    assert train(TOPK, x, SMALL, tmp_path, progress=False).hash == whole_hash
 
 
 def test_an_applications_own_handler_stays(monkeypatch):
@@ -232,16 +241,15 @@ def without_latest(copy):
     ],
     ids=["cut", "flipped", "no moments", "no counters", "past the end", "renamed"],
 )
-def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, monkeypatch, damage, says):
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, monkeypatch, damage, says, whole_hash):
     x = planted()
-    whole = train(TOPK, x, SMALL, progress=False)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_at(patch, 25)
         train(TOPK, x, SMALL, tmp_path, progress=False)
     assert list_checkpoints(tmp_path) == [10, 20]
     damage(tmp_path / "checkpoints" / "step-00000020.safetensors")
     with pytest.warns(UserWarning, match=says):
-        assert train(TOPK, x, SMALL, tmp_path, progress=False).hash == whole.hash
+        assert train(TOPK, x, SMALL, tmp_path, progress=False).hash == whole_hash
 
 
 def test_latest_names_the_newest_checkpoint_and_so_many_are_kept(tmp_path, monkeypatch):
@@ -271,13 +279,11 @@ def test_latest_is_taken_before_a_newer_file(tmp_path, monkeypatch):
         train(TOPK, x, SMALL, tmp_path, progress=False)
 
 
-def test_a_finished_run_returns_at_once(tmp_path, monkeypatch):
+def test_a_finished_run_returns_at_once(whole, whole_hash, monkeypatch):
     from saelab.training import run
 
-    x = planted()
-    sae = train(TOPK, x, SMALL, tmp_path, progress=False)
     monkeypatch.setattr(run.Run, "train_on", lambda *_: pytest.fail("trained again"))
-    assert train(TOPK, x, SMALL, tmp_path, progress=False).hash == sae.hash
+    assert train(TOPK, planted(), SMALL, whole, progress=False).hash == whole_hash
 
 
 @pytest.mark.parametrize(
@@ -293,8 +299,8 @@ def test_a_finished_run_returns_at_once(tmp_path, monkeypatch):
     ],
     ids=["k", "lr", "data", "width"],
 )
-def test_another_run_in_the_folder_is_refused_and_unharmed(tmp_path, change, says):
-    train(TOPK, planted(), SMALL, tmp_path, progress=False)
+def test_another_run_in_the_folder_is_refused_and_unharmed(tmp_path, whole, change, says):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(TrainingError, match=says):
         train(
@@ -348,11 +354,10 @@ def test_an_iterator_of_tensors(tmp_path):
         train(TOPK, iter(x[:1000].split(100)), SMALL, progress=False)
 
 
-def test_a_numpy_array_is_as_good_as_a_tensor():
+def test_a_numpy_array_is_as_good_as_a_tensor(whole_hash):
     x = planted()
     arrays = [x.numpy(), x.double().numpy(), np.broadcast_to(x.numpy(), x.shape), np.asfortranarray(x.numpy())]
-    expected = train(TOPK, x, SMALL, progress=False).hash
-    assert {train(TOPK, array, SMALL, progress=False).hash for array in arrays} == {expected}
+    assert {train(TOPK, array, SMALL, progress=False).hash for array in arrays} == {whole_hash}
     train(TOPK, iter(np.split(planted(2560).numpy(), 40)), SMALL, progress=False)
 
 
