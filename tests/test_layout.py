@@ -234,6 +234,21 @@ def test_no_path_or_host_of_one_machine():
             assert not pattern.search(line), f"{path.relative_to(ROOT)}:{number}: {line.strip()[:120]}"
 
 
+def test_every_mutant_can_be_made():
+    """What `tests/mutants/run.py` breaks stands once in its file, and the tests that must notice exist."""
+    stale = []
+    for mutant in tomllib.loads((ROOT / "tests/mutants/mutants.toml").read_text(encoding="utf-8"))["mutant"]:
+        file, files = ROOT / mutant["file"], [ROOT / test.partition("::")[0] for test in mutant["tests"]]
+        if (
+            not file.exists()
+            or file.read_text(encoding="utf-8").count(mutant["old"]) != 1
+            or mutant["old"] == mutant["new"]
+        ):
+            stale.append(mutant["name"])
+        stale += [f"{mutant['name']}: no {path.name}" for path in files if not path.exists()]
+    assert not stale
+
+
 def test_public_names():
     import saelab
 

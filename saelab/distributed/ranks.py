@@ -88,10 +88,10 @@ class Ranks:
         """The tensors of all ranks in order; their first axes may differ."""
         if self.group is None:
             return [x]
-        sizes = torch.stack(self._gathered(torch.tensor(len(x), device=x.device))).tolist()
+        sizes = torch.stack(self.gather_alike(torch.tensor(len(x), device=x.device))).tolist()
         padded = x.new_zeros(max(sizes), *x.shape[1:])
         padded[: len(x)] = x
-        return [part[:n] for part, n in zip(self._gathered(padded), sizes, strict=True)]
+        return [part[:n] for part, n in zip(self.gather_alike(padded), sizes, strict=True)]
 
     def each(self, x: Shaped[Tensor, "*shape"]) -> Iterator[Shaped[Tensor, "*shape"]]:
         """The tensors of all ranks in order, one at a time; each is valid until the next."""
@@ -109,7 +109,10 @@ class Ranks:
             self._ask(lambda sent=sent: dist.broadcast(sent, group=self.group, group_src=0))
             tensor.detach().copy_(sent)
 
-    def _gathered(self, x: Tensor) -> list[Tensor]:
+    def gather_alike(self, x: Shaped[Tensor, "*shape"]) -> list[Shaped[Tensor, "*shape"]]:
+        """The tensors of all ranks in order, all of one shape: one collective."""
+        if self.group is None:
+            return [x]
         parts = [torch.empty_like(x) for _ in range(self.size)]
         self._ask(lambda: dist.all_gather(parts, x, group=self.group))
         return parts

@@ -11,6 +11,7 @@ import dataclasses
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd import Function
@@ -104,18 +105,20 @@ SHARDS: dict[str, type[FeatureShard]] = {"topk": TopKShard, "batch_topk": BatchT
 
 
 def among_best(scores: Float[Tensor, "batch m"], k: int, shards: Ranks) -> Bool[Tensor, "batch m"]:
-    """Which of this shard's scores are among the k largest positive ones of their row on all shards.
+    """Which of this shard's scores (at most k of a row) are among the k largest positive ones of their row on all shards.
 
     Each row is in the order of its features; ties go to the lower shard, then the earlier score: the lowest feature.
-    One collective of `(batch, m)` numbers.
+    One collective of `(batch, k)` numbers.
     """
-    parts = shards.gather(scores.T.contiguous())
-    whole = torch.cat(parts).T.contiguous()  # (batch, shards * m), in the order of the features
-    kth = kth_largest(whole, k)[:, None] if whole.shape[1] >= k else whole.new_zeros(len(whole), 1)
+    m = scores.shape[1]
+    whole = torch.cat(
+        shards.gather_alike(F.pad(scores, (0, k - m)).contiguous()), dim=1
+    )  # in the order of the features
+    kth = kth_largest(whole, k)[:, None]
     above, tied = whole > kth, whole == kth
     places = k - above.sum(1, keepdim=True)
     kept = (above | (tied & (tied.cumsum(1) <= places))) & (whole > 0)
-    return kept.split([len(part) for part in parts], dim=1)[shards.rank]
+    return kept.split(k, dim=1)[shards.rank][:, :m]
 
 
 def check_shardable(variant: type[SAE], config: Any, feature_shards: int) -> None:

@@ -34,11 +34,8 @@ class Adam:
     @torch.no_grad()
     def step(self, lr: float, grad_scale: float = 1.0) -> None:
         """One step with the gradients divided by `grad_scale`; parameters without a gradient stay."""
-        scale = (
-            None
-            if grad_scale == 1.0
-            else torch.tensor(grad_scale, dtype=torch.float32, device=self.parameters[0].device)
-        )
+        first = self.parameters[0]
+        scale = None if grad_scale == 1.0 else torch.tensor(grad_scale, dtype=torch.float32, device=first.device)
         given = [index for index, p in enumerate(self.parameters) if p.grad is not None]
         for decay in sorted(set(self._decay)):
             self._step([index for index in given if self._decay[index] == decay], lr, decay, scale)
