@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -62,10 +61,12 @@ def harvest(
 ) -> None:
     """Run a language model over texts and keep the activations of its hooks in RUN/cache."""
     import saelab
+    from saelab.distributed import is_first, take_gpu
 
+    take_gpu()
     options: dict[str, Any] = {"ctx_len": ctx_len, "batch_size": batch_size, "seed": seed, "split": split}
     options |= {"prepend_bos": prepend_bos, "max_bytes": max_bytes, "storage": storage, "shuffle": shuffle}
-    options |= {"chat": chat, "block_contexts": block_contexts, "progress": _is_first_process()}
+    options |= {"chat": chat, "block_contexts": block_contexts, "progress": is_first()}
     options |= {"hook_names": list(hook_name), "n_tokens": n_tokens, "out_dir": run / "cache"}
     with contextlib.redirect_stdout(sys.stdout if options["progress"] else io.StringIO()):
         template = _load_model(model, dtype) if chat else None
@@ -73,15 +74,6 @@ def harvest(
         cache = saelab.harvest(template or _load_model(model, dtype), corpus, **options)
         print(f"{cache.n_rows:,} activations of {', '.join(cache.hook_names)} are in {run / 'cache'}")
         print(f"Next: saelab train {run} --d-sae 4096 --k 32 --n-tokens 2_000_000")
-
-
-def _is_first_process() -> bool:
-    """Whether this one does the talking. Under torchrun each process of a machine takes a GPU of its own."""
-    import torch
-
-    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    return os.environ.get("RANK", "0") == "0"
 
 
 @dataclass(frozen=True)
@@ -110,11 +102,12 @@ def train(
 ) -> None:
     """Train an SAE on RUN/cache, or with --stream on what it harvests by the way; into RUN/sae, or RUN/sae-NAME with --name."""
     import saelab
+    from saelab.distributed import is_first
 
     folder = run / (f"sae-{name}" if name else "sae")
     data = run / "cache" if reading is None else _open_stream(stream, **asdict(reading))
     saelab.train(config, data, train, out_dir=folder, hook_name=hook_name, wandb_project=wandb_project)
-    if _rank():
+    if not is_first():
         return
     print(f"The {variant} SAE is in {folder}")
     print(f"Next: saelab eval {folder}; saelab features {folder}; saelab dash {run}")
@@ -126,11 +119,6 @@ def _open_stream(hooks: tuple[str, ...], model: str, texts: str, column: str, dt
 
     corpus = saelab.load_texts(texts, column=column)  # before the model, which takes longer to load
     return stream(_load_model(model, dtype), corpus, list(hooks), **options)
-
-
-def _rank() -> int:
-    """The number of this process under torchrun, where the first one speaks for all."""
-    return int(os.environ.get("RANK", "0"))
 
 
 def check_has_cache(run: Path) -> None:

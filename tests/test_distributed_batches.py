@@ -81,7 +81,7 @@ def test_a_killed_rank_ends_the_run_and_the_same_call_goes_on_bit_for_bit(tmp_pa
 def test_the_lines_of_the_page_run(tmp_path, tiny_lm):
     """Those of docs/distributed_training.md, with smaller numbers."""
     run = make_run(tmp_path / "run", tiny_lm)
-    lines = re.findall(r"^torchrun (.* runs/mlp .*)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    lines = re.findall(r"^torchrun (.* train runs/mlp .*)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     for name, ranks, line in zip(("plain", "sharded"), (2, "1 x 2"), lines, strict=True):
         small = re.sub(r"--d-sae \d+ --k \d+ --n-tokens [\d_]+", "--d-sae 64 --k 4 --n-tokens 2_560", line)
         words = shlex.split(small.replace("runs/mlp", shlex.quote(str(run))))

@@ -187,3 +187,15 @@ def test_bad_arguments_are_one_line_and_leave_nothing(run, capsys, monkeypatch, 
 def test_without_a_cache_it_is_one_line_and_no_folder(tmp_path, capsys):
     assert cli.main(words(tmp_path / "none")) == 2
     assert capsys.readouterr().err.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_processes_of_a_job_share_the_saes(run, rows, tiny_lm, monkeypatch):
+    """The second of two trains its share and leaves; the first finds those, and its table is that of one process."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert run_sweep(run, CONFIG, lm=tiny_lm, progress=False, **LISTS) == []
+    assert len(find_saes(run)) == len(rows) // 2 and not (run / "sweep.json").exists()
+    monkeypatch.setenv("RANK", "0")
+    shared = run_sweep(run, CONFIG, lm=tiny_lm, progress=False, **LISTS)
+    same = [*KEYS, *measured.MEASURES, "folder"]
+    assert [[row[name] for name in same] for row in shared] == [[row[name] for name in same] for row in rows]

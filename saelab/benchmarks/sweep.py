@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +19,14 @@ from saelab.benchmarks.measured import measure
 from saelab.benchmarks.remembered import Remembered
 from saelab.benchmarks.rows import Row, Rows, open_rows
 from saelab.benchmarks.synthetic import at_l0, check_variants
+from saelab.distributed import apart, place
 from saelab.errors import TrainingError
 from saelab.models import LanguageModel, load_model
-from saelab.saes import VARIANTS
+from saelab.saes import SAE, VARIANTS
 from saelab.training import TrainConfig, train
 from saelab.training.checkpoint import AnotherRunError
 from saelab.training.data import open_data
+from saelab.training.loop import folder_name
 
 KEYS = ("variant", "d_sae", "target_l0", "lr", "seed")
 """The swept columns; `target_l0` is the L0 asked for, by `k` or by the config's field of that name."""
@@ -71,8 +74,9 @@ def run_sweep(
 
     Gives all rows of `out_dir`, those of earlier calls too, by variant, L0 asked and FVU. `out_dir` is RUN unless given:
     `sweep.json` and `sweep.csv` grow row by row beside the SAEs and their reports, and the same call goes on where it was
-    stopped, in the middle of training too. `lm` None is the model that the cache names. Raises `ValueError` before
-    anything is written for a list that is empty and for what cannot be trained.
+    stopped, in the middle of training too. `lm` None is the model that the cache names. Under `torchrun` each process
+    trains its share of the SAEs, none talks to another; the first measures all, the others return no rows. Raises
+    `ValueError` before anything is written for a list that is empty and for what cannot be trained.
     """
     cache = ActivationCache(Path(run) / "cache")
     points = sweep_points(config, **lists)
@@ -80,12 +84,19 @@ def run_sweep(
     settings = dataclasses.asdict(config) | {"data": origin["dataset_fingerprint"]}
     if len(cache.hook_names) == 1:
         settings["hook_name"] = cache.hook_names[0]
-    with open_rows(out_dir or run, settings, KEYS, "sweep", _order) as rows:
-        points = [point for point in points if rows.find(**point.key) is None]
-        for seed in dict.fromkeys(point.train.seed for point in points):
-            lm = lm or Remembered(load_model(origin["model"]["name"]))
-            _run_seed(rows, [point for point in points if point.train.seed == seed], cache, config, lm, progress)
-        return list(rows.rows)
+    rank, n_processes = place()
+    home, own = Path(out_dir or run), points[rank::n_processes]
+    with apart():
+        if rank:
+            rows = Rows(home, settings, KEYS, "sweep", _order)
+            for same in _by_seed(rows, own):
+                _train(same, cache, config, home, progress=False)
+            return []
+        with open_rows(home, settings, KEYS, "sweep", _order) as rows:
+            for same in _by_seed(rows, points):
+                lm = lm or Remembered(load_model(origin["model"]["name"]))
+                _run_seed(rows, same, own, cache, config, lm, progress)
+            return list(rows.rows)
 
 
 def sweep_points(
@@ -129,21 +140,47 @@ def _origin(points: Sequence[Point], cache: ActivationCache, hook_name: str | No
     return origins[0]
 
 
+def _by_seed(rows: Rows, points: Sequence[Point]) -> list[list[Point]]:
+    """Those that have no row yet; the SAEs of one seed share a read."""
+    left = [point for point in points if rows.find(**point.key) is None]
+    seeds = dict.fromkeys(point.train.seed for point in left)
+    return [[point for point in left if point.train.seed == seed] for seed in seeds]
+
+
 def _run_seed(
-    rows: Rows, points: Sequence[Point], cache: ActivationCache, config: SweepConfig, lm: LanguageModel, progress: bool
+    rows: Rows,
+    points: Sequence[Point],
+    own: Sequence[Point],
+    cache: ActivationCache,
+    config: SweepConfig,
+    lm: LanguageModel,
+    progress: bool,
 ) -> None:
-    """Train these SAEs on one read, then measure one after another."""
-    home, trains = rows.folder, [point.train for point in points]
+    """Train `own` of these SAEs on one read, wait for those of other processes, then measure one after another."""
+    home = rows.folder
     assert home is not None
-    options: dict[str, Any] = {"hook_name": config.hook_name, "progress": progress}
-    try:
-        saes = train([point.config for point in points], cache, trains, home, **options)
-    except AnotherRunError as error:  # of a sweep with other settings, stopped before its first row
-        raise TrainingError(f"{error.found}give another --out-dir.") from error
+    _train([point for point in points if point in own], cache, config, home, progress)
+    for point in points:
+        while point not in own and not (home / folder_name(point.config, point.train) / "sae.json").exists():
+            time.sleep(1)
+    saes = _train(points, cache, config, home, progress=False)
     pairs = tqdm(zip(points, saes, strict=True), "Measuring", len(saes), unit="SAE", disable=not progress)
     for point, sae in pairs:
         level = point.key["target_l0"]
         rows.get(lambda sae=sae, level=level: measure(sae, lm, level, config.eval_tokens, home), **point.key)
+
+
+def _train(
+    points: Sequence[Point], cache: ActivationCache, config: SweepConfig, home: Path, progress: bool
+) -> list[SAE]:
+    """These SAEs on one read; those that are finished come back at once."""
+    if not points:
+        return []
+    configs, trains = [point.config for point in points], [point.train for point in points]
+    try:
+        return train(configs, cache, trains, home, hook_name=config.hook_name, progress=progress)
+    except AnotherRunError as error:  # of a sweep with other settings, stopped before its first row
+        raise TrainingError(f"{error.found}give another --out-dir.") from error
 
 
 def _order(row: Row) -> tuple[Any, ...]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import atexit
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -15,9 +17,34 @@ TIMEOUT = "SAELAB_RANK_TIMEOUT"
 """Seconds that a rank waits for the others before it gives up; the default of 60 ends a job within a minute."""
 
 
+_apart: list[bool] = []
+
+
+def place() -> tuple[int, int]:
+    """The number of this process and how many there are, as `torchrun` says; (0, 1) without it."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def take_gpu() -> None:
+    """Under torchrun each process of a machine takes a GPU of its own."""
+    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Inside a `with` each process of the job works for itself: `join` gives `ALONE`."""
+    take_gpu()
+    _apart.append(True)
+    try:
+        yield
+    finally:
+        _apart.pop()
+
+
 def is_first() -> bool:
     """Is this rank 0, or the only process? Files and messages are its business."""
-    return os.environ.get("RANK", "0") == "0" if not _joined() else dist.get_rank() == 0
+    return place()[0] == 0 if not _joined() else dist.get_rank() == 0
 
 
 def join() -> Ranks:
@@ -26,11 +53,12 @@ def join() -> Ranks:
     A group that the caller has made with `torch.distributed.init_process_group` is taken as it is. Under torchrun each
     process gets the GPU of its local rank. Raises `ValueError` for a `SAELAB_RANK_TIMEOUT` that is no number of seconds.
     """
+    if _apart:
+        return ALONE
     if not _joined():
-        if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ:
+        if place()[1] < 2 or "RANK" not in os.environ:
             return ALONE
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        take_gpu()
         dist.init_process_group(timeout=timedelta(seconds=_seconds()))
         atexit.register(_leave)
     return Ranks(dist.group.WORLD) if dist.get_world_size() > 1 else ALONE

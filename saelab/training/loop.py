@@ -194,17 +194,22 @@ def _summary(runs: list[Run], bar: Any, batch_size: int) -> str:
 
 
 def _folders(configs: list[Any], out_dir: str | Path | None, trains: list[TrainConfig] | None) -> list[Path | None]:
-    """One folder a config: `out_dir/sae-VARIANT-D_SAE[-kK][-lL0]`, then `[-lrLR]-seedSEED` where each has its `trains`."""
+    """One folder a config in `out_dir`, all of different names; `trains` where each has its own."""
     if out_dir is None:
         return [None] * len(configs)
     names: list[str] = []
     for i, config in enumerate(configs):
-        name = f"sae-{variant_of(config).variant}-{config.d_sae}"
-        name += f"-k{config.k}" if hasattr(config, "k") else ""
-        name += f"-l{config.target_l0:g}" if getattr(config, "target_l0", None) is not None else ""
-        if trains is not None:
-            lr = trains[i].lr
-            name += f"{'' if lr is None else f'-lr{float(lr)!r}'}-seed{trains[i].seed}"
+        name = folder_name(config, None if trains is None else trains[i])
         same = sum(other == name or other.startswith(f"{name}--") for other in names)
         names.append(f"{name}--{same + 1}" if same else name)
     return [Path(out_dir) / name for name in names]
+
+
+def folder_name(config: Any, train: TrainConfig | None) -> str:
+    """`sae-VARIANT-D_SAE[-kK][-lL0]`, and `[-lrLR]-seedSEED` for an SAE with a `train` of its own."""
+    name = f"sae-{variant_of(config).variant}-{config.d_sae}"
+    name += f"-k{config.k}" if hasattr(config, "k") else ""
+    name += f"-l{config.target_l0:g}" if getattr(config, "target_l0", None) is not None else ""
+    if train is not None:
+        name += f"{'' if train.lr is None else f'-lr{float(train.lr)!r}'}-seed{train.seed}"
+    return name
