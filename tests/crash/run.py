@@ -40,9 +40,16 @@ _FORKS = multiprocessing.get_context("fork")  # a process of its own for each, w
 
 def start(kind: str, lm: Any, folder: Path) -> Any:
     """A process that does the work."""
-    process = _FORKS.Process(target=WORK[kind], args=(lm, folder))
+    process = _FORKS.Process(target=_work, args=(kind, lm, folder))
     process.start()
     return process
+
+
+def _work(kind: str, lm: Any, folder: Path) -> None:
+    torch.set_num_threads(
+        1
+    )  # torch makes its pool anew after a fork: before there are threads, which would race for it
+    WORK[kind](lm, folder)
 
 
 def _check_end(process: Any) -> None:
