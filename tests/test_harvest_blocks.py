@@ -19,11 +19,7 @@ from saelab.tokens import load_texts
 BLOCKS = {"block_contexts": 32}  # 163 contexts: five blocks and a small one
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _early_norm_rule():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("saelab.masking.NORM_RULE_ROWS", 300)
-        yield
+pytestmark = pytest.mark.usefixtures("early_norm_rule")
 
 
 @pytest.fixture(scope="module")

@@ -19,12 +19,7 @@ A, B = f"tiny-llama/{HOOK}", f"other/{HOOK}"
 OPTIONS = {"n_tokens": 4000, "ctx_len": 32, "batch_size": 4, "shard_rows": 512, "pool_shards": 2, "progress": False}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _early_norm_rule():
-    """Shards are written only once the limit on norms is known: after 300 rows here, not 16,384."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("saelab.masking.NORM_RULE_ROWS", 300)
-        yield
+pytestmark = pytest.mark.usefixtures("early_norm_rule")
 
 
 @pytest.fixture(scope="module")
