@@ -148,7 +148,8 @@ class ActivationCache:
         def opened(shard: int) -> list[Tensor]:
             return [decode(self._read(shard, f"{hook}.safetensors")) for hook in hooks]
 
-        for batch in shuffled_batches(plan, opened, batch_size, prefetch, dtype):
+        widths = [self._widths[hook] for hook in hooks]
+        for batch in shuffled_batches(plan, opened, widths, batch_size, prefetch, dtype):
             yield batch[0] if one else dict(zip(hooks, batch, strict=True))
 
     def _plan(self, seed: int | None, skip: int) -> Iterator[tuple[int, Int[Tensor, " n"]]]:

@@ -1,22 +1,24 @@
 """Batches of shuffled rows: threads gather them from mapped shards straight into place, each batch a task of its own.
 
-Only the order of the rows is decided in the caller's thread. Shards are opened, and asked of the disk from front to back,
-`prefetch` shards before their first row is due.
+The caller's thread decides the order of the rows and makes the tensors that the threads fill: its memory lies in large
+pages (`allocator`), a thread's own would not. Small batches are made further ahead, as waking a thread takes a good part
+of the time that one takes to fill. Shards are opened, and asked of the disk from front to back, `prefetch` shards before
+their first row is due.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-import numpy as np
 import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
 _THREADS = 2
-_AHEAD = 4  # batches that are ready or being made
+_AHEAD = 4, 12  # at least and at most so many batches are ready or being made
+_AHEAD_BYTES = 1 << 26  # more than the least only while they fit here
 
 Opened = Future[list[Tensor]]
 """The rows of a shard, `(n, d_in)` of each hook."""
@@ -27,21 +29,36 @@ Pieces = list[tuple[Opened, Int[Tensor, " _"]]]
 def shuffled_batches(
     plan: Iterator[tuple[int, Int[Tensor, " n"]]],
     open_shard: Callable[[int], list[Tensor]],
+    widths: Sequence[int],
     batch_size: int,
     prefetch: int,
     dtype: torch.dtype,
 ) -> Generator[list[Shaped[Tensor, "batch d_in"]], None, None]:
-    """Batches of each hook without end. `plan` gives shards and the rows to take of each, in order, also without end."""
+    """Batches of each hook without end; `widths` are the d_in of each.
+
+    `plan` gives shards and the rows to take of each, in order, also without end.
+    """
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="saelab-cache-reader") as threads:
         pieces = _cut(_opened_ahead(threads, plan, open_shard, prefetch), batch_size)
-        ahead = deque(threads.submit(_gathered, next(pieces), dtype) for _ in range(_AHEAD))
+
+        def next_batch() -> Future[list[Tensor]]:
+            return threads.submit(
+                _gather, next(pieces), [torch.empty(batch_size, d_in, dtype=dtype) for d_in in widths]
+            )
+
+        ahead = deque(next_batch() for _ in range(_n_ahead(batch_size * sum(widths) * dtype.itemsize)))
         try:
             while True:
                 batch = ahead.popleft().result()
-                ahead.append(threads.submit(_gathered, next(pieces), dtype))
+                ahead.append(next_batch())
                 yield batch
         finally:  # also when the iterator is closed or forgotten
             threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _n_ahead(batch_bytes: int) -> int:
+    least, most = _AHEAD
+    return min(most, max(least, _AHEAD_BYTES // batch_bytes))
 
 
 def _opened_ahead(
@@ -70,23 +87,15 @@ def _cut(shards: Iterator[tuple[Opened, Tensor]], batch_size: int) -> Iterator[P
             missing -= len(order)
 
 
-def _gathered(pieces: Pieces, dtype: torch.dtype) -> list[Tensor]:
-    """A batch of each hook."""
-    shards = [opened.result() for opened, _ in pieces]
-    orders = [order.numpy() for _, order in pieces]
-    return [_taken(list(rows), orders).to(dtype) for rows in zip(*shards, strict=True)]
-
-
-def _taken(rows: list[Tensor], orders: list[np.ndarray]) -> Tensor:
-    out = rows[0].new_empty(sum(map(len, orders)), *rows[0].shape[1:])
+def _gather(pieces: Pieces, batch: list[Tensor]) -> list[Tensor]:
+    """Fill a batch of each hook."""
     start = 0
-    for each, order in zip(rows, orders, strict=True):
-        part = out[start : start + len(order)]
-        np.take(_bits(each), order, axis=0, out=_bits(part), mode="clip")  # other modes copy once more
+    for opened, order in pieces:
+        for rows, out in zip(opened.result(), batch, strict=True):
+            part = out[start : start + len(order)]
+            if rows.dtype == out.dtype:
+                torch.index_select(rows, 0, order, out=part)
+            else:
+                part.copy_(rows.index_select(0, order))
         start += len(order)
-    return out
-
-
-def _bits(rows: Tensor) -> np.ndarray:
-    """The same memory as whole numbers: numpy knows no bfloat16."""
-    return rows.view({2: torch.int16, 4: torch.int32}[rows.element_size()]).numpy()
+    return batch
