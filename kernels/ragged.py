@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
+from saelab.kernels.cpu.halves import in_halves
+
 _INT32 = np.iinfo(np.int32).max
 _MAX_PADDING = 8  # how much larger than its entries a padded table may be
 
@@ -20,8 +22,8 @@ def largest(values: Num[Tensor, "rows n"], k: int) -> Num[Tensor, "rows k"]:
     """Each row's k largest values, the k-th first, the others in any order."""
     if values.device.type != "cpu":
         return values.topk(k, dim=1).values.flip(1)
-    at = values.shape[1] - k
-    return torch.from_numpy(np.partition(values.numpy(), at, axis=1)[:, at:])
+    at, table = values.shape[1] - k, values.numpy()
+    return torch.from_numpy(in_halves(len(table), lambda rows: np.partition(table[rows], at, axis=1)[:, at:]))
 
 
 def true_places(mask: Bool[Tensor, ...]) -> Int[Tensor, " n"]:
@@ -41,10 +43,11 @@ def stable_order(ids: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
     n = ids.numel()
     if ids.device.type != "cpu" or not n:
         return torch.argsort(ids, stable=True)
-    largest = (int(ids.max()) + 1) * n
-    keys = ids.numpy().astype(np.int32 if largest <= _INT32 else np.int64) * n
-    keys += np.arange(n, dtype=keys.dtype)
-    return torch.from_numpy((_sorted(keys, largest) % n).astype(np.int64))
+    place_bits = (n - 1).bit_length()
+    largest = (int(ids.max()) + 1) << place_bits
+    keys = ids.numpy().astype(np.int32 if largest <= _INT32 else np.int64) << place_bits
+    keys |= np.arange(n, dtype=keys.dtype)
+    return torch.from_numpy((_sorted(keys, largest) & ((1 << place_bits) - 1)).astype(np.int64))
 
 
 def _sorted(keys: np.ndarray, largest: int | None = None) -> np.ndarray:

@@ -569,34 +569,6 @@ def test_wandb_is_never_imported_unasked():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_only_the_encoder_decays_and_as_in_adamw():
-    sae = TopKSAE(TopKConfig(64, 4, encoder_decay=0.5), 16)
-    adam, before = Adam(sae.parameters(), sae.weight_decay), {name: p.clone() for name, p in sae.named_parameters()}
-    for parameter in sae.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    adam.step(0.1)
-    for name, parameter in sae.named_parameters():
-        torch.testing.assert_close(parameter, before[name] * (0.95 if name == "W_enc" else 1.0), rtol=1e-6, atol=0)
-    assert not TopKSAE(TopKConfig(64, 4), 16).weight_decay
-
-
-def test_adam_is_torchs_adam_bit_for_bit():
-    generator = torch.Generator().manual_seed(0)
-    ours = [
-        torch.nn.Parameter(torch.randn(7, 3, generator=generator)),
-        torch.nn.Parameter(torch.randn(5, generator=generator)),
-    ]
-    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
-    adam, reference = Adam(ours), torch.optim.Adam(theirs, lr=0.01, fused=True)
-    for step in range(4):
-        for a, b in zip(ours, theirs, strict=True):
-            gradient = torch.randn(a.shape, generator=generator)
-            a.grad, b.grad = 4.0**step * gradient, gradient  # a constant scale Adam would not notice
-        adam.step(0.01, grad_scale=4.0**step)
-        reference.step()
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)), step
-
-
 def test_train_takes_a_train_config_for_each_sae_of_one_stream(tmp_path):
     x = torch.randn(400, 8, generator=torch.Generator().manual_seed(0))
     configs = [TopKConfig(16, 2), TopKConfig(16, 2), BatchTopKConfig(16, 2)]

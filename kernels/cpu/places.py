@@ -5,19 +5,16 @@ numpy compares small integers and packs bits at the speed of memory, where `torc
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-
 import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from saelab.kernels.ragged import ascending
+from saelab.kernels.cpu.halves import in_halves
 from saelab.kernels.workspace import WORKSPACE
 
-_CHUNK_ROWS = 32
-_PARTS = 2  # numpy leaves the interpreter lock alone while it compares
+_CHUNK_ROWS = 64
+_INT32 = np.iinfo(np.int32).max
 
 
 def places_not_below(table: Tensor, floor: Tensor) -> Int[Tensor, " n"]:
@@ -27,33 +24,34 @@ def places_not_below(table: Tensor, floor: Tensor) -> Int[Tensor, " n"]:
     rows, columns = table.shape
     words = WORKSPACE.take("words", (rows, columns // 64), torch.int64).numpy().view(np.uint64)
     values, least = table.numpy(), floor[:, None].numpy()
-    edges = np.linspace(0, rows, _PARTS + 1).astype(int)
-    parts = [slice(*edge) for edge in zip(edges[:-1], edges[1:], strict=True)]
-    list(_pool().map(lambda part: _pack(values[part], least[part], words[part]), parts))
-    return ascending(torch.from_numpy(_bits(words.reshape(-1))))
 
+    def search(part: slice) -> np.ndarray:
+        _pack(values[part], least[part], words[part])
+        return _ascending_bits(words[part].reshape(-1), part.start * columns, words.size * 64)
 
-@cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(_PARTS, thread_name_prefix="saelab-places")
+    return torch.from_numpy(in_halves(rows, search).astype(np.int64))
 
 
 def _pack(values: np.ndarray, least: np.ndarray, words: np.ndarray) -> None:
     """One bit an entry, a few rows at a time, so that the comparison stays in the cache."""
+    room = np.empty((min(_CHUNK_ROWS, len(values)), values.shape[1]), bool)
     for start in range(0, len(values), _CHUNK_ROWS):
         rows = slice(start, start + _CHUNK_ROWS)
-        bits = np.packbits(values[rows] >= least[rows], axis=None, bitorder="little")
-        words[rows] = bits.view(np.uint64).reshape(words[rows].shape)
+        hits = np.greater_equal(values[rows], least[rows], out=room[: len(values[rows])])
+        words[rows] = np.packbits(hits, axis=None, bitorder="little").view(np.uint64).reshape(words[rows].shape)
 
 
-def _bits(words: np.ndarray) -> np.ndarray:
-    """Positions of all set bits: the lowest of every word, then the next of those that have one."""
-    at = np.flatnonzero(words != 0)
-    left, found = words[at], []
+def _ascending_bits(words: np.ndarray, first: int, n_bits: int) -> np.ndarray:
+    """Positions, from `first` on, of all set bits: the lowest of every word, then the next of those that have one, sorted."""
+    words_at = np.flatnonzero(words != 0)
+    left = words[words_at]
+    at = (words_at * 64 + first).astype(
+        np.int32 if n_bits <= _INT32 else np.int64
+    )  # narrow ones sort many times faster
+    found = [at[:0]]
     while len(at):
-        lowest = left & (~left + np.uint64(1))
-        found.append(at * 64 + np.bitwise_count(lowest - np.uint64(1)))
-        left = left ^ lowest
-        more = np.flatnonzero(left)
-        at, left = at[more], left[more]
-    return np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
+        rest = left & (left - np.uint64(1))
+        found.append(at + np.bitwise_count((left ^ rest) - np.uint64(1)))
+        more = np.flatnonzero(rest)
+        at, left = at[more], rest[more]
+    return np.sort(np.concatenate(found))

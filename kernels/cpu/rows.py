@@ -3,13 +3,15 @@ large as the dictionary."""
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
 from saelab.kernels.cpu.sampled_product import pairs
 from saelab.kernels.workspace import WORKSPACE
 
-_ROWS = 1024
+_ROWS = 512
 
 
 def round_rows(W: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,6 +38,11 @@ def unit_norm_(W: Tensor) -> None:
 
 
 def row_dots(a: Tensor, b: Tensor) -> Tensor:
-    """`<a[i], b[i]>`; the gather-dot takes half the time of multiplying and summing."""
-    ids = torch.arange(len(a), dtype=torch.int32)
+    """`<a[i], b[i]>` of up to `_ROWS` rows; the gather-dot takes half the time of multiplying and summing."""
+    ids = _ids(a.device)[: len(a)]
     return pairs(a, b, ids, ids)
+
+
+@cache
+def _ids(device: torch.device) -> Tensor:
+    return torch.arange(_ROWS, dtype=torch.int32, device=device)

@@ -35,7 +35,7 @@ def sampled_product(x: Tensor, W: Tensor, features: Tensor, offsets: Tensor) -> 
     part_rows = -(-x.shape[0] // max(parts, 1))
     edges = [*offsets[:-1:part_rows].tolist(), n]  # entries ascend by row: a part of the rows is a run of them
     order = torch.cat([start + stable_order(features[start:end]) for start, end in pairwise(edges)])
-    by_feature = pairs(W, x, features[order], rows[order])
+    by_feature = pairs(W, x, features.int()[order], rows.int()[order])
     return torch.empty_like(by_feature).index_copy_(0, order, by_feature)
 
 

@@ -125,7 +125,7 @@ class SAE(nn.Module):
                 f"This SAE reads activations of width d_in={self.d_in}, got a tensor of shape {tuple(x.shape)}; "
                 "give (n_tokens, d_in) from the hook it was trained on."
             )
-        return (x.to(self.center.dtype) - self.center) * self.scale
+        return (x.to(self.center.dtype) - self.center).mul_(self.scale)
 
     def normalized(self, batch: Batch) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, "batch d_out"]]:
         """Input and target of a training batch in the units of the weights."""

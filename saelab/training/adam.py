@@ -14,6 +14,10 @@ from torch import Tensor, nn
 BETAS = (0.9, 0.999)
 EPS = 1e-8
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+_EVERY = 128
+_NOTHING = {"exp_avg": 1e-30, "exp_avg_sq": 1e-36}
+"""Moments up to here move no weight. Those of features that do not fire would sink to denormal numbers and stay there,
+with which a CPU computes five to ten times slower; they become 0 every `_EVERY` steps."""
 
 
 class Adam:
@@ -52,6 +56,10 @@ class Adam:
             **{"lr": lr, "beta1": BETAS[0], "beta2": BETAS[1], "weight_decay": decay, "eps": EPS},
             **{"amsgrad": False, "maximize": False, "grad_scale": scale, "found_inf": None},
         )
+        if steps and not steps[0].is_cuda and int(steps[0]) % _EVERY == 0:
+            for name, moments in (("exp_avg", averages), ("exp_avg_sq", squares)):
+                for each in moments:
+                    torch.hardshrink(each, _NOTHING[name], out=each)
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
