@@ -85,6 +85,7 @@ class SparseActs:
 
     def select_rows(self, index: Tensor) -> SparseActs:
         """Keep some rows: a boolean mask or row ids `(n)`, in that order."""
+        index = index.to(self.features.device)
         ids = index.nonzero().squeeze(1) if index.dtype == torch.bool else index
         counts = self.counts[ids]
         offsets = offsets_of(counts)

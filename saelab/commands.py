@@ -151,8 +151,8 @@ def evaluate(
     options: dict[str, Any] = {"split": split, "allow_train": allow_train, "n_tokens": n_tokens}
     for found in runs:
         with contextlib.redirect_stdout(sys.stderr if json else sys.stdout):
-            sae = saelab.load_sae(found.sae_dir)
-            report = saelab.evaluate(sae, _model_of(sae, model, dtype), corpus, path=found.report_path, **options)
+            sae, lm = _with_model(found.sae_dir, model, dtype)
+            report = saelab.evaluate(sae, lm, corpus, path=found.report_path, **options)
             print(report)
             print(f"The report is in {found.report_path}")
         if json:
@@ -174,8 +174,7 @@ def features(
 
     corpus = saelab.load_texts(texts, column=column) if texts else None
     for found in _find_saes(run):
-        sae = saelab.load_sae(found.sae_dir)
-        lm, out_dir = _model_of(sae, model, dtype), found.features_dir
+        (sae, lm), out_dir = _with_model(found.sae_dir, model, dtype), found.features_dir
         saelab.collect_features(sae, lm, corpus, out_dir=out_dir, split=split, n_tokens=n_tokens, top_k=top_k)
         print(f"The features are in {out_dir}")
     print(f"Next: saelab dash {run}")
@@ -242,12 +241,17 @@ def _load_model(model: str, dtype: str | None) -> LanguageModel:
     return saelab.load_model(model, dtype=getattr(torch, dtype) if dtype else None)
 
 
-def _model_of(sae: SAE, model: str | None, dtype: str | None) -> Any:
+def _with_model(sae_dir: Path, model: str | None, dtype: str | None) -> tuple[SAE, Any]:
+    """The SAE, and the model (or models) whose activations it reads, on one device."""
+    import saelab
+
+    sae = saelab.load_sae(sae_dir)
     known = sae.origin.get("models") or {"": sae.origin.get("model", {})}
     names = [model] if model else [one.get("name") for one in known.values()]
     if None in names:
         raise ValueError("This SAE was trained on bare tensors, so it names no language model; give --model.")
-    return [_load_model(name, dtype) for name in names] if len(names) > 1 else _load_model(names[0], dtype)
+    lms = [_load_model(name, dtype) for name in names]
+    return sae.to(lms[0].device), lms if len(lms) > 1 else lms[0]
 
 
 COMMANDS: dict[str, tuple[Callable[..., None], str]] = {

@@ -151,7 +151,7 @@ def hostile_run(tmp_path_factory, tiny_lm) -> Path:
     hook = "blocks.1.hook_resid_post"
     cache = saelab.harvest(tiny_lm, texts, [hook], 12_000, folder / "cache", ctx_len=64, progress=False)
     config = saelab.saes.TopKConfig(d_sae=96, k=4)
-    train = saelab.TrainConfig(n_tokens=30_000, batch_size=256, warmup_steps=5, checkpoint_every=0)
+    train = saelab.TrainConfig(n_tokens=30_000, batch_size=256, warmup_steps=5, checkpoint_every=0, device="cpu")
     sae = saelab.train(config, cache, train, folder / "sae", progress=False)
     assert isinstance(sae, saelab.saes.SAE)
     saelab.evaluate(sae, tiny_lm, n_tokens_ce=512, progress=False).save(folder / "report.json")
@@ -163,6 +163,13 @@ def hostile_run(tmp_path_factory, tiny_lm) -> Path:
 def device() -> str:
     """Where the Triton kernels run: compiled on a GPU, else in the interpreter."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def cpu_alone(request, monkeypatch):
+    """Tests that do not ask for `device` speak of tensors on the CPU: where there is a GPU, they do not see it."""
+    if "device" not in request.fixturenames and torch.cuda.is_available():
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.fixture

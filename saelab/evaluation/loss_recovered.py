@@ -33,8 +33,8 @@ class ReplaceRows:
 
     def apply(self, x: Float[Tensor, "batch seq d_in"], positions: Int[Tensor, "batch seq"]) -> Tensor:
         """`x` with the kept rows replaced by the reconstruction, by rows, or by one row."""
-        rows = x[self.keep]
-        new = self.replacement(rows).x_hat if isinstance(self.replacement, SAE) else self.replacement.expand_as(rows)
+        rows, by = x[self.keep], self.replacement
+        new = by(rows).x_hat if isinstance(by, SAE) else by.expand_as(rows)
         out = x.clone()
         out[self.keep] = new.to(x)
         return out
@@ -76,7 +76,7 @@ class LossRecovered:
             return [self.sae]
         found = next(iter(self.lm.stream_activations([ids], list(self.sites.all))))
         x = self.sites.batch({name: acts[keep.to(acts.device)] for name, acts in found.items()}).x
-        x_hat = self.sae(x.float().to(self.sae.W_dec.device)).x_hat
+        x_hat = self.sae(x.float()).x_hat
         return list(x_hat.reshape(len(x), len(self.sites.writes), -1).unbind(1))
 
     @staticmethod

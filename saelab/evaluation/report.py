@@ -193,11 +193,12 @@ def _measure(
     """One pass over all tokens: the measures under the mask, the sums with masked tokens, and what the mask kept."""
     measures, keeps = Reconstruction(sae), []
     masked = {"fvu_unmasked": VarianceSums(), "fvu_special": VarianceSums()}
+    device = sae.W_dec.device
     for tokens, batch, keep in tqdm(stream.pairs(), total=len(stream.batches), desc="Evaluating", disable=not progress):
         real = tokens.doc >= 0
-        y, kept = batch.y[real].float(), keep[real]
-        output = sae(batch.x[real].float().to(sae.W_dec.device))
-        special = token_mask(tokens.ids, tokens.doc, stream.mask.special_ids)["special"][real]
+        special = token_mask(tokens.ids, tokens.doc, stream.mask.special_ids)["special"]
+        x, y, kept, special = (each[real.to(each.device)].to(device) for each in (batch.x, batch.y, keep, special))
+        y, output = y.float(), sae(x.float())
         masked["fvu_unmasked"].add(y, output.x_hat)
         masked["fvu_special"].add(y[special], output.x_hat[special])
         if bool(kept.any()):

@@ -122,7 +122,7 @@ def _run(sae: SAE, stream: ScoreStream, top_k: int, progress: bool) -> Accumulat
             rows = acts[keep]  # (kept, *sources, d_in)
             where = keep.cpu().flatten()
             number = torch.arange(len(where)) + tokens.first_sequence * ctx_len
-            codes = sae.encode(rows.float().to(sae.W_enc.device)).detach()
+            codes = sae.encode(rows.float()).detach()
             codes = type(codes)(codes.values.cpu(), codes.features.cpu(), codes.offsets.cpu(), codes.d_sae)
             state.update(codes, number[where], tokens.doc.flatten()[where])
             bar.update(int((tokens.doc >= 0).sum()))

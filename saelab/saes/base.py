@@ -119,13 +119,13 @@ class SAE(nn.Module):
         self.scale.copy_(scale)
 
     def normalize(self, x: Float[Tensor, ...]) -> Float[Tensor, "batch d_in"]:
-        """Raw activations to the units the weights live in. Raises `ValueError` on another width."""
+        """Raw activations, on any device, to the units the weights live in. Raises `ValueError` on another width."""
         if x.ndim != 2 or x.shape[1] != self.d_in:
             raise ValueError(
                 f"This SAE reads activations of width d_in={self.d_in}, got a tensor of shape {tuple(x.shape)}; "
                 "give (n_tokens, d_in) from the hook it was trained on."
             )
-        return (x.to(self.center.dtype) - self.center).mul_(self.scale)
+        return (x.to(self.center) - self.center).mul_(self.scale)
 
     def normalized(self, batch: Batch) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, "batch d_out"]]:
         """Input and target of a training batch in the units of the weights."""

@@ -107,14 +107,14 @@ class CrosscoderSAE(ThresholdSAE):
         super().set_normalization(mean.reshape(self.n_sources, self.d_in), squares)
 
     def normalize(self, x: Float[Tensor, ...]) -> Float[Tensor, "batch width"]:
-        """Raw activations to the units the weights live in, the sources of a token in one row."""
+        """Raw activations, on any device, to the units the weights live in, the sources of a token in one row."""
         sources = x[:, None] if x.ndim == 2 and self.n_sources == 1 else x
         if sources.ndim != 3 or sources.shape[1:] != (self.n_sources, self.d_in):
             raise ValueError(
                 f"This crosscoder reads n_sources={self.n_sources} of width d_in={self.d_in}, got a tensor of shape "
                 f"{tuple(x.shape)}; give (n_tokens, n_sources, d_in) from the hooks it was trained on, in their order."
             )
-        return ((sources.to(self.W_enc.dtype) - self.center) * self.scale[:, None]).flatten(1)
+        return ((sources.to(self.center) - self.center) * self.scale[:, None]).flatten(1)
 
     def denormalize(self, x: Float[Tensor, "batch width"]) -> Float[Tensor, "batch *sources d_in"]:
         raw = x.unflatten(1, (self.n_sources, self.d_in)) / self.scale[:, None] + self.center

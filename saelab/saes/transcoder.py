@@ -75,7 +75,7 @@ class TranscoderSAE(SelectionSAE):
         x, y = self.normalize(batch.x), batch.y
         if y.shape != (len(x), self.d_out):
             raise ValueError(f"This transcoder predicts ({len(x)}, {self.d_out}), got y of shape {tuple(y.shape)}.")
-        return x, (y.to(x.dtype) - self.center_out) * self.scale_out
+        return x, (y.to(x) - self.center_out) * self.scale_out
 
     def denormalize(self, x: Float[Tensor, "batch d_out"]) -> Float[Tensor, "batch d_out"]:
         return x / self.scale_out + self.center_out
