@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saelab.activation_cache import format, read_bench
+from saelab.activation_cache import format, read_bench, shuffled
 from saelab.activation_cache.contents import Totals, contents
 from saelab.activation_cache.journal import Journal
 from saelab.activation_cache.pool import Pool
@@ -206,7 +206,8 @@ def test_each_epoch_gives_every_row_once_in_another_order(cache):
     assert any(rows_of(epoch[:32]) != first_shard for epoch in epochs)  # the order of shards changes too
 
 
-def test_start_step_skips_whole_shards_without_reading_them(tmp_path):
+def test_start_step_skips_whole_shards_without_reading_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(shuffled, "_AHEAD", (4, 4))
     cache = make_cache(tmp_path / "cache")
     read = []
     load = cache._read
@@ -229,7 +230,8 @@ def test_several_hooks_come_in_the_order_of_one(tmp_path, batch_size):
         assert found["c"][:, 3].unique().tolist() == [3.0] and found["a"][:, 3].unique().tolist() == [1.0]
 
 
-def test_only_the_hooks_asked_for_are_read_and_few_shards_ahead(tmp_path):
+def test_only_the_hooks_asked_for_are_read_and_few_shards_ahead(tmp_path, monkeypatch):
+    monkeypatch.setattr(shuffled, "_AHEAD", (4, 4))
     cache = make_cache(tmp_path / "cache", hooks=("a", "b", "c"))
     read = []
     load = cache._read
