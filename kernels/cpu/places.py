@@ -45,9 +45,8 @@ def _ascending_bits(words: np.ndarray, first: int, n_bits: int) -> np.ndarray:
     """Positions, from `first` on, of all set bits: the lowest of every word, then the next of those that have one, sorted."""
     words_at = np.flatnonzero(words != 0)
     left = words[words_at]
-    at = (words_at * 64 + first).astype(
-        np.int32 if n_bits <= _INT32 else np.int64
-    )  # narrow ones sort many times faster
+    narrow = np.int32 if n_bits <= _INT32 else np.int64  # sorts many times faster
+    at = (words_at * 64 + first).astype(narrow)
     found = [at[:0]]
     while len(at):
         rest = left & (left - np.uint64(1))
