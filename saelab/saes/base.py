@@ -20,6 +20,8 @@ from saelab.kernels.decode import decode
 from saelab.kernels.rows import unit_norm_
 from saelab.kernels.sparse_acts import SparseActs
 
+RULES = 2
+"""Number of the training rules in force; raise it when a change gives a run other bits, and keep the old way for old runs."""
 NORMALIZATIONS = ("center_and_scale", "scale", "none")
 
 
@@ -48,6 +50,8 @@ class StepInfo(NamedTuple):
     n_steps: int
     ranks: Ranks = ALONE
     """The processes that share the batch: what is a function of all its rows asks them."""
+    rules: int = RULES
+    """Which training rules the run follows; less than `RULES` where an earlier saelab began it (`training/rules.py`)."""
 
 
 class Loss(NamedTuple):

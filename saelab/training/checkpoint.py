@@ -165,19 +165,20 @@ def claimed(folder: Path | None) -> Iterator[None]:
         yield
 
 
-def claim_run(folder: Path, arguments: Mapping[str, Any], environment: Mapping[str, Any]) -> dict[str, Any]:
+def claim_run(folder: Path, arguments: Mapping[str, Any], rules: int, environment: Mapping[str, Any]) -> dict[str, Any]:
     """Note what this run is in `checkpoints/run.json`; a folder of another run is refused, naming the difference.
 
     Gives the environment the run was begun in.
     """
     path = folder / RUN_FILE
     if not path.exists():
-        atomic_write_json(path, {**arguments, "environment": dict(environment)})
+        atomic_write_json(path, {**arguments, "rules": rules, "environment": dict(environment)})
         return dict(environment)
     before = read_json(path)
     environment_then = before.pop("environment", None) if isinstance(before, dict) else None
     if not isinstance(environment_then, dict):
         raise TrainingError(f"{path} is not what train wrote there: put it back from a copy, or train elsewhere.")
+    before.pop("rules", None)  # a run goes on by those it began with (rules.py)
     different = differences(before, json.loads(json.dumps(arguments)))  # tuples are lists there
     if different:
         raise AnotherRunError(

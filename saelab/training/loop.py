@@ -20,6 +20,7 @@ from saelab.training.config import TrainConfig
 from saelab.training.data import DataSource, Rows, open_data
 from saelab.training.interrupt import interrupt_between_steps
 from saelab.training.memory import check_memory, free_bytes, plan_memory
+from saelab.training.rules import rules_of
 from saelab.training.run import Run, device_of, variant_of
 
 
@@ -90,7 +91,8 @@ def train(
             stack.enter_context(claimed(folder if ranks.is_first else None))
         each = list(zip(configs, trains, folders, strict=True))
         _check_memory(each, source, progress and ranks.is_first)
-        runs = [Run(one, source, train, folder, wandb_project, mesh) for one, train, folder in each]
+        rules = rules_of(folders, ranks, device_of(trains[0]))
+        runs = [Run(one, source, train, folder, wandb_project, mesh, rules) for one, train, folder in each]
         _train_all([run for run in runs if not run.finished], source, trains[0], progress and ranks.is_first)
     saes = [run.sae for run in runs]
     return saes if several else saes[0]

@@ -18,6 +18,7 @@ from saelab.errors import TrainingError
 from saelab.io import load_sae, save_sae
 from saelab.losses import sum_of_squares, total_variance
 from saelab.saes import SAE, VARIANTS, StepInfo
+from saelab.saes.base import RULES
 from saelab.saes.sharded import FeatureShard, check_shardable, gather_into, shard_of
 from saelab.training.adam import Adam
 from saelab.training.checkpoint import claim_run, list_checkpoints
@@ -53,8 +54,9 @@ class Run:
         folder: Path | None,
         wandb_project: str | None,
         mesh: Mesh | None = None,
+        rules: int = RULES,
     ) -> None:
-        self.mesh = mesh or Mesh()
+        self.mesh, self.rules = mesh or Mesh(), rules
         self.ranks = self.mesh.world
         self.train, self.folder = train, folder if self.ranks.is_first else None
         self.device = device_of(train)
@@ -85,7 +87,9 @@ class Run:
     def _continue(self, config: Any, fingerprint: str) -> None:
         """Take up what the folder holds; at the last step when the run had already ended."""
         here = environment(self.device, self.mesh)
-        begun = here if self.folder is None else claim_run(self.folder, self._identity(config, fingerprint), here)
+        begun = here
+        if self.folder is not None:
+            begun = claim_run(self.folder, self._identity(config, fingerprint), self.rules, here)
         ended = self.folder is not None and (self.folder / "sae.json").exists()
         if self.ranks.agree(ended, self.device):
             self.step = self.train.n_steps
@@ -105,7 +109,7 @@ class Run:
     def train_on(self, rows: Rows) -> None:
         """One optimiser step. Raises `TrainingError` on NaN or infinite rows, loss or gradient; the last checkpoint stays."""
         start = time.perf_counter()
-        info = StepInfo(self.dead.dead, self.step, self.train.n_steps)
+        info = StepInfo(self.dead.dead, self.step, self.train.n_steps, rules=self.rules)
         logged = self.step % self.train.log_every == 0 or self.step == self.train.n_steps - 1
         sums: dict[str, Any] = {}
         for part in self.train.parts:
@@ -157,6 +161,7 @@ class Run:
             self.log.close()
         self.sae.trained = {
             "train": self.train.settings(),
+            "rules": self.rules,
             "n_tokens": self.train.n_steps * self.train.batch_size,
             "metrics": self.last,
         } | environment(self.device, self.mesh)

@@ -1,0 +1,48 @@
+"""A run that an earlier saelab began ends by the rules it began with, so that it resumes with the same bits.
+
+`run.json` keeps their number; where it keeps none they are rule 1, those of the first version. What a later rule changed
+asks `StepInfo.rules`, or the run's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from saelab.distributed import Ranks
+from saelab.errors import TrainingError
+from saelab.files import read_json
+from saelab.saes.base import RULES
+from saelab.training.checkpoint import RUN_FILE
+
+FIRST = 1
+
+
+def rules_of(folders: Iterable[Path | None], ranks: Ranks, device: torch.device) -> int:
+    """The rules of the runs begun in `folders` and not finished, which share their batches; `RULES` where none is begun.
+
+    Raises `TrainingError` where they are of several.
+    """
+    found = {folder: _begun_by(folder) for folder in folders if folder is not None and _is_unfinished(folder)}
+    if len(set(found.values())) > 1:
+        said = ", ".join(f"{folder} by rules {rules}" for folder, rules in found.items())
+        raise TrainingError(f"These runs were begun by different versions of saelab ({said}): finish each by itself.")
+    rules = torch.tensor(next(iter(found.values()), RULES), device=device)
+    ranks.take_from_first_([rules])
+    return int(rules)
+
+
+def _is_unfinished(folder: Path) -> bool:
+    return (folder / RUN_FILE).is_file() and not (folder / "sae.json").exists()
+
+
+def _begun_by(folder: Path) -> int:
+    noted = read_json(folder / RUN_FILE)
+    rules = noted.get("rules", FIRST) if isinstance(noted, dict) else FIRST
+    if not isinstance(rules, int) or not FIRST <= rules <= RULES:
+        raise TrainingError(
+            f"{folder / RUN_FILE} follows training rules {rules!r}, this saelab knows {FIRST} to {RULES}: update saelab."
+        )
+    return rules
