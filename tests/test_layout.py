@@ -90,7 +90,7 @@ def project_files() -> Iterator[Path]:
     for directory, folders, names in os.walk(ROOT):
         folders[:] = [f for f in folders if f not in ignored and not f.endswith(("egg-info", "_cache", ".hypothesis"))]
         for name in names:
-            if not name.endswith((".parquet", ".png", ".safetensors", ".sqlite", ".pyc")):
+            if name not in ignored and not name.endswith((".parquet", ".png", ".safetensors", ".sqlite", ".pyc")):
                 yield Path(directory) / name
 
 
