@@ -39,7 +39,7 @@ class Candidates(NamedTuple):
 
 def build_operands(x: Tensor, W: Tensor, bias: Tensor, magnitude: bool = False) -> Operands:
     """bfloat16 operands where they are fast and worth it, working precision elsewhere."""
-    worth_it = x.dtype == torch.float32 and x.shape[0] >= MIN_BF16_ROWS and fast_bf16(x.device.type)
+    worth_it = x.dtype == torch.float32 and x.shape[0] >= MIN_BF16_ROWS and fast_bf16(x.device)
     return bf16_operands(x, W, bias, magnitude) if worth_it else working_operands(x, W, bias)
 
 

@@ -12,6 +12,9 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from saelab.kernels.bag_sum import bag_error, bag_sum
+from saelab.kernels.dispatch import backend_name
+from saelab.kernels.precision import widened
+from saelab.kernels.reference.decode import decode as decode_reference
 from saelab.kernels.sampled_product import sampled_product
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.kernels.weight_gradients import weight_gradients
@@ -71,7 +74,13 @@ def decode(
 
     A crosscoder's `W_dec` has an axis for its sources after the features; one pass over the codes decodes them all.
     """
-    x_hat = Decode.apply(acts.values, W_dec.flatten(1), acts).unflatten(1, W_dec.shape[1:])  # pyright: ignore
+    check_codes(acts, W_dec.shape[0])
+    values, W_dec, b_dec = widened(acts.values, W_dec, b_dec)
+    if backend_name(W_dec) == "reference":
+        x_hat = decode_reference(acts.with_values(values).to_dense(), W_dec.flatten(1))
+    else:
+        x_hat = Decode.apply(values, W_dec.flatten(1), acts)
+    x_hat = x_hat.unflatten(1, W_dec.shape[1:])
     return x_hat if b_dec is None else x_hat + b_dec
 
 
@@ -85,6 +94,24 @@ def decode_error(
 
     Differentiable in the codes' values, `W_dec`, `b_dec` and `target`.
     """
+    if backend_name(W_dec) == "reference":
+        residual = decode(acts, W_dec, b_dec) - target
+        return residual.square().sum(), residual.detach()
+    check_codes(acts, W_dec.shape[0])
+    values, W_dec, b_dec, target = widened(acts.values, W_dec, b_dec, target)
     bias = None if b_dec is None else b_dec.flatten()
-    error, residual = DecodeError.apply(acts.values, W_dec.flatten(1), bias, target.flatten(1), acts)  # pyright: ignore
+    error, residual = DecodeError.apply(values, W_dec.flatten(1), bias, target.flatten(1), acts)  # pyright: ignore
     return error, residual.unflatten(1, target.shape[1:])
+
+
+def check_codes(acts: object, d_sae: int) -> None:
+    """Raises `ValueError` for anything that is no `SparseActs` of `d_sae` features."""
+    if not isinstance(acts, SparseActs):
+        raise ValueError(
+            f"What is decoded is the SparseActs that encode gives, got {type(acts).__name__}: of a dense tensor "
+            "(batch, d_sae) make them with saelab.kernels.sparse_acts.SparseActs.from_dense(tensor)."
+        )
+    if acts.d_sae != d_sae:
+        raise ValueError(
+            f"These codes are of {acts.d_sae} features, the decoder has {d_sae}: take the SAE that made them."
+        )

@@ -1,7 +1,8 @@
 """Which code runs an op: Triton on a GPU, PyTorch elsewhere. Decided by the device, forced by `SAELAB_KERNELS`.
 
 `SAELAB_KERNELS=auto` (the default), `torch`, `triton` or `reference`; it is read when the first op runs. Under
-`reference` the ops are the dense formulas of `kernels/reference`. Triton is imported only where it is used.
+`reference` every op is the dense formula of `kernels/reference`, and its gradient is autograd's. Triton is imported only
+where it is used.
 """
 
 from __future__ import annotations
@@ -85,7 +86,11 @@ def _checked(name: str) -> str:
 
 @cache
 def _load(name: str) -> Backend:
-    if name == "triton":
+    if name == "reference":
+        from saelab.kernels.reference import primitives
+
+        bag_sum = rows = sampled_product = screen = weight_gradients = primitives
+    elif name == "triton":
         from saelab.kernels.gpu import bag_sum, rows, sampled_product, weight_gradients
         from saelab.kernels.gpu import operands as screen
     else:
@@ -109,14 +114,14 @@ def without_bf16() -> Iterator[None]:
         _bf16_off.pop()
 
 
-def fast_bf16(device_type: str) -> bool:
-    """Has this kind of device units for bfloat16 products, and may they be used?"""
-    return not _bf16_off and _has_fast_bf16(device_type)
+def fast_bf16(device: torch.device | str) -> bool:
+    """Has this device units for bfloat16 products, and may they be used?"""
+    return not _bf16_off and _has_fast_bf16(torch.device(device))
 
 
 @cache
-def _has_fast_bf16(device_type: str) -> bool:
-    if device_type == "cuda":
-        return torch.cuda.get_device_capability()[0] >= 8
-    found = torch.cpu.get_capabilities() if device_type == "cpu" else {}
+def _has_fast_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    found = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     return any(found.get(unit) for unit in ("avx512_bf16", "amx_bf16", "bf16"))

@@ -17,6 +17,7 @@ from torch import Tensor
 from saelab.kernels.candidates import Candidates, build_operands, find_candidates, screens
 from saelab.kernels.dispatch import backend_name
 from saelab.kernels.encode_topk import check_score, score_of
+from saelab.kernels.precision import widened
 from saelab.kernels.ragged import count_before, keep_largest, kth_largest
 from saelab.kernels.reference.encode_batch_topk import encode_batch_topk as encode_batch_topk_reference
 from saelab.kernels.sampled_product import sampled_product
@@ -68,6 +69,7 @@ def encode_batch_topk(
     check_score(score, norms)
     if pool is None and not 0 <= n_kept <= x.shape[0] * W_enc.shape[0]:
         raise ValueError(f"n_kept={n_kept} must be between 0 and batch * d_sae = {x.shape[0] * W_enc.shape[0]}.")
+    x, W_enc, b_enc, norms, center = widened(x, W_enc, b_enc, norms, center)
     if backend_name(x) == "reference":
         x = x if center is None else x - center
         acts = SparseActs.from_dense(encode_batch_topk_reference(x, W_enc, b_enc, n_kept, score, norms))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from saelab.kernels.candidates import Candidates, build_operands, find_candidates
 from saelab.kernels.dispatch import backend_name
+from saelab.kernels.precision import widened
 from saelab.kernels.ragged import keep_largest, stable_order, true_places
 from saelab.kernels.reference.encode_feature_topk import encode_feature_topk as encode_feature_topk_reference
 from saelab.kernels.sampled_product import sampled_product
@@ -35,6 +36,7 @@ def encode_feature_topk(
     """
     if int(places.min()) < 0 or int(places.max()) > len(x):
         raise ValueError(f"places run from {int(places.min())} to {int(places.max())}; allowed is 0 to batch={len(x)}.")
+    x, W_enc, b_enc, center = widened(x, W_enc, b_enc, center)
     if backend_name(x) == "reference":
         x = x if center is None else x - center
         return SparseActs.from_dense(encode_feature_topk_reference(x, W_enc, b_enc, places))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from saelab.kernels.candidates import TINY, build_operands, find_candidates
 from saelab.kernels.dispatch import backend_name
+from saelab.kernels.precision import widened
 from saelab.kernels.ragged import count_before, true_places
 from saelab.kernels.reference.encode_threshold import encode_threshold as encode_threshold_reference
 from saelab.kernels.sampled_product import sampled_product
@@ -34,6 +35,7 @@ def encode_threshold(
     that its gradient can touch (`jump_relu`). Differentiable in `x`, `W_enc`, `b_enc` and `center` through the kept values.
     A row's code is the same alone and in any batch, bit for bit.
     """
+    x, W_enc, b_enc, center = widened(x, W_enc, b_enc, center)
     if backend_name(x) == "reference":
         x = x if center is None else x - center
         return SparseActs.from_dense(encode_threshold_reference(x, W_enc, b_enc, threshold, band))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from saelab.kernels.candidates import Candidates, build_operands, find_candidates
 from saelab.kernels.dispatch import backend_name
+from saelab.kernels.precision import widened
 from saelab.kernels.ragged import count_before, keep_largest, true_places
 from saelab.kernels.reference.encode_topk import encode_topk as encode_topk_reference
 from saelab.kernels.sampled_product import sampled_product
@@ -41,6 +42,7 @@ def encode_topk(
     `b_enc` and `center` through the kept values. A row's code is the same alone and in any batch, bit for bit.
     """
     check_score(score, norms)
+    x, W_enc, b_enc, norms, center = widened(x, W_enc, b_enc, norms, center)
     if backend_name(x) == "reference":
         x = x if center is None else x - center
         return SparseActs.from_dense(encode_topk_reference(x, W_enc, b_enc, k, score, norms))

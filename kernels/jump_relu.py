@@ -14,6 +14,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from saelab.kernels.dispatch import backend_name
+from saelab.kernels.precision import widened
+from saelab.kernels.reference.jump_relu import jump_relu as jump_relu_reference
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.kernels.weight_gradients import bias_gradient
 
@@ -22,27 +25,36 @@ class JumpReLU(Function):
     """Values and step function of the pairs; both carry the threshold's gradient."""
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, theta: Tensor, acts: SparseActs, bandwidth: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, u: Tensor, theta: Tensor, acts: SparseActs, bandwidth: float, ste_to_input: bool
+    ) -> tuple[Tensor, Tensor]:
         at = theta[acts.features]
         on = (u > at).to(u.dtype)
         ctx.save_for_backward(on, at, ((u - at).abs() < bandwidth / 2).to(u.dtype) / bandwidth)
-        ctx.acts = acts
+        ctx.acts, ctx.ste_to_input = acts, ste_to_input
         return u * on, on
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         on, at, window = ctx.saved_tensors
         to_theta = -(grads[0] * at + grads[1]) * window
-        return grads[0] * on, bias_gradient(ctx.acts, to_theta), None, None
+        to_u = grads[0] * on
+        to_u = to_u - to_theta if ctx.ste_to_input else to_u
+        return to_u, bias_gradient(ctx.acts, to_theta), None, None, None
 
 
 def jump_relu(
-    acts: SparseActs, theta: Float[Tensor, " d_sae"], bandwidth: float
+    acts: SparseActs, theta: Float[Tensor, " d_sae"], bandwidth: float, ste_to_input: bool = False
 ) -> tuple[SparseActs, Float[Tensor, " nnz"]]:
     """Codes of the pre-activations `acts`, and the step function `H(u - theta)` of every pair (its sum is the L0).
 
-    Pairs inside the band but not above their threshold are stored with value 0, so that the gradient passes them.
+    Pairs inside the band but not above their threshold are stored with value 0, so that the gradient passes them. With
+    `ste_to_input` the step has its slope in u as in theta, which it is a function of the difference of.
     """
-    values, steps = JumpReLU.apply(acts.values, theta, acts, bandwidth)  # pyright: ignore[reportGeneralTypeIssues]
+    u, theta = widened(acts.values, theta)
+    if backend_name(u) == "reference":
+        values, steps = jump_relu_reference(u, theta[acts.features], bandwidth, ste_to_input)
+    else:
+        values, steps = JumpReLU.apply(u, theta, acts, bandwidth, ste_to_input)  # pyright: ignore[reportGeneralTypeIssues]
     return acts.with_values(values), steps

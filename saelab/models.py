@@ -45,8 +45,8 @@ def load_model(
     if not isinstance(source, (str, Path)):
         return _wrap(source, tokenizer, dtype, device)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    why = "" if dtype else (", fast here" if fast_bf16(device.type) else ", bf16 is not fast here")
-    dtype = dtype or (torch.bfloat16 if fast_bf16(device.type) else torch.float32)
+    why = "" if dtype else (", fast here" if fast_bf16(device) else ", bf16 is not fast here")
+    dtype = dtype or (torch.bfloat16 if fast_bf16(device) else torch.float32)
     name, where = _locate(source)
     lm = _read(name, where, tokenizer, dtype, device)
     print(f"{lm!r}{why} (dtype= overrides)", file=sys.stderr)

@@ -1,23 +1,27 @@
 """Which code runs, and that the Triton path gives what the PyTorch path gives, through every public op."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from tiny_saes import D_SAE, build, info, rows
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from saelab.kernels import candidates, dispatch
-from saelab.kernels.decode import decode
+from saelab.kernels.decode import Decode, DecodeError, decode
 from saelab.kernels.encode_batch_topk import encode_batch_topk
 from saelab.kernels.encode_feature_topk import encode_feature_topk
 from saelab.kernels.encode_threshold import encode_threshold
 from saelab.kernels.encode_topk import encode_topk
-from saelab.kernels.jump_relu import jump_relu
+from saelab.kernels.jump_relu import JumpReLU, jump_relu
 from saelab.kernels.reference.encode_topk import encode_topk as reference
 from saelab.kernels.rows import project_, unit_norm_
+from saelab.kernels.selected_pre_acts import SelectedPreActs
 from saelab.kernels.workspace import WORKSPACE
-from saelab.saes import Batch, StepInfo, TopKConfig, TopKSAE
+from saelab.saes import VARIANTS, Batch, StepInfo, TopKConfig, TopKSAE
 
 
 def make(batch=9, d_in=12, d_sae=67, device="cpu"):
@@ -60,8 +64,6 @@ def test_every_op_is_the_same_on_every_backend(name, shape, screen_dtype, device
     inputs = make(*shape, device=device)
     acts, x_hat, grads = run(name, "torch", inputs)
     for backend in ("triton", "reference"):
-        if backend == "reference" and name == "jump_relu":
-            continue
         other, other_hat, other_grads = run(name, backend, inputs)
         torch.testing.assert_close(other.to_dense(), acts.to_dense(), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(other_hat, x_hat, rtol=1e-4, atol=1e-4)
@@ -96,6 +98,45 @@ def test_a_whole_triton_step_never_makes_a_dense_code(monkeypatch, device):
             sae.loss(Batch(x, x), StepInfo(dead, 0, 10)).total.backward()
         seen[name] = mode.largest
     assert seen["triton"] < batch * d_sae <= seen["reference"]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_reference_covers_the_whole_path(name, monkeypatch):
+    """Loss, gradients and upkeep of every variant without one op of another backend, and as those give them."""
+    found = []
+    for backend in ("torch", "reference"):
+        sae, x = build(name), rows(40)
+        dead = torch.arange(D_SAE) < 5
+        with dispatch.using(backend), monkeypatch.context() as patch:
+            if backend == "reference":
+                for op in (Decode, DecodeError, SelectedPreActs, JumpReLU):
+                    patch.setattr(op, "apply", None)
+            loss = sae.loss(Batch(x, x), info(dead))
+            loss.total.backward()
+            grads = [p.grad.clone() for p in sae.parameters()]
+            sae.after_step()
+            found.append([loss.total.detach(), sae(x).x_hat.detach(), *grads, *sae.state_dict().values()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_every_primitive_has_a_reference():
+    primitives = dispatch._load("reference")
+    assert {op.__module__ for op in primitives[1:]} == {"saelab.kernels.reference.primitives"}
+
+
+def test_every_triton_kernel_is_launched_under_the_device_guard():
+    """`kernel[grid](...)` runs on the current GPU, so it stands in one function alone, which first takes the tensors'."""
+    folder = Path(dispatch.__file__).parent / "gpu"
+    launches = [
+        (path.stem, function.name)
+        for path in sorted(folder.glob("*.py"))
+        for function in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(function, ast.FunctionDef)
+        for call in ast.walk(function)
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Subscript)
+    ]
+    assert launches == [("launch", "launch")]
 
 
 def test_rows_and_empty_batches_on_triton(device):

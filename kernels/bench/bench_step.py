@@ -188,7 +188,7 @@ def _rows(
 
 def _screen_of(settings: Settings) -> str:
     """Weights and sums are float32; what finds the candidates is said beside."""
-    return "float32 (bf16 screen)" if settings.bf16 and fast_bf16(settings.device.partition(":")[0]) else "float32"
+    return "float32 (bf16 screen)" if settings.bf16 and fast_bf16(settings.device) else "float32"
 
 
 def _ratio(theirs: list[float], ours: list[float]) -> dict[str, float]:

@@ -133,7 +133,7 @@ def group_max(
     for part in launch.resident_parts(rows, K * a.element_size(), launch.usable_cache(target)):
         n_rows = part.stop - part.start
         grid = (launch.ceil_div(n_rows, tile.rows), launch.ceil_div(n_groups, arguments["BLOCK_G"]))
-        _group_max_fwd_kernel[grid](a[part], b, maxima[part], n_rows, **arguments, **tile.options)
+        launch.launch(_group_max_fwd_kernel, grid, a[part], b, maxima[part], n_rows, **arguments, **tile.options)
     return maxima
 
 

@@ -96,7 +96,9 @@ def grouped_product(
     tile = TILES[launch.target_of(a.device)]
     groups, starts, ends = _tiles_of(pair_groups, n_groups, tile.rows)
     arguments = constexprs(K, b.shape[0], n_groups, magnitude, tile, a.element_size())
-    _grouped_product_fwd_kernel[(groups.numel(), launch.ceil_div(members, tile.columns))](
+    launch.launch(
+        _grouped_product_fwd_kernel,
+        (groups.numel(), launch.ceil_div(members, tile.columns)),
         a,
         b,
         floor,

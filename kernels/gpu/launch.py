@@ -163,7 +163,10 @@ def packed(tensor: Tensor) -> Tensor:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, **constexprs: int) -> None:
-    """Run `kernel` on the device of its first tensor, which need not be the current one; an empty grid runs nothing."""
+    """Run `kernel` on the device of its first tensor, which need not be the current one; an empty grid runs nothing.
+
+    The only place that launches: Triton itself takes the current device, and would run on GPU 0 what lies on GPU 1.
+    """
     if all(grid):
         with torch.cuda.device_of(args[0]):
             kernel[grid](*args, num_warps=num_warps, **constexprs)

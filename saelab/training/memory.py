@@ -42,7 +42,7 @@ def plan_memory(variant: type[SAE], config: Any, view: View, train: TrainConfig,
     weights = sum(matrices)
     n_rows = -(-train.batch_size // train.grad_accumulation)
     screen = min(_SCREEN_BYTES, n_rows * d_sae * 4)
-    rounded = d_sae * width * 2 if fast_bf16(device.type) else 0
+    rounded = d_sae * width * 2 if fast_bf16(device) else 0
     again = max(matrices) if train.grad_accumulation > 1 or tied else 0  # gradients that are added up
     step = {
         "weights": weights,

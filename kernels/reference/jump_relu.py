@@ -1,0 +1,17 @@
+"""Reference of `jump_relu`: the step and its straight-through slopes, as autograd makes them of plain products."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+def jump_relu(
+    u: Float[Tensor, " nnz"], theta: Float[Tensor, " nnz"], bandwidth: float, ste_to_input: bool = False
+) -> tuple[Float[Tensor, " nnz"], Float[Tensor, " nnz"]]:
+    """`u H(u - theta)` and `H(u - theta)` of pairs; in the window H has the slope 1 / bandwidth in `u - theta`."""
+    on = (u > theta).to(u.dtype)
+    window = ((u - theta).abs() < bandwidth / 2).to(u.dtype) / bandwidth
+    distance = (u if ste_to_input else u.detach()) - theta
+    slope = window * (distance - distance.detach())  # 0, with a gradient
+    return u * on + theta.detach() * slope, on + slope

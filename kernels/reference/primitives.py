@@ -1,0 +1,69 @@
+"""References of the primitives that a `Backend` is made of: dense products, in their signatures. Nothing is screened here:
+the reference encoders look at every pair."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from saelab.kernels.reference.sampled_product import sampled_product as product_at
+from saelab.kernels.reference.weight_gradients import weight_gradients as dense_gradients
+from saelab.kernels.sparse_acts import SparseActs
+
+
+class Screen:
+    """Not to be had: a dense encoder needs no candidates."""
+
+    def __init__(self, *args: object) -> None:
+        raise AssertionError("the reference encoders do not screen")
+
+
+def rows_at_once(n_columns: int, dtype: torch.dtype) -> int:
+    """As `Screen`."""
+    raise AssertionError("the reference encoders do not screen")
+
+
+def sampled_product(x: Tensor, W: Tensor, features: Tensor, offsets: Tensor) -> Tensor:
+    """`<x[row], W[feature]>` at the pairs."""
+    return product_at(x, W, torch.repeat_interleave(offsets.diff()), features)
+
+
+def bag_sum(values: Tensor, rows: Tensor, offsets: Tensor, W: Tensor) -> Tensor:
+    """A dense matrix of the weights, times W."""
+    dense = values.new_zeros(len(offsets) - 1, len(W))
+    dense.index_put_((torch.repeat_interleave(offsets.diff()), rows), values, accumulate=True)
+    return dense @ W
+
+
+def bag_error(
+    values: Tensor, rows: Tensor, offsets: Tensor, W: Tensor, bias: Tensor | None, target: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`bag_sum + bias - target`, and its squared norm."""
+    error = bag_sum(values, rows, offsets, W) - target + (0 if bias is None else bias)
+    return error, error.square().sum()
+
+
+def weight_gradients(acts: SparseActs, values: Tensor, g: Tensor) -> Tensor:
+    """`S.T @ g`."""
+    return dense_gradients(acts.with_values(values).to_dense(), g)
+
+
+def bias_gradient(acts: SparseActs, values: Tensor) -> Tensor:
+    """The columns' sums."""
+    return acts.with_values(values).to_dense().sum(0)
+
+
+def round_rows(W: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
+    """W rounded into `low`; each row's norm, and that of what it lost."""
+    rounded = low[:, : W.shape[1]].copy_(W)
+    return W.norm(dim=1), (rounded.to(W) - W).norm(dim=1)
+
+
+def project_(gradient: Tensor, W: Tensor) -> None:
+    """Take out each row's part along the row of W."""
+    gradient -= (gradient * W).sum(1, keepdim=True) * W
+
+
+def unit_norm_(W: Tensor) -> None:
+    """Rows to norm 1; a row of zeros stays."""
+    W /= W.norm(dim=1, keepdim=True).clamp_min(torch.finfo(W.dtype).eps)
