@@ -10,6 +10,6 @@ from torch import Tensor
 
 
 def widened(*tensors: Tensor | None) -> Any:
-    """The tensors in one dtype: the widest among theirs, at least float32. Differentiable; where it is that already, themselves."""
+    """The tensors in one dtype, the widest among theirs and at least float32; where they are that already, themselves."""
     dtype = reduce(torch.promote_types, (t.dtype for t in tensors if t is not None), torch.float32)
     return tuple(None if t is None else t.to(dtype) for t in tensors)
