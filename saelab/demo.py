@@ -41,7 +41,7 @@ def demo(
     cache = saelab.harvest(lm, corpus, [hook_name], n_tokens, out_dir / "cache", **options)
     _say(3, f"Train a TopK SAE with {d_sae:,} features, {k} per token, on {train_tokens:,} tokens: {out_dir / 'sae'}")
     config = saelab.TrainConfig(n_tokens=train_tokens, batch_size=min(2048, train_tokens), seed=seed)
-    sae: Any = saelab.train(presets.cpu("topk", d_sae, k=k), cache, config, out_dir=out_dir / "sae")
+    sae: Any = saelab.train(presets.cpu("topk", d_sae, config.n_tokens, k=k), cache, config, out_dir=out_dir / "sae")
     _look_at(sae, lm, out_dir, eval_tokens)
     print(f"\nDone. Everything is in {out_dir}. The dashboard: saelab dash {out_dir}", flush=True)
     if serve:

@@ -114,7 +114,8 @@ def _config(variant: str, config: FamilyConfig, level: int, n_hooks: int) -> Any
         return None
     if table == "codebook":  # its k codes have no values: k is another thing than L0
         return VARIANTS[variant].Config(d_sae=config.d_sae)
-    return at_l0(variant, config.d_sae, level, hook_name_out=config.hook_name_out, **VARIANTS[variant].cpu_preset)
+    preset = VARIANTS[variant].preset(config.steps * config.batch_size)
+    return at_l0(variant, config.d_sae, level, hook_name_out=config.hook_name_out, **preset)
 
 
 def _run_seed(

@@ -35,10 +35,16 @@ class VarianceSums:
         return self.total / max(self.n, 1)
 
     @property
+    def squared_deviations(self) -> float:
+        """`sum |x - mean(x)|^2`; 0 where the rows do not vary."""
+        variance = self.squared - self.n * float(self.mean.square().sum())
+        return variance if variance > 1e-12 * max(self.squared, 1e-300) else 0.0
+
+    @property
     def fvu(self) -> float | None:
         """None when the rows do not vary."""
-        variance = self.squared - self.n * float(self.mean.square().sum())
-        return self.squared_error / variance if variance > 1e-12 * max(self.squared, 1e-300) else None
+        variance = self.squared_deviations
+        return self.squared_error / variance if variance else None
 
 
 class Reconstruction:
@@ -47,20 +53,31 @@ class Reconstruction:
     def __init__(self, sae: SAE) -> None:
         self.variance = VarianceSums()
         self.firings = torch.zeros(sae.d_sae, dtype=torch.int64)
-        self.cosine, self.inner, self.squared_hat = 0.0, 0.0, 0.0
+        self.hat = VarianceSums()
+        self.cosine, self.inner = 0.0, 0.0
 
     def add(self, x: Float[Tensor, "n *sources d"], output: SAEOutput) -> None:
         """Take in the kept rows of one batch: what was to be rebuilt, and what came out."""
         self.variance.add(x, output.x_hat)
+        self.hat.add(output.x_hat, output.x_hat)
         self.firings += torch.bincount(output.acts.features.cpu(), minlength=len(self.firings))
         x, x_hat = x.flatten(1).double(), output.x_hat.flatten(1).double()
         inner, squared_hat = (x * x_hat).sum(1), x_hat.square().sum(1)
         self.inner += float(inner.sum())
-        self.squared_hat += float(squared_hat.sum())
         self.cosine += float((inner / (x.norm(dim=1) * squared_hat.sqrt()).clamp_min(1e-300)).sum())
 
+    @property
+    def relative_bias(self) -> float | None:
+        """`E|x_hat - mean(x_hat)|^2 / E[(x - mean(x)) . (x_hat - mean(x_hat))]`; 1 is unbiased, None where either is constant.
+
+        (Rajamanoharan et al. 2024 take uncentred rows, whose mean then hides what happens to everything else.)
+        """
+        covariance = self.inner - self.variance.n * float(self.variance.mean @ self.hat.mean)
+        spread = (self.variance.squared_deviations * self.hat.squared_deviations) ** 0.5
+        return self.hat.squared_deviations / covariance if abs(covariance) > 1e-9 * spread > 0 else None
+
     def results(self) -> dict[str, float | None]:
-        """Keys of `report.json`. `relative_reconstruction_bias` is `E|x_hat|^2 / E[x . x_hat]`; 1 is unbiased."""
+        """Keys of `report.json`."""
         n, fvu = self.variance.n, self.variance.fvu
         return {
             "fvu": fvu,
@@ -69,5 +86,5 @@ class Reconstruction:
             "dead_fraction": float((self.firings == 0).double().mean()),
             "dense_fraction": float((self.firings > DENSE_ABOVE * n).double().mean()),
             "cosine": self.cosine / n,
-            "relative_reconstruction_bias": self.squared_hat / self.inner if self.inner else None,
+            "relative_reconstruction_bias": self.relative_bias,
         }

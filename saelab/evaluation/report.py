@@ -27,7 +27,7 @@ from saelab.saes import SAE, SAEOutput
 from saelab.tokens import Texts, load_texts
 
 _CE_BATCH = 4
-_DEFINITIONS = 1  # raise it when a measure changes its meaning: reports made before are then measured anew
+_DEFINITIONS = 2  # raise it when a measure changes its meaning: reports made before are then measured anew
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ from saelab.kernels.sparse_acts import SparseActs
 
 RULES = 2
 """Number of the training rules in force; raise it when a change gives a run other bits, and keep the old way for old runs."""
+SHORT_RUN = 4_000_000
+"""Tokens up to which a run counts as short: rows are then likely to be seen several times."""
 NORMALIZATIONS = ("center_and_scale", "scale", "none")
 
 
@@ -82,7 +84,9 @@ class SAE(nn.Module):
     base_lr: ClassVar[float] = 3e-3
     """Adam's learning rate at d_sae 4096 when `TrainConfig.lr` is None; scaled by sqrt(4096 / d_sae)."""
     cpu_preset: ClassVar[dict[str, Any]] = {}
-    """Fields of the config that `saelab.presets.cpu` sets."""
+    """Fields of the config that `saelab.presets.cpu` sets for a run of any length."""
+    short_preset: ClassVar[dict[str, Any]] = {}
+    """Those that it sets besides for a run of up to `SHORT_RUN` tokens."""
     rule: ClassVar[str]
     """Which pre-activations become codes at inference, for `sae.json`."""
 
@@ -107,6 +111,16 @@ class SAE(nn.Module):
         """The parameters, from random unit `rows`."""
         self.W_enc, self.W_dec = nn.Parameter(rows.clone()), nn.Parameter(rows)  # (d_sae, d_in)
         self.b_enc, self.b_dec = nn.Parameter(torch.zeros(self.d_sae)), nn.Parameter(torch.zeros(self.d_in))
+
+    @classmethod
+    def preset(cls, n_tokens: int) -> dict[str, Any]:
+        """Fields of the config that suit a first run of so many tokens."""
+        return cls.cpu_preset | (cls.short_preset if n_tokens <= SHORT_RUN else {})
+
+    @classmethod
+    def expected_l0(cls, config: Any) -> float | None:
+        """Features that fire on a token, as `config` asks for; None where it asks for no number."""
+        return getattr(config, "k", getattr(config, "target_l0", None))
 
     @property
     def shape(self) -> dict[str, int]:

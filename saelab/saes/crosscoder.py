@@ -87,6 +87,10 @@ class CrosscoderSAE(ThresholdSAE):
             self.threshold.zero_()
             self.n_observed.fill_(1)
 
+    @classmethod
+    def expected_l0(cls, config: CrosscoderConfig) -> float | None:
+        return config.target_l0 if config.sparsity == "l1" else config.k
+
     @property
     def pre_bias(self) -> None:
         return None

@@ -27,7 +27,7 @@ class TrainConfig:
     clip_norm: float = 1.0
     """Largest global gradient norm, after the decoder projection."""
     dead_after_tokens: int | None = None
-    """A feature silent for this many training tokens counts as dead; None is 50,000 in runs under 10M tokens, else 10M."""
+    """A feature silent for this many training tokens counts as dead; None is 400 * d_sae / L0, at most a twentieth of the run."""
     checkpoint_every: int = 250
     """Steps between checkpoints; 0 writes none. Ctrl-C writes one at any step."""
     keep_checkpoints: int = 2
@@ -85,11 +85,9 @@ class TrainConfig:
         return self.n_tokens // self.batch_size
 
     @property
-    def dead_window(self) -> int:
-        """`dead_after_tokens` with its default filled in."""
-        if self.dead_after_tokens is not None:
-            return self.dead_after_tokens
-        return 50_000 if self.n_tokens < 10_000_000 else 10_000_000
+    def longest_dead_window(self) -> int:
+        """Tokens of silence that no SAE waits beyond (`dead_features.dead_window`), unless `dead_after_tokens` says so."""
+        return self.n_tokens // 20
 
     def settings(self) -> dict[str, str]:
         """What decides the result, as `run.json` and `sae.json` keep it: not how many checkpoints stay or shards there are."""

@@ -1,6 +1,9 @@
-"""Counts, for each feature, the training tokens since it last fired (fired: a non-zero code, never "was selected")."""
+"""Counts, for each feature, the training tokens since it last fired (fired: a non-zero code, never "was selected"), and
+says from how many on it is dead."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from jaxtyping import Bool
@@ -8,6 +11,11 @@ from torch import Tensor
 
 from saelab.distributed import ALONE, Ranks
 from saelab.kernels.sparse_acts import SparseActs
+from saelab.saes import SAE
+from saelab.training.config import TrainConfig
+
+PERIODS = 400
+TYPICAL_L0 = 32.0
 
 
 class DeadFeatures:
@@ -27,3 +35,19 @@ class DeadFeatures:
     def dead(self) -> Bool[Tensor, " d_sae"]:
         """Silent for `window` tokens or more."""
         return self.tokens_since_fired >= self.window
+
+
+def dead_window(train: TrainConfig, variant: type[SAE], config: Any, rules: int) -> int:
+    """Training tokens of silence after which a feature of this SAE counts as dead.
+
+    Of `d_sae` features of which L0 fire on a token, each fires once in `d_sae / L0` tokens on average. Frequencies have a
+    long tail (Zipf), so the window is `PERIODS` of these: a feature that is a hundred times rarer than the average is
+    silent for so long with probability exp(-4) = 2 %. (Gao et al. 2024 wait 10 million tokens, whatever the size.) It is
+    never more than `train.longest_dead_window`, so that dead features are helped in most of any run.
+    """
+    if train.dead_after_tokens is not None:
+        return train.dead_after_tokens
+    if rules < 2:
+        return 50_000 if train.n_tokens < 10_000_000 else 10_000_000
+    period = config.d_sae / (variant.expected_l0(config) or TYPICAL_L0)
+    return max(1, min(round(PERIODS * period), train.longest_dead_window))

@@ -24,7 +24,7 @@ from saelab.training.adam import Adam
 from saelab.training.checkpoint import claim_run, list_checkpoints
 from saelab.training.config import TrainConfig
 from saelab.training.data import DataSource, Rows
-from saelab.training.dead_features import DeadFeatures
+from saelab.training.dead_features import DeadFeatures, dead_window
 from saelab.training.exchange import Exchange
 from saelab.training.metrics_log import MetricsLog
 from saelab.training.optimizer import apply_step, learning_rate
@@ -73,7 +73,7 @@ class Run:
             self.sae = shard_of(self.sae, self.mesh)
         self.sae.to(self.device)
         self.adam = Adam(self.sae.parameters(), self.sae.weight_decay)
-        self.dead = DeadFeatures(self.sae.d_sae, train.dead_window, self.device)
+        self.dead = DeadFeatures(self.sae.d_sae, dead_window(train, variant, config, rules), self.device)
         self.exchange = Exchange(self.sae, self.mesh)
         self.state = State(folder, train.keep_checkpoints, self.sae, self.adam, self.dead, self.mesh)
         self.step = 0

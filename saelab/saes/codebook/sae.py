@@ -35,6 +35,10 @@ class CodebookSAE(SAE):
         super().__init__(config, d_in, seed)
         self.codebook = Codebook(config, d_in, config.n_groups or 1, bool(config.layer_norm), seed)
 
+    @classmethod
+    def expected_l0(cls, config: CodebookConfig) -> float:
+        return float(config.k * (config.n_groups or 1))
+
     def make_weights(self, rows: Float[Tensor, "d_sae d_in"]) -> None:
         """The codes are the only weights."""
 
