@@ -66,7 +66,9 @@ def train_each(rank: int, folder: Path) -> None:
         (folder / f"refused-{rank}.txt").write_text(str(error))
 
 
-KILLED = TrainConfig(n_tokens=64 * 20, batch_size=64, warmup_steps=3, checkpoint_every=5, log_every=3)
+KILLED = TrainConfig(
+    n_tokens=64 * 20, batch_size=64, warmup_steps=3, checkpoint_every=5, log_every=3, clip_relative=1.05
+)
 
 
 def train_whole_and_cut(rank: int, folder: Path, kill_before: int | None) -> None:
@@ -140,6 +142,7 @@ def train_sharded(name: str, folder: Path, shards: int, n_chunks: int = 8) -> No
         "checkpoint_every": 3,
         "grad_accumulation": 1,
         "dead_after_tokens": 70,
+        "clip_relative": 1e6,  # its state is kept; that it clips is float32's affair
     }
     train(SHARDED[name], chunks, replace(TRAIN, **changes), folder, progress=False)
 

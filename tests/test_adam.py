@@ -1,9 +1,10 @@
 """Adam: torch's arithmetic, weight decay of the encoder alone, and moments that do not sink to denormal numbers."""
 
+import pytest
 import torch
 
 from saelab.saes import TopKConfig, TopKSAE
-from saelab.training.adam import Adam
+from saelab.training.adam import Adam, default_eps
 
 
 def test_only_the_encoder_decays_and_as_in_adamw():
@@ -52,3 +53,41 @@ def test_moments_of_what_no_longer_fires_become_zero_and_move_no_weight():
     state = adam.state_dict()
     assert not state["0.exp_avg"][:3].any() and not state["0.exp_avg_sq"][:3].any()
     assert state["0.exp_avg"][3:].all() and state["0.exp_avg_sq"][3:].all()
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.999), (0.5, 0.0)])
+@pytest.mark.parametrize("eps", [1e-8, 6.25e-10, 1e-15])
+def test_betas_and_eps_are_torchs(betas, eps):
+    generator = torch.Generator().manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(7, 3, generator=generator))]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    adam, reference = Adam(ours, betas=betas, eps=eps), torch.optim.Adam(theirs, 0.01, betas, eps, fused=True)
+    for _ in range(300):
+        gradient = 1e-6 * torch.randn(7, 3, generator=generator)
+        gradient[:2] = 0  # never fires: 0 / (0 + eps)
+        ours[0].grad, theirs[0].grad = gradient, gradient.clone()
+        adam.step(0.01)
+        reference.step()
+    assert torch.equal(ours[0], theirs[0]) and bool(ours[0].isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "width", "eps"),
+    [(256, 64, 1e-8), (2048, 576, 1e-8), (2048, 1024, 1e-8), (2048, 4096, 2.5e-9), (8192, 4096, 6.25e-10)],
+)
+def test_eps_shrinks_as_gradients_do(batch_size, width, eps):
+    assert default_eps(batch_size, width) == pytest.approx(eps, rel=1e-12)
+
+
+def test_an_update_does_not_depend_on_the_width_that_an_fvu_divides_by():
+    """The same data, `copies` times side by side: gradients of a weight are as many times smaller, updates are the same."""
+    moved = []
+    for copies in (1, 64):
+        weight = torch.nn.Parameter(torch.zeros(4))
+        adam = Adam([weight], eps=default_eps(8192, 4096 * copies))
+        for _ in range(20):
+            weight.grad = torch.full((4,), 2e-9 / copies)
+            adam.step(0.01)
+        moved.append(weight.detach().clone())
+    torch.testing.assert_close(moved[0], moved[1], rtol=1e-5, atol=0)
+    assert float(moved[0][0]) < -0.1  # 1e-8 would leave it at a fifth of that

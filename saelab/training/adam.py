@@ -13,21 +13,36 @@ from torch import Tensor, nn
 
 BETAS = (0.9, 0.999)
 EPS = 1e-8
+SMALL_STEP = 2**21
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 _EVERY = 128
-_NOTHING = {"exp_avg": 1e-30, "exp_avg_sq": 1e-36}
-"""Moments up to here move no weight. Those of features that do not fire would sink to denormal numbers and stay there,
-with which a CPU computes five to ten times slower; they become 0 every `_EVERY` steps."""
+
+
+def default_eps(batch_size: int, width: int) -> float:
+    """1e-8; less, as gradients are, where a step has more than `SMALL_STEP` numbers to rebuild.
+
+    An FVU is a mean over all numbers of a batch, so the gradient of a weight is in proportion to 1 / (batch_size * width),
+    and a fixed eps would come near its size in large runs. At 8,192 tokens of width 4,096 this is 6.25e-10 (Gao et al. 2024).
+    """
+    return EPS * min(1.0, SMALL_STEP / (batch_size * width))
 
 
 class Adam:
-    """Betas 0.9 and 0.999, eps 1e-8; the rate is given to each step.
+    """The rate is given to each step; `decay` names the weight decay of some parameters, apart from the gradient (AdamW,
+    Loshchilov & Hutter 2019)."""
 
-    `decay` names the weight decay of some parameters, apart from the gradient (AdamW, Loshchilov & Hutter 2019).
-    """
-
-    def __init__(self, parameters: Iterable[nn.Parameter], decay: Mapping[nn.Parameter, float] | None = None) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        decay: Mapping[nn.Parameter, float] | None = None,
+        betas: tuple[float, float] = BETAS,
+        eps: float = EPS,
+    ) -> None:
         self.parameters = list(parameters)
+        self.betas, self.eps = betas, eps
+        # Moments up to here move no weight. Those of features that do not fire would sink to denormal numbers and stay
+        # there, with which a CPU computes five to ten times slower; they become 0 every `_EVERY` steps.
+        self._nothing = {"exp_avg": min(1e-30, 1e-19 * eps), "exp_avg_sq": min(1e-36, (1e-7 * eps) ** 2)}
         self._decay = [(decay or {}).get(p, 0.0) for p in self.parameters]
         self._state: dict[str, list[Tensor]] = {
             "step": [torch.zeros((), dtype=torch.float32, device=p.device) for p in self.parameters],
@@ -53,13 +68,13 @@ class Adam:
             count += 1
         torch.ops.aten._fused_adamw_(
             *(parameters, gradients, averages, squares, [], steps),
-            **{"lr": lr, "beta1": BETAS[0], "beta2": BETAS[1], "weight_decay": decay, "eps": EPS},
+            **{"lr": lr, "beta1": self.betas[0], "beta2": self.betas[1], "weight_decay": decay, "eps": self.eps},
             **{"amsgrad": False, "maximize": False, "grad_scale": scale, "found_inf": None},
         )
         if steps and not steps[0].is_cuda and int(steps[0]) % _EVERY == 0:
             for name, moments in (("exp_avg", averages), ("exp_avg_sq", squares)):
                 for each in moments:
-                    torch.hardshrink(each, _NOTHING[name], out=each)
+                    torch.hardshrink(each, self._nothing[name], out=each)
 
     def zero_grad(self) -> None:
         """Drop all gradients."""

@@ -32,6 +32,7 @@ from saelab.files import (
 from saelab.saes import SAE
 from saelab.training.adam import Adam
 from saelab.training.dead_features import DeadFeatures
+from saelab.training.running_norm import RunningNorm
 from saelab.training.sharded_checkpoint import check_folder, read_folder
 
 RUN_FILE = "checkpoints/run.json"
@@ -59,9 +60,8 @@ def list_checkpoints(folder: Path) -> list[int]:
     return sorted({int(match[1]) for match in found if match})
 
 
-def save_checkpoint(folder: Path, step: int, keep: int, sae: SAE, adam: Adam, dead: DeadFeatures) -> None:
+def save_checkpoint(folder: Path, step: int, keep: int, tensors: Mapping[str, Tensor]) -> None:
     """Write the state before step `step`, which becomes the latest; the newest `keep` up to it are kept."""
-    tensors = state_of(sae, adam, dead)
     metadata = {"step": str(step), "sha256": tensors_hash(tensors)}
     shutil.rmtree(checkpoint_path(folder, step).with_suffix(""), ignore_errors=True)
     atomic_save_safetensors(checkpoint_path(folder, step), tensors, metadata)
@@ -77,12 +77,11 @@ def note_latest(folder: Path, step: int, keep: int) -> None:
         path.with_suffix(".safetensors").unlink(missing_ok=True)
 
 
-def load_checkpoint(folder: Path, n_steps: int, sae: SAE, adam: Adam, dead: DeadFeatures) -> int:
-    """Restore the latest checkpoint of the run in place; gives the step to go on with, 0 when there is none.
+def load_checkpoint(folder: Path, n_steps: int, state: Mapping[str, Tensor]) -> int:
+    """Restore the latest checkpoint of the run into `state`; gives the step to go on with, 0 when there is none.
 
     One that was damaged, or is not of this run, is passed over with a warning, for the newest of the others.
     """
-    state = state_of(sae, adam, dead)
 
     def read(path: Path, step: int) -> None:
         tensors = _read_checked(path, step, n_steps, state)
@@ -123,10 +122,11 @@ def check_checkpoint(path: Path, step: int, n_steps: int) -> None:
         _tensors_of(path, step, n_steps)
 
 
-def state_of(sae: SAE, adam: Adam, dead: DeadFeatures) -> dict[str, Tensor]:
+def state_of(sae: SAE, adam: Adam, dead: DeadFeatures, running: RunningNorm | None) -> dict[str, Tensor]:
     """The tensors of a checkpoint, no copies."""
     tensors: dict[str, Tensor] = {f"sae.{name}": value for name, value in sae.state_dict().items()}
     tensors |= {f"adam.{name}": value for name, value in adam.state_dict().items()}
+    tensors |= {} if running is None else {"gradient_norm": running.state}
     return tensors | {"tokens_since_fired": dead.tokens_since_fired}
 
 

@@ -3,13 +3,39 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 from saelab.arguments import check_integer, check_numbers
 
 
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Fields of `TrainConfig` that say how Adam steps; keyword arguments there."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's decay rates for the averages of gradients and of their squares (papers of JumpReLU and Gated: 0 0.999)."""
+    eps: float | None = None
+    """What Adam adds to the root of the average square; None is 1e-8, or less where batch_size * d_in is over 2**21."""
+    clip_relative: float | None = None
+    """Largest gradient norm as a multiple of its running mean, 3 for example, beside clip_norm; None sets no such limit."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas={self.betas} must be two numbers from 0 to below 1, such as (0.9, 0.999).")
+        object.__setattr__(self, "betas", tuple(map(float, self.betas)))
+        if self.eps is not None and not (self.eps > 0 and math.isfinite(self.eps)):
+            raise ValueError(
+                f"eps={self.eps} must be a positive number, or None: Adam divides by it where nothing fires."
+            )
+        if self.clip_relative is not None and not self.clip_relative >= 1:
+            raise ValueError(
+                f"clip_relative={self.clip_relative} must be at least 1, or None, which sets no such limit."
+            )
+
+
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(OptimizerConfig):
     """One training run; every SAE in it sees the same batches."""
 
     n_tokens: int
@@ -25,7 +51,7 @@ class TrainConfig:
     decay_fraction: float = 0.2
     """Share of the run, at its end, over which the rate falls linearly to 0."""
     clip_norm: float = 1.0
-    """Largest global gradient norm, after the decoder projection."""
+    """Largest global gradient norm, after the decoder projection; float('inf') sets no such limit."""
     dead_after_tokens: int | None = None
     """A feature silent for this many training tokens counts as dead; None is 400 * d_sae / L0, at most a twentieth of the run."""
     checkpoint_every: int = 250
@@ -42,6 +68,7 @@ class TrainConfig:
     """Processes over which the features of one SAE are spread (topk, batch_topk); the others of a job share the rows."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, least in (
             ("n_tokens", 1),
             ("batch_size", 1),
@@ -56,7 +83,6 @@ class TrainConfig:
         check_integer("seed", self.seed, 0, 2**32 - 1)
         if self.dead_after_tokens is not None:
             check_integer("dead_after_tokens", self.dead_after_tokens, 0)
-        check_numbers(self)
         if self.n_tokens < self.batch_size:
             raise ValueError(
                 f"n_tokens={self.n_tokens} is less than one batch of {self.batch_size}; raise n_tokens or lower batch_size."
@@ -90,9 +116,13 @@ class TrainConfig:
         return self.n_tokens // 20
 
     def settings(self) -> dict[str, str]:
-        """What decides the result, as `run.json` and `sae.json` keep it: not how many checkpoints stay or shards there are."""
+        """What decides the result, as `run.json` and `sae.json` keep it: not how many checkpoints stay or shards there are.
+
+        Fields that came after the first version are left out at their defaults, as they are in the files of older runs.
+        """
+        later = {field.name: field.default for field in fields(OptimizerConfig)}
         return {
             name: str(value)
             for name, value in asdict(self).items()
-            if name not in ("keep_checkpoints", "feature_shards")
+            if name not in ("keep_checkpoints", "feature_shards") and value != later.get(name, ...)
         }

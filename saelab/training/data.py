@@ -48,6 +48,16 @@ class View(NamedTuple):
     fingerprint: str
     origin: dict[str, Any]
 
+    @property
+    def width(self) -> int:
+        """Numbers in a row that is read, all sources together."""
+        return self.d_in * self.shape.get("n_sources", 1)
+
+    @property
+    def width_out(self) -> int:
+        """Numbers in a row that is rebuilt."""
+        return self.shape.get("d_out", self.width)
+
 
 @dataclass
 class DataSource:

@@ -35,8 +35,7 @@ _BATCHES = 6  # read ahead, and the one in use
 def plan_memory(variant: type[SAE], config: Any, view: View, train: TrainConfig, device: torch.device) -> Plan:
     """Bytes that training one SAE takes beyond what is held before; of sharded features, those of one shard."""
     d_sae = -(-config.d_sae // train.feature_shards)
-    width = view.d_in * view.shape.get("n_sources", 1)
-    width_out = view.shape.get("d_out", width)
+    width, width_out = view.width, view.width_out
     tied = isinstance(getattr(variant, "W_enc", None), property)  # another name of W_dec
     matrices = [d_sae * width_out * 4] + ([] if tied else [d_sae * width * 4])
     weights = sum(matrices)

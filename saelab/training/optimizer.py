@@ -12,6 +12,7 @@ from saelab.saes import SAE
 from saelab.saes.sharded import ROWS
 from saelab.training.adam import Adam
 from saelab.training.config import TrainConfig
+from saelab.training.running_norm import RunningNorm
 
 
 def learning_rate(config: TrainConfig, base_lr: float, d_sae: int, step: int) -> float:
@@ -23,8 +24,10 @@ def learning_rate(config: TrainConfig, base_lr: float, d_sae: int, step: int) ->
     return peak * min(1.0, rising, falling)
 
 
-def apply_step(sae: SAE, adam: Adam, lr: float, clip_norm: float, shards: Ranks = ALONE) -> float:
-    """Project, clip, step, renormalise; gives the gradient norm before clipping.
+def apply_step(
+    sae: SAE, adam: Adam, lr: float, clip_norm: float, shards: Ranks = ALONE, running: RunningNorm | None = None
+) -> float:
+    """Project, clip to `clip_norm` and to the limit of `running`, step, renormalise; returns the gradient norm before clipping.
 
     Clipping costs no pass of its own: Adam divides each gradient as it reads it. A norm that is not finite changes
     nothing. With `shards` the norm is that of all features.
@@ -36,7 +39,7 @@ def apply_step(sae: SAE, adam: Adam, lr: float, clip_norm: float, shards: Ranks 
     total = torch.stack(norms).norm()
     norm = float(shards.sum(total.square()).sqrt() if shards.size > 1 else total)
     if math.isfinite(norm):
-        adam.step(lr, grad_scale=max(1.0, norm / clip_norm))
+        adam.step(lr, grad_scale=max(1.0, norm / clip_norm, running.excess(norm) if running is not None else 1.0))
         sae.after_step()
     adam.zero_grad()
     return norm

@@ -20,7 +20,7 @@ from saelab.losses import sum_of_squares, total_variance
 from saelab.saes import SAE, VARIANTS, StepInfo
 from saelab.saes.base import RULES
 from saelab.saes.sharded import FeatureShard, check_shardable, gather_into, shard_of
-from saelab.training.adam import Adam
+from saelab.training.adam import EPS, Adam, default_eps
 from saelab.training.checkpoint import claim_run, list_checkpoints
 from saelab.training.config import TrainConfig
 from saelab.training.data import DataSource, Rows
@@ -28,6 +28,7 @@ from saelab.training.dead_features import DeadFeatures, dead_window
 from saelab.training.exchange import Exchange
 from saelab.training.metrics_log import MetricsLog
 from saelab.training.optimizer import apply_step, learning_rate
+from saelab.training.running_norm import RunningNorm
 from saelab.training.state import State
 
 
@@ -72,10 +73,13 @@ class Run:
             self._whole = self.sae if self.ranks.is_first else None
             self.sae = shard_of(self.sae, self.mesh)
         self.sae.to(self.device)
-        self.adam = Adam(self.sae.parameters(), self.sae.weight_decay)
+        eps = EPS if rules < 2 else default_eps(train.batch_size, view.width_out)
+        eps = eps if train.eps is None else train.eps
+        self.adam = Adam(self.sae.parameters(), self.sae.weight_decay, train.betas, eps)
+        self.running = None if train.clip_relative is None else RunningNorm(train.clip_relative, self.device)
         self.dead = DeadFeatures(self.sae.d_sae, dead_window(train, variant, config, rules), self.device)
         self.exchange = Exchange(self.sae, self.mesh)
-        self.state = State(folder, train.keep_checkpoints, self.sae, self.adam, self.dead, self.mesh)
+        self.state = State(folder, train.keep_checkpoints, self.sae, self.adam, self.dead, self.mesh, self.running)
         self.step = 0
         self.last: dict[str, Any] = {}
         self._spent, self._spent_on = 0.0, 0
@@ -119,7 +123,7 @@ class Run:
         self.exchange.sum_gradients()
         shards = self.mesh.feature
         lr = learning_rate(self.train, self.sae.base_lr, self.sae.d_sae * shards.size, self.step)
-        sums["grad_norm"] = apply_step(self.sae, self.adam, lr, self.train.clip_norm, shards)
+        sums["grad_norm"] = apply_step(self.sae, self.adam, lr, self.train.clip_norm, shards, self.running)
         if not (math.isfinite(sums["loss"]) and math.isfinite(sums["grad_norm"])):
             raise TrainingError(self._explain(rows))
         self.step += 1

@@ -20,16 +20,26 @@ from saelab.training.checkpoint import (
     state_of,
 )
 from saelab.training.dead_features import DeadFeatures
+from saelab.training.running_norm import RunningNorm
 from saelab.training.sharded_checkpoint import load_part, row_names, save_part
 
 
 class State:
     """Weights, Adam's moments and the counters of one run. All ranks call each method, with the same `folder` or none."""
 
-    def __init__(self, folder: Path | None, keep: int, sae: SAE, adam: Adam, dead: DeadFeatures, mesh: Mesh) -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        keep: int,
+        sae: SAE,
+        adam: Adam,
+        dead: DeadFeatures,
+        mesh: Mesh,
+        running: RunningNorm | None = None,
+    ) -> None:
         self.folder, self.keep, self.mesh = folder, keep, mesh
-        self._parts = sae, adam, dead
-        self._tensors = state_of(sae, adam, dead)
+        self._parts = sae, adam, dead, running
+        self._tensors = state_of(*self._parts)
         self._rows = row_names(sae) if isinstance(sae, FeatureShard) else None
         self._device = dead.tokens_since_fired.device
 
@@ -44,14 +54,14 @@ class State:
             if first:
                 note_latest(self.folder, step, self.keep)
         elif first:
-            save_checkpoint(self.folder, step, self.keep, *self._parts)
+            save_checkpoint(self.folder, step, self.keep, state_of(*self._parts))
 
     def load(self, n_steps: int) -> int:
         """Take up the newest whole checkpoint, of any number of ranks and shards; gives the step to go on with."""
         found = 0
         if self.folder is not None and self.mesh.world.is_first:
             if self._rows is None:
-                found = load_checkpoint(self.folder, n_steps, *self._parts)
+                found = load_checkpoint(self.folder, n_steps, state_of(*self._parts))
             else:
                 check = lambda path, step: check_checkpoint(path, step, n_steps)  # noqa: E731
                 found = newest_checkpoint(self.folder, check)
