@@ -71,6 +71,41 @@ class Family:
             _keep(out_dir, family_picture(rows))
 
 
+@dataclass
+class Large:
+    """Train large dictionaries on thousands of planted Zipf features; the dead share after every million tokens."""
+
+    out_dir: Annotated[Path, arg(help="Where rows and SAEs go; the same call goes on where it was stopped.")] = Path(
+        "runs/large"
+    )
+    variants: Annotated[tuple[str, ...], arg(help="Kinds of SAE, trained one after the other.")] = (
+        "topk",
+        "batch_topk",
+    )
+    d_in: Annotated[int, arg(help="Width of the data.")] = 256
+    n_features: Annotated[int, arg(help="Planted features.")] = 8192
+    n_active: Annotated[int, arg(help="Planted features that are active in a token, on average.")] = 24
+    d_sae: Annotated[int, arg(help="Number of features of each SAE.")] = 16_384
+    k: Annotated[int, arg(help="Features that fire on a token.")] = 32
+    n_tokens: Annotated[int, arg(help="Training tokens of every SAE.")] = 12_000_000
+    batch_size: Annotated[int, arg(help="Tokens in a step.")] = 2048
+    seed: Annotated[int, arg(help="Of features, tokens and weights.")] = 0
+    device: Annotated[str | None, arg(help="cpu, cuda, ...; None takes a GPU when there is one.")] = None
+    every: Annotated[int, arg(help="Tokens between lines.")] = 1_000_000
+
+    def run(self) -> None:
+        """Train, with a line for every million tokens, then print the table."""
+        from dataclasses import fields
+
+        from saelab.benchmarks.large import LargeConfig, run_large
+        from saelab.benchmarks.tables import large_table
+
+        config = LargeConfig(**{field.name: getattr(self, field.name) for field in fields(LargeConfig)})
+        rows = run_large(config, self.out_dir, variants=self.variants, every=self.every)
+        _show([large_table(rows)])
+        print(f"Rows are in {self.out_dir} (large.csv, large.json), the SAEs beside them")
+
+
 def _described(command: type, examples: str) -> str:
     lines = "".join(f"  saelab bench {line}\n" for line in examples.split("\n"))
     return f"{command.__doc__}\n\nExamples:\n{lines}"
@@ -78,14 +113,18 @@ def _described(command: type, examples: str) -> str:
 
 _SYNTHETIC = _described(Synthetic, "synthetic\nsynthetic --data zipf mixed --seeds 0 1 2 3 4")
 _FAMILY = _described(Family, "family runs/demo\nfamily runs/demo --variants topk batch_topk relu --l0 32 --seeds 0 1 2")
+_LARGE = _described(
+    Large, "large\nlarge --d-in 768 --n-features 16384 --d-sae 32768 --n-tokens 50_000_000 --device cuda"
+)
 Bench = (
     Annotated[Synthetic, subcommand("synthetic", description=_SYNTHETIC)]
     | Annotated[Family, subcommand("family", description=_FAMILY)]
+    | Annotated[Large, subcommand("large", description=_LARGE)]
 )
 
 
 def bench(what: OmitSubcommandPrefixes[OmitArgPrefixes[Bench]]) -> None:  # pyright: ignore[reportInvalidTypeArguments]
-    """Compare the variants: on data with known features, or on the activations of RUN."""
+    """Compare the variants: on data with known features, on the activations of RUN, or by how much of a large SAE dies."""
     what.run()
 
 

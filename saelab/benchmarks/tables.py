@@ -85,6 +85,20 @@ def sweep_table(rows: Sequence[Row]) -> Any:
     return _measured_table(f"{len(rows)} SAEs", columns, rows)
 
 
+def large_table(rows: Sequence[Row]) -> Any:
+    """One rich table: a line for every mark of the training, and a last one of held-out measures."""
+    from rich.table import Table
+
+    columns = [
+        name for name in dict.fromkeys(name for row in rows for name in row) if name not in ("variant", "tokens")
+    ]
+    table = Table("SAE", "tokens", *(name.replace("_", " ") for name in columns), title="Large dictionaries")
+    for row in rows:
+        at = row["tokens"] if isinstance(row["tokens"], str) else f"{row['tokens']:,}"
+        table.add_row(row["variant"], at, *(spread([row.get(name)], 4) for name in columns))
+    return table
+
+
 def _measured_table(title: str, columns: dict[str, str], rows: Sequence[Row]) -> Any:
     """One line for all rows with the same values in `columns` (name: title): mean and deviation of what was measured."""
     from rich.table import Table
