@@ -10,7 +10,7 @@ from saelab import cli
 from saelab.benchmarks.large import CHUNK, LargeConfig, ZipfRows, run_large
 from saelab.training import run
 
-TINY = LargeConfig(d_in=16, n_features=40, n_active=3, d_sae=64, k=4, n_tokens=64 * 160, batch_size=64, device="cpu")
+TINY = LargeConfig(d_in=16, n_features=40, n_active=3, d_sae=64, k=4, n_tokens=64 * 96, batch_size=64, device="cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -34,21 +34,21 @@ def test_rows_are_zipf_features_as_many_as_asked():
 def test_a_bench_that_was_stopped_goes_on_to_the_same_rows(tmp_path, monkeypatch):
     said: list[str] = []
     whole = run_large(TINY, tmp_path / "whole", every=2048, progress=False, say=said.append)
-    marks = [2048 * i for i in range(1, 6)]
+    marks = [2048 * i for i in range(1, 4)]
     assert [(row["variant"], row["tokens"]) for row in whole] == [
         (name, at) for name in ("topk", "batch_topk") for at in (*marks, "held out")
     ]
-    assert len(said) >= 10 and said[-1].startswith("batch_topk, held out: dead ")
+    assert len(said) == 8 and said[-1].startswith("batch_topk, held out: dead ")
     for row in whole:
         assert 0 <= row["dead_fraction"] <= 1 and 3 < row["l0"] < 5
-    assert whole[5]["fvu"] < whole[0]["fvu"] and 0.2 < whole[5]["recovered_common"] <= 1
+    assert whole[3]["fvu"] < whole[0]["fvu"] and 0 <= whole[3]["recovered"] <= whole[3]["recovered_common"] <= 1
     lines = list(csv.DictReader((tmp_path / "whole" / "large.csv").read_text().splitlines()))
     assert [float(line["dead_fraction"]) for line in lines] == [row["dead_fraction"] for row in whole]
 
     real = run.Run.train_on
 
     def stop(self, rows):
-        if self.sae.variant == "batch_topk" and self.step == 100:
+        if self.sae.variant == "batch_topk" and self.step == 60:
             self.checkpoint()
             raise KeyboardInterrupt
         real(self, rows)
@@ -56,7 +56,7 @@ def test_a_bench_that_was_stopped_goes_on_to_the_same_rows(tmp_path, monkeypatch
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(run.Run, "train_on", stop)
         run_large(TINY, tmp_path / "cut", every=2048, progress=False, say=said.append)
-    assert len(json.loads((tmp_path / "cut" / "large.json").read_text())["rows"]) == 6
+    assert len(json.loads((tmp_path / "cut" / "large.json").read_text())["rows"]) == 4
     assert run_large(TINY, tmp_path / "cut", every=2048, progress=False, say=said.append) == whole
 
 
