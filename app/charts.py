@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 
 from saelab.features.feature import Histogram
 
-BLUE, ORANGE, VERMILLION = "#0072b2", "#e69f00", "#d55e00"
+BLUE, VERMILLION = "#0072b2", "#d55e00"
 _FAINT = "rgba(128,128,128,.25)"
 _MAX_POINTS = 1500  # a trace; drawn as SVG, because WebGL would need a policy that allows eval
 
@@ -60,27 +60,51 @@ def _short(tokens: float) -> str:
     return f"{tokens:.0f}"
 
 
-def value_histogram(histogram: Histogram, p99: float | None, maximum: float | None) -> go.Figure:
-    """The non-zero values of a feature in log bins, with p99 and maximum marked."""
+def value_histogram(histogram: Histogram, ends: Sequence[tuple[float, float]] = ()) -> go.Figure:
+    """The non-zero values of a feature in log bins, negative ones hatched and to the left of a gap, with the p99 and the
+    extreme value of each end marked."""
     edges, counts = histogram.edges, histogram.counts
-    centres = np.sqrt(edges[:-1] * edges[1:])
+    places = _log_places(edges, edges)
     hover = [f"{low:.3g} to {high:.3g}<br>{n:,} tokens" for low, high, n in zip(edges, edges[1:], counts, strict=False)]
+    hatching = {
+        "shape": ["/" if high <= 0 else "" for high in edges[1:]],
+        "fillmode": "overlay",
+        "fgcolor": "white",
+        "size": 5,
+    }
     figure = go.Figure(
         go.Bar(
-            x=np.log10(centres), y=counts, width=np.diff(np.log10(edges)) * 0.94, marker_color=BLUE, hovertext=hover,
-            hoverinfo="text",
+            x=(places[:-1] + places[1:]) / 2, y=counts, width=np.diff(places) * 0.94, marker_color=BLUE,
+            hovertext=hover, hoverinfo="text", marker_pattern=hatching,
         )
     )  # fmt: skip
-    for name, value, dash in (("p99", p99, "dash"), ("max", maximum, "dot")):
-        if value:
+    for end in ends:
+        for name, value, dash in zip(("p99", "max"), _log_places(np.array(end), edges), ("dash", "dot"), strict=True):
             figure.add_vline(
-                x=float(np.log10(value)), line={"dash": dash, "width": 1.5, "color": VERMILLION},
+                x=float(value), line={"dash": dash, "width": 1.5, "color": VERMILLION},
                 annotation={"text": name, "yref": "paper", "y": 1.1 if name == "p99" else 1.0, "font": {"size": 11}},
             )  # fmt: skip
-    values, labels = _log_ticks(float(edges[0]), float(edges[-1]))
+    values, labels = _signed_ticks(edges)
     figure.update_xaxes(title="activation (log scale)", tickvals=values, ticktext=labels)
     figure.update_yaxes(title="tokens")
     return _finish(figure, 250)
+
+
+def _log_places(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """Where values stand on an axis of log magnitudes: negative ones mirrored, and, where `edges` have both signs, apart from
+    the positive ones by a quarter of a decade."""
+    both = edges[0] < 0 < edges[-1]
+    start = np.log10(np.abs(edges).min()) - 0.125 if both else 0.0
+    return np.sign(values) * (np.log10(np.abs(values)) - start)
+
+
+def _signed_ticks(edges: np.ndarray) -> tuple[list[float], list[str]]:
+    values: list[float] = []
+    for sign in (-1, 1):
+        side = sign * edges[np.sign(edges) == sign]
+        if len(side) > 1:
+            values += [sign * value for value in _round_numbers(float(side.min()), float(side.max()))]
+    return _log_places(np.array(values), edges).tolist(), [f"{value:g}" for value in values]
 
 
 def density_histogram(density: np.ndarray, n_tokens: int) -> go.Figure:
@@ -149,13 +173,12 @@ def cosine_scatter(density: np.ndarray, cosine: np.ndarray, n_tokens: int, at_mo
     return figure
 
 
-def _log_ticks(low: float, high: float) -> tuple[list[float], list[str]]:
-    """Round numbers (1, 2, 5 a decade) between two values, at their logarithms."""
+def _round_numbers(low: float, high: float) -> list[float]:
+    """1, 2, 5 a decade between two positive values."""
     decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
     steps = (1, 2, 5) if len(decades) <= 4 else (1,)
     values = [step * 10.0**decade for decade in decades for step in steps]
-    values = [value for value in values if low * 0.99 <= value <= high * 1.01]
-    return [float(np.log10(value)) for value in values], [f"{value:g}" for value in values]
+    return [value for value in values if low * 0.99 <= value <= high * 1.01]
 
 
 def _power(exponent: int) -> str:

@@ -9,8 +9,9 @@ import streamlit as st
 
 from saelab.app import state
 from saelab.features import Example, FeatureStore
-from saelab.features.render import SPACE, cosine, escape, number, percent
+from saelab.features.render import cosine, number, percent
 from saelab.features.token_text import display_groups
+from saelab.features.visible import chip_text, escape
 
 _HEADS = {"density": "Density", "n_fired": "Fired", "p99": "p99", "max": "Max", "cosine": "Enc\u2013dec"}
 
@@ -40,9 +41,11 @@ def _strip(store: FeatureStore, row: dict[str, Any]) -> str:
     promoted = "\u2013"
     if row["top_logit"] is not None:
         token = store.pieces([row["top_logit"]])[0].decode("utf-8", "backslashreplace")
-        promoted = f'<bdi class="sa-chip">{escape(token).replace(" ", SPACE)}</bdi>'
+        promoted = f'<bdi class="sa-chip">{chip_text(token)}</bdi>'
     preview = _preview(example[0]) if example else '<span class="sa-never">never fired</span>'
-    numbers = [f"{row['n_fired']:,}", number(row["p99"]), number(row["max"]), cosine(row["cosine"])]
+    minus = '<span title="mostly negative">\u2212</span>' if row["sign"] == -1 else ""
+    sizes = [minus + number(row[name]) for name in ("p99", "max")]
+    numbers = [f"{row['n_fired']:,}", *sizes, cosine(row["cosine"])]
     cells = "".join(f'<span class="sa-num sa-wide">{value}</span>' for value in numbers)
     return (
         f'<div class="sa-grid">{_bar(row["density"], store.n_tokens)}{cells}'

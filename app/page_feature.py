@@ -6,7 +6,8 @@ import streamlit as st
 
 from saelab.app import charts, state
 from saelab.features import Feature
-from saelab.features.render import SPACE, cosine, escape, examples_html, number, percent
+from saelab.features.render import cosine, feature_examples_html, number, percent, signs_text
+from saelab.features.visible import chip_text
 
 
 def show() -> None:
@@ -25,6 +26,8 @@ def show() -> None:
         state.link("steer", "Steer with it", ":material/tune:", feature=index)
         st.number_input("Go to", 0, store.d_sae - 1, step=1, width=130, **state.bound("feature", index))
     _numbers(feature)
+    if signs := signs_text(feature):
+        st.info(state.plain(signs), icon=":material/swap_horiz:")
     if not feature.n_fired:
         st.info(
             f"This feature fired on none of the {state.counted(store)}, so it has no examples.",
@@ -37,19 +40,23 @@ def show() -> None:
             "The strongest one of each document. Background: activation as a share of the feature's maximum; "
             "outlined: the peak. Point at a token, or move there with Tab, for its value."
         )
-        st.html(examples_html(feature.examples(), feature.max))
+        st.html(feature_examples_html(feature))
+        if len(feature.ends) > 1:
+            st.subheader(f"The other end ({feature.ends[1].name})")
+            st.html(feature_examples_html(feature, kind="bottom"))
     with right:
         _values(feature)
         _logits(feature)
 
 
 def _numbers(feature: Feature) -> None:
+    values = "magnitudes at its dominant end" if feature.store.signed else "activations"
     entries = [
         ("Density", percent(feature.density), "Share of counted tokens on which the feature fires."),
         ("Fired on", f"{feature.n_fired:,}", f"Of {feature.store.n_tokens:,} counted tokens."),
-        ("Mean", number(feature.mean), "Mean of the non-zero activations."),
-        ("p99", number(feature.p99), "99th percentile of the non-zero activations: the unit of steering."),
-        ("Max", number(feature.max), "Largest activation seen."),
+        ("Mean", number(feature.mean), f"Mean of the non-zero {values}."),
+        ("p99", number(feature.p99), f"99th percentile of the non-zero {values}: the unit of steering."),
+        ("Max", number(feature.max), f"Largest of the {values}."),
         ("Enc\u2013dec cosine", cosine(feature.cosine), "Cosine between the feature's encoder and decoder row."),
     ]
     for column, (label, value, meaning) in zip(st.columns(len(entries)), entries, strict=True):
@@ -61,25 +68,27 @@ def _values(feature: Feature) -> None:
     if not len(feature.histogram.counts):
         st.caption("No value: the feature never fired.")
         return
-    figure = charts.value_histogram(feature.histogram, feature.p99, feature.max)
+    ends = [(end.sign * end.p99, end.sign * end.max) for end in feature.ends]
+    figure = charts.value_histogram(feature.histogram, ends)
     alt = f"Histogram of {feature.n_fired:,} non-zero activations, p99 {number(feature.p99)}, max {number(feature.max)}"
     st.plotly_chart(figure, key="values", alt=alt, config={"displayModeBar": False})
 
 
 def _logits(feature: Feature) -> None:
     st.subheader("Logits")
-    logits = feature.top_logits
+    logits = feature.dominant_logits
     if not logits.positive:
         st.caption("No direct path from this hook to the logits.")
         return
-    st.caption("Direct effect of the decoder row, final norm gain folded in; change for one unit along it.")
+    end = " towards its negative end" if feature.sign == -1 else ""
+    st.caption(f"Direct effect of the decoder row, final norm gain folded in; change for one unit along it{end}.")
     for column, name, tokens in zip(st.columns(2), ("Promotes", "Suppresses"), logits, strict=True):
         column.html(f'<div class="sa-head">{name}</div>{_logit_rows(tokens)}')
 
 
 def _logit_rows(tokens: list[tuple[str, float]]) -> str:
     rows = "".join(
-        f'<span class="sa-clip"><bdi class="sa-chip">{escape(text).replace(" ", SPACE)}</bdi></span>'
+        f'<span class="sa-clip"><bdi class="sa-chip">{chip_text(text)}</bdi></span>'
         f'<span class="sa-num">{value:+.2f}</span>'
         for text, value in tokens
     )

@@ -44,9 +44,10 @@ def show() -> None:
         )
     where = _SHOWS[shown][1]
     count = store.count(where)
+    ends = " (\u2212: mostly negative; magnitudes at that end)" if store.signed else ""
     st.html(
         f'<p class="sa-sub" style="margin-top:.2rem">{count:,} of {store.d_sae:,} features. Numbers are over '
-        f"{state.counted(store)}; p99 and max over the tokens on which the feature fires.</p>"
+        f"{state.counted(store)}; p99 and max over the tokens on which the feature fires{ends}.</p>"
     )
     if not count:
         st.info("No feature lies in this range. Choose **All**.", icon=":material/filter_alt_off:")

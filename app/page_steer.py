@@ -8,8 +8,10 @@ from typing import Any
 import streamlit as st
 
 from saelab.app import state
-from saelab.features import Feature, FeatureStore
-from saelab.features.render import escape, examples_html, model_label, number
+from saelab.features import End, Feature, FeatureStore
+from saelab.features.manifest import SIGNS_MIXED
+from saelab.features.render import feature_examples_html, model_label, number
+from saelab.features.visible import escape
 
 MAX_PROMPT, MAX_TOKENS, MAX_STRENGTH = 8000, 512, 100.0
 
@@ -29,7 +31,10 @@ def show() -> None:
     with right:
         _result()
         st.subheader(f"Feature {feature.feature} fires on")
-        st.html(examples_html(feature.examples(3), feature.max))
+        st.html(feature_examples_html(feature, 3))
+        if len(feature.ends) > 1:
+            st.subheader(f"and at its {feature.ends[1].name} end on")
+            st.html(feature_examples_html(feature, 3, "bottom"))
 
 
 def _controls(store: FeatureStore) -> tuple[Feature, dict[str, Any] | None]:
@@ -43,10 +48,11 @@ def _controls(store: FeatureStore) -> tuple[Feature, dict[str, Any] | None]:
         "Strength (\u00d7 p99)", -MAX_STRENGTH, MAX_STRENGTH, step=0.5, format="%g", **state.bound("strength", strength)
     )
     feature = store.feature(index)
-    if feature.p99 is not None:
+    end = _choose_end(feature)
+    if end is not None:
         st.caption(
-            f"{strength:g} \u00d7 p99 adds {number(strength * feature.p99)} "
-            f"to an activation of at most {number(feature.max)}."
+            f"{strength:g} \u00d7 p99 adds {number(strength * end.sign * end.p99)} "
+            f"to an activation of at {'most' if end.sign > 0 else 'least'} {number(end.sign * end.max)}."
         )
     with st.form("steer", border=False):
         prompt = st.text_area("Prompt", "The weather today", max_chars=MAX_PROMPT, height=110)
@@ -58,11 +64,24 @@ def _controls(store: FeatureStore) -> tuple[Feature, dict[str, Any] | None]:
     request = {
         "prompt": prompt,
         "strength": strength,
+        "end": end.name if end is not None else "",
         "max_new_tokens": tokens,
         "temperature": temperature,
         "seed": seed,
     }
     return feature, request if pressed else None
+
+
+def _choose_end(feature: Feature) -> End | None:
+    """The end that strengths count towards: of two the reader chooses, the dominant one first; None without a unit."""
+    if len(feature.ends) < 2:
+        return feature.ends[0] if feature.ends else None
+    ends = {end.name: end for end in feature.ends}
+    chosen = state.url_choice("end", feature.ends[0].name, list(ends))
+    st.segmented_control(
+        "Towards its end", list(ends), format_func=str.capitalize, required=True, **state.bound("end", chosen)
+    )
+    return ends[chosen]
 
 
 def check_request(feature: Feature, request: dict[str, Any]) -> None:
@@ -77,6 +96,8 @@ def check_request(feature: Feature, request: dict[str, Any]) -> None:
         raise ValueError(f"strength={request['strength']} must be a number from {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}.")
     if not math.isfinite(request["temperature"]) or request["temperature"] < 0:
         raise ValueError(f"temperature={request['temperature']} must be 0 or more.")
+    if feature.store.signed is None:
+        raise ValueError(f"Feature {feature.feature}: {SIGNS_MIXED}")
     if feature.p99 is None:
         raise ValueError(
             f"Feature {feature.feature} never fired, so it has no p99 to measure strength in: choose another."
@@ -85,6 +106,7 @@ def check_request(feature: Feature, request: dict[str, Any]) -> None:
 
 def _generate(store: FeatureStore, feature: Feature, request: dict[str, Any]) -> dict[str, Any]:
     check_request(feature, request)
+    steered_end = next((end for end in feature.ends if end.name == request.get("end")), feature)
     options = {key: request[key] for key in ("max_new_tokens", "temperature", "seed")}
     total = request["max_new_tokens"]
     bar = st.progress(0.0, "Waiting for the model")
@@ -93,7 +115,7 @@ def _generate(store: FeatureStore, feature: Feature, request: dict[str, Any]) ->
         lm = state.load_model(store.manifest["model"]["name"])
         # Each step of the bar is a place where Streamlit may end this run: pressed again, the page begins anew.
         default = lm.generate(request["prompt"], **options, on_token=lambda n: bar.progress(n / total / 2, "Default"))
-        with lm.steer(feature * request["strength"]):
+        with lm.steer(steered_end * request["strength"]):
             steered = lm.generate(
                 request["prompt"], **options, on_token=lambda n: bar.progress(0.5 + n / total / 2, "Steered")
             )
@@ -103,7 +125,8 @@ def _generate(store: FeatureStore, feature: Feature, request: dict[str, Any]) ->
         if lm.hash == store.manifest["model"]["hash"]
         else "These are other weights than the features were collected with."
     )
-    return request | {"feature": feature.feature, "default": default, "steered": steered, "warning": other}
+    shown = f"{feature.feature} ({request['end']} end)" if len(feature.ends) > 1 else str(feature.feature)
+    return request | {"feature": shown, "default": default, "steered": steered, "warning": other}
 
 
 def _result() -> None:

@@ -31,10 +31,10 @@ def friendly_errors() -> Iterator[None]:
     try:
         yield
     except (SaelabError, ValueError) as error:
-        st.error(_plain(str(error)), icon=":material/error:")
+        st.error(plain(str(error)), icon=":material/error:")
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text for a Markdown place, every mark escaped."""
     return "".join(f"\\{char}" if char in r"\`*_{}[]()<>#+-.!|$~:" else char for char in text)
 
@@ -92,12 +92,12 @@ def show_sidebar() -> None:
         if len(found) > 1:
             st.session_state["sae_box"] = sae.name
             st.selectbox("SAE", [each.name for each in found], key="sae_box", on_change=_choose_sae)
-        st.caption(f"Run **{_plain(run_folder().name)}**")
+        st.caption(f"Run **{plain(run_folder().name)}**")
         with suppress(StoreError):  # the pages that need the store say what is wrong with it
             manifest = store().manifest
             st.caption(
-                f"{_plain(sae.name)} \u00b7 {manifest['sae']['hash'][:10]}  \n{_plain(manifest['hook_name'])}  \n"
-                f"{_plain(model_label(manifest['model']['name']))}  \n"
+                f"{plain(sae.name)} \u00b7 {manifest['sae']['hash'][:10]}  \n{plain(manifest['hook_name'])}  \n"
+                f"{plain(model_label(manifest['model']['name']))}  \n"
                 f"features counted on {counted(store())}"
             )
 
@@ -162,9 +162,9 @@ def url_choice(name: str, default: str, options: Sequence[str]) -> str:
 
 
 def _notice(name: str, text: str, expected: str, default: Any) -> None:
-    shown = _plain(repr(text[:40]))
-    meant = _plain(expected)
-    instead = f" Showing {_plain(str(default))}." if default != "" else ""
+    shown = plain(repr(text[:40]))
+    meant = plain(expected)
+    instead = f" Showing {plain(str(default))}." if default != "" else ""
     st.warning(f"The address says {name} = {shown}; expected {meant}.{instead}", icon=":material/link_off:")
     del st.query_params[name]
 

@@ -198,6 +198,12 @@ def steer(
     strength: Annotated[
         float, arg(help="A factor for scale, unused by ablate; else in units of the feature's p99.")
     ] = 2.0,
+    end: Annotated[
+        Literal["dominant", "positive", "negative"],
+        arg(
+            help="Of a signed feature (abs_topk): the end that strengths count towards, by default that it mostly fires with."
+        ),
+    ] = "dominant",
     mode: Annotated[
         Literal["add", "clamp", "scale", "ablate"],
         arg(help="Add it, clamp it to one strength, scale its own strength, or take it out."),
@@ -217,14 +223,14 @@ def steer(
         raise ValueError(f"{run} holds {len(found)} SAEs, each with features of its own; say whose: {named}")
     store = saelab.load_features(run)
     chosen = store.feature(feature)
+    steered = chosen if end == "dominant" else getattr(chosen, end)
     lm = _load_model(model or store.manifest["model"]["name"], dtype)
-    edit = chosen.ablate() if mode == "ablate" else getattr(chosen, mode)(strength)
+    edit = steered.ablate() if mode == "ablate" else getattr(steered, mode)(strength)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     print(f"default: {lm.generate(prompt, **options)}\n")
+    name = f"feature {feature}{'' if end == 'dominant' else f' ({end} end)'}"
     with lm.steer(edit):
-        print(
-            f"feature {feature}, {mode}{'' if mode == 'ablate' else f' {strength:g}'}: {lm.generate(prompt, **options)}"
-        )
+        print(f"{name}, {mode}{'' if mode == 'ablate' else f' {strength:g}'}: {lm.generate(prompt, **options)}")
 
 
 def _find_saes(run: Path) -> list[Any]:

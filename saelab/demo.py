@@ -78,7 +78,7 @@ def _show_steering(lm: LanguageModel, store: FeatureStore) -> None:
     if chosen is None:
         print("   No feature fired; train on more tokens.")
         return
-    logits = ", ".join(repr(token) for token, _ in chosen.feature.top_logits.positive[:5])
+    logits = ", ".join(repr(token) for token, _ in chosen.feature.dominant_logits.positive[:5])
     print(f"   feature {chosen.feature.feature} at {chosen.strength:g} times its p99, which promotes {logits}")
     print(f"   default: {lm.generate(PROMPT, max_new_tokens=30)!r}")
     with lm.steer(chosen.feature * chosen.strength):

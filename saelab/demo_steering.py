@@ -59,7 +59,7 @@ def _candidates(lm: LanguageModel, store: FeatureStore) -> list[Feature]:
     found: list[Feature] = []
     for row in sorted(rows, key=lambda row: -(row["p99"] or 0.0) * (row["top_logit"] or 0.0)):
         feature = store.feature(row["feature"])
-        words = [word for word, _ in feature.top_logits.positive[:_WORDS] if re.fullmatch(r" [A-Za-z]{4,}", word)]
+        words = [word for word, _ in feature.dominant_logits.positive[:_WORDS] if re.fullmatch(r" [A-Za-z]{4,}", word)]
         everyday = sum(counts[int(lm.to_ids(word)[0, -1])] >= _EVERYDAY for word in words)
         if everyday > _WORDS / 2:
             found.append(feature)
@@ -74,7 +74,7 @@ def _try(lm: LanguageModel, feature: Feature, strength: float, prompt: str, n_to
     with lm.steer(edit):
         written = lm.generate_ids(prompt, n_tokens)
     ids, start = written.ids, written.n_prompt
-    words = [lm.to_ids(token)[0, -1] for token, _ in feature.top_logits.positive[:_WORDS]]
+    words = [lm.to_ids(token)[0, -1] for token, _ in feature.dominant_logits.positive[:_WORDS]]
     rise = 0.0
     if words:
         before, after = lm.logits(ids[None]), lm.run_with_edit(ids[None], edit)

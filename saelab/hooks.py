@@ -40,6 +40,15 @@ class Site(NamedTuple):
     layer: nn.Module | None = None
 
 
+_WRITES_TO_RESIDUAL = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
+
+
+def writes_to_residual(hook_name: str) -> bool:
+    """Do activations at this hook lie in the residual stream, or are they added to it as they are? Then a vector there has
+    a direct effect on the logits."""
+    return hook_name.rpartition(".")[2] in _WRITES_TO_RESIDUAL
+
+
 class CutForward(Exception):
     """Raised by the last capture to leave the forward pass early."""
 

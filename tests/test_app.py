@@ -304,7 +304,7 @@ def _traces(figure: Any) -> Any:
 
 def test_charts_are_figures_of_their_data():
     histogram = Histogram(np.array([1.0, 1.25, 1.5, 1.75]), np.array([3, 0, 2]))
-    figure = charts.value_histogram(histogram, 1.6, 1.7)
+    figure = charts.value_histogram(histogram, [(1.6, 1.7)])
     assert list(_traces(figure)[0].y) == [3, 0, 2] and len(figure.to_dict()["layout"]["shapes"]) == 2
     density = np.array([0.0, 0.0, 1e-3, 0.2])
     figure = charts.density_histogram(density, 10_000)

@@ -356,7 +356,7 @@ def test_damaged_stores_say_what_to_do(store, tmp_path):
         load_features(tmp_path / "nowhere")
     newer = copy("newer")
     manifest = json.loads((newer / schema.MANIFEST).read_text())
-    (newer / schema.MANIFEST).write_text(json.dumps(manifest | {"version": 2}))
+    (newer / schema.MANIFEST).write_text(json.dumps(manifest | {"version": schema.VERSION + 1}))
     with pytest.raises(StoreError, match="update saelab"):
         load_features(newer)
     truncated = copy("truncated")

@@ -5,13 +5,15 @@ Browsing a store imports no torch: `collect_features` is loaded when first used.
 
 from typing import TYPE_CHECKING, Any
 
-from saelab.features.feature import Example, Feature
+from saelab.features.end import End
+from saelab.features.example import Example
+from saelab.features.feature import Feature
 from saelab.features.store import FeatureStore, load_features
 
 if TYPE_CHECKING:
     from saelab.features.collect import collect_features
 
-__all__ = ["Example", "Feature", "FeatureStore", "collect_features", "load_features"]
+__all__ = ["End", "Example", "Feature", "FeatureStore", "collect_features", "load_features"]
 
 
 def __getattr__(name: str) -> Any:

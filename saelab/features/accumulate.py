@@ -35,8 +35,14 @@ class Entries(NamedTuple):
         return Entries(*(column[index] for column in self))
 
 
+def sorted_entries(acts: SparseActs, tokens: Int[Tensor, " batch"], docs: Int[Tensor, " batch"]) -> Entries:
+    """The feature activations of the kept rows, with their token numbers (ascending) and document numbers."""
+    order, rows, _ = acts.by_feature
+    return Entries(acts.features[order], tokens[rows], docs[rows], acts.values[order].float())
+
+
 class Accumulator:
-    """Running state of `d_sae` features; `update` takes one batch of codes."""
+    """Running state of `d_sae` features that are never negative; `signed.py` holds one for each end of those that are."""
 
     def __init__(self, d_sae: int, ctx_len: int, top_k: int) -> None:
         self.d_sae, self.ctx_len, self.top_k = d_sae, ctx_len, top_k
@@ -53,16 +59,18 @@ class Accumulator:
         self._sampled = 0
 
     def update(self, acts: SparseActs, tokens: Int[Tensor, " batch"], docs: Int[Tensor, " batch"]) -> None:
-        """Count one batch: the codes of the kept rows, their token numbers (ascending) and document numbers."""
-        order, rows, offsets = acts.by_feature
-        entries = Entries(acts.features[order], tokens[rows], docs[rows], acts.values[order].float())
-        self._count(entries, offsets.diff())
-        self._keep_sample(entries)
-        self._keep_top(entries)
+        """Count one batch (see `sorted_entries`)."""
+        self.add(entries := sorted_entries(acts, tokens, docs), entries)
 
-    def _count(self, entries: Entries, counts: Tensor) -> None:
+    def add(self, entries: Entries, around: Entries) -> None:
+        """Count the entries of one batch; the windows of examples show the values of `around`."""
+        self._count(entries)
+        self._keep_sample(entries)
+        self._keep_top(entries, around)
+
+    def _count(self, entries: Entries) -> None:
         features, values = entries.features, entries.values
-        self.n_fired += counts
+        self.n_fired += torch.bincount(features, minlength=self.d_sae)
         self.total.index_add_(0, features, values.double())
         self.total_square.index_add_(0, features, values.double().square())
         self.maximum.scatter_reduce_(0, features, values, "amax")
@@ -81,7 +89,7 @@ class Accumulator:
             self._sample = [(features[kept], values[kept], hashes[kept])]
             self._sampled = len(kept)
 
-    def _keep_top(self, entries: Entries) -> None:
+    def _keep_top(self, entries: Entries, around: Entries) -> None:
         """Merge the batch into the top-K lists, one example a document, the earlier token where values are equal."""
         found = (entries.values > self.top_value[entries.features, -1]).nonzero().squeeze(1)
         if not len(found):
@@ -99,7 +107,7 @@ class Accumulator:
         windows = torch.zeros(len(order), _WINDOW)
         is_old = order < len(at)
         windows[is_old] = self.top_window[at[order[is_old]], place[order[is_old]]]
-        windows[~is_old] = self._windows(entries, both.take(order[~is_old]))
+        windows[~is_old] = self._windows(around, both.take(order[~is_old]))
         chosen = both.take(order)
         self.top_value[touched] = -torch.inf
         self.top_value[chosen.features, rank] = chosen.values

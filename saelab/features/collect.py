@@ -17,17 +17,18 @@ from tqdm.auto import tqdm
 from saelab.activation_cache.score import ScoreStream, check_scoring, open_score_stream
 from saelab.errors import SaelabError, StoreError
 from saelab.features import schema
-from saelab.features.accumulate import Accumulator
-from saelab.features.store import FeatureStore, read_manifest
+from saelab.features.manifest import read_manifest
+from saelab.features.signed import SignedAccumulator
+from saelab.features.store import FeatureStore
 from saelab.features.writer import write_store
 from saelab.files import claim_folder, differences, fsync_dir, remove_leftovers, temporary_path, writing
+from saelab.hooks import writes_to_residual
 from saelab.models import LanguageModel
 from saelab.models_together import locate, together
 from saelab.saes import SAE
 from saelab.tokens import Texts, load_texts
 
 TOP_LOGITS = 15
-_WRITES_TO_RESIDUAL = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
 
 
 def collect_features(
@@ -112,10 +113,10 @@ def _refuse_other_request(out_dir: Path, request: dict[str, Any]) -> None:
 
 
 @torch.inference_mode()
-def _run(sae: SAE, stream: ScoreStream, top_k: int, progress: bool) -> Accumulator:
+def _run(sae: SAE, stream: ScoreStream, top_k: int, progress: bool) -> SignedAccumulator:
     print(f"Collecting features on {stream.texts.describe(stream.split)}")
     ctx_len = stream.batches[0].ids.shape[1]
-    state = Accumulator(sae.d_sae, ctx_len, top_k)
+    state = SignedAccumulator(sae.d_sae, ctx_len, top_k)
     total = sum(int((batch.doc >= 0).sum()) for batch in stream.batches)
     with tqdm(total=total, unit="token", unit_scale=True, desc="Features", disable=not progress) as bar:
         for tokens, acts, keep in stream:
@@ -138,7 +139,7 @@ def _top_logits(sae: SAE, lm: LanguageModel, hook_name: str) -> dict[str, Tensor
     The values are the logit change of one unit along the decoder row, its direct effect: `logit_weights @ W_dec[f]`.
     A crosscoder's row is that of its last source.
     """
-    if not hook_name.endswith(_WRITES_TO_RESIDUAL):
+    if not writes_to_residual(hook_name):
         return None
     unembed = locate(lm, hook_name)[0].logit_weights().float().cpu()  # (vocab, d_model)
     decoder, _ = sae.written()
@@ -165,7 +166,7 @@ def _cosine(sae: SAE) -> Float[Tensor, " d_sae"]:
     return torch.cosine_similarity(encoder, decoder, dim=1).clamp(-1, 1).cpu()
 
 
-def _manifest(sae: SAE, stream: ScoreStream, state: Accumulator, out_dir: Path) -> dict[str, Any]:
+def _manifest(sae: SAE, stream: ScoreStream, state: SignedAccumulator, out_dir: Path) -> dict[str, Any]:
     folder = None
     if sae.folder is not None:
         folder = os.path.relpath(Path(sae.folder).resolve(), out_dir.resolve())
@@ -187,6 +188,7 @@ def _manifest(sae: SAE, stream: ScoreStream, state: Accumulator, out_dir: Path) 
         "n_documents": len({int(doc) for batch in stream.batches for doc in batch.doc.unique()} - {-1}),
         "n_sequences": sum(len(batch.ids) for batch in stream.batches),
         "nnz": nnz,
+        "signed": state.negative is not None,
         "l0": nnz / stream.n_tokens,
     }
 

@@ -1,23 +1,22 @@
 """HTML of a feature: examples with highlighted tokens, and the card a notebook shows.
 
-Token text comes from the web and is hostile until escaped: it passes through `visible` (control, bidi and zero-width
-characters become glyphs) and `html.escape(quote=True)`, and reaches the page nowhere else. No script, no other host.
+Token text comes from the web and is hostile until escaped: it reaches the page through `visible.py` only. No script, no other
+host.
 """
 
 from __future__ import annotations
 
-import html
-import unicodedata
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from saelab.features.manifest import SIGNS_MIXED
 from saelab.features.token_text import Group, display_groups
+from saelab.features.visible import chip_text, escape, visible
 
 if TYPE_CHECKING:
     from saelab.features.feature import Example, Feature, Histogram
 
-HIGHLIGHT = "230,159,0"
-SPACE = "\u00b7"
+HIGHLIGHT, NEGATIVE = "230,159,0", "86,180,233"
 _MAX_ALPHA = 0.6
 
 STYLE = """
@@ -35,72 +34,73 @@ text-decoration:underline;text-underline-offset:3px}
 .sl-g{opacity:.55}
 """
 
-_GLYPHS = {
-    "\n": "\u21b5",
-    "\r": "\u240d",
-    "\t": "\u21e5",
-    "\x7f": "\u2421",
-    "\u00a0": "\u237d",
-    "\ufeff": "\u27e8BOM\u27e9",
-}
+
+def feature_examples_html(feature: Feature, limit: int | None = None, kind: Literal["top", "bottom"] = "top") -> str:
+    """Examples of one end of a feature; each token's highlight is scaled to the largest magnitude at its own end."""
+    largest = {end.sign: end.max for end in feature.ends}
+    return examples_html(feature.examples(limit, kind=kind), largest.get(1, feature.max), largest.get(-1), kind)
 
 
-def visible(text: str) -> str:
-    """`text` with every character that would be invisible, or would reorder others, replaced by a glyph or its code."""
-    return "".join(_visible_char(char) for char in text)
-
-
-def _visible_char(char: str) -> str:
-    if char in _GLYPHS:
-        return _GLYPHS[char]
-    if ord(char) < 0x20:
-        return chr(0x2400 + ord(char))
-    if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"):
-        return f"\u27e8U+{ord(char):04X}\u27e9"
-    return char
-
-
-def escape(text: str) -> str:
-    """`visible` text, safe between tags and inside a quoted attribute."""
-    return html.escape(visible(text), quote=True)
-
-
-def examples_html(examples: Sequence[Example], maximum: float | None) -> str:
-    """One block for a list of examples; the highlight is scaled to `maximum`, the feature's largest value."""
+def examples_html(
+    examples: Sequence[Example], maximum: float | None, negative: float | None = None, kind: str = "top"
+) -> str:
+    """One block for a list of examples; highlights are shares of `maximum`, the feature's largest value, and of `negative`,
+    the largest magnitude of its negative values (None: `maximum`)."""
     if not examples:
         return '<div class="sl">No example: the feature fired on no counted token.</div>'
-    rows = "".join(_example_row(example, maximum or example.value) for example in examples)
-    return f'<div class="sl" role="list" aria-label="Top examples">{rows}</div>'
+    scale = _Scale(maximum, negative)
+    rows = "".join(_example_row(example, scale) for example in examples)
+    return f'<div class="sl" role="list" aria-label="{kind.capitalize()} examples">{rows}</div>'
 
 
-def _example_row(example: Example, maximum: float) -> str:
+class _Scale(NamedTuple):
+    positive: float | None
+    negative: float | None
+
+    def share(self, value: float) -> float:
+        """Magnitude as a share of the largest at the same end, at most 1."""
+        largest = abs((self.negative if value < 0 else None) or self.positive or 0.0)
+        return min(1.0, abs(value) / largest) if largest else float(value != 0)
+
+
+def _example_row(example: Example, scale: _Scale) -> str:
     where = f"doc&nbsp;{example.document}&thinsp;:&thinsp;{example.position}"
     return (
         f'<div class="sl-row" role="listitem"><div class="sl-val">{number(example.value)}'
         f'<span class="sl-src">{where}</span></div>'
-        f'<div class="sl-text"><bdi>{example_text_html(example, maximum)}</bdi></div></div>'
+        f'<div class="sl-text"><bdi>{_example_text(example, scale)}</bdi></div></div>'
     )
 
 
-def example_text_html(example: Example, maximum: float) -> str:
-    """The tokens of one example; runs of silent tokens are plain text."""
-    return "".join(_group_html(example, group, maximum) for group in display_groups(example.pieces))
+def _example_text(example: Example, scale: _Scale) -> str:
+    """The tokens of one example; a run of silent tokens is one stretch of plain text."""
+    parts, silent = [], ""
+    for group in display_groups(example.pieces):
+        if any(example.values[group.start : group.stop]) or group.start <= example.peak < group.stop:
+            parts += [_plain(silent), _group_html(example, group, scale)]
+            silent = ""
+        else:
+            silent += group.text
+    return "".join([*parts, _plain(silent)])
 
 
-def _group_html(example: Example, group: Group, maximum: float) -> str:
+def _plain(text: str) -> str:
+    return escape(text).replace("\u21b5", '<span class="sl-g">\u21b5</span><wbr>')
+
+
+def _group_html(example: Example, group: Group, scale: _Scale) -> str:
     values = example.values[group.start : group.stop]
     strongest = max(values, key=abs)
     is_peak = group.start <= example.peak < group.stop
-    text = escape(group.text).replace("\u21b5", '<span class="sl-g">\u21b5</span><wbr>')
-    if not strongest and not is_peak:
-        return text
-    share = min(1.0, abs(strongest) / maximum) if maximum else 0.0
-    said = ", ".join(number(value) for value in values)
-    title = escape(f"token '{group.text}', activation {said}, {share:.0%} of maximum" + (", peak" if is_peak else ""))
-    style = f"background:rgba({HIGHLIGHT},{_MAX_ALPHA * share:.2f})"
+    share = scale.share(strongest)
+    said, end = ", ".join(number(value) for value in values), " at the negative end" if strongest < 0 else ""
+    title = f"token '{group.text}', activation {said}, {share:.0%} of maximum{end}" + (", peak" if is_peak else "")
+    title = escape(title)
+    style = f"background:rgba({NEGATIVE if strongest < 0 else HIGHLIGHT},{_MAX_ALPHA * share:.2f})"
     name = "sl-t sl-peak" if is_peak else "sl-t"
     return (
-        f'<bdi class="{name}" role="img" tabindex="0" title="{title}" aria-label="{title}" style="{style}">{text}</bdi>'
+        f'<bdi class="{name}" role="img" tabindex="0" title="{title}" aria-label="{title}" style="{style}">'
+        f"{_plain(group.text)}</bdi>"
     )
 
 
@@ -151,15 +151,36 @@ font-family:system-ui,sans-serif;background:#fff;color:#1f2328}
 def feature_card(feature: Feature, n_examples: int = 10) -> str:
     """A self-contained card for a notebook: inline style, no script, follows the reader's colour scheme."""
     stats = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in _stats(feature))
-    logits = feature.top_logits
+    promoted, suppressed = feature.dominant_logits
     model = model_label(feature.store.manifest["model"]["name"])
+    note = "".join(f'<p class="sl-sub">{escape(line)}</p>' for line in [signs_text(feature)] if line)
+    other = ""
+    if len(feature.ends) > 1:
+        title = f"Examples of the other end ({feature.ends[1].name})"
+        other = f"<h4>{title}</h4>{feature_examples_html(feature, n_examples, 'bottom')}"
     return (
         f'<style>{_CARD_STYLE}</style><div class="sl-card"><h3>Feature {feature.feature}</h3>'
         f'<p class="sl-sub">{escape(feature.hook_name)} \u00b7 {escape(model)}</p>'
-        f'<dl class="sl-stats">{stats}</dl>'
-        f"<h4>Top examples</h4>{examples_html(feature.examples(n_examples), feature.max)}"
+        f'<dl class="sl-stats">{stats}</dl>{note}'
+        f"<h4>Top examples</h4>{feature_examples_html(feature, n_examples)}{other}"
         f"<h4>Values (log scale)</h4>{histogram_svg(feature.histogram)}"
-        f"<h4>Promotes</h4>{chips_html(logits.positive)}<h4>Suppresses</h4>{chips_html(logits.negative)}</div>"
+        f"<h4>Promotes</h4>{chips_html(promoted)}<h4>Suppresses</h4>{chips_html(suppressed)}</div>"
+    )
+
+
+def signs_text(feature: Feature) -> str:
+    """What to know about the signs of a feature; "" for one that is never negative."""
+    if feature.store.signed is None:
+        return f"Numbers and examples are of the signed value: {SIGNS_MIXED}"
+    if feature.sign in (None, 1) and len(feature.ends) < 2:
+        return ""
+    shares = ", ".join(
+        f"{end.name} on {percent(end.n_fired / feature.n_fired)} of its firings (p99 {number(end.p99)}, max {number(end.max)})"
+        for end in feature.ends
+    )
+    return (
+        f"A signed feature: {shares}. Mean, p99, max and what it promotes are those of its {feature.ends[0].name} end, "
+        "towards which positive strengths steer."
     )
 
 
@@ -179,8 +200,7 @@ def chips_html(tokens: Sequence[tuple[str, float]]) -> str:
     if not tokens:
         return '<div class="sl-sub">No direct path to the logits from this hook.</div>'
     chips = "".join(
-        f'<bdi class="sl-chip">{escape(text).replace(" ", SPACE)}<small>{value:+.2f}</small></bdi>'
-        for text, value in tokens
+        f'<bdi class="sl-chip">{chip_text(text)}<small>{value:+.2f}</small></bdi>' for text, value in tokens
     )
     return f'<div class="sl-chips">{chips}</div>'
 
@@ -193,8 +213,8 @@ def histogram_svg(histogram: Histogram, width: int = 480, height: int = 70) -> s
     step, tallest = width / len(counts), counts.max()
     bars = "".join(
         f'<rect x="{i * step:.1f}" y="{height - height * count / tallest:.1f}" width="{max(1.0, step - 1):.1f}" '
-        f'height="{height * count / tallest:.1f}"/>'
-        for i, count in enumerate(counts)
+        f'height="{height * count / tallest:.1f}"{_fill(edge)}/>'
+        for i, (count, edge) in enumerate(zip(counts, histogram.edges[1:], strict=True))
     )
     label = f"{number(histogram.edges[0])} to {number(histogram.edges[-1])}, at most {tallest:,} a bin"
     return (
@@ -204,13 +224,20 @@ def histogram_svg(histogram: Histogram, width: int = 480, height: int = 70) -> s
     )
 
 
+def _fill(right_edge: float) -> str:
+    return f' style="fill:rgb({NEGATIVE})"' if right_edge <= 0 else ""
+
+
 def feature_text(feature: Feature) -> str:
     """The feature in a terminal: numbers, promoted tokens, three examples with the peak in brackets."""
     lines = [f"Feature {feature.feature} of {feature.hook_name}"]
     lines.append("  " + ", ".join(f"{name} {value}" for name, value in _stats(feature)))
-    if feature.top_logits.positive:
-        lines.append("  promotes " + ", ".join(repr(visible(text)) for text, _ in feature.top_logits.positive[:8]))
-    lines += [f"  {number(example.value):>7}  {example_line(example)}" for example in feature.examples(3)]
+    if signs := signs_text(feature):
+        lines.append("  " + signs)
+    if promoted := feature.dominant_logits.positive:
+        lines.append("  promotes " + ", ".join(repr(visible(text)) for text, _ in promoted[:8]))
+    shown = feature.examples(3) + (feature.examples(3, kind="bottom") if len(feature.ends) > 1 else [])
+    lines += [f"  {number(example.value):>7}  {example_line(example)}" for example in shown]
     return "\n".join(lines)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 FORMAT = "saelab features"
-VERSION = 1
+VERSION, UNSIGNED_VERSION = 2, 1
+"""A store in which no activation is negative is written as version 1, which has no `feature_end` and no column "sign"."""
 MANIFEST, DATABASE, TOKENS = "manifest.json", "store.sqlite", "tokens.safetensors"
 
 WINDOW_LEFT, WINDOW_RIGHT = 32, 16
@@ -14,15 +15,17 @@ COLUMNS = {
     "feature": "row of W_enc and W_dec",
     "n_fired": "counted tokens with a non-zero value",
     "density": "n_fired / counted tokens",
-    "mean": "mean of the non-zero values",
-    "std": "standard deviation of the non-zero values",
-    "p99": "99th percentile of the non-zero values",
-    "max": "largest value",
+    "mean": "mean of the non-zero magnitudes at the dominant end",
+    "std": "their standard deviation",
+    "p99": "their 99th percentile",
+    "max": "the largest of them",
     "cosine": "cosine between encoder and decoder row",
-    "peak_token": "token id at the largest value",
-    "top_logit": "token id that the decoder row promotes most",
+    "peak_token": "token id at the largest",
+    "top_logit": "token id that the feature promotes most at that end",
     "p99_exact": "1 when p99 was read off every value, 0 when off a uniform sample",
 }
+"""The dominant end of a feature is the sign it mostly fires with; one that is never negative has the positive end only."""
+END_COLUMNS = ("sign", "n_fired", "mean", "std", "p99", "max", "p99_exact")
 SORTABLE = ("feature", "n_fired", "density", "mean", "std", "p99", "max", "cosine")
 
 _INTEGERS = {"feature", "n_fired", "peak_token", "top_logit", "p99_exact"}
@@ -35,7 +38,17 @@ DDL = [
     "CREATE TABLE blob (feature INTEGER, kind TEXT, data BLOB, PRIMARY KEY (feature, kind)) WITHOUT ROWID",
     "CREATE TABLE token (id INTEGER PRIMARY KEY, bytes BLOB)",
 ]
+SIGNED_DDL = [
+    'ALTER TABLE feature ADD COLUMN "sign" INTEGER',
+    'CREATE TABLE feature_end (feature INTEGER, "sign" INTEGER, "n_fired" INTEGER, "mean" REAL, "std" REAL, "p99" REAL, '
+    '"max" REAL, "p99_exact" INTEGER, PRIMARY KEY (feature, sign)) WITHOUT ROWID',
+]
 INDEXES = [f'CREATE INDEX feature_{name} ON feature ("{name}", feature)' for name in SORTABLE if name != "feature"]
+
+
+def blob_kind(kind: str, sign: int) -> str:
+    """The `kind` under which the "examples" or "histogram" of one end are kept."""
+    return kind if sign > 0 else f"{kind}_negative"
 
 
 def bin_edges() -> list[float]:

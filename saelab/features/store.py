@@ -8,6 +8,9 @@ from __future__ import annotations
 import sqlite3
 import threading
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -18,6 +21,7 @@ from saelab.errors import SaelabError, StoreError
 from saelab.features import schema
 from saelab.features.blob import unpack_arrays
 from saelab.features.feature import Feature
+from saelab.features.manifest import COLLECT_AGAIN, read_manifest, signed_features
 from saelab.files import read_json
 
 if TYPE_CHECKING:
@@ -25,8 +29,6 @@ if TYPE_CHECKING:
 
 Bounds = Mapping[str, tuple[float | int | None, float | int | None]]
 """Inclusive (lowest, highest) by column, None for open."""
-
-_ANEW = "Collect it anew with saelab.collect_features(...) or `saelab features RUN`."
 
 
 class FeatureStore:
@@ -48,7 +50,7 @@ class FeatureStore:
             self._sae = self._checked(sae)
         (rows,) = self._query("SELECT count(*) FROM feature")[0]
         if rows != self.d_sae:
-            raise StoreError(f"{self._database} holds {rows} features, its manifest says {self.d_sae}. {_ANEW}")
+            raise StoreError(f"{self._database} holds {rows} features, its manifest says {self.d_sae}. {COLLECT_AGAIN}")
 
     @property
     def d_sae(self) -> int:
@@ -64,6 +66,16 @@ class FeatureStore:
     def hook_name(self) -> str:
         """The model site that features are steered at: where the SAE writes, of several sites the last."""
         return self.manifest["hook_name"]
+
+    @cached_property
+    def signed(self) -> bool | None:
+        """Whether features were negative anywhere. None in a store of an earlier version whose SAE has negative values: its
+        quantiles and examples are those of the signed value, and there is no unit to steer by."""
+        config = None if self._sae is None else asdict(self._sae.config)
+        if config is None and "signed" not in self.manifest and self.sae_folder is not None:
+            with suppress(SaelabError, KeyError, TypeError):
+                config = read_json(self.sae_folder / "sae.json")["config"]
+        return signed_features(self.manifest, config)
 
     def __len__(self) -> int:
         return self.d_sae
@@ -83,7 +95,7 @@ class FeatureStore:
             raise ValueError(f"feature={feature} does not exist; this SAE has features 0 to {self.d_sae - 1}.")
         rows = self._rows("WHERE feature = ?", [int(feature)])
         if not rows:
-            raise StoreError(f"{self._database} has no row for feature {feature}. {_ANEW}")
+            raise StoreError(f"{self._database} has no row for feature {feature}. {COLLECT_AGAIN}")
         return Feature(self, rows[0])
 
     def table(
@@ -94,7 +106,8 @@ class FeatureStore:
         limit: int = 50,
         offset: int = 0,
     ) -> list[dict[str, Any]]:
-        """One page of the feature table, a dict a row with the keys of `schema.COLUMNS`; empty metrics sort last.
+        """One page of the feature table, a dict a row with the keys of `schema.COLUMNS` and "sign" (of the dominant
+        end, None where a feature never fired); empty metrics sort last.
 
         `where` gives inclusive (lowest, highest) bounds by column, None for open: `{"density": (1e-4, None)}`.
         Raises `ValueError` for an unknown column or a negative `limit` or `offset`.
@@ -119,9 +132,23 @@ class FeatureStore:
         return np.array([np.nan if value is None else value for (value,) in rows], dtype=np.float64)
 
     def arrays(self, feature: int, kind: str) -> dict[str, np.ndarray]:
-        """The stored arrays of one kind ("examples", "histogram", "logits"); {} where there are none."""
+        """The stored arrays of one kind ("logits", or as `schema.blob_kind` says); {} where there are none."""
         rows = self._query("SELECT data FROM blob WHERE feature = ? AND kind = ?", [feature, kind])
         return unpack_arrays(rows[0][0]) if rows else {}
+
+    def ends(self, feature: int) -> list[dict[str, Any]]:
+        """What is known of each end (sign) that a feature fires with, a dict a row with `schema.END_COLUMNS`, the dominant
+        one first; [] in a store that threw the signs together."""
+        if self.signed is None:
+            return []
+        if not self.signed:
+            row = self.feature(feature).row
+            return [{name: row[name] for name in schema.END_COLUMNS}] if row["n_fired"] else []
+        names = ", ".join(f'"{name}"' for name in schema.END_COLUMNS)
+        found = self._query(f"SELECT {names} FROM feature_end WHERE feature = ?", [feature])
+        rows = [dict(zip(schema.END_COLUMNS, row, strict=True)) for row in found]
+        dominant = self.feature(feature).row["sign"]
+        return sorted(rows, key=lambda row: row["sign"] != dominant)
 
     def pieces(self, ids: Iterable[int]) -> list[bytes]:
         """The bytes of tokens, from the store's own table."""
@@ -140,7 +167,7 @@ class FeatureStore:
             try:
                 self._tokens = safe_open(str(path), framework="np").__enter__()
             except Exception as error:
-                raise StoreError(f"{path} cannot be read ({error}). {_ANEW}") from error
+                raise StoreError(f"{path} cannot be read ({error}). {COLLECT_AGAIN}") from error
         return self._tokens.get_slice("ids")[index]
 
     @property
@@ -169,13 +196,15 @@ class FeatureStore:
 
         for name, entry in self.manifest["files"].items():
             if sha256_file(self.folder / name) != entry["sha256"]:
-                raise StoreError(f"{self.folder / name} was altered: its SHA-256 is not the manifest's. {_ANEW}")
+                raise StoreError(
+                    f"{self.folder / name} was altered: its SHA-256 is not the manifest's. {COLLECT_AGAIN}"
+                )
 
     def _checked(self, sae: SAE) -> SAE:
         expected = self.manifest["sae"]["hash"]
         if sae.hash != expected:
             raise StoreError(
-                f"{self.folder} was collected from the SAE {expected[:12]}, this one is {sae.hash[:12]}. {_ANEW}"
+                f"{self.folder} was collected from the SAE {expected[:12]}, this one is {sae.hash[:12]}. {COLLECT_AGAIN}"
             )
         return sae
 
@@ -184,9 +213,10 @@ class FeatureStore:
         return self.folder / schema.DATABASE
 
     def _rows(self, tail: str, values: list[Any]) -> list[dict[str, Any]]:
-        names = ", ".join(f'"{name}"' for name in schema.COLUMNS)
+        sign = {True: '"sign"', False: "CASE WHEN n_fired THEN 1 END", None: "NULL"}[self.signed]
+        names = ", ".join([*(f'"{name}"' for name in schema.COLUMNS), sign])
         return [
-            dict(zip(schema.COLUMNS, row, strict=True))
+            dict(zip([*schema.COLUMNS, "sign"], row, strict=True))
             for row in self._query(f"SELECT {names} FROM feature {tail}", values)
         ]
 
@@ -194,7 +224,7 @@ class FeatureStore:
         try:
             return self._connection().execute(sql, tuple(values)).fetchall()
         except sqlite3.Error as error:
-            raise StoreError(f"{self._database} cannot be read ({error}). {_ANEW}") from error
+            raise StoreError(f"{self._database} cannot be read ({error}). {COLLECT_AGAIN}") from error
 
     def _connection(self) -> sqlite3.Connection:
         """One read-only connection per thread: SQLite connections do not travel between threads."""
@@ -234,36 +264,8 @@ def load_features(path: str | Path, sae: SAE | None = None) -> FeatureStore:
         names = ", ".join(str(folder) for folder in folders)
         raise ValueError(f"{path} holds several feature stores; open one of them: {names}.")
     if not folders:
-        raise StoreError(f"{path} holds no feature store. {_ANEW}")
+        raise StoreError(f"{path} holds no feature store. {COLLECT_AGAIN}")
     return FeatureStore(folders[0], sae)
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of the store in `folder`, whose files are there in full size. Raises `StoreError` otherwise."""
-    path = folder / schema.MANIFEST
-    if not path.exists():
-        raise StoreError(f"{folder} holds no feature store ({schema.MANIFEST} is missing). {_ANEW}")
-    try:
-        manifest = read_json(path)
-        if manifest["format"] != schema.FORMAT:
-            raise StoreError(f"{path} says format {manifest['format']!r}, expected {schema.FORMAT!r}.")
-        if manifest["version"] > schema.VERSION:
-            raise StoreError(
-                f"{folder} has store version {manifest['version']}, this saelab reads up to {schema.VERSION}: "
-                "update saelab."
-            )
-        for name, entry in manifest["files"].items():
-            if not (folder / name).exists() or (folder / name).stat().st_size != entry["bytes"]:
-                raise StoreError(
-                    f"{folder / name} is missing or truncated ({entry['bytes']:,} bytes expected). {_ANEW}"
-                )
-        _ = manifest["sae"]["d_sae"], manifest["sae"]["hash"], manifest["sae"]["folder"], manifest["model"]["name"]
-        _ = manifest["n_tokens"], manifest["hook_name"], manifest["split"], manifest["files"][schema.DATABASE]["sha256"]
-    except StoreError:
-        raise
-    except (SaelabError, KeyError, TypeError, AttributeError) as error:
-        raise StoreError(f"{path} is no feature manifest ({error}). {_ANEW}") from error
-    return manifest
 
 
 def _check_column(name: str) -> None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_NEIGHBOURS = "a", "b"
 
 
 class Group(NamedTuple):
@@ -27,30 +28,49 @@ class Group(NamedTuple):
 def token_bytes(tokenizer: Any, ids: Iterable[int]) -> dict[int, bytes]:
     """The bytes that each token id stands for, in a Hugging Face tokenizer.
 
-    Byte-level BPE, byte-fallback (SentencePiece) and WordPiece vocabularies are told apart by their decoder.
+    Its own decoder is asked, between two other tokens, how a vocabulary spells bytes and spaces: byte-level BPE,
+    SentencePiece with or without byte fallback, WordPiece, word endings. Special tokens are shown as they are written.
     """
-    added = {index: str(token) for index, token in tokenizer.added_tokens_decoder.items()}
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    decoder = repr(getattr(backend, "decoder", ""))
+    added = tokenizer.added_tokens_decoder
+    speller = _Speller(tokenizer.convert_tokens_to_string)
     result = {}
     for index in ids:
         piece = tokenizer.convert_ids_to_tokens(index)
-        if index in added or piece is None:
-            result[index] = added.get(index, f"<|{index}|>").encode()
+        if piece is None:
+            result[index] = f"<|{index}|>".encode()
+        elif index in added and getattr(added[index], "special", True):
+            result[index] = str(added[index]).encode()
         else:
-            result[index] = _piece_bytes(piece, decoder)
+            result[index] = speller.piece_bytes(piece)
     return result
 
 
-def _piece_bytes(piece: str, decoder: str) -> bytes:
-    """Undo the spelling a vocabulary uses for bytes and spaces."""
-    if "ByteLevel" in decoder and all(char in _byte_alphabet() for char in piece):
-        return bytes(_byte_alphabet()[char] for char in piece)
-    if match := _BYTE_PIECE.fullmatch(piece):
-        return bytes([int(match[1], 16)])
-    if "WordPiece" in decoder:
-        return (piece[2:] if piece.startswith("##") else f" {piece}").encode()
-    return piece.replace("\u2581", " ").encode()
+class _Speller:
+    """Undoes the spelling a vocabulary uses, as its decoder does in the middle of a text."""
+
+    def __init__(self, decode: Callable[[list[str]], str]) -> None:
+        self._decode = decode
+        left, right = _NEIGHBOURS
+        self._before = decode([left])
+        self._after = decode([left, right]).removeprefix(self._before)
+        self._byte_level = self._between("\u0120") == " "
+        self._byte_fallback = self._between("<0x41>") == "A"
+
+    def _between(self, piece: str) -> str | None:
+        """The text of `piece` between two others; None where the decoder merges them."""
+        left, right = _NEIGHBOURS
+        text = self._decode([left, piece, right])
+        if not text.startswith(self._before) or not text.endswith(self._after):
+            return None
+        return text[len(self._before) : len(text) - len(self._after)]
+
+    def piece_bytes(self, piece: str) -> bytes:
+        if self._byte_level and all(char in _byte_alphabet() for char in piece):
+            return bytes(_byte_alphabet()[char] for char in piece)
+        if self._byte_fallback and (match := _BYTE_PIECE.fullmatch(piece)):
+            return bytes([int(match[1], 16)])
+        text = self._between(piece)
+        return (piece if text is None else text).encode()
 
 
 @cache

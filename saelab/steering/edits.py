@@ -36,7 +36,7 @@ class FeatureEdit:
     value: float | Tensor
     """Added to the code, or what it becomes (a tensor holds one by absolute position), or its factor."""
     where: str = "always"
-    """Every token, or only those on which the feature fires."""
+    """Every token, or only those on which the feature "fires", or is "positive" or "negative"."""
     source: int = -1
     """Which of a crosscoder's decoder rows is added."""
 
@@ -78,7 +78,10 @@ class FeatureEdit:
             change = torch.full_like(z, float(self.value))
         else:
             change = self._targets(rows, positions).to(flat.device, torch.float32) - z
-        return torch.where(z != 0, change, 0.0) if self.where == "fires" else change
+        if self.where == "always":
+            return change
+        here = {"fires": z != 0, "positive": z > 0, "negative": z < 0}[self.where]
+        return torch.where(here, change, 0.0)
 
     def _targets(self, rows: Tensor, positions: Tensor) -> Float[Tensor, " n_rows"]:
         """What a clamp sets the code of each row to."""
@@ -100,13 +103,24 @@ class FeatureEdit:
 class FeatureHandle:
     """One feature of an SAE and the units its strength is measured in.
 
-    `units` maps "p99", "max", "mean" to activations (of the tokens on which the feature fires). `hook_name` is by
-    default the hook the SAE was trained on; a transcoder's is the one it predicts, a crosscoder's the last of its
-    sources. The code of those two cannot be read off that hook alone: they can only be added to. Raises `ValueError`
-    for a feature the SAE does not have.
+    `units` maps "p99", "max", "mean" to activations (of the tokens on which the feature fires), negative where it mostly is;
+    `no_units` says why there are none. With `end` 1 or -1 they are magnitudes: every strength, a raw one too, counts towards
+    that sign, and edits of what the feature does itself act only where it has that sign. `hook_name` is by default the hook
+    the SAE was trained on; a transcoder's is the one it predicts, a crosscoder's the last of its sources. The code of those
+    two cannot be read off that hook alone: they can only be added to. Raises `ValueError` for a feature the SAE does not
+    have.
     """
 
-    def __init__(self, sae: SAE, feature: int, hook_name: str | None = None, units: Mapping[str, float] | None = None):
+    def __init__(
+        self,
+        sae: SAE,
+        feature: int,
+        hook_name: str | None = None,
+        units: Mapping[str, float] | None = None,
+        *,
+        end: Literal[-1, 0, 1] = 0,
+        no_units: str = "",
+    ):
         if not 0 <= feature < sae.d_sae:
             raise ValueError(f"feature={feature} does not exist; this SAE has features 0 to {sae.d_sae - 1}.")
         hook_name, self.source = steered_site(sae, hook_name)
@@ -115,6 +129,7 @@ class FeatureHandle:
         self.sae, self.feature = sae, int(feature)
         self.hook_name = hook_name.rpartition("/")[2]  # "MODEL/HOOK" where several models were read
         self.units = dict(units or {})
+        self.end, self.no_units = end, no_units
 
     def __repr__(self) -> str:
         return f"FeatureHandle(feature {self.feature} at {self.hook_name}, units {self.units})"
@@ -136,7 +151,7 @@ class FeatureHandle:
         """
         if where not in ("always", "fires"):
             raise ValueError(f"where={where!r}; expected 'always' or 'fires'.")
-        factor = self.unit(unit)
+        factor, where = self.unit(unit), where if where == "always" else self._firing
         if isinstance(value, Tensor) and value.ndim:
             if value.ndim > 2 or not value.numel() or not bool(value.isfinite().all()):
                 raise ValueError(
@@ -147,11 +162,15 @@ class FeatureHandle:
 
     def scale(self, factor: float) -> FeatureEdit:
         """Multiply the code by `factor`: 1.0 changes nothing, 0.0 ablates."""
-        return self._edit("scale", finite(factor))
+        return self._edit("scale", finite(factor), self._firing if self.end else "always")
 
     def ablate(self) -> FeatureEdit:
         """Set the code to zero; tokens on which the feature is silent keep their bits."""
-        return self._edit("scale", 0.0)
+        return self.scale(0.0)
+
+    @property
+    def _firing(self) -> str:
+        return {0: "fires", 1: "positive", -1: "negative"}[self.end]
 
     def unit(self, unit: str) -> float:
         """One `unit` in code units. Raises `ValueError` for an unknown unit, `SaelabError` for one that is missing."""
@@ -159,11 +178,12 @@ class FeatureHandle:
             raise ValueError(f"unit={unit!r} is unknown; expected one of {', '.join(UNITS)}.")
         size = 1.0 if unit == "raw" else self.units.get(unit)
         if size is None or not math.isfinite(size) or size == 0:
-            raise SaelabError(
-                f"feature {self.feature} has no {unit} activation: its store saw it never fire, or there is no store. "
-                "Take a feature that fires from a store (`load_features(...).feature(i)`), or give unit='raw'."
+            why = self.no_units or (
+                "its store saw it never fire, or there is no store. Take a feature that fires from a store "
+                "(`load_features(...).feature(i)`), or give unit='raw'."
             )
-        return float(size)
+            raise SaelabError(f"feature {self.feature} has no {unit} activation: {why}")
+        return float(size) * (self.end or 1)
 
     def _edit(
         self, mode: Literal["add", "clamp", "scale"], value: float | Tensor, where: str = "always"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from saelab.hooks import writes_to_residual
 from saelab.models import Edit, LanguageModel
 from saelab.steering.edits import FeatureHandle
 from saelab.steering.vectors import Direction
@@ -48,7 +50,7 @@ class Effect(NamedTuple):
 
     feature: int
     promoted: tuple[str, ...]
-    """The tokens with the largest logits along its decoder row."""
+    """The tokens with the largest logits along its decoder row, against it where the feature is mostly negative."""
     rise: float
     random_mean: float
     """Mean rise under random directions of the same norm."""
@@ -112,8 +114,8 @@ def effect_table(
     """Steer `lm` with `strength` p99 of each feature on `prompts`, and with random directions of the same norm.
 
     From a feature store `n_features` are drawn by `seed` among those with a density in `DENSITY`; a list of features
-    (or `FeatureHandle`) is taken as it is. Raises `ValueError` off the residual stream, where a decoder row has no
-    logits, and when a store has too few such features.
+    (or `FeatureHandle`) is taken as it is. Raises `ValueError` at hooks that do not write to the residual stream, where a decoder
+    row has no logits, and when a store has too few such features.
     """
     handles = _handles(store_or_handles, n_features, seed)
     generator = torch.Generator().manual_seed(seed)
@@ -146,14 +148,17 @@ def _effect(
 ) -> Effect:
     decoder, scale = handle.sae.written(handle.source)
     row = decoder[handle.feature].detach().float().cpu()
-    if "hook_resid" not in handle.hook_name or len(row) != weights.shape[1]:
-        raise ValueError(f"{handle.hook_name} is not on the residual stream; its features have no logits to compare.")
-    promoted = (weights @ row).topk(N_PROMOTED).indices
+    if not writes_to_residual(handle.hook_name) or len(row) != weights.shape[1]:
+        raise ValueError(
+            f"{handle.hook_name} does not write to the residual stream; its features have no logits to compare."
+        )
+    unit = handle.unit("p99")
+    promoted = (weights @ row * math.copysign(1.0, unit)).topk(N_PROMOTED).indices
 
     def rise(edit: Edit) -> float:
         return float((log_probs(edit) - before)[:, promoted].mean())
 
-    norm = strength * handle.unit("p99") * row.norm() / scale.cpu()
+    norm = strength * abs(unit) * row.norm() / scale.cpu()
     randoms = []
     for _ in range(n_random):
         direction = torch.randn(len(row), generator=generator)

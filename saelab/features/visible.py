@@ -1,0 +1,63 @@
+"""One rule for text of tokens, wherever it is shown: nothing in it is invisible, reorders its surroundings, or is markup.
+
+Plain spaces between words stay spaces; a token alone (`chip_text`) shows them as dots. A combining mark keeps its base and
+gets a dotted circle where it has none.
+"""
+
+from __future__ import annotations
+
+import html
+import unicodedata
+
+SPACE = "\u00b7"
+_DOTTED_CIRCLE = "\u25cc"
+
+_GLYPHS = {
+    "\n": "\u21b5",
+    "\r": "\u240d",
+    "\t": "\u21e5",
+    "\x7f": "\u2421",
+    "\u00a0": "\u237d",
+    "\ufeff": "\u27e8BOM\u27e9",
+}
+_HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs")
+# Letters, marks and symbols that Unicode calls ignorable, or that are drawn as nothing: fillers, joiners, variation
+# selectors, a blank Braille cell, a null notehead, the object replacement character.
+_BLANK = frozenset(
+    "\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0\ufffc\U0001d159\U00016fe4"
+    + "".join(map(chr, (*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0))))
+)
+
+
+def visible(text: str) -> str:
+    """`text` with every character that would be invisible, or would reorder others, replaced by a glyph or its code."""
+    shown, has_base = [], False
+    for char in text:
+        glyph = _glyph(char)
+        is_mark = glyph is None and unicodedata.category(char).startswith("M")
+        if is_mark and not has_base:
+            shown.append(_DOTTED_CIRCLE)
+        shown.append(glyph or char)
+        has_base = glyph is None and char != " "
+    return "".join(shown)
+
+
+def _glyph(char: str) -> str | None:
+    """What stands for a character that would not be seen; None for one that is."""
+    if char in _GLYPHS:
+        return _GLYPHS[char]
+    if ord(char) < 0x20:
+        return chr(0x2400 + ord(char))
+    if char != " " and (unicodedata.category(char) in _HIDDEN or char in _BLANK):
+        return f"\u27e8U+{ord(char):04X}\u27e9"
+    return None
+
+
+def escape(text: str) -> str:
+    """`visible` text, safe between tags and inside a quoted attribute."""
+    return html.escape(visible(text), quote=True)
+
+
+def chip_text(text: str) -> str:
+    """A token that stands alone, likewise, with its spaces as dots."""
+    return escape(text).replace(" ", SPACE)
