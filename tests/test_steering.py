@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from saelab.errors import SaelabError
+from saelab.features.collect import _top_logits
 from saelab.models import load_model
 from saelab.saes import (
     CrosscoderConfig,
@@ -383,9 +384,31 @@ def test_effect_table_names_failures(tiny_lm, capsys):
 def test_effect_table_bad_input(tiny_lm, sae):
     with pytest.raises(ValueError, match="has 2 features.*n_features=10"):
         effect_table(tiny_lm, Store(sae, [0.001, 0.001, 0.5]))
-    inside = FeatureHandle(sae, 3, "blocks.1.hook_mlp_out", units={"p99": 1.0})
-    with pytest.raises(ValueError, match="not on the residual stream"):
-        effect_table(tiny_lm, [inside])
+
+
+@pytest.mark.parametrize(
+    "site, writes",
+    [
+        ("hook_resid_pre", True),
+        ("hook_resid_mid", True),
+        ("hook_resid_post", True),
+        ("hook_attn_out", True),
+        ("hook_mlp_out", True),
+        ("attn.hook_z", False),
+    ],
+)
+def test_hooks_with_logits_are_those_that_effects_are_measured_at(tiny_lm, site, writes):
+    """`collect_features` and `effect_table` ask one list; at a hook of the same width that is not in it both say no."""
+    hook = f"blocks.1.{site}"
+    inside = TopKSAE(TopKConfig(d_sae=8, k=2, normalize="none"), d_in=tiny_lm.d_in(hook))
+    assert (_top_logits(inside, tiny_lm, hook) is not None) == writes
+    handle = FeatureHandle(inside, 3, hook, units={"p99": 1.0})
+    if writes:
+        (row,) = effect_table(tiny_lm, [handle], ["The weather"], n_random=1, show=False).rows
+        assert row.promoted[0] == tiny_lm.tokenizer.decode([int((tiny_lm.logit_weights() @ inside.W_dec[3]).argmax())])
+    else:
+        with pytest.raises(ValueError, match="does not write to the residual stream"):
+            effect_table(tiny_lm, [handle], ["The weather"], n_random=1, show=False)
 
 
 def test_neutral_prompts():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -74,7 +74,7 @@ class Feature(Steerable):
         """`top_logits` of the dominant end: what steering with positive strength promotes and suppresses."""
         return self.top_logits.mirrored() if self.sign == -1 else self.top_logits
 
-    def examples(self, limit: int | None = None, *, kind: Literal["top", "bottom"] = "top") -> list[Example]:
+    def examples(self, limit: int | None = None, *, kind: str = "top") -> list[Example]:
         """The strongest examples, one a document, strongest first; all that are stored, or `limit` of them.
 
         "top" are those of the dominant end, "bottom" those of the other; [] where it never fired.

@@ -7,7 +7,7 @@ host.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from saelab.features.manifest import SIGNS_MIXED
 from saelab.features.token_text import Group, display_groups
@@ -35,7 +35,7 @@ text-decoration:underline;text-underline-offset:3px}
 """
 
 
-def feature_examples_html(feature: Feature, limit: int | None = None, kind: Literal["top", "bottom"] = "top") -> str:
+def feature_examples_html(feature: Feature, limit: int | None = None, kind: str = "top") -> str:
     """Examples of one end of a feature; each token's highlight is scaled to the largest magnitude at its own end."""
     largest = {end.sign: end.max for end in feature.ends}
     return examples_html(feature.examples(limit, kind=kind), largest.get(1, feature.max), largest.get(-1), kind)

@@ -1,0 +1,383 @@
+"""Features of either sign: what the store, the card, the page and an edit say for every pattern of signs.
+
+The AbsTopK SAE here has one feature for each pattern. Its bias says which: all four fire on every token, the last on none.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from streamlit.testing.v1 import AppTest
+from streamlit.util import calc_hash
+
+import saelab
+from saelab.activation_cache.score import open_score_stream
+from saelab.app import charts, page_steer, serve
+from saelab.errors import SaelabError, StoreError
+from saelab.features import schema
+from saelab.features.accumulate import Accumulator
+from saelab.features.render import examples_html, feature_card, number
+from saelab.features.signed import SignedAccumulator
+from saelab.io import save_sae
+from saelab.kernels.sparse_acts import SparseActs
+from saelab.saes import AbsTopKConfig, AbsTopKSAE, MatchingPursuitConfig, MatchingPursuitSAE, TopKConfig, TopKSAE
+from saelab.steering import FeatureHandle, effect_table
+
+HOOK = "blocks.1.hook_resid_post"
+DOCUMENTS = [f"Document {i}: the river runs past mill {i % 7} and was good." for i in range(40)]
+PATTERNS = {
+    "always positive": 0.0,
+    "always negative": 1.0,
+    "mostly negative": 0.9,
+    "balanced": 0.5,
+    "never fires": None,
+}
+INDEX = {name: i for i, name in enumerate(PATTERNS)}
+OLD = Path(__file__).with_name("first_version") / "finished"
+
+
+@pytest.fixture(scope="module")
+def world(tiny_lm, tmp_path_factory):
+    """The SAE, its store in a run, and all feature activations of the same pass, dense."""
+    sae = AbsTopKSAE(AbsTopKConfig(d_sae=5, k=4, normalize="none"), 32, seed=1)
+    sae.origin = {"hook_name": HOOK, "ctx_len": 32}
+    rows = torch.cat([acts[keep] for _, acts, keep in _stream(sae, tiny_lm)])
+    with torch.no_grad():
+        for i, share in enumerate(PATTERNS.values()):
+            if share is None:
+                sae.W_enc[i] = 0
+                continue
+            spread = rows @ sae.W_enc[i]
+            ordered = spread.sort().values
+            below = int(share * len(ordered))
+            edge = {0: ordered[0] - 0.3, len(ordered): ordered[-1] + 0.3}.get(below)
+            sae.b_enc[i] = -(ordered[below - 1 : below + 1].mean() if edge is None else edge)
+    folder = tmp_path_factory.mktemp("signed")
+    save_sae(sae, folder / "sae", rows)
+    sae = saelab.load_sae(folder / "sae")
+    store = saelab.collect_features(sae, tiny_lm, DOCUMENTS, out_dir=folder / "features", ctx_len=32, progress=False)
+    dense, docs = [], []
+    for tokens, acts, keep in _stream(sae, tiny_lm):
+        dense.append(sae.encode(acts[keep]).to_dense().detach())
+        docs.append(tokens.doc[keep])
+    return SimpleNamespace(sae=sae, store=store, dense=torch.cat(dense), docs=torch.cat(docs), run=folder, lm=tiny_lm)
+
+
+def _stream(sae, lm):
+    return open_score_stream(sae, lm, DOCUMENTS, hook_name=HOOK, ctx_len=32, batch_size=16)
+
+
+def _of(world, pattern):
+    """The feature, its non-zero values, and the magnitudes at each end."""
+    column = world.dense[:, INDEX[pattern]].double()
+    ends = {sign: (sign * column)[sign * column > 0] for sign in (1, -1)}
+    return world.store.feature(INDEX[pattern]), column[column != 0], ends
+
+
+def _dominant(ends):
+    return 1 if len(ends[1]) >= len(ends[-1]) else -1
+
+
+every_pattern = pytest.mark.parametrize("pattern", PATTERNS)
+firing = pytest.mark.parametrize("pattern", [name for name, share in PATTERNS.items() if share is not None])
+
+
+def test_the_patterns_are_what_they_say(world):
+    below = [float((world.dense[:, i] < 0).double().mean()) for i in range(5)]
+    assert below == pytest.approx([0.0, 1.0, 0.9, 0.5, 0.0], abs=0.01)
+    assert (world.dense[:, :4] != 0).all() and not world.dense[:, 4].any()
+
+
+@every_pattern
+def test_numbers(world, pattern):
+    feature, values, ends = _of(world, pattern)
+    assert feature.n_fired == len(values) and feature.density == len(values) / world.store.n_tokens
+    assert world.store.table("feature", False, limit=5)[INDEX[pattern]] == feature.row
+    assert [end.sign for end in feature.ends] == sorted([s for s in ends if len(ends[s])], key=lambda s: -len(ends[s]))
+    for end in feature.ends:
+        own = ends[end.sign]
+        assert (end.n_fired, end.max) == (len(own), float(own.max()))
+        assert [end.p99, end.mean, end.std] == pytest.approx(
+            [float(own.quantile(0.99)), float(own.mean()), float(own.std(correction=0))], rel=1e-5, abs=1e-6
+        )
+    if not len(values):
+        assert feature.p99 is feature.max is feature.mean is feature.sign is None
+        return
+    first = feature.ends[0]
+    assert (feature.p99, feature.max, feature.mean, feature.std) == (first.p99, first.max, first.mean, first.std)
+    assert feature.p99 > 0 and feature.sign == _dominant(ends)
+
+
+@pytest.mark.parametrize("name", ["p99", "max", "mean"])
+def test_tables_are_sorted_by_magnitude(world, name):
+    found = [row[name] for row in world.store.table(name)]
+    assert found == [*sorted(found[:4], reverse=True), None] and all(value > 0 for value in found[:4])
+
+
+@every_pattern
+def test_histogram_is_of_signed_values(world, pattern):
+    feature, values, _ = _of(world, pattern)
+    edges, counts = feature.histogram
+    assert counts.sum() == len(values) and (np.diff(edges) > 0).all() or not len(values)
+    if len(values):
+        assert (counts == np.histogram(values.numpy(), edges)[0]).all() and counts[0] and counts[-1]
+        figure = charts.value_histogram(
+            feature.histogram, [(end.sign * end.p99, end.sign * end.max) for end in feature.ends]
+        )
+        bars = np.array(figure.data[0].x)  # type: ignore[attr-defined]
+        lines = [shape.x0 for shape in figure.layout.shapes]  # type: ignore[attr-defined]
+        assert np.isfinite([*bars, *lines]).all() and (np.diff(bars) > 0).all() and len(lines) == 2 * len(feature.ends)
+        assert all(bars[0] - 0.2 < line < bars[-1] + 0.2 for line in lines)
+
+
+@every_pattern
+def test_examples_of_both_ends(world, pattern):
+    feature, _, ends = _of(world, pattern)
+    column, sign = world.dense[:, INDEX[pattern]], _dominant(ends)
+    for kind, side in (("top", sign), ("bottom", -sign)):
+        best = sorted((float((side * column)[world.docs == doc].max()) for doc in world.docs.unique()), reverse=True)
+        examples = feature.examples(kind=kind)
+        assert [side * example.value for example in examples] == [value for value in best if value > 0][:20]
+        assert all(example.values[example.peak] == example.value for example in examples)
+        assert len(examples) > 5 or not len(ends[side])
+    with pytest.raises(ValueError, match="'top' or 'bottom'"):
+        feature.examples(kind="loud")
+
+
+@every_pattern
+def test_a_highlight_is_a_share_of_its_own_ends_maximum(world, pattern):
+    feature, _, ends = _of(world, pattern)
+    card = feature_card(feature)
+    assert card.count("100% of maximum") >= len(feature.ends)  # the strongest of each end
+    assert ("at the negative end" in card) == bool(len(ends[-1])) == ("rgba(86,180,233" in card)
+    assert ("The other end" in card or "Examples of the other end" in card) == (len(feature.ends) == 2)
+    assert ("A signed feature" in card) == bool(len(ends[-1]))
+    if feature.p99:
+        assert number(feature.p99) in card and number(feature.p99) in repr(feature)
+    promoted = [token for token, _ in feature.dominant_logits.positive]
+    effect = world.lm.logit_weights() @ world.sae.W_dec[INDEX[pattern]] * (feature.sign or 1)
+    assert [value for _, value in feature.dominant_logits.positive] == pytest.approx(
+        effect.topk(15).values.tolist(), abs=1e-6
+    )
+    assert feature.row["top_logit"] == int(effect.argmax()) and len(promoted) == 15
+
+
+def test_shares_by_hand():
+    example = SimpleNamespace(
+        value=-4.0, document=0, position=1, pieces=(b"a", b"b", b"c"), values=(-4.0, 1.0, 0.0), peak=0
+    )
+    markup = examples_html([example], 2.0, 8.0)  # type: ignore[list-item]
+    assert "rgba(86,180,233,0.30)" in markup and "rgba(230,159,0,0.30)" in markup and "-4" in markup
+
+
+@firing
+@pytest.mark.parametrize("unit", ["p99", "max", "mean"])
+def test_strength_counts_towards_the_dominant_end(world, pattern, unit):
+    feature, _, ends = _of(world, pattern)
+    sign = _dominant(ends)
+    size = {"p99": feature.p99, "max": feature.max, "mean": feature.mean}[unit]
+    assert feature.add(2.0, unit).value == pytest.approx(2.0 * sign * size)
+    assert feature.clamp(1.0, unit).value == pytest.approx(sign * size)
+    for end in feature.ends:
+        own = {"p99": end.p99, "max": end.max, "mean": end.mean}[unit]
+        assert getattr(feature, end.name).add(2.0, unit).value == pytest.approx(2.0 * end.sign * own)
+    assert (feature * 2.0).value == feature.add(2.0).value == (2.0 * feature).value
+    assert feature.add(2.0, "raw").value == 2.0
+
+
+@firing
+def test_an_edit_raises_the_end_it_names(world, pattern):
+    feature, _, ends = _of(world, pattern)
+    i, ids = INDEX[pattern], world.lm.to_ids("The weather today is fine")
+    x = next(iter(world.lm.stream_activations([ids], [HOOK])))[HOOK]
+    positions = torch.arange(x.shape[1])[None]
+    row = world.sae.W_dec[i].detach()
+
+    def pushed(edit):
+        return ((edit.apply(x, positions) - x)[0, 1:] @ row).numpy()
+
+    assert (np.sign(pushed(feature * 2.0)) == _dominant(ends)).all()
+    for end in feature.ends:
+        assert (np.sign(pushed(getattr(feature, end.name) * 2.0)) == end.sign).all()
+    z = world.sae.encode(x[0, 1:]).column(i).detach().numpy()
+    np.testing.assert_allclose(pushed(feature.ablate()), -z, atol=1e-5)
+    for end in feature.ends:
+        np.testing.assert_allclose(pushed(end.ablate()), np.where(z * end.sign > 0, -z, 0), atol=1e-5)
+        there = np.where(z * end.sign > 0, end.sign * end.p99 - z, 0)
+        np.testing.assert_allclose(pushed(end.clamp(1.0, where="fires")), there, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "pattern, end", [("always positive", "negative"), ("always negative", "positive"), ("never fires", "negative")]
+)
+def test_an_end_that_never_fired_is_an_error_that_names_it(world, pattern, end):
+    feature, _, _ = _of(world, pattern)
+    with pytest.raises(SaelabError, match=f"Feature {INDEX[pattern]} never fired at its {end} end"):
+        _ = getattr(feature, end) * 2.0
+    assert feature.examples(kind="bottom") == []
+
+
+def _page(world, name, monkeypatch, **query):
+    monkeypatch.setenv(serve.RUN_VARIABLE, str(world.run))
+    app = AppTest.from_file(str(Path(serve.__file__).with_name("main.py")), default_timeout=60)
+    for key, value in query.items():
+        app.query_params[key] = str(value)
+    app._page_hash = calc_hash(name)
+    app.run()
+    assert not app.exception and not app.error
+    return app, "".join(element.proto.body for element in app.get("html"))  # type: ignore[attr-defined]
+
+
+def test_the_table_marks_features_that_are_mostly_negative(world, monkeypatch):
+    _, html = _page(world, "features", monkeypatch)
+    below = sum(world.store.feature(i).sign == -1 for i in range(5))
+    assert below >= 2 and html.count('title="mostly negative"') == 2 * below  # at p99 and at the maximum
+
+
+@pytest.mark.parametrize("page", ["feature", "steer"])
+@every_pattern
+def test_pages_show_both_ends(world, pattern, page, monkeypatch):
+    app, html = _page(world, page, monkeypatch, feature=INDEX[pattern])
+    feature, _, ends = _of(world, pattern)
+    text = " ".join(str(element.value) for element in [*app.subheader, *app.info, *app.caption])
+    assert html.count("Bottom examples") == (len(feature.ends) == 2)
+    if page == "feature":
+        shown = {metric.label: metric.value for metric in app.metric}
+        assert (shown["p99"], shown["Max"]) == (number(feature.p99), number(feature.max))
+        assert ("A signed feature" in text) == bool(len(ends[-1]))
+    elif feature.p99:
+        assert f"adds {number(2 * feature.sign * feature.p99)}" in text
+        assert f"at {'most' if feature.sign == 1 else 'least'} {number(feature.sign * feature.max)}" in text
+
+
+@pytest.mark.parametrize("end, sign", [("", -1), ("negative", -1), ("positive", 1)])
+def test_the_steer_page_steers_the_chosen_end(world, end, sign, monkeypatch):
+    steered = []
+    monkeypatch.setattr(page_steer.state, "load_model", lambda _: world.lm)
+    monkeypatch.setattr(type(world.lm), "steer", lambda lm, edit: steered.append(edit) or _nothing())
+    request = {"prompt": "The", "strength": 2.0, "end": end, "max_new_tokens": 1, "temperature": 0.0, "seed": 0}
+    feature, _, _ = _of(world, "mostly negative")
+    page_steer._generate(world.store, feature, request)
+    assert steered[0].value == pytest.approx(2.0 * sign * (feature.p99 if sign < 0 else feature.positive.p99))
+
+
+class _nothing:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+
+@pytest.mark.parametrize("end, sign", [("dominant", -1), ("negative", -1), ("positive", 1)])
+def test_the_command_line_steers_the_chosen_end(world, end, sign, monkeypatch, capsys):
+    from saelab import commands
+
+    real, steered = type(world.lm).steer, []
+    monkeypatch.setattr(commands, "_load_model", lambda *_: world.lm)
+    monkeypatch.setattr(type(world.lm), "steer", lambda lm, *edits: steered.extend(edits) or real(lm, *edits))
+    commands.steer(world.run, INDEX["mostly negative"], prompt="The", end=end, max_new_tokens=1)
+    assert np.sign(steered[0].value) == sign
+    assert ("(positive end)" in capsys.readouterr().out) == (end == "positive")
+
+
+def test_effect_table_counts_what_the_dominant_end_promotes(world):
+    (row,) = effect_table(world.lm, [_of(world, "always negative")[0]], n_random=1, show=False).rows
+    effect = -(world.lm.logit_weights() @ world.sae.W_dec[INDEX["always negative"]])
+    assert row.promoted[0] == world.lm.tokenizer.decode([int(effect.argmax())])
+
+
+def test_ties_in_firings_go_to_the_greater_sum():
+    state = SignedAccumulator(3, 10, 2)
+    codes = torch.tensor([[1.0, 3.0, 1.0], [-2.0, -1.0, -1.0]])
+    state.update(SparseActs.from_dense(codes), torch.arange(2), torch.arange(2))
+    assert state.sign.tolist() == [-1, 1, 1] and state.n_fired.tolist() == [2, 2, 2]
+
+
+def test_a_window_shows_both_signs_and_ends_may_begin_late():
+    state, alone = SignedAccumulator(1, 10, 3), Accumulator(1, 10, 3)
+    first, second = torch.tensor([[2.0], [1.0]]), torch.tensor([[3.0], [-5.0]])
+    state.update(SparseActs.from_dense(first), torch.arange(2), torch.zeros(2, dtype=torch.int64))
+    alone.update(SparseActs.from_dense(first), torch.arange(2), torch.zeros(2, dtype=torch.int64))
+    assert state.negative is None and torch.equal(state.positive.top_window, alone.top_window)
+    state.update(SparseActs.from_dense(second), torch.arange(2, 4), torch.ones(2, dtype=torch.int64))
+    assert state.negative is not None and state.negative.top_value[0, 0] == 5.0
+    middle = schema.WINDOW_LEFT
+    assert state.negative.top_window[0, 0, middle - 1 : middle + 1].tolist() == [3.0, -5.0]
+    assert state.positive.top_window[0, 0, middle : middle + 2].tolist() == [3.0, -5.0]
+
+
+def test_a_store_without_negative_values_is_written_as_before(tiny_lm, tmp_path):
+    sae = TopKSAE(TopKConfig(d_sae=16, k=2, normalize="none"), 32)
+    store = saelab.collect_features(
+        sae, tiny_lm, DOCUMENTS, out_dir=tmp_path / "f", hook_name=HOOK, ctx_len=32, n_tokens=200, progress=False
+    )
+    assert store.manifest["version"] == 1 and store.signed is False and store.manifest["signed"] is False
+    assert store._query("SELECT count(*) FROM sqlite_master WHERE name = 'feature_end'") == [(0,)]
+    assert {row["sign"] for row in store.table(limit=16)} <= {1, None}
+
+
+def test_signed_matching_pursuit_has_two_ends_too(tiny_lm, tmp_path):
+    sae = MatchingPursuitSAE(MatchingPursuitConfig(d_sae=24, k=4, signed=True, normalize="none"), 32)
+    store = saelab.collect_features(
+        sae, tiny_lm, DOCUMENTS, out_dir=tmp_path / "f", hook_name=HOOK, ctx_len=32, n_tokens=300, progress=False
+    )
+    firing = [store.feature(row["feature"]) for row in store.table(where={"n_fired": (1, None)})]
+    assert store.signed and {feature.sign for feature in firing} == {1, -1}
+    assert all(feature.p99 > 0 and np.sign((feature * 2.0).value) == feature.sign for feature in firing)
+
+
+# --- stores of the first version
+
+
+def test_an_old_store_of_signed_features_opens_and_refuses_its_units():
+    store = saelab.load_features(OLD / "abs_topk" / "features")
+    feature = store.feature(store.table(limit=1)[0]["feature"])
+    assert store.signed is None and feature.examples() and feature.histogram.counts.sum() == feature.n_fired
+    assert "before the two ends" in feature_card(feature) and "before the two ends" in repr(feature)
+    for call in (
+        lambda: feature * 2.0,
+        lambda: feature.clamp(1.0, "max"),
+        lambda: feature.positive,
+        lambda: feature.negative,
+        lambda: feature.examples(kind="bottom"),
+    ):
+        with pytest.raises(SaelabError, match="Remove its folder and collect it anew"):
+            call()
+    assert feature.add(1.0, "raw").value == 1.0 and feature.ablate().value == 0.0 and feature.scale(2.0).value == 2.0
+    request = {"prompt": "a", "strength": 1.0, "max_new_tokens": 1, "temperature": 0.0, "seed": 0}
+    with pytest.raises(ValueError, match="before the two ends"):
+        page_steer.check_request(feature, request)
+
+
+@pytest.mark.parametrize(
+    "variant, config, signed",
+    [
+        ("topk", None, False),
+        ("abs_topk", None, None),
+        ("matching_pursuit", {"signed": True}, None),
+        ("matching_pursuit", {"signed": False}, False),
+        ("matching_pursuit", None, None),
+    ],
+)
+def test_which_old_stores_are_trusted(world, tmp_path, variant, config, signed):
+    shutil.copytree(OLD / "abs_topk" / "features", tmp_path / "features")
+    path = tmp_path / "features" / schema.MANIFEST
+    manifest = json.loads(path.read_text())
+    manifest["sae"] |= {"variant": variant, "folder": "../sae"}
+    path.write_text(json.dumps(manifest))
+    if config is not None:
+        (tmp_path / "sae").mkdir()
+        (tmp_path / "sae" / "sae.json").write_text(json.dumps({"config": config}))
+    assert saelab.load_features(tmp_path / "features").signed is signed
+
+
+def test_handles_of_an_end_count_raw_strength_towards_it(world):
+    handle = FeatureHandle(world.sae, 2, HOOK, units={"p99": 3.0}, end=-1)
+    assert handle.add(2.0, "raw").value == -2.0 and (handle * 2.0).value == -6.0
+    with pytest.raises(StoreError, match="no unit"):
+        _ = saelab.load_features(OLD / "abs_topk" / "features").feature(0).positive
