@@ -75,6 +75,10 @@ def _tokenizer(kind, texts, added=()):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
+def _id(tokenizer, piece) -> int:
+    return tokenizer.convert_tokens_to_ids(piece)
+
+
 def _chip(text):
     return chips_html([(text, 1.0)])
 
@@ -98,7 +102,7 @@ PLACES = {
 def test_a_character_is_seen_in_every_place(kind, place):
     tokenizer = _tokenizer(kind, SHOWN)
     for char, shown in SHOWN.items():
-        index = tokenizer.convert_tokens_to_ids(KINDS[kind][1](char))
+        index = _id(tokenizer, KINDS[kind][1](char))
         text = token_bytes(tokenizer, [index])[index].decode()
         assert text == char, (kind, hex(ord(char)))
         markup = PLACES[place](text)
@@ -119,7 +123,7 @@ def test_spaces_are_spaces_and_dots_in_chips(kind, text):
     learnt = _tokenizer(kind, [text])
     added = _tokenizer(kind, [], [AddedToken(spelled, normalized=False, special=False)])
     for tokenizer in (learnt, added):
-        index = tokenizer.convert_tokens_to_ids(spelled)
+        index = _id(tokenizer, spelled)
         assert token_bytes(tokenizer, [index]) == {index: text.encode()}
     assert Page(_chip(text)).text == text.replace(" ", "\u00b7") + "+1.00"
 
@@ -151,7 +155,7 @@ def test_pieces_are_read_as_the_decoder_reads_them(kind, piece, expected):
 def test_special_tokens_are_shown_as_written(kind):
     special = "<\uff5cbegin\u2581of\u2581text\uff5c>"
     tokenizer = _tokenizer(kind, ["a"], [AddedToken(special, special=True, normalized=False)])
-    index = tokenizer.convert_tokens_to_ids(special)
+    index = _id(tokenizer, special)
     assert token_bytes(tokenizer, [index, 10_000]) == {index: special.encode(), 10_000: b"<|10000|>"}
 
 

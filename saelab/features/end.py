@@ -7,7 +7,7 @@ with two. Each end has numbers, examples and a unit of its own, counted in magni
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -80,7 +80,7 @@ class End(Steerable):
 
     def __init__(self, feature: Feature, row: dict[str, Any]) -> None:
         self.feature = feature
-        self.sign: int = row["sign"]
+        self.sign: Literal[-1, 1] = row["sign"]
         self.n_fired: int = row["n_fired"]
         self.density: float = self.n_fired / feature.store.n_tokens
         self.mean: float = row["mean"]

@@ -146,7 +146,7 @@ class FeatureStore:
             return [{name: row[name] for name in schema.END_COLUMNS}] if row["n_fired"] else []
         names = ", ".join(f'"{name}"' for name in schema.END_COLUMNS)
         found = self._query(f"SELECT {names} FROM feature_end WHERE feature = ?", [feature])
-        rows = [dict(zip(schema.END_COLUMNS, row, strict=True)) for row in found]
+        rows: list[dict[str, Any]] = [dict(zip(schema.END_COLUMNS, row, strict=True)) for row in found]
         dominant = self.feature(feature).row["sign"]
         return sorted(rows, key=lambda row: row["sign"] != dominant)
 
