@@ -36,8 +36,9 @@ def show() -> None:
     left, right = st.columns([5, 3], gap="large")
     with left:
         st.subheader("Top examples")
+        signs = " of that sign (blue: negative)" if feature.store.signed else ""
         st.caption(
-            "The strongest one of each document. Background: activation as a share of the feature's maximum; "
+            f"The strongest one of each document. Background: activation as a share of the feature's maximum{signs}; "
             "outlined: the peak. Point at a token, or move there with Tab, for its value."
         )
         st.html(feature_examples_html(feature))
