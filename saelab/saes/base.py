@@ -155,8 +155,20 @@ class SAE(nn.Module):
         return x / self.scale + self.center
 
     def encode(self, x: Float[Tensor, ...]) -> SparseActs:
-        """Codes of raw activations `x (batch, d_in)`."""
-        return self.encode_normalized(self.normalize(x))
+        """Codes of raw activations `x (batch, d_in)`. Raises `ValueError` for rows that are NaN or infinite."""
+        return self.encode_normalized(self._checked(self.normalize(x)))
+
+    def _checked(self, x: Float[Tensor, "batch width"]) -> Float[Tensor, "batch width"]:
+        """`x` unless something in it is not finite, which no threshold keeps: it would pass for a token without features."""
+        if not bool(x.detach().sum().isfinite()):  # one pass; a sum may also be too large
+            bad = (~x.isfinite().all(1)).nonzero().flatten().tolist()
+            if bad:
+                hook = self.origin.get("hook_name")
+                raise ValueError(
+                    f"{len(bad)} of {len(x)} activations{f' of {hook}' if hook else ''} are NaN, infinite or too large for "
+                    f"{x.dtype} (the first is row {bad[0]}): leave them out, or run the model in float32."
+                )
+        return x
 
     def encode_normalized(self, x: Float[Tensor, "batch d_in"]) -> SparseActs:
         """Codes of activations that `normalize` has seen."""

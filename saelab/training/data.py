@@ -22,6 +22,8 @@ from saelab.activation_cache.streaming import ActivationStream
 from saelab.saes import SAE, Batch
 from saelab.saes.sites import Sites, choose_sites
 
+LEAST_VARIANCE = 5e-7
+"""Of the mean square: below it rows are the same but for the rounding of float32."""
 Rows = Mapping[str, Tensor]
 """Rows by site; row i is the same token in each."""
 Stream = Callable[[Sequence[str], int, int, int], Iterator[Rows]]
@@ -94,7 +96,7 @@ class DataSource:
 
     def _moments(self, names: Sequence[str]) -> Moments:
         """Of one site; several of equal width make one with an axis for the sources."""
-        several = [self.moments(name) for name in names]
+        several = [_that_vary(name, self.moments(name)) for name in names]
         if len(several) == 1:
             return several[0]
         widths = {name: one.mean.shape[-1] for name, one in zip(names, several, strict=True)}
@@ -103,6 +105,20 @@ class DataSource:
                 f"The sources of a crosscoder have one width, these have {widths}: choose other hook_names."
             )
         return Moments(*(torch.stack(parts) for parts in zip(*several, strict=True)))
+
+
+def _that_vary(name: str, moments: Moments) -> Moments:
+    """Raises `ValueError` where all rows are the same: there is nothing to learn, and no scale to learn it in."""
+    variance = moments.mean_square - moments.mean.double().square().sum(-1)
+    same = (variance <= LEAST_VARIANCE * moments.mean_square).flatten().nonzero().flatten().tolist()
+    if same:
+        where = f" of source {same[0]}" if moments.mean.ndim == 2 else ""
+        kind = "the same" if float(moments.mean_square.flatten()[same[0]]) else "zero"
+        raise ValueError(
+            f"The activations {name!r}{where} to train on are all {kind} (variance {float(variance.flatten()[same[0]]):.1e}): "
+            "look at what was harvested, or leave this hook out."
+        )
+    return moments
 
 
 def open_data(data: Any, hook_name: str | None) -> DataSource:

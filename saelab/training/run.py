@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from saelab.distributed import Ranks
 from saelab.distributed.mesh import Mesh
@@ -111,8 +112,11 @@ class Run:
         return named | {"data": fingerprint, "d_in": self.sae.d_in, **self.sae.shape}
 
     def train_on(self, rows: Rows) -> None:
-        """One optimiser step. Raises `TrainingError` on NaN or infinite rows, loss or gradient; the last checkpoint stays."""
+        """One optimiser step. Raises `TrainingError` on NaN or infinite rows, loss or gradient, and where all rows are the
+        same; the last checkpoint stays."""
         start = time.perf_counter()
+        if any(_are_the_same(rows[name]) for name in self.sites.all):
+            raise TrainingError(self._explain(rows))
         info = StepInfo(self.dead.dead, self.step, self.train.n_steps, rules=self.rules)
         logged = self.step % self.train.log_every == 0 or self.step == self.train.n_steps - 1
         sums: dict[str, Any] = {}
@@ -187,16 +191,24 @@ class Run:
             self.log.write(self.last | {"tokens_per_second": round(rate, 1)})
 
     def _explain(self, rows: Rows) -> str:
-        batch = self.sites.batch(rows)
-        bad = int((~(batch.x.flatten(1).isfinite().all(1) & batch.y.flatten(1).isfinite().all(1))).sum())
-        cause = (
-            f"{bad} of {len(batch.x)} activations in batch {self.step} are NaN or infinite; harvest them anew"
-            if bad
-            else f"the loss of batch {self.step} is not finite though its activations are; lower lr"
-        )
+        cause = f"the loss of batch {self.step} is not finite though its activations are; lower lr"
+        for name in self.sites.all:
+            x = rows[name].flatten(1)
+            bad = (~x.isfinite().all(1)).nonzero().flatten().tolist()
+            if bad:
+                cause = f"{len(bad)} of {len(x)} activations in batch {self.step} are NaN or infinite"
+                cause += f" ({name!r}, the first is row {bad[0]}); harvest them again"
+                break
+            if _are_the_same(x):
+                cause = f"all activations {name!r} in batch {self.step} are the same; shuffle the rows"
         saved = list_checkpoints(self.folder) if self.folder is not None else []
         kept = f"the checkpoint of step {saved[-1]} in {self.folder} is intact" if saved else "nothing was saved yet"
         return f"Training stopped at step {self.step}: {cause}; {kept}."
+
+
+def _are_the_same(x: Tensor) -> bool:
+    """Whether all rows of a batch are; two rows that differ tell it without a pass."""
+    return len(x) > 1 and torch.equal(x[0], x[-1]) and bool((x == x[0]).all())
 
 
 def _check_shares(variant: type[SAE], config: Any, train: TrainConfig, ranks: Ranks) -> None:
