@@ -9,8 +9,7 @@ import streamlit as st
 
 from saelab.app import state
 from saelab.features import Example, FeatureStore
-from saelab.features.render import cosine, number, percent
-from saelab.features.token_text import display_groups
+from saelab.features.render import around_peak, cosine, number, percent
 from saelab.features.visible import chip_text, escape
 
 _HEADS = {"density": "Density", "n_fired": "Fired", "p99": "p99", "max": "Max", "cosine": "Enc\u2013dec"}
@@ -60,12 +59,7 @@ def _bar(density: float, n_tokens: int) -> str:
     return f'<span class="sa-bar"><span>{percent(density)}</span><i><b style="width:{width:.0f}%"></b></i></span>'
 
 
-def _preview(example: Example, left: int = 6, right: int = 10) -> str:
+def _preview(example: Example) -> str:
     """One line around the peak."""
-    parts = []
-    for group in display_groups(example.pieces):
-        if group.stop > example.peak - left and group.start <= example.peak + right:
-            text = escape(group.text)
-            is_peak = group.start <= example.peak < group.stop
-            parts.append(f'<bdi class="sa-mark">{text}</bdi>' if is_peak else text)
-    return f"<bdi>{''.join(parts)}</bdi>"
+    before, peak, after = map(escape, around_peak(example, left=6, right=10))
+    return f'<bdi>{before}<bdi class="sa-mark">{peak}</bdi>{after}</bdi>'

@@ -6,7 +6,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from saelab.app import feature_rows, page_feature, page_steer
-from saelab.features.render import chips_html, examples_html
+from saelab.features.render import chips_html, example_line, examples_html
 from saelab.features.token_text import _byte_alphabet, token_bytes
 from saelab.features.visible import escape, visible
 
@@ -177,4 +177,6 @@ def test_combining_marks_keep_their_base(text, shown):
 def test_silent_tokens_are_one_text_in_which_marks_keep_their_base():
     text = "\u0939\u093f"
     pieces = [b"x", *(char.encode() for char in text)]
-    assert text in Page(examples_html([example(pieces, [1.0, 0.0, 0.0])], 1.0)).text
+    shown = example(pieces, [1.0, 0.0, 0.0])
+    assert text in Page(examples_html([shown], 1.0)).text
+    assert text in Page(feature_rows._preview(shown)).text and text in example_line(shown)

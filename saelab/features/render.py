@@ -243,10 +243,14 @@ def feature_text(feature: Feature) -> str:
 
 def example_line(example: Example, left: int = 12, right: int = 6) -> str:
     """One line of text around the peak, the peak token in \u27e6 \u27e7."""
-    parts = []
+    before, peak, after = map(visible, around_peak(example, left, right))
+    return f"{before}\u27e6{peak}\u27e7{after}"
+
+
+def around_peak(example: Example, left: int, right: int) -> tuple[str, str, str]:
+    """Text of up to `left` tokens before the peak, of the peak, and of up to `right` tokens after it."""
+    texts = ["", "", ""]
     for group in display_groups(example.pieces):
-        if group.stop <= example.peak - left or group.start > example.peak + right:
-            continue
-        text = visible(group.text)
-        parts.append(f"\u27e6{text}\u27e7" if group.start <= example.peak < group.stop else text)
-    return "".join(parts)
+        if group.stop > example.peak - left and group.start <= example.peak + right:
+            texts[(group.stop > example.peak) + (group.start > example.peak)] += group.text
+    return texts[0], texts[1], texts[2]
