@@ -48,8 +48,9 @@ def _from_cache(cache: ActivationCache | ActivationStream, hook_name: str | None
         return Moments(stats["mean"].float(), stats["second_moment"].sum())
 
     def batches(names: Sequence[str], batch_size: int, seed: int, start_step: int) -> Iterator[Rows]:
-        options: dict[str, Any] = {"seed": seed, "start_step": start_step, "hook_name": list(names)}
-        return cache.batches(batch_size, **options, **({"leave_out": leave_out} if leave_out else {}))
+        if isinstance(cache, ActivationStream):
+            return cache.batches(batch_size, seed, start_step, list(names))
+        return cache.batches(batch_size, seed, start_step, list(names), leave_out=leave_out)
 
     def identity(sites: Sites) -> tuple[str, dict[str, Any]]:
         origin = _origin(cache, sites)
