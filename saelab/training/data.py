@@ -50,7 +50,7 @@ def _from_cache(cache: ActivationCache | ActivationStream, hook_name: str | None
     def batches(names: Sequence[str], batch_size: int, seed: int, start_step: int) -> Iterator[Rows]:
         if isinstance(cache, ActivationStream):
             return cache.batches(batch_size, seed, start_step, list(names))
-        return cache.batches(batch_size, seed, start_step, list(names), leave_out=leave_out)
+        return cache.batches(batch_size, seed, start_step, hook_name=list(names), leave_out=leave_out)
 
     def identity(sites: Sites) -> tuple[str, dict[str, Any]]:
         origin = _origin(cache, sites)
