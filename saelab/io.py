@@ -20,6 +20,7 @@ from saelab.errors import SaelabError
 from saelab.files import atomic_save_safetensors, atomic_write_json, read_json, tensors_hash
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.saes import SAE, VARIANTS
+from saelab.saes.inputs import HALF
 
 FORMAT_VERSION = 2  # 1 knew no "golden_hash"
 GOLDEN_ROWS = 64
@@ -54,7 +55,7 @@ def describe(sae: SAE) -> dict[str, Any]:
         **sae.shape,
         "d_sae": sae.d_sae,
         "config": dataclasses.asdict(sae.config),
-        "dtype": str(sae.W_enc.dtype).removeprefix("torch."),
+        "dtype": str(dtype_of(sae)).removeprefix("torch."),
         "unit_norm_decoder": sae.unit_norm,
         "rule": sae.rule,
         "sae_hash": sae.hash,
@@ -76,6 +77,7 @@ def load_sae(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
         shape = {name: meta[name] for name in variant.shape_names}
         config = {key: tuple(value) if isinstance(value, list) else value for key, value in meta["config"].items()}
         sae = variant(variant.Config(**config), meta["d_in"], **shape)
+        sae.to(getattr(torch, meta.get("dtype", "float32")))
         sae.trained, weights_hash = meta["training"], meta["sae_hash"]
         golden_hash = meta["golden_hash"] if meta["format_version"] > 1 else None
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -98,6 +100,11 @@ def load_sae(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
     except (KeyError, IndexError, RuntimeError, ValueError) as error:
         raise SaelabError(f"{folder / 'golden.safetensors'} was altered ({error!r}): {_ANEW}.") from error
     return sae.to(device)
+
+
+def dtype_of(sae: SAE) -> torch.dtype:
+    """That of its weights."""
+    return next(sae.parameters()).dtype
 
 
 _ANEW = "put it back from a copy, or train the SAE anew"
@@ -163,7 +170,7 @@ def _same_features(one: SparseActs, other: SparseActs) -> Bool[Tensor, " rows"]:
 @torch.no_grad()
 def _check_golden(sae: SAE, golden: dict[str, Tensor], folder: Path) -> None:
     """Compare codes and reconstructions; codes under 1e-3 of their row's largest may come and go."""
-    rtol = 2e-2 if sae.W_enc.dtype == torch.bfloat16 else 1e-4
+    rtol = 2e-2 if dtype_of(sae) in HALF else 1e-4
     expected = SparseActs(golden["values"], golden["features"], golden["offsets"], sae.d_sae).to_dense()
     got = sae(golden["x"])
     codes = got.acts.to_dense()

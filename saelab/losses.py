@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from saelab.distributed import ALONE, Ranks
 from saelab.distributed.moments import whole_variance
+from saelab.kernels.precision import widened
 
 
 class SquaredError(Function):
@@ -38,7 +39,7 @@ def sum_of_squares(x: Tensor) -> Tensor:
 
 def squared_error(x: Float[Tensor, "batch d_in"], x_hat: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
     """Squared error summed over the batch."""
-    return SquaredError.apply(x, x_hat)  # pyright: ignore[reportReturnType]
+    return SquaredError.apply(*widened(x, x_hat))  # pyright: ignore[reportReturnType]
 
 
 def fvu(x: Float[Tensor, "batch d_in"], x_hat: Float[Tensor, "batch d_in"], ranks: Ranks = ALONE) -> Float[Tensor, ""]:
@@ -62,6 +63,14 @@ def total_variance(x: Float[Tensor, "batch d_in"], ranks: Ranks = ALONE) -> Floa
     return variance.clamp_min(torch.finfo(x.dtype).tiny)
 
 
+def fvu_of_rest(x: Float[Tensor, "batch d_in"], x_hat: Float[Tensor, "batch d_in"], ranks: Ranks = ALONE) -> Tensor:
+    """FVU of a residual; 0 where nothing but rounding is left of it, or the same in every row: there is nothing to explain."""
+    variance = total_variance(x, ranks)
+    limits = torch.finfo(x.dtype)
+    varies = (variance > limits.tiny) & (variance > (4 * limits.eps) ** 2 * sum_of_squares(x))
+    return squared_error(x, x_hat) * varies / torch.where(varies, variance, 1)
+
+
 def weighted_l1(values: Float[Tensor, " nnz"], decoder_norms: Float[Tensor, " nnz"], batch: int) -> Float[Tensor, ""]:
     """Mean over tokens of `sum_i |z_i| |d_i|` (Anthropic, April 2024 update): invariant under rescaling a feature."""
     return (values.abs() * decoder_norms).sum() / max(batch, 1)
@@ -76,19 +85,21 @@ def auxk(
     k_aux: int,
     signed: bool = False,
     ranks: Ranks = ALONE,
+    norms: Float[Tensor, " n_dead"] | None = None,
 ) -> Float[Tensor, ""]:
     """AuxK (Gao et al. 2024, Appendix A.2): the `k_aux` strongest dead features model the residual.
 
     `MSE(e_hat, e) / MSE(mean(e), e)` with `e` the detached residual, `e_hat` decoded without bias from the ReLU of the
     dead pre-activations of `x` (already centred by `b_dec`); with `signed` codes the strongest are those of largest
-    magnitude, and there is no ReLU. Only the compacted dead rows are touched. 0 without dead features; 1 means no
-    better than the batch mean.
+    magnitude, and there is no ReLU. With `norms` the strongest are those of largest pre-activation times norm. Only the
+    compacted dead rows are touched. 0 without dead features or anything left to explain; 1 means no better than the mean.
     """
     if W_enc_dead.shape[0] == 0 or residual.shape[0] == 0:
         return residual.new_zeros(())
-    target = residual.detach()
+    x, target, W_enc_dead, b_enc_dead, W_dec_dead = widened(x, residual.detach(), W_enc_dead, b_enc_dead, W_dec_dead)
     pre_acts = torch.addmm(b_enc_dead, x, W_enc_dead.T)  # (batch, n_dead)
     if k_aux < pre_acts.shape[1]:
-        top = (pre_acts.abs() if signed else pre_acts).topk(k_aux, dim=1).indices
+        scores = pre_acts.abs() if signed else pre_acts
+        top = (scores if norms is None else scores * norms).topk(k_aux, dim=1).indices
         pre_acts = torch.zeros_like(pre_acts).scatter(1, top, pre_acts.gather(1, top))
-    return fvu(target, (pre_acts if signed else pre_acts.relu()) @ W_dec_dead, ranks)
+    return fvu_of_rest(target, (pre_acts if signed else pre_acts.relu()) @ W_dec_dead, ranks)

@@ -2,13 +2,14 @@
 
 import copy
 import json
+import math
 
 import pytest
 import torch
 from test_activation_cache import make_cache
 from tiny_saes import interrupt_before
 
-from saelab.evaluation.crosscoder import CLASSES, compare_decoders, latent_scaling
+from saelab.evaluation.crosscoder import CLASSES, LatentScaling, compare_decoders, latent_scaling
 from saelab.io import load_sae, save_sae
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.saes import (
@@ -213,6 +214,21 @@ def test_auxk_teaches_dead_features_in_all_sources():
         assert parameter.grad is not None
         reached = parameter.grad.abs().sum(2) > 0
         assert reached.shape == (S, D_SAE) and torch.equal(reached, dead.expand(S, D_SAE))
+
+
+@pytest.mark.parametrize(("rank", "rules", "by_norm"), [("norm", 2, True), ("value", 2, False), ("norm", 1, False)])
+def test_auxk_ranks_by_what_a_feature_writes(rank, rules, by_norm):
+    """Its authors' u n, unless asked for u, or in a run that began before there was a choice."""
+    sae, x = build(k_aux=1, aux_rank=rank), rows(64)
+    dead = torch.arange(D_SAE) < 2
+    with torch.no_grad():
+        sae.W_enc[:, 0], sae.W_enc[:, 1] = 2 * sae.W_enc[:, 2], sae.W_enc[:, 2]  # u of 0 is twice that of 1
+        sae.W_dec[:, 0], sae.W_dec[:, 1] = sae.W_dec[:, 2], 3 * sae.W_dec[:, 2]
+        sae.b_enc[:2] = 0
+    sae.loss(Batch(x, x), info(dead)._replace(rules=rules)).terms["auxk"].backward()
+    assert sae.W_enc.grad is not None
+    reached = sae.W_enc.grad.abs().sum((0, 2)) > 0
+    assert reached.tolist()[:2] == [not by_norm, by_norm]
 
 
 @pytest.mark.parametrize("shape", [(4, D_IN), (4, S, D_IN + 1), (4, S + 1, D_IN), (S, D_IN, 4), (4, S, D_IN, 1)])
@@ -447,6 +463,45 @@ def test_latent_scaling_sees_another_feature_that_writes_the_same():
     assert found.nu_error[0].item() == pytest.approx(0, abs=0.02)
     assert found.nu_reconstruction[0].item() == pytest.approx(1, abs=0.02)
     assert not found.specific_to_b()[0]
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "specific"),
+    [
+        (0.1, 1.0, True),
+        (-0.1, 1.0, True),
+        (-0.9, 1.0, False),
+        (0.9, 1.0, False),
+        (0.1, -1.0, False),
+        (math.nan, 1.0, False),
+    ],
+)
+def test_a_ratio_of_either_sign_tells_whose_a_feature_is(a, b, specific):
+    beta, one, none = torch.tensor([a]), torch.tensor([b]), torch.zeros(1)
+    assert LatentScaling(beta, one, none, abs(one)).specific_to_b().tolist() == [specific]
+    assert LatentScaling(none, abs(one), beta, one).specific_to_b().tolist() == [specific]
+
+
+def test_raw_units_are_those_of_a_crosscoder_that_was_not_normalised():
+    """The same features in a source that is 3 times smaller: nu of the weights' units, and of the models'."""
+    sae, x = planted_scaling(0.6)
+    raw = CrosscoderSAE(sae.config, 8, n_sources=2)
+    raw.load_state_dict(sae.state_dict())
+    x, scale = x / torch.tensor([3.0, 1.0])[:, None], torch.tensor([3.0, 1.0])
+    raw.scale.copy_(scale)
+    normalized, found = latent_scaling(raw, [x]), latent_scaling(raw, [x], units="raw")
+    assert normalized.nu_error.item() == pytest.approx(0.6, abs=0.02)
+    assert found.nu_error.item() == pytest.approx(0.2, abs=0.01)
+    with torch.no_grad():  # the same crosscoder, its scales in its weights
+        raw.W_enc.mul_(scale[:, None, None])
+        raw.W_dec.div_(scale[:, None, None])
+        raw.scale.fill_(1)
+    plain = latent_scaling(raw, [x])
+    for one, other in zip(found, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    assert compare_decoders(raw).norms_b.tolist() == compare_decoders(raw, units="raw").norms_b.tolist()
+    with pytest.raises(ValueError, match="units='metres'"):
+        latent_scaling(raw, [x], units="metres")
 
 
 def test_e23_two_identical_sources_give_nu_of_1():

@@ -225,6 +225,9 @@ def test_every_variant_stands_against_the_relu_of_nearest_l0():
     assert [text.partition(":")[0] for text in said] == ["gated against relu at L0 32", "topk against relu at L0 16"]
     assert said[0].endswith("loses") and said[1].endswith("wins")
     assert comparisons([line("relu", 0, 0.3), line("topk", 1, 0.3)]) == []
+    assert comparisons([line("topk", 0, 0.1), line("abs_topk", 0, 0.2)])[0].endswith(
+        ": loses, where its paper says that it wins: not held"
+    )
 
 
 def test_table_and_picture_hold_every_variant_and_mark_a_missed_l0(rows):

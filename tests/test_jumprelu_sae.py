@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from saelab.kernels.dispatch import using
 from saelab.saes import (
     Batch,
     BatchTopKConfig,
@@ -99,6 +100,53 @@ def test_gradients_are_the_four_formulas_on_random_inputs():
     torch.testing.assert_close(gradient(sae.W_enc), (to_z * step).T @ x)
     torch.testing.assert_close(gradient(sae.b_enc), (to_z * step).sum(0))
     torch.testing.assert_close(gradient(sae.W_dec), (u * step).T @ (2 * ((u * step) @ sae.W_dec - x) / n))
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("kind", ["l0", "tanh"])
+def test_ste_to_input_lets_the_window_reach_the_pre_activation(kind, backend):
+    """dz/du = H + (theta / eps) K and dH/du = K / eps: what the threshold gets, the other way round."""
+    grads = []
+    for ste in (False, True):
+        sae, x = by_hand(loss=kind, ste_to_input=ste, sparsity_coefficient=0.5)
+        with using(backend):
+            sae.loss(Batch(x, x), info(n=4)).total.backward()
+        grads.append((gradient(sae.b_enc), gradient(sae.log_threshold) / 2, gradient(sae.W_enc)))  # theta is 2
+    torch.testing.assert_close(grads[1][0] - grads[0][0], -grads[0][1])
+    torch.testing.assert_close(grads[1][1], grads[0][1])
+    assert grads[1][0][1] != 0 == grads[0][0][1]  # under its threshold, in the window
+    torch.testing.assert_close(grads[1][2][:, 0], grads[1][0])  # x is 1
+
+
+def test_l0_target_loss_by_hand():
+    """2 features fire where 3 should: (2 / 3 - 1)^2 times lambda and d_in 1, thresholds fall by 2 (2 / 3 - 1) / 3 of the L0's."""
+    sae, x = by_hand(loss="l0_target", target_l0=3.0, sparsity_coefficient=0.5)
+    loss = sae.loss(Batch(x, x), info(n=4))
+    assert loss.total.item() == pytest.approx(4.1**2 + 0.5 / 9)
+    loss.terms["sparsity"].backward()
+    of_l0 = torch.tensor([0.0, 1.0, 1.0, 0.0]).double() * -2 * 2  # -theta / eps
+    torch.testing.assert_close(gradient(sae.log_threshold), of_l0 * 2 * (2 / 3 - 1) / 3, rtol=1e-6, atol=0)
+    with pytest.raises(ValueError, match="l0_target.*needs target_l0"):
+        JumpReLUConfig(4, loss="l0_target")
+
+
+@pytest.mark.parametrize("kind", ["l0", "tanh", "l0_target"])
+@pytest.mark.parametrize("revive", ["auto", "none", "pre_act", "auxk"])
+def test_dead_features_come_back_in_any_form(kind, revive):
+    sae, x = JumpReLUSAE(JumpReLUConfig(D_SAE, loss=kind, revive=revive, target_l0=3.0), D_IN), rows(60)
+    dead = torch.arange(D_SAE) < 3
+    with torch.no_grad():
+        sae.b_enc[:3] = -1e-3
+        sae.log_threshold[:3] = 5.0
+    loss = sae.loss(Batch(x, x), info(dead))
+    loss.total.backward()
+    revival = ("pre_act" if kind == "tanh" else "none") if revive == "auto" else revive
+    assert {"pre_act", "auxk"} & set(loss.terms) == {revival} - {"none"}
+    assert bool((gradient(sae.W_enc)[:3] != 0).any()) == (revival != "none")
+    if revival == "auxk":
+        share = loss.terms["auxk"] * (x - x.mean(0)).square().sum() / 60 / 32
+        plain = loss.terms["sse"] + loss.terms["coefficient"] * loss.terms["sparsity"]
+        torch.testing.assert_close(loss.total, plain + share)
 
 
 def test_descent_on_the_l0_raises_thresholds():

@@ -31,6 +31,33 @@ def test_auxk_without_dead_features_is_zero():
     assert float(auxk(X, X, torch.zeros(0, 2), torch.zeros(0), torch.zeros(0, 2), 4)) == 0
 
 
+@pytest.mark.parametrize(
+    "residual", [torch.zeros(5, 2), torch.full((5, 2), 3.1), X[:1] + 1], ids=["zero", "same", "one row"]
+)
+@pytest.mark.parametrize("signed", [False, True])
+def test_auxk_of_a_residual_that_does_not_vary_is_zero(residual, signed):
+    """There is nothing to explain; 0 / 0 and its gradient were 1e38."""
+    W = torch.eye(2).requires_grad_()
+    got = auxk(torch.randn(len(residual), 2), residual, W, torch.ones(2), W, 2, signed)
+    got.backward()
+    assert got.item() == 0 and W.grad is not None and not bool(W.grad.any())
+
+
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
+def test_auxk_does_not_depend_on_the_size_of_a_residual_that_varies(size):
+    residual = torch.randn(9, 2, generator=torch.Generator().manual_seed(0))
+    got = auxk(size * residual, size * residual, torch.eye(2), torch.zeros(2), torch.eye(2), 2)
+    assert float(got) == pytest.approx(float(fvu(residual, residual.relu())), rel=1e-5)
+
+
+def test_auxk_ranks_by_norms_where_they_are_given():
+    """The first feature has the larger pre-activation, the second the larger effect."""
+    x, eye = torch.tensor([[3.0, 2.0], [-1.0, -1.0]]), torch.eye(2)
+    norms = torch.tensor([1.0, 2.0])
+    got = auxk(x, x, eye, torch.zeros(2), eye * norms[:, None], 1, norms=norms)
+    assert float(got) == pytest.approx(float(fvu(x, torch.tensor([[0.0, 4.0], [0.0, 0.0]]))))
+
+
 def test_auxk_takes_the_k_strongest_dead_features():
     """Two dead features along the axes; with k_aux 1 only the stronger of each row speaks."""
     residual = torch.tensor([[3.0, 1.0], [1.0, 2.0], [-1.0, -5.0]])

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from saelab.kernels import decode as kernels_decode
+from saelab.kernels import selected_pre_acts
 from saelab.kernels.decode import decode
 from saelab.saes import (
     AbsTopKConfig,
@@ -11,6 +13,7 @@ from saelab.saes import (
     MatchingPursuitConfig,
     MatchingPursuitSAE,
     StepInfo,
+    matching_pursuit,
 )
 
 D_IN, D_SAE = 12, 40
@@ -40,14 +43,14 @@ def plane(k, **changes):
     return sae, torch.ones(1, 2, dtype=torch.float64)
 
 
-def dense_pursuit(x, W, b_dec, k, signed=False):
-    """The algorithm in dense PyTorch: codes and residual."""
+def dense_pursuit(x, W, b_dec, k, signed=False, least=0.0):
+    """The algorithm in dense PyTorch: codes and residual; it stops where the residual is shorter than `least`."""
     r, z = x - b_dec, torch.zeros(len(x), len(W), dtype=x.dtype)
     for _ in range(k):
         c = r @ W.T
         i = (c.abs() if signed else c).argmax(1)
         a = c.gather(1, i[:, None])
-        a = a if signed else a.relu()
+        a = (a if signed else a.relu()) * (r.norm(dim=1, keepdim=True) > least)
         z, r = z.scatter_add(1, i[:, None], a), r - a * W[i]
     return z, r
 
@@ -147,15 +150,24 @@ def test_a_token_stops_at_the_threshold_whatever_its_batch():
         assert torch.equal(sae.encode(x[row : row + 1]).to_dense(), whole.to_dense()[row : row + 1])
 
 
+@pytest.mark.parametrize("rules", [1, 2])
 @pytest.mark.parametrize("signed", [False, True])
-def test_gradients_are_those_of_a_dense_pursuit(signed):
-    sae, x, y = build(6, signed=signed), rows(40), rows(40, 5)
-    sae.loss(Batch(x, y), info()).total.backward()
-    W, b_dec = (parameter.detach().clone().requires_grad_() for parameter in (sae.W_dec, sae.b_dec))
-    codes, _ = dense_pursuit(x, W, b_dec, 6, signed)
-    ((codes @ W + b_dec - y).square().sum() / (y - y.mean(0)).square().sum()).backward()
-    torch.testing.assert_close(gradient(sae.W_dec), gradient(W))
-    torch.testing.assert_close(gradient(sae.b_dec), gradient(b_dec))
+def test_gradients_are_those_of_a_dense_pursuit(signed, rules, monkeypatch):
+    """Of residual and codes; by the new rules from one sum over the pairs of all steps."""
+    made = []
+    for module in (matching_pursuit, kernels_decode, selected_pre_acts):
+        real = module.weight_gradients
+        monkeypatch.setattr(module, "weight_gradients", lambda *args, real=real: made.append(1) or real(*args))
+    sae, x, y = build(6, signed=signed, residual_threshold=0.3), rows(40), rows(40, 5)
+    leaf, weight = x.clone().requires_grad_(), rows(40 * D_SAE).view(-1)[: 40 * D_SAE].view(40, D_SAE)
+    acts, rest = sae._pursue(leaf, 6, rules)
+    ((rest + y - x).square().sum() + (acts.to_dense() * weight).sum()).backward()
+    assert len(made) == (1 if rules == 2 else 12)
+    W, b_dec, dense_x = (t.detach().clone().requires_grad_() for t in (sae.W_dec, sae.b_dec, x))
+    codes, _ = dense_pursuit(dense_x, W, b_dec, 6, signed, 0.3 * D_IN**0.5)
+    ((dense_x - b_dec - codes @ W + y - x).square().sum() + (codes * weight).sum()).backward()
+    for got, want in ((sae.W_dec, W), (sae.b_dec, b_dec), (leaf, dense_x)):
+        torch.testing.assert_close(gradient(got), gradient(want))
 
 
 def test_codes_carry_a_gradient_where_a_row_is_chosen_twice():

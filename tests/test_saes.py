@@ -1,13 +1,19 @@
 """One contract suite over all of `VARIANTS`, then hand-computed numbers for each selection rule and loss."""
 
+from typing import Any
+
 import pytest
 import torch
 from tiny_saes import D_IN, D_SAE, build, config_of, info, rows
 
+from saelab.io import load_sae
 from saelab.kernels.encode_batch_topk import encode_batch_topk
 from saelab.kernels.encode_topk import encode_topk
 from saelab.kernels.reference.encode_topk import encode_topk as topk_reference
 from saelab.saes import VARIANTS, Batch, ReLUConfig, ReLUSAE, StepInfo, TopKConfig, TopKSAE
+from saelab.training import TrainConfig
+from saelab.training.data import open_data
+from saelab.training.run import Run
 
 NOT_THE_SLOPE = {"jumprelu": {"log_threshold"}, "gated": {"W_dec", "b_dec"}}
 """Weights whose gradient is not the slope of the loss, on purpose: straight through a step, or held fixed in an aux loss."""
@@ -128,22 +134,42 @@ def test_e3_topk_with_k_of_all_is_the_relu_code():
     assert torch.equal(topk.encode(x).to_dense(), relu.encode(x).to_dense())
 
 
-def _moved_into_the_encoder(sae, gains):
-    """The SAE whose decoder rows are `gains` times longer, and the one with those gains in the encoder instead."""
-    longer = {"W_dec": sae.W_dec * gains[:, None]}
-    folded = {"W_enc": sae.W_enc * gains[:, None], "b_enc": sae.b_enc * gains}
-    folded |= {"b_mag": sae.b_mag * gains} if hasattr(sae, "b_mag") else {}
-    folded |= {"log_threshold": sae.log_threshold + gains.log()} if hasattr(sae, "log_threshold") else {}
-    return longer, folded
+@every
+def test_e24_folding_decoder_norms_leaves_what_is_rebuilt(name):
+    """Codes then are in one unit: the length of what a feature writes."""
+    sae, x = (build(name, loss="tanh") if name == "jumprelu" else build(name)).double(), rows(60).double()
+    with torch.no_grad():
+        if not sae.unit_norm and name != "codebook":
+            sae.W_dec *= torch.linspace(0.5, 2, D_SAE, dtype=torch.float64)[:, None]
+            sae.W_dec[..., 7, :] = 0  # as of a transcoder's feature that never learned
+    before, norms = sae(x), sae.decoder_norms.detach()
+    sae.fold_decoder_norms()
+    after = sae(x)
+    torch.testing.assert_close(after.x_hat, before.x_hat, rtol=1e-12, atol=1e-12)
+    assert torch.equal(after.acts.features, before.acts.features) and before.acts.nnz > 0
+    if name == "codebook":
+        assert torch.equal(after.acts.values, before.acts.values)
+        return
+    assert sorted({round(norm, 5) for norm in sae.decoder_norms.tolist()}) in ([1], [0, 1])
+    gains = torch.where(norms > 0, norms, 1)[before.acts.features]
+    torch.testing.assert_close(after.acts.values, before.acts.values * gains)
 
 
-@pytest.mark.parametrize("name", ["relu", "jumprelu", "gated"])
-def test_e24_folding_decoder_norms_leaves_the_reconstruction(name):
-    sae, x = build(name).double(), rows(60).double()
-    gains = torch.linspace(0.5, 2, D_SAE, dtype=torch.float64)
-    outputs = [torch.func.functional_call(sae, changed, (x,)) for changed in _moved_into_the_encoder(sae, gains)]
-    assert outputs[0].acts.nnz == outputs[1].acts.nnz > 0
-    torch.testing.assert_close(outputs[0].x_hat, outputs[1].x_hat)
+@every
+def test_training_ends_with_decoder_norms_folded_unless_it_began_before(name, tmp_path):
+    changes: dict[str, Any] = {"loss": "tanh"} if name == "jumprelu" else {}
+    config = config_of(name, **changes)
+    train = TrainConfig(n_tokens=4 * 64, batch_size=64, lr=0.1, device="cpu")
+    for rules in (2, 1):
+        run = Run(config, open_data(rows(200), None), train, tmp_path / str(rules), None, rules=rules)
+        for step in range(4):
+            run.train_on({"x": rows(64, step)})
+        x_hat = run.sae(rows(50)).x_hat
+        run.finish({"x": rows(64)})
+        sae = load_sae(tmp_path / str(rules))
+        torch.testing.assert_close(sae(rows(50)).x_hat, x_hat, rtol=1e-3, atol=1e-3)
+        is_folded = float((sae.decoder_norms.detach() - 1).abs().max()) < 1e-5
+        assert is_folded == (sae.unit_norm or (rules == 2 and name != "codebook"))
 
 
 @pytest.mark.parametrize("encode", [encode_topk, encode_batch_topk])

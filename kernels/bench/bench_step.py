@@ -215,7 +215,7 @@ def _batches(settings: Settings) -> Iterator[Tensor]:
 def _rows_of_data(settings: Settings) -> Iterator[Tensor]:
     if settings.cache is not None:
         from saelab.activation_cache.reader import ActivationCache
-        from saelab.saes.base import normalization
+        from saelab.saes.config import normalization
 
         cache = ActivationCache(settings.cache)
         stats = cache.stats()

@@ -126,14 +126,14 @@ def family_picture(rows: Sequence[Row]) -> str:
 
 
 def comparisons(rows: Sequence[Row]) -> list[str]:
-    """FVU of BatchTopK against TopK, and of every variant against ReLU, at equal held-out L0.
+    """FVU of BatchTopK and AbsTopK against TopK, and of every variant against ReLU, at equal held-out L0.
 
     Each row stands against the other variant's of the same seed whose held-out L0 is nearest. One wins or loses where it
     does so on every seed, with those within 5 %; else it is undecided.
     """
     rows = [row for row in rows if row["table"] == "sae"]
     variants = [name for name in _distinct(rows, "variant") if name != "relu"]
-    pairs = [("batch_topk", "topk"), *((name, "relu") for name in variants)]
+    pairs = [("batch_topk", "topk"), ("abs_topk", "topk"), *((name, "relu") for name in variants)]
     lines = []
     for one, other in pairs:
         ours, others = ([row for row in rows if row["variant"] == name] for name in (one, other))
@@ -156,6 +156,8 @@ def _compared(one: str, other: str, level: int, sides: Sequence[tuple[Row, Row]]
     word = "wins" if max(gaps) < 0 else "loses" if min(gaps) > 0 else "undecided"
     if not all(abs(mine["l0"] - theirs["l0"]) <= L0_TOLERANCE * theirs["l0"] for mine, theirs in sides):
         word = f"undecided: no {other} within {L0_TOLERANCE:.0%} of that L0"
+    if (one, other) == ("abs_topk", "topk") and word == "loses":
+        word += ", where its paper says that it wins: not held"
     fvu = " against ".join(spread((pair[i]["fvu"] for pair in sides), 4) for i in (0, 1))
     l0 = " and ".join(spread((pair[i]["l0"] for pair in sides), 1) for i in (0, 1))
     seeds = ", ".join(str(mine["seed"]) for mine, _ in sides)

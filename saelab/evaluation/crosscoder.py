@@ -47,9 +47,12 @@ class DecoderComparison(NamedTuple):
 
 
 @torch.no_grad()
-def compare_decoders(sae: CrosscoderSAE, a: int = 0, b: int = -1) -> DecoderComparison:
-    """Compare the decoder rows of two sources, in the units that the weights live in. NaN where both are zero."""
-    rows_a, rows_b = (sae.W_dec[source].double().cpu() for source in _checked(sae, a, b))
+def compare_decoders(sae: CrosscoderSAE, a: int = 0, b: int = -1, units: str = "normalized") -> DecoderComparison:
+    """Compare the decoder rows of two sources, in the units that the weights live in, or in "raw" ones. NaN where both are
+    zero."""
+    _check_units(units)
+    scales = torch.ones_like(sae.scale) if units == "normalized" else sae.scale
+    rows_a, rows_b = (sae.W_dec[s].double().cpu() / float(scales[s]) for s in _checked(sae, a, b))
     norms_a, norms_b = rows_a.norm(dim=1), rows_b.norm(dim=1)
     delta = ((norms_b - norms_a) / torch.maximum(norms_a, norms_b) + 1) / 2
     cosine = torch.cosine_similarity(rows_a, rows_b, dim=1)
@@ -79,18 +82,33 @@ class LatentScaling(NamedTuple):
         return self.beta_reconstruction_a / self.beta_reconstruction_b
 
     def specific_to_b(self, error: float = 0.2, reconstruction: float = 0.5) -> Tensor:
-        """Features that both ratios leave to b alone; bounds as in Minder et al., `(d_sae)` bool."""
-        return (self.nu_error < error) & (self.nu_reconstruction < reconstruction)
+        """Features that b's activations hold and that both ratios, whatever their sign, leave to b alone; bounds as in Minder
+        et al., `(d_sae)` bool. (A ratio of -0.9 is a feature that a holds the other way round.)"""
+        held = (self.beta_error_b > 0) & (self.beta_reconstruction_b > 0)
+        return held & (self.nu_error.abs() < error) & (self.nu_reconstruction.abs() < reconstruction)
+
+    def in_units_of(self, scale_a: float, scale_b: float) -> LatentScaling:
+        """Of normalised sources that were multiplied by these scales: the same in raw units, of x and of b's direction."""
+        factors = (scale_b / scale_a, 1.0, scale_b / scale_a, 1.0)
+        return LatentScaling(*(beta * factor for beta, factor in zip(self, factors, strict=True)))
 
 
 @torch.no_grad()
 def latent_scaling(
-    sae: CrosscoderSAE, batches: Iterable[Float[Tensor, "_ n_sources d_in"]], a: int = 0, b: int = -1
+    sae: CrosscoderSAE,
+    batches: Iterable[Float[Tensor, "_ n_sources d_in"]],
+    a: int = 0,
+    b: int = -1,
+    units: str = "normalized",
 ) -> LatentScaling:
     """Stream raw activations once; sums are kept in float64. The direction is b's, for both sources.
 
+    `units` are those that the weights live in, where each source has the same variance, or the "raw" ones of the models:
+    with a source that is k times smaller the ratios are k times smaller too.
+
     With `e_m = x_m - x_hat_m`: `beta_error_m = <d_b, sum_t z e_m> / (|d_b|^2 sum_t z^2) + <d_b, d_m> / |d_b|^2`.
     """
+    _check_units(units)
     sources = _checked(sae, a, b)
     decoder = sae.W_dec.double()
     direction = decoder[sources[1]]
@@ -110,7 +128,13 @@ def latent_scaling(
     weight = squares * direction.square().sum(1)
     own = torch.stack([(direction * decoder[source]).sum(1) for source in sources]) * squares
     betas = torch.cat([along_error + own, along_hat]) / torch.where(weight > 0, weight, torch.nan)
-    return LatentScaling(*betas.cpu())
+    found = LatentScaling(*betas.cpu())
+    return found if units == "normalized" else found.in_units_of(*(float(sae.scale[source]) for source in sources))
+
+
+def _check_units(units: str) -> None:
+    if units not in ("normalized", "raw"):
+        raise ValueError(f"units={units!r} must be 'normalized' or 'raw'.")
 
 
 def _checked(sae: CrosscoderSAE, *sources: int) -> list[int]:

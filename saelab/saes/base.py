@@ -1,11 +1,12 @@
-"""What every sparse autoencoder of the family shares: weights, input normalisation, and the four things a variant may
-override: `encode`, `decode`, `loss`, `after_step`.
+"""What every sparse autoencoder of the family shares: weights, input normalisation, and what a variant may override:
+`encode_normalized`, `decode`, `loss`, `after_step`; `start_at` and `fold` where it has biases or thresholds of its own.
 
 `x_norm = (x - center) * scale`, codes come from `x_norm`, and `decode` maps back to raw units.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -13,18 +14,19 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from saelab.arguments import check_choices, check_integer, check_numbers
 from saelab.distributed import ALONE, Ranks
 from saelab.files import tensors_hash
 from saelab.kernels.decode import decode
+from saelab.kernels.precision import widened
 from saelab.kernels.rows import unit_norm_
 from saelab.kernels.sparse_acts import SparseActs
+from saelab.saes.config import normalization
+from saelab.saes.inputs import HALF, as_activations, check_dtype
 
 RULES = 2
 """Number of the training rules in force; raise it when a change gives a run other bits, and keep the old way for old runs."""
 SHORT_RUN = 4_000_000
 """Tokens up to which a run counts as short: rows are then likely to be seen several times."""
-NORMALIZATIONS = ("center_and_scale", "scale", "none")
 
 
 class SAEOutput(NamedTuple):
@@ -87,7 +89,7 @@ class SAE(nn.Module):
     """Fields of the config that `saelab.presets.cpu` sets for a run of any length."""
     short_preset: ClassVar[dict[str, Any]] = {}
     """Those that it sets besides for a run of up to `SHORT_RUN` tokens."""
-    rule: ClassVar[str]
+    rule: str
     """Which pre-activations become codes at inference, for `sae.json`."""
 
     def __init__(self, config: Any, d_in: int, seed: int = 0) -> None:
@@ -122,6 +124,18 @@ class SAE(nn.Module):
         """Features that fire on a token, as `config` asks for; None where it asks for no number."""
         return getattr(config, "k", getattr(config, "target_l0", None))
 
+    def _apply(self, fn: Any, recurse: bool = True) -> SAE:
+        """Moves and casts, as of any module; but half precision is for weights. Buffers (centre, scale, thresholds, averages)
+        are small and decide what fires, so they stay wide."""
+        check_dtype(fn(self.center[:0]).dtype)
+        buffers = [(one, name, b) for one in self.modules() for name, b in one._buffers.items() if b is not None]
+        super()._apply(fn, recurse)
+        for module, name, before in buffers:
+            after = module._buffers[name]
+            if after is not None and after.dtype in HALF:
+                module._buffers[name] = before.to(after.device)
+        return self
+
     @property
     def shape(self) -> dict[str, int]:
         """The sizes of `shape_names`."""
@@ -136,8 +150,12 @@ class SAE(nn.Module):
         self.center.copy_(center)
         self.scale.copy_(scale)
 
-    def normalize(self, x: Float[Tensor, ...]) -> Float[Tensor, "batch d_in"]:
-        """Raw activations, on any device, to the units the weights live in. Raises `ValueError` on another width."""
+    def normalize(self, x: Any) -> Float[Tensor, "batch d_in"]:
+        """Raw activations, on any device and of any float dtype, to the units the weights live in.
+
+        Raises `ValueError` for another width and for what holds no activations.
+        """
+        x = as_activations(x)
         if x.ndim != 2 or x.shape[1] != self.d_in:
             raise ValueError(
                 f"This SAE reads activations of width d_in={self.d_in}, got a tensor of shape {tuple(x.shape)}; "
@@ -145,17 +163,61 @@ class SAE(nn.Module):
             )
         return (x.to(self.center) - self.center).mul_(self.scale)
 
+    @torch.no_grad()
+    def start_from(
+        self,
+        mean: Float[Tensor, "*sources d_in"],
+        mean_square: float | Tensor,
+        mean_out: Float[Tensor, " d_out"] | None = None,
+        mean_square_out: float | Tensor | None = None,
+    ) -> None:
+        """Before the first step, after `set_normalization` of the same arguments: start as if the data were centred.
+
+        Where the normalisation leaves a mean or another spread than 1, biases and thresholds take them in (`start_at`).
+        """
+        if self.config.normalize == "center_and_scale":
+            return
+        x = self.normalize(mean[None])[0]
+        square = torch.as_tensor(mean_square, dtype=torch.float64) * self.scale.cpu().double().square()
+        variance = (square.sum() - x.cpu().double().square().sum()).clamp_min(0)
+        self.start_at(
+            x, x if mean_out is None else self.normalize_target(mean_out[None])[0], math.sqrt(variance / len(x))
+        )
+
+    def start_at(self, x: Float[Tensor, " width"], y: Float[Tensor, " width_out"], spread: float) -> None:
+        """Take in the means of input and target, and the spread that pre-activations have before training."""
+        self.b_dec.copy_(y.view_as(self.b_dec))
+        if self.pre_bias is None:
+            self.b_enc.sub_(self.encoder_rows @ x)
+
+    @property
+    def pre_bias(self) -> Float[Tensor, " d_in"] | None:
+        """What is taken from the input before the encoder; None: nothing."""
+        return self.b_dec
+
+    @property
+    def encoder_rows(self) -> Float[Tensor, "d_sae width"]:
+        """`W_enc` as `encode_normalized` multiplies it."""
+        return self.W_enc
+
+    def normalize_target(self, y: Float[Tensor, "batch d_out"]) -> Float[Tensor, "batch d_out"]:
+        """Raw activations of what is rebuilt, in the units of the decoder."""
+        return self.normalize(y)
+
     def normalized(self, batch: Batch) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, "batch d_out"]]:
         """Input and target of a training batch in the units of the weights."""
         x = self.normalize(batch.x)
-        return x, x if batch.y is batch.x else self.normalize(batch.y)
+        return x, x if batch.y is batch.x else self.normalize_target(batch.y)
 
     def denormalize(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
         """Back to the units of the activations."""
         return x / self.scale + self.center
 
-    def encode(self, x: Float[Tensor, ...]) -> SparseActs:
-        """Codes of raw activations `x (batch, d_in)`. Raises `ValueError` for rows that are NaN or infinite."""
+    def encode(self, x: Any) -> SparseActs:
+        """Codes of raw activations `x (batch, d_in)`, a tensor or NumPy array of floats; float32 where weights are narrower.
+
+        Raises `ValueError` for rows that are NaN or infinite.
+        """
         return self.encode_normalized(self._checked(self.normalize(x)))
 
     def _checked(self, x: Float[Tensor, "batch width"]) -> Float[Tensor, "batch width"]:
@@ -178,15 +240,10 @@ class SAE(nn.Module):
         """Reconstruction in raw units, `(batch, d_in)`."""
         return self.denormalize(decode(acts, self.W_dec, self.b_dec))
 
-    def forward(self, x: Float[Tensor, ...]) -> SAEOutput:
+    def forward(self, x: Any) -> SAEOutput:
         """Encode and decode; `forward(x) == decode(encode(x))` always."""
         acts = self.encode(x)
         return SAEOutput(self.decode(acts), acts)
-
-    def calibrate(self, x: Float[Tensor, "n ..."]) -> bool:
-        """At the end of training: make as many features fire on raw rows `x` that were kept out of it as the config
-        promises on average. Gives whether anything is calibrated; not where the selection is exact or nothing promised."""
-        return False
 
     def loss(self, batch: Batch, info: StepInfo) -> Loss:
         """The training loss of one batch."""
@@ -203,34 +260,30 @@ class SAE(nn.Module):
         if self.unit_norm:
             unit_norm_(self.W_dec)
 
+    @torch.no_grad()
+    def fold_decoder_norms(self) -> None:
+        """Decoder rows to norm 1, what they lose to the encoder: the same reconstruction, from codes in one unit for all
+        features. Rows of zeros stay; nothing to do where training keeps rows at norm 1."""
+        if not self.unit_norm:
+            norms = self.decoder_norms
+            self.fold(torch.where(norms > 0, norms, 1))
+
+    def fold(self, norms: Float[Tensor, " d_sae"]) -> None:
+        """Multiply all that a code is made of by `norms`, and divide the decoder's rows by them."""
+        self.W_enc.mul_(norms[:, None])
+        self.b_enc.mul_(norms)
+        self.W_dec.div_(norms[:, None])
+
     def written(self, source: int = -1) -> tuple[Float[Tensor, "d_sae d_out"], Float[Tensor, ""]]:
         """Decoder rows, and the scale they live in, of the site that features write (`source` counts a crosscoder's)."""
         return self.W_dec, self.scale
 
     @property
+    def decoder_norms(self) -> Float[Tensor, " d_sae"]:
+        """The norm of each feature's decoder row."""
+        return widened(self.W_dec)[0].norm(dim=1)
+
+    @property
     def hash(self) -> str:
         """SHA-256 over names, shapes and bytes of the weights."""
         return tensors_hash(self.state_dict())
-
-
-def normalization(
-    kind: str, mean: Float[Tensor, "*sources d"], mean_square: float | Tensor
-) -> tuple[Float[Tensor, "*sources d"], Float[Tensor, "*sources"]]:
-    """Centre and scale (fp64) for data of this mean and mean squared norm; see `SAE.set_normalization`."""
-    mean, mean_square = mean.double(), torch.as_tensor(mean_square, dtype=torch.float64)
-    if kind == "none":
-        return torch.zeros_like(mean), torch.ones_like(mean_square)
-    if kind == "center_and_scale":
-        mean_square = mean_square - mean.square().sum(-1)
-    else:
-        mean = torch.zeros_like(mean)
-    return mean, (mean.shape[-1] / mean_square.clamp_min(1e-30)).sqrt()
-
-
-def check_config(config: Any) -> None:
-    """Bounds that every config shares. Raises `ValueError` with the value and the fix."""
-    check_integer("d_sae", config.d_sae, 1)
-    check_numbers(config)
-    check_choices(config)
-    if config.normalize not in NORMALIZATIONS:
-        raise ValueError(f"normalize={config.normalize!r} must be one of {', '.join(NORMALIZATIONS)}.")

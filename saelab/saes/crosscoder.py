@@ -13,8 +13,8 @@ one would outweigh the others in n. No pre-bias, no norm constraint.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -23,9 +23,12 @@ from torch import Tensor, nn
 from saelab.kernels.decode import decode, decode_error
 from saelab.kernels.encode_batch_topk import encode_batch_topk
 from saelab.kernels.encode_threshold import encode_threshold
+from saelab.kernels.precision import widened
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.losses import weighted_l1
 from saelab.saes.base import Batch, Loss, StepInfo
+from saelab.saes.config import LATER
+from saelab.saes.inputs import as_activations
 from saelab.saes.l0_controller import L0Controller, check_sparsity
 from saelab.saes.selection import SelectionConfig
 from saelab.saes.threshold import ThresholdSAE, smallest
@@ -45,6 +48,8 @@ class CrosscoderConfig(SelectionConfig):
     """Share of the run over which lambda rises from 0."""
     target_l0: float | None = None
     """Move lambda inside the run, from `l1_coefficient`, so that this many features fire on a token; None: leave it."""
+    aux_rank: Literal["norm", "value"] = field(default="norm", metadata=LATER)
+    """By what AuxK ranks dead features: u times the sum of decoder norms, as the selection and its authors do, or u alone."""
     init_norm: float | None = None
     """Norm of a row in each source at the start; None is 1 for "batch_topk" and 0.08 for "l1"."""
     hook_names: tuple[str, ...] | None = None
@@ -101,17 +106,30 @@ class CrosscoderSAE(ThresholdSAE):
         return self.W_enc.transpose(0, 1).flatten(1), self.W_dec.transpose(0, 1).flatten(1), self.b_dec.flatten()
 
     @property
+    def encoder_rows(self) -> Float[Tensor, "d_sae width"]:
+        return self.rows[0]
+
+    def start_at(self, x: Float[Tensor, " width"], y: Float[Tensor, " width"], spread: float) -> None:
+        self.penalty.rescale(spread)
+        super().start_at(x, y, spread)
+
+    def aux_norms(self, info: StepInfo) -> Float[Tensor, " d_sae"] | None:
+        by_norm = self.config.aux_rank == "norm" and info.rules >= 2
+        return self.decoder_norms.detach() if by_norm else None
+
+    @property
     def decoder_norms(self) -> Float[Tensor, " d_sae"]:
         """`n_i = sum_s |d_i^s|`."""
-        return self.W_dec.norm(dim=2).sum(0)
+        return widened(self.W_dec)[0].norm(dim=2).sum(0)
 
     def set_normalization(self, mean: Float[Tensor, "*sources d_in"], mean_square: float | Tensor) -> None:
         """Of each source by itself: `mean (n_sources, d_in)`, `mean_square (n_sources)`."""
         squares = torch.as_tensor(mean_square, dtype=torch.float64).reshape(self.n_sources)
         super().set_normalization(mean.reshape(self.n_sources, self.d_in), squares)
 
-    def normalize(self, x: Float[Tensor, ...]) -> Float[Tensor, "batch width"]:
+    def normalize(self, x: Any) -> Float[Tensor, "batch width"]:
         """Raw activations, on any device, to the units the weights live in, the sources of a token in one row."""
+        x = as_activations(x)
         sources = x[:, None] if x.ndim == 2 and self.n_sources == 1 else x
         if sources.ndim != 3 or sources.shape[1:] != (self.n_sources, self.d_in):
             raise ValueError(
@@ -124,15 +142,9 @@ class CrosscoderSAE(ThresholdSAE):
         raw = x.unflatten(1, (self.n_sources, self.d_in)) / self.scale[:, None] + self.center
         return raw.squeeze(1) if self.n_sources == 1 else raw
 
-    def encode_above(self, x: Float[Tensor, "batch width"], threshold: Tensor) -> SparseActs:
+    def encode_normalized(self, x: Float[Tensor, "batch width"]) -> SparseActs:
         norms = self.decoder_norms.detach().clamp_min(torch.finfo(x.dtype).tiny)
-        return encode_threshold(x, self.rows[0], self.b_enc, threshold / norms)
-
-    def scores(self, acts: SparseActs) -> Float[Tensor, " nnz"]:
-        return acts.values.detach() * self.decoder_norms.detach()[acts.features]
-
-    def calibrate(self, x: Float[Tensor, "n ..."]) -> bool:
-        return self.config.sparsity == "batch_topk" and super().calibrate(x)
+        return encode_threshold(x, self.rows[0], self.b_enc, self.known_threshold() / norms)
 
     def decode(self, acts: SparseActs) -> Float[Tensor, "batch *sources d_in"]:
         return self.denormalize(decode(acts, *self.rows[1:]))

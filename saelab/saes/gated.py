@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from saelab.kernels.decode import decode_error
 from saelab.kernels.encode_threshold import encode_threshold
+from saelab.kernels.precision import widened
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.saes.base import SAE, Batch, Loss, StepInfo
-from saelab.saes.l0_controller import L0Controller, L1Config, quiet_level
+from saelab.saes.l0_controller import L0Controller, L1Config, quiet_level, start_quiet
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,10 @@ class GatedSAE(SAE):
         if config.target_l0 is not None and config.normalize != "none":
             self.b_enc.data.fill_(-quiet_level(self.d_sae, config.target_l0))
 
+    def start_at(self, x: Float[Tensor, " d_in"], y: Float[Tensor, " d_in"], spread: float) -> None:
+        start_quiet(self.b_enc, self.sparsity, spread)
+        super().start_at(x, y, spread)
+
     @property
     def b_gate(self) -> Float[Tensor, " d_sae"]:
         """The gate's bias: another name of `b_enc`."""
@@ -58,12 +63,13 @@ class GatedSAE(SAE):
 
     def _gates(self, x: Float[Tensor, "batch d_in"]) -> SparseActs:
         """pi_gate where it is positive."""
-        return encode_threshold(x, self.W_enc, self.b_enc, center=self.b_dec)
+        return encode_threshold(x, self.W_enc, self.b_enc, center=self.pre_bias)
 
     def _magnitudes(self, gates: SparseActs) -> SparseActs:
         """pi_mag at open gates, where it is positive."""
-        gain = self.r_mag.exp()
-        shift = self.b_mag - gain * self.b_gate
+        r_mag, b_mag, b_gate = widened(self.r_mag, self.b_mag, self.b_gate)
+        gain = r_mag.exp()
+        shift = b_mag - gain * b_gate
         pi_mag = gain[gates.features] * gates.values + shift[gates.features]
         return gates.with_values(pi_mag).where(pi_mag > 0)
 

@@ -9,7 +9,8 @@ the L0. With `loss="tanh"` it is Anthropic's form (Circuits updates, January 202
     L = mean_t(|x - x_hat|^2 + lambda sum_i tanh(c |z_i| |d_i|) + lambda_P sum_i max(theta_i - u_i, 0) |d_i|)
 
 where the last term, which brings features back, is taken over dead features only (as SAELens does): so it costs nothing
-when none is dead. |x|^2 is summed over dimensions, so lambda is the squared error that one more feature has to save.
+when none is dead. With `loss="l0_target"` the sparsity term is `lambda d_in (L0 / target_l0 - 1)^2` of the batch's L0, on
+thresholds as in "l0". |x|^2 is summed over dimensions, so lambda is the squared error that one more feature has to save.
 
 Units: `theta` and `bandwidth` are lengths along u. Normalised inputs have root-mean-square norm sqrt(d_in), so u has a
 spread of about 1 whatever d_in is; the paper's inputs have norm 1, so its 0.001 is 0.001 sqrt(d_in) here (0.024 at 576). Ours
@@ -20,7 +21,7 @@ than the learning rate a step, which from the paper's 0.001 takes its hundreds o
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -30,10 +31,14 @@ from torch import Tensor, nn
 from saelab.kernels.decode import decode_error
 from saelab.kernels.encode_threshold import encode_threshold
 from saelab.kernels.jump_relu import jump_relu
+from saelab.kernels.precision import widened
 from saelab.kernels.sparse_acts import SparseActs
-from saelab.saes.base import SAE, Batch, Loss, StepInfo, check_config
-from saelab.saes.calibration import LOOSER_FACTORS, level_for
+from saelab.losses import auxk, total_variance
+from saelab.saes.base import SAE, Batch, Loss, StepInfo
+from saelab.saes.config import LATER, check_config
 from saelab.saes.l0_controller import L0Controller, check_sparsity, quiet_level
+
+AUXK_ALPHA = 1 / 32
 
 
 @dataclass(frozen=True)
@@ -42,8 +47,9 @@ class JumpReLUConfig:
 
     d_sae: int
     """Number of features."""
-    loss: Literal["l0", "tanh"] = "l0"
-    """What counts features: "l0" (Rajamanoharan et al. 2024) or "tanh" (Anthropic, January 2025)."""
+    loss: Literal["l0", "tanh", "l0_target"] = "l0"
+    """What counts features: "l0" (Rajamanoharan et al. 2024), "tanh" (Anthropic, January 2025); "l0_target": the square of how
+    far L0 is from `target_l0`."""
     sparsity_coefficient: float = 1.0
     """lambda, for inputs of root-mean-square norm sqrt(d_in) and squared error summed over dimensions."""
     sparsity_warmup: float = 0.05
@@ -51,15 +57,20 @@ class JumpReLUConfig:
     target_l0: float | None = None
     """Move lambda inside the run, from `sparsity_coefficient`, so that this many features fire on a token; None: leave it."""
     bandwidth: float = 0.1
-    """Width of the window around a threshold in which its gradient sees pre-activations."""
+    """Width of the window around a threshold in which its gradient sees pre-activations; in the unit of `initial_threshold`."""
+    ste_to_input: bool = field(default=False, metadata=LATER)
+    """Let the window's gradient reach the pre-activation too, and so all weights, not the threshold alone."""
     initial_threshold: float | None = None
-    """theta of every feature at the start; None is where 8 times `target_l0` (else 32) features fire on normalised inputs."""
+    """theta of every feature at the start; None is where 8 times `target_l0` (else 32) features fire, whatever `normalize`."""
     pre_bias: bool = False
     """Take `b_dec` from the input before the encoder."""
     tanh_scale: float = 4.0
     """c of the "tanh" loss."""
+    revive: Literal["auto", "none", "pre_act", "auxk"] = field(default="auto", metadata=LATER)
+    """What brings dead features back: "pre_act", the last term of the "tanh" loss, in any form; "auxk", AuxK (Gao et al. 2024) at
+    1/32 of the variance; "auto" is "pre_act" with "tanh" and "none" else, as in the papers."""
     pre_act_coefficient: float = 3e-6
-    """lambda_P of the "tanh" loss."""
+    """lambda_P of "pre_act"."""
     normalize: str = "center_and_scale"
     """Input normalisation: "center_and_scale", "scale" or "none"; stored with the SAE."""
 
@@ -72,6 +83,15 @@ class JumpReLUConfig:
                 raise ValueError(f"{name}={value} must be positive.")
         if not self.pre_act_coefficient >= 0:
             raise ValueError(f"pre_act_coefficient={self.pre_act_coefficient} must not be negative; 0 turns it off.")
+        if self.loss == "l0_target" and self.target_l0 is None:
+            raise ValueError(
+                "loss='l0_target' needs target_l0: give the number of features that shall fire on a token."
+            )
+
+    @property
+    def revival(self) -> str:
+        """`revive` with "auto" settled."""
+        return self.revive if self.revive != "auto" else {"tanh": "pre_act"}.get(self.loss, "none")
 
 
 class JumpReLUSAE(SAE):
@@ -86,62 +106,81 @@ class JumpReLUSAE(SAE):
 
     def __init__(self, config: JumpReLUConfig, d_in: int, seed: int = 0) -> None:
         super().__init__(config, d_in, seed)
-        self.unit_norm = config.loss == "l0"
+        self.unit_norm = config.loss != "tanh"
+        self.unit = 1.0  # of the bandwidth
         theta = config.initial_threshold or max(quiet_level(self.d_sae, config.target_l0 or 32.0), config.bandwidth)
         self.log_threshold = nn.Parameter(torch.full((self.d_sae,), math.log(theta)))
-        self.sparsity = L0Controller(config.sparsity_coefficient, config.sparsity_warmup, config.target_l0)
+        moved_to = None if config.loss == "l0_target" else config.target_l0
+        self.sparsity = L0Controller(config.sparsity_coefficient, config.sparsity_warmup, moved_to)
 
     @property
     def threshold(self) -> Float[Tensor, " d_sae"]:
         """theta, always positive."""
-        return self.log_threshold.exp()
+        return widened(self.log_threshold)[0].exp()
 
     @property
     def pre_bias(self) -> Float[Tensor, " d_in"] | None:
         """What is taken from the input before the encoder; None: nothing."""
         return self.b_dec if self.config.pre_bias else None
 
+    def start_at(self, x: Float[Tensor, " d_in"], y: Float[Tensor, " d_in"], spread: float) -> None:
+        """A threshold that was not given, and with it the bandwidth, is in the data's spread."""
+        if spread and self.config.initial_threshold is None:
+            self.unit = spread
+            self.log_threshold.add_(math.log(spread))
+        self.sparsity.rescale(spread**2)
+        super().start_at(x, y, spread)
+
+    def fold(self, norms: Float[Tensor, " d_sae"]) -> None:
+        super().fold(norms)
+        self.log_threshold.add_(norms.log())
+
     def encode_normalized(self, x: Float[Tensor, "batch d_in"]) -> SparseActs:
         return encode_threshold(x, self.W_enc, self.b_enc, self.threshold.detach(), center=self.pre_bias)
 
-    def calibrate(self, x: Float[Tensor, "n ..."]) -> bool:
-        """With a `target_l0`: one factor on all thresholds."""
-        if self.config.target_l0 is None:
-            return False
-        theta = self.threshold.detach()
-
-        def ratios(rows: Tensor, factor: float) -> Tensor:
-            acts = encode_threshold(self.normalize(rows), self.W_enc, self.b_enc, theta * factor, center=self.pre_bias)
-            return acts.values / theta[acts.features]
-
-        factor = level_for(self.config.target_l0, x, ratios, LOOSER_FACTORS)
-        if factor is not None:
-            self.log_threshold.data.add_(math.log(factor))
-        return factor is not None
-
     def loss(self, batch: Batch, info: StepInfo) -> Loss:
         x, target = self.normalized(batch)
-        theta, bandwidth = self.threshold, self.config.bandwidth
+        theta, bandwidth = self.threshold, self.config.bandwidth * self.unit
         pre_acts = encode_threshold(x, self.W_enc, self.b_enc, theta, bandwidth / 2, self.pre_bias)
-        acts, steps = jump_relu(pre_acts, theta, bandwidth)  # with zeros in the band, which carry theta's gradient
+        # With zeros in the band, which carry theta's gradient.
+        acts, steps = jump_relu(pre_acts, theta, bandwidth, self.config.ste_to_input)
         error, residual = decode_error(acts, self.W_dec, self.b_dec, target)
         n = max(len(target), 1)
         fired = acts.where(acts.values != 0)
-        terms = {"sse": error / n}
-        if self.config.loss == "l0":
-            terms["sparsity"] = steps.sum() / n
-        else:
-            norms = self.W_dec.norm(dim=1)[acts.features]
-            terms["sparsity"] = (self.config.tanh_scale * acts.values * norms).tanh().sum() / n
+        terms = {"sse": error / n, "sparsity": self._sparsity(acts, steps, fired, info)}
         coefficient = self.sparsity(fired, info)
         total = terms["sse"] + coefficient * terms["sparsity"]
-        if self.config.loss == "tanh" and self.config.pre_act_coefficient and bool(info.dead.any()):
-            terms["pre_act"] = self._shortfall(x, theta, info.dead) / n
-            total = total + self.config.pre_act_coefficient * terms["pre_act"]
+        if bool(info.dead.any()):
+            weight, more = self._revival(x, target, residual, theta, info)
+            terms |= more
+            total = total + sum(weight * term for term in more.values())
         return Loss(total, fired, residual, target, terms | {"coefficient": coefficient})
 
-    def _shortfall(self, x: Tensor, theta: Tensor, dead: Tensor) -> Float[Tensor, ""]:
-        """By how much dead features stay under their thresholds, times their decoder norms, summed over the batch."""
-        centered = x if self.pre_bias is None else x - self.pre_bias
-        pre_acts = torch.addmm(self.b_enc[dead], centered, self.W_enc[dead].T)  # (batch, n_dead)
-        return ((theta[dead] - pre_acts).relu() * self.W_dec[dead].norm(dim=1)).sum()
+    def _sparsity(self, acts: SparseActs, steps: Tensor, fired: SparseActs, info: StepInfo) -> Float[Tensor, ""]:
+        """What the loss asks to be small, by its form."""
+        n, target = max(acts.batch, 1), self.config.target_l0
+        if self.config.loss == "tanh":
+            norms = self.decoder_norms[acts.features]
+            return (self.config.tanh_scale * acts.values * norms).tanh().sum() / n
+        l0 = steps.sum() / n
+        if self.config.loss == "l0" or target is None:
+            return l0
+        # The square is of the whole batch's L0, of which these rows are a part.
+        gap = info.ranks.total(fired.nnz, l0.device) / max(info.ranks.whole(acts.batch), 1) / target - 1
+        return self.d_in * (gap**2 + 2 * gap / target * (l0 - l0.detach()))
+
+    def _revival(
+        self, x: Tensor, target: Tensor, residual: Tensor, theta: Tensor, info: StepInfo
+    ) -> tuple[float | Tensor, dict[str, Tensor]]:
+        """Weight and value of the term that brings dead features back, under its name; nothing where it is off."""
+        kind, dead, n = self.config.revival, info.dead, max(len(target), 1)
+        x = x if self.pre_bias is None else x - self.pre_bias
+        if kind == "auxk":
+            rows, k_aux = (self.W_enc[dead], self.b_enc[dead], self.W_dec[dead]), max(self.d_in // 2, 1)
+            aux = auxk(x, -residual, *rows, k_aux, ranks=info.ranks)
+            return AUXK_ALPHA * total_variance(target, info.ranks) / n, {"auxk": aux}
+        if kind == "none" or not self.config.pre_act_coefficient:
+            return 0.0, {}
+        b_enc, x, W_enc = widened(self.b_enc[dead], x, self.W_enc[dead])
+        shortfall = (theta[dead] - torch.addmm(b_enc, x, W_enc.T)).relu() * widened(self.W_dec[dead])[0].norm(dim=1)
+        return self.config.pre_act_coefficient, {"pre_act": shortfall.sum() / n}

@@ -24,7 +24,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from saelab.kernels.sparse_acts import SparseActs
-from saelab.saes.base import StepInfo, check_config
+from saelab.saes.base import StepInfo
+from saelab.saes.config import check_config
 
 FALL = 0.5
 SETTLE = 0.1
@@ -61,6 +62,14 @@ class L0Controller(nn.Module):
         return risen * (self.state[0] + DAMPING * self.state[1]).exp().to(acts.values.dtype)
 
     @torch.no_grad()
+    def rescale(self, factor: float) -> None:
+        """Before the first step: begin with the coefficient that does on this data what `start` does on normalised data.
+        One that stays as it was given keeps its meaning."""
+        if self.target_l0 is not None and factor > 0:
+            self.start *= factor
+            self.state[0] = math.log(self.start)
+
+    @torch.no_grad()
     def _move(self, log_l0: float, target: float, info: StepInfo) -> None:
         if int(self.last_step) < 0:
             self.state[2] = log_l0
@@ -82,6 +91,13 @@ def quiet_level(d_sae: int, l0: float) -> float:
     January 2025 update sets initial biases in the same spirit.)
     """
     return NormalDist().inv_cdf(1 - min(0.5, START * l0 / d_sae))
+
+
+def start_quiet(b_enc: Float[Tensor, " d_sae"], sparsity: L0Controller, spread: float) -> None:
+    """Start as sparse as on normalised data where pre-activations have this spread: biases, and an L1 in their units."""
+    if sparsity.target_l0 is not None and spread:
+        b_enc.fill_(-quiet_level(len(b_enc), sparsity.target_l0) * spread)
+        sparsity.rescale(spread)
 
 
 def check_sparsity(config: Any, kind: str) -> None:

@@ -13,18 +13,25 @@ step among dead features alone (ours: AuxK of Gao et al. 2024, Appendix A.2, wit
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from saelab.arguments import check_integer
+from saelab.kernels.bag_sum import bag_sum
 from saelab.kernels.decode import decode
 from saelab.kernels.encode_topk import encode_topk
+from saelab.kernels.precision import widened
 from saelab.kernels.sampled_product import sampled_product
 from saelab.kernels.sparse_acts import SparseActs, offsets_of
+from saelab.kernels.weight_gradients import weight_gradients
 from saelab.losses import auxk, sum_of_squares, total_variance
-from saelab.saes.base import SAE, Batch, Loss, StepInfo, check_config
+from saelab.saes.base import RULES, SAE, Batch, Loss, StepInfo
+from saelab.saes.config import check_config
 
 
 @dataclass(frozen=True)
@@ -71,24 +78,41 @@ class MatchingPursuitSAE(SAE):
     def encode_normalized(self, x: Float[Tensor, "batch d_in"]) -> SparseActs:
         return self._pursue(x, self.config.k)[0]
 
-    def encode_in_steps(self, x: Float[Tensor, ...], n_steps: int) -> SparseActs:
+    def encode_in_steps(self, x: Any, n_steps: int) -> SparseActs:
         """Codes of raw activations after another number of steps than `config.k`; more never reconstruct worse."""
         check_integer("n_steps", n_steps, 1)
         return self._pursue(self.normalize(x), n_steps)[0]
 
-    def _pursue(self, x: Float[Tensor, "batch d_in"], n_steps: int) -> tuple[SparseActs, Float[Tensor, "batch d_in"]]:
-        """Codes and what they leave unexplained."""
-        residual, no_bias = x - self.b_dec, self.W_dec.new_zeros(self.d_sae)
-        choices: list[SparseActs] = []
+    def _pursue(
+        self, x: Float[Tensor, "batch d_in"], n_steps: int, rules: int = RULES
+    ) -> tuple[SparseActs, Float[Tensor, "batch d_in"]]:
+        """Codes and what they leave unexplained. Runs of rules 1 take the gradient step by step: it adds up in another order."""
+        start = x - self.b_dec
+        if rules < 2 or not torch.is_grad_enabled():
+            choices, residuals = self._choose(start, n_steps)
+            return _sum(choices, self.d_sae, start), residuals[-1]
+        with torch.no_grad():
+            choices, residuals = self._choose(start, n_steps)
+        values = torch.cat([start.new_zeros(0), *(choice.values for choice in choices)])
+        W_dec = widened(self.W_dec, start)[0]
+        residual, values = Pursuit.apply(start, W_dec, values, residuals, choices)  # pyright: ignore
+        parts = values.split([choice.nnz for choice in choices]) if choices else ()
+        choices = [choice.with_values(part) for choice, part in zip(choices, parts, strict=True)]
+        return _sum(choices, self.d_sae, start), residual
+
+    def _choose(self, residual: Tensor, n_steps: int) -> tuple[list[SparseActs], list[Tensor]]:
+        """What each step takes, and what was left before the first and after each."""
+        no_bias = self.W_dec.new_zeros(self.d_sae)
+        choices, residuals = [], [residual]
         for _ in range(n_steps):
-            best = encode_topk(residual, self.W_dec, no_bias, 1, "magnitude" if self.config.signed else "value")
+            best = encode_topk(residuals[-1], self.W_dec, no_bias, 1, "magnitude" if self.config.signed else "value")
             if self.config.residual_threshold:
-                best = best.where(self._unfinished(residual)[best.rows])
+                best = best.where(self._unfinished(residuals[-1])[best.rows])
             if not best.nnz:
                 break
             choices.append(best)
-            residual = residual - decode(best, self.W_dec)
-        return _sum(choices, best), residual
+            residuals.append(residuals[-1] - decode(best, self.W_dec))
+        return choices, residuals
 
     def _unfinished(self, residual: Float[Tensor, "batch d_in"]) -> Tensor:
         """Rows that are longer than the threshold; pair-wise products, so that a row's answer is its own."""
@@ -97,7 +121,7 @@ class MatchingPursuitSAE(SAE):
 
     def loss(self, batch: Batch, info: StepInfo) -> Loss:
         x, target = self.normalized(batch)
-        acts, unexplained = self._pursue(x, self.config.k)
+        acts, unexplained = self._pursue(x, self.config.k, info.rules)
         if target is not x:
             unexplained = unexplained + (target - x)
         terms = {"fvu": sum_of_squares(unexplained) / total_variance(target, info.ranks)}
@@ -111,11 +135,14 @@ class MatchingPursuitSAE(SAE):
         return Loss(total, acts, -residual, target, terms)
 
 
-def _sum(choices: list[SparseActs], like: SparseActs) -> SparseActs:
+def _sum(choices: list[SparseActs], d_sae: int, like: Float[Tensor, "batch d_in"]) -> SparseActs:
     """The sum of codes; those of one feature are added in the order of the list, zeros are dropped."""
-    if len(choices) < 2:
-        return (choices or [like])[0]
-    d_sae, batch = like.d_sae, like.batch
+    if len(choices) == 1:
+        return choices[0]
+    if not choices:
+        ids = torch.zeros(len(like) + 1, dtype=torch.int64, device=like.device)
+        return SparseActs(like.new_zeros(0), ids[:0], ids, d_sae)
+    batch = len(like)
     places, where = torch.cat([c.rows * d_sae + c.features for c in choices]).unique(return_inverse=True)
     values = choices[0].values.new_zeros(len(places))
     for choice, at in zip(choices, where.split([c.nnz for c in choices]), strict=True):
@@ -123,3 +150,39 @@ def _sum(choices: list[SparseActs], like: SparseActs) -> SparseActs:
     counts = torch.bincount(places // d_sae, minlength=batch)
     total = SparseActs(values, places % d_sae, offsets_of(counts), d_sae)
     return total.where(values != 0)
+
+
+class Pursuit(Function):
+    """The residual after the last step and the values of all steps, with one sparse gradient of the dictionary.
+
+    With g_t the gradient of r_t and alpha_t = da_t - <g_t, d_i>, a step hands on g_{t-1} = g_t + alpha_t d_i, and row i
+    gets alpha_t r_{t-1} - a_t g_t: a sum over (token, step) pairs of rows of the r and the g, taken once for all steps.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, start: Tensor, W_dec: Tensor, values: Tensor, residuals: list[Tensor], choices: list[SparseActs]
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(W_dec, *residuals[:-1])
+        ctx.choices = choices
+        return residuals[-1].clone(), values.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        W_dec, *residuals = ctx.saved_tensors
+        g, to_values = grads[0].contiguous(), grads[1].split([choice.nnz for choice in ctx.choices])
+        alphas, gradients = [], []
+        for choice, to_a in zip(reversed(ctx.choices), reversed(to_values), strict=True):
+            alpha = to_a - sampled_product(g, W_dec, choice.features, choice.offsets)
+            gradients.append(g)
+            alphas.append(alpha)
+            g = g + bag_sum(alpha, choice.features, choice.offsets, W_dec)
+        if not gradients:
+            return g, torch.zeros_like(W_dec), None, None, None
+        both = ctx.choices + ctx.choices
+        values = torch.cat([*reversed(alphas), *(-choice.values for choice in ctx.choices)])
+        offsets = offsets_of(torch.cat([choice.counts for choice in both]))
+        pairs = SparseActs(values, torch.cat([choice.features for choice in both]), offsets, len(W_dec))
+        to_W_dec = weight_gradients(pairs, values, torch.cat([*residuals, *reversed(gradients)]))
+        return g, to_W_dec, None, None, None

@@ -19,7 +19,7 @@ from saelab.kernels.encode_threshold import encode_threshold
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.losses import weighted_l1
 from saelab.saes.base import SAE, Batch, Loss, StepInfo
-from saelab.saes.l0_controller import L0Controller, L1Config, quiet_level
+from saelab.saes.l0_controller import L0Controller, L1Config, quiet_level, start_quiet
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,14 @@ class ReLUSAE(SAE):
         if config.target_l0 is not None and config.normalize != "none":
             self.b_enc.data.fill_(-quiet_level(self.d_sae, config.target_l0))
 
+    @property
+    def pre_bias(self) -> None:
+        return None
+
+    def start_at(self, x: Float[Tensor, " d_in"], y: Float[Tensor, " d_in"], spread: float) -> None:
+        start_quiet(self.b_enc, self.sparsity, spread)
+        super().start_at(x, y, spread)
+
     def encode_normalized(self, x: Float[Tensor, "batch d_in"]) -> SparseActs:
         return encode_threshold(x, self.W_enc, self.b_enc)
 
@@ -51,7 +59,7 @@ class ReLUSAE(SAE):
         x, target = self.normalized(batch)
         acts = self.encode_normalized(x)
         error, residual = decode_error(acts, self.W_dec, self.b_dec, target)
-        norms = self.W_dec.norm(dim=1)[acts.features]
+        norms = self.decoder_norms[acts.features]
         terms = {"sse": error / max(len(target), 1), "l1": weighted_l1(acts.values, norms, acts.batch)}
         coefficient = self.sparsity(acts, info)
         total = terms["sse"] + coefficient * terms["l1"]

@@ -17,7 +17,8 @@ from saelab.arguments import check_integer
 from saelab.kernels.decode import decode_error
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.losses import auxk, total_variance
-from saelab.saes.base import SAE, Batch, Loss, StepInfo, check_config
+from saelab.saes.base import SAE, Batch, Loss, StepInfo
+from saelab.saes.config import check_config
 from saelab.saes.zipf import Density, underused
 
 
@@ -34,7 +35,7 @@ class SelectionConfig:
     k_aux: int | None = None
     """Features used per token by the aux loss; None is d_in // 2."""
     aux: Literal["auxk", "aux_zipf"] = "auxk"
-    """Whom the aux loss serves: features that are dead, or also those that fire less than a tenth of what Zipf's law expects."""
+    """Whom the aux loss serves: features that are dead, or all that fire less than a tenth of what Zipf's law expects."""
     encoder_decay: float = 0.0
     """Weight decay of `W_enc` (AdamW's). About 1 helps in short runs of several epochs, which then memorise fewer rows. At a
     rate of 3e-3 it halves a row without gradient every 231 steps: leave it at 0 where a run is long or features are rare."""
@@ -67,19 +68,9 @@ class SelectionSAE(SAE):
         self.density = Density(self.d_sae) if config.aux == "aux_zipf" else None
 
     @property
-    def pre_bias(self) -> Float[Tensor, " d_in"] | None:
-        """What is taken from the input before the encoder; None: nothing."""
-        return self.b_dec
-
-    @property
     def rows(self) -> tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, "d_sae d_out"], Float[Tensor, " d_out"]]:
         """`W_enc`, `W_dec` and `b_dec` as the kernels read them: one feature, one row."""
         return self.W_enc, self.W_dec, self.b_dec
-
-    @property
-    def zipf_law(self) -> tuple[float, float]:
-        """Exponent and shift of the law that aux_zipf holds the features' densities against."""
-        return 1.0, 0.0
 
     def left_for_codes(
         self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"]
@@ -115,7 +106,13 @@ class SelectionSAE(SAE):
         W_enc, W_dec, _ = self.rows
         rows = W_enc[chosen], self.b_enc[chosen], W_dec[chosen]
         k_aux = self.config.k_aux or max(self.d_in // 2, 1)
-        return {self.config.aux: auxk(centered, -residual, *rows, k_aux, self.signed, info.ranks)}
+        norms = self.aux_norms(info)
+        norms = None if norms is None else norms[chosen]
+        return {self.config.aux: auxk(centered, -residual, *rows, k_aux, self.signed, info.ranks, norms)}
+
+    def aux_norms(self, info: StepInfo) -> Float[Tensor, " d_sae"] | None:
+        """What the aux loss multiplies pre-activations by to rank them; None: nothing."""
+        return None
 
     def _helped(self, acts: SparseActs, info: StepInfo) -> Bool[Tensor, " d_sae"]:
         """The features that the aux loss serves."""
@@ -123,6 +120,4 @@ class SelectionSAE(SAE):
             return info.dead
         self.density.update(acts, info.ranks)
         batch = info.ranks.whole(acts.batch)
-        if info.rules < 2:
-            return underused(self.density.mean, self.config.k * max(batch, 1), batch)
-        return info.dead | underused(self.density.mean, self.config.k * max(batch, 1), batch, *self.zipf_law)
+        return underused(self.density.mean, self.config.k * max(batch, 1), batch)

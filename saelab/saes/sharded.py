@@ -23,7 +23,7 @@ from saelab.distributed.ranks import Ranks
 from saelab.kernels.decode import decode
 from saelab.kernels.ragged import kth_largest
 from saelab.kernels.sparse_acts import SparseActs
-from saelab.losses import fvu, squared_error
+from saelab.losses import fvu_of_rest, squared_error
 from saelab.saes.base import SAE, StepInfo
 from saelab.saes.batch_topk import BatchTopKSAE
 from saelab.saes.selection import SelectionSAE
@@ -69,7 +69,7 @@ class FeatureShard(SelectionSAE):
         best = codes.detach().topk(min(k_aux, len(chosen)), dim=1).indices.sort(dim=1).values
         kept = among_best(codes.detach().gather(1, best), k_aux, self.mesh.feature)
         codes = codes * torch.zeros_like(codes).scatter(1, best, kept.to(codes.dtype))
-        return {"auxk": fvu(-residual, self._sum(codes @ self.W_dec[chosen]), info.ranks)}
+        return {"auxk": fvu_of_rest(-residual, self._sum(codes @ self.W_dec[chosen]), info.ranks)}
 
     def _sum(self, part: Tensor) -> Tensor:
         return SumOfParts.apply(part, self.mesh.feature)  # pyright: ignore[reportReturnType]

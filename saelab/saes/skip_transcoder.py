@@ -10,6 +10,7 @@ starts at 0 (a plain transcoder), has no regulariser and does not count in L0. `
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -37,13 +38,14 @@ class SkipTranscoderSAE(TranscoderSAE):
     def left_for_codes(
         self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"]
     ) -> Float[Tensor, "batch d_out"]:
-        return target - x @ self.W_skip.T
+        return target - x @ self.W_skip.T.to(x)
 
-    def forward(self, x: Float[Tensor, ...]) -> SAEOutput:
+    def forward(self, x: Any) -> SAEOutput:
         """`x_hat == decode(acts) + skip(x)`."""
         acts = self.encode(x)
         return SAEOutput(self.decode(acts) + self.skip(x), acts)
 
-    def skip(self, x: Float[Tensor, ...]) -> Float[Tensor, "batch d_out"]:
+    def skip(self, x: Any) -> Float[Tensor, "batch d_out"]:
         """What the linear map adds, in the units of y."""
-        return self.normalize(x) @ self.W_skip.T / self.scale_out
+        x = self.normalize(x)
+        return x @ self.W_skip.T.to(x) / self.scale_out

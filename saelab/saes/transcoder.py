@@ -11,7 +11,9 @@ is free to grow from 0.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -19,8 +21,12 @@ from torch import Tensor, nn
 
 from saelab.kernels.encode_topk import encode_topk
 from saelab.kernels.sparse_acts import SparseActs
-from saelab.saes.base import Batch, normalization
+from saelab.saes.base import Batch
+from saelab.saes.config import normalization
+from saelab.saes.inputs import as_activations
 from saelab.saes.selection import SelectionConfig, SelectionSAE
+
+FOLDED_RULE = "the k largest u / folded of the token, where positive"
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,8 @@ class TranscoderSAE(SelectionSAE):
         self.scale_out: Tensor
         self.register_buffer("center_out", torch.zeros(self.d_out))
         self.register_buffer("scale_out", torch.ones(()))
+        self.folded: Tensor | None
+        self.register_buffer("folded", None)
 
     @property
     def pre_bias(self) -> None:
@@ -72,16 +80,35 @@ class TranscoderSAE(SelectionSAE):
 
     def normalized(self, batch: Batch) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, "batch d_out"]]:
         """Raises `ValueError` for a target of another width."""
-        x, y = self.normalize(batch.x), batch.y
+        x, y = self.normalize(batch.x), as_activations(batch.y)
         if y.shape != (len(x), self.d_out):
             raise ValueError(f"This transcoder predicts ({len(x)}, {self.d_out}), got y of shape {tuple(y.shape)}.")
-        return x, (y.to(x) - self.center_out) * self.scale_out
+        return x, self.normalize_target(y)
+
+    def normalize_target(self, y: Float[Tensor, "batch d_out"]) -> Float[Tensor, "batch d_out"]:
+        return (y.to(self.center_out) - self.center_out) * self.scale_out
 
     def denormalize(self, x: Float[Tensor, "batch d_out"]) -> Float[Tensor, "batch d_out"]:
         return x / self.scale_out + self.center_out
 
     def encode_normalized(self, x: Float[Tensor, "batch d_in"]) -> SparseActs:
-        return encode_topk(x, self.W_enc, self.b_enc, self.config.k)
+        if self.folded is None:
+            return encode_topk(x, self.W_enc, self.b_enc, self.config.k)
+        return encode_topk(x, self.W_enc, self.b_enc, self.config.k, "decoder_norm", 1 / self.folded)
+
+    def fold(self, norms: Float[Tensor, " d_sae"]) -> None:
+        """The k are still chosen by what u was before: `folded` is what it is divided by to compare."""
+        super().fold(norms)
+        self._compare_by(norms if self.folded is None else self.folded * norms)
+
+    def _compare_by(self, folded: Float[Tensor, " d_sae"]) -> None:
+        self.folded, self.rule = folded, FOLDED_RULE
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        """One that was not folded, as none was at first, holds no `folded`."""
+        if f"{prefix}folded" in state_dict and self.folded is None:
+            self._compare_by(torch.ones_like(self.center_out[:1]).repeat(self.d_sae))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def written(self, source: int = -1) -> tuple[Float[Tensor, "d_sae d_out"], Float[Tensor, ""]]:
         return self.W_dec, self.scale_out

@@ -19,7 +19,7 @@ from saelab.kernels.dispatch import fast_bf16
 from saelab.saes import SAE, MatchingPursuitConfig
 from saelab.saes.l0_controller import START
 from saelab.training.config import TrainConfig
-from saelab.training.data_source import View
+from saelab.training.data import View
 
 Plan = Mapping[str, Mapping[str, int]]
 """Bytes by device and by what they are for."""
@@ -58,7 +58,7 @@ def plan_memory(variant: type[SAE], config: Any, view: View, train: TrainConfig,
 def _step_bytes(config: Any, n_rows: int, width: int, weights: int) -> int:
     """Tensors that live as long as a step does, of `n_rows` tokens."""
     steps = config.k if isinstance(config, MatchingPursuitConfig) else 0  # each step of a pursuit keeps its residual
-    total = n_rows * width * 4 * (_ROW_COPIES + 6 * steps) + n_rows * _codes_a_token(config) * _CODE_BYTES
+    total = n_rows * width * 4 * (_ROW_COPIES + 4 * steps) + n_rows * _codes_a_token(config) * _CODE_BYTES
     if getattr(config, "auxk_alpha", 0.0):
         total += DEAD * (_AUX_COPIES * 4 * n_rows * config.d_sae + 3 * weights)
     return int(total)

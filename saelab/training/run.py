@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import platform
 import time
@@ -20,16 +19,18 @@ from saelab.io import load_sae, save_sae
 from saelab.losses import sum_of_squares, total_variance
 from saelab.saes import SAE, VARIANTS, StepInfo
 from saelab.saes.base import RULES
+from saelab.saes.config import settings
 from saelab.saes.sharded import FeatureShard, check_shardable, gather_into, shard_of
 from saelab.training.adam import EPS, Adam, default_eps
 from saelab.training.checkpoint import claim_run, list_checkpoints
 from saelab.training.config import TrainConfig
-from saelab.training.data_source import DataSource, Rows
+from saelab.training.data import DataSource, Rows
 from saelab.training.dead_features import DeadFeatures, dead_window
 from saelab.training.exchange import Exchange
 from saelab.training.metrics_log import MetricsLog
 from saelab.training.optimizer import apply_step, learning_rate
 from saelab.training.running_norm import RunningNorm
+from saelab.training.start import check_start
 from saelab.training.state import State
 
 
@@ -67,7 +68,7 @@ class Run:
         view = source.view(variant, config)
         self.sites = view.sites
         self.sae = variant(config, view.d_in, seed=train.seed, **view.shape)
-        self.sae.set_normalization(*view.moments)
+        self._place(view.moments)
         self.sae.origin, self._documents = view.origin, source.documents
         self._whole: SAE | None = None
         if train.feature_shards > 1:
@@ -89,6 +90,12 @@ class Run:
         wandb_project = wandb_project if self.ranks.is_first else None
         self.log = MetricsLog(self.folder, self.step, wandb_project) if not self.finished else None
 
+    def _place(self, moments: tuple[torch.Tensor, ...]) -> None:
+        """Put the SAE where the data is."""
+        self.sae.set_normalization(*moments)
+        if self.rules >= 2:
+            self.sae.start_from(*moments)
+
     def _continue(self, config: Any, fingerprint: str) -> None:
         """Take up what the folder holds; at the last step when the run had already ended."""
         here = environment(self.device, self.mesh)
@@ -108,7 +115,7 @@ class Run:
 
     def _identity(self, config: Any, fingerprint: str) -> dict[str, Any]:
         """What a run that goes on must have in common with the one that began; on how many ranks may change."""
-        named = {"variant": self.sae.variant, "config": dataclasses.asdict(config), "train": self.train.settings()}
+        named = {"variant": self.sae.variant, "config": settings(config), "train": self.train.settings()}
         return named | {"data": fingerprint, "d_in": self.sae.d_in, **self.sae.shape}
 
     def train_on(self, rows: Rows) -> None:
@@ -130,6 +137,8 @@ class Run:
         sums["grad_norm"] = apply_step(self.sae, self.adam, lr, self.train.clip_norm, shards, self.running)
         if not (math.isfinite(sums["loss"]) and math.isfinite(sums["grad_norm"])):
             raise TrainingError(self._explain(rows))
+        if self.step == 0 and self.rules >= 2:
+            check_start(self.sae, sums["l0"])
         self.step += 1
         self._spent, self._spent_on = self._spent + time.perf_counter() - start, self._spent_on + 1
         if logged:
@@ -159,23 +168,21 @@ class Run:
         """Write the state before the next step, where the run has a folder and has begun."""
         self.state.save(self.step)
 
-    def finish(self, rows: Rows, unseen: Rows, kept_out: bool) -> SAE:
-        """Calibrate the trained SAE on `unseen` rows, if they were `kept_out` or not, and save it with golden inputs taken
-        from `rows`. Of sharded features the first rank gets all of them."""
+    def finish(self, rows: Rows) -> SAE:
+        """Save the trained SAE with golden inputs taken from `rows`. Of sharded features the first rank gets all of them."""
         if isinstance(self.sae, FeatureShard):
             if self.mesh.data.is_first:
                 gather_into(self._whole, self.sae)
             self.sae = self._whole or self.sae
         if self.log is not None:
             self.log.close()
-        inputs = self.sites.batch(unseen).x
-        calibrated = self.rules > 1 and not isinstance(self.sae, FeatureShard) and self.sae.calibrate(inputs)
+        if self.rules >= 2:
+            self.sae.fold_decoder_norms()
         self.sae.trained = {
             "train": self.train.settings(),
             "rules": self.rules,
             "n_tokens": self.train.n_steps * self.train.batch_size,
             "metrics": self.last,
-            "calibration": {"n_rows": len(inputs), "kept_out": kept_out} if calibrated else None,
         } | environment(self.device, self.mesh)
         self.sae.train_documents = self._documents()
         self.sae.eval()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from saelab.arguments import check_integer
-from saelab.saes.base import check_config
+from saelab.saes.config import check_config
 
 Similarity = Literal["inner_product", "euclidean"]
 Reduction = Literal["mean", "sum"]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
 from saelab.kernels.decode import decode
+from saelab.kernels.precision import widened
 from saelab.kernels.sparse_acts import SparseActs, offsets_of
 from saelab.saes.codebook.config import CodebookConfig
 from saelab.saes.codebook.gradients import own_loss, pass_through
@@ -64,8 +65,8 @@ class Codebook(nn.Module):
     def codes(self) -> Float[Tensor, "d_sae width"]:
         """All codes, each as wide as its group's slice."""
         if self.config.revive != "simvq":
-            return self.table
-        return torch.bmm(self._by_group(self.get_buffer("frozen")), self.map).flatten(0, 1)
+            return widened(self.table)[0]
+        return torch.bmm(*widened(self._by_group(self.get_buffer("frozen")), self.map)).flatten(0, 1)
 
     def _by_group(self, per_code: Tensor) -> Tensor:
         """(d_sae, ...) -> (n_groups, codes_per_group, ...), a view."""
@@ -145,7 +146,7 @@ class Codebook(nn.Module):
             table = self._by_group(self.table)[g]
             if not first:
                 unused = self._by_group(self.counts)[g] == 0
-                table[unused] = draw_inputs(inputs[:, g], int(unused.sum()), generator)
+                table[unused] = draw_inputs(inputs[:, g], int(unused.sum()), generator).to(table)
             elif self.config.start == "kmeans":
                 table.copy_(kmeans(inputs[:, g].contiguous(), self.codes_per_group, generator))
         self.checked.copy_(self.step)
@@ -157,7 +158,7 @@ class Codebook(nn.Module):
         self.counts += torch.bincount(acts.features, minlength=self.d_sae)
         if self.config.revive != "online" or not len(a):
             return
-        inputs, tables = self.grouped(a).unflatten(0, (len(a), self.n_groups)), self._by_group(self.table)
+        inputs, tables = self.grouped(a).unflatten(0, (len(a), self.n_groups)), self._by_group(self.codes.detach())
         ids = (acts.features % self.codes_per_group).view(len(a), self.n_groups, self.config.k)
         anchors = []
         for g in range(self.n_groups):

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saelab.kernels.decode import decode_error
+from saelab.kernels.decode import check_codes, decode_error
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.losses import total_variance
 from saelab.saes.base import SAE, Batch, Loss, StepInfo
@@ -56,10 +56,17 @@ class CodebookSAE(SAE):
         """The same: a code is compared with the input as it stands."""
         return self.W_dec
 
+    def start_at(self, x: Float[Tensor, " d_in"], y: Float[Tensor, " d_in"], spread: float) -> None:
+        """Codes start from the first batch."""
+
+    def fold(self, norms: Float[Tensor, " d_sae"]) -> None:
+        """A code's value is not its to choose."""
+
     def encode_normalized(self, x: Float[Tensor, "batch d_in"]) -> SparseActs:
         return self.codebook.encode(x)
 
     def decode(self, acts: SparseActs) -> Float[Tensor, "batch d_in"]:
+        check_codes(acts, self.d_sae)
         return self.denormalize(self.codebook.decode(acts))
 
     def loss(self, batch: Batch, info: StepInfo) -> Loss:

@@ -1,0 +1,47 @@
+"""What all configs share: their bounds, what of them makes two runs the same, and the normalisation that they name."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saelab.arguments import check_choices, check_integer, check_numbers
+
+LATER = {"since": 2}
+"""Metadata of a config's field that the first version did not have (`settings`)."""
+NORMALIZATIONS = ("center_and_scale", "scale", "none")
+
+
+def normalization(
+    kind: str, mean: Float[Tensor, "*sources d"], mean_square: float | Tensor
+) -> tuple[Float[Tensor, "*sources d"], Float[Tensor, "*sources"]]:
+    """Centre and scale (fp64) for data of this mean and mean squared norm; see `SAE.set_normalization`."""
+    mean, mean_square = mean.double(), torch.as_tensor(mean_square, dtype=torch.float64)
+    if kind == "none":
+        return torch.zeros_like(mean), torch.ones_like(mean_square)
+    if kind == "center_and_scale":
+        mean_square = mean_square - mean.square().sum(-1)
+    else:
+        mean = torch.zeros_like(mean)
+    return mean, (mean.shape[-1] / mean_square.clamp_min(1e-30)).sqrt()
+
+
+def settings(config: Any) -> dict[str, Any]:
+    """A config as the identity of a run holds it: fields of later versions only where they are not at their default, since
+    the files of older runs do not name them."""
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    later = {field.name: field.default for field in dataclasses.fields(config) if "since" in field.metadata}
+    return {name: value for name, value in values.items() if name not in later or value != later[name]}
+
+
+def check_config(config: Any) -> None:
+    """Bounds that every config shares. Raises `ValueError` with the value and the fix."""
+    check_integer("d_sae", config.d_sae, 1)
+    check_numbers(config)
+    check_choices(config)
+    if config.normalize not in NORMALIZATIONS:
+        raise ValueError(f"normalize={config.normalize!r} must be one of {', '.join(NORMALIZATIONS)}.")

@@ -1,0 +1,36 @@
+"""What an SAE takes for activations, and the dtypes it can have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+HALF = (torch.float16, torch.bfloat16)
+DTYPES = (*HALF, torch.float32, torch.float64)
+
+
+def as_activations(x: Any) -> Tensor:
+    """The float tensor that was given, or that a NumPy array holds, contiguous. Raises `ValueError` for anything else."""
+    if isinstance(x, np.ndarray) and x.dtype.kind == "f":
+        wide = np.float64 if x.dtype.itemsize > 4 else np.float32  # in this machine's byte order
+        return torch.from_numpy(np.require(x, wide, ["C", "W"]))
+    kind = f"{type(x).__name__} of {x.dtype}" if isinstance(x, np.ndarray | Tensor) else type(x).__name__
+    if not isinstance(x, Tensor):
+        fix = "torch.tensor(x, dtype=torch.float32) makes one of nested lists"
+    elif not x.is_floating_point():
+        fix = "token ids are no activations: lm.stream_activations(...) reads them off the model; of whole numbers take x.float()"
+    else:
+        return x.contiguous()  # the order of a sum, and so its last bit, follows the layout
+    raise ValueError(
+        f"An SAE reads activations, a tensor or NumPy array of floats (n_tokens, d_in), got {kind}: {fix}."
+    )
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Raises `ValueError` for a dtype that weights cannot have."""
+    if dtype not in DTYPES:
+        names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
+        raise ValueError(f"An SAE's weights are {names}, not {str(dtype).removeprefix('torch.')}.")

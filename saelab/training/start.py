@@ -1,0 +1,26 @@
+"""The first step's codes are looked at: an SAE of which nothing fires has no gradient and would stay as it is."""
+
+from __future__ import annotations
+
+from saelab.errors import TrainingError
+from saelab.saes import SAE
+
+LEAST_L0 = 0.01
+
+
+def check_start(sae: SAE, l0: float) -> None:
+    """Raises `TrainingError`, saying what to change, unless `l0` features or more of the first batch's tokens fire."""
+    config = sae.config
+    if l0 >= LEAST_L0 * min(1.0, getattr(config, "target_l0", None) or 1.0):
+        return
+    if getattr(config, "initial_threshold", None) is not None:
+        fix = (
+            f"initial_threshold={config.initial_threshold} is above nearly all pre-activations of the first batch: lower "
+            "it, or leave it at None, which puts it where the data's spread says"
+        )
+    else:
+        fix = (
+            f"the rows of the first batch hardly differ from their mean after normalize={config.normalize!r}: look at the "
+            "data, or take normalize='center_and_scale'"
+        )
+    raise TrainingError(f"Nothing fires at the start ({l0:.2g} features a token), so nothing can be learned: {fix}.")
