@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -165,7 +166,7 @@ def _capturer(name: str, wanted: set[str], captured: dict[str, Tensor]) -> Calla
 def _editor(edits: list[Edit], positions: Tensor | None) -> Callable[[Tensor], Tensor]:
     def edit_site(x: Tensor) -> Tensor:
         assert positions is not None, "edits need the positions of the tokens"
-        flat = x.flatten(2)  # a bridge gives (batch, seq, n_heads, d_head)
+        flat = rearrange(x, "batch position ... -> batch position (...)")  # a bridge keeps heads apart
         results = [_checked(edit, flat, positions) for edit in edits]
         results = [result for result in results if result is not flat]
         if not results:

@@ -205,6 +205,14 @@ def test_banned_imports(name: str):
             assert allowed and re.fullmatch(allowed, name), f"{name}:{line} imports {top}, allowed in: {allowed}"
 
 
+def test_every_dependency_is_imported():
+    """All but gguf, which transformers imports to read the embedded model."""
+    names = {re.split(r"[^\w-]", one)[0].replace("-", "_") for one in SETTINGS["project"]["dependencies"]} - {"gguf"}
+    trees = (ast.parse(path.read_text(encoding="utf-8")) for path in source_files())
+    used = {module.partition(".")[0] for tree in trees for _, module in imported_modules(tree)}
+    assert names <= used
+
+
 def test_nothing_is_pickled():
     for name, tree in TREES.items():
         for node in ast.walk(tree):

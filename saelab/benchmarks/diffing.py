@@ -14,7 +14,7 @@ from saelab.saes import CrosscoderSAE
 
 EXCLUSIVE = 0.9
 NU_EPS, NU_R = 0.2, 0.5
-"""From these ratios on an exclusive feature counts as an artefact (their section 3.1)."""
+"""From these ratios on, of either sign, an exclusive feature counts as an artefact (their section 3.1)."""
 
 
 def own_ratios(
@@ -44,7 +44,7 @@ def exclusives(
     nearest = torch.stack([cosines(features[:, s], decoder[:, s]).argmax(0) for s in (0, 1)], 1)
     nearest = nearest[torch.arange(len(decoder)), own]  # (d_sae) planted feature
     false = called & (features[nearest, 1 - own].norm(dim=1) > 0)
-    flagged = (nu_eps >= NU_EPS) | (nu_r >= NU_R)
+    flagged = (nu_eps.abs() >= NU_EPS) | (nu_r.abs() >= NU_R)
     return {
         "exclusives": float(called.sum()),
         "false_exclusives": float(false.sum()),

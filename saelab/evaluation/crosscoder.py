@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -117,8 +118,11 @@ def latent_scaling(
     for x in batches:
         x = sae.normalize(x.to(direction.device))
         acts = sae.encode_normalized(x)
-        x_hat = decode(acts, *sae.rows[1:]).unflatten(1, (sae.n_sources, sae.d_in)).double()
-        error = x.unflatten(1, (sae.n_sources, sae.d_in)).double() - x_hat
+        x, x_hat = (
+            rearrange(rows, "token (source d) -> token source d", source=sae.n_sources).double()
+            for rows in (x, decode(acts, *sae.rows[1:]))
+        )
+        error = x - x_hat
         for entries in torch.arange(acts.nnz, device=x.device).split(_ENTRIES):
             z, features, rows = acts.values[entries].double(), acts.features[entries], acts.rows[entries]
             squares.index_add_(0, features, z.square())

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -103,7 +104,8 @@ class CrosscoderSAE(ThresholdSAE):
     @property
     def rows(self) -> tuple[Float[Tensor, "d_sae width"], Float[Tensor, "d_sae width"], Float[Tensor, " width"]]:
         """Views: a feature's directions in all sources, one after the other."""
-        return self.W_enc.transpose(0, 1).flatten(1), self.W_dec.transpose(0, 1).flatten(1), self.b_dec.flatten()
+        W_enc, W_dec = (rearrange(W, "source feature d -> feature (source d)") for W in (self.W_enc, self.W_dec))
+        return W_enc, W_dec, rearrange(self.b_dec, "source d -> (source d)")
 
     @property
     def encoder_rows(self) -> Float[Tensor, "d_sae width"]:
@@ -136,10 +138,12 @@ class CrosscoderSAE(ThresholdSAE):
                 f"This crosscoder reads n_sources={self.n_sources} of width d_in={self.d_in}, got a tensor of shape "
                 f"{tuple(x.shape)}; give (n_tokens, n_sources, d_in) from the hooks it was trained on, in their order."
             )
-        return ((sources.to(self.center) - self.center) * self.scale[:, None]).flatten(1)
+        sources = (sources.to(self.center) - self.center) * self.scale[:, None]
+        return rearrange(sources, "token source d -> token (source d)")
 
     def denormalize(self, x: Float[Tensor, "batch width"]) -> Float[Tensor, "batch *sources d_in"]:
-        raw = x.unflatten(1, (self.n_sources, self.d_in)) / self.scale[:, None] + self.center
+        sources = rearrange(x, "token (source d) -> token source d", source=self.n_sources)
+        raw = sources / self.scale[:, None] + self.center
         return raw.squeeze(1) if self.n_sources == 1 else raw
 
     def encode_normalized(self, x: Float[Tensor, "batch width"]) -> SparseActs:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -34,7 +35,7 @@ class Bottleneck:
 
     def __call__(self, x: Float[Tensor, "batch seq *d_in"]) -> Float[Tensor, "batch seq *d_in"]:
         """The hook: the codebook computes in its own precision, whatever the model's."""
-        rows = x.flatten(2).flatten(0, 1).to(self.codebook.codes.dtype)
+        rows = rearrange(x, "batch position ... -> (batch position) (...)").to(self.codebook.codes.dtype)
         out, acts, self.loss = self.codebook.bottleneck(rows)
         self.ids = acts.features.view(len(rows), -1)
         self.seen = None if self.codebook.training else self.codebook.norm(rows).detach()

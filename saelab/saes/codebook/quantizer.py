@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
@@ -74,7 +75,7 @@ class Codebook(nn.Module):
 
     def grouped(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n_times_groups width"]:
         """A row for each slice."""
-        return x.reshape(len(x) * self.n_groups, self.width)
+        return rearrange(x, "token (group width) -> (token group) width", group=self.n_groups)
 
     def norm(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
         """What codes are compared with: `x`, or the LayerNorm of each slice."""
