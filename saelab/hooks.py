@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
@@ -19,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from saelab.errors import ModelError
+from saelab.families import Decoder
 
 
 @runtime_checkable
@@ -66,20 +68,12 @@ _PARTS = {
 }
 
 
-def layer_list(model: nn.Module, n_layers: int) -> nn.ModuleList:
-    """The decoder's list of layers: the first `ModuleList` of the config's length. Raises `ModelError` without one."""
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == n_layers:
-            return module
-    raise ModelError(f"{type(model).__name__} has no list of {n_layers} layers, so saelab cannot place hooks in it.")
-
-
-def hf_sites(model: nn.Module, config: Any) -> dict[str, Site]:
+def hf_sites(decoder: Decoder, with_parts: bool = True) -> dict[str, Site]:
     """Fast sites of a Hugging Face decoder, in forward order; for families not in `_PARTS` only the residual stream."""
     sites: dict[str, Site] = {}
-    parts = _PARTS.get(config.model_type)
-    parallel = getattr(config, "use_parallel_residual", False)
-    for i, layer in enumerate(layer_list(model, config.num_hidden_layers)):
+    parts = _PARTS.get(decoder.config.model_type) if with_parts else None
+    parallel = getattr(decoder.config, "use_parallel_residual", False)
+    for i, layer in enumerate(decoder.layers):
         here = {"hook_resid_pre": Site(layer, "input")}
         if parts is not None:
             attention, projection, mlp, norm = parts
@@ -97,11 +91,6 @@ def hf_sites(model: nn.Module, config: Any) -> dict[str, Site]:
 def bridge_sites(bridge: Any) -> dict[str, Site]:
     """Every hook point of a TransformerBridge under each of its names."""
     return {name: Site(point, "point") for name, point in bridge.hook_dict.items()}
-
-
-def fast_sites(model: Any) -> dict[str, Site]:
-    """The sites of a model as it is: a bridge's, or those of a Hugging Face decoder."""
-    return bridge_sites(model) if hasattr(model, "hook_dict") else hf_sites(model, model.config)
 
 
 def unknown_hook(hook_name: str, names: Sequence[str], model_name: str) -> ValueError:
@@ -140,18 +129,48 @@ def tapped(
     groups: dict[str, list[Edit]] = {}
     for edit in edits:
         groups.setdefault(edit.hook_name, []).append(edit)
-    wanted = set(hook_names)
+    wanted, fired, was_cut = set(hook_names), Counter[str](), False
     try:
         for name in sorted(groups, key=list(sites).index):
-            handles += attach(sites[name], _editor(groups[name], positions))
+            handles += attach(sites[name], _counted(name, fired, _editor(groups[name], positions)))
         for name in wanted:
-            handles += attach(sites[name], _capturer(name, wanted, captured if captured is not None else {}))
+            capture = _capturer(name, wanted, captured if captured is not None else {})
+            handles += attach(sites[name], _counted(name, fired, capture))
         yield
     except CutForward:
-        pass
+        was_cut = True
     finally:
         for handle in handles:
             handle.remove()
+    _check_fired([*groups, *wanted], fired, wanted if was_cut else ())
+
+
+def _counted(
+    name: str, fired: Counter[str], function: Callable[[Tensor], Tensor | None]
+) -> Callable[..., Tensor | None]:
+    def call(x: Tensor) -> Tensor | None:
+        fired[name] += 1
+        return function(x)
+
+    return call
+
+
+def _check_fired(names: Sequence[str], fired: Counter[str], cut_at: Iterable[str]) -> None:
+    """Raises `ModelError` for an edit or capture that the pass went by. A pass that was cut ended at the last layer of
+    `cut_at`: edits of that layer and later ones had no turn."""
+    end = max((_layer_of(name) for name in cut_at), default=None)
+    missed = [name for name in names if not fired[name] and (end is None or _layer_of(name) < end)]
+    if missed:
+        raise ModelError(
+            f"hook_name={missed[0]!r} exists, but the model's pass did not come by it: its result is as if nothing were "
+            "hooked there. The layer is skipped, or runs in compiled or replaced code: use another hook, or the plain model."
+        )
+
+
+def _layer_of(name: str) -> float:
+    """The layer of a hook; places behind all layers count as the last one."""
+    found = re.match(r"blocks\.(\d+)\.", name)
+    return int(found[1]) if found else float("inf")
 
 
 def _capturer(name: str, wanted: set[str], captured: dict[str, Tensor]) -> Callable[[Tensor], None]:

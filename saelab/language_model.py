@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,12 +13,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saelab.errors import ModelError
-from saelab.hooks import Edit, Site, bridge_sites, fast_sites, is_plain_mistake, tapped, unknown_hook
+from saelab.backends import BridgeBackend, backend_of
+from saelab.families import in_eval_mode
+from saelab.hooks import Edit, Site, is_plain_mistake, tapped, unknown_hook
 from saelab.model_hash import hash_folder, hash_model, hash_tokenizer
 from saelab.prompts import Prompt, check_ids, special_token_ids, to_batch
 from saelab.sampling import Generation, OnToken, check_generation, sample
-from saelab.unembedding import logit_weights
 
 
 class LanguageModel:
@@ -36,22 +35,18 @@ class LanguageModel:
         folder: Path | None = None,
         boot_bridge: Callable[[], Any] | None = None,
     ):
-        self.model, self.tokenizer, self.name = model, tokenizer, name
+        self.tokenizer, self.name = tokenizer, name
         self._folder, self._boot_bridge = folder, boot_bridge
-        self._is_bridge = hasattr(model, "hook_dict")
-        config = model.cfg if self._is_bridge else model.config
-        self.n_layers: int = config.n_layers if self._is_bridge else config.num_hidden_layers
-        self.d_model: int = config.d_model if self._is_bridge else config.hidden_size
-        self.d_vocab: int = config.d_vocab if self._is_bridge else config.vocab_size
-        context = config.n_ctx if self._is_bridge else getattr(config, "max_position_embeddings", None)
-        self.max_ctx: int = context or 2**31
-        weight = next(model.parameters())
+        self.backend = backend_of(model)
+        self.model = self.backend.model
+        self.n_layers, self.d_model = self.backend.n_layers, self.backend.d_model
+        self.d_vocab, self.max_ctx = self.backend.d_vocab, self.backend.max_ctx
+        weight = next(self.model.parameters())
         self.dtype, self.device = weight.dtype, weight.device
         self.bos_id: int | None = getattr(tokenizer, "bos_token_id", None)
         self.eos_id: int | None = getattr(tokenizer, "eos_token_id", None)
         self.special_ids: tuple[int, ...] = special_token_ids(tokenizer)
-        self._sites: dict[str, Site] = fast_sites(model)
-        self._edits: tuple[Edit, ...] = ()
+        self._blocks: tuple[list[Edit], ...] = ()  # of `steer`, each with its edits
         self._lock = threading.RLock()
         self._widths: dict[str, int] = {}
 
@@ -81,7 +76,7 @@ class LanguageModel:
     @property
     def hook_names(self) -> list[str]:
         """Hooks that can be read fast and edited, in forward order. Any other TransformerLens name can be read too."""
-        return list(self._sites)
+        return list(self.backend.sites)
 
     def check_hook(self, hook_name: str) -> None:
         """Raises `ValueError` when the model has no such hook, nearest names first."""
@@ -112,41 +107,36 @@ class LanguageModel:
         sites = self._sites_of(names)
         captured: dict[str, Tensor] = {}
         ids = ids.to(self.device)
-        model = self.model if sites is self._sites else self._bridge
-        with self._lock, torch.inference_mode():
-            edits = self._edits if edited else ()
-            with tapped(sites, edits, _positions(ids), names, captured):
-                self._trunk(model, ids)
+        backend = self.backend if sites is self.backend.sites else self._bridge
+        with self._running(), tapped(sites, self.edits if edited else (), _positions(ids), names, captured):
+            backend.trunk(ids)
         for name in names:
-            if name not in captured:
-                raise ModelError(f"hook_name={name!r} exists in {self.name}; no activation passed it. Choose another.")
             if captured[name].ndim < 3 or captured[name].shape[:2] != ids.shape:
                 shape = tuple(captured[name].shape)
                 raise ValueError(f"hook_name={name!r} holds {shape}, not one vector for each token. Choose another.")
         return {name: captured[name].flatten(2) for name in names}
 
-    def _trunk(self, model: Any, ids: Tensor) -> None:
-        """A forward pass that computes no logits (a bridge computes them unless it is cut before)."""
-        if hasattr(model, "hook_dict"):
-            model(ids, return_type="logits")
-        else:
-            model.base_model(input_ids=ids, use_cache=False)
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """What every pass of the model is surrounded by; the model is afterwards as it was."""
+        with self._lock, torch.inference_mode(), in_eval_mode(self.model):
+            yield
 
     @cached_property
-    def _bridge(self) -> Any:
+    def _bridge(self) -> BridgeBackend:
         """A TransformerBridge on a copy of the model: booting edits the modules in place."""
         assert self._boot_bridge is not None
-        return self._boot_bridge()
+        return BridgeBackend(self._boot_bridge())
 
     def _sites_of(self, names: Sequence[str]) -> dict[str, Site]:
         """The sites that hold all `names`: the fast ones, or else the bridge's, booted when first needed."""
-        slow = [name for name in names if name not in self._sites]
+        slow = [name for name in names if name not in self.backend.sites]
         if not slow:
-            return self._sites
+            return self.backend.sites
         for name in slow:
             if self._boot_bridge is None or not isinstance(name, str) or is_plain_mistake(name, self.hook_names):
                 raise unknown_hook(name, self.hook_names, self.name)
-        sites = bridge_sites(self._bridge)
+        sites = self._bridge.sites
         for name in slow:
             if name not in sites:
                 raise unknown_hook(name, list(sites), self.name)
@@ -189,11 +179,9 @@ class LanguageModel:
         """Logits in the model's dtype. Active edits are honoured; `positions` (-1 on padding) are what they see."""
         ids, counted = self.to_batch(text_or_ids)
         ids, positions = ids.to(self.device), (counted if positions is None else positions).to(self.device)
-        with self._lock, torch.inference_mode(), tapped(self._sites, self._edits, positions):
-            return self.model(ids, return_type="logits") if self._is_bridge else self._hf(ids).logits
-
-    def _hf(self, ids: Tensor) -> Any:
-        return self.model(input_ids=ids, use_cache=False)
+        with self._running(), tapped(self.backend.sites, self.edits, positions):
+            return self.backend.logits(ids)
+        raise AssertionError("no capture can cut this pass")
 
     def run_with_edit(self, text_or_ids: Prompt, edits: Edit | Sequence[Edit]) -> Float[Tensor, "batch seq vocab"]:
         """Logits with these edits, on top of those already active."""
@@ -209,24 +197,24 @@ class LanguageModel:
         with self._lock:
             for edit in edits:
                 self._check_edit(edit)
-            before = self._edits
-            self._edits = (*before, *edits)
+            block = list(edits)
+            self._blocks = (*self._blocks, block)
             try:
                 yield self
-            finally:
-                self._edits = before
+            finally:  # its own alone: blocks may end in another order than they began
+                self._blocks = tuple(other for other in self._blocks if other is not block)
 
     @property
     def edits(self) -> tuple[Edit, ...]:
         """The edits in force: those of the enclosing `steer` blocks."""
-        return self._edits
+        return tuple(edit for block in self._blocks for edit in block)
 
     def _check_edit(self, edit: Any) -> None:
         if not isinstance(getattr(edit, "hook_name", None), str) or not callable(getattr(edit, "apply", None)):
             raise ValueError(
                 f"steer got {edit!r}; an edit has a hook_name and apply(x, positions). Try `feature * 2.0`."
             )
-        if edit.hook_name not in self._sites:
+        if edit.hook_name not in self.backend.sites:
             raise unknown_hook(edit.hook_name, self.hook_names, f"what can be edited in {self.name}")
         width, d_in = getattr(edit, "d_in", None), self.d_in(edit.hook_name)
         if width is not None and width != d_in:
@@ -267,7 +255,8 @@ class LanguageModel:
         """`generate` as token ids, with the logits of each step on request. Active edits are honoured."""
         ids = self.to_ids(prompt).to(self.device)
         check_generation(ids, max_new_tokens, temperature, self.max_ctx, self.name)
-        with self._lock, torch.inference_mode():
+        _ = self.backend.has_cache  # tried before any edit is in place
+        with self._running():
             return sample(self._step, ids, max_new_tokens, temperature, seed, self._stop_ids, keep_logits, on_token)
 
     @cached_property
@@ -276,24 +265,21 @@ class LanguageModel:
         listed = more if isinstance(more, (list, tuple)) else [more]
         return {token for token in (self.eos_id, *listed) if token is not None}
 
-    @cached_property
-    def _last_only(self) -> dict[str, int]:
-        known = "logits_to_keep" in inspect.signature(self.model.forward).parameters
-        return {"logits_to_keep": 1} if known else {}
-
     def _step(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        """Logits after the last of `ids`; with a KV cache only the new tokens run. A bridge runs them all."""
+        """Logits after the last of `ids`; with a KV cache only the new tokens run."""
         past = 0 if cache is None else cache.get_seq_length()
-        with tapped(self._sites, self._edits, _positions(ids)[:, past:]):
-            if self._is_bridge:
-                return self.model(ids, return_type="logits")[0, -1], None
-            output = self.model(input_ids=ids[:, past:], past_key_values=cache, use_cache=True, **self._last_only)
-            return output.logits[0, -1], output.past_key_values
+        with tapped(self.backend.sites, self.edits, _positions(ids)[:, past:]):
+            logits, cache = self.backend.step(ids, cache)
+            return logits[0], cache
         raise AssertionError("no capture can cut a generation step")
 
     def logit_weights(self) -> Float[Tensor, "vocab d_model"]:
-        """Unembedding in fp32, final norm's gain and centring folded in: `weights @ direction` ranks the tokens."""
-        return logit_weights(self.model)
+        """Unembedding in fp32, final norm's gain and centring folded in: `weights @ direction` ranks the tokens.
+
+        Raises `ModelError` where the model's own logits do not follow it.
+        """
+        with self._lock:
+            return self.backend.logit_weights()
 
 
 def _positions(ids: Int[Tensor, "batch seq"]) -> Int[Tensor, "batch seq"]:

@@ -37,9 +37,11 @@ def load_model(
     """Load a causal language model.
 
     `source` is "smollm2" (embedded, fetched once), a Hugging Face id, a local folder, or a built `PreTrainedModel` or
-    `TransformerBridge` (used as it is, put in eval mode; with another `dtype` or `device`, a copy of it). `dtype` is
+    `TransformerBridge` (used as it is, always without dropout, and never changed: what it requires gradients for, and
+    whether it trains, stay; with another `dtype` or `device`, a copy of it). `dtype` is
     bf16 where the CPU or GPU computes it fast, else fp32; which one is printed. Hub variables (`HF_ENDPOINT`,
-    `HF_HUB_OFFLINE`, `HF_HOME`) are honoured. Raises `ModelError` when the model cannot be fetched or read.
+    `HF_HUB_OFFLINE`, `HF_HOME`) are honoured. Raises `ModelError` when the model cannot be fetched or read, and for one that
+    is no causal language model or whose layers saelab cannot reach: it is run once to see.
     """
     keep_freed_memory()
     if not isinstance(source, (str, Path)):
@@ -74,11 +76,13 @@ def _read(name: str, where: str | Path, tokenizer: Any, dtype: torch.dtype, devi
     try:
         with _quiet():
             model: Any = AutoModelForCausalLM.from_pretrained(where, dtype=dtype)
-            tokenizer = tokenizer or AutoTokenizer.from_pretrained(where)
+            if tokenizer is None:
+                tokenizer = AutoTokenizer.from_pretrained(where)
+                tokenizer.model_max_length = int(1e30)  # saelab checks lengths itself; the tokenizer would only warn
     except Exception as error:  # the libraries raise OSError, ValueError, KeyError, SafetensorError, HTTP errors ...
         raise _unreadable(name, where, error) from error
-    tokenizer.model_max_length = int(1e30)  # saelab checks lengths itself; the tokenizer would only warn
-    return _finish(model.to(device), tokenizer, name, _folder_of(where))
+    model = model.to(device).eval().requires_grad_(False)
+    return _finish(model, tokenizer, name, _folder_of(where))
 
 
 def _unreadable(name: str, where: str | Path, error: Exception) -> ModelError:
@@ -124,7 +128,6 @@ def _wrap(model: Any, tokenizer: Any, dtype: Any, device: Any) -> LanguageModel:
 
 
 def _finish(model: Any, tokenizer: Any, name: str, folder: Path | None) -> LanguageModel:
-    model.eval().requires_grad_(False)
     is_bridge = hasattr(model, "hook_dict")
     return LanguageModel(
         model, tokenizer, name, folder, boot_bridge=None if is_bridge else lambda: _boot_bridge(model, tokenizer)
@@ -143,7 +146,7 @@ def _boot_bridge(model: Any, tokenizer: Any) -> Any:
         weight = next(model.parameters())
         return TransformerBridge.boot_transformers(
             model.config.model_type,
-            hf_model=copy.deepcopy(model),
+            hf_model=copy.deepcopy(model).eval().requires_grad_(False),
             tokenizer=tokenizer,
             device=str(weight.device),
             dtype=weight.dtype,

@@ -1,30 +1,160 @@
-"""The unembedding as a linear map on the residual stream, so that a direction can be read as token logits."""
+"""The unembedding as a linear map on the residual stream, so that a direction can be read as token logits.
+
+What stands between the last layer and the unembedding is not known by its name: it is run. A norm is a linear map of its
+input once that is divided by its size, and the map is read off its answers to unit vectors.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-_FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "ln_final")
+from saelab.errors import ModelError
+
+_CHUNK = 1024
+_SIZE = 100.0  # of what a norm is asked for: its epsilon is nothing beside it
+_AGREEMENT = 0.99  # least correlation with the model's own logits
 
 
-def logit_weights(model: Any) -> Float[Tensor, "vocab d_model"]:
-    """fp32 unembedding of a Hugging Face model or a TransformerBridge, with the final norm's gain folded in.
+@torch.no_grad()
+def logit_weights(
+    unembed: Float[Tensor, "vocab d_head"],
+    norm: Callable[[Tensor], Tensor],
+    d_model: int,
+    last: Float[Tensor, "n d_model"],
+    logits: Float[Tensor, "n vocab"],
+    name: str,
+) -> Float[Tensor, "vocab d_model"]:
+    """fp32 unembedding with the map of the final `norm` folded in; its division, a factor common to all tokens, is left out.
 
-    A LayerNorm also takes the mean off its input; that too is folded in. The norm's division is a factor common to all
-    tokens and is left out.
+    `last` are residual streams behind the last layer and `logits` what the unembedding makes of them. Raises `ModelError`
+    where the map does not agree with those.
     """
-    if hasattr(model, "hook_dict"):
-        unembed, norm = model.W_U.T, model.ln_final
-        centred = model.cfg.normalization_type in ("LN", "LNPre")
-    else:
-        unembed = model.get_output_embeddings().weight
-        norm = next((part for name, part in model.base_model.named_children() if name in _FINAL_NORMS), None)
-        centred = isinstance(norm, nn.LayerNorm)
+    centred, divides = _kind(norm, d_model)
+    matrix = _linear_part(norm, d_model, centred, divides)
+    gain = matrix.diagonal() / ((1 - 1 / d_model) if centred else 1)
+    plain = torch.diag(gain) - (gain[:, None] / d_model if centred else 0) if matrix.shape[0] == d_model else None
     weights = unembed.detach().float()
-    gain = getattr(norm, "weight", None)
-    if gain is not None:  # Gemma stores the gain minus one
-        weights = weights * (gain.detach().float() + type(norm).__name__.startswith("Gemma"))
-    return weights - weights.mean(1, keepdim=True) if centred else weights
+    if plain is not None and torch.allclose(matrix, plain, atol=1e-4 * float(matrix.abs().max())):
+        weights = weights * gain
+        weights = weights - weights.mean(1, keepdim=True) if centred else weights
+    else:
+        weights = weights @ matrix
+    _check(weights, last.float(), logits.float(), centred, divides, name)
+    return weights
+
+
+def _kind(norm: Callable[[Tensor], Tensor], d_model: int) -> tuple[bool, bool]:
+    """Whether the mean is taken off the input, and whether that is divided by its size."""
+    x = torch.randn(d_model, generator=torch.Generator().manual_seed(0)) * _SIZE
+    there, shifted = norm(x[None]), norm((x + _SIZE)[None])
+    centred = torch.allclose(there, shifted, rtol=1e-3, atol=1e-3 * float(there.abs().max()))
+    odd, twice = norm(x[None]) - norm(-x[None]), norm(2 * x[None]) - norm(-2 * x[None])
+    return centred, torch.allclose(odd, twice, rtol=1e-3, atol=1e-3 * float(odd.abs().max()))
+
+
+def _linear_part(
+    norm: Callable[[Tensor], Tensor], d_model: int, centred: bool, divides: bool
+) -> Float[Tensor, "d_head d_model"]:
+    """Column i is the answer to the unit vector i, times what that was divided by."""
+    share = (1 - 1 / d_model if centred else 1.0) / d_model
+    size = share**0.5 if divides else 1 / _SIZE
+    parts = []
+    for start in range(0, d_model, _CHUNK):
+        unit = torch.zeros(min(_CHUNK, d_model - start), d_model)
+        unit.fill_diagonal_(0)
+        unit[torch.arange(len(unit)), torch.arange(start, start + len(unit))] = _SIZE
+        parts.append((norm(unit) - norm(-unit)) / 2 * size)
+    return torch.cat(parts).T
+
+
+def _check(weights: Tensor, last: Tensor, logits: Tensor, centred: bool, divides: bool, name: str) -> None:
+    """Between two tokens the model's logits differ as the map says. Raises `ModelError` where they do not."""
+    x = last - last.mean(1, keepdim=True) if centred else last
+    x = x / x.square().mean(1, keepdim=True).sqrt() if divides else x
+    expected, found = (x[1:] - x[0]) @ weights.T, logits[1:] - logits[0]
+    agreement = min(
+        float(torch.corrcoef(torch.stack([one, other]))[0, 1]) for one, other in zip(expected, found, strict=True)
+    )
+    if not agreement >= _AGREEMENT:
+        raise ModelError(
+            f"The unembedding of {name} is not what saelab takes it for (correlation {agreement:.3f} with the change of the "
+            "model's own logits, 1 expected): directions of this model cannot be read as tokens."
+        )
+
+
+def between(modules: list[nn.Module]) -> Callable[[Tensor], Tensor]:
+    """One function, fp32 in and out, of the modules that ran between the last layer and the unembedding."""
+
+    def run(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            for module in modules:
+                weight = next(module.parameters(), None)
+                where = {} if weight is None else {"device": weight.device, "dtype": weight.dtype}
+                x = module(x.to(**where))
+        return x.float().cpu()
+
+    return run
+
+
+class HeadPass(NamedTuple):
+    """What one pass showed of the way from the last layer to the logits."""
+
+    modules: list[nn.Module]
+    """The outermost ones that were called in between."""
+    last: Tensor
+    """Output of the last layer."""
+    raw: Tensor
+    """What the unembedding gave."""
+    logits: Tensor
+    """What the model makes of that: scaled or capped, in the same order."""
+
+
+def watch_head(model: Any, last_layer: nn.Module, run: Callable[[], Tensor]) -> HeadPass:
+    """One pass, `run`, which gives logits. Raises `ModelError` where logits are not the unembedding's, up to their size."""
+    head, called, tensors = model.get_output_embeddings(), [], {}
+    depth = 0
+
+    def enter(module: nn.Module, _args: tuple) -> None:
+        nonlocal depth
+        if "last" in tensors and "raw" not in tensors and module is not head:
+            if not depth:
+                called.append(module)
+            depth += 1
+
+    def leave(module: nn.Module, _args: tuple, output: Any) -> None:
+        nonlocal depth
+        if module is last_layer:
+            tensors["last"], depth = output[0] if isinstance(output, tuple) else output, 0
+            called.clear()
+        elif module is head:
+            tensors["raw"] = output
+        elif depth:
+            depth -= 1
+
+    inner = {id(part) for part in last_layer.modules()} - {id(last_layer)}
+    handles = []
+    for module in model.modules():
+        if id(module) not in inner:
+            handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    try:
+        logits = run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    if tensors.keys() != {"last", "raw"} or not _same_order(tensors["raw"], logits):
+        raise ModelError(f"{type(model).__name__} does not make its logits by an unembedding behind its last layer.")
+    return HeadPass(called, tensors["last"], tensors["raw"], logits)
+
+
+def _same_order(raw: Tensor, logits: Tensor) -> bool:
+    """Whether logits rise with `raw`, but for rounding."""
+    if raw.shape != logits.shape:
+        return False
+    ordered = logits.float().gather(-1, raw.float().argsort(-1))
+    falls = (ordered[..., :-1] - ordered[..., 1:]).amax()
+    return float(falls) <= 0.02 * float(ordered.amax() - ordered.amin())

@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 
 import saelab
 from saelab.errors import SaelabError
-from saelab.hooks import attach, fast_sites
+from saelab.hooks import attach
 from saelab.saes import Batch, CodebookConfig, CodebookSAE, StepInfo
 from saelab.saes.codebook import find_codes, finetune, insert, load, save
 from saelab.saes.codebook.gradients import own_loss, pass_through, rotated
@@ -588,7 +588,7 @@ def test_load_refuses_what_does_not_fit(tmp_path, tiny_folder, own_lm):
 
 def test_attached_functions_run_in_order(tiny_lm):
     seen: list[int] = []
-    handles = [h for i in range(3) for h in attach(fast_sites(tiny_lm.model)[MLP], lambda x, i=i: seen.append(i))]
+    handles = [h for i in range(3) for h in attach(tiny_lm.backend.sites[MLP], lambda x, i=i: seen.append(i))]
     tiny_lm.logits(PROMPT)
     for handle in handles:
         handle.remove()

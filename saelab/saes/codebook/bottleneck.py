@@ -14,7 +14,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saelab.hooks import attach, fast_sites
+from saelab.hooks import attach
 from saelab.saes.codebook.config import CodebookConfig
 from saelab.saes.codebook.edits import CodeEdit
 from saelab.saes.codebook.quantizer import Codebook
@@ -49,7 +49,7 @@ class Inserted:
         self.lm, self.bottlenecks = lm, dict(bottlenecks)
         self.base_hash: str | None = None
         """The model's hash before its weights were trained; None: they are as they were."""
-        sites = fast_sites(lm.model)
+        sites = lm.backend.sites
         self._handles: list[Any] = []
         for name in sorted(self.bottlenecks, key=list(sites).index):
             self._handles += attach(sites[name], self.bottlenecks[name])

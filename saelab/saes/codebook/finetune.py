@@ -93,7 +93,7 @@ def _logits(lm: LanguageModel, ids: Tensor) -> Tensor:
 
 @contextmanager
 def _trained(lm: LanguageModel, inserted: Inserted | None, train_lm: bool) -> Iterator[list[nn.Parameter]]:
-    """The parameters to train, ready for it inside the block and frozen again after it."""
+    """The parameters to train, ready for it inside the block; afterwards they require gradients as they did before."""
     codebooks = [] if inserted is None else list(inserted.codebooks.values())
     parameters = [p for book in codebooks for p in book.parameters()] + (
         list(lm.model.parameters()) if train_lm else []
@@ -104,11 +104,13 @@ def _trained(lm: LanguageModel, inserted: Inserted | None, train_lm: bool) -> It
         inserted.base_hash = lm.hash
     for book in codebooks:
         book.train()
+    required = [(parameter, parameter.requires_grad) for parameter in lm.model.parameters()]
     lm.model.requires_grad_(train_lm)
     try:
         yield parameters
     finally:
-        lm.model.requires_grad_(False)
+        for parameter, before in required:
+            parameter.requires_grad_(before)
         for book in codebooks:
             book.eval()
         for parameter in parameters:

@@ -1,0 +1,137 @@
+"""The two kinds of language model that saelab runs: Hugging Face modules, and a TransformerBridge of TransformerLens."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from saelab.families import eager, find_decoder, in_eval_mode, takes, tolerance
+from saelab.hooks import Site, bridge_sites, hf_sites, tapped
+from saelab.unembedding import between, logit_weights, watch_head
+
+_STREAM = "hook_resid_pre", "hook_attn_out", "hook_mlp_out", "hook_resid_post"
+
+
+class HFBackend:
+    """A Hugging Face decoder: fast, read and edited by forward hooks. Raises `ModelError` for a model of another kind."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = eager(model)
+        self.decoder = find_decoder(self.model)
+        config = self.decoder.config
+        self.n_layers, self.d_model = int(config.num_hidden_layers), int(config.hidden_size)
+        self.d_vocab = int(config.vocab_size)
+        self.max_ctx = int(getattr(config, "max_position_embeddings", None) or 2**31)
+        self._quiet = {"use_cache": False} if takes(self.model, "use_cache") else {}
+        self._last_only = {"logits_to_keep": 1} if takes(self.model, "logits_to_keep") else {}
+        self.sites: dict[str, Site] = hf_sites(self.decoder)
+        if not self._parts_add_up():
+            self.sites = hf_sites(self.decoder, with_parts=False)
+
+    def _parts_add_up(self) -> bool:
+        """Whether attention and MLP are where the family's names say: the stream rises by what they write to it."""
+        pre, attention, mlp, post = (f"blocks.0.{name}" for name in _STREAM)
+        if attention not in self.sites:
+            return True
+        seen: dict[str, Tensor] = {}
+        ids = torch.arange(4, device=next(self.model.parameters()).device)[None] + self.d_vocab // 2
+        with (
+            torch.inference_mode(),
+            in_eval_mode(self.model),
+            tapped(self.sites, (), None, (pre, attention, mlp, post), seen),
+        ):
+            self.trunk(ids)
+        risen = seen[pre].float() + seen[attention].float() + seen[mlp].float()
+        return float((risen - seen[post].float()).abs().max()) <= tolerance(seen[post])
+
+    def trunk(self, ids: Int[Tensor, "batch seq"]) -> None:
+        """A forward pass that computes no logits."""
+        self.model.base_model(input_ids=ids, **self._quiet)
+
+    def logits(self, ids: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq vocab"]:
+        return self.model(input_ids=ids, **self._quiet).logits
+
+    def step(self, ids: Int[Tensor, "batch seq"], cache: Any) -> tuple[Float[Tensor, "batch vocab"], Any]:
+        """Logits after the last of `ids`, and the KV cache, with which only new tokens run; None where there is none."""
+        if not self.has_cache:
+            return self.model(input_ids=ids, **self._quiet, **self._last_only).logits[:, -1], None
+        past = 0 if cache is None else cache.get_seq_length()
+        output = self.model(input_ids=ids[:, past:], past_key_values=cache, use_cache=True, **self._last_only)
+        return output.logits[:, -1], output.past_key_values
+
+    @cached_property
+    def has_cache(self) -> bool:
+        """Whether tokens may run one after the other with a KV cache: it is tried, and gives the same logits."""
+        if not (takes(self.model, "past_key_values") and takes(self.model, "use_cache")):
+            return False
+        device = next(self.model.parameters()).device
+        ids = torch.arange(4, device=device)[None] + self.d_vocab // 2
+        with torch.inference_mode(), in_eval_mode(self.model):
+            whole = self.logits(ids)[:, -1]
+            try:
+                cache = self.model(input_ids=ids[:, :3], use_cache=True).past_key_values
+                if cache is None or cache.get_seq_length() != 3:
+                    return False
+                last = self.model(input_ids=ids[:, 3:], past_key_values=cache, use_cache=True).logits[:, -1]
+            except (AttributeError, TypeError, ValueError):  # the state of a recurrent model does not know its length
+                return False
+        return float((whole - last).abs().max()) <= tolerance(whole)
+
+    def logit_weights(self) -> Float[Tensor, "vocab d_model"]:
+        """Unembedding in fp32 with the final norm folded in. Raises `ModelError` where it cannot be found out."""
+        device = next(self.model.parameters()).device
+        ids = (torch.arange(8, device=device)[None] * 7 + self.d_vocab // 3) % self.d_vocab
+        with torch.inference_mode(), in_eval_mode(self.model):
+            head = watch_head(self.model, self.decoder.layers[-1], lambda: self.logits(ids))
+        norm, unembed = between(head.modules), self.model.get_output_embeddings().weight
+        last, raw = head.last[0].cpu(), head.raw[0].cpu()
+        return logit_weights(unembed.cpu(), norm, self.d_model, last, raw, type(self.model).__name__)
+
+
+class BridgeBackend:
+    """A TransformerBridge, whose hook points are modules already."""
+
+    has_cache = False
+
+    def __init__(self, model: Any) -> None:
+        self.model, config = model, model.cfg
+        self.n_layers, self.d_model, self.d_vocab = config.n_layers, config.d_model, config.d_vocab
+        self.max_ctx = config.n_ctx or 2**31
+        self.sites: dict[str, Site] = bridge_sites(model)
+
+    def trunk(self, ids: Int[Tensor, "batch seq"]) -> None:
+        """A forward pass; a bridge computes logits unless it is cut before."""
+        self.model(ids, return_type="logits")
+
+    def logits(self, ids: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq vocab"]:
+        return self.model(ids, return_type="logits")
+
+    def step(self, ids: Int[Tensor, "batch seq"], cache: Any) -> tuple[Float[Tensor, "batch vocab"], Any]:
+        """Logits after the last of `ids`; all of them run."""
+        return self.model(ids, return_type="logits")[:, -1], None
+
+    def logit_weights(self) -> Float[Tensor, "vocab d_model"]:
+        """Unembedding in fp32 with the final norm folded in. Raises `ModelError` where that is not what makes the logits."""
+        device = next(self.model.parameters()).device
+        ids = (torch.arange(8, device=device)[None] * 7 + self.d_vocab // 3) % self.d_vocab
+        last: list[Tensor] = []
+        point = self.sites[f"blocks.{self.n_layers - 1}.hook_resid_post"].module
+        handle = point.register_forward_hook(lambda _module, _args, output: last.append(output))
+        try:
+            with torch.inference_mode(), in_eval_mode(self.model):
+                raw = self.logits(ids)[0].cpu()
+        finally:
+            handle.remove()
+        norm = getattr(self.model, "ln_final", None)
+        modules = [norm] if isinstance(norm, nn.Module) else []
+        name = type(self.model).__name__
+        return logit_weights(self.model.W_U.T.cpu(), between(modules), self.d_model, last[0][0].cpu(), raw, name)
+
+
+def backend_of(model: Any) -> HFBackend | BridgeBackend:
+    """The backend of a built model."""
+    return BridgeBackend(model) if hasattr(model, "hook_dict") else HFBackend(model)

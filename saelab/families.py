@@ -1,0 +1,172 @@
+"""What a Hugging Face model is, found out by running it once when it is loaded: names and configs of families only suggest.
+
+Refused here, before any work is done: models that are not causal language models, that cannot run on token ids alone, or
+whose layers are not where their hidden states are.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from saelab.errors import ModelError
+
+_N = 5  # tokens of the two contexts of the probe, which differ in the last one
+
+
+class Decoder(NamedTuple):
+    """The text decoder of a model."""
+
+    config: Any
+    """Its own config; of a multimodal model the text part."""
+    layers: nn.ModuleList
+
+
+class Stream(NamedTuple):
+    """What the layers of a list read and gave in one pass, `(batch, seq, d_model)` by their number."""
+
+    inputs: dict[int, Tensor]
+    outputs: dict[int, Tensor]
+
+    def is_passed_on(self, n_layers: int) -> bool:
+        """Whether every layer ran, on what the one before gave."""
+        if not len(self.inputs) == len(self.outputs) == n_layers:
+            return False
+        pairs = [(self.outputs[i], self.inputs[i + 1]) for i in range(n_layers - 1)]
+        return all(x.shape == y.shape and float((x - y).abs().max()) <= tolerance(x) for x, y in pairs)
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Run without dropout, and leave the mode of every module as it was."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def eager(model: Any) -> Any:
+    """The model that hooks reach: a compiled one skips those that came after it was compiled.
+
+    Raises `ModelError` where a part of it was compiled in place.
+    """
+    model = getattr(model, "_orig_mod", model)
+    for name, module in model.named_modules():
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            raise ModelError(
+                f"{type(model).__name__} was compiled in place ({name or 'the whole model'}): compiled code passes hooks by. "
+                "Give the model as it was before."
+            )
+    return model
+
+
+def find_decoder(model: Any) -> Decoder:
+    """The decoder's config and its list of layers, checked against what the model itself computes.
+
+    Raises `ModelError` with the reason for a model that saelab cannot read.
+    """
+    name, config = type(model).__name__, model.config.get_text_config(decoder=True)
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ModelError(f"{name} is an encoder-decoder; saelab reads causal language models (decoders).")
+    away = [part for part, weight in model.named_parameters() if weight.is_meta]
+    if away:
+        raise ModelError(
+            f"{name} is offloaded: {len(away)} of its weights, {away[0]} first, are not in memory. Load it whole, in a "
+            "smaller dtype or on a larger device."
+        )
+    lists = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers
+    ]
+    if not lists:
+        raise ModelError(
+            f"{name} has no list of {config.num_hidden_layers} layers, so saelab cannot place hooks in it."
+        )
+    ids = _probe_ids(config).to(next(model.parameters()).device)
+    streams = [Stream({}, {}) for _ in lists]
+    _check_causal(name, _run(model, ids, lists, streams))
+    for layers, stream in zip(lists, streams, strict=True):
+        if stream.is_passed_on(len(layers)):
+            return Decoder(config, layers)
+    raise ModelError(
+        f"{name} does not run its {config.num_hidden_layers} layers one after the other, each on what the one before gave for "
+        "each token; saelab cannot place hooks in it."
+    )
+
+
+def _probe_ids(config: Any) -> Int[Tensor, "2 n"]:
+    """Two contexts of ordinary tokens that differ in the last one."""
+    special = {value for key, value in config.to_dict().items() if key.endswith("token_id") and isinstance(value, int)}
+    start = config.vocab_size // 2
+    ids = [
+        i % config.vocab_size for i in range(start, start + config.vocab_size) if i % config.vocab_size not in special
+    ]
+    if len(ids) <= _N:
+        raise ModelError(f"The model has {config.vocab_size} tokens, too few to read texts.")
+    return torch.tensor([ids[:_N], [*ids[: _N - 1], ids[_N]]])
+
+
+def _run(model: Any, ids: Tensor, lists: list[nn.ModuleList], streams: list[Stream]) -> Tensor:
+    """Logits of one pass, in which the layers' streams are noted."""
+
+    def note(seen: dict[int, Tensor], i: int, x: Any) -> None:
+        if isinstance(x, Tensor) and x.ndim == 3 and x.shape[:2] == ids.shape:
+            seen[i] = x
+
+    handles: list[Any] = []
+    for layers, (inputs, outputs) in zip(lists, streams, strict=True):
+        for i, layer in enumerate(layers):
+
+            def reads(_module: Any, args: tuple, kwargs: dict, i: int = i, inputs: dict = inputs) -> None:
+                note(inputs, i, args[0] if args else kwargs.get("hidden_states"))
+
+            def gives(_module: Any, _args: tuple, output: Any, i: int = i, outputs: dict = outputs) -> None:
+                note(outputs, i, output[0] if isinstance(output, tuple) else output)
+
+            handles += [layer.register_forward_pre_hook(reads, with_kwargs=True), layer.register_forward_hook(gives)]
+    options = {"use_cache": False} if takes(model, "use_cache") else {}
+    try:
+        with torch.inference_mode(), in_eval_mode(model):
+            output = model(input_ids=ids, **options)
+    except Exception as error:
+        raise ModelError(
+            f"{type(model).__name__} does not run on token ids alone ({type(error).__name__}: {str(error)[:200]}); saelab "
+            "reads causal language models that do."
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not isinstance(getattr(output, "logits", None), Tensor) or output.logits.shape[:2] != ids.shape:
+        raise ModelError(f"{type(model).__name__} gives no logits for each token; saelab reads causal language models.")
+    return output.logits
+
+
+def takes(model: Any, argument: str) -> bool:
+    """Whether the model's forward pass has this argument."""
+    return argument in inspect.signature(model.forward).parameters
+
+
+def tolerance(x: Tensor) -> float:
+    """What rounding may move numbers of this size and dtype, generously."""
+    return max(8 * torch.finfo(x.dtype).eps, 1e-4) * float(x.detach().float().abs().max())
+
+
+def _check_causal(name: str, logits: Tensor) -> None:
+    """Raises `ModelError` where another last token moves the logits before it."""
+    one, other = logits[0, : _N - 1].float(), logits[1, : _N - 1].float()
+    moved = float((one - other).abs().max())
+    if not moved <= tolerance(logits):
+        raise ModelError(
+            f"{name} is no causal language model: another last token moves earlier logits by {moved:.2g}. Give a decoder."
+        )
