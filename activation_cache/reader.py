@@ -94,6 +94,7 @@ class ActivationCache:
         prefetch: int = 2,
         dtype: torch.dtype = ...,
         shuffle: bool = True,
+        leave_out: int = 0,
     ) -> Generator[Float[Tensor, "batch d_in"], None, None]: ...
     @overload
     def batches(
@@ -106,6 +107,7 @@ class ActivationCache:
         prefetch: int = 2,
         dtype: torch.dtype = ...,
         shuffle: bool = True,
+        leave_out: int = 0,
     ) -> Generator[dict[str, Float[Tensor, "batch d_in"]], None, None]: ...
     def batches(
         self,
@@ -116,6 +118,7 @@ class ActivationCache:
         prefetch: int = 2,
         dtype: torch.dtype = torch.float32,
         shuffle: bool = True,
+        leave_out: int = 0,
     ) -> Generator[Any, None, None]:
         """Shuffled batches without end, a pure function of (cache, seed, step); `start_step` leaves out that many.
 
@@ -123,6 +126,7 @@ class ActivationCache:
         borders. `prefetch` shards are opened ahead. `dtype=torch.bfloat16` gives rows stored in bfloat16 as they are.
         `shuffle=False` gives consecutive rows in the order in which they are stored (`index(shard)` tells whose they are).
         A list of hooks gives dicts by hook: row i is the same token in each, and the order is that of one hook alone.
+        `leave_out` rows, spread over all shards, are in no batch (`left_out`).
         Raises `ValueError` for bad arguments, and `CacheError` naming a damaged shard.
         """
         one = hook_name is None or isinstance(hook_name, str)
@@ -134,10 +138,11 @@ class ActivationCache:
             ("batch_size", batch_size, 1),
             ("start_step", start_step, 0),
             ("prefetch", prefetch, 1),
+            ("leave_out", leave_out, 0),
         ):
             if value < least:
                 raise ValueError(f"{name}={value} must be at least {least}.")
-        plan = self._plan(seed if shuffle else None, start_step * batch_size)
+        plan = self._plan(seed if shuffle else None, start_step * batch_size, self._kept_rows(leave_out))
         batches = self._batches(plan, batch_size, hooks, prefetch, dtype, one)
         _OPEN.add(batches)
         return batches
@@ -152,17 +157,39 @@ class ActivationCache:
         for batch in shuffled_batches(plan, opened, widths, batch_size, prefetch, dtype):
             yield batch[0] if one else dict(zip(hooks, batch, strict=True))
 
-    def _plan(self, seed: int | None, skip: int) -> Iterator[tuple[int, Int[Tensor, " n"]]]:
-        """Without end: a shard and which of its rows, in order, after `skip` rows of the stream; seed None: as stored."""
+    def left_out(self, n: int, hook_names: Sequence[str]) -> dict[str, Float[Tensor, "n d_in"]]:
+        """The rows that `batches(leave_out=n)` leaves out, fp32, by hook: the last ones of each shard."""
+        kept, hooks = self._kept_rows(n), [self._hook(name) for name in hook_names]
+
+        def rows(hook: str) -> Iterator[Tensor]:
+            for shard, first in enumerate(kept):
+                yield decode(self._read(shard, f"{hook}.safetensors"))[first:].float()
+
+        return {hook: torch.cat(list(rows(hook))) for hook in hooks}
+
+    def _kept_rows(self, leave_out: int) -> list[int]:
+        """How many rows of each shard are left when `leave_out` go, in proportion. Raises `ValueError` where none is."""
+        if leave_out and leave_out >= self.n_rows:
+            raise ValueError(f"leave_out={leave_out} leaves no row: {self.path} holds {self.n_rows}.")
+        kept, before = [], 0
+        for shard in self.manifest["shards"]:
+            after = before + shard["rows"]
+            gone = after * leave_out // self.n_rows - before * leave_out // self.n_rows
+            kept.append(shard["rows"] - gone)
+            before = after
+        return kept
+
+    def _plan(self, seed: int | None, skip: int, kept: Sequence[int]) -> Iterator[tuple[int, Int[Tensor, " n"]]]:
+        """Without end: a shard and which of its `kept` first rows, in order, after `skip` rows of the stream; seed None:
+        as stored."""
 
         def order(n: int, *what: object) -> Tensor:
             return torch.arange(n) if seed is None else torch.randperm(n, generator=format.seeded(*what))
 
-        epoch, skip = divmod(skip, self.n_rows)
+        epoch, skip = divmod(skip, sum(kept))
         while True:
-            shards = self.manifest["shards"]
-            for shard in order(len(shards), "epoch", seed, epoch).tolist():
-                n_rows = shards[shard]["rows"]
+            for shard in order(len(kept), "epoch", seed, epoch).tolist():
+                n_rows = kept[shard]
                 if skip < n_rows:
                     yield shard, order(n_rows, "rows", seed, epoch, shard)[skip:]
                 skip = max(0, skip - n_rows)

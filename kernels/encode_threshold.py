@@ -47,6 +47,13 @@ def encode_threshold(
 
 
 def _select(x: Tensor, W: Tensor, bias: Tensor, floor: Tensor) -> SparseActs:
+    reachable = floor.expand(len(bias)) < torch.inf
+    if not bool(reachable.all()):  # beside an infinite score the error bounds of all others would be infinite
+        features = true_places(reachable)
+        if not len(features):
+            return SparseActs(x.new_zeros(0), features, features.new_zeros(len(x) + 1), W.shape[0])
+        acts = _select(x, W[features], bias[features], floor if floor.ndim == 0 else floor[features])
+        return SparseActs(acts.values, features[acts.features], acts.offsets, W.shape[0])
     operands = build_operands(x, W, bias - floor)
     found = find_candidates(operands, lambda screen, rows: screen.pairs_above(TINY - operands.slack[rows]))
     values = sampled_product(x, W, found.features, found.offsets) + bias[found.features]

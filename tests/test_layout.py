@@ -36,6 +36,8 @@ LAYERS = [
         "prompts",
         "sampling",
         "unembedding",
+        "backends",
+        "families",
     }
     | {"tokens", "text_sources", "contexts", "masking"},
     {"distributed"},

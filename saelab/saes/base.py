@@ -245,6 +245,11 @@ class SAE(nn.Module):
         acts = self.encode(x)
         return SAEOutput(self.decode(acts), acts)
 
+    def calibrate(self, x: Float[Tensor, "n ..."]) -> bool:
+        """At the end of training: make as many features fire on raw rows `x` that were kept out of it as the config
+        promises on average. Gives whether anything is calibrated; not where the selection is exact or nothing promised."""
+        return False
+
     def loss(self, batch: Batch, info: StepInfo) -> Loss:
         """The training loss of one batch."""
         raise NotImplementedError

@@ -146,9 +146,15 @@ class CrosscoderSAE(ThresholdSAE):
         raw = sources / self.scale[:, None] + self.center
         return raw.squeeze(1) if self.n_sources == 1 else raw
 
-    def encode_normalized(self, x: Float[Tensor, "batch width"]) -> SparseActs:
+    def encode_above(self, x: Float[Tensor, "batch width"], threshold: Tensor) -> SparseActs:
         norms = self.decoder_norms.detach().clamp_min(torch.finfo(x.dtype).tiny)
-        return encode_threshold(x, self.rows[0], self.b_enc, self.known_threshold() / norms)
+        return encode_threshold(x, self.rows[0], self.b_enc, threshold / norms)
+
+    def scores(self, acts: SparseActs) -> Float[Tensor, " nnz"]:
+        return acts.values.detach() * self.decoder_norms.detach()[acts.features]
+
+    def calibrate(self, x: Float[Tensor, "n ..."]) -> bool:
+        return self.config.sparsity == "batch_topk" and super().calibrate(x)
 
     def decode(self, acts: SparseActs) -> Float[Tensor, "batch *sources d_in"]:
         return self.denormalize(decode(acts, *self.rows[1:]))

@@ -33,7 +33,7 @@ class FeatureChoiceConfig(SelectionConfig):
     """A dictionary of `d_sae` features of which `k` fire on an average token, each on its own share of them."""
 
     aux: Literal["auxk", "aux_zipf"] = "aux_zipf"
-    """Whom the aux loss serves: features that are dead, or all that fire less than a tenth of what Zipf's law expects."""
+    """Whom the aux loss serves: features that are dead, or also those that fire less than a tenth of what Zipf's law expects."""
     budget: Literal["zipf", "uniform"] = "zipf"
     """Places of each feature: by its rank under Zipf's law, or the same for all."""
     zipf_exponent: float = 1.0
@@ -76,18 +76,43 @@ class FeatureChoiceSAE(ThresholdSAE):
         if acts is None or share > 0:
             given = None if acts is None else info.ranks.sum(torch.bincount(acts.features, minlength=self.d_sae))
             places = self.places(batch, share, given)
-            acts = encode_feature_topk(x, places=places.clamp_max(len(x)), **weights)
-            if info.ranks.size > 1:
-                acts = acts.where(keep_by_feature(acts, places, info.ranks))
-        self.observe(_smallest(acts), info)
+            wide = self._best(x, places if info.rules < 2 else places + 1, info)
+            acts = wide if info.rules < 2 else wide.where(keep_by_feature(wide, places, info.ranks))
+            self.observe(self._borders(acts, wide, places, info), info)
+        else:
+            self.observe(_smallest(acts), info)
         return acts
+
+    def _best(self, x: Float[Tensor, "batch d_in"], places: Int[Tensor, " d_sae"], info: StepInfo) -> SparseActs:
+        """Each feature's `places` largest pre-activations over the batch, as far as they are on this rank's rows."""
+        at_most = places.clamp_max(len(x))
+        acts = encode_feature_topk(x, self.W_enc, self.b_enc, at_most, center=self.pre_bias)
+        return acts if info.ranks.size == 1 else acts.where(keep_by_feature(acts, places, info.ranks))
+
+    def _borders(
+        self, acts: SparseActs, wide: SparseActs, places: Int[Tensor, " d_sae"], info: StepInfo
+    ) -> Float[Tensor, " d_sae"]:
+        """Of each feature the midpoint of the last value kept and the first one left.
+
+        The last one itself would keep half a firing too few of each feature and batch, as the threshold is strict. A feature
+        that has places left keeps what is positive; its last value stays.
+        """
+        last = info.ranks.least(_smallest(acts))
+        if info.rules < 2:
+            return last
+        beyond = info.ranks.least(_smallest(wide))
+        full = info.ranks.sum(torch.bincount(wide.features, minlength=self.d_sae)) > places
+        return torch.where(full & last.isfinite(), (last + beyond) / 2, last)
+
+    @property
+    def zipf_law(self) -> tuple[float, float]:
+        return 0.0 if self.config.budget == "uniform" else self.config.zipf_exponent, self.config.zipf_shift
 
     def places(
         self, batch: int, share: float = 1.0, given: Int[Tensor, " d_sae"] | None = None
     ) -> Int[Tensor, " d_sae"]:
         """How many tokens of a batch each feature keeps: `share` of the way from what it was `given` to its own budget."""
-        exponent = 0.0 if self.config.budget == "uniform" else self.config.zipf_exponent
-        budget = zipf_places(self.d_sae, self.config.k * batch, batch, exponent, self.config.zipf_shift)
+        budget = zipf_places(self.d_sae, self.config.k * batch, batch, *self.zipf_law)
         own = budget.to(self.ranks.device)[self.ranks]
         if given is None or share == 1:
             return own

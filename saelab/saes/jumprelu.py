@@ -35,6 +35,7 @@ from saelab.kernels.precision import widened
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.losses import auxk, total_variance
 from saelab.saes.base import SAE, Batch, Loss, StepInfo
+from saelab.saes.calibration import LOOSER_FACTORS, level_for
 from saelab.saes.config import LATER, check_config
 from saelab.saes.l0_controller import L0Controller, check_sparsity, quiet_level
 
@@ -137,6 +138,21 @@ class JumpReLUSAE(SAE):
 
     def encode_normalized(self, x: Float[Tensor, "batch d_in"]) -> SparseActs:
         return encode_threshold(x, self.W_enc, self.b_enc, self.threshold.detach(), center=self.pre_bias)
+
+    def calibrate(self, x: Float[Tensor, "n ..."]) -> bool:
+        """With a `target_l0`: one factor on all thresholds."""
+        if self.config.target_l0 is None:
+            return False
+        theta = self.threshold.detach()
+
+        def ratios(rows: Tensor, factor: float) -> Tensor:
+            acts = encode_threshold(self.normalize(rows), self.W_enc, self.b_enc, theta * factor, center=self.pre_bias)
+            return acts.values / theta[acts.features]
+
+        factor = level_for(self.config.target_l0, x, ratios, LOOSER_FACTORS)
+        if factor is not None:
+            self.log_threshold.data.add_(math.log(factor))
+        return factor is not None
 
     def loss(self, batch: Batch, info: StepInfo) -> Loss:
         x, target = self.normalized(batch)

@@ -17,7 +17,7 @@ class MutualChoiceConfig(SelectionConfig):
     """A dictionary of `d_sae` features of which `k` fire on an average token."""
 
     aux: Literal["auxk", "aux_zipf"] = "aux_zipf"
-    """Whom the aux loss serves: features that are dead, or all that fire less than a tenth of what Zipf's law expects."""
+    """Whom the aux loss serves: features that are dead, or also those that fire less than a tenth of what Zipf's law expects."""
 
 
 class MutualChoiceSAE(BatchTopKSAE):

@@ -35,7 +35,7 @@ class SelectionConfig:
     k_aux: int | None = None
     """Features used per token by the aux loss; None is d_in // 2."""
     aux: Literal["auxk", "aux_zipf"] = "auxk"
-    """Whom the aux loss serves: features that are dead, or all that fire less than a tenth of what Zipf's law expects."""
+    """Whom the aux loss serves: features that are dead, or also those that fire less than a tenth of what Zipf's law expects."""
     encoder_decay: float = 0.0
     """Weight decay of `W_enc` (AdamW's). About 1 helps in short runs of several epochs, which then memorise fewer rows. At a
     rate of 3e-3 it halves a row without gradient every 231 steps: leave it at 0 where a run is long or features are rare."""
@@ -71,6 +71,11 @@ class SelectionSAE(SAE):
     def rows(self) -> tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, "d_sae d_out"], Float[Tensor, " d_out"]]:
         """`W_enc`, `W_dec` and `b_dec` as the kernels read them: one feature, one row."""
         return self.W_enc, self.W_dec, self.b_dec
+
+    @property
+    def zipf_law(self) -> tuple[float, float]:
+        """Exponent and shift of the law that aux_zipf holds the features' densities against."""
+        return 1.0, 0.0
 
     def left_for_codes(
         self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"]
@@ -120,4 +125,6 @@ class SelectionSAE(SAE):
             return info.dead
         self.density.update(acts, info.ranks)
         batch = info.ranks.whole(acts.batch)
-        return underused(self.density.mean, self.config.k * max(batch, 1), batch)
+        if info.rules < 2:
+            return underused(self.density.mean, self.config.k * max(batch, 1), batch)
+        return info.dead | underused(self.density.mean, self.config.k * max(batch, 1), batch, *self.zipf_law)

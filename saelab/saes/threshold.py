@@ -1,8 +1,9 @@
 """SAEs that select over a whole batch while they train, and by a threshold afterwards, so that a token's code never
 depends on its neighbours: `z = u` where `u > threshold` (strict).
 
-The threshold is the mean over batches of the smallest value that was kept (Bussmann et al. 2024, "BatchTopK", eq. 5):
-an exponential average while the weights still move, the plain mean over the last twentieth of the run at its end.
+While training runs the threshold is the mean over batches of the smallest value that was kept (Bussmann et al. 2024,
+"BatchTopK", eq. 5): an exponential average while the weights still move, the plain mean over the last twentieth of the run.
+At its end it is moved to where k features fire on an average row that training left out (`calibration.py`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from saelab.distributed.pool import Pool
 from saelab.kernels.encode_threshold import encode_threshold
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.saes.base import StepInfo
+from saelab.saes.calibration import LOOSER_FACTORS, level_for
 from saelab.saes.selection import SelectionSAE
 
 DECAY = 0.999
@@ -35,9 +37,31 @@ class ThresholdSAE(SelectionSAE):
         self.n_observed: Tensor
         self.register_buffer("threshold", torch.full(threshold_shape, UNSET))
         self.register_buffer("n_observed", torch.zeros(threshold_shape, dtype=torch.int64))
+        self._last_stretch = -1
 
     def encode_normalized(self, x: Float[Tensor, "batch d_in"]) -> SparseActs:
-        return encode_threshold(x, self.W_enc, self.b_enc, self.known_threshold(), center=self.pre_bias)
+        return self.encode_above(x, self.known_threshold())
+
+    def encode_above(self, x: Float[Tensor, "batch d_in"], threshold: Tensor) -> SparseActs:
+        """Codes whose score is above `threshold`."""
+        return encode_threshold(x, self.W_enc, self.b_enc, threshold, center=self.pre_bias)
+
+    def scores(self, acts: SparseActs) -> Float[Tensor, " nnz"]:
+        """What is held against the threshold."""
+        return acts.values.detach()
+
+    def calibrate(self, x: Float[Tensor, "n ..."]) -> bool:
+        """One factor on all thresholds: those of several features keep their relation."""
+        threshold = self.known_threshold()
+
+        def ratios(rows: Tensor, factor: float) -> Tensor:
+            acts = self.encode_above(self.normalize(rows), threshold * factor)
+            return self.scores(acts) / (threshold if threshold.ndim == 0 else threshold[acts.features])
+
+        factor = level_for(self.config.k, x, ratios, LOOSER_FACTORS)
+        if factor is not None:
+            self.threshold.mul_(factor)
+        return factor is not None
 
     def known_threshold(self) -> Tensor:
         """Raises `ValueError` before training has set it (`u > -1` would keep nearly everything)."""
@@ -56,8 +80,9 @@ class ThresholdSAE(SelectionSAE):
         """Take in the smallest kept score of a batch; infinite where nothing was kept."""
         smallest = info.ranks.least(smallest)
         last = info.n_steps - max(1, int(LAST * info.n_steps))
-        if info.step == last:
+        if info.step == last and (self._last_stretch != last or info.rules < 2):  # once, not for each micro-batch
             self.n_observed.zero_()
+            self._last_stretch = last
         seen = smallest.isfinite()
         rate = (1 / (self.n_observed + 1)).clamp_min(1 - DECAY if info.step < last else 0).to(self.threshold)
         self.threshold.copy_(torch.where(seen, self.threshold.lerp(smallest.to(self.threshold), rate), self.threshold))

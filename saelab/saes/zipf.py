@@ -72,8 +72,14 @@ def zipf_places(d_sae: int, budget: int, cap: int, exponent: float = 1.0, shift:
     return places
 
 
-def underused(density: Float[Tensor, " d_sae"], budget: int, batch: int) -> Bool[Tensor, " d_sae"]:
-    """Features that fire on less than a tenth of the tokens that Zipf's law expects at their rank; dead ones always are."""
-    weights = 1 / torch.arange(1, len(density) + 1, dtype=torch.float64, device=density.device)
+def underused(
+    density: Float[Tensor, " d_sae"], budget: int, batch: int, exponent: float = 1.0, shift: float = 0.0
+) -> Bool[Tensor, " d_sae"]:
+    """Features that fire on less than a tenth of the tokens that Zipf's law expects at their rank.
+
+    `density` is an average over about 1,000 steps: a feature that died within them is not among these yet.
+    """
+    places = torch.arange(1, len(density) + 1, dtype=torch.float64, device=density.device)
+    weights = (places + shift) ** -exponent
     expected = budget * weights / weights.sum() / max(batch, 1)
     return density < UNDER * expected.clamp_max(1)[ranks_of(density)]

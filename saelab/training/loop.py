@@ -17,8 +17,10 @@ from saelab.errors import TrainingError
 from saelab.saes import SAE
 from saelab.training.checkpoint import claimed
 from saelab.training.config import TrainConfig
-from saelab.training.data import DataSource, Rows, open_data
+from saelab.training.data import open_data
+from saelab.training.data_source import DataSource, Rows
 from saelab.training.interrupt import interrupt_between_steps
+from saelab.training.kept_out import calibration_rows
 from saelab.training.memory import check_memory, free_bytes, plan_memory
 from saelab.training.rules import rules_of
 from saelab.training.run import Run, device_of, variant_of
@@ -81,17 +83,17 @@ def train(
     trains = _train_configs(train_config, configs, several)
     ranks = join()
     mesh = build_mesh(ranks, trains[0].feature_shards, trains[0].device)
-    source = open_data(data, hook_name)
-    if ranks.is_first:
-        _warn_if_few(source, trains[0].batch_size)
     own = Path(out_dir) if out_dir is not None else None
     folders = _folders(configs, own, trains if isinstance(train_config, Sequence) else None) if several else [own]
+    rules = rules_of(folders, ranks, device_of(trains[0]))
+    source = open_data(data, hook_name, rules)
+    if ranks.is_first:
+        _warn_if_few(source, trains[0].batch_size)
     with ExitStack() as stack:
         for folder in folders:
             stack.enter_context(claimed(folder if ranks.is_first else None))
         each = list(zip(configs, trains, folders, strict=True))
         _check_memory(each, source, progress and ranks.is_first)
-        rules = rules_of(folders, ranks, device_of(trains[0]))
         runs = [Run(one, source, train, folder, wandb_project, mesh, rules) for one, train, folder in each]
         _train_all([run for run in runs if not run.finished], source, trains[0], progress and ranks.is_first)
     saes = [run.sae for run in runs]
@@ -169,8 +171,9 @@ def _train_all(runs: list[Run], source: DataSource, config: TrainConfig, progres
             if step % config.log_every == 0:
                 bar.set_postfix_str(_summary(runs, bar, config.batch_size), refresh=False)
         assert rows is not None
+        unseen, kept_out = calibration_rows(source, sites, batches, rows, config.n_tokens)
         for run in runs:
-            run.finish(rows)
+            run.finish(rows, unseen, kept_out)
         ranks.agree(False, runs[0].device)  # none goes on before everything is written
 
 

@@ -19,7 +19,7 @@ from saelab.kernels.dispatch import fast_bf16
 from saelab.saes import SAE, MatchingPursuitConfig
 from saelab.saes.l0_controller import START
 from saelab.training.config import TrainConfig
-from saelab.training.data import View
+from saelab.training.data_source import View
 
 Plan = Mapping[str, Mapping[str, int]]
 """Bytes by device and by what they are for."""

@@ -24,7 +24,7 @@ from saelab.saes.sharded import FeatureShard, check_shardable, gather_into, shar
 from saelab.training.adam import EPS, Adam, default_eps
 from saelab.training.checkpoint import claim_run, list_checkpoints
 from saelab.training.config import TrainConfig
-from saelab.training.data import DataSource, Rows
+from saelab.training.data_source import DataSource, Rows
 from saelab.training.dead_features import DeadFeatures, dead_window
 from saelab.training.exchange import Exchange
 from saelab.training.metrics_log import MetricsLog
@@ -168,8 +168,9 @@ class Run:
         """Write the state before the next step, where the run has a folder and has begun."""
         self.state.save(self.step)
 
-    def finish(self, rows: Rows) -> SAE:
-        """Save the trained SAE with golden inputs taken from `rows`. Of sharded features the first rank gets all of them."""
+    def finish(self, rows: Rows, unseen: Rows, kept_out: bool) -> SAE:
+        """Calibrate the trained SAE on `unseen` rows, if they were `kept_out` or not, and save it with golden inputs taken
+        from `rows`. Of sharded features the first rank gets all of them."""
         if isinstance(self.sae, FeatureShard):
             if self.mesh.data.is_first:
                 gather_into(self._whole, self.sae)
@@ -178,11 +179,14 @@ class Run:
             self.log.close()
         if self.rules >= 2:
             self.sae.fold_decoder_norms()
+        inputs = self.sites.batch(unseen).x
+        calibrated = self.rules > 1 and not isinstance(self.sae, FeatureShard) and self.sae.calibrate(inputs)
         self.sae.trained = {
             "train": self.train.settings(),
             "rules": self.rules,
             "n_tokens": self.train.n_steps * self.train.batch_size,
             "metrics": self.last,
+            "calibration": {"n_rows": len(inputs), "kept_out": kept_out} if calibrated else None,
         } | environment(self.device, self.mesh)
         self.sae.train_documents = self._documents()
         self.sae.eval()

@@ -1,0 +1,133 @@
+"""Training rows from tensors, arrays, or an iterator of them."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saelab.saes import Batch
+from saelab.saes.sites import Sites
+from saelab.training.data_source import DataSource, Moments, Rows
+from saelab.training.kept_out import n_kept_out
+
+
+def from_tensors(rows: Rows, rules: int) -> DataSource:
+    """A source of the rows of one tensor, or of x and y. Raises `ValueError` where they are empty or not finite."""
+    for name, x in rows.items():
+        if not x.numel():
+            raise ValueError(f"A tensor to train on is (n, d_in) with both above 0, {name} is {tuple(x.shape)}.")
+        if not bool(x.isfinite().all()):
+            raise ValueError(
+                f"{int((~x.isfinite()).flatten(1).any(1).sum())} of {len(x)} rows hold NaN or infinite values."
+            )
+
+    def batches(names: Sequence[str], batch_size: int, seed: int, start_step: int) -> Iterator[Rows]:
+        orders = _shuffled(n - len(last), batch_size, seed, start_step)
+        return ({name: rows[name][first[order] if len(last) else order] for name in names} for order in orders)
+
+    def kept_out(names: Sequence[str]) -> Rows:
+        return {name: rows[name][last] for name in names}
+
+    def identity(sites: Sites) -> tuple[str, dict[str, Any]]:
+        return f"tensor {' '.join(digests)}", {"hook_name_out": "y"} if sites.writes != sites.reads else {}
+
+    n = len(rows["x"])
+    # Rows of one document often lie together: those kept out are drawn from all.
+    mixed = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    first, last = mixed[: n - n_kept_out(n, rules)].sort().values, mixed[n - n_kept_out(n, rules) :]
+    digests = [hashlib.sha256(x.cpu().contiguous().numpy().tobytes()).hexdigest() for x in rows.values()]
+
+    @functools.cache
+    def moments(name: str) -> Moments:
+        x = rows[name].double()
+        return Moments(x.mean(0).float(), x.square().sum(-1).mean(0))
+
+    choose = functools.partial(_tensor_sites, rows=rows)
+    return DataSource(moments, batches, choose, identity, len(first), kept_out=kept_out if len(last) else None)
+
+
+def _tensor_sites(config: Any, rows: Rows) -> Sites:
+    """x, and y where it was given: for a transcoder, and only there."""
+    predicts, several = hasattr(config, "hook_name_out"), getattr(config, "hook_names", None)
+    if "y" in rows and not predicts:
+        raise ValueError(
+            f"{type(config).__name__} rebuilds what it reads: give a tensor to train on, not a Batch(x, y)."
+        )
+    if "y" not in rows and predicts and config.hook_name_out is not None:
+        raise ValueError(
+            f"hook_name_out={config.hook_name_out!r} needs rows of that site to train on: give Batch(x, y), or a cache."
+        )
+    n_sources = rows["x"].shape[1] if rows["x"].ndim == 3 else 1
+    if several is not None and len(several) != n_sources:
+        raise ValueError(f"hook_names={several} names {len(several)} sources, the tensor to train on has {n_sources}.")
+    return Sites(("x",), ("y",) if "y" in rows else ("x",))
+
+
+def as_rows(data: Any, like: Rows | None = None) -> Rows:
+    """fp32 rows by site of a tensor, an array, or a Batch of them. Raises `ValueError` for another shape or kind."""
+    parts = {"x": data.x, "y": data.y} if isinstance(data, Batch) else {"x": data}
+    if like is not None and parts.keys() != like.keys():
+        raise ValueError(f"Every chunk to train on has {' and '.join(like)}, this one has {' and '.join(parts)}.")
+    rows = {name: _as_floats(part, None if like is None else like[name].shape[1:]) for name, part in parts.items()}
+    if len({len(x) for x in rows.values()}) > 1:
+        raise ValueError(f"x and y to train on have as many rows each, got {[len(x) for x in rows.values()]}.")
+    return rows
+
+
+def _as_floats(rows: Any, row_shape: Sequence[int] | None = None) -> Tensor:
+    if isinstance(rows, np.ndarray) and rows.dtype.kind == "f":
+        rows = torch.from_numpy(np.require(rows, np.float32, ["C", "W"]))
+    if not isinstance(rows, Tensor):
+        kind = f"an array of {rows.dtype}" if isinstance(rows, np.ndarray) else type(rows).__name__
+        raise ValueError(f"Rows to train on are tensors or NumPy arrays of floats, (n, d_in); got {kind}.")
+    fits = rows.ndim in (2, 3) if row_shape is None else rows.shape[1:] == torch.Size(row_shape)
+    if not fits or not rows.is_floating_point():
+        expected = "(n, d_in)" if row_shape is None else f"(n, {', '.join(map(str, row_shape))})"
+        raise ValueError(f"A tensor to train on is {expected} floats, got {tuple(rows.shape)} {rows.dtype}.")
+    return rows.detach().float()
+
+
+def _shuffled(n: int, batch_size: int, seed: int, start_step: int) -> Iterator[Tensor]:
+    """Row numbers of batches without end; each epoch is a permutation of (seed, epoch), batches run over its border."""
+    epoch, skip = divmod(start_step * batch_size, n)
+    waiting = torch.zeros(0, dtype=torch.int64)
+    while True:
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+        waiting = torch.cat([waiting, order[skip:]])
+        skip, epoch = 0, epoch + 1
+        while len(waiting) >= batch_size:
+            yield waiting[:batch_size]
+            waiting = waiting[batch_size:]
+
+
+def from_iterator(chunks: Iterator[Any]) -> DataSource:
+    """Rows as they come; the first chunk's statistics normalise the input. A resume reads past what was used."""
+    given = next(chunks, None)
+    if given is None:
+        raise ValueError("The iterator to train on gave nothing.")
+    start = from_tensors(first := as_rows(given), rules=1)  # no row is kept out: more may come
+
+    def batches(names: Sequence[str], batch_size: int, seed: int, start_step: int) -> Iterator[Rows]:
+        skip, waiting = start_step * batch_size, {name: first[name] for name in names}
+        while True:
+            while (n := len(waiting[names[0]])) >= batch_size + skip:
+                yield {name: x[skip : skip + batch_size] for name, x in waiting.items()}
+                waiting, skip = {name: x[skip + batch_size :] for name, x in waiting.items()}, 0
+            waiting, skip = {name: x[min(skip, n) :] for name, x in waiting.items()}, skip - min(skip, n)
+            given = next(chunks, None)
+            if given is None:
+                return
+            chunk = as_rows(given, first)
+            waiting = {name: torch.cat([x, chunk[name]]) for name, x in waiting.items()}
+
+    def identity(sites: Sites) -> tuple[str, dict[str, Any]]:
+        fingerprint, origin = start.identity(sites)
+        return f"iterator from {fingerprint}", origin
+
+    return DataSource(start.moments, batches, start.choose, identity)
