@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from saelab.families import eager, find_decoder, in_eval_mode, takes, tolerance
-from saelab.hooks import Site, bridge_sites, hf_sites, tapped
+from saelab.hooks import Site, attach, bridge_sites, hf_sites, tapped
 from saelab.unembedding import between, logit_weights, watch_head
 
 _STREAM = "hook_resid_pre", "hook_attn_out", "hook_mlp_out", "hook_resid_post"
@@ -119,8 +119,8 @@ class BridgeBackend:
         device = next(self.model.parameters()).device
         ids = (torch.arange(8, device=device)[None] * 7 + self.d_vocab // 3) % self.d_vocab
         last: list[Tensor] = []
-        point = self.sites[f"blocks.{self.n_layers - 1}.hook_resid_post"].module
-        handle = point.register_forward_hook(lambda _module, _args, output: last.append(output))
+        point = self.sites[f"blocks.{self.n_layers - 1}.hook_resid_post"]
+        handle = attach(point, last.append)[0]
         try:
             with torch.inference_mode(), in_eval_mode(self.model):
                 raw = self.logits(ids)[0].cpu()

@@ -165,7 +165,7 @@ def test_training_ends_with_decoder_norms_folded_unless_it_began_before(name, tm
         for step in range(4):
             run.train_on({"x": rows(64, step)})
         x_hat = run.sae(rows(50)).x_hat
-        run.finish({"x": rows(64)})
+        run.finish({"x": rows(64)}, {"x": rows(64)[:0]}, kept_out=False)  # no row to calibrate on
         sae = load_sae(tmp_path / str(rules))
         torch.testing.assert_close(sae(rows(50)).x_hat, x_hat, rtol=1e-3, atol=1e-3)
         is_folded = float((sae.decoder_norms.detach() - 1).abs().max()) < 1e-5

@@ -29,6 +29,8 @@ def level_for(
     `margins(rows, level)` are those of all pairs above `level`; levels of `looser` are tried in turn until there are
     enough pairs. None where `x` has no rows or nothing exceeds the last level; that level where too few pairs do.
     """
+    if not len(x):
+        return None
     wanted = round(l0 * len(x))
     found = torch.zeros(0)
     for level in looser:
