@@ -23,10 +23,10 @@ from saelab.activation_cache.reader import ActivationCache
 from saelab.activation_cache.storage import identity
 from saelab.activation_cache.writer import CacheWriter
 from saelab.arguments import check_integer
-from saelab.contexts import ALONE, PACKED
+from saelab.contexts import ALONE
 from saelab.files import claim_folder
+from saelab.identity import of_rows
 from saelab.language_model import LanguageModel
-from saelab.masking import MASK_RULE
 from saelab.models_together import hook_keys, together
 from saelab.tokens import Texts, load_texts
 
@@ -68,7 +68,7 @@ def harvest(
     modes = _modes(shuffle, chat, block_contexts, batch_size)
     check_arguments(lm, hooks, split, sizes, seed)
     texts = _conversations(texts, lm) if chat else load_texts(texts)
-    config = identity_of(lm, texts, hooks) | identity(storage) | sizes
+    config = of_rows(lm, texts, hooks) | identity(storage) | sizes
     config |= {"split": split, "prepend_bos": prepend_bos, "seed": seed} | modes
     return _harvest_into(claim_folder(out_dir, format.JOURNAL, "cache"), lm, texts, config, max_bytes, progress)
 
@@ -112,20 +112,6 @@ def _harvest_stream(folder: Path, reading: Reading, limits: Limits, journal: Jou
     writer = CacheWriter(folder, journal, reading.config)
     run_pass(reading.lm, reading.batches(progress), limits, writer)
     finish(folder, reading, limits, journal.of_kind("start")[0], journal.entries, writer.counts)
-
-
-def identity_of(lm: LanguageModel, texts: Texts, hooks: list[str]) -> dict[str, Any]:
-    """What decides the bytes of a cache beside the numbers that the caller gives."""
-    return {
-        "model_hash": lm.hash,
-        "tokenizer_hash": lm.tokenizer_hash,
-        "model_dtype": str(lm.dtype).removeprefix("torch."),
-        "hooks": {hook: lm.d_in(hook) for hook in hooks},
-        "texts_fingerprint": texts.fingerprint(),
-        "packing": PACKED,
-        "special_ids": sorted(lm.special_ids),
-        "mask_rule": MASK_RULE,
-    }
 
 
 def _modes(shuffle: bool, chat: bool, block_contexts: int | None, batch_size: int) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from typing import Any
 
 from saelab.activation_cache.format import BLOCK_JOURNALS, JOURNAL, MANIFEST, config_hash
 from saelab.errors import CacheError, SaelabError
-from saelab.files import differences, fsync_dir, writing
+from saelab.files import fsync_dir, writing
+from saelab.identity import differences
 
 _BEGINNING = b'{"kind": "'  # of every line
 

@@ -146,6 +146,12 @@ def _check_fit(sae: SAE, lm: LanguageModel, sites: Sites) -> None:
     for then, now in zip(trained_on, here, strict=False):
         if then and then["hash"] != now["hash"]:
             warnings.warn(f"The SAE was trained on {then['name']}, this is {now['name']}: other weights.", stacklevel=4)
+    if (tokens := origin.get("tokenizer_hash")) and tokens != lm.tokenizer_hash:
+        warnings.warn(
+            f"The SAE was trained on tokens of the tokenizer {tokens[:12]}, {lm.name} has {lm.tokenizer_hash[:12]}: on other "
+            "tokens its numbers mean little. Load the model with the tokenizer it had.",
+            stacklevel=4,
+        )
 
 
 def check_scoring(lm: LanguageModel, **sizes: Any) -> None:

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from saelab.activation_cache import format
 from saelab.activation_cache.checks import check_arguments, finite_norms, warn_if_none_held_out
-from saelab.activation_cache.harvest import identity_of
 from saelab.activation_cache.pool import Pool
 from saelab.activation_cache.score import refuse_steered
 from saelab.activation_cache.storage import Storage, identity, kept_rows, row_bytes
 from saelab.errors import CacheError
+from saelab.identity import of_rows
 from saelab.language_model import LanguageModel
 from saelab.masking import NORM_RULE_ROWS, Mask, NormRule
 from saelab.models_together import hook_keys, names_and_hashes, together
@@ -61,7 +61,7 @@ def stream(
     texts = load_texts(texts)
     print(f"Streaming {texts.describe(split)} through {lm.name}.")
     warn_if_none_held_out(texts, split, 2)
-    config = identity_of(lm, texts, hooks) | identity(_STORAGE.name) | sizes
+    config = of_rows(lm, texts, hooks) | identity(_STORAGE.name) | sizes
     return ActivationStream(lm, texts, config | {"split": split, "prepend_bos": prepend_bos})
 
 

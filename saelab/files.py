@@ -174,28 +174,6 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """One "key: old -> new" for each value that differs, "a.b" for those inside dicts; hashes are cut short."""
-    before, now = _flat(old), _flat(new)
-    keys = [key for key in {**before, **now} if before.get(key, _ABSENT) != now.get(key, _ABSENT)]
-    return [f"{key}: {_short(before.get(key, _ABSENT))} -> {_short(now.get(key, _ABSENT))}" for key in keys]
-
-
-_ABSENT = "(none)"
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _short(value: Any) -> str:
-    text = re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1...", str(value))
-    return text if len(text) <= 80 else f"{text[:80]}..."
-
-
 def claim_folder(folder: str | Path, marker: str, kind: str) -> Path:
     """Make `folder` for a `kind` ("cache", "SAE", "feature store"), or accept one that already holds the file `marker`.
 

@@ -39,7 +39,7 @@ LAYERS = [
         "backends",
         "families",
     }
-    | {"tokens", "text_sources", "contexts", "masking"},
+    | {"tokens", "text_sources", "contexts", "masking", "identity"},
     {"distributed"},
     {"kernels"},
     {"errors", "files", "allocator", "arguments"},

@@ -16,6 +16,7 @@ from saelab.benchmarks.measured import measure
 from saelab.benchmarks.remembered import Remembered
 from saelab.benchmarks.rows import Row, Rows, open_rows
 from saelab.benchmarks.synthetic import at_l0, check_variants
+from saelab.identity import of_model
 from saelab.models import LanguageModel, load_model
 from saelab.saes import SAE, VARIANTS
 from saelab.training import TrainConfig, train
@@ -78,10 +79,11 @@ def run_family(
     out_dir = Path(out_dir) if out_dir is not None else Path(run) / "family"
     origin = cache.origin(config.hook_name)
     settings = dataclasses.asdict(config) | {"hook_name": origin["hook_name"], "data": origin["dataset_fingerprint"]}
+    lm = lm or Remembered(load_model(origin["model"]["name"]))
+    settings |= {"rows_of": cache.manifest["config"], "model": of_model(lm)}
     with open_rows(out_dir, settings, KEYS) as rows:
         for seed in seeds:
             if any(rows.find(variant=name, target_l0=level, seed=seed) is None for name, level in configs):
-                lm = lm or Remembered(load_model(origin["model"]["name"]))
                 _run_seed(rows, configs, cache, config, seed, out_dir / f"seed-{seed}", lm, progress)
         return list(rows.rows)
 

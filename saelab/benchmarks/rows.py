@@ -12,10 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from saelab.errors import SaelabError
-from saelab.files import atomic_write_json, atomic_write_text, differences, locked, read_json
+from saelab.files import atomic_write_json, atomic_write_text, locked, read_json
+from saelab.identity import ANY, differences
+from saelab.saes.base import RULES
 
 Row = dict[str, Any]
 Order = Callable[[Row], Any]
+
+# Of settings that the first version did not keep: it trained by rules 1, with the model that was at hand.
+_ABSENT = {"rules": 1, "rows_of": ANY, "model": ANY}
 
 
 class Rows:
@@ -30,7 +35,7 @@ class Rows:
         stem: str = "rows",
         order: Order | None = None,
     ) -> None:
-        self.folder, self.settings, self.keys = folder, dict(settings), tuple(keys)
+        self.folder, self.settings, self.keys = folder, {**settings, "rules": RULES}, tuple(keys)
         self.stem, self.order = stem, order
         self.rows: list[Row] = []
         if folder is not None and (folder / f"{stem}.json").exists():
@@ -40,7 +45,7 @@ class Rows:
         saved = read_json(path)
         if not isinstance(saved, dict) or not isinstance(saved.get("rows"), list):
             raise SaelabError(f"{path} is not what a bench wrote there: move it away, or give another --out-dir.")
-        different = differences(saved.get("settings") or {}, self.settings)
+        different = differences(saved.get("settings") or {}, self.settings, _ABSENT)
         if different:
             raise SaelabError(
                 f"{path.parent} holds a bench with other settings ({'; '.join(different)}). Use the same to go on, or "

@@ -21,6 +21,7 @@ from saelab.benchmarks.rows import Row, Rows, open_rows
 from saelab.benchmarks.synthetic import at_l0, check_variants
 from saelab.distributed import apart, place
 from saelab.errors import TrainingError
+from saelab.identity import of_model
 from saelab.models import LanguageModel, load_model
 from saelab.saes import SAE, VARIANTS
 from saelab.training import TrainConfig, train
@@ -84,6 +85,8 @@ def run_sweep(
     settings = dataclasses.asdict(config) | {"data": origin["dataset_fingerprint"]}
     if len(cache.hook_names) == 1:
         settings["hook_name"] = cache.hook_names[0]
+    lm = lm or Remembered(load_model(origin["model"]["name"]))
+    settings |= {"rows_of": cache.manifest["config"], "model": of_model(lm)}
     rank, n_processes = place()
     home, own = Path(out_dir or run), points[rank::n_processes]
     with apart():
@@ -94,7 +97,6 @@ def run_sweep(
             return []
         with open_rows(home, settings, KEYS, "sweep", _order) as rows:
             for same in _by_seed(rows, points):
-                lm = lm or Remembered(load_model(origin["model"]["name"]))
                 _run_seed(rows, same, own, cache, config, lm, progress)
             return list(rows.rows)
 

@@ -20,6 +20,7 @@ from saelab.errors import SaelabError
 from saelab.evaluation.loss_recovered import LossRecovered
 from saelab.evaluation.reconstruction import Reconstruction, VarianceSums
 from saelab.files import atomic_write_text, read_json
+from saelab.identity import differences, of_scoring, scoring_absent
 from saelab.masking import token_mask
 from saelab.models import LanguageModel
 from saelab.models_together import together
@@ -112,16 +113,16 @@ def evaluate(
     """Measure an SAE. `texts` None is the SAE's own source; of that the held-out tenth is scored, of any other text all.
 
     Reconstruction is measured on every token (or the first `n_tokens`), the language model's loss on the first
-    `n_tokens_ce`, as it takes four full passes. With `path` the report is kept in that file, and one that is there
-    already for the same weights, texts and arguments is returned at once. Raises `ValueError` when a scored document
-    trained the SAE (naming how many; `allow_train=True` overrides), the SAE does not fit, or nothing is left to score. A
-    crosscoder of several models takes their list; `hook_name` may list all of a crosscoder's, or a transcoder's two.
+    `n_tokens_ce`, as it takes four full passes. A report that `path` holds for the same weights, texts, tokenizer and
+    arguments is returned at once. Raises `ValueError` when a scored document trained the SAE (naming how many;
+    `allow_train=True` overrides), the SAE does not fit, or nothing is left to score. A crosscoder of several models takes
+    their list; `hook_name` may list all of a crosscoder's, or a transcoder's two.
     """
     check_scoring(lm := together(lm), n_tokens=n_tokens, n_tokens_ce=n_tokens_ce or None)
     source = own_texts(sae.origin, lm) if texts is None else load_texts(texts)
-    request = _circumstances(sae, lm, source) | {"split": split, "hook_name": _listed(hook_name), "n_tokens": n_tokens}
-    request |= {"n_tokens_ce": n_tokens_ce, "ctx_len": ctx_len, "batch_size": batch_size, "allow_train": allow_train}
-    if path is not None and (saved := _saved_report(Path(path), request)) is not None:
+    request = {"split": split, "hook_name": _listed(hook_name), "n_tokens": n_tokens, "n_tokens_ce": n_tokens_ce}
+    request |= {"ctx_len": ctx_len, "batch_size": batch_size, "allow_train": allow_train, **_meaning(sae, lm, source)}
+    if path is not None and (saved := _saved_report(Path(path), request, sae)) is not None:
         return saved
     stream = open_score_stream(
         sae, lm, source, split=split, allow_train=allow_train, hook_name=hook_name,
@@ -136,16 +137,9 @@ def evaluate(
     return report
 
 
-def _circumstances(sae: SAE, lm: LanguageModel, texts: Texts) -> dict[str, Any]:
-    """What decides the numbers beside the caller's arguments, JSON-able."""
-    origin = {key: sae.origin.get(key) for key in ("hook_name", "ctx_len", "prepend_bos", "mask")}
-    origin |= {key: sae.origin[key] for key in ("hook_names", "hook_name_out", "packing") if key in sae.origin}
-    return {
-        "definitions": _DEFINITIONS,
-        "sae": {"hash": sae.hash, **origin},
-        "model": {"hash": lm.hash, "dtype": str(lm.dtype)},
-        "texts": {"fingerprint": texts.fingerprint(), "own": texts.spec == sae.origin.get("texts")},
-    }
+def _meaning(sae: SAE, lm: LanguageModel, texts: Texts) -> dict[str, Any]:
+    """What decides the numbers beside the caller's arguments."""
+    return of_scoring(sae, lm, texts) | {"definitions": _DEFINITIONS}
 
 
 def _listed(hook_name: str | Sequence[str] | None) -> str | list[str] | None:
@@ -153,12 +147,13 @@ def _listed(hook_name: str | Sequence[str] | None) -> str | list[str] | None:
     return hook_name if hook_name is None or isinstance(hook_name, str) else list(hook_name)
 
 
-def _saved_report(path: Path, request: dict[str, Any]) -> Report | None:
+def _saved_report(path: Path, request: dict[str, Any], sae: SAE) -> Report | None:
     """The report at `path` where it answers `request`; None where it is another's, unreadable, or of another saelab."""
     try:
         saved = read_json(path)
-        return Report(**saved) if saved["request"] == request else None
-    except (SaelabError, KeyError, TypeError):
+        absent = scoring_absent(sae.origin.get("tokenizer_hash"))
+        return None if differences(saved["request"], request, absent) else Report(**saved)
+    except (SaelabError, KeyError, TypeError, AttributeError):
         return None
 
 

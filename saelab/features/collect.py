@@ -21,8 +21,9 @@ from saelab.features.manifest import read_manifest
 from saelab.features.signed import SignedAccumulator
 from saelab.features.store import FeatureStore
 from saelab.features.writer import write_store
-from saelab.files import claim_folder, differences, fsync_dir, remove_leftovers, temporary_path, writing
+from saelab.files import claim_folder, fsync_dir, remove_leftovers, temporary_path, writing
 from saelab.hooks import writes_to_residual
+from saelab.identity import ANY, differences, of_scoring, scoring_absent
 from saelab.models import LanguageModel
 from saelab.models_together import locate, together
 from saelab.saes import SAE
@@ -99,12 +100,14 @@ def _request(
         "texts": source.fingerprint(),
         "ctx_len": ctx_len or sae.origin.get("ctx_len") or 256,
         "split": split or ("held_out" if source.spec == sae.origin.get("texts") else "all"),
+        "scoring": of_scoring(sae, lm, source),
     }
 
 
 def _refuse_other_request(out_dir: Path, request: dict[str, Any]) -> None:
     manifest = read_manifest(out_dir)
-    different = differences(manifest.get("request", {}), request)
+    absent = {f"scoring.{key}": value for key, value in scoring_absent(manifest.get("tokenizer_hash")).items()}
+    different = differences(manifest.get("request", {}), request, {"scoring": ANY, **absent})
     if different:
         raise StoreError(
             f"{out_dir} holds a feature store made with other arguments ({'; '.join(different)}). Use the same ones, or "

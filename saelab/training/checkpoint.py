@@ -23,12 +23,12 @@ from saelab.files import (
     atomic_save_safetensors,
     atomic_write_json,
     claim_folder,
-    differences,
     locked,
     read_json,
     remove_leftovers,
     tensors_hash,
 )
+from saelab.identity import ANY, differences
 from saelab.saes import SAE
 from saelab.training.adam import Adam
 from saelab.training.dead_features import DeadFeatures
@@ -179,7 +179,8 @@ def claim_run(folder: Path, arguments: Mapping[str, Any], rules: int, environmen
     if not isinstance(environment_then, dict):
         raise TrainingError(f"{path} is not what train wrote there: put it back from a copy, or train elsewhere.")
     before.pop("rules", None)  # a run goes on by those it began with (rules.py)
-    different = differences(before, json.loads(json.dumps(arguments)))  # tuples are lists there
+    asked = json.loads(json.dumps(arguments))  # tuples are lists there
+    different = differences(before, asked, {"rows": ANY})
     if different:
         raise AnotherRunError(
             f"{folder} holds another run ({'; '.join(different)}). Use the same arguments to go on, or ",

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from saelab.activation_cache.format import config_hash
 from saelab.activation_cache.reader import ActivationCache
 from saelab.activation_cache.streaming import ActivationStream
 from saelab.saes import Batch
@@ -49,8 +50,8 @@ def _from_cache(cache: ActivationCache | ActivationStream, hook_name: str | None
 
     def batches(names: Sequence[str], batch_size: int, seed: int, start_step: int) -> Iterator[Rows]:
         if isinstance(cache, ActivationStream):
-            return cache.batches(batch_size, seed, start_step, list(names))
-        return cache.batches(batch_size, seed, start_step, hook_name=list(names), leave_out=leave_out)
+            return cache.batches(batch_size, seed=seed, start_step=start_step, hook_name=list(names))
+        return cache.batches(batch_size, seed=seed, start_step=start_step, hook_name=list(names), leave_out=leave_out)
 
     def identity(sites: Sites) -> tuple[str, dict[str, Any]]:
         origin = _origin(cache, sites)
@@ -72,6 +73,7 @@ def _from_cache(cache: ActivationCache | ActivationStream, hook_name: str | None
         identity=identity,
         n_rows=None if streamed else cache.n_rows - leave_out,
         documents=lambda: cache.document_ids,
+        rows=cache.fingerprint if streamed else config_hash(cache.manifest["config"]),
         held_bytes=cache.held_bytes if streamed else 0,
         kept_out=kept_out if leave_out else None,
     )

@@ -43,6 +43,8 @@ class View(NamedTuple):
     """Arguments of `set_normalization`."""
     fingerprint: str
     origin: dict[str, Any]
+    rows: str
+    """SHA-256 of all that decided the rows of a cache or stream; "" of tensors, whose fingerprint says it."""
 
     @property
     def width(self) -> int:
@@ -70,6 +72,8 @@ class DataSource:
     """How many different rows there are; None where nobody knows."""
     documents: Callable[[], Tensor] = lambda: torch.zeros(0, dtype=torch.int64)
     """Ids of the documents that were read up to now."""
+    rows: str = ""
+    """SHA-256 of the config of a cache or stream."""
     held_bytes: int = 0
     """Memory that reading takes beside the batches."""
     kept_out: Callable[[Sequence[str]], Rows] | None = None
@@ -88,7 +92,7 @@ class DataSource:
                 "crosscoder reads (n, n_sources, d_in)."
             )
         moments = (*x, *y) if sites.reads != sites.writes else tuple(x)
-        return View(sites, x.mean.shape[-1], shape, moments, *self.identity(sites))
+        return View(sites, x.mean.shape[-1], shape, moments, *self.identity(sites), self.rows)
 
     def _moments(self, names: Sequence[str]) -> Moments:
         """Of one site; several of equal width make one with an axis for the sources."""

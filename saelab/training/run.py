@@ -24,7 +24,7 @@ from saelab.saes.sharded import FeatureShard, check_shardable, gather_into, shar
 from saelab.training.adam import EPS, Adam, default_eps
 from saelab.training.checkpoint import claim_run, list_checkpoints
 from saelab.training.config import TrainConfig
-from saelab.training.data_source import DataSource, Rows
+from saelab.training.data_source import DataSource, Rows, View
 from saelab.training.dead_features import DeadFeatures, dead_window
 from saelab.training.exchange import Exchange
 from saelab.training.metrics_log import MetricsLog
@@ -85,7 +85,7 @@ class Run:
         self.step = 0
         self.last: dict[str, Any] = {}
         self._spent, self._spent_on = 0.0, 0
-        self._continue(config, view.fingerprint)
+        self._continue(config, view)
         self.finished = self.step == train.n_steps
         wandb_project = wandb_project if self.ranks.is_first else None
         self.log = MetricsLog(self.folder, self.step, wandb_project) if not self.finished else None
@@ -96,12 +96,12 @@ class Run:
         if self.rules >= 2:
             self.sae.start_from(*moments)
 
-    def _continue(self, config: Any, fingerprint: str) -> None:
+    def _continue(self, config: Any, view: View) -> None:
         """Take up what the folder holds; at the last step when the run had already ended."""
         here = environment(self.device, self.mesh)
         begun = here
         if self.folder is not None:
-            begun = claim_run(self.folder, self._identity(config, fingerprint), self.rules, here)
+            begun = claim_run(self.folder, self._identity(config, view), self.rules, here)
         ended = self.folder is not None and (self.folder / "sae.json").exists()
         if self.ranks.agree(ended, self.device):
             self.step = self.train.n_steps
@@ -113,10 +113,11 @@ class Run:
         if self.step:
             _warn_if_elsewhere(begun, here)
 
-    def _identity(self, config: Any, fingerprint: str) -> dict[str, Any]:
+    def _identity(self, config: Any, view: View) -> dict[str, Any]:
         """What a run that goes on must have in common with the one that began; on how many ranks may change."""
         named = {"variant": self.sae.variant, "config": settings(config), "train": self.train.settings()}
-        return named | {"data": fingerprint, "d_in": self.sae.d_in, **self.sae.shape}
+        named |= {"rows": view.rows} if view.rows else {}
+        return named | {"data": view.fingerprint, "d_in": self.sae.d_in, **self.sae.shape}
 
     def train_on(self, rows: Rows) -> None:
         """One optimiser step. Raises `TrainingError` on NaN or infinite rows, loss or gradient, and where all rows are the
