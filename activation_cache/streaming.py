@@ -25,6 +25,7 @@ from saelab.activation_cache.pool import Pool
 from saelab.activation_cache.score import refuse_steered
 from saelab.activation_cache.storage import Storage, identity, kept_rows, row_bytes
 from saelab.errors import CacheError
+from saelab.hooks import hook_list
 from saelab.identity import of_rows
 from saelab.language_model import LanguageModel
 from saelab.masking import NORM_RULE_ROWS, Mask, NormRule
@@ -121,7 +122,7 @@ class ActivationStream:
         To begin at `start_step` the texts are tokenised up to there (once for all epochs), and the contexts run that
         have rows in the pool. Raises `CacheError` where the model gives rows that are not finite.
         """
-        hooks = self.hook_names if hook_name is None else list(hook_name)
+        hooks = self.hook_names if hook_name is None else hook_list(hook_name)
         waiting: dict[str, Tensor] = {}
         for drawn in self._drawn(seed, start_step * batch_size, hooks):
             waiting = {hook: torch.cat([waiting[hook], x]) for hook, x in drawn.items()} if waiting else drawn

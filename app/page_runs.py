@@ -118,16 +118,16 @@ def _is_finite(line: dict[str, Any], key: str) -> bool:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Up to 1,000 evenly spread points of a metrics file; a torn line is passed over."""
+    """Up to 1,000 evenly spread points of a metrics file, its first and its last among them; a torn line is passed over."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    step = max(1, len(lines) // _MAX_POINTS)
     points = []
-    for line in lines[::step]:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with suppress(json.JSONDecodeError):
             points.append(json.loads(line))
-    return [point for point in points if isinstance(point, dict)]
+    points = [point for point in points if isinstance(point, dict)]
+    n = min(len(points), _MAX_POINTS)
+    return [points[round(i * (len(points) - 1) / max(n - 1, 1))] for i in range(n)]
 
 
 def _settings(config: dict[str, Any]) -> None:

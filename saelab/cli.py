@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from traceback import walk_tb
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -97,11 +98,38 @@ def main(args: Sequence[str] | None = None) -> int:
         kept = f"{stopped}. " if str(stopped) else ""
         print(f"\nInterrupted. {kept}The same command again goes on from what is on disk.", file=sys.stderr)
         return 130
-    except (ValueError, SaelabError) as error:
-        if debug:
+    except Exception as error:
+        said = None if debug else explain(error)
+        if said is None:
             raise
-        print(f"saelab{f' (rank {rank})' if rank else ''}:", " ".join(str(error).split()), file=sys.stderr)
+        print(f"saelab{f' (rank {rank})' if rank else ''}:", " ".join(said.split()), file=sys.stderr)
         return 2
+
+
+def explain(error: Exception) -> str | None:
+    """One line for an error that the user can mend: ours, the system's, or another library's. None for a fault of saelab,
+    whose traceback is what helps.
+    """
+    if isinstance(error, ValueError | SaelabError) and not _is_foreign(error):
+        return str(error)
+    kind = type(error).__name__
+    if isinstance(error, ImportError):
+        return f"{error}: install that package (pip install 'saelab[wandb,notebook]' brings the optional ones)."
+    if isinstance(error, OSError | MemoryError) or kind == "OutOfMemoryError":
+        return f"{kind}: {error}. Check the path, the space that is left on it, and the memory."
+    if _is_foreign(error):
+        return f"{_raised_in(error)} raised {kind}: {error}. SAELAB_DEBUG=1 shows where."
+    return None
+
+
+def _is_foreign(error: Exception) -> bool:
+    return _raised_in(error) not in ("saelab", *sys.stdlib_module_names)
+
+
+def _raised_in(error: Exception) -> str:
+    """The package whose code raised it; code of the standard library counts as its caller's."""
+    packages = [frame.f_globals.get("__name__", "").partition(".")[0] for frame, _ in walk_tb(error.__traceback__)]
+    return next((name for name in reversed(packages) if name not in sys.stdlib_module_names), "saelab")
 
 
 @contextmanager

@@ -88,6 +88,14 @@ def hf_sites(decoder: Decoder, with_parts: bool = True) -> dict[str, Site]:
     return sites
 
 
+def hook_list(hook_names: str | Iterable[str]) -> list[str]:
+    """Several hooks, or one by its bare name. Raises `ValueError` for none."""
+    names = [hook_names] if isinstance(hook_names, str) else list(hook_names)
+    if not names:
+        raise ValueError("hook_names is empty; give at least one hook.")
+    return names
+
+
 def bridge_sites(bridge: Any) -> dict[str, Site]:
     """Every hook point of a TransformerBridge under each of its names."""
     return {name: Site(point, "point") for name, point in bridge.hook_dict.items()}

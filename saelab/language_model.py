@@ -15,7 +15,7 @@ from torch import Tensor
 
 from saelab.backends import BridgeBackend, backend_of
 from saelab.families import in_eval_mode
-from saelab.hooks import Edit, Site, is_plain_mistake, tapped, unknown_hook
+from saelab.hooks import Edit, Site, hook_list, is_plain_mistake, tapped, unknown_hook
 from saelab.model_hash import hash_folder, hash_model, hash_tokenizer
 from saelab.prompts import Prompt, check_ids, special_token_ids, to_batch
 from saelab.sampling import Generation, OnToken, check_generation, sample
@@ -97,9 +97,7 @@ class LanguageModel:
         The pass ends after the last hooked place. Active edits are honoured. The tensors are inference tensors:
         `.clone()` one before differentiating through it. Raises `ValueError` for an unknown hook.
         """
-        names = [hook_names] if isinstance(hook_names, str) else list(hook_names)
-        if not names:
-            raise ValueError("hook_names is empty; give at least one hook.")
+        names = hook_list(hook_names)
         self._sites_of(names)
         return (self._capture(self._checked(ids), names) for ids in batches)
 

@@ -14,6 +14,7 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor
 
+from saelab.hooks import hook_list
 from saelab.language_model import LanguageModel
 
 
@@ -64,7 +65,7 @@ class ModelsTogether(LanguageModel):
     ) -> Iterator[dict[str, Tensor]]:
         """As of one model; each batch runs through every model that has one of the hooks."""
         wanted: dict[str, list[str]] = {}
-        for name in hook_names:
+        for name in hook_list(hook_names):
             self.check_hook(name)
             label, _, hook = name.partition("/")
             wanted.setdefault(label, []).append(hook)

@@ -107,7 +107,14 @@ class Texts:
         if value is None or isinstance(value, str):
             return value or ""
         if self._chat is not None and isinstance(value, list | tuple):
-            return render(self._chat.tokenizer, value)
+            try:
+                return render(self._chat.tokenizer, value)
+            except Exception as error:  # whatever a template, written by anybody, raises
+                said = " ".join(str(error).split())[:200]
+                raise ValueError(
+                    f"row {number} of {self.name} cannot be rendered with the chat template ({type(error).__name__}: {said}): "
+                    "change or remove that row."
+                ) from error
         fix = "give load_texts(..., chat=lm) to render messages" if isinstance(value, list) else "make it a string"
         raise ValueError(
             f"row {number} of {self.name} holds {repr(value)[:60]} ({type(value).__name__}), not a string: {fix}."

@@ -8,6 +8,7 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor
 
+from saelab.hooks import hook_list
 from saelab.language_model import LanguageModel
 
 MOST_BYTES = 2 * 2**30
@@ -27,7 +28,8 @@ class Remembered(LanguageModel):
     def stream_activations(
         self, batches: Iterable[Int[Tensor, "_ _"]], hook_names: Sequence[str]
     ) -> Iterator[dict[str, Tensor]]:
-        return (self._activations(ids, hook_names) for ids in batches)
+        names = hook_list(hook_names)
+        return (self._activations(ids, names) for ids in batches)
 
     def _activations(self, ids: Tensor, hook_names: Sequence[str]) -> dict[str, Tensor]:
         key = (tuple(hook_names), tuple(ids.shape), ids.cpu().numpy().tobytes())

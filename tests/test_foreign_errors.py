@@ -1,0 +1,103 @@
+"""What other libraries raise leaves the command line as one line; a fault of saelab as a traceback."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+
+import saelab
+from saelab import cli
+from saelab.activation_cache.streaming import stream
+from saelab.benchmarks.remembered import Remembered
+from saelab.errors import SaelabError
+from saelab.models_together import together
+
+HOOK = "blocks.1.hook_resid_post"
+IDS = torch.tensor([[5, 17, 30, 44]])
+
+
+def raise_(error):
+    raise error
+
+
+def in_python_of_a_library():
+    torch.nn.Linear(2, 2)(torch.zeros(3, 3))
+
+
+RAISED = {
+    "our own": (lambda: raise_(ValueError("k=0 must be 1 or more")), "k=0 must be 1 or more"),
+    "our own kind": (lambda: raise_(SaelabError("no cache")), "no cache"),
+    "disk full": (lambda: raise_(OSError(28, "No space left on device")), "No space left on device"),
+    "no permission": (lambda: raise_(PermissionError(13, "Permission denied", "/out")), "Permission denied"),
+    "no package": (lambda: __import__("wandb_that_is_not_there"), "wandb_that_is_not_there.*install"),
+    "memory": (lambda: raise_(torch.OutOfMemoryError("CUDA out of memory")), "out of memory"),
+    "a library": (
+        lambda: torch.nn.functional.softmax(torch.zeros(2), dim=5),
+        "torch raised IndexError.*SAELAB_DEBUG=1",
+    ),
+    "a library's Python": (in_python_of_a_library, "torch raised RuntimeError"),
+}
+
+
+@pytest.mark.parametrize("command", ["eval", "features", "harvest", "steer"])
+@pytest.mark.parametrize("what", RAISED)
+def test_one_line_for_what_a_user_can_mend(monkeypatch, capsys, what, command):
+    raises, says = RAISED[what]
+
+    def run() -> None:
+        """Fails."""
+        raises()
+
+    monkeypatch.setitem(cli.COMMANDS, command, (run, ""))
+    assert cli.main([command]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and re.search(says, said), said
+
+
+@pytest.mark.parametrize(
+    "error", [TypeError("x"), AttributeError("x"), KeyError("x")], ids=lambda error: type(error).__name__
+)
+def test_a_fault_of_saelab_keeps_its_traceback(monkeypatch, error):
+    scope = {"__name__": "saelab.fault", "error": error}
+    exec("def run() -> None:\n    'Fails.'\n    raise error", scope)
+    monkeypatch.setitem(cli.COMMANDS, "eval", (scope["run"], ""))
+    with pytest.raises(type(error)):
+        cli.main(["eval"])
+
+
+def test_a_chat_template_that_refuses_names_the_row_and_the_file(tmp_path, tiny_lm):
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}{{ messages[0].content }}"
+    file = tmp_path / "chats.jsonl"
+    chats = [[{"role": role, "content": "hello"}] for role in ("user", "user", "system")]
+    file.write_text("".join(json.dumps({"text": chat}) + "\n" for chat in chats))
+    before, tiny_lm.tokenizer.chat_template = tiny_lm.tokenizer.chat_template, template
+    try:
+        with pytest.raises(ValueError, match=r"row 2 of .*chats.jsonl.*no system turns.*change or remove that row"):
+            list(saelab.load_texts(str(file), chat=tiny_lm).documents())
+    finally:
+        tiny_lm.tokenizer.chat_template = before
+
+
+READERS = {
+    "model": lambda lm, hooks: next(iter(lm.stream_activations([IDS], hooks))),
+    "remembered": lambda lm, hooks: next(iter(Remembered(lm).stream_activations([IDS], hooks))),
+    "several models": lambda lm, hooks: next(
+        iter(together([lm, lm]).stream_activations([IDS], "".join([_first(lm), hooks])))
+    ),
+    "stream": lambda lm, hooks: next(
+        stream(lm, [f"The river runs past mill {n}." for n in range(80)], hooks, ctx_len=16).batches(8, hook_name=hooks)
+    ),
+}
+
+
+def _first(lm):
+    return together([lm, lm]).hook_names[0].partition("/")[0] + "/"
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_hooks_bare_name_is_one_hook(tiny_lm, reader):
+    (found,) = READERS[reader](tiny_lm, HOOK).items()
+    assert found[0].endswith(HOOK) and found[1].shape[-1] == 32
