@@ -73,7 +73,7 @@ def _from_cache(cache: ActivationCache | ActivationStream, hook_name: str | None
         identity=identity,
         n_rows=None if streamed else cache.n_rows - leave_out,
         documents=lambda: cache.document_ids,
-        rows=cache.fingerprint if streamed else config_hash(cache.manifest["config"]),
+        rows="" if isinstance(cache, ActivationStream) else config_hash(cache.manifest["config"]),
         held_bytes=cache.held_bytes if streamed else 0,
         kept_out=kept_out if leave_out else None,
     )

@@ -44,7 +44,7 @@ class View(NamedTuple):
     fingerprint: str
     origin: dict[str, Any]
     rows: str
-    """SHA-256 of all that decided the rows of a cache or stream; "" of tensors, whose fingerprint says it."""
+    """SHA-256 of all that decided the rows of a cache; "" of other data, whose fingerprint says it."""
 
     @property
     def width(self) -> int:
@@ -73,7 +73,7 @@ class DataSource:
     documents: Callable[[], Tensor] = lambda: torch.zeros(0, dtype=torch.int64)
     """Ids of the documents that were read up to now."""
     rows: str = ""
-    """SHA-256 of the config of a cache or stream."""
+    """SHA-256 of the config of a cache."""
     held_bytes: int = 0
     """Memory that reading takes beside the batches."""
     kept_out: Callable[[Sequence[str]], Rows] | None = None
