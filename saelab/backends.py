@@ -32,13 +32,18 @@ class HFBackend:
         if not self._parts_add_up():
             self.sites = hf_sites(self.decoder, with_parts=False)
 
+    def _some_ids(self, n: int) -> Int[Tensor, "1 n"]:
+        """Ids of any tokens, to try the model with."""
+        device = next(self.model.parameters()).device
+        return (torch.arange(n, device=device)[None] * 7 + self.d_vocab // 3) % self.d_vocab
+
     def _parts_add_up(self) -> bool:
         """Whether attention and MLP are where the family's names say: the stream rises by what they write to it."""
         pre, attention, mlp, post = (f"blocks.0.{name}" for name in _STREAM)
         if attention not in self.sites:
             return True
         seen: dict[str, Tensor] = {}
-        ids = torch.arange(4, device=next(self.model.parameters()).device)[None] + self.d_vocab // 2
+        ids = self._some_ids(4)
         with (
             torch.inference_mode(),
             in_eval_mode(self.model),
@@ -68,8 +73,7 @@ class HFBackend:
         """Whether tokens may run one after the other with a KV cache: it is tried, and gives the same logits."""
         if not (takes(self.model, "past_key_values") and takes(self.model, "use_cache")):
             return False
-        device = next(self.model.parameters()).device
-        ids = torch.arange(4, device=device)[None] + self.d_vocab // 2
+        ids = self._some_ids(4)
         with torch.inference_mode(), in_eval_mode(self.model):
             whole = self.logits(ids)[:, -1]
             try:
@@ -83,8 +87,7 @@ class HFBackend:
 
     def logit_weights(self) -> Float[Tensor, "vocab d_model"]:
         """Unembedding in fp32 with the final norm folded in. Raises `ModelError` where it cannot be found out."""
-        device = next(self.model.parameters()).device
-        ids = (torch.arange(8, device=device)[None] * 7 + self.d_vocab // 3) % self.d_vocab
+        ids = self._some_ids(8)
         with torch.inference_mode(), in_eval_mode(self.model):
             head = watch_head(self.model, self.decoder.layers[-1], lambda: self.logits(ids))
         norm, unembed = between(head.modules), self.model.get_output_embeddings().weight

@@ -134,6 +134,31 @@ def test_logit_weights_say_how_logits_move(family):
     assert torch.corrcoef(torch.stack([moved, said]))[0, 1] > 0.995
 
 
+def test_logit_weights_leave_out_a_mean_that_the_final_norm_takes_off(family):
+    hook, ones = "blocks.1.hook_resid_post", torch.ones(32)
+    x = next(iter(family.lm.stream_activations([IDS], [hook])))[hook]
+    moved = family.lm.run_with_edit(IDS, Add(hook, x.std() * ones)) - family.lm.logits(IDS)
+    weights = family.lm.logit_weights()
+    is_centred = float(moved.abs().max()) < 1e-4 * float(family.lm.logits(IDS).abs().max())
+    assert (float((weights @ ones).abs().max()) < 1e-4 * float(weights.norm(dim=1).max())) == is_centred
+
+
+def test_a_cache_that_gives_other_logits_is_not_used(monkeypatch):
+    model = build("llama")
+    plain = saelab.load_model(model).generate_ids(IDS, max_new_tokens=4).ids.tolist()
+    forward = type(model).forward
+
+    def drifts(self, input_ids=None, past_key_values=None, use_cache=None, **kwargs):
+        output = forward(self, input_ids, past_key_values=past_key_values, use_cache=use_cache, **kwargs)
+        if past_key_values is not None:
+            output.logits = output.logits.flip(-1)
+        return output
+
+    monkeypatch.setattr(type(model), "forward", drifts)
+    lm = saelab.load_model(model)
+    assert not lm.backend.has_cache and lm.generate_ids(IDS, max_new_tokens=4).ids.tolist() == plain
+
+
 def test_steering_from_position_one_on(family):
     hook, vector = "blocks.0.hook_resid_post", torch.randn(32, generator=torch.Generator().manual_seed(1))
     edit = Add(hook, vector)

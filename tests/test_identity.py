@@ -29,9 +29,9 @@ def other_tokenizer():
 def changed(lm, what: str) -> tuple[Any, dict[str, Any]]:
     """The model, and the arguments, of the second call."""
     if what == "tokenizer":
-        return saelab.load_model(lm.model, other_tokenizer()), {}
+        return saelab.load_model(lm.name, other_tokenizer(), dtype=torch.float32, device="cpu"), {}
     if what == "dtype":
-        return saelab.load_model(lm.model, lm.tokenizer, dtype=torch.bfloat16), {}
+        return saelab.load_model(lm.name, dtype=torch.bfloat16, device="cpu"), {}
     if what == "weights":
         other = saelab.load_model(lm.model, lm.tokenizer, dtype=torch.float64)
         with torch.no_grad():
