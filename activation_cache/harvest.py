@@ -16,7 +16,7 @@ import torch
 from saelab.activation_cache import format
 from saelab.activation_cache.blocks import decide_limits, harvest_blocks
 from saelab.activation_cache.checks import check_arguments, warn_if_none_held_out
-from saelab.activation_cache.journal import Journal, begin
+from saelab.activation_cache.journal import Journal, begin, begun_with
 from saelab.activation_cache.limits import Limits
 from saelab.activation_cache.model_pass import Reading, finish, run_pass
 from saelab.activation_cache.reader import ActivationCache
@@ -24,10 +24,12 @@ from saelab.activation_cache.storage import identity
 from saelab.activation_cache.writer import CacheWriter
 from saelab.arguments import check_integer
 from saelab.contexts import ALONE
+from saelab.documents import token_ids
 from saelab.files import claim_folder
 from saelab.identity import of_rows
 from saelab.language_model import LanguageModel
 from saelab.models_together import hook_keys, together
+from saelab.tokenizing import Bos, resolved_bos
 from saelab.tokens import Texts, load_texts
 
 
@@ -43,7 +45,7 @@ def harvest(
     split: str = "train",
     shard_rows: int = 32_768,
     pool_shards: int = 16,
-    prepend_bos: bool = False,
+    prepend_bos: Bos = None,
     max_bytes: int | None = None,
     progress: bool = True,
     storage: str = "bfloat16",
@@ -56,6 +58,7 @@ def harvest(
     `n_tokens` packed tokens are read (rounded up to whole contexts of `ctx_len`; fewer where the texts end),
     `batch_size` contexts at a time, from the documents of `split`. Rows that the mask keeps leave in shards of
     `shard_rows`, drawn at random from `pool_shards` times as many. The same call again goes on where it stopped.
+    `prepend_bos` None begins contexts as the tokenizer begins texts (a cache that `out_dir` holds answers as it was made).
     `shuffle=False` keeps the order of the texts; with `chat` these are lists of messages, each a context of its own;
     `block_contexts` cuts the work for several processes. A list of models has its hooks named "MODEL/HOOK".
 
@@ -69,8 +72,10 @@ def harvest(
     check_arguments(lm, hooks, split, sizes, seed)
     texts = _conversations(texts, lm) if chat else load_texts(texts)
     config = of_rows(lm, texts, hooks) | identity(storage) | sizes
-    config |= {"split": split, "prepend_bos": prepend_bos, "seed": seed} | modes
-    return _harvest_into(claim_folder(out_dir, format.JOURNAL, "cache"), lm, texts, config, max_bytes, progress)
+    folder = claim_folder(out_dir, format.JOURNAL, "cache")
+    begun = begun_with(folder) if prepend_bos is None else {}
+    config |= {"split": split, "prepend_bos": begun.get("prepend_bos", resolved_bos(lm, prepend_bos)), "seed": seed} | modes
+    return _harvest_into(folder, lm, texts, config, max_bytes, progress)
 
 
 def _harvest_into(
@@ -130,7 +135,7 @@ def _conversations(texts: Any, lm: LanguageModel) -> Texts:
     """Texts whose rows are lists of messages. Raises `ValueError` for others, and for a model without a template."""
     texts = load_texts(texts, chat=lm)
     first = next(row[texts.spec["column"]] for row in texts.rows())
-    if "chat" not in texts.spec or isinstance(first, str):
+    if "chat" not in texts.spec or isinstance(first, str) or token_ids(first):
         raise ValueError(
             f"chat=True harvests conversations, and {texts.name} begins with {str(first)[:40]!r}: give lists of "
             '{"role", "content"} messages, in a file of them their column (load_texts(..., column=, chat=lm); --column).'

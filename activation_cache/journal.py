@@ -107,6 +107,16 @@ def rows_on_disk(folder: Path) -> int:
     return sum(entry["rows"] for entry in map(json.loads, lines) if entry["kind"] == "shard")
 
 
+def begun_with(folder: Path) -> dict[str, Any]:
+    """The config of the harvest that was begun in `folder`; only reads. Nothing where there is none."""
+    path = folder / JOURNAL
+    line = path.read_bytes().partition(b"\n")[0] if path.is_file() else b""
+    try:
+        return json.loads(line)["config"]
+    except (ValueError, KeyError, TypeError):
+        return {}
+
+
 def begin(folder: Path, journal: Journal, config: dict[str, Any], environment: dict[str, Any]) -> bool:
     """Start or continue a journal; True when this very cache is finished. Raises `ValueError` when arguments differ."""
     finished = (folder / MANIFEST).exists()

@@ -38,8 +38,8 @@ class Reading:
         config = self.config
         documents, totals = self.documents, self.totals = [], Totals()
         sizes = (config[name] for name in ("ctx_len", "batch_size", "prepend_bos", "packing", "n_tokens"))
-        note = lambda _, text: documents.append(document_id(text))  # noqa: E731
-        batches = contexts(self.texts.documents(config["split"]), self.lm, *sizes, on_document=note)
+        note = lambda _, document: documents.append(document_id(document))  # noqa: E731
+        batches = contexts(self.texts.documents(config["split"], self.lm), self.lm, *sizes, on_document=note)
         n_tokens = -(-config["n_tokens"] // config["ctx_len"]) * config["ctx_len"]
         with tqdm(total=n_tokens, unit=" tokens", unit_scale=True, desc="Harvesting", disable=not progress) as bar:
             for batch in batches:

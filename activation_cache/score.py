@@ -6,7 +6,7 @@ Evaluation and the feature store both read from here, so that their token counts
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from saelab.models import LanguageModel
 from saelab.models_together import ModelsTogether, names_and_hashes
 from saelab.saes import SAE, Batch
 from saelab.saes.sites import Sites, sites_of
+from saelab.tokenizing import resolved_bos
 from saelab.tokens import Texts, TokenBatch, document_id, load_texts
 
 
@@ -45,6 +46,7 @@ class ScoreStream:
     texts: Texts
     batches: list[TokenBatch]
     mask: Mask
+    prepend_bos: bool | list[int]
     n_tokens: int = 0
     n_masked: dict[str, int] = field(default_factory=lambda: {"special": 0, "position": 0, "norm": 0})
     rule: dict[str, Any] = field(default_factory=lambda: dict(MASK_RULE))
@@ -111,19 +113,24 @@ def open_score_stream(
     _check_fit(sae, lm, sites)
     ids: list[int] = []
     width = int(ctx_len or origin.get("ctx_len") or min(256, lm.max_ctx))
-    bos, note = bool(origin.get("prepend_bos", False)), lambda _, text: ids.append(document_id(text))
-    packing = origin.get("packing", PACKED)
-    batches = list(contexts(source.documents(split), lm, width, batch_size, bos, packing, n_tokens, on_document=note))
+    bos, note = bos_of(origin, lm), lambda _, document: ids.append(document_id(document))
+    packing, documents = origin.get("packing", PACKED), source.documents(split, lm)
+    batches = list(contexts(documents, lm, width, batch_size, bos, packing, n_tokens, on_document=note))
     if not batches:
         raise ValueError(f"There is no text to score: split={split!r} of {source.name} holds no token.")
     if not allow_train:
         _refuse_training_documents(sae, ids, source, split)
     max_norm = (origin.get("mask") or {}).get("max_norm")
-    stream = ScoreStream(lm, sites, split, source, batches, Mask(lm.special_ids, None))
+    stream = ScoreStream(lm, sites, split, source, batches, Mask(lm.special_ids, None), bos)
     known: dict[str, Any] = max_norm if isinstance(max_norm, dict) else dict.fromkeys(sites.all[:1], max_norm)
     limits = {name: float(known[name]) for name in sites.all if known.get(name)}
     stream.mask = Mask(lm.special_ids, limits if len(limits) == len(sites.all) else _norm_limits(stream))
     return stream
+
+
+def bos_of(origin: Mapping[str, Any], lm: LanguageModel) -> bool | list[int]:
+    """Whether contexts begin with BOS: as those that the SAE was trained on, or, where it does not say, as the tokenizer does."""
+    return resolved_bos(lm, origin.get("prepend_bos"))
 
 
 def _check_fit(sae: SAE, lm: LanguageModel, sites: Sites) -> None:

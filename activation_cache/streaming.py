@@ -24,12 +24,14 @@ from saelab.activation_cache.checks import check_arguments, finite_norms, warn_i
 from saelab.activation_cache.pool import Pool
 from saelab.activation_cache.score import refuse_steered
 from saelab.activation_cache.storage import Storage, identity, kept_rows, row_bytes
+from saelab.documents import Document
 from saelab.errors import CacheError
 from saelab.hooks import hook_list
 from saelab.identity import of_rows
 from saelab.language_model import LanguageModel
 from saelab.masking import NORM_RULE_ROWS, Mask, NormRule
 from saelab.models_together import hook_keys, names_and_hashes, together
+from saelab.tokenizing import Bos, resolved_bos
 from saelab.tokens import Texts, TokenBatch, document_id, load_texts, pack
 
 _DROPPED = -1  # in place of the token of a row that the norm rule drops
@@ -48,7 +50,7 @@ def stream(
     split: str = "train",
     shard_rows: int = 8_192,
     pool_shards: int = 16,
-    prepend_bos: bool = False,
+    prepend_bos: Bos = None,
 ) -> ActivationStream:
     """What `saelab.train` takes in place of a cache: the same rows, made while it trains, the texts again and again.
 
@@ -63,7 +65,8 @@ def stream(
     print(f"Streaming {texts.describe(split)} through {lm.name}.")
     warn_if_none_held_out(texts, split, 2)
     config = of_rows(lm, texts, hooks) | identity(_STORAGE.name) | sizes
-    return ActivationStream(lm, texts, config | {"split": split, "prepend_bos": prepend_bos})
+    config |= {"split": split, "prepend_bos": resolved_bos(lm, prepend_bos)}
+    return ActivationStream(lm, texts, config, by_default=prepend_bos is None)
 
 
 class ActivationStream:
@@ -72,8 +75,8 @@ class ActivationStream:
     The first rows (those of the norm rule, 16,384) are run when something of them is first asked for: limits or `stats`.
     """
 
-    def __init__(self, lm: LanguageModel, texts: Texts, config: Mapping[str, Any]):
-        self.lm, self.texts, self.config = lm, texts, config
+    def __init__(self, lm: LanguageModel, texts: Texts, config: Mapping[str, Any], by_default: bool = False):
+        self.lm, self.texts, self.config, self._by_default = lm, texts, config, by_default
         self.hook_names: list[str] = list(config["hooks"])
         self.models = names_and_hashes(lm)
         self.pool_rows: int = config["shard_rows"] * config["pool_shards"]
@@ -83,6 +86,12 @@ class ActivationStream:
 
     def __repr__(self) -> str:
         return f"ActivationStream({self.lm.name!r} over {self.texts.name}: {', '.join(self.hook_names)})"
+
+    def by_rules(self, rules: int) -> ActivationStream:
+        """The same stream for a run that the first version began: then no context had a BOS that was not asked for."""
+        if rules > 1 or not self._by_default:
+            return self
+        return ActivationStream(self.lm, self.texts, {**self.config, "prepend_bos": False})
 
     @property
     def fingerprint(self) -> str:
@@ -159,12 +168,12 @@ class ActivationStream:
     def _contexts(self) -> Iterator[TokenBatch]:
         """All packed contexts, one epoch."""
 
-        def note(index: int, text: str) -> None:
+        def note(index: int, document: Document) -> None:
             if index == len(self._documents):
-                self._documents.append(document_id(text))
+                self._documents.append(document_id(document))
 
         config = self.config
-        documents = self.texts.documents(config["split"])
+        documents = self.texts.documents(config["split"], self.lm)
         return pack(
             documents, self.lm, config["ctx_len"], config["batch_size"], config["prepend_bos"], on_document=note
         )

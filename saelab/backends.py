@@ -11,12 +11,46 @@ from torch import Tensor, nn
 
 from saelab.families import eager, find_decoder, in_eval_mode, takes, tolerance
 from saelab.hooks import Site, attach, bridge_sites, hf_sites, tapped
+from saelab.padding import arguments, honours_padding, is_plain, refuse_unless
 from saelab.unembedding import between, logit_weights, watch_head
 
 _STREAM = "hook_resid_pre", "hook_attn_out", "hook_mlp_out", "hook_resid_post"
 
 
-class HFBackend:
+class Backend:
+    """What both have: padding and positions are told to the model, where it was seen to keep to them."""
+
+    model: Any
+    d_vocab: int
+    has_cache: Any
+    forward: Any
+
+    def _some_ids(self, n: int) -> Int[Tensor, "1 n"]:
+        """Ids of any tokens, to try the model with."""
+        device = next(self.model.parameters()).device
+        return (torch.arange(n, device=device)[None] * 7 + self.d_vocab // 3) % self.d_vocab
+
+    @cached_property
+    def honours_padding(self) -> bool:
+        """Whether rows may be padded in front of their tokens."""
+        with torch.inference_mode(), in_eval_mode(self.model):
+            return honours_padding(self.model, self.forward, self._some_ids(5), self.has_cache)
+
+    def _told(self, positions: Int[Tensor, "batch seq"] | None, past: int = 0) -> dict[str, Tensor]:
+        """Arguments for these positions. Raises `ModelError` where the model does not keep to them."""
+        if positions is None or is_plain(positions):
+            return {}
+        refuse_unless(self.honours_padding, self.model, positions)
+        return arguments(self.model, positions, past)
+
+    def logits(
+        self, ids: Int[Tensor, "batch seq"], positions: Int[Tensor, "batch seq"] | None = None
+    ) -> Float[Tensor, "batch seq vocab"]:
+        """Logits at every token; `positions` are -1 on padding."""
+        return self.forward(ids, None, False, **self._told(positions))[0]
+
+
+class HFBackend(Backend):
     """A Hugging Face decoder: fast, read and edited by forward hooks. Raises `ModelError` for a model of another kind."""
 
     def __init__(self, model: Any) -> None:
@@ -31,11 +65,6 @@ class HFBackend:
         self.sites: dict[str, Site] = hf_sites(self.decoder)
         if not self._parts_add_up():
             self.sites = hf_sites(self.decoder, with_parts=False)
-
-    def _some_ids(self, n: int) -> Int[Tensor, "1 n"]:
-        """Ids of any tokens, to try the model with."""
-        device = next(self.model.parameters()).device
-        return (torch.arange(n, device=device)[None] * 7 + self.d_vocab // 3) % self.d_vocab
 
     def _parts_add_up(self) -> bool:
         """Whether attention and MLP are where the family's names say: the stream rises by what they write to it."""
@@ -53,20 +82,24 @@ class HFBackend:
         risen = seen[pre].float() + seen[attention].float() + seen[mlp].float()
         return float((risen - seen[post].float()).abs().max()) <= tolerance(seen[post])
 
-    def trunk(self, ids: Int[Tensor, "batch seq"]) -> None:
+    def trunk(self, ids: Int[Tensor, "batch seq"], positions: Int[Tensor, "batch seq"] | None = None) -> None:
         """A forward pass that computes no logits."""
-        self.model.base_model(input_ids=ids, **self._quiet)
+        self.model.base_model(input_ids=ids, **self._quiet, **self._told(positions))
 
-    def logits(self, ids: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq vocab"]:
-        return self.model(input_ids=ids, **self._quiet).logits
+    def forward(self, ids: Int[Tensor, "batch seq"], cache: Any, with_cache: bool, **told: Any) -> tuple[Tensor, Any]:
+        """Logits of all `ids` (of the last alone where `told` so), and the KV cache, if it is to be had."""
+        keep = {"past_key_values": cache, "use_cache": True} if with_cache else self._quiet
+        output = self.model(input_ids=ids, **keep, **told)
+        return output.logits, output.past_key_values if with_cache else None
 
-    def step(self, ids: Int[Tensor, "batch seq"], cache: Any) -> tuple[Float[Tensor, "batch vocab"], Any]:
+    def step(
+        self, ids: Int[Tensor, "batch seq"], positions: Int[Tensor, "batch seq"], cache: Any
+    ) -> tuple[Float[Tensor, "batch vocab"], Any]:
         """Logits after the last of `ids`, and the KV cache, with which only new tokens run; None where there is none."""
-        if not self.has_cache:
-            return self.model(input_ids=ids, **self._quiet, **self._last_only).logits[:, -1], None
         past = 0 if cache is None else cache.get_seq_length()
-        output = self.model(input_ids=ids[:, past:], past_key_values=cache, use_cache=True, **self._last_only)
-        return output.logits[:, -1], output.past_key_values
+        told = self._told(positions, past) | self._last_only
+        logits, cache = self.forward(ids[:, past:], cache, self.has_cache, **told)
+        return logits[:, -1], cache
 
     @cached_property
     def has_cache(self) -> bool:
@@ -77,10 +110,10 @@ class HFBackend:
         with torch.inference_mode(), in_eval_mode(self.model):
             whole = self.logits(ids)[:, -1]
             try:
-                cache = self.model(input_ids=ids[:, :3], use_cache=True).past_key_values
+                cache = self.forward(ids[:, :3], None, True)[1]
                 if cache is None or cache.get_seq_length() != 3:
                     return False
-                last = self.model(input_ids=ids[:, 3:], past_key_values=cache, use_cache=True).logits[:, -1]
+                last = self.forward(ids[:, 3:], cache, True)[0][:, -1]
             except (AttributeError, TypeError, ValueError):  # the state of a recurrent model does not know its length
                 return False
         return float((whole - last).abs().max()) <= tolerance(whole)
@@ -95,7 +128,7 @@ class HFBackend:
         return logit_weights(unembed.cpu(), norm, self.d_model, last, raw, type(self.model).__name__)
 
 
-class BridgeBackend:
+class BridgeBackend(Backend):
     """A TransformerBridge, whose hook points are modules already."""
 
     has_cache = False
@@ -106,21 +139,23 @@ class BridgeBackend:
         self.max_ctx = config.n_ctx or 2**31
         self.sites: dict[str, Site] = bridge_sites(model)
 
-    def trunk(self, ids: Int[Tensor, "batch seq"]) -> None:
+    def trunk(self, ids: Int[Tensor, "batch seq"], positions: Int[Tensor, "batch seq"] | None = None) -> None:
         """A forward pass; a bridge computes logits unless it is cut before."""
-        self.model(ids, return_type="logits")
+        self.logits(ids, positions)
 
-    def logits(self, ids: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq vocab"]:
-        return self.model(ids, return_type="logits")
+    def forward(self, ids: Int[Tensor, "batch seq"], cache: Any, with_cache: bool, **told: Any) -> tuple[Tensor, Any]:
+        """Logits of all `ids`; a bridge has no KV cache."""
+        return self.model(ids, return_type="logits", **told), None
 
-    def step(self, ids: Int[Tensor, "batch seq"], cache: Any) -> tuple[Float[Tensor, "batch vocab"], Any]:
+    def step(
+        self, ids: Int[Tensor, "batch seq"], positions: Int[Tensor, "batch seq"], cache: Any
+    ) -> tuple[Float[Tensor, "batch vocab"], Any]:
         """Logits after the last of `ids`; all of them run."""
-        return self.model(ids, return_type="logits")[:, -1], None
+        return self.logits(ids, positions)[:, -1], None
 
     def logit_weights(self) -> Float[Tensor, "vocab d_model"]:
         """Unembedding in fp32 with the final norm folded in. Raises `ModelError` where that is not what makes the logits."""
-        device = next(self.model.parameters()).device
-        ids = (torch.arange(8, device=device)[None] * 7 + self.d_vocab // 3) % self.d_vocab
+        ids = self._some_ids(8)
         last: list[Tensor] = []
         point = self.sites[f"blocks.{self.n_layers - 1}.hook_resid_post"]
         handle = attach(point, last.append)[0]

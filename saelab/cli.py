@@ -80,6 +80,8 @@ def _streams(args: Sequence[str]) -> bool:
     return any(word.partition("=")[0] == "--stream" for word in args)
 
 
+# Flags of which neither leaves the choice to the tokenizer.
+_YES_AND_NO = {"--prepend-bos": ["--prepend-bos", "True"], "--no-prepend-bos": ["--prepend-bos", "False"]}
 _EPILOG = "saelab COMMAND --help tells more. SAELAB_DEBUG=1 shows where an error came from."
 
 
@@ -167,7 +169,7 @@ def _run(args: list[str]) -> int:
 
         print(saelab.__version__)
         return 0
-    name, rest = args[0], args[1:]
+    name, rest = args[0], [part for word in args[1:] for part in _YES_AND_NO.get(word, [word])]
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}."

@@ -29,9 +29,19 @@ OwnModel = Annotated[str | None, arg(help="Language model; None is the one the S
 Dtype = Annotated[
     Literal["bfloat16", "float32"] | None, arg(help="Of the language model; None is bfloat16 where that is fast.")
 ]
-Texts = Annotated[str, arg(help="demo, concepts, a parquet, jsonl, csv or txt file, or a Hugging Face dataset id.")]
+Texts = Annotated[
+    str,
+    arg(help="demo, concepts, a parquet, jsonl, csv or txt file, a save_to_disk folder, or a Hugging Face dataset id."),
+]
+Bos = Annotated[
+    bool | None,
+    arg(
+        metavar="",
+        help="Start every context with the BOS token (--no-prepend-bos: never); None is as the tokenizer does.",
+    ),
+]
 OwnTexts = Annotated[str | None, arg(help="Texts, as for harvest; None are those the SAE was trained on.")]
-Column = Annotated[str, arg(help="Column of the texts that holds the text.")]
+Column = Annotated[str, arg(help="Column of the texts: of strings, or of token ids.")]
 Documents = Literal["train", "held_out", "all"]
 Split = Annotated[
     Documents | None, arg(help="Which documents; None is held_out of the SAE's own texts, all of any other.")
@@ -49,7 +59,7 @@ def harvest(
     ctx_len: Annotated[int, arg(help="Tokens per context.")] = 256,
     batch_size: Annotated[int, arg(help="Contexts per forward pass.")] = 16,
     seed: Annotated[int, arg(help="Seed of the shuffle.")] = 0,
-    prepend_bos: Annotated[bool, arg(help="Start every context with the BOS token.")] = False,
+    prepend_bos: Bos = None,
     max_bytes: Annotated[int | None, arg(help="Refuse to make a cache that is larger.")] = None,
     dtype: Dtype = None,
     storage: Annotated[
@@ -85,7 +95,7 @@ class Reading:
     column: Column = "text"
     split: Annotated[Documents, arg(help="Which documents.")] = "train"
     ctx_len: Annotated[int, arg(help="Tokens per context.")] = 256
-    prepend_bos: Annotated[bool, arg(help="Start every context with the BOS token.")] = False
+    prepend_bos: Bos = None
     dtype: Dtype = None
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from saelab.prompts import eos_and_bos, tokenized
+from saelab.documents import Document
+from saelab.tokenizing import Bos, eos_and_start, tokenized
 from saelab.tokens import TokenBatch, pack
 
 PACKED = "EOS between documents, attention not reset"
@@ -17,14 +18,14 @@ ALONE = "each document in a context of its own, cut where that ends"
 
 
 def contexts(
-    documents: Iterable[str],
+    documents: Iterable[Document],
     lm: Any,
     ctx_len: int,
     batch_size: int,
-    prepend_bos: bool = False,
+    prepend_bos: Bos = None,
     packing: str = PACKED,
     n_tokens: int | None = None,
-    on_document: Callable[[int, str], None] | None = None,
+    on_document: Callable[[int, Document], None] | None = None,
 ) -> Iterator[TokenBatch]:
     """Contexts of `ctx_len` tokens, `batch_size` at a time, up to the one that holds the last of `n_tokens` tokens.
 
@@ -37,17 +38,15 @@ def contexts(
 
 
 def _alone(
-    documents: Iterable[str],
+    documents: Iterable[Document],
     lm: Any,
     ctx_len: int,
     batch_size: int,
-    prepend_bos: bool,
-    on_document: Callable[[int, str], None] | None,
+    prepend_bos: Bos,
+    on_document: Callable[[int, Document], None] | None,
 ) -> Iterator[TokenBatch]:
-    eos, bos = eos_and_bos(lm, ctx_len, batch_size, prepend_bos)
-    rows = tokenized(documents, lm, bos, on_document)
-    start = [] if bos is None else [bos]
-    first = 0
+    eos, start = eos_and_start(lm, ctx_len, batch_size, prepend_bos)
+    rows, first = tokenized(documents, lm, start, on_document), 0
     while some := [(start + ids)[:ctx_len] for ids in islice(rows, batch_size)]:
         ids = torch.full((len(some), ctx_len), eos)
         doc = torch.full_like(ids, -1)

@@ -15,6 +15,7 @@ from saelab.contexts import PACKED
 from saelab.language_model import LanguageModel
 from saelab.masking import MASK_RULE
 from saelab.saes.base import SAE
+from saelab.tokenizing import resolved_bos
 from saelab.tokens import Texts
 
 ANY = object()
@@ -38,6 +39,8 @@ def of_rows(lm: LanguageModel, texts: Texts, hooks: Sequence[str]) -> dict[str, 
 def of_scoring(sae: SAE, lm: LanguageModel, texts: Texts) -> dict[str, Any]:
     """What decides the numbers of a report or a store beside the caller's arguments, JSON-able."""
     origin = {key: sae.origin.get(key) for key in ("hook_name", "ctx_len", "prepend_bos", "mask")}
+    if origin["prepend_bos"] is None:  # the first version read no BOS then, and noted nothing
+        origin["prepend_bos"] = resolved_bos(lm, None) or None
     origin |= {key: sae.origin[key] for key in ("hook_names", "hook_name_out", "packing") if key in sae.origin}
     read_by = {key: value for key, value in of_model(lm).items() if not key.startswith("model_")}
     return {

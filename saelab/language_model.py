@@ -15,13 +15,14 @@ from torch import Tensor
 
 from saelab.backends import BridgeBackend, backend_of
 from saelab.families import in_eval_mode
+from saelab.generation import Generates
 from saelab.hooks import Edit, Site, hook_list, is_plain_mistake, tapped, unknown_hook
 from saelab.model_hash import hash_folder, hash_model, hash_tokenizer
-from saelab.prompts import Prompt, check_ids, special_token_ids, to_batch
-from saelab.sampling import Generation, OnToken, check_generation, sample
+from saelab.prompts import Batch, Prompt, check_batch, to_batch
+from saelab.tokenizing import special_tokens
 
 
-class LanguageModel:
+class LanguageModel(Generates):
     """A causal language model with named hooks. Made by `load_model`; `model` is the raw module, which no edit reaches.
 
     A thread that steers, or runs one forward pass, holds the model's lock: no thread sees another's edits.
@@ -43,9 +44,7 @@ class LanguageModel:
         self.d_vocab, self.max_ctx = self.backend.d_vocab, self.backend.max_ctx
         weight = next(self.model.parameters())
         self.dtype, self.device = weight.dtype, weight.device
-        self.bos_id: int | None = getattr(tokenizer, "bos_token_id", None)
-        self.eos_id: int | None = getattr(tokenizer, "eos_token_id", None)
-        self.special_ids: tuple[int, ...] = special_token_ids(tokenizer)
+        self.bos_id, self.eos_id, self.special_ids = special_tokens(tokenizer, self.model)
         self._blocks: tuple[list[Edit], ...] = ()  # of `steer`, each with its edits
         self._lock = threading.RLock()
         self._widths: dict[str, int] = {}
@@ -86,28 +85,28 @@ class LanguageModel:
         """Width of the activations at a hook (heads are flattened)."""
         if hook_name not in self._widths:
             probe = torch.zeros(1, 1, dtype=torch.int64)
-            self._widths[hook_name] = self._capture(probe, [hook_name], edited=False)[hook_name].shape[-1]
+            self._widths[hook_name] = self._capture(probe, probe, [hook_name], edited=False)[hook_name].shape[-1]
         return self._widths[hook_name]
 
     def stream_activations(
-        self, batches: Iterable[Int[Tensor, "_ _"]], hook_names: Sequence[str]
+        self, batches: Iterable[Prompt], hook_names: str | Sequence[str]
     ) -> Iterator[dict[str, Tensor]]:
-        """Activations (batch, seq, d_in) in the model's dtype at each hook, for each batch of token ids.
+        """Activations (batch, seq, d_in) in the model's dtype at each hook, for each batch, which is what `to_batch` takes.
 
         The pass ends after the last hooked place. Active edits are honoured. The tensors are inference tensors:
         `.clone()` one before differentiating through it. Raises `ValueError` for an unknown hook.
         """
         names = hook_list(hook_names)
         self._sites_of(names)
-        return (self._capture(self._checked(ids), names) for ids in batches)
+        return (self._capture(*self.to_batch(ids), names) for ids in batches)
 
-    def _capture(self, ids: Tensor, names: list[str], edited: bool = True) -> dict[str, Tensor]:
+    def _capture(self, ids: Tensor, positions: Tensor, names: list[str], edited: bool = True) -> dict[str, Tensor]:
         sites = self._sites_of(names)
         captured: dict[str, Tensor] = {}
-        ids = ids.to(self.device)
+        ids, positions = ids.to(self.device), positions.to(self.device)
         backend = self.backend if sites is self.backend.sites else self._bridge
-        with self._running(), tapped(sites, self.edits if edited else (), _positions(ids), names, captured):
-            backend.trunk(ids)
+        with self._running(), tapped(sites, self.edits if edited else (), positions, names, captured):
+            backend.trunk(ids, positions)
         for name in names:
             if captured[name].ndim < 3 or captured[name].shape[:2] != ids.shape:
                 shape = tuple(captured[name].shape)
@@ -142,14 +141,17 @@ class LanguageModel:
 
     # --- tokens
 
-    def to_batch(self, prompt: Prompt) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
-        """Token ids and positions of a text, a list of texts (padded on the right, position -1 there), or token ids.
+    def to_batch(self, prompt: Prompt, positions: Any = None, attention_mask: Any = None) -> Batch:
+        """Token ids and positions (batch, seq) of a text, a list of texts (padded on the right, position -1 there), token ids
+        in a list, array or tensor, or what a tokenizer returns, with its attention mask.
 
-        Special tokens are added as the tokenizer does by itself, never twice. Raises `ValueError` for an empty text, an
-        id outside the vocabulary, or more tokens than the context.
+        In front of a text stands what the tokenizer puts there by itself, never twice; what it appends is left out.
+        `positions` (-1 on padding) or `attention_mask` say which of the given ids are padding. Raises `ValueError` for an
+        empty text, an id outside the vocabulary, more tokens than the context, and anything that is no prompt.
         """
-        ids, positions = to_batch(prompt, self.tokenizer, self.eos_id)
-        return self._checked(ids), positions
+        batch = to_batch(prompt, self.tokenizer, self.eos_id, positions, attention_mask)
+        check_batch(batch, self.name, self.max_ctx, self.d_vocab)
+        return batch
 
     def to_ids(self, prompt: Prompt) -> Int[Tensor, "batch seq"]:
         """Token ids (batch, seq); see `to_batch`."""
@@ -165,20 +167,21 @@ class LanguageModel:
         turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
         return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
-    def _checked(self, ids: Tensor) -> Tensor:
-        check_ids(ids, self.name, self.max_ctx, self.d_vocab)
-        return ids
-
     # --- running
 
     def logits(
-        self, text_or_ids: Prompt, positions: Int[Tensor, "batch seq"] | None = None
+        self, text_or_ids: Prompt, positions: Any = None, attention_mask: Any = None
     ) -> Float[Tensor, "batch seq vocab"]:
-        """Logits in the model's dtype. Active edits are honoured; `positions` (-1 on padding) are what they see."""
-        ids, counted = self.to_batch(text_or_ids)
-        ids, positions = ids.to(self.device), (counted if positions is None else positions).to(self.device)
+        """Logits in the model's dtype. Active edits are honoured, and see the positions that the model sees.
+
+        Arguments are those of `to_batch`. Raises `ModelError` for logits of a token that are no numbers, and for padding in
+        front of tokens where the model cannot pass it over.
+        """
+        ids, positions = (x.to(self.device) for x in self.to_batch(text_or_ids, positions, attention_mask))
         with self._running(), tapped(self.backend.sites, self.edits, positions):
-            return self.backend.logits(ids)
+            logits = self.backend.logits(ids, positions)
+            self._check_finite(logits[positions >= 0], "")
+            return logits
         raise AssertionError("no capture can cut this pass")
 
     def run_with_edit(self, text_or_ids: Prompt, edits: Edit | Sequence[Edit]) -> Float[Tensor, "batch seq vocab"]:
@@ -221,56 +224,6 @@ class LanguageModel:
                 f"{d_in}. Use an SAE or vector that belongs to this hook."
             )
 
-    def generate(
-        self,
-        prompt: Prompt,
-        max_new_tokens: int = 40,
-        temperature: float = 0.0,
-        seed: int = 0,
-        on_token: OnToken | None = None,
-    ) -> str:
-        """The prompt and what the model writes after it, until EOS or `max_new_tokens`.
-
-        Temperature 0 takes the most likely token. On one seed every run draws the same random numbers, steered or not.
-        `on_token(n)` is called once n tokens are written; what it raises ends the generation.
-        """
-        generation = self.generate_ids(prompt, max_new_tokens, temperature, seed, on_token=on_token)
-        start, whole = (
-            self.tokenizer.decode(ids, skip_special_tokens=True)
-            for ids in (generation.ids[: generation.n_prompt], generation.ids)
-        )
-        return (prompt if isinstance(prompt, str) else start) + whole[len(start) :]
-
-    def generate_ids(
-        self,
-        prompt: Prompt,
-        max_new_tokens: int = 40,
-        temperature: float = 0.0,
-        seed: int = 0,
-        keep_logits: bool = False,
-        on_token: OnToken | None = None,
-    ) -> Generation:
-        """`generate` as token ids, with the logits of each step on request. Active edits are honoured."""
-        ids = self.to_ids(prompt).to(self.device)
-        check_generation(ids, max_new_tokens, temperature, self.max_ctx, self.name)
-        _ = self.backend.has_cache  # tried before any edit is in place
-        with self._running():
-            return sample(self._step, ids, max_new_tokens, temperature, seed, self._stop_ids, keep_logits, on_token)
-
-    @cached_property
-    def _stop_ids(self) -> set[int]:
-        more = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
-        listed = more if isinstance(more, (list, tuple)) else [more]
-        return {token for token in (self.eos_id, *listed) if token is not None}
-
-    def _step(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        """Logits after the last of `ids`; with a KV cache only the new tokens run."""
-        past = 0 if cache is None else cache.get_seq_length()
-        with tapped(self.backend.sites, self.edits, _positions(ids)[:, past:]):
-            logits, cache = self.backend.step(ids, cache)
-            return logits[0], cache
-        raise AssertionError("no capture can cut a generation step")
-
     def logit_weights(self) -> Float[Tensor, "vocab d_model"]:
         """Unembedding in fp32, final norm's gain and centring folded in: `weights @ direction` ranks the tokens.
 
@@ -278,7 +231,3 @@ class LanguageModel:
         """
         with self._lock:
             return self.backend.logit_weights()
-
-
-def _positions(ids: Int[Tensor, "batch seq"]) -> Int[Tensor, "batch seq"]:
-    return torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)

@@ -140,9 +140,9 @@ def _boot_bridge(model: Any, tokenizer: Any) -> Any:
         from transformer_lens.model_bridge import TransformerBridge
         from transformers import AutoTokenizer
 
-        if tokenizer is not None:  # the bridge rebuilds it, which works only for one read from disk
-            tokenizer.save_pretrained(folder)
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+        # The bridge rebuilds it, which works only for one read from disk; without one it would ask the network.
+        (_tokenizer_of_nothing() if tokenizer is None else tokenizer).save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
         weight = next(model.parameters())
         return TransformerBridge.boot_transformers(
             model.config.model_type,
@@ -151,6 +151,17 @@ def _boot_bridge(model: Any, tokenizer: Any) -> Any:
             device=str(weight.device),
             dtype=weight.dtype,
         )
+
+
+def _tokenizer_of_nothing() -> Any:
+    """For a model that reads token ids alone."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    one = "<unk>"
+    words = Tokenizer(WordLevel({one: 0}, unk_token=one))
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token=one, bos_token=one, eos_token=one, pad_token=one)
 
 
 def _convert_gguf(gguf: Path, out: Path) -> None:

@@ -1,35 +1,91 @@
-"""What a model is given to read (a text, documents, conversations, token ids) turned into token ids and positions."""
+"""What a model is given to read (a text, several, token ids in any container) as a batch of token ids and positions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from saelab.text_sources import without_lone_surrogates
+from saelab.documents import whole_numbers
+from saelab.tokenizing import text_ids
 
-Prompt = str | Sequence[str] | Sequence[int] | Tensor
+Prompt = Any
+"""A text, several, token ids (a list, rows, an array, a tensor), or what a tokenizer returns: all else is refused by name."""
+
+_EXPECTED = (
+    "a text, a non-empty list of texts, token ids (a list, a list of lists, an array or tensor), or what a tokenizer returns "
+    '({"input_ids", "attention_mask"})'
+)
+_ENCODED = {"input_ids", "attention_mask", "position_ids", "token_type_ids"}
+
+
+class Batch(NamedTuple):
+    """Token ids, and where in its context each token stands."""
+
+    ids: Int[Tensor, "batch seq"]
+    positions: Int[Tensor, "batch seq"]
+    """-1 on padding."""
+
+    def rows(self) -> list[Int[Tensor, " n_tokens"]]:
+        """The ids of each prompt, without padding."""
+        return [ids[positions >= 0] for ids, positions in zip(self.ids, self.positions, strict=True)]
 
 
 def to_batch(
-    prompt: Prompt, tokenizer: Any, pad_id: int | None
-) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
-    """Token ids, and their positions with -1 on padding (which stands on the right)."""
+    prompt: Prompt,
+    tokenizer: Any,
+    pad_id: int | None,
+    positions: Any = None,
+    attention_mask: Any = None,
+) -> Batch:
+    """Token ids, and their positions with -1 on padding: on the right where it is put here, and wherever the caller says.
+
+    `positions` or `attention_mask` (batch, seq) say which of the given ids are padding. Raises `ValueError` naming what is
+    no prompt, and for positions or a mask that do not fit the ids.
+    """
+    if isinstance(prompt, Mapping):
+        prompt, positions, attention_mask = _encoded(prompt, positions, attention_mask)
+    ids, counted = _unpadded(prompt, tokenizer, pad_id)
+    if positions is None and attention_mask is None:
+        return Batch(ids, counted)
+    if attention_mask is not None:
+        mask = _like(attention_mask, ids, "attention_mask")
+        if not bool(((mask == 0) | (mask == 1)).all()):
+            raise ValueError("attention_mask holds other numbers than 0 (padding) and 1.")
+        counted = torch.where(mask == 1, mask.cumsum(1) - 1, -1)
+    positions = counted if positions is None else _like(positions, ids, "positions")
+    if attention_mask is not None:
+        positions = torch.where(counted < 0, -1, positions)  # tokenizers count on, or put 0 or 1, on padding
+    _check_positions(positions)
+    return Batch(ids, positions)
+
+
+def _encoded(prompt: Mapping[str, Any], positions: Any, attention_mask: Any) -> tuple[Any, Any, Any]:
+    """Ids, positions and mask of a tokenizer's output; arguments of the caller go before."""
+    unknown = sorted(set(map(str, prompt)) - _ENCODED)
+    if "input_ids" not in prompt or unknown:
+        raise ValueError(f"Got a dict with {', '.join(map(repr, prompt)) or 'nothing'}; expected {_EXPECTED}.")
+    if positions is None:
+        positions = prompt.get("position_ids")
+    return prompt["input_ids"], positions, prompt.get("attention_mask") if attention_mask is None else attention_mask
+
+
+def _unpadded(prompt: Any, tokenizer: Any, pad_id: int | None) -> tuple[Tensor, Tensor]:
+    """Ids and positions of a prompt that says nothing of padding."""
+    if isinstance(prompt, np.ndarray) and prompt.dtype.kind in "iu":
+        prompt = torch.from_numpy(prompt.astype(np.int64))
     if isinstance(prompt, Tensor):
         ids = prompt[None] if prompt.ndim == 1 else prompt
         check_shape(ids)
         return ids, torch.arange(ids.shape[-1], device=ids.device).expand(ids.shape)
-    if isinstance(prompt, str):
-        rows = [_text_ids(prompt, tokenizer)]
-    elif len(prompt) and all(isinstance(entry, str) for entry in prompt):
-        rows = [_text_ids(str(text), tokenizer) for text in prompt]
-    elif len(prompt) and all(isinstance(entry, int) for entry in prompt):
-        rows = [list(prompt)]
-    else:
-        raise ValueError(f"Got {prompt!r}; expected a text, a non-empty list of texts, or token ids.")
+    rows = _rows(prompt, tokenizer)
+    if not rows or not all(rows):
+        refused = f"{type(prompt).__name__} {repr(prompt)[:80]}"
+        raise ValueError(f"Got {refused}; expected {_EXPECTED}.{_hint(prompt)}")
     width = max(len(row) for row in rows)
     ids = torch.full((len(rows), width), pad_id or 0, dtype=torch.int64)
     positions = torch.full_like(ids, -1)
@@ -39,12 +95,55 @@ def to_batch(
     return ids, positions
 
 
-def check_ids(ids: Tensor, model: str, max_ctx: int, d_vocab: int) -> None:
-    """Raises `ValueError` for ids that the model cannot read, naming what is wrong."""
-    check_shape(ids)
-    if ids.shape[1] > max_ctx:
-        raise ValueError(f"{ids.shape[1]} tokens exceed the context of {model}, {max_ctx}; give fewer.")
-    low, high = ids.aminmax()
+def _rows(prompt: Any, tokenizer: Any) -> list[list[int]] | None:
+    """The ids of each prompt of a text, or of a list or array of texts or ids; None for anything else."""
+    if isinstance(prompt, str):
+        return [text_ids(prompt, tokenizer)]
+    listed = isinstance(prompt, Sequence | np.ndarray) and not isinstance(prompt, bytes | bytearray | memoryview)
+    items = list(prompt) if listed or hasattr(prompt, "to_list") else []  # a column of a data frame
+    if items and all(isinstance(item, str) for item in items):
+        return [text_ids(str(item), tokenizer) for item in items]
+    if any(isinstance(item, bool) for item in items):
+        return None
+    if (flat := whole_numbers(items)) is not None:
+        return [flat]
+    found = [whole_numbers(item) for item in items]
+    return None if any(row is None for row in found) else [row for row in found if row is not None]
+
+
+def _hint(prompt: Any) -> str:
+    is_chat = isinstance(prompt, list | tuple) and any(isinstance(item, Mapping) and "role" in item for item in prompt)
+    return " Write a conversation out with lm.chat(messages)." if is_chat else ""
+
+
+def _like(given: Any, ids: Tensor, name: str) -> Int[Tensor, "batch seq"]:
+    """`given` as whole numbers beside `ids`."""
+    found = torch.as_tensor(given)
+    found = found[None] if found.ndim == 1 else found
+    if found.shape != ids.shape or found.is_floating_point() or found.is_complex():
+        kind = f"{str(found.dtype).removeprefix('torch.')} {tuple(found.shape)}"
+        raise ValueError(f"{name} is {kind}; expected one whole number for each of the ids {tuple(ids.shape)}.")
+    return found.to(ids.device, torch.int64)
+
+
+def _check_positions(positions: Int[Tensor, "batch seq"]) -> None:
+    """Raises `ValueError` unless each row has a token, and its positions rise from token to token."""
+    real = positions >= 0
+    if not bool((positions >= -1).all()) or not bool(real.any(1).all()):
+        raise ValueError("positions are from 0 up, and -1 on padding; every row needs one token.")
+    before = torch.where(real, positions, -1).cummax(1).values
+    if not bool((~real[:, 1:] | (positions[:, 1:] > before[:, :-1])).all()):
+        raise ValueError("positions must rise from each token of a row to the next (-1 on padding).")
+
+
+def check_batch(batch: Batch, model: str, max_ctx: int, d_vocab: int) -> None:
+    """Raises `ValueError` for ids or positions that the model cannot read, naming what is wrong."""
+    check_shape(batch.ids)
+    if batch.ids.shape[1] > max_ctx:
+        raise ValueError(f"{batch.ids.shape[1]} tokens exceed the context of {model}, {max_ctx}; give fewer.")
+    if (last := int(batch.positions.max())) >= max_ctx:
+        raise ValueError(f"Position {last} is outside the context of {model}, {max_ctx}; count from 0.")
+    low, high = batch.ids.aminmax()
     if low < 0 or high >= d_vocab:
         wrong = int(high) if high >= d_vocab else int(low)
         raise ValueError(f"Token id {wrong} is outside the vocabulary of {model}, 0 to {d_vocab - 1}.")
@@ -54,76 +153,3 @@ def check_shape(ids: Tensor) -> None:
     """Raises `ValueError` unless `ids` are whole numbers in a non-empty (batch, seq)."""
     if ids.ndim != 2 or 0 in ids.shape or ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"Token ids are {ids.dtype} {tuple(ids.shape)}; expected a non-empty int64 (batch, seq).")
-
-
-def _text_ids(text: str, tokenizer: Any) -> list[int]:
-    if tokenizer is None:
-        raise ValueError("This model has no tokenizer: give token ids, or load_model(model, tokenizer).")
-    # a chat template writes BOS out in the text: do not add a second one
-    bos = getattr(tokenizer, "bos_token", None)
-    ids = tokenizer(text, add_special_tokens=not (bos and text.startswith(bos))).input_ids if text else []
-    if not ids:
-        raise ValueError(f"The prompt {text!r} is empty; give at least one token of text.")
-    return ids
-
-
-def render(tokenizer: Any, messages: Sequence[Any]) -> str:
-    """A conversation as text, by the tokenizer's chat template. Raises `ValueError` for what are no messages."""
-    for message in messages:
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise ValueError(f'{repr(message)[:60]} is no message: expected {{"role": ..., "content": ...}}.')
-    return tokenizer.apply_chat_template(list(messages), tokenize=False)
-
-
-def eos_and_bos(lm_or_tokenizer: Any, ctx_len: int, batch_size: int, prepend_bos: bool) -> tuple[int, int | None]:
-    """Ids that end a document and begin a context (None without `prepend_bos`). Raises `ValueError` as `tokens.pack` does."""
-    tokenizer = getattr(lm_or_tokenizer, "tokenizer", lm_or_tokenizer)
-    eos = getattr(lm_or_tokenizer, "eos_id", None)
-    eos = tokenizer.eos_token_id if eos is None else eos
-    bos = tokenizer.bos_token_id if prepend_bos else None
-    if eos is None:
-        raise ValueError("the tokenizer has no EOS token, which separates documents: set tokenizer.eos_token.")
-    if prepend_bos and bos is None:
-        raise ValueError("prepend_bos=True, but the tokenizer has no BOS token: use prepend_bos=False.")
-    if ctx_len < 1 + prepend_bos or batch_size < 1:
-        raise ValueError(f"ctx_len={ctx_len}, batch_size={batch_size}: ctx_len needs {1 + prepend_bos}, batch_size 1.")
-    return eos, bos
-
-
-def tokenized(
-    documents: Iterable[str], lm_or_tokenizer: Any, bos: int | None, on_document: Callable[[int, str], None] | None
-) -> Iterator[list[int]]:
-    """Token ids of each document that has any, tokenised many documents at a time; a BOS that it begins with is dropped
-    where `bos` is given. `on_document(index, text)` is called before its ids are given."""
-    tokenizer, index = getattr(lm_or_tokenizer, "tokenizer", lm_or_tokenizer), 0
-    for texts in _groups(documents):
-        options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
-        readable = [without_lone_surrogates(text) for text in texts]
-        encoded = tokenizer(readable, verbose=False, **options)  # not verbose: documents may be longer than the context
-        for text, ids in zip(texts, encoded["input_ids"], strict=True):
-            ids = ids[1:] if bos is not None and ids[:1] == [bos] else ids
-            if ids:
-                if on_document is not None:
-                    on_document(index, text)
-                index += 1
-                yield ids
-
-
-def _groups(documents: Iterable[str], max_documents: int = 64, max_characters: int = 200_000) -> Iterator[list[str]]:
-    group: list[str] = []
-    for text in documents:
-        group.append(text)
-        if len(group) == max_documents or sum(map(len, group)) >= max_characters:
-            yield group
-            group = []
-    if group:
-        yield group
-
-
-def special_token_ids(tokenizer: Any) -> tuple[int, ...]:
-    """Every id the tokenizer marks as special, ascending; () without a tokenizer."""
-    if tokenizer is None:
-        return ()
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    marked = {index for index, token in added.items() if getattr(token, "special", False)}
-    return tuple(sorted(marked | set(tokenizer.all_special_ids)))

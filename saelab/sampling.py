@@ -1,16 +1,21 @@
-"""Writing text with a language model, one token at a time: the loop and the choice of the next token."""
+"""Writing text with a language model, one token of every prompt at a time: the loop and the choice of the next token."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from saelab.arguments import check_integer
 
 OnToken = Callable[[int], None]
 """Called with the number of tokens written so far; what it raises ends the generation."""
+Step = Callable[[Tensor, Tensor, Any], tuple[Tensor, Any]]
+"""(ids, positions, KV cache) -> logits (batch, vocab) after the last of `ids`, and the cache."""
 
 
 class Generation(NamedTuple):
@@ -24,38 +29,93 @@ class Generation(NamedTuple):
     """The logits each new token was chosen from, fp32 on the CPU, when they were asked for."""
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen, and when to stop."""
+
+    max_new_tokens: int = 40
+    temperature: float = 0.0
+    seed: int = 0
+    n_sequences: int = 1
+    """Continuations of each prompt; number j is what the seed `seed + j` alone writes."""
+    stop_ids: Collection[int] = ()
+    keep_logits: bool = False
+
+    def check(self, n_prompt: int, max_ctx: int, name: str) -> None:
+        """Raises `ValueError` for a request that cannot be met, naming the value and the limit."""
+        check_integer("max_new_tokens", self.max_new_tokens, 1)
+        check_integer("num_return_sequences", self.n_sequences, 1)
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature={self.temperature}; expected 0 (most likely token) or a positive number.")
+        if self.n_sequences > 1 and self.temperature == 0:
+            raise ValueError(
+                f"num_return_sequences={self.n_sequences} at temperature 0 are the same text {self.n_sequences} times: give a "
+                "temperature."
+            )
+        if n_prompt + self.max_new_tokens > max_ctx:
+            raise ValueError(
+                f"{n_prompt} prompt tokens and max_new_tokens={self.max_new_tokens} exceed the context of {name}, {max_ctx} "
+                f"tokens; ask for at most {max(0, max_ctx - n_prompt)}."
+            )
+
+
 def sample(
-    step: Callable[[Tensor, Any], tuple[Tensor, Any]],
-    prompt: Int[Tensor, "1 seq"],
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-    stop_ids: Collection[int],
-    keep_logits: bool = False,
+    step: Step,
+    prompts: Sequence[Int[Tensor, " n_tokens"]],
+    how: Sampling,
+    check: Callable[[Tensor, int], None],
     on_token: OnToken | None = None,
-) -> Generation:
-    """Extend `prompt` until a stop token or `max_new_tokens`; `step(all ids, cache)` gives last logits and cache.
+) -> list[Generation]:
+    """Extend every prompt until a stop token or `max_new_tokens`; `n_sequences` results for each prompt, in their order.
 
-    `on_token` is told after each.
-
-    One uniform number is drawn for every token from a generator of `seed`, whatever the logits are: two runs on one
-    seed, steered and not, meet the same luck.
+    Shorter prompts are padded on the left. `check(logits, n)` is shown the logits of those that go on, at the n-th new token;
+    `on_token` is told after each. One uniform number is drawn for every token from a generator of the seed, whatever the
+    logits are: runs on one seed draw the same numbers, steered or not, alone or beside others.
     """
-    generator = torch.Generator().manual_seed(seed)
-    ids, cache, kept = prompt, None, []
-    for n in range(1, max_new_tokens + 1):
-        logits, cache = step(ids, cache)
+    rows = [prompt for prompt in prompts for _ in range(how.n_sequences)]
+    generators = [torch.Generator().manual_seed(how.seed + j) for j in range(how.n_sequences)]
+    ids, positions = left_padded(rows)
+    live, cache, kept = torch.ones(len(rows), dtype=torch.bool), None, []
+    n_new = torch.zeros(len(rows), dtype=torch.int64)
+    stop = torch.tensor(list(how.stop_ids), dtype=torch.int64)
+    for n in range(1, how.max_new_tokens + 1):
+        logits, cache = step(ids, positions, cache)
         logits = logits.float().cpu()
-        if keep_logits:
-            kept.append(logits)
-        uniform = torch.rand((), generator=generator, dtype=torch.float64)
-        token = choose(logits, temperature, uniform)
-        ids = torch.cat([ids, torch.tensor([[token]], device=ids.device)], dim=1)  # (1, seq + 1)
+        check(logits[live], n)
+        kept += [logits] if how.keep_logits else []
+        uniforms = [torch.rand((), generator=generator, dtype=torch.float64) for generator in generators]
+        chosen = [choose(row, how.temperature, uniforms[i % how.n_sequences]) for i, row in enumerate(logits)]
+        ids, positions = _extended(ids, positions, torch.tensor(chosen), live)
+        n_new += live
+        live &= ~torch.isin(torch.tensor(chosen), stop)
         if on_token is not None:
             on_token(n)
-        if token in stop_ids:
+        if not bool(live.any()):
             break
-    return Generation(ids[0].cpu(), prompt.shape[1], torch.stack(kept) if kept else None)
+    written = [row[row_positions >= 0].cpu() for row, row_positions in zip(ids, positions, strict=True)]
+    steps = [torch.stack([one[i] for one in kept[: int(n_new[i])]]) if kept else None for i in range(len(rows))]
+    return [Generation(out, len(row), logits) for out, row, logits in zip(written, rows, steps, strict=True)]
+
+
+def left_padded(rows: Sequence[Int[Tensor, " n_tokens"]]) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
+    """Ids that end at the same place, and their positions, -1 on the padding in front."""
+    width = max(len(row) for row in rows)
+    ids = torch.stack([torch.cat([row[:1].expand(width - len(row)), row]) for row in rows])
+    lengths = torch.tensor([len(row) for row in rows], device=ids.device)
+    positions = torch.arange(width, device=ids.device) - (width - lengths)[:, None]  # (batch, seq)
+    return ids, positions.clamp_min(-1)
+
+
+def _extended(
+    ids: Int[Tensor, "batch seq"],
+    positions: Int[Tensor, "batch seq"],
+    chosen: Int[Tensor, " batch"],
+    live: Bool[Tensor, " batch"],
+) -> tuple[Int[Tensor, "batch seq+1"], Int[Tensor, "batch seq+1"]]:
+    """With one token more in each row that goes on, and padding in those that ended."""
+    live, chosen = live.to(ids.device), chosen.to(ids.device)
+    following = torch.where(live, positions.max(1).values + 1, -1)
+    return torch.cat([ids, chosen[:, None]], 1), torch.cat([positions, following[:, None]], 1)
 
 
 def choose(logits: Float[Tensor, " vocab"], temperature: float, uniform: Float[Tensor, ""]) -> int:
@@ -64,20 +124,3 @@ def choose(logits: Float[Tensor, " vocab"], temperature: float, uniform: Float[T
         return int(logits.argmax())
     cumulated = torch.softmax(logits.double() / temperature, dim=-1).cumsum(-1)
     return int(torch.searchsorted(cumulated, uniform * cumulated[-1], right=True).clamp(max=len(logits) - 1))
-
-
-def check_generation(
-    ids: Int[Tensor, "batch seq"], max_new_tokens: int, temperature: float, max_ctx: int, name: str
-) -> None:
-    """Raises `ValueError` for a request to generate that cannot be met, naming the value and the limit."""
-    if ids.shape[0] != 1:
-        raise ValueError(f"generate takes one prompt, got {ids.shape[0]}; call it once for each.")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens}; expected at least 1.")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature={temperature}; expected 0 (most likely token) or a positive number.")
-    if ids.shape[1] + max_new_tokens > max_ctx:
-        raise ValueError(
-            f"{ids.shape[1]} prompt tokens and max_new_tokens={max_new_tokens} exceed the context of {name}, {max_ctx} "
-            f"tokens; ask for at most {max(0, max_ctx - ids.shape[1])}."
-        )

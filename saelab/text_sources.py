@@ -1,4 +1,4 @@
-"""Rows of text from files, memory and the Hugging Face hub. `tokens.load_texts` is the way in."""
+"""Rows of text or token ids from files, saved data sets and memory. `tokens.load_texts` is the way in."""
 
 from __future__ import annotations
 
@@ -7,38 +7,31 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from saelab.containers import Row, Rows, Source, known_column, rows_of
+from saelab.documents import column_value, document_bytes
 from saelab.files import sha256_file
+from saelab.hf_datasets import is_saved, open_saved
 
 BUILT_IN = {"demo": "corpus.parquet", "concepts": "concepts.parquet"}
 TXT_DOCUMENT_CHARACTERS = 2_000
 TXT_LONGEST_CHARACTERS = 8_000
-
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Source:
-    """Rows that can be read again: `rows(columns)` starts over, `columns=None` gives all of them."""
-
-    name: str
-    spec: dict[str, Any]
-    column: str
-    rows: Callable[[list[str] | None], Iterator[Row]]
-    content_hash: Callable[[], str]
+_UTF8 = "utf-8-sig"  # with a byte order mark or without
 
 
-def open_source(source: Any, column: str, open_hub: Callable[[str], Source]) -> Source:
-    """Find out what `source` is and open it, a dataset id by `open_hub`. Raises `ValueError` naming it and the fix."""
+def open_source(source: Any, column: str, split: str | None, open_hub: Callable[[str], Source]) -> Source:
+    """Find out what `source` is and open it, a dataset id by `open_hub`; of several splits in one `split`.
+
+    Raises `ValueError` naming it and the fix.
+    """
     if isinstance(source, str) and source in BUILT_IN:
         return _built_in(source, column)
     if isinstance(source, Path) or (isinstance(source, str) and _is_file_name(source)):
-        return _file(Path(source), column)
+        return _file(Path(source), column, split)
     if isinstance(source, str):
         if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
             raise ValueError(
@@ -46,14 +39,12 @@ def open_source(source: Any, column: str, open_hub: Callable[[str], Source]) -> 
                 f"or 'demo', 'concepts'; to use it as the text itself, put it in a list."
             )
         return open_hub(source)
-    if not isinstance(source, Iterable):
-        raise ValueError(f"{source!r} is no source of texts: give a file, a dataset id or an iterable of strings.")
-    return _memory(source, column)
+    return _memory(rows_of(source, column, split), column)
 
 
-def open_named(source: str, column: str) -> Source:
-    """Open a built-in corpus or a file, as a `spec` names it."""
-    return _built_in(source, column) if source in BUILT_IN else _file(Path(source), column)
+def open_named(source: str, column: str, split: str | None = None) -> Source:
+    """Open a built-in corpus, a file or a saved data set, as a `spec` names it."""
+    return _built_in(source, column) if source in BUILT_IN else _file(Path(source), column, split)
 
 
 def _is_file_name(source: str) -> bool:
@@ -68,17 +59,36 @@ def _built_in(name: str, column: str) -> Source:
     )
 
 
-def _file(path: Path, column: str) -> Source:
+def _file(path: Path, column: str, split: str | None) -> Source:
+    if is_saved(path):
+        return open_saved(path.resolve(), column, split)
     if not path.exists():
         raise ValueError(f"{str(path)!r} does not exist: give the path of a text file, or a Hugging Face dataset id.")
     reader = _READERS.get(path.suffix.lower())
     if reader is None or path.is_dir():
         what = "a folder" if path.is_dir() else f"a {path.suffix or 'nameless'} file"
-        raise ValueError(f"{str(path)!r} is {what}; texts are read from {', '.join(_READERS)} files.")
+        raise ValueError(
+            f"{str(path)!r} is {what}; texts are read from {', '.join(_READERS)} files and folders of Dataset.save_to_disk."
+        )
     path = path.resolve()
-    column = "text" if path.suffix.lower() == ".txt" else column
+    rows = lambda columns: _utf8(reader, path, columns)  # noqa: E731
+    column = "text" if path.suffix.lower() == ".txt" else known_column(rows, column)
     spec = {"source": str(path), "column": column}
-    return Source(path.name, spec, column, lambda columns: _utf8(reader, path, columns), lambda: sha256_file(path))
+    return Source(path.name, spec, column, rows, lambda: sha256_file(path), _made_by(path))
+
+
+def _made_by(path: Path) -> str | None:
+    """`tokenizer_hash` of a Parquet file's own metadata."""
+    import pyarrow
+    import pyarrow.parquet
+
+    if path.suffix.lower() != ".parquet":
+        return None
+    try:
+        found = (pyarrow.parquet.read_schema(path).metadata or {}).get(b"tokenizer_hash")
+    except pyarrow.ArrowInvalid:
+        return None  # the reader says what it is
+    return None if found is None else found.decode()
 
 
 def _utf8(reader: Callable[..., Iterator[Row]], path: Path, columns: list[str] | None) -> Iterator[Row]:
@@ -107,7 +117,7 @@ def _parquet(path: Path, columns: list[str] | None) -> Iterator[Row]:
 
 
 def _jsonl(path: Path, columns: list[str] | None) -> Iterator[Row]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding=_UTF8) as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
@@ -124,14 +134,14 @@ def _jsonl(path: Path, columns: list[str] | None) -> Iterator[Row]:
 
 def _csv(path: Path, columns: list[str] | None) -> Iterator[Row]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default refuses documents over 128 KB
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with path.open(encoding=_UTF8, newline="") as file:
         yield from csv.DictReader(file)
 
 
 def _txt(path: Path, columns: list[str] | None) -> Iterator[Row]:
     lines: list[str] = []
     characters = 0
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding=_UTF8) as file:
         for line in file:
             lines.append(line)
             characters += len(line)
@@ -150,13 +160,14 @@ _READERS: dict[str, Callable[[Path, list[str] | None], Iterator[Row]]] = {
 }
 
 
-def _memory(items: Iterable[Any], column: str) -> Source:
-    values = list(items)  # a generator can be read once only
-    digest = hashlib.sha256()
-    for value in values:
-        text = value if isinstance(value, str) else json.dumps(value, default=repr)
-        encoded = text.encode("utf-8", "surrogatepass")
-        digest.update(len(encoded).to_bytes(8, "big") + encoded)
-    spec = {"source": "strings", "sha256": digest.hexdigest(), "column": column, "n": len(values)}
-    name = f"{len(values)} string{'' if len(values) == 1 else 's'} in memory"
-    return Source(name, spec, column, lambda _: ({column: value} for value in values), digest.hexdigest)
+def _memory(rows: Rows, column: str) -> Source:
+    """Rows in memory, which nothing can open again: known by the SHA-256 of their documents."""
+    name = f"{rows.n} {rows.kind if rows.n != 1 else rows.kind.replace('s ', ' ', 1)}"
+    column, digest = known_column(rows.read, column), hashlib.sha256()
+    for number, row in enumerate(rows.read(None)):
+        value = column_value(row, column, f"row {number} of {name}")
+        ids = b"\xff" if isinstance(value, list) and value and isinstance(value[0], int) else b""  # begins no UTF-8
+        content = ids + document_bytes(value if ids or isinstance(value, str) else json.dumps(value, default=repr))
+        digest.update(len(content).to_bytes(8, "big") + content)
+    spec = {"source": "strings", "sha256": digest.hexdigest(), "column": column, "n": rows.n}
+    return Source(name, spec, column, rows.read, digest.hexdigest)

@@ -1,9 +1,9 @@
 """Texts to token ids: where documents come from, which of them are held out, and how they are packed into contexts.
 
 Documents are packed one after the other with an EOS between them; attention is not reset, and every token keeps the
-number of its document. The tokenizer adds nothing by itself (no BOS): `prepend_bos=True` puts one at position 0 of each
-context. A control token spelled out in a text (`<|im_start|>`) becomes that control token, as chat templates need; the
-mask leaves special tokens out everywhere.
+number of its document. Each context begins as the tokenizer begins a text (most: with BOS, or with nothing), unless
+`prepend_bos` says otherwise. A control token spelled out in a text (`<|im_start|>`) becomes that control token, as chat
+templates need; the mask leaves special tokens out everywhere.
 """
 
 from __future__ import annotations
@@ -18,29 +18,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from saelab.prompts import eos_and_bos, render, tokenized
+from saelab.documents import SPLITS, Document, check_split, column_value, document_id, is_held_out, token_ids
+from saelab.hf_datasets import open_hub
 from saelab.text_sources import Source, open_named, open_source
+from saelab.tokenizing import Bos, eos_and_start, render, tokenized
 
-SPLITS = {
-    "train": "the nine tenths of the documents with sha256(text) % 10 != 0",
-    "held_out": "the tenth of the documents with sha256(text) % 10 == 0",
-    "all": "all documents",
-}
-
-
-def document_id(text: str) -> int:
-    """A document's number anywhere: the first 8 bytes of its SHA-256 as a signed, big-endian int64."""
-    return int.from_bytes(_digest(text)[:8], "big", signed=True)
-
-
-def is_held_out(text: str) -> bool:
-    """Whether the document belongs to the held-out tenth: SHA-256 of its UTF-8 bytes, as a number, modulo 10 is 0."""
-    return int.from_bytes(_digest(text), "big") % 10 == 0
-
-
-def _digest(text: str) -> bytes:
-    # A lone surrogate cannot be written as UTF-8; it must not stop a harvest, so it counts as itself.
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+__all__ = ["Texts", "TokenBatch", "check_split", "document_id", "is_held_out", "load_texts", "pack"]
 
 
 class Texts:
@@ -54,6 +37,7 @@ class Texts:
         self.name: str = source.name
         self.spec: dict[str, Any] = source.spec | ({} if chat is None else {"chat": _template_hash(chat)})
         self._fingerprint: str | None = None
+        self._first: dict[str, Any] = next(source.rows(None), {})
         self._check()
 
     def __repr__(self) -> str:
@@ -73,19 +57,32 @@ class Texts:
             )
         return cls(_reopen(spec), None if template is None else chat)
 
-    def documents(self, split: str = "all") -> Iterator[str]:
-        """Documents of `split` ("train", "held_out" or "all") in order; empty ones are skipped.
+    def documents(self, split: str = "all", lm: Any = None) -> Iterator[Document]:
+        """Documents of `split` ("train", "held_out" or "all") in order, texts or lists of token ids; empty ones are skipped.
 
-        Raises `ValueError` for an unknown split, and on reading for a row that holds no string.
+        Raises `ValueError` for an unknown split, for token ids that are known to be of another tokenizer than that of
+        `lm`, and on reading for a row that holds neither.
         """
         check_split(split)
+        made_by = self._source.tokenizer_hash or self._first.get("tokenizer_hash")
+        if lm is not None and made_by and made_by != lm.tokenizer_hash:
+            raise ValueError(
+                f"The token ids of {self.name} are of the tokenizer {str(made_by)[:12]}, {lm.name} has "
+                f"{lm.tokenizer_hash[:12] or 'none'}: for it they are other words. Give the texts, or that model."
+            )
         return self._documents(split)
 
-    def _documents(self, split: str) -> Iterator[str]:
-        for number, row in enumerate(self._source.rows([self._source.column])):
-            text = self._text(row.get(self._source.column), number)
-            if text and (split == "all" or is_held_out(text) == (split == "held_out")):
-                yield text
+    def _documents(self, split: str) -> Iterator[Document]:
+        column = self._source.column
+        beside = [name for name in ("attention_mask", "tokenizer_hash") if name in self._first and name != column]
+        for number, row in enumerate(self._source.rows([column, *beside])):
+            if row.get("tokenizer_hash") != self._first.get("tokenizer_hash"):
+                raise ValueError(
+                    f"row {number} of {self.name} has another tokenizer_hash than the first: keep them apart."
+                )
+            document = self._document(row, number)
+            if document and (split == "all" or is_held_out(document) == (split == "held_out")):
+                yield document
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Every row with all its columns (for example topic, word, concept), the empty ones included."""
@@ -103,9 +100,12 @@ class Texts:
         check_split(split)
         return f"{self.name}, split {split!r} ({SPLITS[split]})"
 
-    def _text(self, value: Any, number: int) -> str:
+    def _document(self, row: Mapping[str, Any], number: int) -> Document:
+        value = column_value(row, self._source.column, f"row {number} of {self.name}")
         if value is None or isinstance(value, str):
             return value or ""
+        if token_ids(value) is not None:
+            return value
         if self._chat is not None and isinstance(value, list | tuple):
             try:
                 return render(self._chat.tokenizer, value)
@@ -117,13 +117,13 @@ class Texts:
                 ) from error
         fix = "give load_texts(..., chat=lm) to render messages" if isinstance(value, list) else "make it a string"
         raise ValueError(
-            f"row {number} of {self.name} holds {repr(value)[:60]} ({type(value).__name__}), not a string: {fix}."
+            f"row {number} of {self.name} holds {repr(value)[:60]} ({type(value).__name__}), not a string and no list of "
+            f"token ids: {fix}."
         )
 
     def _check(self) -> None:
-        column = self._source.column
-        first = next(self._source.rows(None), None)
-        if first is not None and column not in first:
+        column, first = self._source.column, self._first
+        if first and column not in first:
             raise ValueError(
                 f"{self.name} has no column {column!r}; its columns are {', '.join(map(str, first))}. "
                 f"Give column=one of these."
@@ -137,24 +137,28 @@ def load_texts(
     column: str = "text",
     *,
     config: str | None = None,
-    hub_split: str = "train",
+    hub_split: str | None = None,
     revision: str | None = None,
     chat: Any = None,
 ) -> Texts:
-    """Open a source of documents.
+    """Open a source of documents, which are texts or lists of token ids.
 
-    `source`: "demo" or "concepts" (built in); a .parquet, .jsonl, .csv or .txt file; a Hugging Face dataset id,
-    streamed (`config`, `hub_split`, `revision` belong to it); an iterable of strings, read once into memory; a `Texts`;
-    its `spec`. `column` is the text's column. With `chat=lm`, rows are lists of messages, for its chat template.
+    `source`: "demo" or "concepts" (built in); a .parquet, .jsonl, .csv or .txt file, or a folder of `save_to_disk`; a
+    Hugging Face dataset id, streamed (`config`, `hub_split`, `revision` belong to it); a `Dataset`, `DatasetDict` (with
+    `hub_split`, where it has several), DataFrame or dict of columns; an iterable of strings, of token-id lists or of rows,
+    read once into memory; a `Texts`; its `spec`. `column` is that of the texts ("input_ids" where rows have no "text"): an
+    `attention_mask` beside it hides padding, a `tokenizer_hash` (or a Parquet file's metadata of that name) is held against
+    the model's. With `chat=lm`, rows are lists of messages, for its chat template.
     A .txt file is cut into documents at blank lines once a document has 2,000 characters, at any line end after 8,000.
 
     Raises `ValueError` naming the source, what is wrong with it and the fix.
     """
     if isinstance(source, Texts):
         return source
-    if isinstance(source, Mapping):
+    if isinstance(source, Mapping) and isinstance(source.get("source"), str) and "column" in source:
         return Texts.from_spec(source, chat)
-    return Texts(open_source(source, column, lambda name: _open_hub(name, column, config, hub_split, revision)), chat)
+    by_id = lambda name: open_hub(name, column, config, hub_split or "train", revision)  # noqa: E731
+    return Texts(open_source(source, column, hub_split, by_id), chat)
 
 
 def _reopen(spec: Mapping[str, Any]) -> Source:
@@ -164,32 +168,8 @@ def _reopen(spec: Mapping[str, Any]) -> Source:
             f"anywhere: give the texts themselves."
         )
     if "hub_split" in spec:
-        return _open_hub(spec["source"], spec["column"], spec["config"], spec["hub_split"], spec["revision"])
-    return open_named(spec["source"], spec["column"])
-
-
-def _open_hub(name: str, column: str, config: str | None, hub_split: str, revision: str | None) -> Source:
-    import datasets
-    import huggingface_hub
-
-    try:
-        # The commit is pinned, so that opening the texts again gives the same documents.
-        revision = huggingface_hub.HfApi().dataset_info(name, revision=revision).sha
-        data = datasets.load_dataset(name, config, split=hub_split, revision=revision, streaming=True)
-    except Exception as error:  # the two libraries share no base class for "not found" and "no network"
-        raise ValueError(
-            f"{name!r} is no file here and could not be opened as a Hugging Face dataset (config={config!r}, "
-            f"hub_split={hub_split!r}, revision={revision!r}): {type(error).__name__}: {error}"
-        ) from error
-    spec = {"source": name, "column": column, "config": config, "hub_split": hub_split, "revision": revision}
-    known = hashlib.sha256(repr(spec).encode()).hexdigest
-    return Source(name, spec, column, lambda _: iter(data), known)
-
-
-def check_split(split: str) -> None:
-    """Raise `ValueError` unless `split` is one of `SPLITS`."""
-    if split not in SPLITS:
-        raise ValueError(f"split={split!r} does not exist; use one of {', '.join(map(repr, SPLITS))}.")
+        return open_hub(spec["source"], spec["column"], spec["config"], spec["hub_split"], spec["revision"])
+    return open_named(spec["source"], spec["column"], spec.get("folder_split"))
 
 
 def _template_hash(chat: Any) -> str:
@@ -213,30 +193,30 @@ class TokenBatch:
 
 
 def pack(
-    documents: Iterable[str],
+    documents: Iterable[Document],
     lm_or_tokenizer: Any,
     ctx_len: int,
     batch_size: int,
-    prepend_bos: bool = False,
-    on_document: Callable[[int, str], None] | None = None,
+    prepend_bos: Bos = None,
+    on_document: Callable[[int, Document], None] | None = None,
 ) -> Iterator[TokenBatch]:
     """Pack documents into contexts of `ctx_len` tokens and yield them `batch_size` at a time (fewer in the last batch).
 
     Streaming and deterministic: EOS between documents, no token lost; only the last context is padded, with EOS and
-    `doc` -1. `prepend_bos=True` puts BOS at position 0 of every context (it counts to the document that follows, and a
-    BOS that a document begins with is dropped). `on_document(index, text)` is called for each document in order, before
-    the first batch that holds a token of it; documents are read a little ahead, so some may never reach a batch.
+    `doc` -1. Every context begins with what `tokenizing.context_start` says of `prepend_bos` (it counts to the document that
+    follows, and is dropped where a document begins with it). `on_document(index, document)` is called for each in order,
+    before the first batch that holds a token of it; documents are read a little ahead, so some may never reach a batch.
 
-    Raises `ValueError` for sizes below 1 (2 with BOS) and a tokenizer without EOS or BOS.
+    Raises `ValueError` for sizes below 1 (2 with BOS), a tokenizer without EOS or BOS, and texts without a tokenizer.
     """
-    eos, bos = eos_and_bos(lm_or_tokenizer, ctx_len, batch_size, prepend_bos)
-    return _pack(tokenized(documents, lm_or_tokenizer, bos, on_document), ctx_len, batch_size, eos, bos)
+    eos, start = eos_and_start(lm_or_tokenizer, ctx_len, batch_size, prepend_bos)
+    return _pack(tokenized(documents, lm_or_tokenizer, start, on_document), ctx_len, batch_size, eos, start)
 
 
 def _pack(
-    tokenized: Iterable[list[int]], ctx_len: int, batch_size: int, eos: int, bos: int | None
+    tokenized: Iterable[list[int]], ctx_len: int, batch_size: int, eos: int, start: list[int]
 ) -> Iterator[TokenBatch]:
-    body = ctx_len - (bos is not None)
+    body = ctx_len - len(start)
     ids_parts, doc_parts, waiting, first_sequence = [], [], 0, 0
     for index, ids in enumerate(tokenized):
         row = np.array(ids if index == 0 else [eos, *ids], dtype=np.int64)
@@ -249,19 +229,19 @@ def _pack(
         while waiting >= body * batch_size:
             all_ids, all_doc = np.concatenate(ids_parts), np.concatenate(doc_parts)
             cut = body * batch_size
-            yield _batch(all_ids[:cut], all_doc[:cut], body, bos, first_sequence)
+            yield _batch(all_ids[:cut], all_doc[:cut], body, start, first_sequence)
             first_sequence += batch_size
             ids_parts, doc_parts, waiting = [all_ids[cut:]], [all_doc[cut:]], waiting - cut
     if waiting:
         padding = (0, -waiting % body)
         all_ids = np.pad(np.concatenate(ids_parts), padding, constant_values=eos)
         all_doc = np.pad(np.concatenate(doc_parts), padding, constant_values=-1)
-        yield _batch(all_ids, all_doc, body, bos, first_sequence)
+        yield _batch(all_ids, all_doc, body, start, first_sequence)
 
 
-def _batch(ids: np.ndarray, doc: np.ndarray, body: int, bos: int | None, first_sequence: int) -> TokenBatch:
+def _batch(ids: np.ndarray, doc: np.ndarray, body: int, start: list[int], first_sequence: int) -> TokenBatch:
     ids, doc = ids.reshape(-1, body), doc.reshape(-1, body)
-    if bos is not None:
-        ids = np.pad(ids, ((0, 0), (1, 0)), constant_values=bos)
-        doc = np.concatenate([doc[:, :1], doc], axis=1)
+    if start:
+        ids = np.concatenate([np.tile(np.array(start), (len(ids), 1)), ids], axis=1)
+        doc = np.concatenate([np.repeat(doc[:, :1], len(start), axis=1), doc], axis=1)
     return TokenBatch(torch.from_numpy(ids.copy()), torch.from_numpy(doc.astype(np.int64)), first_sequence)

@@ -12,6 +12,7 @@ import torch
 
 import saelab
 from saelab.errors import ModelError
+from saelab.sampling import Sampling
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -119,6 +120,30 @@ def test_greedy_generation_is_plain_argmax(family):
             if int(ids[0, -1]) in family.lm._stop_ids:
                 break
     assert family.lm.generate_ids(IDS, max_new_tokens=5).ids.tolist() == ids[0].tolist()
+
+
+RUNS_OVER_PADDING = {"rwkv", "recurrent_gemma"}  # their state has no way to pass it by
+
+
+def test_a_batch_of_prompts_is_padded_right_or_not_at_all(family):
+    """Prompts of three lengths write what each does alone; padding in front has no influence, or is refused."""
+    prompts = [IDS[0].tolist(), [33, 91], [12, 55, 101, 70]]
+    alone = [family.lm.generate_ids(prompt, max_new_tokens=4, keep_logits=True) for prompt in prompts]
+    together = family.lm._generate(
+        [torch.tensor(prompt) for prompt in prompts], Sampling(4, stop_ids=family.lm._stop_ids, keep_logits=True), None
+    )
+    for one, other in zip(alone, together, strict=True):
+        assert one.ids.tolist() == other.ids.tolist()
+        torch.testing.assert_close(one.logits, other.logits, rtol=1e-3, atol=1e-4)
+    padded = {"input_ids": [prompts[0], [5, 6, 7, 8, *prompts[1]]], "attention_mask": [[1] * 6, [0, 0, 0, 0, 1, 1]]}
+    assert family.lm.backend.honours_padding == (family.model.config.model_type not in RUNS_OVER_PADDING)
+    if not family.lm.backend.honours_padding:
+        with pytest.raises(ModelError, match="reads padding in front of tokens as if it were tokens"):
+            family.lm.logits(padded)
+        return
+    torch.testing.assert_close(
+        family.lm.logits(padded)[1, 4:], family.lm.logits(prompts[1])[0], rtol=1e-3, atol=1e-4
+    )
 
 
 def test_logit_weights_say_how_logits_move(family):

@@ -408,7 +408,8 @@ def test_generation_stops_at_eos(tiny_lm):
     "wrong, words",
     [
         ({"prompt": ""}, "empty"),
-        ({"prompt": ["a", "b"]}, "one prompt, got 2"),
+        ({"num_return_sequences": 0}, "num_return_sequences=0"),
+        ({"num_return_sequences": 2}, "at temperature 0 are the same text"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"max_new_tokens": 500}, "exceed the context.*128"),
         ({"temperature": -1.0}, "temperature=-1"),
@@ -441,7 +442,7 @@ def test_bos_of_a_tokenizer_that_adds_it_is_never_doubled(tiny_lm):
 def test_a_model_without_tokenizer_takes_ids_only(tiny_lm):
     lm = load_model(tiny_lm.model)
     assert torch.equal(lm.logits(IDS), tiny_lm.logits(IDS))
-    assert lm.tokenizer_hash == "" and lm.special_ids == ()
+    assert lm.tokenizer_hash == "" and lm.special_ids == (lm.bos_id, lm.eos_id) == (0, 1)
     with pytest.raises(ValueError, match="no tokenizer"):
         lm.logits("The weather")
     with pytest.raises(ValueError, match="no chat template"):

@@ -117,11 +117,11 @@ def test_txt_is_cut_at_blank_lines_into_documents_and_loses_no_paragraph(tmp_pat
     path = tmp_path / "book.txt"
     paragraphs = [f"paragraph {i} " + "word " * 100 for i in range(20)]
     path.write_text("\n\n".join(paragraphs))
-    documents = list(load_texts(path).documents())
+    documents = [str(document) for document in load_texts(path).documents()]
     assert [p.strip() for d in documents for p in d.split("\n\n")] == [p.strip() for p in paragraphs]
     assert all(2_000 <= len(d) < 2_700 for d in documents[:-1])
     path.write_text("a line of text\n" * 2_000)
-    documents = list(load_texts(path).documents())
+    documents = [str(document) for document in load_texts(path).documents()]
     assert all(len(d) < 8_100 for d in documents) and sum(d.count("line") for d in documents) == 2_000
 
 
@@ -136,14 +136,14 @@ def test_a_generator_is_kept_and_can_be_read_twice():
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (["fine", 7], r"row 1 of 2 strings in memory holds 7 \(int\), not a string"),
+        (["fine", 7], r"row 1 of 2 documents in memory holds 7 \(int\), not a string"),
         ([b"bytes"], r"row 0 .* \(bytes\), not a string"),
         ([[{"role": "user", "content": "hi"}]], r"load_texts\(\.\.\., chat=lm\)"),
         ([], "holds no text at all"),
         (["", ""], "holds no text at all"),
         ("nowhere.jsonl", "'nowhere.jsonl' does not exist"),
         ("The text itself, as a string.", "no Hugging Face dataset id.*put it in a list"),
-        (7, "7 is no source of texts"),
+        (7, "Got a int, which is no list of documents"),
     ],
 )
 def test_bad_sources_name_the_value_and_the_fix(source, message):

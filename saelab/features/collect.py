@@ -184,7 +184,7 @@ def _manifest(sae: SAE, stream: ScoreStream, state: SignedAccumulator, out_dir: 
         "texts": {"name": stream.texts.name, "spec": stream.texts.spec, "fingerprint": stream.texts.fingerprint()},
         "split": stream.split,
         "ctx_len": state.ctx_len,
-        "prepend_bos": bool(sae.origin.get("prepend_bos", False)),
+        "prepend_bos": stream.prepend_bos,
         "mask": {"max_norm": stream.max_norm, "rule": stream.rule},
         "n_tokens": stream.n_tokens,
         "n_masked": stream.n_masked,

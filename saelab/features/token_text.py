@@ -30,7 +30,10 @@ def token_bytes(tokenizer: Any, ids: Iterable[int]) -> dict[int, bytes]:
 
     Its own decoder is asked, between two other tokens, how a vocabulary spells bytes and spaces: byte-level BPE,
     SentencePiece with or without byte fallback, WordPiece, word endings. Special tokens are shown as they are written.
+    Without a tokenizer tokens are shown by their ids.
     """
+    if tokenizer is None:
+        return {index: f"<|{index}|>".encode() for index in ids}
     added = tokenizer.added_tokens_decoder
     speller = _Speller(tokenizer.convert_tokens_to_string)
     result = {}

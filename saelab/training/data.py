@@ -41,6 +41,8 @@ def open_data(data: Any, hook_name: str | None, rules: int = RULES) -> DataSourc
 
 
 def _from_cache(cache: ActivationCache | ActivationStream, hook_name: str | None, rules: int) -> DataSource:
+    if isinstance(cache, ActivationStream):
+        cache = cache.by_rules(rules)
     leave_out = 0 if isinstance(cache, ActivationStream) else n_kept_out(cache.n_rows, rules)
 
     @functools.cache

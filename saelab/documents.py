@@ -1,0 +1,84 @@
+"""What a document is: a text, or the token ids of one. Its content alone says its number and whether it is held out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+Document = str | list[int]
+
+SPLITS = {
+    "train": "the nine tenths of the documents with sha256(text) % 10 != 0",
+    "held_out": "the tenth of the documents with sha256(text) % 10 == 0",
+    "all": "all documents",
+}
+_LARGEST_ID = 2**32 - 1
+
+
+def document_id(document: Document) -> int:
+    """A document's number anywhere: the first 8 bytes of its SHA-256 as a signed, big-endian int64."""
+    return int.from_bytes(_digest(document)[:8], "big", signed=True)
+
+
+def is_held_out(document: Document) -> bool:
+    """Whether the document belongs to the held-out tenth: its SHA-256, as a number, modulo 10 is 0."""
+    return int.from_bytes(_digest(document), "big") % 10 == 0
+
+
+def _digest(document: Document) -> bytes:
+    return hashlib.sha256(document_bytes(document)).digest()
+
+
+def document_bytes(document: Document) -> bytes:
+    """What is hashed of a document: a text's UTF-8, or its ids as little-endian uint32."""
+    if isinstance(document, str):
+        # A lone surrogate cannot be written as UTF-8; it must not stop a harvest, so it counts as itself.
+        return document.encode("utf-8", "surrogatepass")
+    return np.asarray(document, dtype="<u4").tobytes()
+
+
+def check_split(split: str) -> None:
+    """Raise `ValueError` unless `split` is one of `SPLITS`."""
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r} does not exist; use one of {', '.join(map(repr, SPLITS))}.")
+
+
+def whole_numbers(value: Any) -> list[int] | None:
+    """The numbers of a list, tuple, array or tensor of one axis; None for anything that holds others, or something else."""
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().numpy()
+    if not isinstance(value, list | tuple | np.ndarray):
+        return None
+    if not isinstance(value, np.ndarray) and not all(isinstance(one, int | np.integer) for one in value):
+        return None
+    array = np.asarray(value)
+    return array.tolist() if array.ndim == 1 and (not len(array) or array.dtype.kind in "iu") else None
+
+
+def token_ids(value: Any, where: str = "") -> list[int] | None:
+    """`whole_numbers` that can be token ids. Raises `ValueError` for a negative number, and one of more than 32 bits."""
+    ids = whole_numbers(value)
+    if ids and not 0 <= min(ids) <= max(ids) <= _LARGEST_ID:
+        wrong = min(ids) if min(ids) < 0 else max(ids)
+        raise ValueError(f"{where}{wrong} is no token id: they are from 0 to {_LARGEST_ID:,}.")
+    return ids
+
+
+def column_value(row: Mapping[str, Any], column: str, where: str) -> Any:
+    """What a row holds in `column`; of token ids those that the row's `attention_mask`, if it has one, does not hide.
+
+    Raises `ValueError`, saying `where`, for a mask of another length, and as `token_ids` does.
+    """
+    value = row.get(column)
+    ids = token_ids(value, f"{where}: ")
+    mask = row.get("attention_mask")
+    if ids is None or mask is None or column == "attention_mask":
+        return value if ids is None else ids
+    kept = token_ids(mask)
+    if kept is None or len(kept) != len(ids):
+        raise ValueError(f"{where}: attention_mask holds {repr(mask)[:60]}, not one 0 or 1 for each of {len(ids)} token ids.")
+    return [token for token, real in zip(ids, kept, strict=True) if real]

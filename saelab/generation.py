@@ -1,0 +1,125 @@
+"""What a language model writes after prompts, edits in force, as text or as token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import cached_property
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from saelab.documents import whole_numbers
+from saelab.errors import ModelError
+from saelab.hooks import Edit, tapped
+from saelab.prompts import Batch, Prompt
+from saelab.sampling import Generation, OnToken, Sampling, sample
+from saelab.tokenizing import check_tokenizer
+
+
+class Generates:
+    """The part of a `LanguageModel` that generates."""
+
+    model: Any
+    backend: Any
+    tokenizer: Any
+    name: str
+    dtype: Any
+    device: Any
+    max_ctx: int
+    eos_id: int | None
+    edits: tuple[Edit, ...]
+    to_batch: Callable[..., Batch]
+    _running: Callable[[], AbstractContextManager[None]]
+
+    def generate(
+        self,
+        prompt: Prompt,
+        max_new_tokens: int = 40,
+        temperature: float = 0.0,
+        seed: int = 0,
+        on_token: OnToken | None = None,
+        num_return_sequences: int = 1,
+        attention_mask: Any = None,
+    ) -> Any:
+        """The prompt and what the model writes after it, until EOS or `max_new_tokens`: a string.
+
+        Of a list of texts, several rows of ids, or with `num_return_sequences` over 1 (all of a prompt, then of the next): a
+        list of strings. Temperature 0 takes the most likely token. On one seed every run draws the same random numbers,
+        steered or not, and every prompt as it would alone; sequence j of a prompt is that of seed + j.
+        `on_token(n)` is called once n tokens are written; what it raises ends the generation.
+        Raises `ValueError` for what is no prompt, a request that cannot be met, and without a tokenizer; `ModelError` for
+        logits that are no numbers.
+        """
+        check_tokenizer(self.tokenizer)
+        rows = self.to_batch(prompt, None, attention_mask).rows()
+        how = Sampling(max_new_tokens, temperature, seed, num_return_sequences, self._stop_ids)
+        written = [self._text(one, prompt) for one in self._generate(rows, how, on_token)]
+        is_list = isinstance(prompt, list | tuple) and whole_numbers(prompt) is None
+        return written if is_list or len(written) > 1 else written[0]
+
+    def _text(self, generation: Generation, prompt: Prompt) -> str:
+        start, whole = (
+            self.tokenizer.decode(ids, skip_special_tokens=True)
+            for ids in (generation.ids[: generation.n_prompt], generation.ids)
+        )
+        return (prompt if isinstance(prompt, str) else start) + whole[len(start) :]
+
+    def generate_ids(
+        self,
+        prompt: Prompt,
+        max_new_tokens: int = 40,
+        temperature: float = 0.0,
+        seed: int = 0,
+        keep_logits: bool = False,
+        on_token: OnToken | None = None,
+    ) -> Generation:
+        """`generate` of one prompt as token ids, with the logits of each step on request. Active edits are honoured."""
+        rows = self.to_batch(prompt).rows()
+        if len(rows) != 1:
+            raise ValueError(
+                f"generate_ids takes one prompt, got {len(rows)}; call it once for each, or generate for texts."
+            )
+        how = Sampling(max_new_tokens, temperature, seed, 1, self._stop_ids, keep_logits)
+        return self._generate(rows, how, on_token)[0]
+
+    def _generate(self, rows: list[Tensor], how: Sampling, on_token: OnToken | None) -> list[Generation]:
+        how.check(max(map(len, rows)), self.max_ctx, self.name)
+        _ = self.backend.has_cache  # tried before any edit is in place
+        together = len({len(row) for row in rows}) == 1 or self.backend.honours_padding
+        rows = [row.to(self.device) for row in rows]
+
+        def check(logits: Tensor, n: int) -> None:
+            self._check_finite(logits, f" at new token {n} of {how.max_new_tokens}")
+
+        with self._running():
+            groups = [rows] if together else [[row] for row in rows]
+            return [one for group in groups for one in sample(self._step, group, how, check, on_token)]
+
+    @cached_property
+    def _stop_ids(self) -> set[int]:
+        more = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        listed = more if isinstance(more, (list, tuple)) else [more]
+        return {token for token in (self.eos_id, *listed) if token is not None}
+
+    def _step(self, ids: Tensor, positions: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        """Logits after the last of `ids`; with a KV cache only the new tokens run."""
+        past = 0 if cache is None else cache.get_seq_length()
+        with tapped(self.backend.sites, self.edits, positions[:, past:]):
+            return self.backend.step(ids, positions, cache)
+        raise AssertionError("no capture can cut a generation step")
+
+    def _check_finite(self, logits: Float[Tensor, "n vocab"], when: str) -> None:
+        """Raises `ModelError` where no token can be told to be the likeliest."""
+        highest = logits.amax(-1)
+        if bool(highest.isfinite().all()):
+            return
+        dtype = str(self.dtype).removeprefix("torch.")
+        edits = ", ".join(repr(edit)[:120] for edit in self.edits)
+        active = f"under {len(self.edits)} edits ({edits})" if edits else "with no edit in force"
+        weaker = "Steer less strongly, or load" if edits else "Load"
+        raise ModelError(
+            f"{self.name} computed NaN or infinite logits{when}, in {dtype}, {active}. {weaker} the model in a wider dtype "
+            "(load_model(..., dtype=torch.float32))."
+        )

@@ -1,0 +1,161 @@
+"""Documents and prompts to token ids, by the one rule of what stands in front of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from saelab.documents import Document
+from saelab.text_sources import without_lone_surrogates
+
+Bos = bool | Sequence[int] | None
+"""Whether contexts begin with BOS, or the ids that they begin with; None follows the tokenizer."""
+_PROBES = ("a", "the", "0", "A text.")
+
+
+def context_start(lm_or_tokenizer: Any, prepend_bos: Bos = None) -> list[int]:
+    """Ids that every context and every prompt begins with.
+
+    None: what the tokenizer itself puts in front of a text (nothing, where there is no tokenizer). What it appends,
+    such as EOS, would end the text before a model goes on with it, and is left out on every road.
+    Raises `ValueError` for `True` without a BOS token.
+    """
+    tokenizer = getattr(lm_or_tokenizer, "tokenizer", lm_or_tokenizer)
+    if prepend_bos is None:
+        return [] if tokenizer is None else _tokenizers_own(tokenizer)
+    if not isinstance(prepend_bos, bool):
+        return list(prepend_bos)
+    if not prepend_bos:
+        return []
+    bos = getattr(lm_or_tokenizer, "bos_id", getattr(tokenizer, "bos_token_id", None))
+    if bos is None:
+        raise ValueError("prepend_bos=True, but the tokenizer has no BOS token: use prepend_bos=False.")
+    return [bos]
+
+
+def resolved_bos(lm: Any, prepend_bos: Bos) -> bool | list[int]:
+    """`prepend_bos` as it is recorded: yes or no, or the ids of a tokenizer that begins texts with others than BOS."""
+    if prepend_bos is not None:
+        return prepend_bos if isinstance(prepend_bos, bool) else list(prepend_bos)
+    start = context_start(lm)
+    return start if start and start != [lm.bos_id] else bool(start)
+
+
+def _tokenizers_own(tokenizer: Any) -> list[int]:
+    for probe in _PROBES:
+        bare, whole = _ids(tokenizer, probe, add_special_tokens=False), _ids(tokenizer, probe)
+        for start in range(len(whole) - len(bare) + 1) if bare else ():
+            if whole[start : start + len(bare)] == bare:
+                return whole[:start]
+    return []
+
+
+def _ids(tokenizer: Any, text: str, **options: Any) -> list[int]:
+    return list(tokenizer([text], **options)["input_ids"][0])
+
+
+def text_ids(text: str, tokenizer: Any) -> list[int]:
+    """Token ids of a prompt, after the tokenizer's own start, which is never doubled (chat templates write it out).
+
+    Raises `ValueError` for an empty text, and without a tokenizer.
+    """
+    check_tokenizer(tokenizer)
+    start, ids = (
+        context_start(tokenizer),
+        _ids(tokenizer, without_lone_surrogates(text), add_special_tokens=False) if text else [],
+    )
+    if not ids:
+        raise ValueError(f"The prompt {text!r} is empty; give at least one token of text.")
+    return ids if ids[: len(start)] == start else start + ids
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raise `ValueError` where texts are to be read without a tokenizer."""
+    if tokenizer is None:
+        raise ValueError("This model has no tokenizer: give token ids, or load_model(model, tokenizer).")
+
+
+def render(tokenizer: Any, messages: Sequence[Any]) -> str:
+    """A conversation as text, by the tokenizer's chat template. Raises `ValueError` for what are no messages."""
+    for message in messages:
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise ValueError(f'{repr(message)[:60]} is no message: expected {{"role": ..., "content": ...}}.')
+    return tokenizer.apply_chat_template(list(messages), tokenize=False)
+
+
+def eos_and_start(lm_or_tokenizer: Any, ctx_len: int, batch_size: int, prepend_bos: Bos) -> tuple[int, list[int]]:
+    """The id that ends a document and those that begin a context. Raises `ValueError` as `tokens.pack` does."""
+    tokenizer = getattr(lm_or_tokenizer, "tokenizer", lm_or_tokenizer)
+    eos = getattr(lm_or_tokenizer, "eos_id", None)
+    eos = getattr(tokenizer, "eos_token_id", None) if eos is None else eos
+    start = context_start(lm_or_tokenizer, prepend_bos)
+    if eos is None:
+        whose, where = (
+            ("model", "model.config.eos_token_id") if tokenizer is None else ("tokenizer", "tokenizer.eos_token")
+        )
+        raise ValueError(f"the {whose} has no EOS token, which separates documents: set {where}.")
+    least = 1 + len(start)
+    if ctx_len < least or batch_size < 1:
+        raise ValueError(f"ctx_len={ctx_len}, batch_size={batch_size}: ctx_len needs {least}, batch_size 1.")
+    return eos, start
+
+
+def tokenized(
+    documents: Iterable[Document],
+    lm_or_tokenizer: Any,
+    start: list[int],
+    on_document: Callable[[int, Document], None] | None,
+) -> Iterator[list[int]]:
+    """Token ids of each document that has any, tokenised many documents at a time; `start` is dropped where one begins
+    with it. `on_document(index, document)` is called before its ids are given."""
+    tokenizer, index = getattr(lm_or_tokenizer, "tokenizer", lm_or_tokenizer), 0
+    for group in _groups(documents):
+        for document, ids in zip(group, _group_ids(group, tokenizer), strict=True):
+            ids = ids[len(start) :] if start and ids[: len(start)] == start else ids
+            if ids:
+                if on_document is not None:
+                    on_document(index, document)
+                index += 1
+                yield ids
+
+
+def _group_ids(group: list[Document], tokenizer: Any) -> Iterator[list[int]]:
+    """Ids of each document of a group, whose texts are tokenised at once."""
+    texts = [without_lone_surrogates(document) for document in group if isinstance(document, str)]
+    found: Iterator[list[int]] = iter(())
+    if texts:
+        check_tokenizer(tokenizer)
+        options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
+        # not verbose: documents may be longer than the context
+        found = iter(tokenizer(texts, verbose=False, **options)["input_ids"])
+    for document in group:
+        yield next(found) if isinstance(document, str) else document
+
+
+def _groups(
+    documents: Iterable[Document], max_documents: int = 64, max_size: int = 200_000
+) -> Iterator[list[Document]]:
+    group: list[Document] = []
+    for document in documents:
+        group.append(document)
+        if len(group) == max_documents or sum(map(len, group)) >= max_size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def special_tokens(tokenizer: Any, model: Any) -> tuple[int | None, int | None, tuple[int, ...]]:
+    """BOS, EOS, and every special id, ascending: as the tokenizer marks them, or, without one, as the model's config does."""
+    if tokenizer is None:
+        own = _of_config(getattr(model, "config", None) or getattr(model, "cfg", None))
+        return own.get("bos"), own.get("eos"), tuple(sorted(set(own.values())))
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    marked = {index for index, token in added.items() if getattr(token, "special", False)}
+    return tokenizer.bos_token_id, tokenizer.eos_token_id, tuple(sorted(marked | set(tokenizer.all_special_ids)))
+
+
+def _of_config(config: Any) -> dict[str, int]:
+    found = {name: getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
+    first = {name: value[0] if isinstance(value, list | tuple) and value else value for name, value in found.items()}
+    return {name: value for name, value in first.items() if isinstance(value, int) and value >= 0}
