@@ -58,9 +58,8 @@ def harvest(
     `n_tokens` packed tokens are read (rounded up to whole contexts of `ctx_len`; fewer where the texts end),
     `batch_size` contexts at a time, from the documents of `split`. Rows that the mask keeps leave in shards of
     `shard_rows`, drawn at random from `pool_shards` times as many. The same call again goes on where it stopped.
-    `prepend_bos` None begins contexts as the tokenizer begins texts (a cache that `out_dir` holds answers as it was made).
-    `shuffle=False` keeps the order of the texts; with `chat` these are lists of messages, each a context of its own;
-    `block_contexts` cuts the work for several processes. A list of models has its hooks named "MODEL/HOOK".
+    Contexts begin as the tokenizer begins texts, or by `prepend_bos`. `shuffle=False` keeps the order; with `chat` texts are
+    lists of messages, each a context; `block_contexts` cuts the work for several processes. Several models: "MODEL/HOOK".
 
     Raises `ValueError` for bad arguments, texts that leave no row, and an `out_dir` of something else; `CacheError` when
     it does not fit `max_bytes` or `storage`, or is not finite; `SaelabError` when the disk is full. What is written stays.
@@ -72,10 +71,14 @@ def harvest(
     check_arguments(lm, hooks, split, sizes, seed)
     texts = _conversations(texts, lm) if chat else load_texts(texts)
     config = of_rows(lm, texts, hooks) | identity(storage) | sizes
-    folder = claim_folder(out_dir, format.JOURNAL, "cache")
+    config |= {"split": split, "prepend_bos": _bos(lm, prepend_bos, Path(out_dir)), "seed": seed} | modes
+    return _harvest_into(claim_folder(out_dir, format.JOURNAL, "cache"), lm, texts, config, max_bytes, progress)
+
+
+def _bos(lm: LanguageModel, prepend_bos: Bos, folder: Path) -> bool | list[int]:
+    """As asked for; else as the cache in `folder` was made, which the default call of its time goes on with; else the tokenizer's."""
     begun = begun_with(folder) if prepend_bos is None else {}
-    config |= {"split": split, "prepend_bos": begun.get("prepend_bos", resolved_bos(lm, prepend_bos)), "seed": seed} | modes
-    return _harvest_into(folder, lm, texts, config, max_bytes, progress)
+    return begun.get("prepend_bos", resolved_bos(lm, prepend_bos))
 
 
 def _harvest_into(

@@ -29,17 +29,10 @@ OwnModel = Annotated[str | None, arg(help="Language model; None is the one the S
 Dtype = Annotated[
     Literal["bfloat16", "float32"] | None, arg(help="Of the language model; None is bfloat16 where that is fast.")
 ]
-Texts = Annotated[
-    str,
-    arg(help="demo, concepts, a parquet, jsonl, csv or txt file, a save_to_disk folder, or a Hugging Face dataset id."),
-]
-Bos = Annotated[
-    bool | None,
-    arg(
-        metavar="",
-        help="Start every context with the BOS token (--no-prepend-bos: never); None is as the tokenizer does.",
-    ),
-]
+_SOURCES = "demo, concepts, a parquet, jsonl, csv or txt file, a save_to_disk folder, or a Hugging Face dataset id."
+Texts = Annotated[str, arg(help=_SOURCES)]
+_BOS = "Start every context with the BOS token (--no-prepend-bos: never); None is as the tokenizer does."
+Bos = Annotated[bool | None, arg(metavar="", help=_BOS)]
 OwnTexts = Annotated[str | None, arg(help="Texts, as for harvest; None are those the SAE was trained on.")]
 Column = Annotated[str, arg(help="Column of the texts: of strings, or of token ids.")]
 Documents = Literal["train", "held_out", "all"]

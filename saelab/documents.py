@@ -80,5 +80,7 @@ def column_value(row: Mapping[str, Any], column: str, where: str) -> Any:
         return value if ids is None else ids
     kept = token_ids(mask)
     if kept is None or len(kept) != len(ids):
-        raise ValueError(f"{where}: attention_mask holds {repr(mask)[:60]}, not one 0 or 1 for each of {len(ids)} token ids.")
+        raise ValueError(
+            f"{where}: attention_mask holds {repr(mask)[:60]}, not one 0 or 1 for each of {len(ids)} token ids."
+        )
     return [token for token, real in zip(ids, kept, strict=True) if real]

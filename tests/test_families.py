@@ -141,9 +141,7 @@ def test_a_batch_of_prompts_is_padded_right_or_not_at_all(family):
         with pytest.raises(ModelError, match="reads padding in front of tokens as if it were tokens"):
             family.lm.logits(padded)
         return
-    torch.testing.assert_close(
-        family.lm.logits(padded)[1, 4:], family.lm.logits(prompts[1])[0], rtol=1e-3, atol=1e-4
-    )
+    torch.testing.assert_close(family.lm.logits(padded)[1, 4:], family.lm.logits(prompts[1])[0], rtol=1e-3, atol=1e-4)
 
 
 def test_logit_weights_say_how_logits_move(family):

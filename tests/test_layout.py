@@ -39,7 +39,8 @@ LAYERS = [
         "backends",
         "families",
     }
-    | {"tokens", "text_sources", "contexts", "masking", "identity"},
+    | {"tokens", "text_sources", "contexts", "masking", "identity", "generation", "padding"}
+    | {"documents", "containers", "hf_datasets", "tokenizing"},
     {"distributed"},
     {"kernels"},
     {"errors", "files", "allocator", "arguments"},
@@ -49,8 +50,8 @@ ONLY_IN = {
     "transformers": r"saelab/models\w*\.py",
     "transformer_lens": r"saelab/models\w*\.py",
     "gguf": r"saelab/models\w*\.py",
-    "huggingface_hub": r"saelab/(models\w*|tokens)\.py",
-    "datasets": r"saelab/tokens\.py",
+    "huggingface_hub": r"saelab/(models\w*|hf_datasets)\.py",
+    "datasets": r"saelab/hf_datasets\.py",
     "streamlit": r"app/.*",
     "triton": r"kernels/.*",
     "wandb": r"saelab/training/.*",
