@@ -76,7 +76,7 @@ def harvest(
 
 
 def _bos(lm: LanguageModel, prepend_bos: Bos, folder: Path) -> bool | list[int]:
-    """As asked for; else as the cache in `folder` was made, which the default call of its time goes on with; else the tokenizer's."""
+    """As asked for, or as the cache in `folder` was made, which goes on, or as the tokenizer begins texts."""
     begun = begun_with(folder) if prepend_bos is None else {}
     return begun.get("prepend_bos", resolved_bos(lm, prepend_bos))
 

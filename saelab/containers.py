@@ -106,9 +106,8 @@ def _of_mapping(source: Mapping[str, Any], split: str | None) -> Rows:
         columns[str(name)] = list(values)
     lengths = {name: len(values) for name, values in columns.items()}
     if len(set(lengths.values())) != 1:
-        raise ValueError(
-            f"Got a dict of columns of unequal length ({lengths or 'none'}): give one value a row in each."
-        )
+        said = f"columns of unequal length ({lengths})" if lengths else "no columns"
+        raise ValueError(f"Got a dict of {said}: give one value a row in each.")
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     return Rows(lambda _: iter(rows), len(rows), "rows in memory")
 

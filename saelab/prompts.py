@@ -67,11 +67,13 @@ def to_batch(
 def _encoded(prompt: Mapping[str, Any], positions: Any, attention_mask: Any) -> tuple[Any, Any, Any]:
     """Ids, positions and mask of a tokenizer's output; arguments of the caller go before."""
     unknown = sorted(set(map(str, prompt)) - _ENCODED)
-    if "input_ids" not in prompt or unknown:
+    ids = prompt.get("input_ids", "")
+    holds_text = isinstance(ids, str) or (isinstance(ids, list | tuple) and any(isinstance(one, str) for one in ids))
+    if holds_text or unknown:
         raise ValueError(f"Got a dict with {', '.join(map(repr, prompt)) or 'nothing'}; expected {_EXPECTED}.")
     if positions is None:
         positions = prompt.get("position_ids")
-    return prompt["input_ids"], positions, prompt.get("attention_mask") if attention_mask is None else attention_mask
+    return ids, positions, prompt.get("attention_mask") if attention_mask is None else attention_mask
 
 
 def _unpadded(prompt: Any, tokenizer: Any, pad_id: int | None) -> tuple[Tensor, Tensor]:

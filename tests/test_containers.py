@@ -126,6 +126,7 @@ REFUSED = {
     "negative": (lambda: [[1, -3]], "row 0 .*-3 is no token id"),
     "one conversation": (lambda: [{"role": "user", "content": "hi"}], "one conversation: give a list of conversations"),
     "unequal": (lambda: {"text": TEXTS, "n": [1]}, "unequal length.*'text': 3, 'n': 1"),
+    "empty dict": (dict, "a dict of no columns"),
     "no columns": (lambda: {"text": "The weather"}, "'text' is 'The weather' .str.: a dict of columns has a list"),
     "several splits": (lambda: SEVERAL, "splits 'train', 'test': say which one, hub_split='train'"),
     "another column": (lambda: pandas.DataFrame({"body": TEXTS}), "no column 'text'; its columns are body"),

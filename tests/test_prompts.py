@@ -68,6 +68,8 @@ REFUSED = {
     "a tokenizer's output with labels": ({"input_ids": [A], "labels": [A]}, "dict with 'input_ids', 'labels'; expected"),
     "columns of texts": ({"text": TEXTS}, "dict with 'text'; expected"),
     "messages": ([{"role": "user", "content": "hi"}], "list .*expected.*lm.chat"),
+    "text for ids": ({"input_ids": "The weather"}, "dict with 'input_ids'; expected"),
+    "texts for ids": ({"input_ids": TEXTS}, "dict with 'input_ids'; expected"),
     "set": ({1, 2}, "Got set"),
     "bytes": (b"The", "Got bytes"),
     "truths": ([True, False], "Got list"),
