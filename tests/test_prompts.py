@@ -320,3 +320,18 @@ def test_a_model_without_tokenizer_reads_documents_of_ids_on_every_road(tmp_path
     ):
         with pytest.raises(ValueError, match="no tokenizer: give token ids, or load_model"):
             read()
+
+
+def test_a_stream_of_the_first_version_goes_on_without_bos(tiny_lm):
+    from saelab.activation_cache.streaming import stream
+
+    lm = load_model(tiny_lm.model, tokenizer_of(tiny_lm, "<s> $A"))
+    call = {
+        "texts": [f"{i} The weather today is fine. " * 9 for i in range(30)],
+        "hook_names": "blocks.1.hook_resid_post",
+    }
+    without, asked = (stream(lm, ctx_len=16, prepend_bos=bos, **call) for bos in (False, True))
+    default = stream(lm, ctx_len=16, **call)
+    assert default.fingerprint == asked.fingerprint != without.fingerprint
+    assert default.by_rules(1).fingerprint == without.fingerprint and asked.by_rules(1) is asked
+    assert default.by_rules(2) is default
