@@ -22,7 +22,7 @@ from saelab.features.render import model_label
 from saelab.features.schema import MANIFEST
 from saelab.runs import SaeRun, find_saes
 
-MODEL_LOCK = threading.Lock()  # hooks on one model from two sessions would corrupt both
+MODEL_LOCK = threading.Lock()  # one session generates at a time: two would share the cores, and both be slower
 
 
 @contextmanager

@@ -57,8 +57,8 @@ def _candidates(lm: LanguageModel, store: FeatureStore) -> list[Feature]:
     rows = store.table(sort="p99", where={"density": (1e-4, 1e-2)}, limit=store.d_sae)
     counts = Counter(int(token) for i in range(store.manifest["n_sequences"]) for token in store.sequence(i))
     found: list[Feature] = []
-    for row in sorted(rows, key=lambda row: -(row["p99"] or 0.0) * (row["top_logit"] or 0.0)):
-        feature = store.feature(row["feature"])
+    features = [store.feature(row["feature"]) for row in rows]
+    for feature in sorted(features, key=_push, reverse=True):
         words = [word for word, _ in feature.dominant_logits.positive[:_WORDS] if re.fullmatch(r" [A-Za-z]{4,}", word)]
         everyday = sum(counts[int(lm.to_ids(word)[0, -1])] >= _EVERYDAY for word in words)
         if everyday > _WORDS / 2:
@@ -67,6 +67,12 @@ def _candidates(lm: LanguageModel, store: FeatureStore) -> list[Feature]:
             break
     rows = store.table(sort="p99", where={"n_fired": (1, None)}, limit=1)
     return found or [store.feature(row["feature"]) for row in rows]
+
+
+def _push(feature: Feature) -> float:
+    """How much one p99 of it adds to the logit that it raises most."""
+    promoted = feature.dominant_logits.positive[:1]
+    return (feature.p99 or 0.0) * promoted[0][1] if promoted else 0.0
 
 
 def _try(lm: LanguageModel, feature: Feature, strength: float, prompt: str, n_tokens: int) -> Trial:

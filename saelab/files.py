@@ -9,6 +9,9 @@ import json
 import os
 import re
 import shutil
+import socket
+import time
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -45,21 +48,45 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
                 temporary.unlink(missing_ok=True)
 
 
-def temporary_path(path: Path) -> Path:
-    """Where this process builds what `path` becomes."""
-    return path.with_name(f".{path.name}.tmp-{os.getpid()}")
+def temporary_path(path: Path, owner: int | None = None) -> Path:
+    """Where this process, or the one of number `owner`, builds what `path` becomes."""
+    machine, pid = divmod(process_number() if owner is None else owner, _PIDS)
+    return path.with_name(f".{path.name}.tmp-{machine:08x}-{pid}")
+
+
+_PIDS = 2**23  # Linux has at most 2**22 process ids
+_ABANDONED = 24 * 60 * 60  # seconds after which what another machine left is no longer being written
+
+
+def process_number() -> int:
+    """This process among those of all machines that may share a disk."""
+    return zlib.crc32(socket.gethostname().encode()) * _PIDS + os.getpid()
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
-    """Remove what killed processes left in `folder` under temporary names (of `name` alone, where it is given)."""
+    """Remove what killed processes left in `folder` under temporary names (of `name` alone, where it is given).
+
+    Of another machine on the same disk only what was not touched for a day: whether its process runs nobody can tell here.
+    """
+    machine = f"{process_number() // _PIDS:08x}"
     for entry in folder.iterdir():
-        match = re.fullmatch(r"\.(.+)\.tmp-(\d+)", entry.name)
-        if match is None or (name is not None and match[1] != name) or _is_running(int(match[2])):
+        match = re.fullmatch(r"\.(.+)\.tmp-(?:([0-9a-f]{8})-)?(\d+)", entry.name)
+        if match is None or (name is not None and match[1] != name):
+            continue
+        is_elsewhere = match[2] not in (None, machine)  # the first version's names have no machine
+        if _is_fresh(entry) if is_elsewhere else _is_running(int(match[3])):
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry, ignore_errors=True)
         else:
             entry.unlink(missing_ok=True)
+
+
+def _is_fresh(entry: Path) -> bool:
+    with suppress(FileNotFoundError):
+        files = [entry, *entry.rglob("*")] if entry.is_dir() and not entry.is_symlink() else [entry]
+        return time.time() - max(file.lstat().st_mtime for file in files) < _ABANDONED
+    return True
 
 
 def _is_running(pid: int) -> bool:

@@ -5,6 +5,16 @@ from saelab import demo_steering
 from saelab.demo_steering import Trial, choose_steering
 
 
+def test_candidates_are_tried_in_the_order_of_what_their_p99_adds_to_a_logit(hostile_run, tiny_lm, monkeypatch):
+    store = saelab.load_features(hostile_run / "features")
+    monkeypatch.setattr(demo_steering, "_EVERYDAY", 0)
+    monkeypatch.setattr(demo_steering.re, "fullmatch", lambda *_: True)
+    monkeypatch.setattr(demo_steering, "_CANDIDATES", store.d_sae)
+    found = demo_steering._candidates(tiny_lm, store)
+    pushes = [feature.p99 * feature.dominant_logits.positive[0][1] for feature in found]
+    assert len(found) > 2 and pushes == sorted(pushes, reverse=True)
+
+
 def test_a_fluent_text_wins_over_a_stronger_effect(hostile_run, tiny_lm, monkeypatch):
     store = saelab.load_features(hostile_run / "features")
     feature = store.feature(store.table(sort="n_fired", limit=1)[0]["feature"])

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from saelab.errors import SaelabError, TrainingError
-from saelab.files import tensors_hash
+from saelab.files import process_number, remove_leftovers, temporary_path, tensors_hash
 from saelab.interop import load_sae
 from saelab.kernels.rows import project_
 from saelab.saes import Batch, BatchTopKConfig, ReLUConfig, StepInfo, TopKConfig, TopKSAE
@@ -412,6 +413,35 @@ def test_a_full_disk_is_named_in_the_log(tmp_path):
     )
     run = subprocess.run([sys.executable, "-c", code, str(tmp_path / "sae")], capture_output=True, text=True)
     assert "SaelabError: The disk is full while writing" in run.stderr and "metrics.jsonl" in run.stderr
+
+
+@pytest.mark.parametrize(
+    "machine, pid, age, stays",
+    [
+        ("own", "own", 0, True),
+        ("own", "dead", 0, False),
+        ("own", "dead", 48, False),
+        ("other", "own", 0, True),
+        ("other", "dead", 0, True),  # it may run there
+        ("other", "dead", 48, False),
+        ("other", "own", 48, False),
+    ],
+)
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_leftovers_are_judged_by_the_machine_that_left_them(tmp_path, machine, pid, age, stays, is_folder):
+    own, here = divmod(process_number(), 2**23)
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    number = (own if machine == "own" else own ^ 1) * 2**23 + (here if pid == "own" else int(dead.stdout))
+    left = temporary_path(tmp_path / "x", number)
+    if is_folder:
+        left.mkdir()
+        (left / "part").write_text("half")
+    else:
+        left.write_text("half")
+    for path in ([left / "part"] if is_folder else []) + [left]:
+        os.utime(path, (time.time() - age * 3600,) * 2)
+    remove_leftovers(tmp_path)
+    assert left.exists() == stays
 
 
 def test_leftovers_of_killed_trainers_are_removed(tmp_path):

@@ -7,7 +7,6 @@ The folder has a temporary name until every file is on disk; `files.json` in it 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from saelab.distributed.mesh import Mesh
-from saelab.files import atomic_write_json, fsync_dir, read_json, sha256_file, writing
+from saelab.files import atomic_write_json, fsync_dir, process_number, read_json, sha256_file, temporary_path, writing
 from saelab.saes.sharded import ROWS, FeatureShard
 
 FILES = "files.json"
@@ -41,9 +40,9 @@ def save_part(path: Path, step: int, state: Mapping[str, Tensor], rows: set[str]
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
-    number = torch.tensor(os.getpid(), device=next(iter(state.values())).device)
+    number = torch.tensor(process_number(), device=next(iter(state.values())).device)
     mesh.world.take_from_first_([number])
-    temporary = path.with_name(f".{path.name}.tmp-{int(number)}")
+    temporary = temporary_path(path, int(number))
     with writing(path):
         writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
         save(_placed(state, rows, mesh), storage_writer=writer)
