@@ -11,7 +11,7 @@ def test_candidates_are_tried_in_the_order_of_what_their_p99_adds_to_a_logit(hos
     monkeypatch.setattr(demo_steering.re, "fullmatch", lambda *_: True)
     monkeypatch.setattr(demo_steering, "_CANDIDATES", store.d_sae)
     found = demo_steering._candidates(tiny_lm, store)
-    pushes = [feature.p99 * feature.dominant_logits.positive[0][1] for feature in found]
+    pushes = [(feature.p99 or 0.0) * feature.dominant_logits.positive[0][1] for feature in found]
     assert len(found) > 2 and pushes == sorted(pushes, reverse=True)
 
 
