@@ -68,7 +68,7 @@ def rows_of(source: Any, column: str, split: str | None) -> Rows:
         raise ValueError(f"Got an open file ({getattr(source, 'name', name)}): give its path.")
     if isinstance(source, bytes | bytearray | memoryview | Set) or not isinstance(source, Iterable):
         why = "has no order" if isinstance(source, Set) else "is no list of documents"
-        raise ValueError(f"Got a {name}, which {why}. {_GIVE}.")
+        raise ValueError(f"Got {name}, which {why}. {_GIVE}.")
     return _of_items(list(source), column)  # a generator can be read once only
 
 

@@ -55,16 +55,21 @@ class Generates:
         check_tokenizer(self.tokenizer)
         rows = self.to_batch(prompt, None, attention_mask).rows()
         how = Sampling(max_new_tokens, temperature, seed, num_return_sequences, self._stop_ids)
-        written = [self._text(one, prompt) for one in self._generate(rows, how, on_token)]
         is_list = isinstance(prompt, list | tuple) and whole_numbers(prompt) is None
+        texts = [one for one in (prompt if is_list else [prompt]) if isinstance(one, str)]
+        written = [
+            self._text(one, texts[i // num_return_sequences] if texts else None)
+            for i, one in enumerate(self._generate(rows, how, on_token))
+        ]
         return written if is_list or len(written) > 1 else written[0]
 
-    def _text(self, generation: Generation, prompt: Prompt) -> str:
+    def _text(self, generation: Generation, prompt: str | None) -> str:
+        """A prompt that was given as text stays as it was written."""
         start, whole = (
             self.tokenizer.decode(ids, skip_special_tokens=True)
             for ids in (generation.ids[: generation.n_prompt], generation.ids)
         )
-        return (prompt if isinstance(prompt, str) else start) + whole[len(start) :]
+        return (start if prompt is None else prompt) + whole[len(start) :]
 
     def generate_ids(
         self,

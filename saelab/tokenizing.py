@@ -60,12 +60,10 @@ def text_ids(text: str, tokenizer: Any) -> list[int]:
     Raises `ValueError` for an empty text, and without a tokenizer.
     """
     check_tokenizer(tokenizer)
-    start, ids = (
-        context_start(tokenizer),
-        _ids(tokenizer, without_lone_surrogates(text), add_special_tokens=False) if text else [],
-    )
+    ids = _ids(tokenizer, without_lone_surrogates(text), add_special_tokens=False) if text else []
     if not ids:
         raise ValueError(f"The prompt {text!r} is empty; give at least one token of text.")
+    start = context_start(tokenizer)
     return ids if ids[: len(start)] == start else start + ids
 
 

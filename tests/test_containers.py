@@ -116,8 +116,8 @@ def test_a_document_of_ids_is_held_out_by_the_sha256_of_little_endian_uint32():
 
 SEVERAL = datasets.DatasetDict({name: datasets.Dataset.from_list(ROWS) for name in ("train", "test")})
 REFUSED = {
-    "set": (lambda: set(TEXTS), "a set, which has no order"),
-    "bytes": (lambda: b"The weather", "Got a bytes"),
+    "set": (lambda: set(TEXTS), "Got set, which has no order"),
+    "bytes": (lambda: b"The weather", "Got bytes"),
     "open file": (lambda: io.StringIO("text"), "open file .*give its path"),
     "flat ids": (lambda: [1, 2, 3], "flat list of 3 numbers: give a list of documents"),
     "flat tensor": (lambda: torch.tensor([1, 2]), r"Tensor of shape \(2,\).*n_documents, n_tokens"),
@@ -134,7 +134,7 @@ REFUSED = {
     "streamed": (lambda: SEVERAL["test"].to_iterable_dataset(), "IterableDataset.*the dataset's id"),
     "mask of another length": (lambda: [{"input_ids": [1, 2], "attention_mask": [1]}], "row 0 .*attention_mask holds"),
     "folder": (lambda: "saelab/data", "is a folder; .*save_to_disk"),
-    "number": (lambda: 7, "Got a int"),
+    "number": (lambda: 7, "Got int"),
 }  # fmt: skip
 
 

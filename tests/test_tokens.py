@@ -143,7 +143,7 @@ def test_a_generator_is_kept_and_can_be_read_twice():
         (["", ""], "holds no text at all"),
         ("nowhere.jsonl", "'nowhere.jsonl' does not exist"),
         ("The text itself, as a string.", "no Hugging Face dataset id.*put it in a list"),
-        (7, "Got a int, which is no list of documents"),
+        (7, "Got int, which is no list of documents"),
     ],
 )
 def test_bad_sources_name_the_value_and_the_fix(source, message):
