@@ -156,11 +156,14 @@ def test_positions_and_masks_that_do_not_fit(tiny_lm, options, message):
         tiny_lm.logits(A, **options)
 
 
-def test_a_model_that_overlooks_the_mask_is_not_believed(tiny_lm, monkeypatch):
+@pytest.mark.parametrize("only_with_cache", [False, True])
+def test_a_model_that_overlooks_the_mask_is_not_believed(tiny_lm, monkeypatch, only_with_cache):
     forward = type(tiny_lm.model).forward
 
-    def deaf(self, input_ids=None, attention_mask=None, position_ids=None, **kwargs):
-        return forward(self, input_ids, **kwargs)
+    def deaf(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None):
+        told = {"attention_mask": attention_mask, "position_ids": position_ids}
+        told = told if only_with_cache and past_key_values is None else {}
+        return forward(self, input_ids, past_key_values=past_key_values, use_cache=use_cache, **told)
 
     monkeypatch.setattr(type(tiny_lm.model), "forward", deaf)
     lm = load_model(tiny_lm.model, tiny_lm.tokenizer)
