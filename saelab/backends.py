@@ -41,7 +41,10 @@ class Backend:
         if positions is None or is_plain(positions):
             return {}
         refuse_unless(self.honours_padding, self.model, positions)
-        return arguments(self.model, positions, past)
+        device = next(
+            self.model.parameters()
+        ).device  # a harvest leaves them on the CPU, where looking waits for no GPU
+        return {name: told.to(device) for name, told in arguments(self.model, positions, past).items()}
 
     def logits(
         self, ids: Int[Tensor, "batch seq"], positions: Int[Tensor, "batch seq"] | None = None

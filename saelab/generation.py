@@ -96,7 +96,7 @@ class Generates:
         rows = [row.to(self.device) for row in rows]
 
         def check(logits: Tensor, n: int) -> None:
-            self._check_finite(logits, f" at new token {n} of {how.max_new_tokens}")
+            self._check_finite(logits.amax(-1), f" at new token {n} of {how.max_new_tokens}")
 
         with self._running():
             groups = [rows] if together else [[row] for row in rows]
@@ -115,9 +115,8 @@ class Generates:
             return self.backend.step(ids, positions, cache)
         raise AssertionError("no capture can cut a generation step")
 
-    def _check_finite(self, logits: Float[Tensor, "n vocab"], when: str) -> None:
-        """Raises `ModelError` where no token can be told to be the likeliest."""
-        highest = logits.amax(-1)
+    def _check_finite(self, highest: Float[Tensor, " n"], when: str) -> None:
+        """Raises `ModelError` where no token can be told to be the likeliest: `highest` logits that are NaN or infinite."""
         if bool(highest.isfinite().all()):
             return
         dtype = str(self.dtype).removeprefix("torch.")

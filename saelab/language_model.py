@@ -103,9 +103,9 @@ class LanguageModel(Generates):
     def _capture(self, ids: Tensor, positions: Tensor, names: list[str], edited: bool = True) -> dict[str, Tensor]:
         sites = self._sites_of(names)
         captured: dict[str, Tensor] = {}
-        ids, positions = ids.to(self.device), positions.to(self.device)
+        ids, here = ids.to(self.device), positions.to(self.device)
         backend = self.backend if sites is self.backend.sites else self._bridge
-        with self._running(), tapped(sites, self.edits if edited else (), positions, names, captured):
+        with self._running(), tapped(sites, self.edits if edited else (), here, names, captured):
             backend.trunk(ids, positions)
         for name in names:
             if captured[name].ndim < 3 or captured[name].shape[:2] != ids.shape:
@@ -180,7 +180,7 @@ class LanguageModel(Generates):
         ids, positions = (x.to(self.device) for x in self.to_batch(text_or_ids, positions, attention_mask))
         with self._running(), tapped(self.backend.sites, self.edits, positions):
             logits = self.backend.logits(ids, positions)
-            self._check_finite(logits[positions >= 0], "")
+            self._check_finite(logits.amax(-1)[positions >= 0], "")
             return logits
         raise AssertionError("no capture can cut this pass")
 
