@@ -13,7 +13,7 @@ from typing import Any
 from saelab.activation_cache.format import BLOCK_JOURNALS, JOURNAL, MANIFEST, config_hash
 from saelab.errors import CacheError, SaelabError
 from saelab.files import fsync_dir, writing
-from saelab.identity import differences
+from saelab.identity import LATER, differences
 
 _BEGINNING = b'{"kind": "'  # of every line
 
@@ -130,7 +130,7 @@ def begin(folder: Path, journal: Journal, config: dict[str, Any], environment: d
                 f"{folder} holds the activations of {', '.join(held)}; those of {', '.join(asked)} go elsewhere "
                 "(another RUN; in Python another out_dir), or name all hooks in one harvest."
             )
-        different = differences(started[0]["config"], config)
+        different = differences(started[0]["config"], config, LATER)
         if different:
             raise ValueError(
                 f"{folder} already holds a cache made with other arguments ({'; '.join(different)}): repeat those to go "

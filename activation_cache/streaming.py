@@ -27,7 +27,7 @@ from saelab.activation_cache.storage import Storage, identity, kept_rows, row_by
 from saelab.documents import Document
 from saelab.errors import CacheError
 from saelab.hooks import hook_list
-from saelab.identity import of_rows
+from saelab.identity import LATER, of_rows
 from saelab.language_model import LanguageModel
 from saelab.masking import NORM_RULE_ROWS, Mask, NormRule
 from saelab.models_together import hook_keys, names_and_hashes, together
@@ -88,10 +88,11 @@ class ActivationStream:
         return f"ActivationStream({self.lm.name!r} over {self.texts.name}: {', '.join(self.hook_names)})"
 
     def by_rules(self, rules: int) -> ActivationStream:
-        """The same stream for a run that the first version began: then no context had a BOS that was not asked for."""
-        if rules > 1 or not self._by_default:
-            return self
-        return ActivationStream(self.lm, self.texts, {**self.config, "prepend_bos": False})
+        """The same stream for a run that an earlier version began: the first gave no context a BOS that was not asked for,
+        and before rules 4 the roles of special tokens were not noted."""
+        config = self.config if rules >= 4 else {key: self.config[key] for key in self.config if key not in LATER}
+        bos = {"prepend_bos": False} if rules == 1 and self._by_default else {}
+        return ActivationStream(self.lm, self.texts, {**config, **bos}, self._by_default)
 
     @property
     def fingerprint(self) -> str:

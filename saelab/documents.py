@@ -71,9 +71,14 @@ def token_ids(value: Any, where: str = "") -> list[int] | None:
 def column_value(row: Mapping[str, Any], column: str, where: str) -> Any:
     """What a row holds in `column`; of token ids those that the row's `attention_mask`, if it has one, does not hide.
 
-    Raises `ValueError`, saying `where`, for a mask of another length, and as `token_ids` does.
+    Raises `ValueError`, saying `where`, for a row without the column, a mask of another length, and as `token_ids` does.
     """
-    value = row.get(column)
+    if column not in row:
+        held = ", ".join(map(str, row)) or "none"
+        raise ValueError(
+            f"{where} has no column {column!r}; its columns are {held}. Name one (--column), or mend the row."
+        )
+    value = row[column]
     ids = token_ids(value, f"{where}: ")
     mask = row.get("attention_mask")
     if ids is None or mask is None or column == "attention_mask":

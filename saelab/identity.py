@@ -21,13 +21,16 @@ from saelab.tokens import Texts
 ANY = object()
 """Of an absent key: nobody can tell what it was."""
 _NONE = "(none)"
+LATER: dict[str, Any] = dict.fromkeys(("bos_id", "eos_id", "tokenizer_files"), ANY)
+"""Of `of_model`: keys that came after the first version, as `absent`."""
 
 
 def of_model(lm: LanguageModel) -> dict[str, Any]:
     """What a model makes of a text: its weights, their dtype, and its tokenizer with the roles of special tokens."""
     dtype = str(lm.dtype).removeprefix("torch.")
     known = {"model_hash": lm.hash, "model_dtype": dtype, "tokenizer_hash": lm.tokenizer_hash}
-    return known | {"special_ids": sorted(lm.special_ids)}
+    files = {"tokenizer_files": lm.tokenizer_files} if lm.tokenizer_files else {}
+    return known | {"special_ids": sorted(lm.special_ids), "bos_id": lm.bos_id, "eos_id": lm.eos_id} | files
 
 
 def of_rows(lm: LanguageModel, texts: Texts, hooks: Sequence[str]) -> dict[str, Any]:
@@ -53,7 +56,7 @@ def of_scoring(sae: SAE, lm: LanguageModel, texts: Texts) -> dict[str, Any]:
 
 def scoring_absent(tokenizer_hash: str | None) -> dict[str, Any]:
     """Keys of `of_scoring` that the first version lacks; it read texts with the tokenizer of `tokenizer_hash`, if known."""
-    later = {"tokenizer_hash": tokenizer_hash or ANY, "special_ids": ANY}
+    later = LATER | {"tokenizer_hash": tokenizer_hash or ANY, "special_ids": ANY}
     return {f"model.{key}": value for key, value in later.items()} | {"mask_rule": ANY}
 
 

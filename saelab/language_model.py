@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from saelab.backends import BridgeBackend, backend_of
 from saelab.families import in_eval_mode
 from saelab.generation import Generates
 from saelab.hooks import Edit, Site, hook_list, is_plain_mistake, tapped, unknown_hook
-from saelab.model_hash import hash_folder, hash_model, hash_tokenizer
+from saelab.model_hash import hash_folder, hash_model, hash_tokenizer, hash_tokenizer_files, state_mark
 from saelab.prompts import Batch, Prompt, check_batch, to_batch
 from saelab.tokenizing import special_tokens
 
@@ -48,6 +47,9 @@ class LanguageModel(Generates):
         self._blocks: tuple[list[Edit], ...] = ()  # of `steer`, each with its edits
         self._lock = threading.RLock()
         self._widths: dict[str, int] = {}
+        self._hash: str | None = None
+        self._bridge_now: BridgeBackend | None = None
+        self._mark = state_mark(self.model)
 
     def __repr__(self) -> str:
         kind = str(self.dtype).removeprefix("torch.")
@@ -55,20 +57,32 @@ class LanguageModel(Generates):
 
     # --- identity
 
-    @cached_property
+    @property
     def hash(self) -> str:
         """SHA-256 of the weights (names, dtypes, shapes, bytes): as stored in the folder when the model came from one,
-        whatever dtype it runs in; of the module's state otherwise."""
-        return (hash_folder(self._folder) if self._folder else None) or hash_model(self.model)
+        whatever dtype it runs in; of the module's state otherwise, and where the weights were written to since."""
+        self._notice_changes()
+        if self._hash is None:
+            self._hash = (hash_folder(self._folder) if self._folder else None) or hash_model(self.model)
+        return self._hash
 
-    @cached_property
+    @property
     def tokenizer_hash(self) -> str:
-        """SHA-256 of the tokenizer's content; "" for a model without one."""
+        """SHA-256 of the tokenizer's content as it is now; "" for a model without one."""
         return hash_tokenizer(self.tokenizer)
+
+    @property
+    def tokenizer_files(self) -> str:
+        """SHA-256 of the files of a tokenizer without a fast form; "" for the others."""
+        return hash_tokenizer_files(self.tokenizer)
 
     def weights_changed(self) -> None:
         """Forget what came from the old weights (hash, bridge), after they were trained in place."""
-        self._folder, _, _ = None, self.__dict__.pop("hash", None), self.__dict__.pop("_bridge", None)
+        self._folder, self._hash, self._bridge_now, self._mark = None, None, None, state_mark(self.model)
+
+    def _notice_changes(self) -> None:
+        if state_mark(self.model) != self._mark:
+            self.weights_changed()
 
     # --- hooks
 
@@ -119,11 +133,14 @@ class LanguageModel(Generates):
         with self._lock, torch.inference_mode(), in_eval_mode(self.model):
             yield
 
-    @cached_property
+    @property
     def _bridge(self) -> BridgeBackend:
-        """A TransformerBridge on a copy of the model: booting edits the modules in place."""
-        assert self._boot_bridge is not None
-        return BridgeBackend(self._boot_bridge())
+        """A TransformerBridge on a copy of the model as it is now: booting edits the modules in place."""
+        self._notice_changes()
+        if self._bridge_now is None:
+            assert self._boot_bridge is not None
+            self._bridge_now = BridgeBackend(self._boot_bridge())
+        return self._bridge_now
 
     def _sites_of(self, names: Sequence[str]) -> dict[str, Site]:
         """The sites that hold all `names`: the fast ones, or else the bridge's, booted when first needed."""

@@ -28,13 +28,15 @@ class ModelsTogether(LanguageModel):
         self.tokenizer, self.bos_id, self.eos_id = first.tokenizer, first.bos_id, first.eos_id
         self.special_ids, self.device = first.special_ids, first.device
         self.max_ctx = min(lm.max_ctx for lm in models)
-        self.tokenizer_hash = first.tokenizer_hash
-        self.hash = hashlib.sha256("".join(lm.hash for lm in models).encode()).hexdigest()
         dtypes = {lm.dtype for lm in models}
         self.dtype: Any = first.dtype if len(dtypes) == 1 else " + ".join(str(lm.dtype) for lm in models)
 
     def __repr__(self) -> str:
         return f"ModelsTogether({', '.join(map(repr, self.models.values()))})"
+
+    @property
+    def hash(self) -> str:
+        return hashlib.sha256("".join(lm.hash for lm in self.models.values()).encode()).hexdigest()
 
     @property
     def hook_names(self) -> list[str]:

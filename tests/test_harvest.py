@@ -34,9 +34,10 @@ class Letters:
 class StandIn(LanguageModel):
     """A model whose activations are a table by token and position: nothing to load, every row can be checked."""
 
-    name, eos_id, special_ids, max_ctx = "stand-in", EOS, (0, EOS), 64
+    name, bos_id, eos_id, special_ids, max_ctx = "stand-in", 0, EOS, (0, EOS), 64
     hash: str = "m" * 64  # pyright: ignore[reportAssignmentType]
     tokenizer_hash: str = "t" * 64  # pyright: ignore[reportAssignmentType]
+    tokenizer_files: str = ""  # pyright: ignore[reportAssignmentType]
     dtype, device = torch.float32, torch.device("cpu")
     edits = ()  # pyright: ignore[reportAssignmentType]
     tokenizer = Letters()

@@ -12,8 +12,11 @@ from conftest import build_tokenizer
 from tokenizers.normalizers import Lowercase
 
 import saelab
+from saelab.activation_cache.streaming import stream
 from saelab.errors import SaelabError
 from saelab.identity import ANY, differences
+from saelab.masking import MASK_RULE
+from saelab.model_hash import hash_tokenizer, hash_tokenizer_files
 from saelab.saes import TopKConfig, TopKSAE
 
 HOOK = "blocks.1.hook_resid_post"
@@ -26,76 +29,159 @@ def other_tokenizer():
     return tokenizer
 
 
-def changed(lm, what: str) -> tuple[Any, dict[str, Any]]:
+def swapped_roles():
+    """The same content, the same special tokens; what was BOS is EOS."""
+    tokenizer = build_tokenizer()
+    tokenizer.bos_token, tokenizer.eos_token = tokenizer.eos_token, tokenizer.bos_token
+    return tokenizer
+
+
+def changed(lm, what: str, monkeypatch) -> tuple[Any, dict[str, Any]]:
     """The model, and the arguments, of the second call."""
-    if what == "tokenizer":
-        return saelab.load_model(lm.name, other_tokenizer(), dtype=torch.float32, device="cpu"), {}
+    if what in ("tokenizer", "roles"):
+        tokenizer = other_tokenizer() if what == "tokenizer" else swapped_roles()
+        return saelab.load_model(lm.name, tokenizer, dtype=torch.float32, device="cpu"), {}
     if what == "dtype":
         return saelab.load_model(lm.name, dtype=torch.bfloat16, device="cpu"), {}
     if what == "weights":
         other = saelab.load_model(lm.model, lm.tokenizer, dtype=torch.float64)
-        with torch.no_grad():
-            next(other.model.parameters()).mul_(1.5)
         return saelab.load_model(other.model.float(), lm.tokenizer), {}
-    return lm, {"texts": TEXTS[1:]} if what == "texts" else {"ctx_len": 48}
+    more = {
+        "texts": {"texts": TEXTS[1:]},
+        "ctx_len": {"ctx_len": 48},
+        "hook": {"hook": "blocks.0.hook_resid_post"},
+        "bos": {"bos": True},
+    }
+    if what == "mask":
+        monkeypatch.setattr("saelab.identity.MASK_RULE", {**MASK_RULE, "norm_factor": 6.0})
+    else:
+        in_place(lm, what)
+    return lm, more.get(what, {})
 
 
-def harvest(lm, folder, texts=TEXTS, ctx_len=32):
-    return saelab.harvest(
-        lm, texts, hook_names=[HOOK], n_tokens=400, out_dir=folder, ctx_len=ctx_len, batch_size=2, progress=False
-    )
+def in_place(lm, what: str) -> None:
+    """Change the model at hand, after its hash was taken."""
+    weight = next(lm.model.parameters())
+    with torch.no_grad():
+        if what == "weights in place":
+            weight.mul_(1.5)
+        elif what == "weight.data":
+            weight.data.mul_(1.5)
+        elif what == "tokenizer in place":
+            lm.tokenizer.backend_tokenizer.normalizer = Lowercase()
 
 
-def collect(lm, folder, texts=TEXTS, ctx_len=32):
+def scored_sae(bos):
     sae = TopKSAE(TopKConfig(16, 2, normalize="none"), 32)
-    return saelab.collect_features(
-        sae, lm, texts, out_dir=folder, hook_name=HOOK, ctx_len=ctx_len, batch_size=2, progress=False
-    )
+    sae.origin = {"prepend_bos": bos}
+    return sae
 
 
-def train(lm, folder, texts=TEXTS, ctx_len=32):
-    cache = harvest(
-        lm,
-        folder.with_name(f"cache-{lm.tokenizer_hash[:4]}{lm.hash[:4]}{lm.dtype}{len(texts)}{ctx_len}"),
-        texts,
-        ctx_len,
-    )
+def harvest(lm, folder, texts=TEXTS, ctx_len=32, hook=HOOK, bos=None):
+    options = {"ctx_len": ctx_len, "batch_size": 2, "prepend_bos": bos, "progress": False}
+    return saelab.harvest(lm, texts, hook_names=[hook], n_tokens=400, out_dir=folder, **options)
+
+
+def collect(lm, folder, texts=TEXTS, ctx_len=32, hook=HOOK, bos=False):
+    options = {"hook_name": hook, "ctx_len": ctx_len, "batch_size": 2, "progress": False}
+    return saelab.collect_features(scored_sae(bos), lm, texts, out_dir=folder, **options)
+
+
+def train(lm, folder, **options):
+    return trained(harvest(lm, folder.with_name(f"cache-{len(list(folder.parent.iterdir()))}"), **options), folder)
+
+
+def train_streaming(lm, folder, texts=TEXTS, ctx_len=32, hook=HOOK, bos=None):
+    options = {"ctx_len": ctx_len, "batch_size": 2, "prepend_bos": bos}
+    return trained(stream(lm, texts, hook, shard_rows=64, pool_shards=2, **options), folder)
+
+
+def trained(data, folder):
     config = saelab.TrainConfig(n_tokens=128, batch_size=64, device="cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return saelab.train(TopKConfig(16, 2), cache, config, folder, progress=False)
+        return saelab.train(TopKConfig(16, 2), data, config, folder, progress=False)
 
 
-REFUSING = {"harvest": harvest, "collect_features": collect, "train": train}
-CHANGES = ["tokenizer", "dtype", "weights", "texts", "ctx_len"]
+REFUSING = {
+    "harvest": harvest,
+    "collect_features": collect,
+    "train": train,
+    "train on a stream": train_streaming,
+}
+CHANGES = ["tokenizer", "roles", "dtype", "weights", "texts", "ctx_len", "hook", "bos", "mask"]
+CHANGES += ["weights in place", "weight.data", "tokenizer in place"]
+
+
+@pytest.fixture
+def lm(tiny_folder):
+    """A model of its own, whose hashes were taken: some tests write to it."""
+    lm = saelab.load_model(tiny_folder, dtype=torch.float32, device="cpu")
+    assert lm.hash and lm.tokenizer_hash
+    return lm
+
+
+@pytest.fixture(scope="module")
+def made(tiny_lm, tmp_path_factory):
+    """A folder of each call."""
+    folders = {call: tmp_path_factory.mktemp("made") / "out" for call in REFUSING}
+    for call, folder in folders.items():
+        REFUSING[call](tiny_lm, folder)
+    return folders
 
 
 @pytest.mark.parametrize("what", CHANGES)
 @pytest.mark.parametrize("call", REFUSING)
-def test_a_folder_made_another_way_is_refused(tiny_lm, tmp_path, call, what):
-    REFUSING[call](tiny_lm, tmp_path / "out")
-    lm, more = changed(tiny_lm, what)
-    with pytest.raises((ValueError, SaelabError), match=r"other arguments|another run"):
-        REFUSING[call](lm, tmp_path / "out", **more)
-    REFUSING[call](tiny_lm, tmp_path / "out")  # the same call is answered as before
+def test_a_folder_made_another_way_is_refused(lm, made, call, what, monkeypatch):
+    other, more = changed(lm, what, monkeypatch)
+    with pytest.raises((ValueError, SaelabError), match=r"other arguments|another run|holds the activations"):
+        REFUSING[call](other, made[call], **more)
+
+
+@pytest.mark.parametrize("call", REFUSING)
+def test_a_folder_that_refused_others_answers_the_same_call(lm, made, call):
+    before = {path: path.stat().st_mtime_ns for path in made[call].rglob("*.safetensors")}
+    REFUSING[call](lm, made[call])
+    assert before == {path: path.stat().st_mtime_ns for path in made[call].rglob("*.safetensors")}
+
+
+def score(lm, path, texts=TEXTS, ctx_len=32, hook=HOOK, bos=False):
+    options = {"hook_name": hook, "ctx_len": ctx_len, "n_tokens_ce": 64, "batch_size": 2, "progress": False}
+    return saelab.evaluate(scored_sae(bos), lm, texts, path=path, **options)
+
+
+@pytest.fixture(scope="module")
+def report(tiny_lm, tmp_path_factory):
+    """A report on disk; its cosine is changed, so that an answer from the file is known."""
+    path = tmp_path_factory.mktemp("report") / "report.json"
+    score(tiny_lm, path)
+    return json.dumps(json.loads(path.read_text()) | {"cosine": 0.125})
 
 
 @pytest.mark.parametrize("what", CHANGES)
-def test_a_report_made_another_way_is_measured_again(tiny_lm, tmp_path, what):
-    def evaluate(lm, texts=TEXTS, ctx_len=32):
-        sae = TopKSAE(TopKConfig(16, 2, normalize="none"), 32)
-        path = tmp_path / "report.json"
-        return saelab.evaluate(
-            sae, lm, texts, hook_name=HOOK, ctx_len=ctx_len, n_tokens_ce=64, batch_size=2, path=path, progress=False
-        )
-
-    first = evaluate(tiny_lm)
+def test_a_report_made_another_way_is_measured_again(lm, report, tmp_path, what, monkeypatch):
     path = tmp_path / "report.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"cosine": 0.125}))
-    assert evaluate(tiny_lm).cosine == 0.125  # the same call is answered from the file
-    lm, more = changed(tiny_lm, what)
-    assert evaluate(lm, **more).cosine != 0.125
-    assert first.request != json.loads(path.read_text())["request"]
+    path.write_text(report)
+    assert score(lm, path).cosine == 0.125
+    other, more = changed(lm, what, monkeypatch)
+    assert score(other, path, **more).cosine != 0.125
+    assert json.loads(report)["request"] != json.loads(path.read_text())["request"]
+
+
+def test_the_merges_of_a_tokenizer_that_only_python_runs_count(tmp_path):
+    def tokenizer(merges):
+        from transformers import CTRLTokenizer
+
+        vocab, file = tmp_path / "vocab.json", tmp_path / "merges.txt"
+        vocab.write_text(json.dumps({token: n for n, token in enumerate(["<unk>", "a", "b", "ab", "a@@", "b@@"])}))
+        file.write_text("#version: 0.2\n" + merges)
+        return CTRLTokenizer(vocab, file)
+
+    one, same, other = tokenizer("a b</w> 1\n"), tokenizer("a b</w> 1\n"), tokenizer("b a</w> 1\n")
+    assert hash_tokenizer(one) == hash_tokenizer(other)
+    assert hash_tokenizer_files(one) == hash_tokenizer_files(same) != ""
+    assert hash_tokenizer_files(one) != hash_tokenizer_files(other)
+    assert hash_tokenizer_files(build_tokenizer()) == hash_tokenizer_files(None) == ""
 
 
 def test_another_tokenizer_than_the_sae_was_trained_with_is_named(tiny_lm, tmp_path):

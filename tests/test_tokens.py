@@ -160,6 +160,9 @@ def test_bad_files(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{"text"\n')
     with pytest.raises(ValueError, match="x.jsonl' line 2 is not JSON"):
         list(load_texts(tmp_path / "x.jsonl").documents())
+    (tmp_path / "z.jsonl").write_text('{"text": "a"}\n{"txt": "b"}\n')
+    with pytest.raises(ValueError, match=r"row 1 of .*z.jsonl has no column 'text'; its columns are txt"):
+        list(load_texts(tmp_path / "z.jsonl").documents())
     (tmp_path / "y.jsonl").write_text('"a"\n')
     with pytest.raises(ValueError, match="line 1 holds a str, not an object"):
         load_texts(tmp_path / "y.jsonl")

@@ -23,7 +23,7 @@ from saelab.kernels.sparse_acts import SparseActs
 from saelab.saes.config import normalization
 from saelab.saes.inputs import HALF, as_activations, check_dtype
 
-RULES = 3
+RULES = 4
 """Number of the training rules in force; raise it when a change gives a run other bits, and keep the old way for old runs."""
 SHORT_RUN = 4_000_000
 """Tokens up to which a run counts as short: rows are then likely to be seen several times."""
