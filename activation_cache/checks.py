@@ -7,7 +7,6 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from saelab.activation_cache.score import refuse_steered
 from saelab.arguments import check_integer
 from saelab.errors import CacheError
 from saelab.language_model import LanguageModel
@@ -53,3 +52,12 @@ def finite_norms(batch: TokenBatch, acts: Mapping[str, Tensor], batch_size: int,
                 f"(load_model(..., dtype=torch.float32)). {kept}"
             )
     return norms
+
+
+def refuse_steered(lm: LanguageModel) -> None:
+    """Raise `ValueError` inside `lm.steer`: what is measured and kept is the model's own."""
+    if lm.edits:
+        raise ValueError(
+            f"{lm.name} is being steered ({lm.edits[0]!r}): caches, feature stores and reports hold its own activations. "
+            "Leave lm.steer."
+        )

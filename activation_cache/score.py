@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from saelab.activation_cache.checks import refuse_steered
 from saelab.arguments import check_integer
 from saelab.contexts import PACKED, contexts
 from saelab.errors import ModelError
@@ -167,15 +168,6 @@ def check_scoring(lm: LanguageModel, **sizes: Any) -> None:
     for name, value in sizes.items():
         if value is not None:
             check_integer(name, value, 1)
-
-
-def refuse_steered(lm: LanguageModel) -> None:
-    """Raise `ValueError` inside `lm.steer`: what is measured and kept is the model's own."""
-    if lm.edits:
-        raise ValueError(
-            f"{lm.name} is being steered ({lm.edits[0]!r}): caches, feature stores and reports hold its own activations. "
-            "Leave lm.steer."
-        )
 
 
 def own_texts(origin: dict[str, Any], lm: LanguageModel) -> Texts:

@@ -20,9 +20,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelab.activation_cache import format
-from saelab.activation_cache.checks import check_arguments, finite_norms, warn_if_none_held_out
+from saelab.activation_cache.checks import check_arguments, finite_norms, refuse_steered, warn_if_none_held_out
 from saelab.activation_cache.pool import Pool
-from saelab.activation_cache.score import refuse_steered
 from saelab.activation_cache.storage import Storage, identity, kept_rows, row_bytes
 from saelab.documents import Document
 from saelab.errors import CacheError

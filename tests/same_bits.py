@@ -1,7 +1,7 @@
 """Whether two commits compute the same bits: what each makes of one seed, file by file.
 
-    python scripts/same_bits.py main HEAD
-    python scripts/same_bits.py HEAD .          # a dot: the files as they are, committed or not
+    python tests/same_bits.py main HEAD
+    python tests/same_bits.py HEAD .          # a dot: the files as they are, committed or not
 
 Each commit harvests 4,096 rows of a tiny Llama, trains every variant for 30 steps, evaluates one SAE and collects its
 features, in a process of its own, by public names alone. Times, paths and versions do not count; everything else does.
@@ -41,7 +41,12 @@ def tiny_model() -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+    }
     config = LlamaConfig(vocab_size=len(vocab), max_position_embeddings=128, bos_token_id=0, eos_token_id=1, **sizes)
     return LlamaForCausalLM(config).eval(), PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
@@ -58,13 +63,13 @@ def make(out: Path) -> None:
     lm = saelab.load_model(*tiny_model(), dtype=torch.float32, device="cpu")
     words = "the river runs past an old mill where nobody came to see what the light of morning had made".split()
     texts = [" ".join(words[(i * j) % len(words)] for j in range(1, 40)) + f" {i}." for i in range(60)]
-    options = {"ctx_len": 64, "batch_size": 4, "shard_rows": 512, "pool_shards": 2, "progress": False}
+    options: dict[str, Any] = {"ctx_len": 64, "batch_size": 4, "shard_rows": 512, "pool_shards": 2, "progress": False}
     cache = saelab.harvest(lm, texts, HOOKS, n_tokens=4_096, out_dir=out / "cache", **options)
     train = saelab.TrainConfig(n_tokens=30 * 128, batch_size=128, seed=1, device="cpu", checkpoint_every=20)
     for name, variant in saelab.VARIANTS.items():
         fields = {"hook_names": HOOKS} if name == "crosscoder" else {"hook_name_out": HOOKS[1]}
         known = {field: value for field, value in fields.items() if field in variant.Config.__dataclass_fields__}
-        hook = {} if name == "crosscoder" else {"hook_name": HOOKS[0]}
+        hook: dict[str, Any] = {} if name == "crosscoder" else {"hook_name": HOOKS[0]}
         config = variant.Config(d_sae=64, **known)
         sae = saelab.train(config, cache, train, out / name / "sae", progress=False, **hook)
         if name in ("topk", "abs_topk", "jumprelu", "crosscoder"):
