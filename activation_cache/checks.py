@@ -7,11 +7,11 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from saelab.arguments import check_integer
 from saelab.errors import CacheError
-from saelab.language_model import LanguageModel
-from saelab.masking import row_norms
+from saelab.models.language_model import LanguageModel
 from saelab.tokens import Texts, TokenBatch, check_split
+from saelab.tokens.mask import row_norms
+from saelab.validation import check_integer
 
 
 def check_arguments(lm: LanguageModel, hooks: list[str], split: str, sizes: dict[str, int], seed: int = 0) -> None:

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 
 from saelab.activation_cache.storage import row_bytes
-from saelab.contexts import PACKED
 from saelab.errors import CacheError
 from saelab.files import read_json, sha256_file
+from saelab.tokens.packing import PACKED
 
 FORMAT_VERSION = 3  # 1 knew bfloat16 alone, 2 no modes: caches that have none are written as ever (`storage.identity`)
 MANIFEST = "manifest.json"

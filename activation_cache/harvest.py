@@ -22,15 +22,15 @@ from saelab.activation_cache.model_pass import Reading, finish, run_pass
 from saelab.activation_cache.reader import ActivationCache
 from saelab.activation_cache.storage import identity
 from saelab.activation_cache.writer import CacheWriter
-from saelab.arguments import check_integer
-from saelab.contexts import ALONE
-from saelab.documents import token_ids
 from saelab.files import claim_folder
 from saelab.identity import of_rows
-from saelab.language_model import LanguageModel
-from saelab.models_together import hook_keys, together
-from saelab.tokenizing import Bos, resolved_bos
+from saelab.models.language_model import LanguageModel
+from saelab.models.multi_model import hook_keys, together
 from saelab.tokens import Texts, load_texts
+from saelab.tokens.documents import token_ids
+from saelab.tokens.packing import ALONE
+from saelab.tokens.tokenizing import Bos, resolved_bos
+from saelab.validation import check_integer
 
 
 def harvest(

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from saelab.activation_cache.journal import Journal
 from saelab.activation_cache.storage import Storage, find_outliers, kept_rows
-from saelab.language_model import LanguageModel
-from saelab.masking import Mask, NormRule
+from saelab.models.language_model import LanguageModel
 from saelab.tokens import TokenBatch
+from saelab.tokens.mask import Mask, NormRule
 
 
 class Read(NamedTuple):

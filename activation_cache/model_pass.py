@@ -17,11 +17,11 @@ from saelab.activation_cache.contents import Totals, contents
 from saelab.activation_cache.journal import rows_on_disk
 from saelab.activation_cache.limits import Limits, Read
 from saelab.activation_cache.writer import CacheWriter
-from saelab.contexts import contexts
 from saelab.files import atomic_write_json
-from saelab.language_model import LanguageModel
-from saelab.models_together import names_and_hashes
+from saelab.models.language_model import LanguageModel
+from saelab.models.multi_model import names_and_hashes
 from saelab.tokens import Texts, TokenBatch, document_id
+from saelab.tokens.packing import contexts
 
 
 class Reading:

@@ -25,9 +25,9 @@ from saelab.activation_cache.storage import Storage, kept_rows
 from saelab.activation_cache.writer import save_acts, save_index
 from saelab.errors import CacheError
 from saelab.files import atomic_save_safetensors, atomic_write_json
-from saelab.language_model import LanguageModel
-from saelab.masking import Mask, row_norms, token_mask
+from saelab.models.language_model import LanguageModel
 from saelab.tokens import Texts, TokenBatch
+from saelab.tokens.mask import Mask, row_norms, token_mask
 
 
 def repair(cache: ActivationCache, lm: LanguageModel, texts: Texts, progress: bool = True) -> dict[str, bool]:

@@ -15,16 +15,16 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saelab.activation_cache.checks import refuse_steered
-from saelab.arguments import check_integer
-from saelab.contexts import PACKED, contexts
 from saelab.errors import ModelError
-from saelab.masking import MASK_RULE, Mask, NormRule, row_norms
 from saelab.models import LanguageModel
-from saelab.models_together import ModelsTogether, names_and_hashes
+from saelab.models.multi_model import ModelsTogether, names_and_hashes
 from saelab.saes import SAE, Batch
 from saelab.saes.sites import Sites, sites_of
-from saelab.tokenizing import resolved_bos
 from saelab.tokens import Texts, TokenBatch, document_id, load_texts
+from saelab.tokens.mask import MASK_RULE, Mask, NormRule, row_norms
+from saelab.tokens.packing import PACKED, contexts
+from saelab.tokens.tokenizing import resolved_bos
+from saelab.validation import check_integer
 
 
 class ScoreBatch(NamedTuple):

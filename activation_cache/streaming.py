@@ -23,15 +23,15 @@ from saelab.activation_cache import format
 from saelab.activation_cache.checks import check_arguments, finite_norms, refuse_steered, warn_if_none_held_out
 from saelab.activation_cache.pool import Pool
 from saelab.activation_cache.storage import Storage, identity, kept_rows, row_bytes
-from saelab.documents import Document
 from saelab.errors import CacheError
-from saelab.hooks import hook_list
 from saelab.identity import LATER, of_rows
-from saelab.language_model import LanguageModel
-from saelab.masking import NORM_RULE_ROWS, Mask, NormRule
-from saelab.models_together import hook_keys, names_and_hashes, together
-from saelab.tokenizing import Bos, resolved_bos
+from saelab.models.hooks import hook_list
+from saelab.models.language_model import LanguageModel
+from saelab.models.multi_model import hook_keys, names_and_hashes, together
 from saelab.tokens import Texts, TokenBatch, document_id, load_texts, pack
+from saelab.tokens.documents import Document
+from saelab.tokens.mask import NORM_RULE_ROWS, Mask, NormRule
+from saelab.tokens.tokenizing import Bos, resolved_bos
 
 _DROPPED = -1  # in place of the token of a row that the norm rule drops
 _STORAGE = Storage("bfloat16")

@@ -11,12 +11,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from saelab.contexts import PACKED
-from saelab.language_model import LanguageModel
-from saelab.masking import MASK_RULE
+from saelab.models.language_model import LanguageModel
 from saelab.saes.base import SAE
-from saelab.tokenizing import resolved_bos
 from saelab.tokens import Texts
+from saelab.tokens.mask import MASK_RULE
+from saelab.tokens.packing import PACKED
+from saelab.tokens.tokenizing import resolved_bos
 
 ANY = object()
 """Of an absent key: nobody can tell what it was."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from saelab.arguments import check_integer
 from saelab.saes import VARIANTS
+from saelab.validation import check_integer
 
 
 def cpu(variant: str, d_sae: int = 4096, n_tokens: int = 2_000_000, **changes: Any) -> Any:

@@ -211,5 +211,5 @@ def reversed_grid():
 def early_norm_rule():
     """Shards are written only once the limit on norms is known: after 300 rows here, not 16,384."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("saelab.masking.NORM_RULE_ROWS", 300)
+        patch.setattr("saelab.tokens.mask.NORM_RULE_ROWS", 300)
         yield

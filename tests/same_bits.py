@@ -61,7 +61,27 @@ def make(out: Path) -> None:
 
     torch.set_num_threads(1)
     lm = saelab.load_model(*tiny_model(), dtype=torch.float32, device="cpu")
-    words = "the river runs past an old mill where nobody came to see what the light of morning had made".split()
+    words = [
+        "the",
+        "river",
+        "runs",
+        "past",
+        "an",
+        "old",
+        "mill",
+        "where",
+        "nobody",
+        "came",
+        "to",
+        "see",
+        "what",
+        "the",
+        "light",
+        "of",
+        "morning",
+        "had",
+        "made",
+    ]
     texts = [" ".join(words[(i * j) % len(words)] for j in range(1, 40)) + f" {i}." for i in range(60)]
     options: dict[str, Any] = {"ctx_len": 64, "batch_size": 4, "shard_rows": 512, "pool_shards": 2, "progress": False}
     cache = saelab.harvest(lm, texts, HOOKS, n_tokens=4_096, out_dir=out / "cache", **options)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from saelab import TrainConfig, load_sae, train
-from saelab.cli import main
+from saelab.cli.main import main
 from saelab.saes import VARIANTS
 
 DOCS = Path(__file__).parents[1] / "docs/variants"

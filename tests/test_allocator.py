@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from saelab.allocator import keep_freed_memory
+from saelab.kernels.allocator import keep_freed_memory
 
 _SWITCH = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 

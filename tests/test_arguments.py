@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from saelab.arguments import check_integer
+from saelab.validation import check_integer
 
 
 @pytest.mark.parametrize(

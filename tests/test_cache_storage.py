@@ -11,10 +11,10 @@ from test_activation_cache import make_cache, stored_rows
 
 import saelab
 from saelab.activation_cache import format
-from saelab.activation_cache.command import Info, Stats
 from saelab.activation_cache.reader import ActivationCache
 from saelab.activation_cache.repair import repair
 from saelab.activation_cache.storage import Storage, decode, find_outliers, identity, row_bytes
+from saelab.cli.cache_commands import Info, Stats
 from saelab.errors import CacheError
 from saelab.saes import TopKConfig
 from saelab.tokens import load_texts
@@ -24,7 +24,7 @@ HOOK, OTHER = test_harvest.HOOKS
 
 @pytest.fixture(autouse=True)
 def _early_norm_rule(monkeypatch):
-    monkeypatch.setattr("saelab.masking.NORM_RULE_ROWS", 300)
+    monkeypatch.setattr("saelab.tokens.mask.NORM_RULE_ROWS", 300)
 
 
 def digest(folder):
@@ -127,7 +127,7 @@ def test_a_batch_that_overflows_leaves_nothing_and_the_shards_before_it_stay(tmp
     lm = test_harvest.StandIn()
     real = lm.rows
     lm.rows = lambda ids, hook_name: real(ids, hook_name) * (1e6 if lm.batches_run == 20 and hook_name == OTHER else 1)
-    monkeypatch.setattr("saelab.masking.NORM_RULE_FACTOR", 1e9)
+    monkeypatch.setattr("saelab.tokens.mask.NORM_RULE_FACTOR", 1e9)
     with pytest.raises(CacheError, match=rf"{OTHER} holds an activation of -?[\d.e+]+, beyond"):
         test_harvest.harvest(lm, tmp_path / "c", storage="float16")
     shards = test_harvest.journaled_shards(tmp_path / "c")

@@ -14,7 +14,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from saelab import cli, commands
+from saelab.cli import commands, main
 from saelab.runs import find_saes
 
 HOOK = "blocks.1.hook_resid_post"
@@ -44,7 +44,7 @@ def run(tmp_path_factory, tiny_folder, texts_file) -> Path:
         ["features", str(folder), "--top-k", "5"],
     ]
     for step in steps:
-        assert cli.main(step) == 0
+        assert main.main(step) == 0
     return folder
 
 
@@ -57,16 +57,18 @@ def test_the_commands_fill_the_run_folder(run: Path):
 
 
 def test_every_command_says_where_its_output_went(run: Path, capsys):
-    assert cli.main(["train", str(run), "--d-sae", "48", "--k", "4", "--n-tokens", "4_000", "--batch-size", "200"]) == 0
+    assert (
+        main.main(["train", str(run), "--d-sae", "48", "--k", "4", "--n-tokens", "4_000", "--batch-size", "200"]) == 0
+    )
     assert str(run / "sae") in capsys.readouterr().out
-    assert cli.main(["eval", str(run / "sae-l1")]) == 0
+    assert main.main(["eval", str(run / "sae-l1")]) == 0
     assert str(run / "report-l1.json") in capsys.readouterr().out
-    assert cli.main(["features", str(run / "sae"), "--top-k", "5"]) == 0
+    assert main.main(["features", str(run / "sae"), "--top-k", "5"]) == 0
     assert str(run / "features") in capsys.readouterr().out
 
 
 def test_eval_json_prints_one_object_and_nothing_else(run: Path, capfd):
-    assert cli.main(["eval", str(run / "sae"), "--json"]) == 0
+    assert main.main(["eval", str(run / "sae"), "--json"]) == 0
     printed = json.loads(capfd.readouterr().out)
     assert printed == json.loads((run / "report.json").read_text(encoding="utf-8"))
     assert printed["hook_name"] == HOOK
@@ -75,17 +77,17 @@ def test_eval_json_prints_one_object_and_nothing_else(run: Path, capfd):
 
 def test_eval_again_returns_at_once_and_other_arguments_measure_anew(run: Path, capsys, monkeypatch):
     words = ["eval", str(run / "sae-l1"), "--json", "--dtype", "float32"]
-    assert cli.main(words) == 0
+    assert main.main(words) == 0
     first = capsys.readouterr().out
     with monkeypatch.context() as patch:
         patch.setattr("saelab.evaluation.report._measure", Mock(side_effect=ValueError("measured again")))
-        assert cli.main(words) == 0
+        assert main.main(words) == 0
         assert capsys.readouterr().out == first
-        assert cli.main([*words, "--split", "all", "--allow-train"]) == 2
+        assert main.main([*words, "--split", "all", "--allow-train"]) == 2
 
 
 def test_eval_json_of_several_saes_names_them(run: Path, capsys):
-    assert cli.main(["eval", str(run), "--json"]) == 2
+    assert main.main(["eval", str(run), "--json"]) == 2
     assert f"name one of {run / 'sae'}, {run / 'sae-l1'}" in capsys.readouterr().err
 
 
@@ -96,7 +98,7 @@ def test_steer_prints_both_texts(run: Path, capsys, mode: str):
     store = saelab.load_features(run / "features")
     often = store.table(sort="n_fired", limit=1)[0]["feature"]
     words = ["--feature", str(often), "--mode", mode, "--strength", "30", "--max-new-tokens", "8"]
-    assert cli.main(["steer", str(run / "sae"), *words, "--prompt", "the river"]) == 0
+    assert main.main(["steer", str(run / "sae"), *words, "--prompt", "the river"]) == 0
     default, steered = capsys.readouterr().out.strip().split("\n\n", 1)
     assert default.startswith("default: the river")
     assert steered.startswith(f"feature {often}, {mode}")
@@ -111,7 +113,7 @@ def test_demo_does_everything_and_goes_on(tmp_path, tiny_folder, texts_file, mon
     out = tmp_path / "run"
     words = ["demo", "--model", str(tiny_folder), "--texts", str(corpus), "--hook-name", HOOK, "--out-dir", str(out)]
     words += ["--n-tokens", "4_000", "--train-tokens", "4_000", "--d-sae", "48", "--k", "4"]
-    assert cli.main([*words, "--no-serve"]) == 0
+    assert main.main([*words, "--no-serve"]) == 0
     first = capsys.readouterr().out
     assert {path.name for path in out.iterdir()} == {"cache", "sae", "features", "report.json"}
     assert all(f"[{step}/6]" in first for step in range(1, 7))
@@ -121,35 +123,35 @@ def test_demo_does_everything_and_goes_on(tmp_path, tiny_folder, texts_file, mon
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.*") if path.name != "journal.jsonl"}
     served = []
     monkeypatch.setattr("saelab.app.serve.serve", lambda *args, **options: served.append((args, options)))
-    assert cli.main(words) == 0
+    assert main.main(words) == 0
     assert served == [((out,), {"port": 8501})]
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
 def test_cache_is_described_verified_and_repaired(run: Path, tmp_path, capsys):
     copy = shutil.copytree(run / "cache", tmp_path / "cache")
-    assert cli.main(["cache", "info", str(tmp_path)]) == 0
+    assert main.main(["cache", "info", str(tmp_path)]) == 0
     assert HOOK in (out := capsys.readouterr().out) and "split train" in out
-    assert cli.main(["cache", "stats", str(copy)]) == 0
+    assert main.main(["cache", "stats", str(copy)]) == 0
     assert "mean norm" in capsys.readouterr().out
     shard = next(copy.rglob(f"{HOOK}.safetensors"))
     before = shard.read_bytes()
     shard.write_bytes(before[:-8])
-    assert cli.main(["cache", "verify", str(tmp_path)]) == 2
+    assert main.main(["cache", "verify", str(tmp_path)]) == 2
     assert "saelab cache repair RUN" in capsys.readouterr().err
-    assert cli.main(["cache", "repair", str(tmp_path)]) == 0
+    assert main.main(["cache", "repair", str(tmp_path)]) == 0
     assert "rebuilt, byte for byte" in capsys.readouterr().out
     assert shard.read_bytes() == before
-    assert cli.main(["cache", "verify", str(tmp_path)]) == 0
+    assert main.main(["cache", "verify", str(tmp_path)]) == 0
     (copy / "manifest.json").unlink()
-    assert cli.main(["cache", "info", str(tmp_path)]) == 0
+    assert main.main(["cache", "info", str(tmp_path)]) == 0
     assert "is unfinished" in capsys.readouterr().out
 
 
 def test_dash_serves_the_run(run: Path, monkeypatch):
     served = []
     monkeypatch.setattr("saelab.app.serve.serve", lambda *args, **options: served.append((args, options)))
-    assert cli.main(["dash", str(run), "--port", "8600"]) == 0
+    assert main.main(["dash", str(run), "--port", "8600"]) == 0
     assert served == [((run,), {"port": 8600, "browser": False})]
 
 
@@ -172,7 +174,7 @@ def test_dash_serves_the_run(run: Path, monkeypatch):
 )
 def test_errors_are_one_line_and_exit_code_2(words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(words) == 2
+    assert main.main(words) == 2
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err.startswith("saelab: ")
@@ -184,14 +186,14 @@ def test_errors_are_one_line_and_exit_code_2(words, message, tmp_path, monkeypat
 def test_a_wrong_hook_names_those_that_exist(tmp_path, tiny_folder, texts_file, capsys):
     words = ["harvest", str(tmp_path / "run"), "--hook-name", "blocks.1.hook_resid_pots", "--n-tokens", "100"]
     words += ["--model", str(tiny_folder), "--texts", str(texts_file), "--column", "body", "--ctx-len", "64"]
-    assert cli.main(words) == 2
+    assert main.main(words) == 2
     assert HOOK in capsys.readouterr().err
 
 
 def test_a_refused_training_leaves_no_sae_behind(run: Path, capsys):
     before = find_saes(run)
     words = ["train", str(run), "--name", "b", "--hook-name", "blocks.0.hook_resid_post", "--n-tokens", "4_000"]
-    assert cli.main([*words, "--d-sae", "48", "--k", "4"]) == 2
+    assert main.main([*words, "--d-sae", "48", "--k", "4"]) == 2
     assert "blocks.0.hook_resid_post" in capsys.readouterr().err
     assert find_saes(run) == before
 
@@ -199,7 +201,7 @@ def test_a_refused_training_leaves_no_sae_behind(run: Path, capsys):
 def test_a_wrong_flag_or_value_is_exit_code_2(run: Path, capsys):
     for words in (["--k-foo", "3"], ["--k", "many"], ["--k", "100"]):
         with pytest.raises(SystemExit) as stopped:
-            cli.main(["train", str(run), "--d-sae", "8", "--n-tokens", "2048", *words])
+            main.main(["train", str(run), "--d-sae", "8", "--n-tokens", "2048", *words])
         assert stopped.value.code == 2
         assert words[-1] in capsys.readouterr().err or words[0] == "--k-foo"
 
@@ -214,7 +216,7 @@ def test_a_wrong_flag_or_value_is_exit_code_2(run: Path, capsys):
     ],
 )
 def test_a_flag_of_another_variant_is_named(run: Path, capsys, words, message):
-    assert cli.main(["train", str(run), "--d-sae", "8", "--n-tokens", "2048", *words]) == 2
+    assert main.main(["train", str(run), "--d-sae", "8", "--n-tokens", "2048", *words]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -223,59 +225,59 @@ def test_warnings_are_one_line(run: Path, tmp_path, capsys):
     words = ["train", str(tmp_path), "--d-sae", "8", "--k", "2", "--n-tokens", "20_000", "--batch-size", "10_000"]
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        assert cli.main(words) == 0
+        assert main.main(words) == 0
     warned = [line for line in capsys.readouterr().err.splitlines() if "fewer than one batch" in line]
     assert len(warned) == 1 and warned[0].startswith("saelab: There are ")
 
 
 def test_steer_of_several_saes_names_them(run: Path, capsys):
-    assert cli.main(["steer", str(run), "--feature", "3"]) == 2
+    assert main.main(["steer", str(run), "--feature", "3"]) == 2
     assert f"saelab steer {run / 'sae'} or saelab steer {run / 'sae-l1'}" in capsys.readouterr().err
 
 
 def test_a_run_without_an_sae_names_the_next_command(run: Path, tmp_path, capsys):
     shutil.copytree(run / "cache", tmp_path / "cache")
-    assert cli.main(["features", str(tmp_path)]) == 2
+    assert main.main(["features", str(tmp_path)]) == 2
     assert f"saelab train {tmp_path} --d-sae" in capsys.readouterr().err
-    assert cli.main(["dash", str(tmp_path / "none")]) == 2
+    assert main.main(["dash", str(tmp_path / "none")]) == 2
     assert "it does not exist" in capsys.readouterr().err
 
 
 def test_debug_shows_where_an_error_came_from(monkeypatch, tmp_path):
     monkeypatch.setenv("SAELAB_DEBUG", "1")
     with pytest.raises(Exception, match="holds no SAE"):
-        cli.main(["eval", str(tmp_path)])
+        main.main(["eval", str(tmp_path)])
 
 
 def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys, tmp_path):
     for kept in ("", "40 activations are in RUN"):
         stopped = KeyboardInterrupt(kept) if kept else KeyboardInterrupt()
         monkeypatch.setattr(commands, "_find_saes", Mock(side_effect=stopped))
-        assert cli.main(["eval", str(tmp_path)]) == 130
+        assert main.main(["eval", str(tmp_path)]) == 130
         said = f"Interrupted. {kept + '. ' if kept else ''}The same command again goes on from what is on disk.\n"
         assert capsys.readouterr().err == "\n" + said
 
 
 def test_sigterm_ends_a_command_as_ctrl_c_does(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(commands, "_find_saes", lambda run: os.kill(os.getpid(), signal.SIGTERM))
-    assert cli.main(["eval", str(tmp_path)]) == 130
+    assert main.main(["eval", str(tmp_path)]) == 130
     assert "goes on from what is on disk" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-@pytest.mark.parametrize("command", cli.COMMANDS)
+@pytest.mark.parametrize("command", main.COMMANDS)
 def test_help_has_examples(command: str, capsys):
     with pytest.raises(SystemExit) as stopped:
-        cli.main([command, "--help"])
+        main.main([command, "--help"])
     assert stopped.value.code == 0
     out = capsys.readouterr().out
     assert f"Examples:\n  saelab {command} " in out or f"Examples:\n  saelab {command}\n" in out
 
 
 def test_help_and_version_load_nothing_heavy():
-    script = "import sys; from saelab.cli import main; main(['--help']); main(['--version']); print(*sys.modules)"
+    script = "import sys; from saelab.cli.main import main; main(['--help']); main(['--version']); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    for command in cli.COMMANDS:
+    for command in main.COMMANDS:
         assert f"\n  {command} " in done.stdout
     loaded = {module.split(".")[0] for module in done.stdout.splitlines()[-1].split()}
     assert not loaded & {"torch", "numpy", "transformers", "transformer_lens", "datasets", "streamlit", "plotly"}
@@ -294,7 +296,7 @@ def test_crosscoders_and_transcoders_are_trained_from_flags(tmp_path, tiny_folde
         [*train, "--variant", "skip_transcoder", "--name", "skip", "--hook-name-out", out],
     ]
     for step in steps:
-        assert cli.main(step) == 0, capsys.readouterr().err
+        assert main.main(step) == 0, capsys.readouterr().err
     known = {
         name: json.loads((run / f"sae-{name}" / "sae.json").read_text())
         for name in ("both", "swapped", "trans", "skip")
@@ -304,6 +306,6 @@ def test_crosscoders_and_transcoders_are_trained_from_flags(tmp_path, tiny_folde
     for name in ("trans", "skip"):
         assert (known[name]["hook_name"], known[name]["hook_name_out"], known[name]["d_out"]) == (HOOK, out, 32)
     capsys.readouterr()
-    assert cli.main(["eval", str(run / "sae-trans"), "--json", "--dtype", "float32"]) == 0
+    assert main.main(["eval", str(run / "sae-trans"), "--json", "--dtype", "float32"]) == 0
     assert json.loads(capsys.readouterr().out)["hook_name"] == f"{HOOK} -> {out}"
-    assert cli.main(["features", str(run / "sae-both"), "--top-k", "3", "--n-tokens", "500"]) == 0
+    assert main.main(["features", str(run / "sae-both"), "--top-k", "3", "--n-tokens", "500"]) == 0

@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 
 import saelab
 from saelab.errors import SaelabError
-from saelab.hooks import attach
+from saelab.models.hooks import attach
 from saelab.saes import Batch, CodebookConfig, CodebookSAE, StepInfo
 from saelab.saes.codebook import find_codes, finetune, insert, load, save
 from saelab.saes.codebook.gradients import own_loss, pass_through, rotated

@@ -15,8 +15,8 @@ import torch
 from transformers import BatchEncoding
 
 from saelab import load_texts
-from saelab.documents import document_id, is_held_out
 from saelab.tokens import pack
+from saelab.tokens.documents import document_id, is_held_out
 
 TEXTS = ["The weather today", "is fine", "and the river runs past the mill"]
 IDS = [[5, 6, 7], [8], [9, 10, 11, 12]]

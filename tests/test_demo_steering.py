@@ -1,8 +1,8 @@
 """The demo steers with what can be read: the strongest effect among the fluent texts."""
 
 import saelab
-from saelab import demo_steering
-from saelab.demo_steering import Trial, choose_steering
+from saelab.cli import demo_steering
+from saelab.cli.demo_steering import Trial, choose_steering
 
 
 def test_candidates_are_tried_in_the_order_of_what_their_p99_adds_to_a_logit(hostile_run, tiny_lm, monkeypatch):

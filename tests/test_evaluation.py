@@ -10,7 +10,6 @@ import torch
 import saelab
 from saelab.activation_cache.score import open_score_stream
 from saelab.evaluation.reconstruction import Reconstruction, VarianceSums
-from saelab.masking import token_mask
 from saelab.saes import (
     CrosscoderConfig,
     CrosscoderSAE,
@@ -24,6 +23,7 @@ from saelab.saes import (
     TranscoderSAE,
 )
 from saelab.tokens import document_id
+from saelab.tokens.mask import token_mask
 
 HOOK = "blocks.1.hook_resid_post"
 KEYS = {

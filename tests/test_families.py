@@ -12,7 +12,7 @@ import torch
 
 import saelab
 from saelab.errors import ModelError
-from saelab.sampling import Sampling
+from saelab.models.sampling import Sampling
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -15,13 +15,14 @@ import pytest
 import torch
 from tiny_runs import HOOK, make_run
 
-from saelab import cli
-from saelab.benchmarks import family, measured, remembered
+from saelab.benchmarks import family, measured
 from saelab.benchmarks.family import FamilyConfig, run_family
-from saelab.benchmarks.remembered import Remembered
 from saelab.benchmarks.tables import comparisons, family_picture, family_tables
+from saelab.cli import main
 from saelab.errors import SaelabError
 from saelab.interop import load_sae
+from saelab.models import caching
+from saelab.models.caching import Remembered
 from saelab.runs import find_saes
 from saelab.saes import (
     VARIANTS,
@@ -147,7 +148,7 @@ def test_a_remembered_model_computes_nothing_twice(tiny_lm, monkeypatch):
     with lm.steer(zero):
         assert not torch.equal(next(iter(lm.stream_activations(ids, [HOOK])))[HOOK], want[0])
     assert torch.equal(next(iter(lm.stream_activations(ids, [HOOK])))[HOOK], want[0])
-    monkeypatch.setattr(remembered, "MOST_BYTES", 0)
+    monkeypatch.setattr(caching, "MOST_BYTES", 0)
     full = Remembered(tiny_lm)
     next(iter(full.stream_activations(ids, [HOOK])))
     assert not full._seen
@@ -177,7 +178,7 @@ def test_a_stop_between_rows_loses_no_row(run, rows, tiny_lm, tmp_path, monkeypa
 def test_a_kill_in_training_goes_on_to_the_same_weights(run, tiny_folder, tmp_path):
     words = ["bench", "family", str(run), "--d-sae", "48", "--steps", "260", "--batch-size", "200", "--l0", "4"]
     words += ["--variants", "topk", "batch_topk", "--out-dir"]
-    script = "import sys; from saelab.cli import main; raise SystemExit(main(sys.argv[1:]))"
+    script = "import sys; from saelab.cli.main import main; raise SystemExit(main(sys.argv[1:]))"
     process = subprocess.Popen([sys.executable, "-c", script, *words, str(tmp_path / "killed")])
     folders = [tmp_path / "killed" / "seed-0" / f"sae-{name}-48-k4" for name in ("topk", "batch_topk")]
     deadline = time.monotonic() + 200
@@ -186,8 +187,8 @@ def test_a_kill_in_training_goes_on_to_the_same_weights(run, tiny_folder, tmp_pa
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "killed" / "rows.json").exists()
-    assert cli.main([*words, str(tmp_path / "killed")]) == 0
-    assert cli.main([*words, str(tmp_path / "whole")]) == 0
+    assert main.main([*words, str(tmp_path / "killed")]) == 0
+    assert main.main([*words, str(tmp_path / "whole")]) == 0
     for folder in folders:
         twin = tmp_path / "whole" / "seed-0" / folder.name
         assert load_sae(folder).hash == load_sae(twin).hash
@@ -246,7 +247,7 @@ def test_table_and_picture_hold_every_variant_and_mark_a_missed_l0(rows):
 
 def test_the_command_prints_table_and_comparisons_and_says_where(run, rows, capsys):
     words = ["bench", "family", str(run), "--d-sae", "48", "--steps", "20", "--batch-size", "200", "--seeds", "0", "1"]
-    assert cli.main([*words, "--l0", "4", "2", "--variants", *OPTIONS["variants"]]) == 0
+    assert main.main([*words, "--l0", "4", "2", "--variants", *OPTIONS["variants"]]) == 0
     said = capsys.readouterr().out
     assert "mutual_choice" in said and "CE recovered" in said
     assert "batch_topk against topk at L0 4: FVU" in said and "batch_topk against topk at L0 2: FVU" in said
@@ -256,14 +257,14 @@ def test_the_command_prints_table_and_comparisons_and_says_where(run, rows, caps
 
 def test_variants_without_a_curve_are_a_table_alone(run, tmp_path, capsys):
     words = ["--d-sae", "48", "--steps", "2", "--batch-size", "200", "--l0", "4", "--variants", "codebook"]
-    assert cli.main(["bench", "family", str(run), "--out-dir", str(tmp_path), *words]) == 0
+    assert main.main(["bench", "family", str(run), "--out-dir", str(tmp_path), *words]) == 0
     assert "codebook" in capsys.readouterr().out
     assert (tmp_path / "rows.csv").exists() and not (tmp_path / "picture.svg").exists()
 
 
 def test_the_command_on_no_run_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["bench", "family", "no-such"]) == 2
+    assert main.main(["bench", "family", "no-such"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("saelab: ") and "no-such" in said and said.count("\n") == 1
     assert not list(tmp_path.iterdir())

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import saelab
-from saelab import cli
 from saelab.activation_cache.streaming import stream
-from saelab.benchmarks.remembered import Remembered
+from saelab.cli import main
 from saelab.errors import SaelabError
-from saelab.models_together import together
+from saelab.models.caching import Remembered
+from saelab.models.multi_model import together
 
 HOOK = "blocks.1.hook_resid_post"
 IDS = torch.tensor([[5, 17, 30, 44]])
@@ -51,8 +51,8 @@ def test_one_line_for_what_a_user_can_mend(monkeypatch, capsys, what, command):
         """Fails."""
         raises()
 
-    monkeypatch.setitem(cli.COMMANDS, command, (run, ""))
-    assert cli.main([command]) == 2
+    monkeypatch.setitem(main.COMMANDS, command, (run, ""))
+    assert main.main([command]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and re.search(says, said), said
 
@@ -63,9 +63,9 @@ def test_one_line_for_what_a_user_can_mend(monkeypatch, capsys, what, command):
 def test_a_fault_of_saelab_keeps_its_traceback(monkeypatch, error):
     scope = {"__name__": "saelab.fault", "error": error}
     exec("def run() -> None:\n    'Fails.'\n    raise error", scope)
-    monkeypatch.setitem(cli.COMMANDS, "eval", (scope["run"], ""))
+    monkeypatch.setitem(main.COMMANDS, "eval", (scope["run"], ""))
     with pytest.raises(type(error)):
-        cli.main(["eval"])
+        main.main(["eval"])
 
 
 def test_a_chat_template_that_refuses_names_the_row_and_the_file(tmp_path, tiny_lm):

@@ -16,7 +16,7 @@ from saelab.activation_cache import format
 from saelab.activation_cache import harvest as harvest_module
 from saelab.activation_cache.reader import ActivationCache
 from saelab.errors import CacheError, SaelabError
-from saelab.language_model import LanguageModel
+from saelab.models.language_model import LanguageModel
 from saelab.tokens import document_id, is_held_out
 
 EOS = 1
@@ -78,7 +78,7 @@ class StandIn(LanguageModel):
 def _early_norm_rule():
     """Shards are written only once the limit on norms is known: after 300 rows here, not 16,384."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("saelab.masking.NORM_RULE_ROWS", 300)
+        patch.setattr("saelab.tokens.mask.NORM_RULE_ROWS", 300)
         yield
 
 

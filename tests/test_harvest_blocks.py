@@ -10,9 +10,9 @@ from test_harvest import HOOKS, TEXTS, StandIn, contents, harvest, places
 
 from saelab.activation_cache import blocks as blocks_module
 from saelab.activation_cache import format
-from saelab.activation_cache.command import Info, Stats
 from saelab.activation_cache.reader import ActivationCache
 from saelab.activation_cache.repair import repair
+from saelab.cli.cache_commands import Info, Stats
 from saelab.errors import CacheError
 from saelab.tokens import load_texts
 

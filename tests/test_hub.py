@@ -20,8 +20,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
-from saelab import smollm2 as embedded
 from saelab.errors import ModelError, SaelabError
+from saelab.models import smollm2 as embedded
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 DEAD_END = "http://127.0.0.1:9"

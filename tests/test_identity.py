@@ -15,9 +15,9 @@ import saelab
 from saelab.activation_cache.streaming import stream
 from saelab.errors import SaelabError
 from saelab.identity import ANY, differences
-from saelab.masking import MASK_RULE
-from saelab.model_hash import hash_tokenizer, hash_tokenizer_files
+from saelab.models.hashing import hash_tokenizer, hash_tokenizer_files
 from saelab.saes import TopKConfig, TopKSAE
+from saelab.tokens.mask import MASK_RULE
 
 HOOK = "blocks.1.hook_resid_post"
 TEXTS = [f"The river runs past the old mill, {n} times; she said it was sold to the man." for n in range(40)]

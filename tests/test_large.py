@@ -6,8 +6,8 @@ import json
 import pytest
 import torch
 
-from saelab import cli
 from saelab.benchmarks.large import CHUNK, LargeConfig, ZipfRows, run_large
+from saelab.cli import main
 from saelab.training import run
 
 TINY = LargeConfig(d_in=16, n_features=40, n_active=3, d_sae=64, k=4, n_tokens=64 * 96, batch_size=64, device="cpu")
@@ -63,7 +63,7 @@ def test_a_bench_that_was_stopped_goes_on_to_the_same_rows(tmp_path, monkeypatch
 def test_the_command_prints_the_table(tmp_path, capsys):
     sizes = "--d-in 8 --n-features 20 --n-active 2 --d-sae 32 --k 2 --n-tokens 2048 --batch-size 64 --every 1024"
     words = ["bench", "large", "--out-dir", str(tmp_path), "--variants", "topk", "--device", "cpu", *sizes.split()]
-    assert cli.main(words) == 0
+    assert main.main(words) == 0
     out = capsys.readouterr().out
     assert "topk, held out: dead" in out and "2,048" in out and (tmp_path / "large.csv").exists()
 

@@ -21,37 +21,22 @@ LINKS = {"saelab/" + name.removeprefix("saelab."): folder for name, folder in PA
 
 # Who may import whom: a unit imports its own layer and those after it. Every unit may import errors and files.
 LAYERS = [
-    {"app", "cli", "commands", "presets", "demo", "demo_steering"},
-    {"benchmarks", "features", "training", "evaluation", "interop", "runs"},
+    {"app", "cli"},
+    {"benchmarks", "features", "training", "evaluation", "interop", "runs", "presets"},
     {"steering"},
-    {"activation_cache", "io"},
-    {
-        "saes",
-        "losses",
-        "models",
-        "language_model",
-        "model_hash",
-        "smollm2",
-        "hooks",
-        "prompts",
-        "sampling",
-        "unembedding",
-        "backends",
-        "families",
-    }
-    | {"tokens", "text_sources", "contexts", "masking", "identity", "generation", "padding"}
-    | {"documents", "containers", "hf_datasets", "tokenizing"},
+    {"activation_cache", "io", "identity"},
+    {"saes", "losses", "models", "tokens"},
     {"distributed"},
     {"kernels"},
-    {"errors", "files", "allocator", "arguments"},
+    {"errors", "files", "validation"},
 ]
 # Which files may import a third-party module that is dear, or that only one part should know. None: no file.
 ONLY_IN = {
-    "transformers": r"saelab/models\w*\.py",
-    "transformer_lens": r"saelab/models\w*\.py",
-    "gguf": r"saelab/models\w*\.py",
-    "huggingface_hub": r"saelab/(models\w*|hf_datasets)\.py",
-    "datasets": r"saelab/hf_datasets\.py",
+    "transformers": r"saelab/models/\w+\.py",
+    "transformer_lens": r"saelab/models/\w+\.py",
+    "gguf": r"saelab/models/\w+\.py",
+    "huggingface_hub": r"saelab/(models/\w+|tokens/hf_datasets)\.py",
+    "datasets": r"saelab/tokens/hf_datasets\.py",
     "streamlit": r"app/.*",
     "triton": r"kernels/.*",
     "wandb": r"saelab/training/.*",
@@ -118,9 +103,8 @@ def imported_modules(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def unit_of(module: str) -> str:
-    """The part of the house a module belongs to: the first name after saelab. models_gguf belongs to models."""
-    name = (module.split(".") + [""])[1]
-    return "models" if name.startswith("models") else name
+    """The part of the house a module belongs to: the first name after saelab."""
+    return (module.split(".") + [""])[1]
 
 
 def layer_of(unit: str) -> int:

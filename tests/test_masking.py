@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saelab.masking import NORM_RULE_ROWS, Mask, NormRule, row_norms, token_mask
 from saelab.tokens import TokenBatch
+from saelab.tokens.mask import NORM_RULE_ROWS, Mask, NormRule, row_norms, token_mask
 
 EOS = 1
 

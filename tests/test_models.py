@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saelab.errors import ModelError
 from saelab.models import load_model
-from saelab.sampling import choose
+from saelab.models.sampling import choose
 
 IDS = torch.tensor([[5, 17, 200, 33, 80, 41, 9], [250, 3, 77, 141, 60, 12, 299]])
 PROMPT = "The weather today"

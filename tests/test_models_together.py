@@ -10,7 +10,7 @@ import saelab
 from saelab.activation_cache import format
 from saelab.activation_cache.reader import ActivationCache
 from saelab.models import load_model
-from saelab.models_together import ModelsTogether, hook_keys, locate, together
+from saelab.models.multi_model import ModelsTogether, hook_keys, locate, together
 from saelab.saes.sites import sites_of
 from saelab.steering import FeatureHandle
 
@@ -61,8 +61,8 @@ def test_rows_of_both_models_are_the_same_tokens(cache, tiny_lm, other_lm):
 
 
 def test_a_row_goes_when_either_model_masks_it(tiny_lm, other_lm, texts, tmp_path, monkeypatch):
-    monkeypatch.setattr("saelab.masking.NORM_RULE_ROWS", 200)
-    monkeypatch.setattr("saelab.masking.NORM_RULE_FACTOR", 1.2)
+    monkeypatch.setattr("saelab.tokens.mask.NORM_RULE_ROWS", 200)
+    monkeypatch.setattr("saelab.tokens.mask.NORM_RULE_FACTOR", 1.2)
     both = saelab.harvest([tiny_lm, other_lm], texts, HOOK, out_dir=tmp_path / "both", **OPTIONS)
     one, two = (
         saelab.harvest(lm, texts, HOOK, out_dir=tmp_path / lm.name[-3:], **OPTIONS) for lm in (tiny_lm, other_lm)

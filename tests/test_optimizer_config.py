@@ -110,7 +110,7 @@ def test_a_resume_gives_the_same_bits(tmp_path, monkeypatch, config, parts):
 def test_options_are_flags_of_the_command(name):
     import tyro
 
-    from saelab.cli import _train_arguments
+    from saelab.cli.main import _train_arguments
 
     words = ["run", "--variant", name, "--d-sae", "64", "--n-tokens", "4096", "--betas", "0", "0.999", "--eps", "1e-9"]
     asked = tyro.cli(_train_arguments(words), args=[*words, "--clip-relative", "3"]).train  # pyright: ignore[reportAttributeAccessIssue]

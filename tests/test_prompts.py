@@ -13,7 +13,7 @@ from transformers import BatchEncoding
 import saelab
 from saelab.errors import ModelError
 from saelab.models import load_model
-from saelab.tokenizing import context_start, resolved_bos
+from saelab.tokens.tokenizing import context_start, resolved_bos
 
 TEXTS = ["The weather today", "the river"]
 A, B = [40, 41, 42, 43, 44], [50, 51]

@@ -275,7 +275,7 @@ class _nothing:
 
 @pytest.mark.parametrize("end, sign", [("dominant", -1), ("negative", -1), ("positive", 1)])
 def test_the_command_line_steers_the_chosen_end(world, end, sign, monkeypatch, capsys):
-    from saelab import commands
+    from saelab.cli import commands
 
     real, steered = type(world.lm).steer, []
     monkeypatch.setattr(commands, "_load_model", lambda *_: world.lm)

@@ -12,9 +12,9 @@ import torch
 from tiny_runs import HOOK, WORDS, write_texts
 from tiny_saes import interrupt_before
 
-from saelab import cli
 from saelab.activation_cache.harvest import harvest
 from saelab.activation_cache.streaming import ActivationStream, stream
+from saelab.cli import main
 from saelab.errors import CacheError
 from saelab.evaluation import evaluate
 from saelab.interop import load_sae
@@ -210,13 +210,13 @@ def test_the_command_trains_without_a_cache_and_eval_needs_no_flag(tmp_path, tin
     texts = write_texts(tmp_path / "texts.jsonl")
     source = ["--stream", HOOK, "--model", str(tiny_folder), "--dtype", "float32", "--texts", str(texts)]
     words = ["train", str(run), "--d-sae", "48", "--k", "4", "--n-tokens", "1_000", "--batch-size", "200"]
-    assert cli.main([*words, *source, "--ctx-len", "64"]) == 0
+    assert main.main([*words, *source, "--ctx-len", "64"]) == 0
     assert {path.name for path in run.iterdir()} == {"sae"}
     capsys.readouterr()
-    assert cli.main(["eval", str(run), "--json", "--dtype", "float32", "--n-tokens", "200"]) == 0
+    assert main.main(["eval", str(run), "--json", "--dtype", "float32", "--n-tokens", "200"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["split"], report["hook_name"], report["request"]["texts"]["own"]) == ("held_out", HOOK, True)
-    assert cli.main(words) == 2
+    assert main.main(words) == 2
     assert "holds no cache" in capsys.readouterr().err
-    assert cli.main([*words, *source, "--ctx-len", "32"]) == 2
+    assert main.main([*words, *source, "--ctx-len", "32"]) == 2
     assert "another run (data: stream" in capsys.readouterr().err

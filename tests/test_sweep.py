@@ -11,10 +11,10 @@ from unittest.mock import Mock, patch
 import pytest
 from tiny_runs import make_run
 
-from saelab import cli
 from saelab.activation_cache.reader import ActivationCache
 from saelab.benchmarks import measured, sweep
 from saelab.benchmarks.sweep import KEYS, SweepConfig, run_sweep, sweep_points
+from saelab.cli import main
 from saelab.errors import SaelabError
 from saelab.interop import load_sae
 from saelab.runs import find_saes
@@ -145,13 +145,13 @@ def words(run: Path, *more: str) -> list[str]:
 def test_the_command_prints_one_table_and_says_where(run, tmp_path, capsys):
     out = tmp_path / "out"
     more = ["--variants", "topk", "batch_topk", "--lr", "None", "1e-3", "--eval-tokens", "300", "--out-dir", str(out)]
-    assert cli.main(words(run, *more)) == 0
+    assert main.main(words(run, *more)) == 0
     said = capsys.readouterr().out
     assert said.count("L0 asked") == 1 and "4 SAEs" in said and "0.001" in said and "own" in said
     assert str(out / "sweep.csv") in said and str(out / "sweep.json") in said
     assert len(json.loads((out / "sweep.json").read_text(encoding="utf-8"))["rows"]) == 4
     assert {path.name for path in run.iterdir()} == {"cache"}
-    assert cli.main(["eval", str(out / "sae-batch_topk-48-k4-lr0.001-seed0"), "--n-tokens", "300"]) == 0
+    assert main.main(["eval", str(out / "sae-batch_topk-48-k4-lr0.001-seed0"), "--n-tokens", "300"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -178,14 +178,14 @@ def test_bad_arguments_are_one_line_and_leave_nothing(run, capsys, monkeypatch, 
         d_sae: int
 
     monkeypatch.setitem(VARIANTS, "sparseless", type("Sparseless", (VARIANTS["topk"],), {"Config": Config}))
-    assert cli.main(words(run, *more)) == 2
+    assert main.main(words(run, *more)) == 2
     said = capsys.readouterr().err
     assert said.startswith("saelab: ") and says in said and said.count("\n") == 1
     assert {path.name for path in run.iterdir()} == {"cache"}
 
 
 def test_without_a_cache_it_is_one_line_and_no_folder(tmp_path, capsys):
-    assert cli.main(words(tmp_path / "none")) == 2
+    assert main.main(words(tmp_path / "none")) == 2
     assert capsys.readouterr().err.count("\n") == 1 and not list(tmp_path.iterdir())
 
 

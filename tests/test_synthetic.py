@@ -16,7 +16,6 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from saelab import cli
 from saelab.benchmarks import synthetic
 from saelab.benchmarks.claims import CLAIMS, Claim, Side, check, check_all
 from saelab.benchmarks.diffing import exclusives, own_ratios
@@ -25,6 +24,7 @@ from saelab.benchmarks.planted import diffing, superposition
 from saelab.benchmarks.rows import open_rows, spread, to_csv
 from saelab.benchmarks.synthetic import KINDS, SAES, at_l0, dictionary, run_synthetic
 from saelab.benchmarks.tables import synthetic_picture, synthetic_tables
+from saelab.cli import main
 from saelab.errors import SaelabError
 from saelab.saes import (
     VARIANTS,
@@ -315,20 +315,20 @@ def test_the_command_prints_tables_and_verdicts_and_says_where(tmp_path, capsys)
         "--steps",
         "40",
     ]
-    assert cli.main(words) == 0
+    assert main.main(words) == 0
     said = capsys.readouterr().out
     assert "abs_topk" in said and "MMCS" in said
     assert sum(line.startswith(("held ", "not held ")) for line in said.splitlines()) == 3
     assert sum(line.startswith("not run ") for line in said.splitlines()) == len(CLAIMS) - 3
     assert str(tmp_path / "s") in said.splitlines()[-1]
     assert {path.name for path in (tmp_path / "s").iterdir()} == {"rows.json", "rows.csv", "picture.svg", ".lock"}
-    assert cli.main([*words[:-1], "50"]) == 2
+    assert main.main([*words[:-1], "50"]) == 2
     assert "other settings" in capsys.readouterr().err
 
 
 def test_ctrl_c_keeps_finished_rows(tmp_path):
     words = ["bench", "synthetic", "--data", "flat", "--steps", "150", "--out-dir", str(tmp_path)]
-    script = f"from saelab.cli import main; raise SystemExit(main({words!r}))"
+    script = f"from saelab.cli.main import main; raise SystemExit(main({words!r}))"
     process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not (tmp_path / "rows.json").exists() and time.monotonic() < deadline:

@@ -15,7 +15,7 @@ from test_harvest import contents
 from tiny_runs import HOOK, WORDS
 
 from saelab.activation_cache import format
-from saelab.cli import main
+from saelab.cli.main import main
 
 SIZES = ["--n-tokens", "80_000", "--ctx-len", "64", "--block-contexts", "64"]
 

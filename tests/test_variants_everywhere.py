@@ -10,8 +10,8 @@ from streamlit.util import calc_hash
 from tiny_runs import write_texts
 from tiny_saes import config_of
 
-from saelab import cli
 from saelab.app import serve
+from saelab.cli import main
 from saelab.features.store import load_features
 from saelab.saes import VARIANTS
 
@@ -30,7 +30,7 @@ def run(tmp_path_factory, tiny_folder) -> Path:
     folder = tmp_path_factory.mktemp("family") / "run"
     texts = write_texts(folder.parent / "notes.jsonl")
     source = ["--model", str(tiny_folder), "--dtype", "float32", "--texts", str(texts), "--ctx-len", "64"]
-    assert cli.main(["harvest", str(folder), "--hook-name", *HOOKS, "--n-tokens", "4_000", *source]) == 0
+    assert main.main(["harvest", str(folder), "--hook-name", *HOOKS, "--n-tokens", "4_000", *source]) == 0
     return folder
 
 
@@ -51,9 +51,9 @@ def test_from_the_command_line_to_the_dashboard(run, name, tiny_lm, capsys, monk
     size += ["--k", "4"] if hasattr(config_of(name), "k") else []
     flags = FLAGS.get(name, ["--hook-name", HOOKS[0]])
     for step in (["train", str(run), "--name", name, "--variant", name, *size, *flags], ["features", str(sae)]):
-        assert cli.main(step) == 0, capsys.readouterr().err
+        assert main.main(step) == 0, capsys.readouterr().err
     capsys.readouterr()
-    assert cli.main(["eval", str(sae), "--json"]) == 0
+    assert main.main(["eval", str(sae), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert 0 < report["fvu"] < 2 and report["l0"] > 0 and report["ce_loss_recovered"] is not None
     store = load_features(run / f"features-{name}")
@@ -67,5 +67,5 @@ def test_from_the_command_line_to_the_dashboard(run, name, tiny_lm, capsys, monk
         app._page_hash = "" if page == "runs" else calc_hash(page)
         app.run()
         assert not app.exception and not app.error, (page, app.exception, app.error)
-    assert cli.main(["steer", str(sae), "--feature", str(busiest), "--max-new-tokens", "3"]) == 0, capsys.readouterr()
+    assert main.main(["steer", str(sae), "--feature", str(busiest), "--max-new-tokens", "3"]) == 0, capsys.readouterr()
     assert "add 2" in capsys.readouterr().out

@@ -6,9 +6,9 @@ from tiny_runs import HOOK, WORDS, make_run
 from tiny_saes import config_of
 
 import saelab
-from saelab import cli
 from saelab.activation_cache.reader import ActivationCache
 from saelab.activation_cache.streaming import stream
+from saelab.cli import main
 from saelab.models import load_model
 from saelab.saes import VARIANTS
 from saelab.steering.report import effect_table
@@ -94,5 +94,5 @@ def test_commands(device, run, tiny_folder, capsys):
         ["features", str(run), "--model", str(tiny_folder)],
         ["steer", str(run), "--feature", "0", "--strength", "0", "--mode", "scale", "--model", str(tiny_folder)],
     ):
-        assert cli.main(command) == 0, (command, capsys.readouterr())
+        assert main.main(command) == 0, (command, capsys.readouterr())
     assert (run / "report.json").is_file() and (run / "features" / "manifest.json").is_file()

@@ -24,16 +24,16 @@ import torch
 import tyro
 from torch import Tensor
 
-from saelab.allocator import keep_freed_memory
+from saelab.kernels.allocator import keep_freed_memory
 from saelab.kernels.bench import peers
 from saelab.kernels.bench.dense_step import DenseTopK
 from saelab.kernels.bench.rows import COLUMNS, RESULTS, append_csv, default_device, hardware, quantiles
 from saelab.kernels.dispatch import fast_bf16, without_bf16
 from saelab.kernels.reference.encode_topk import encode_topk
 from saelab.kernels.selection_log import LOG
+from saelab.models.smollm2 import cache_folder
 from saelab.saes import TopKConfig, TopKSAE
 from saelab.saes.base import Batch, StepInfo
-from saelab.smollm2 import cache_folder
 from saelab.training.adam import Adam
 from saelab.training.dead_features import DeadFeatures
 from saelab.training.optimizer import apply_step

@@ -13,11 +13,11 @@ from tqdm.auto import tqdm
 
 from saelab.activation_cache.reader import ActivationCache
 from saelab.benchmarks.measured import measure
-from saelab.benchmarks.remembered import Remembered
 from saelab.benchmarks.rows import Row, Rows, open_rows
 from saelab.benchmarks.synthetic import at_l0, check_variants
 from saelab.identity import of_model
 from saelab.models import LanguageModel, load_model
+from saelab.models.caching import Remembered
 from saelab.saes import SAE, VARIANTS
 from saelab.training import TrainConfig, train
 

@@ -24,9 +24,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from saelab.benchmarks.fsm_language import D_VOCAB, Machine, js_divergence
-from saelab.language_model import LanguageModel
 from saelab.models import load_model
-from saelab.models_tiny import build_tiny_llama
+from saelab.models.language_model import LanguageModel
+from saelab.models.tiny import build_tiny_llama
 from saelab.saes.codebook import CodebookConfig, Inserted, finetune, insert
 
 ACCURACY, PURITY, JS_SHARE, FORCED = 0.95, 0.9, 0.5, 0.5

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saelab.arguments import check_integer
+from saelab.validation import check_integer
 
 BOS = 10
 D_VOCAB = 11

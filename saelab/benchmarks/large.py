@@ -13,7 +13,6 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 from torch.nn.functional import normalize
 
-from saelab.arguments import check_integer
 from saelab.benchmarks.planted import FEATURES, HELD_OUT, SPREAD, TOKENS
 from saelab.benchmarks.rows import Row, open_rows
 from saelab.benchmarks.synthetic import at_l0, check_variants
@@ -24,6 +23,7 @@ from saelab.saes import SAE
 from saelab.training import TrainConfig, train
 from saelab.training.metrics_log import read_lines
 from saelab.training.run import device_of
+from saelab.validation import check_integer
 
 KEYS = ("variant", "tokens")
 MILLION = 1_000_000

@@ -14,20 +14,20 @@ from typing import Any, NamedTuple
 from tqdm.auto import tqdm
 
 from saelab.activation_cache.reader import ActivationCache
-from saelab.arguments import check_integer
 from saelab.benchmarks.measured import measure
-from saelab.benchmarks.remembered import Remembered
 from saelab.benchmarks.rows import Row, Rows, open_rows
 from saelab.benchmarks.synthetic import at_l0, check_variants
 from saelab.distributed import apart, place
 from saelab.errors import TrainingError
 from saelab.identity import of_model
 from saelab.models import LanguageModel, load_model
+from saelab.models.caching import Remembered
 from saelab.saes import SAE, VARIANTS
 from saelab.training import TrainConfig, train
 from saelab.training.checkpoint import AnotherRunError
 from saelab.training.data import open_data
 from saelab.training.loop import folder_name
+from saelab.validation import check_integer
 
 KEYS = ("variant", "d_sae", "target_l0", "lr", "seed")
 """The swept columns; `target_l0` is the L0 asked for, by `k` or by the config's field of that name."""

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saelab.models import LanguageModel
-from saelab.models_together import locate
+from saelab.models.multi_model import locate
 from saelab.saes import SAE
 from saelab.saes.sites import Sites
 

@@ -21,11 +21,11 @@ from saelab.evaluation.loss_recovered import LossRecovered
 from saelab.evaluation.reconstruction import Reconstruction, VarianceSums
 from saelab.files import atomic_write_text, read_json
 from saelab.identity import differences, of_scoring, scoring_absent
-from saelab.masking import token_mask
 from saelab.models import LanguageModel
-from saelab.models_together import together
+from saelab.models.multi_model import together
 from saelab.saes import SAE, SAEOutput
 from saelab.tokens import Texts, load_texts
+from saelab.tokens.mask import token_mask
 
 _CE_BATCH = 4
 _DEFINITIONS = 2  # raise it when a measure changes its meaning: reports made before are then measured anew

@@ -22,10 +22,10 @@ from saelab.features.signed import SignedAccumulator
 from saelab.features.store import FeatureStore
 from saelab.features.writer import write_store
 from saelab.files import claim_folder, fsync_dir, remove_leftovers, temporary_path, writing
-from saelab.hooks import writes_to_residual
 from saelab.identity import ANY, differences, of_scoring, scoring_absent
 from saelab.models import LanguageModel
-from saelab.models_together import locate, together
+from saelab.models.hooks import writes_to_residual
+from saelab.models.multi_model import locate, together
 from saelab.saes import SAE
 from saelab.tokens import Texts, load_texts
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saelab.arguments import check_choices, check_integer, check_numbers
+from saelab.validation import check_choices, check_integer, check_numbers
 
 LATER = {"since": 2}
 """Metadata of a config's field that the first version did not have (`settings`)."""

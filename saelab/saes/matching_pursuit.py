@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from saelab.arguments import check_integer
 from saelab.kernels.bag_sum import bag_sum
 from saelab.kernels.decode import decode
 from saelab.kernels.encode_topk import encode_topk
@@ -32,6 +31,7 @@ from saelab.kernels.weight_gradients import weight_gradients
 from saelab.losses import auxk, sum_of_squares, total_variance
 from saelab.saes.base import RULES, SAE, Batch, Loss, StepInfo
 from saelab.saes.config import check_config
+from saelab.validation import check_integer
 
 
 @dataclass(frozen=True)

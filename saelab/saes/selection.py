@@ -13,13 +13,13 @@ from typing import Any, ClassVar, Literal
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from saelab.arguments import check_integer
 from saelab.kernels.decode import decode_error
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.losses import auxk, total_variance
 from saelab.saes.base import SAE, Batch, Loss, StepInfo
 from saelab.saes.config import check_config
 from saelab.saes.zipf import Density, underused
+from saelab.validation import check_integer
 
 
 @dataclass(frozen=True)

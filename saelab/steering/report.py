@@ -13,8 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from saelab.hooks import writes_to_residual
 from saelab.models import Edit, LanguageModel
+from saelab.models.hooks import writes_to_residual
 from saelab.steering.edits import FeatureHandle
 from saelab.steering.vectors import Direction
 

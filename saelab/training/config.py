@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, fields
 
-from saelab.arguments import check_integer, check_numbers
+from saelab.validation import check_integer, check_numbers
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,10 +10,10 @@ from typing import Any, NoReturn, overload
 
 from tqdm.auto import tqdm
 
-from saelab.allocator import keep_freed_memory
 from saelab.distributed import join
 from saelab.distributed.mesh import build_mesh
 from saelab.errors import TrainingError
+from saelab.kernels.allocator import keep_freed_memory
 from saelab.saes import SAE
 from saelab.training.checkpoint import claimed
 from saelab.training.config import TrainConfig

@@ -14,14 +14,14 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saelab.hooks import attach
+from saelab.models.hooks import attach
 from saelab.saes.codebook.config import CodebookConfig
 from saelab.saes.codebook.edits import CodeEdit
 from saelab.saes.codebook.quantizer import Codebook
 
 if TYPE_CHECKING:
-    from saelab.language_model import LanguageModel
-    from saelab.prompts import Prompt
+    from saelab.models.language_model import LanguageModel
+    from saelab.models.prompts import Prompt
 
 
 class Bottleneck:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from saelab.arguments import check_integer
 from saelab.saes.config import check_config
+from saelab.validation import check_integer
 
 Similarity = Literal["inner_product", "euclidean"]
 Reduction = Literal["mean", "sum"]

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from saelab.arguments import check_integer
+from saelab.validation import check_integer
 
 if TYPE_CHECKING:
     from saelab.saes.codebook.bottleneck import Bottleneck

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
-from saelab.arguments import check_integer
 from saelab.errors import TrainingError
 from saelab.saes.codebook.bottleneck import Inserted
 from saelab.saes.codebook.upkeep import generator_of
 from saelab.tokens import load_texts, pack
+from saelab.validation import check_integer
 
 if TYPE_CHECKING:
-    from saelab.language_model import LanguageModel
+    from saelab.models.language_model import LanguageModel
 
 CLIP_NORM = 1.0
 

@@ -18,7 +18,7 @@ from saelab.saes.codebook.bottleneck import Inserted, insert
 from saelab.saes.codebook.config import CodebookConfig
 
 if TYPE_CHECKING:
-    from saelab.language_model import LanguageModel
+    from saelab.models.language_model import LanguageModel
 
 FORMAT_VERSION = 1
 

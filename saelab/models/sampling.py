@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saelab.arguments import check_integer
+from saelab.validation import check_integer
 
 OnToken = Callable[[int], None]
 """Called with the number of tokens written so far; what it raises ends the generation."""

@@ -18,10 +18,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from saelab.documents import SPLITS, Document, check_split, column_value, document_id, is_held_out, token_ids
-from saelab.hf_datasets import open_hub
-from saelab.text_sources import Source, open_named, open_source
-from saelab.tokenizing import Bos, eos_and_start, render, tokenized
+from saelab.tokens.documents import SPLITS, Document, check_split, column_value, document_id, is_held_out, token_ids
+from saelab.tokens.hf_datasets import open_hub
+from saelab.tokens.sources import Source, open_named, open_source
+from saelab.tokens.tokenizing import Bos, eos_and_start, render, tokenized
 
 __all__ = ["Texts", "TokenBatch", "check_split", "document_id", "is_held_out", "load_texts", "pack"]
 

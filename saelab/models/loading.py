@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
-from saelab.allocator import keep_freed_memory
 from saelab.errors import ModelError
-from saelab.hooks import Edit
+from saelab.kernels.allocator import keep_freed_memory
 from saelab.kernels.dispatch import fast_bf16
-from saelab.language_model import LanguageModel
-from saelab.smollm2 import smollm2_folder
+from saelab.models.hooks import Edit
+from saelab.models.language_model import LanguageModel
+from saelab.models.smollm2 import smollm2_folder
 
 __all__ = ["Edit", "LanguageModel", "load_model"]
 

@@ -13,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from saelab.errors import ModelError
-from saelab.families import takes, tolerance
+from saelab.models.families import takes, tolerance
 
 Forward = Callable[..., tuple[Tensor, Any]]
 """(ids, KV cache or None, with_cache, **arguments) -> logits (batch, seq, vocab), cache."""

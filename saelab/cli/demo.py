@@ -72,7 +72,7 @@ def _number(value: float | None) -> str:
 
 
 def _show_steering(lm: LanguageModel, store: FeatureStore) -> None:
-    from saelab.demo_steering import choose_steering
+    from saelab.cli.demo_steering import choose_steering
 
     chosen = choose_steering(lm, store, PROMPT, n_tokens=16)
     if chosen is None:

@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from saelab.families import eager, find_decoder, in_eval_mode, takes, tolerance
-from saelab.hooks import Site, attach, bridge_sites, hf_sites, tapped
-from saelab.padding import arguments, honours_padding, is_plain, refuse_unless
-from saelab.unembedding import between, logit_weights, watch_head
+from saelab.models.families import eager, find_decoder, in_eval_mode, takes, tolerance
+from saelab.models.hooks import Site, attach, bridge_sites, hf_sites, tapped
+from saelab.models.padding import arguments, honours_padding, is_plain, refuse_unless
+from saelab.models.unembedding import between, logit_weights, watch_head
 
 _STREAM = "hook_resid_pre", "hook_attn_out", "hook_mlp_out", "hook_resid_post"
 

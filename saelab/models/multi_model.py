@@ -14,8 +14,8 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor
 
-from saelab.hooks import hook_list
-from saelab.language_model import LanguageModel
+from saelab.models.hooks import hook_list
+from saelab.models.language_model import LanguageModel
 
 
 class ModelsTogether(LanguageModel):

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from saelab.errors import ModelError
-from saelab.families import Decoder
+from saelab.models.families import Decoder
 
 
 @runtime_checkable

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from saelab.language_model import LanguageModel
-from saelab.models import load_model
+from saelab.models.language_model import LanguageModel
+from saelab.models.loading import load_model
 
 
 def build_tiny_llama(

@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from saelab.containers import Source, choose_split, known_column, rows_of
 from saelab.files import sha256_file
+from saelab.tokens.containers import Source, choose_split, known_column, rows_of
 
 
 def open_hub(name: str, column: str, config: str | None, hub_split: str, revision: str | None) -> Source:

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import OmitArgPrefixes, arg
 
-from saelab.commands import COMMANDS, Reading, Run, check_has_cache, train
+from saelab.cli.commands import COMMANDS, Reading, Run, check_has_cache, train
 from saelab.errors import SaelabError
 
 
@@ -196,7 +196,3 @@ def _run(args: list[str]) -> int:
 
 def _summary(function: Callable[..., None]) -> str:
     return (function.__doc__ or "").partition("\n")[0]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

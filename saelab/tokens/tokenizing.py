@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from saelab.documents import Document
-from saelab.text_sources import without_lone_surrogates
+from saelab.tokens.documents import Document
+from saelab.tokens.sources import without_lone_surrogates
 
 Bos = bool | Sequence[int] | None
 """Whether contexts begin with BOS, or the ids that they begin with; None follows the tokenizer."""

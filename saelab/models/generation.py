@@ -10,12 +10,12 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from saelab.documents import whole_numbers
 from saelab.errors import ModelError
-from saelab.hooks import Edit, tapped
-from saelab.prompts import Batch, Prompt
-from saelab.sampling import Generation, OnToken, Sampling, sample
-from saelab.tokenizing import check_tokenizer
+from saelab.models.hooks import Edit, tapped
+from saelab.models.prompts import Batch, Prompt
+from saelab.models.sampling import Generation, OnToken, Sampling, sample
+from saelab.tokens.documents import whole_numbers
+from saelab.tokens.tokenizing import check_tokenizer
 
 
 class Generates:

@@ -12,10 +12,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from saelab.containers import Row, Rows, Source, known_column, rows_of
-from saelab.documents import column_value, document_bytes
 from saelab.files import sha256_file
-from saelab.hf_datasets import is_saved, open_saved
+from saelab.tokens.containers import Row, Rows, Source, known_column, rows_of
+from saelab.tokens.documents import column_value, document_bytes
+from saelab.tokens.hf_datasets import is_saved, open_saved
 
 BUILT_IN = {"demo": "corpus.parquet", "concepts": "concepts.parquet"}
 TXT_DOCUMENT_CHARACTERS = 2_000

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from saelab.activation_cache.command import cache
-from saelab.benchmarks.command import bench, sweep
-from saelab.demo import demo
+from saelab.cli.bench_commands import bench, sweep
+from saelab.cli.cache_commands import cache
+from saelab.cli.demo import demo
 
 if TYPE_CHECKING:
     from saelab.models import LanguageModel

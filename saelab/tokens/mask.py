@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saelab.tokens import TokenBatch
+from saelab.tokens.texts import TokenBatch
 
 NORM_RULE_ROWS = 16_384
 NORM_RULE_FACTOR = 5.0

@@ -161,7 +161,7 @@ def _model_of(cache: ActivationCache) -> Any:
     import torch
 
     from saelab.models import load_model
-    from saelab.models_together import together
+    from saelab.models.multi_model import together
 
     names = [one["name"] for one in cache.models.values()] or [cache.manifest["model_name"]]
     dtypes = [part.removeprefix("torch.") for part in cache.manifest["config"]["model_dtype"].split(" + ")]

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from saelab.documents import whole_numbers
-from saelab.tokenizing import text_ids
+from saelab.tokens.documents import whole_numbers
+from saelab.tokens.tokenizing import text_ids
 
 Prompt = Any
 """A text, several, token ids (a list, rows, an array, a tensor), or what a tokenizer returns: all else is refused by name."""

@@ -12,13 +12,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saelab.backends import BridgeBackend, backend_of
-from saelab.families import in_eval_mode
-from saelab.generation import Generates
-from saelab.hooks import Edit, Site, hook_list, is_plain_mistake, tapped, unknown_hook
-from saelab.model_hash import hash_folder, hash_model, hash_tokenizer, hash_tokenizer_files, state_mark
-from saelab.prompts import Batch, Prompt, check_batch, to_batch
-from saelab.tokenizing import special_tokens
+from saelab.models.backends import BridgeBackend, backend_of
+from saelab.models.families import in_eval_mode
+from saelab.models.generation import Generates
+from saelab.models.hashing import hash_folder, hash_model, hash_tokenizer, hash_tokenizer_files, state_mark
+from saelab.models.hooks import Edit, Site, hook_list, is_plain_mistake, tapped, unknown_hook
+from saelab.models.prompts import Batch, Prompt, check_batch, to_batch
+from saelab.tokens.tokenizing import special_tokens
 
 
 class LanguageModel(Generates):

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from saelab.documents import Document
-from saelab.tokenizing import Bos, eos_and_start, tokenized
-from saelab.tokens import TokenBatch, pack
+from saelab.tokens.documents import Document
+from saelab.tokens.texts import TokenBatch, pack
+from saelab.tokens.tokenizing import Bos, eos_and_start, tokenized
 
 PACKED = "EOS between documents, attention not reset"
 ALONE = "each document in a context of its own, cut where that ends"

@@ -1,0 +1,7 @@
+"""`python -m saelab.cli`."""
+
+import sys
+
+from saelab.cli.main import main
+
+sys.exit(main())
