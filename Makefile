@@ -50,7 +50,7 @@ lint: install
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 pyright
 
 bench: $(STAMP)
-	python -m saelab.activation_cache.bench
+	python -m saelab.activation_cache.bench.harvest
 	@for bench in kernels/bench/bench_*.py; do \
 		[ -e "$$bench" ] || continue; \
 		echo "$$bench"; python -m "saelab.kernels.bench.$$(basename "$$bench" .py)" || exit 1; done

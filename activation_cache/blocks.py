@@ -12,10 +12,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from saelab.activation_cache import format
+from saelab.activation_cache import layout
+from saelab.activation_cache.calibration import Limits
+from saelab.activation_cache.forward_pass import Reading, finish, read_model, run_pass
 from saelab.activation_cache.journal import BusyError, Journal
-from saelab.activation_cache.limits import Limits
-from saelab.activation_cache.model_pass import Reading, finish, read_model, run_pass
 from saelab.activation_cache.writer import CacheWriter
 from saelab.errors import CacheError
 from saelab.tokens import TokenBatch
@@ -42,7 +42,7 @@ def harvest_blocks(folder: Path, reading: Reading, limits: Limits, progress: boo
     for block in range(n_blocks):
         _harvest_block(folder, reading, limits, block, lambda block=block: _block(reading, block), wait=True)
     with closing(Journal(folder, wait=True)) as journal:
-        if (folder / format.MANIFEST).exists():
+        if (folder / layout.MANIFEST).exists():
             return
         blocks = [_entries(folder, block, n_blocks) for block in range(n_blocks)]
         ends = [entries[-1]["counts"] for entries in blocks]
@@ -71,12 +71,12 @@ def _harvest_block(
 ) -> None:
     """Harvest a block unless that is done, or (without `wait`) another process is at it."""
     try:
-        journal = Journal(folder, format.block_journal(block), wait)
+        journal = Journal(folder, layout.block_journal(block), wait)
     except BusyError:
         return
     with closing(journal):
         if not journal.of_kind("end"):
-            name = format.namespace(block)
+            name = layout.namespace(block)
             for leftover in (*folder.glob(f"shards/{name}-*/.*.tmp-*"), *folder.glob(f"tokens/.{name}-*.tmp-*")):
                 leftover.unlink()
             writer = CacheWriter(folder, journal, reading.config, block)
@@ -86,12 +86,12 @@ def _harvest_block(
 
 def _entries(folder: Path, block: int, n_blocks: int) -> list[dict[str, Any]]:
     """The journal of a block. Raises `CacheError` unless all of it is on disk."""
-    with closing(Journal(folder, format.block_journal(block), wait=True)) as journal:
+    with closing(Journal(folder, layout.block_journal(block), wait=True)) as journal:
         if not journal.of_kind("end"):
             raise CacheError(f"block {block} of {n_blocks} of {folder} is missing: repeat the same harvest call.")
         for entry in journal.of_kind("shard"):
             for name, known in entry["files"].items():
-                format.check_file(folder / entry["folder"] / name, known, f"shard {entry['folder']}")
+                layout.check_file(folder / entry["folder"] / name, known, f"shard {entry['folder']}")
         for entry in journal.of_kind("tokens"):
-            format.check_file(folder / entry["file"], entry, entry["file"])
+            layout.check_file(folder / entry["file"], entry, entry["file"])
         return journal.entries

@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from saelab.activation_cache import format
+from saelab.activation_cache import layout
 from saelab.activation_cache.blocks import decide_limits, harvest_blocks
+from saelab.activation_cache.calibration import Limits
 from saelab.activation_cache.checks import check_arguments, warn_if_none_held_out
+from saelab.activation_cache.codec import identity
+from saelab.activation_cache.forward_pass import Reading, finish, run_pass
 from saelab.activation_cache.journal import Journal, begin, begun_with
-from saelab.activation_cache.limits import Limits
-from saelab.activation_cache.model_pass import Reading, finish, run_pass
 from saelab.activation_cache.reader import ActivationCache
-from saelab.activation_cache.storage import identity
 from saelab.activation_cache.writer import CacheWriter
 from saelab.files import claim_folder
 from saelab.identity import of_rows
@@ -72,7 +72,7 @@ def harvest(
     texts = _conversations(texts, lm) if chat else load_texts(texts)
     config = of_rows(lm, texts, hooks) | identity(storage) | sizes
     config |= {"split": split, "prepend_bos": _bos(lm, prepend_bos, Path(out_dir)), "seed": seed} | modes
-    return _harvest_into(claim_folder(out_dir, format.JOURNAL, "cache"), lm, texts, config, max_bytes, progress)
+    return _harvest_into(claim_folder(out_dir, layout.JOURNAL, "cache"), lm, texts, config, max_bytes, progress)
 
 
 def _bos(lm: LanguageModel, prepend_bos: Bos, folder: Path) -> bool | list[int]:
@@ -110,7 +110,7 @@ def _announce(folder: Path, texts: Texts, config: dict[str, Any], max_bytes: int
     warn_if_none_held_out(texts, config["split"], 4)
     n_sequences = math.ceil(config["n_tokens"] / config["ctx_len"])
     sizes = config["ctx_len"], config["hooks"], config["shard_rows"], config["dtype"]
-    format.check_space(folder, format.estimate_bytes(n_sequences, *sizes), max_bytes)
+    layout.check_space(folder, layout.estimate_bytes(n_sequences, *sizes), max_bytes)
 
 
 def _harvest_stream(folder: Path, reading: Reading, limits: Limits, journal: Journal, progress: bool) -> None:
@@ -131,7 +131,7 @@ def _modes(shuffle: bool, chat: bool, block_contexts: int | None, batch_size: in
         if block_contexts % batch_size:
             raise ValueError(f"block_contexts={block_contexts} must be a multiple of batch_size={batch_size}.")
         modes["block_contexts"] = block_contexts
-    return modes | ({"format_version": format.FORMAT_VERSION} if modes else {})
+    return modes | ({"format_version": layout.FORMAT_VERSION} if modes else {})
 
 
 def _conversations(texts: Any, lm: LanguageModel) -> Texts:

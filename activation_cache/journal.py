@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from saelab.activation_cache.format import BLOCK_JOURNALS, JOURNAL, MANIFEST, config_hash
+from saelab.activation_cache.layout import BLOCK_JOURNALS, JOURNAL, MANIFEST, config_hash
 from saelab.errors import CacheError, SaelabError
 from saelab.files import fsync_dir, writing
 from saelab.identity import LATER, differences

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from saelab.activation_cache import format
-from saelab.activation_cache.shuffled import shuffled_batches
-from saelab.activation_cache.storage import decode
+from saelab.activation_cache import layout
+from saelab.activation_cache.codec import decode
+from saelab.activation_cache.prefetch import shuffled_batches
 from saelab.errors import CacheError
 
 _OPEN: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
@@ -41,7 +41,7 @@ class ActivationCache:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.manifest: dict[str, Any] = format.read_manifest(self.path)
+        self.manifest: dict[str, Any] = layout.read_manifest(self.path)
         self._widths: dict[str, int] = self.manifest["config"]["hooks"]
         self._checked: set[str] = set()
 
@@ -74,7 +74,7 @@ class ActivationCache:
         `second_moment` is the mean square of each dimension; `median_norm` is the norm rule's (first 16,384 rows).
         """
         hook_name = self._hook(hook_name)
-        tensors = self._load(format.stats_file(hook_name), self.manifest["stats"][hook_name], f"stats of {hook_name}")
+        tensors = self._load(layout.stats_file(hook_name), self.manifest["stats"][hook_name], f"stats of {hook_name}")
         return {name: x if x.ndim else x.item() for name, x in tensors.items()}
 
     def storage_error(self, hook_name: str | None = None) -> float | None:
@@ -184,7 +184,7 @@ class ActivationCache:
         as stored."""
 
         def order(n: int, *what: object) -> Tensor:
-            return torch.arange(n) if seed is None else torch.randperm(n, generator=format.seeded(*what))
+            return torch.arange(n) if seed is None else torch.randperm(n, generator=layout.seeded(*what))
 
         epoch, skip = divmod(skip, sum(kept))
         while True:
@@ -207,7 +207,7 @@ class ActivationCache:
 
     def index(self, shard: int) -> dict[str, Int[Tensor, " n"]]:
         """Where the rows of a shard come from: `seq`, `pos` and `token`, int32."""
-        return self._read(shard, format.INDEX)
+        return self._read(shard, layout.INDEX)
 
     def tokens(self) -> tuple[Int[Tensor, "n_sequences ctx_len"], Int[Tensor, "n_sequences ctx_len"]]:
         """All packed contexts: token ids, and the index into `document_ids` of each token's document, -1 on padding."""
@@ -217,14 +217,14 @@ class ActivationCache:
     @property
     def document_ids(self) -> Int[Tensor, " n_documents"]:
         """`tokens.document_id` of every document that gave a token, in order of appearance."""
-        return self._load(format.DOCUMENTS, self.manifest["documents"], format.DOCUMENTS)["ids"]
+        return self._load(layout.DOCUMENTS, self.manifest["documents"], layout.DOCUMENTS)["ids"]
 
     def origin(self, hook_name: str | None = None) -> dict[str, Any]:
         """Where a hook's rows come from, JSON-able: what an SAE trained on them keeps in `sae.json`."""
         hook_name, manifest = self._hook(hook_name), self.manifest
         together = {"name": manifest["model_name"], "hash": manifest["config"]["model_hash"]}
         model = self.models.get(hook_name.partition("/")[0], together)
-        return format.origin(manifest["config"], hook_name, model, manifest["max_norm"][hook_name], manifest["texts"])
+        return layout.origin(manifest["config"], hook_name, model, manifest["max_norm"][hook_name], manifest["texts"])
 
     def files(self) -> dict[str, dict[str, Any]]:
         """Every file by its path in the cache, with the size and SHA-256 it was written with."""
@@ -233,13 +233,13 @@ class ActivationCache:
             f"{shard['folder']}/{name}": known for shard in manifest["shards"] for name, known in shard["files"].items()
         }
         files |= {known["file"]: known for known in manifest["tokens"]}
-        files |= {format.stats_file(hook): known for hook, known in manifest["stats"].items()}
-        return files | {format.DOCUMENTS: manifest["documents"]}
+        files |= {layout.stats_file(hook): known for hook, known in manifest["stats"].items()}
+        return files | {layout.DOCUMENTS: manifest["documents"]}
 
     def damaged(self, progress: bool = False) -> dict[str, str]:
         """Read every file again and compare size and SHA-256: what is wrong with each that is not as it was written."""
         bar = tqdm(self.files().items(), "Verifying", unit="file", disable=not progress)
-        found = {file: format.problem_of(self.path / file, known, contents=True) for file, known in bar}
+        found = {file: layout.problem_of(self.path / file, known, contents=True) for file, known in bar}
         return {file: problem for file, problem in found.items() if problem}
 
     def verify(self, progress: bool = False) -> None:
@@ -261,7 +261,7 @@ class ActivationCache:
 
     def _load(self, file: str, known: dict[str, Any], part: str) -> dict[str, Tensor]:
         path = self.path / file
-        format.check_file(path, known, part, contents=file not in self._checked)
+        layout.check_file(path, known, part, contents=file not in self._checked)
         self._checked.add(file)
         try:
             return load_file(path)

@@ -15,13 +15,13 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from saelab.activation_cache import format
-from saelab.activation_cache.contents import save_stats
+from saelab.activation_cache import layout
+from saelab.activation_cache.codec import Storage, kept_rows
+from saelab.activation_cache.forward_pass import Reading
 from saelab.activation_cache.journal import Journal
-from saelab.activation_cache.model_pass import Reading
-from saelab.activation_cache.pool import Pool
+from saelab.activation_cache.manifest import save_stats
 from saelab.activation_cache.reader import ActivationCache
-from saelab.activation_cache.storage import Storage, kept_rows
+from saelab.activation_cache.shuffle_buffer import Pool
 from saelab.activation_cache.writer import save_acts, save_index
 from saelab.errors import CacheError
 from saelab.files import atomic_save_safetensors, atomic_write_json
@@ -71,10 +71,10 @@ class _Repair:
         self._write_texts()
         self._write_shards(progress)
         for hook in self.config["hooks"]:
-            if format.stats_file(hook) in self.damaged:
+            if layout.stats_file(hook) in self.damaged:
                 save_stats(self.cache.path, hook, self.manifest["shards"], self._medians()[hook])
         same = {
-            file: format.problem_of(self.cache.path / file, known[file], contents=True) is None for file in self.damaged
+            file: layout.problem_of(self.cache.path / file, known[file], contents=True) is None for file in self.damaged
         }
         if not all(same.values()):
             self._tell_manifest()
@@ -93,8 +93,8 @@ class _Repair:
             if entry["file"] in self.damaged:
                 ids, doc = (torch.cat([getattr(b, name) for b in self.batches])[rows].int() for name in ("ids", "doc"))
                 atomic_save_safetensors(self.cache.path / entry["file"], {"ids": ids, "doc": doc})
-        if format.DOCUMENTS in self.damaged:
-            atomic_save_safetensors(self.cache.path / format.DOCUMENTS, {"ids": self.reading.document_ids()})
+        if layout.DOCUMENTS in self.damaged:
+            atomic_save_safetensors(self.cache.path / layout.DOCUMENTS, {"ids": self.reading.document_ids()})
 
     def _write_shards(self, progress: bool) -> None:
         if not self.broken:
@@ -124,7 +124,7 @@ class _Repair:
                 if self._lost(i, f"{hook}.safetensors"):
                     save_acts(folder, hook, self.storage, {name: x[at] for name, x in rows[hook].items()})
 
-    def _lost(self, shard: int, name: str = format.INDEX) -> bool:
+    def _lost(self, shard: int, name: str = layout.INDEX) -> bool:
         return f"{self.folders[shard]}/{name}" in self.damaged
 
     def _read_index(self, shard: int) -> Int[Tensor, "n 3"]:
@@ -169,19 +169,19 @@ class _Repair:
         """The index of every shard, drawn again without activations."""
         config = self.config
         pool_rows = config["shard_rows"] * config["pool_shards"]
-        for block, batches in groupby(self.batches, lambda batch: format.block_of(config, batch.first_sequence)):
+        for block, batches in groupby(self.batches, lambda batch: layout.block_of(config, batch.first_sequence)):
             pool, numbers = Pool(pool_rows + config["batch_size"] * config["ctx_len"]), count()
             for batch in [*batches, None]:
                 if batch is not None:
                     seq, pos = kept[batch.first_sequence : batch.first_sequence + len(batch.ids)].nonzero(as_tuple=True)
                     pool.add(torch.stack([seq + batch.first_sequence, pos, batch.ids[seq, pos]], dim=1).int(), {})
                 while len(pool) >= pool_rows if batch is not None else len(pool):
-                    generator = format.shard_generator(config, next(numbers), block)
+                    generator = layout.shard_generator(config, next(numbers), block)
                     yield pool.draw(min(config["shard_rows"], len(pool)), generator)[0]
 
     def _tell_manifest(self) -> None:
         """Size and SHA-256 of rebuilt files that differ from what they were."""
         for file, known in self.cache.files().items():
             if file in self.damaged:
-                known |= format.describe_file(self.cache.path / file)
-        atomic_write_json(self.cache.path / format.MANIFEST, self.manifest)
+                known |= layout.describe_file(self.cache.path / file)
+        atomic_write_json(self.cache.path / layout.MANIFEST, self.manifest)

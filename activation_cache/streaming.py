@@ -19,10 +19,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saelab.activation_cache import format
+from saelab.activation_cache import layout
 from saelab.activation_cache.checks import check_arguments, finite_norms, refuse_steered, warn_if_none_held_out
-from saelab.activation_cache.pool import Pool
-from saelab.activation_cache.storage import Storage, identity, kept_rows, row_bytes
+from saelab.activation_cache.codec import Storage, identity, kept_rows, row_bytes
+from saelab.activation_cache.shuffle_buffer import Pool
 from saelab.errors import CacheError
 from saelab.identity import LATER, of_rows
 from saelab.models.hooks import hook_list
@@ -96,13 +96,13 @@ class ActivationStream:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of all that decides the rows and, beside the seed, their order."""
-        return format.config_hash(self.config)
+        return layout.config_hash(self.config)
 
     @property
     def held_bytes(self) -> int:
         """Memory of the full pool, the first rows and a draw."""
         widths, n_rows = self.config["hooks"].values(), self._capacity + NORM_RULE_ROWS + self.config["shard_rows"]
-        return n_rows * (format.INDEX_BYTES + sum(row_bytes(_STORAGE.name, width) for width in widths))
+        return n_rows * (layout.INDEX_BYTES + sum(row_bytes(_STORAGE.name, width) for width in widths))
 
     @property
     def document_ids(self) -> Int[Tensor, " n_documents"]:
@@ -113,7 +113,7 @@ class ActivationStream:
         """As of a cache: where a hook's rows come from, for `sae.json`."""
         model = self.models.get(hook_name.partition("/")[0], {"name": self.lm.name, "hash": self.lm.hash})
         limits = self._beginning[0].max_norm or {}
-        return format.origin(self.config, hook_name, model, limits[hook_name], self.texts.spec)
+        return layout.origin(self.config, hook_name, model, limits[hook_name], self.texts.spec)
 
     def stats(self, hook_name: str) -> dict[str, Any]:
         """`n`, `mean` and `second_moment` (d_in, fp64) of the first rows that the mask keeps, as they are stored."""
@@ -155,7 +155,7 @@ class ActivationStream:
                     n = min(self.config["shard_rows"], len(pool))
                     if not live and skip < n:
                         pool, live = self._filled(pool, read, hooks), True
-                    index, rows = pool.draw(n, format.seeded("shard", seed, number))
+                    index, rows = pool.draw(n, layout.seeded("shard", seed, number))
                     number += 1
                     if live:
                         at = _stand_ins(index)[skip:]

@@ -19,10 +19,10 @@ from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file
 from torch import Tensor
 
-from saelab.activation_cache import format
+from saelab.activation_cache import layout
+from saelab.activation_cache.codec import Storage, decode, kept_rows
 from saelab.activation_cache.journal import Journal
-from saelab.activation_cache.pool import Parts, Pool
-from saelab.activation_cache.storage import Storage, decode, kept_rows
+from saelab.activation_cache.shuffle_buffer import Parts, Pool
 from saelab.files import atomic_save_safetensors
 from saelab.tokens import TokenBatch
 
@@ -88,11 +88,11 @@ class CacheWriter:
 
     def _restore(self) -> None:
         for entry in self.journal.of_kind("tokens"):
-            format.check_file(self.folder / entry["file"], entry, entry["file"])
+            layout.check_file(self.folder / entry["file"], entry, entry["file"])
         shards = self.journal.of_kind("shard")
         for shard in shards:
             for name, known in shard["files"].items():
-                format.check_file(self.folder / shard["folder"] / name, known, f"shard {shard['folder']}")
+                layout.check_file(self.folder / shard["folder"] / name, known, f"shard {shard['folder']}")
         if not shards:
             return
         last = shards[-1]
@@ -102,7 +102,7 @@ class CacheWriter:
         self.start = self._cursor if oldest is None else oldest // batch * batch
         self._written = torch.zeros(self._cursor - self.start, self.ctx_len, dtype=torch.bool)
         for shard in shards:
-            index = load_file(self.folder / shard["folder"] / format.INDEX)
+            index = load_file(self.folder / shard["folder"] / layout.INDEX)
             recent = index["seq"] >= self.start
             self._written[index["seq"][recent].long() - self.start, index["pos"][recent].long()] = True
 
@@ -110,8 +110,8 @@ class CacheWriter:
         """Keep the token ids of the next batch."""
         self._end += len(batch.ids)
         self._tokens_waiting.append(batch)
-        while self._end - self._first_waiting() >= format.SEQUENCES_PER_FILE:
-            self._write_tokens(format.SEQUENCES_PER_FILE)
+        while self._end - self._first_waiting() >= layout.SEQUENCES_PER_FILE:
+            self._write_tokens(layout.SEQUENCES_PER_FILE)
 
     def _first_waiting(self) -> int:
         return self._tokens_waiting[0].first_sequence if self._tokens_waiting else self._end
@@ -125,12 +125,12 @@ class CacheWriter:
         if first < self._tokens_written:
             return  # on disk since before the restart
         tensors = {"ids": ids[:n].int(), "doc": doc[:n].int()}
-        number = (first - self._first) // format.SEQUENCES_PER_FILE
-        self._background.submit(self._save_tokens, format.tokens_file(number, self._block), tensors)
+        number = (first - self._first) // layout.SEQUENCES_PER_FILE
+        self._background.submit(self._save_tokens, layout.tokens_file(number, self._block), tensors)
 
     def _save_tokens(self, name: str, tensors: dict[str, Tensor]) -> None:
         atomic_save_safetensors(self.folder / name, tensors)
-        known = format.describe_file(self.folder / name)
+        known = layout.describe_file(self.folder / name)
         self.journal.append({"kind": "tokens", "file": name, "sequences": len(tensors["ids"]), **known})
 
     def add(
@@ -161,11 +161,11 @@ class CacheWriter:
 
     def _write_shard(self) -> None:
         number, self._shards = self._shards, self._shards + 1
-        generator = format.shard_generator(self.config, number, self._block)
+        generator = layout.shard_generator(self.config, number, self._block)
         index, rows = self._pool.draw(min(self.config["shard_rows"], len(self._pool)), generator)
         entry = {
             "kind": "shard",
-            "folder": format.shard_folder(number, self._block or 0),
+            "folder": layout.shard_folder(number, self._block or 0),
             "rows": len(index),
             "cursor": self._consumed,
             "oldest": self._pool.oldest_sequence,
@@ -178,8 +178,8 @@ class CacheWriter:
         save_index(folder, index)
         for hook, parts in rows.items():
             save_acts(folder, hook, self.storage, parts)
-        names = [format.INDEX, *(f"{hook}.safetensors" for hook in rows)]
-        files = {name: format.describe_file(folder / name) for name in names}
+        names = [layout.INDEX, *(f"{hook}.safetensors" for hook in rows)]
+        files = {name: layout.describe_file(folder / name) for name in names}
         self.journal.append({**entry, "files": files, "time": time.time()})
 
     def flush(self) -> None:
@@ -187,7 +187,7 @@ class CacheWriter:
         while len(self._pool):
             self._write_shard()
         while self._tokens_waiting:
-            self._write_tokens(min(format.SEQUENCES_PER_FILE, self._end - self._first_waiting()))
+            self._write_tokens(min(layout.SEQUENCES_PER_FILE, self._end - self._first_waiting()))
         self._background.wait()
 
     def close(self) -> None:
@@ -198,7 +198,7 @@ class CacheWriter:
 def save_index(folder: Path, index: Int[Tensor, "n 3"]) -> None:
     """Write where the rows of a shard come from: (seq, pos, token) of each."""
     columns = {name: index[:, i] for i, name in enumerate(("seq", "pos", "token"))}
-    atomic_save_safetensors(folder / format.INDEX, columns)
+    atomic_save_safetensors(folder / layout.INDEX, columns)
 
 
 def save_acts(folder: Path, hook: str, storage: Storage, parts: Mapping[str, Tensor]) -> None:

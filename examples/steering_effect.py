@@ -6,7 +6,7 @@ Run: python examples/steering_effect.py [RUN]    (a RUN with features, runs/demo
 import sys
 
 import saelab
-from saelab.steering.report import effect_table
+from saelab.steering.effect_table import effect_table
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ class Backend(NamedTuple):
 
     name: str
     Screen: Callable[..., Any]
-    """Upper bounds of all scores of some rows, and the pairs that reach a floor (`kernels/cpu/screen.py`)."""
+    """Upper bounds of all scores of some rows, and the pairs that reach a floor (`kernels/torch_backend/screen.py`)."""
     rows_at_once: Callable[[int, torch.dtype], int]
     """How many rows one screen may take."""
     sampled_product: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -91,10 +91,10 @@ def _load(name: str) -> Backend:
 
         bag_sum = rows = sampled_product = screen = weight_gradients = primitives
     elif name == "triton":
-        from saelab.kernels.gpu import bag_sum, rows, sampled_product, weight_gradients
-        from saelab.kernels.gpu import operands as screen
+        from saelab.kernels.triton_backend import bag_sum, rows, sampled_product, weight_gradients
+        from saelab.kernels.triton_backend import operands as screen
     else:
-        from saelab.kernels.cpu import bag_sum, rows, sampled_product, screen, weight_gradients
+        from saelab.kernels.torch_backend import bag_sum, rows, sampled_product, screen, weight_gradients
 
     return Backend(
         name,

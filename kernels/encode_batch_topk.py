@@ -28,7 +28,7 @@ from saelab.kernels.sparse_acts import SparseActs
 
 @runtime_checkable
 class Pool(Protocol):
-    """The pairs of several processes (`saelab.distributed.pool`)."""
+    """The pairs of several processes (`saelab.distributed.global_topk`)."""
 
     @property
     def size(self) -> int:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
-from saelab.kernels.cpu.halves import in_halves
+from saelab.kernels.torch_backend.halves import in_halves
 
 _INT32 = np.iinfo(np.int32).max
 _MAX_PADDING = 8  # how much larger than its entries a padded table may be

@@ -20,7 +20,7 @@ from saelab.distributed import ALONE, join
 from saelab.distributed.mesh import build_mesh
 from saelab.errors import TrainingError
 from saelab.saes import VARIANTS, StepInfo
-from saelab.saes.sharded import shard_of
+from saelab.training.feature_shards import shard_of
 
 D_SAE = 96
 SPECIAL: dict[str, dict[str, Any]] = {

@@ -16,12 +16,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saelab.activation_cache import format, read_bench, shuffled
-from saelab.activation_cache.contents import Totals, contents
+from saelab.activation_cache import layout, prefetch
+from saelab.activation_cache.bench import read
+from saelab.activation_cache.codec import identity
 from saelab.activation_cache.journal import Journal
-from saelab.activation_cache.pool import Pool
+from saelab.activation_cache.manifest import Totals, contents
 from saelab.activation_cache.reader import ActivationCache
-from saelab.activation_cache.storage import identity
+from saelab.activation_cache.shuffle_buffer import Pool
 from saelab.activation_cache.writer import CacheWriter
 from saelab.errors import CacheError, SaelabError
 from saelab.files import atomic_write_json
@@ -71,10 +72,10 @@ def make_cache(folder, n_sequences=40, shard_rows=32, pool_shards=3, seed=0, hoo
     listed = contents(
         folder, config, journal.entries, totals, writer.counts, writer.storage, torch.arange(n_sequences), medians
     )
-    known = {"config": config, "config_hash": format.config_hash(config), "model_name": "m", "texts": {}}
+    known = {"config": config, "config_hash": layout.config_hash(config), "model_name": "m", "texts": {}}
     known["max_norm"] = dict.fromkeys(hooks, 10.0)
     manifest = {"format_version": config["format_version"], **known, **listed}
-    atomic_write_json(folder / format.MANIFEST, manifest)
+    atomic_write_json(folder / layout.MANIFEST, manifest)
     journal.close()
     return ActivationCache(folder)
 
@@ -161,7 +162,7 @@ def test_statistics_are_those_of_the_stored_rows(cache):
 
 
 def test_packed_contexts_are_cut_into_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(format, "SEQUENCES_PER_FILE", 6)
+    monkeypatch.setattr(layout, "SEQUENCES_PER_FILE", 6)
     cache = make_cache(tmp_path / "cache", n_sequences=15)
     assert [known["sequences"] for known in cache.manifest["tokens"]] == [6, 6, 3]
     assert cache.tokens()[0].flatten().tolist() == list(range(15 * CTX))
@@ -169,7 +170,7 @@ def test_packed_contexts_are_cut_into_files(tmp_path, monkeypatch):
 
 def test_seeded_generators_depend_on_every_part():
     draws = {
-        torch.rand(1, generator=format.seeded("rows", *parts)).item() for parts in [(0, 1), (1, 0), (0, 10), (1, 1)]
+        torch.rand(1, generator=layout.seeded("rows", *parts)).item() for parts in [(0, 1), (1, 0), (0, 10), (1, 1)]
     }
     assert len(draws) == 4
 
@@ -207,7 +208,7 @@ def test_each_epoch_gives_every_row_once_in_another_order(cache):
 
 
 def test_start_step_skips_whole_shards_without_reading_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(shuffled, "_AHEAD", (4, 4))
+    monkeypatch.setattr(prefetch, "_AHEAD", (4, 4))
     cache = make_cache(tmp_path / "cache")
     read = []
     load = cache._read
@@ -231,7 +232,7 @@ def test_several_hooks_come_in_the_order_of_one(tmp_path, batch_size):
 
 
 def test_only_the_hooks_asked_for_are_read_and_few_shards_ahead(tmp_path, monkeypatch):
-    monkeypatch.setattr(shuffled, "_AHEAD", (4, 4))
+    monkeypatch.setattr(prefetch, "_AHEAD", (4, 4))
     cache = make_cache(tmp_path / "cache", hooks=("a", "b", "c"))
     read = []
     load = cache._read
@@ -255,7 +256,7 @@ def test_rows_can_be_had_as_they_are_stored(cache):
 
 
 def test_the_bench_reads_and_trains(cache, capsys):
-    found = read_bench.main(read_bench.Settings(cache.path, batch_size=64, pairs=2, d_sae=16, k=2, steps=2))
+    found = read.main(read.Settings(cache.path, batch_size=64, pairs=2, d_sae=16, k=2, steps=2))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(",")[0] for line in lines[1:]] == ["op", "read", "train"]
     assert found.keys() == {"read", "train"} and min(found.values()) > 0
@@ -413,13 +414,13 @@ def test_estimate_is_close_above_the_real_size(tmp_path):
     cache = make_cache(tmp_path / "cache", n_sequences=200, shard_rows=512, hooks=("a", "b"))
     files = [path for path in (tmp_path / "cache").rglob("*.safetensors") if "documents" not in path.name]
     real = sum(path.stat().st_size for path in files)
-    estimate = format.estimate_bytes(200, CTX, cache.manifest["config"]["hooks"], 512)
+    estimate = layout.estimate_bytes(200, CTX, cache.manifest["config"]["hooks"], 512)
     assert real < estimate < 2 * real
 
 
 @pytest.mark.parametrize(("n", "text"), [(0, "0 bytes"), (999, "999 bytes"), (288e6, "288.0 MB"), (2.5e12, "2.5 TB")])
 def test_human_bytes(n, text):
-    assert format.human_bytes(n) == text
+    assert layout.human_bytes(n) == text
 
 
 @pytest.mark.parametrize(

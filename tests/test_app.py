@@ -17,7 +17,7 @@ from streamlit.testing.v1 import AppTest
 from streamlit.util import calc_hash
 
 import saelab.app
-from saelab.activation_cache import format
+from saelab.activation_cache import layout
 from saelab.app import charts, page_runs, page_steer, serve, state
 from saelab.app.style import PAGE_STYLE
 from saelab.errors import SaelabError
@@ -126,7 +126,7 @@ def _copy_with_dead_feature(run, folder):
     database.commit()
     database.close()
     manifest = json.loads((copy / "features" / "manifest.json").read_text())
-    manifest["files"]["store.sqlite"] = format.describe_file(copy / "features" / "store.sqlite")
+    manifest["files"]["store.sqlite"] = layout.describe_file(copy / "features" / "store.sqlite")
     (copy / "features" / "manifest.json").write_text(json.dumps(manifest))
     return copy
 

@@ -10,10 +10,10 @@ import torch
 from test_activation_cache import make_cache, stored_rows
 
 import saelab
-from saelab.activation_cache import format
+from saelab.activation_cache import layout
+from saelab.activation_cache.codec import Storage, decode, find_outliers, identity, row_bytes
 from saelab.activation_cache.reader import ActivationCache
 from saelab.activation_cache.repair import repair
-from saelab.activation_cache.storage import Storage, decode, find_outliers, identity, row_bytes
 from saelab.cli.cache_commands import Info, Stats
 from saelab.errors import CacheError
 from saelab.saes import TopKConfig
@@ -191,7 +191,7 @@ def test_a_damaged_int8_cache_is_repaired_byte_for_byte(tmp_path, tiny_lm):
     test_cache_repair.alter(first / f"{hooks[0]}.safetensors")
     for name in ("index", *hooks):
         (second / f"{name}.safetensors").unlink()
-    (folder / format.stats_file(hooks[1])).unlink()
+    (folder / layout.stats_file(hooks[1])).unlink()
     rebuilt = repair(ActivationCache(folder), tiny_lm, load_texts(test_cache_repair.TEXTS), progress=False)
     assert len(rebuilt) == 5 and all(rebuilt.values())
     assert test_cache_repair.contents(folder) == test_cache_repair.contents(tmp_path / "whole")

@@ -15,7 +15,7 @@ from saelab.saes.codebook import find_codes, finetune, insert, load, save
 from saelab.saes.codebook.gradients import own_loss, pass_through, rotated
 from saelab.saes.codebook.nearest import most_similar
 from saelab.saes.codebook.quantizer import Codebook
-from saelab.saes.codebook.upkeep import closest_inputs, draw_inputs, generator_of, kmeans, towards_anchors, usage_after
+from saelab.saes.codebook.revival import closest_inputs, draw_inputs, generator_of, kmeans, towards_anchors, usage_after
 
 MLP, HEADS, RESID = "blocks.1.hook_mlp_out", "blocks.0.attn.hook_z", "blocks.1.hook_resid_post"
 
@@ -303,7 +303,7 @@ def test_training_lowers_the_fvu_and_a_resume_is_bit_for_bit(tmp_path, revive, m
     lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["fvu"] < 0.9 * lines[0]["fvu"]
 
-    from saelab.training.run import Run
+    from saelab.training.sae_run import Run
 
     step, stop = Run.train_on, RuntimeError("stopped")
 

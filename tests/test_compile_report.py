@@ -12,7 +12,7 @@ import pytest
 
 from saelab.kernels.bench.compile_report import MODULES, SHARED_LIMIT, TARGETS, amdgcn_usage
 from saelab.kernels.bench.hbm_model import Product
-from saelab.kernels.gpu import launch
+from saelab.kernels.triton_backend import launch
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.timeout(900)  # seventy compilations
@@ -44,7 +44,11 @@ def test_every_kernel_is_compiled_for_every_target(rows):
         for node in ast.parse(path.read_text(encoding="utf-8")).body
         if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
     }
-    specs = [spec for module in MODULES for spec in import_module(f"saelab.kernels.gpu.{module}").production_specs()]
+    specs = [
+        spec
+        for module in MODULES
+        for spec in import_module(f"saelab.kernels.triton_backend.{module}").production_specs()
+    ]
     assert {spec.fn.fn.__name__ for spec in specs} == jitted
 
 
@@ -70,7 +74,7 @@ def test_products_use_the_tensor_cores_in_large_tiles(rows):
 SPOILED = """
 import dataclasses, os, sys, tempfile
 from saelab.kernels.bench.compile_report import compile_spec, judge
-from saelab.kernels.gpu.group_max import production_specs
+from saelab.kernels.triton_backend.group_max import production_specs
 with tempfile.TemporaryDirectory() as folder:
     os.environ["TRITON_CACHE_DIR"] = folder
     for target, block in (("sm_80", 128), ("gfx942", 256)):

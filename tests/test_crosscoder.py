@@ -23,7 +23,7 @@ from saelab.saes import (
     StepInfo,
     TopKConfig,
 )
-from saelab.saes.sites import Sites, choose_sites, sites_of
+from saelab.saes.hooks_used import Sites, choose_sites, sites_of
 from saelab.training import TrainConfig, train
 from saelab.training.adam import Adam
 

@@ -11,7 +11,7 @@ from saelab.saes.base import RULES
 from saelab.training import TrainConfig
 from saelab.training.data import open_data
 from saelab.training.dead_features import dead_window
-from saelab.training.run import Run
+from saelab.training.sae_run import Run
 
 LENGTHS = (1_000_000, 9_990_000, 9_999_999, 10_000_000, 20_000_000, 100_000_000)
 

@@ -5,10 +5,10 @@ import torch
 
 from saelab.kernels import candidates, rounding
 from saelab.kernels import encode_topk as module
-from saelab.kernels.cpu import screen
 from saelab.kernels.encode_topk import encode_topk
 from saelab.kernels.reference.encode_topk import encode_topk as reference
 from saelab.kernels.selection_log import LOG
+from saelab.kernels.torch_backend import screen
 from saelab.kernels.workspace import WORKSPACE
 
 SHAPES = [

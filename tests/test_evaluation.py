@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import saelab
-from saelab.activation_cache.score import open_score_stream
+from saelab.evaluation.heldout import open_score_stream
 from saelab.evaluation.reconstruction import Reconstruction, VarianceSums
 from saelab.saes import (
     CrosscoderConfig,

@@ -79,7 +79,7 @@ def test_each_run_of_a_shared_read_is_timed_by_its_own_steps(monkeypatch, tmp_pa
 
     slow = family.at_l0("batch_topk", 48, 4)
     select = BatchTopKSAE.select
-    monkeypatch.setattr("saelab.training.run.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("saelab.training.sae_run.time.perf_counter", lambda: now[0])
     monkeypatch.setattr(BatchTopKSAE, "select", slowly)
     x = torch.randn(400, 8, generator=torch.Generator().manual_seed(0))
     config = TrainConfig(n_tokens=400, batch_size=40, warmup_steps=1, log_every=5)

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import saelab
-from saelab.activation_cache.score import open_score_stream
 from saelab.errors import ModelError, SaelabError, StoreError
+from saelab.evaluation.heldout import open_score_stream
 from saelab.features import accumulate, collect, schema
 from saelab.features.accumulate import Accumulator
 from saelab.features.blob import pack_arrays, unpack_arrays

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from saelab.kernels.gpu import bag_sum as module
-from saelab.kernels.gpu.bag_sum import bag_sum
 from saelab.kernels.reference.decode import decode as reference
 from saelab.kernels.sparse_acts import SparseActs
+from saelab.kernels.triton_backend import bag_sum as module
+from saelab.kernels.triton_backend.bag_sum import bag_sum
 
 SHAPES = [(1, 1, 1, 1.0), (6, 11, 5, 0.3), (0, 7, 3, 0.5), (4, 9, 6, 0.0), (5, 131, 300, 0.4), (3, 37, 64, 1.0)]
 

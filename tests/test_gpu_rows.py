@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from saelab.kernels.gpu import bag_sum, rows, sampled_product, weight_gradients
-from saelab.kernels.gpu.launch import packed
-from saelab.kernels.gpu.rows import adam_rows_, project_, round_rows, row_norms, unit_norm_
+from saelab.kernels.triton_backend import bag_sum, rows, sampled_product, weight_gradients
+from saelab.kernels.triton_backend.launch import packed
+from saelab.kernels.triton_backend.rows import adam_rows_, project_, round_rows, row_norms, unit_norm_
 
 SHAPES = [(1, 1), (5, 7), (0, 4), (3, 1024), (4, 1100), (2, 2049)]
 SPECS = [spec for module in (sampled_product, bag_sum, weight_gradients, rows) for spec in module.production_specs()]

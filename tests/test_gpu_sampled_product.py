@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from saelab.kernels.gpu import sampled_product as module
-from saelab.kernels.gpu.sampled_product import sampled_product, sum_slices
 from saelab.kernels.reference.sampled_product import sampled_product as reference
 from saelab.kernels.sparse_acts import SparseActs
+from saelab.kernels.triton_backend import sampled_product as module
+from saelab.kernels.triton_backend.sampled_product import sampled_product, sum_slices
 
 SHAPES = [(1, 1, 1, 1.0), (6, 11, 5, 0.3), (0, 7, 3, 0.5), (4, 9, 6, 0.0), (5, 13, 300, 0.4), (3, 37, 256, 1.0)]
 

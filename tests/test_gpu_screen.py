@@ -6,11 +6,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from saelab.kernels.gpu import group_max as group_max_module
-from saelab.kernels.gpu import launch
-from saelab.kernels.gpu.group_max import group_max
-from saelab.kernels.gpu.grouped_product import grouped_product
-from saelab.kernels.gpu.screen import Screen
+from saelab.kernels.triton_backend import group_max as group_max_module
+from saelab.kernels.triton_backend import launch
+from saelab.kernels.triton_backend.group_max import group_max
+from saelab.kernels.triton_backend.grouped_product import grouped_product
+from saelab.kernels.triton_backend.screen import Screen
 
 DEVICE = "cpu" if launch.INTERPRETED else "cuda"
 # rows, K, d_sae, n_groups

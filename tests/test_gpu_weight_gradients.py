@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from saelab.kernels.gpu import weight_gradients as module
-from saelab.kernels.gpu.weight_gradients import CHUNK, bias_gradient, weight_gradients
 from saelab.kernels.reference.weight_gradients import weight_gradients as reference
 from saelab.kernels.sparse_acts import SparseActs
+from saelab.kernels.triton_backend import weight_gradients as module
+from saelab.kernels.triton_backend.weight_gradients import CHUNK, bias_gradient, weight_gradients
 
 SHAPES = [(1, 1, 1, 1.0), (6, 11, 5, 0.3), (0, 7, 3, 0.5), (4, 9, 6, 0.0), (40, 31, 24, 0.6), (5, 13, 300, 0.4)]
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from saelab.kernels.cpu.halves import in_halves
-from saelab.kernels.cpu.places import places_not_below
 from saelab.kernels.ragged import largest
+from saelab.kernels.torch_backend.halves import in_halves
+from saelab.kernels.torch_backend.places import places_not_below
 
 
 @pytest.mark.parametrize("rows", [0, 1, 127, 128, 301])

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import saelab
-from saelab.activation_cache import format
 from saelab.activation_cache import harvest as harvest_module
+from saelab.activation_cache import layout
 from saelab.activation_cache.reader import ActivationCache
 from saelab.errors import CacheError, SaelabError
 from saelab.models.language_model import LanguageModel
@@ -97,7 +97,7 @@ def harvest(lm, out_dir, texts=TEXTS, **changes):
 
 
 def journaled_shards(folder):
-    entries = map(json.loads, (folder / format.JOURNAL).read_text().splitlines())
+    entries = map(json.loads, (folder / layout.JOURNAL).read_text().splitlines())
     return [entry for entry in entries if entry["kind"] == "shard"]
 
 
@@ -239,7 +239,7 @@ def test_killed_many_times_with_half_written_files_about(undisturbed, tmp_path):
         lm.stop_at = stop_at
         with pytest.raises(KeyboardInterrupt):
             harvest(lm, tmp_path)
-        journal = tmp_path / format.JOURNAL
+        journal = tmp_path / layout.JOURNAL
         lines = journal.read_bytes().splitlines(keepends=True)
         journal.write_bytes(b"".join(lines[:-1]) + lines[-1][: len(lines[-1]) // 2])  # the last shard's line is torn
         (tmp_path / "shards" / "r000-000001" / ".index.safetensors.tmp-1").write_bytes(b"half")
@@ -250,11 +250,11 @@ def test_killed_many_times_with_half_written_files_about(undisturbed, tmp_path):
 
 def test_interrupted_between_the_shards_of_the_end(undisturbed, tmp_path, monkeypatch):
     harvest(StandIn(), tmp_path)
-    journal = (tmp_path / format.JOURNAL).read_bytes().splitlines(keepends=True)
+    journal = (tmp_path / layout.JOURNAL).read_bytes().splitlines(keepends=True)
     shards = [i for i, line in enumerate(journal) if b'"kind": "shard"' in line]
     for keep in shards[-3:]:
-        (tmp_path / format.MANIFEST).unlink()
-        (tmp_path / format.JOURNAL).write_bytes(b"".join(journal[: keep + 1]))
+        (tmp_path / layout.MANIFEST).unlink()
+        (tmp_path / layout.JOURNAL).write_bytes(b"".join(journal[: keep + 1]))
         harvest(StandIn(), tmp_path)
         assert contents(tmp_path) == undisturbed
 
@@ -263,11 +263,11 @@ def test_resume_with_shards_smaller_than_a_batch(tmp_path):
     sizes = dict(shard_rows=20, pool_shards=2, n_tokens=800)
     harvest(StandIn(), tmp_path / "a", **sizes)
     harvest(StandIn(), tmp_path / "b", **sizes)
-    (tmp_path / "b" / format.MANIFEST).unlink()
-    journal = (tmp_path / "b" / format.JOURNAL).read_bytes().splitlines(keepends=True)
+    (tmp_path / "b" / layout.MANIFEST).unlink()
+    journal = (tmp_path / "b" / layout.JOURNAL).read_bytes().splitlines(keepends=True)
     cursors = [json.loads(line).get("cursor") for line in journal]
     keep = next(i for i in range(len(journal) - 1, 0, -1) if cursors[i] == cursors[i - 1] and cursors[i] < 50)
-    (tmp_path / "b" / format.JOURNAL).write_bytes(b"".join(journal[:keep]))  # between two shards of one batch
+    (tmp_path / "b" / layout.JOURNAL).write_bytes(b"".join(journal[:keep]))  # between two shards of one batch
     harvest(StandIn(), tmp_path / "b", **sizes)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
@@ -418,8 +418,8 @@ def test_other_arguments_are_refused_with_both_values_and_nothing_changes(
     for name, data in undisturbed.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
-    config = json.loads(undisturbed[format.MANIFEST])["config"]
-    (folder / format.JOURNAL).write_text(json.dumps({"kind": "start", "config": config, "environment": {}}) + "\n")
+    config = json.loads(undisturbed[layout.MANIFEST])["config"]
+    (folder / layout.JOURNAL).write_text(json.dumps({"kind": "start", "config": config, "environment": {}}) + "\n")
     with pytest.raises(ValueError, match=message):
         harvest(StandIn(), folder, **change)
     assert contents(folder) == undisturbed

@@ -9,7 +9,7 @@ import torch
 from test_harvest import HOOKS, TEXTS, StandIn, contents, harvest, places
 
 from saelab.activation_cache import blocks as blocks_module
-from saelab.activation_cache import format
+from saelab.activation_cache import layout
 from saelab.activation_cache.reader import ActivationCache
 from saelab.activation_cache.repair import repair
 from saelab.cli.cache_commands import Info, Stats
@@ -91,7 +91,7 @@ def test_they_may_come_and_go(alone, tmp_path, stops):
     for lm, stop_at in zip(models, stops, strict=True):
         lm.stop_at = stop_at
     share(tmp_path, models)
-    assert not (tmp_path / format.MANIFEST).exists()
+    assert not (tmp_path / layout.MANIFEST).exists()
     before = {name: data for name, data in contents(tmp_path).items() if name.startswith("shards")}
     assert all(contents(alone.path)[name] == data for name, data in before.items())
     share(tmp_path, [StandIn()] if len(stops) == 3 else [StandIn() for _ in range(3)])
@@ -102,8 +102,8 @@ def test_a_block_that_was_left_behind_is_taken_over(alone, tmp_path):
     """One waits for the other's block, and does it when the other ends without it."""
     one, other, waiting = StandIn(), StandIn(), threading.Event()
     harvest(StandIn(), tmp_path, **BLOCKS)
-    (tmp_path / format.MANIFEST).unlink()
-    (tmp_path / format.block_journal(2)).unlink()
+    (tmp_path / layout.MANIFEST).unlink()
+    (tmp_path / layout.block_journal(2)).unlink()
     stream = one.stream_activations
 
     def slow(batches, hook_names):
@@ -128,11 +128,11 @@ def test_a_block_that_was_left_behind_is_taken_over(alone, tmp_path):
 
 def test_a_missing_block_is_seen(alone, tmp_path):
     folder = shutil.copytree(alone.path, tmp_path / "cache")
-    journal = folder / format.block_journal(3)
+    journal = folder / layout.block_journal(3)
     journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:-1]))
     with pytest.raises(CacheError, match="block 3 of 6 of .* is missing: repeat"):
         blocks_module._entries(folder, 3, 6)
-    (folder / format.MANIFEST).unlink()
+    (folder / layout.MANIFEST).unlink()
     with pytest.raises(CacheError, match="unfinished"):
         ActivationCache(folder)
     lost = folder / "shards" / "r004-000000" / "index.safetensors"
@@ -190,5 +190,5 @@ def test_texts_that_leave_nothing_leave_the_folder_free(tmp_path):
     with pytest.raises(ValueError, match="leaves nothing of the 1 tokens"):
         harvest(StandIn(), tmp_path, texts=["a"], split="all", **BLOCKS)
     assert harvest(StandIn(), tmp_path, **BLOCKS).n_rows > 1000
-    kinds = [json.loads(line)["kind"] for line in (tmp_path / format.JOURNAL).read_text().splitlines()]
+    kinds = [json.loads(line)["kind"] for line in (tmp_path / layout.JOURNAL).read_text().splitlines()]
     assert kinds == ["start", "mask"]

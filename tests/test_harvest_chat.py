@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from tiny_runs import WORDS
 
 import saelab
-from saelab.activation_cache import format
+from saelab.activation_cache import layout
 from saelab.activation_cache.harvest import harvest
-from saelab.activation_cache.pool import Pool
 from saelab.activation_cache.repair import repair
+from saelab.activation_cache.shuffle_buffer import Pool
 from saelab.tokens import document_id, load_texts
 
 HOOK = "blocks.1.hook_resid_post"
@@ -28,7 +28,7 @@ CHATS = [conversation(i) for i in range(70)]
 
 
 def contents(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.[sj]*") if p.name != format.JOURNAL}
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.[sj]*") if p.name != layout.JOURNAL}
 
 
 @pytest.fixture(scope="module")
@@ -83,12 +83,12 @@ def test_rows_do_not_depend_on_the_other_conversations(cache, tiny_lm):
 def test_resume_and_repair(cache, tiny_lm, chats, tmp_path):
     whole, texts = contents(cache.path), load_texts(chats, "messages", chat=tiny_lm)
     for name, data in whole.items():
-        if name != format.MANIFEST:
+        if name != layout.MANIFEST:
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_bytes(data)
-    lines = (cache.path / format.JOURNAL).read_bytes().splitlines(keepends=True)
+    lines = (cache.path / layout.JOURNAL).read_bytes().splitlines(keepends=True)
     first = next(i for i, line in enumerate(lines) if b'"kind": "shard"' in line)
-    (tmp_path / format.JOURNAL).write_bytes(b"".join(lines[: first + 2]))
+    (tmp_path / layout.JOURNAL).write_bytes(b"".join(lines[: first + 2]))
     again = harvest(tiny_lm, texts, HOOK, 10**6, tmp_path, chat=True, **SIZES)
     assert contents(tmp_path) == whole
     lost = [

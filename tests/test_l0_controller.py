@@ -10,7 +10,7 @@ import torch
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.saes import VARIANTS, GatedConfig, JumpReLUConfig, ReLUConfig, StepInfo, l0_controller
 from saelab.saes.l0_controller import DAMPING, FALL, MEMORY, RATE, L0Controller
-from saelab.training import TrainConfig, run, train
+from saelab.training import TrainConfig, sae_run, train
 
 NONE_DEAD = torch.zeros(4096, dtype=torch.bool)
 
@@ -131,7 +131,7 @@ def test_it_goes_on_from_a_checkpoint_with_the_same_bits(tmp_path, monkeypatch, 
     x = planted(2000)
     small = TrainConfig(n_tokens=64 * 40, batch_size=64, warmup_steps=5, checkpoint_every=10, log_every=5)
     whole = train(config, x, small, tmp_path / "whole", progress=False)
-    real = run.Run.train_on
+    real = sae_run.Run.train_on
 
     def stops(self, rows):
         if self.step == 27:
@@ -139,7 +139,7 @@ def test_it_goes_on_from_a_checkpoint_with_the_same_bits(tmp_path, monkeypatch, 
         real(self, rows)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run.Run, "train_on", stops)
+        patch.setattr(sae_run.Run, "train_on", stops)
         train(config, x, small, tmp_path / "cut", progress=False)
     assert train(config, x, small, tmp_path / "cut", progress=False).hash == whole.hash
     assert metrics(tmp_path / "cut")[-1]["coefficient"] == metrics(tmp_path / "whole")[-1]["coefficient"]

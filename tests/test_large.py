@@ -8,7 +8,7 @@ import torch
 
 from saelab.benchmarks.large import CHUNK, LargeConfig, ZipfRows, run_large
 from saelab.cli import main
-from saelab.training import run
+from saelab.training import sae_run
 
 TINY = LargeConfig(d_in=16, n_features=40, n_active=3, d_sae=64, k=4, n_tokens=64 * 96, batch_size=64, device="cpu")
 
@@ -45,7 +45,7 @@ def test_a_bench_that_was_stopped_goes_on_to_the_same_rows(tmp_path, monkeypatch
     lines = list(csv.DictReader((tmp_path / "whole" / "large.csv").read_text().splitlines()))
     assert [float(line["dead_fraction"]) for line in lines] == [row["dead_fraction"] for row in whole]
 
-    real = run.Run.train_on
+    real = sae_run.Run.train_on
 
     def stop(self, rows):
         if self.sae.variant == "batch_topk" and self.step == 60:
@@ -54,7 +54,7 @@ def test_a_bench_that_was_stopped_goes_on_to_the_same_rows(tmp_path, monkeypatch
         real(self, rows)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run.Run, "train_on", stop)
+        patch.setattr(sae_run.Run, "train_on", stop)
         run_large(TINY, tmp_path / "cut", every=2048, progress=False, say=said.append)
     assert len(json.loads((tmp_path / "cut" / "large.json").read_text())["rows"]) == 4
     assert run_large(TINY, tmp_path / "cut", every=2048, progress=False, say=said.append) == whole

@@ -7,11 +7,11 @@ import torch
 from conftest import build_tiny_llama
 
 import saelab
-from saelab.activation_cache import format
+from saelab.activation_cache import layout
 from saelab.activation_cache.reader import ActivationCache
 from saelab.models import load_model
 from saelab.models.multi_model import ModelsTogether, hook_keys, locate, together
-from saelab.saes.sites import sites_of
+from saelab.saes.hooks_used import sites_of
 from saelab.steering import FeatureHandle
 
 HOOK = "blocks.1.hook_resid_post"
@@ -96,7 +96,7 @@ def test_stopped_and_repeated_gives_the_same_bytes(cache, tiny_lm, other_lm, tex
 def test_the_estimate_counts_every_model(cache):
     config = cache.manifest["config"]
     size = sum(p.stat().st_size for p in cache.path.rglob("*.safetensors"))
-    estimate = format.estimate_bytes(cache.manifest["n_sequences"], 32, config["hooks"], config["shard_rows"])
+    estimate = layout.estimate_bytes(cache.manifest["n_sequences"], 32, config["hooks"], config["shard_rows"])
     assert size * 0.7 < estimate < size * 1.6
 
 

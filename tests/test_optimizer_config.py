@@ -11,8 +11,8 @@ from saelab.training import TrainConfig, train
 from saelab.training.adam import Adam
 from saelab.training.data import open_data
 from saelab.training.optimizer import apply_step
-from saelab.training.run import Run
 from saelab.training.running_norm import RunningNorm
+from saelab.training.sae_run import Run
 
 CPU = torch.device("cpu")
 TRAIN = TrainConfig(n_tokens=64 * 20, batch_size=64, warmup_steps=2, checkpoint_every=5, device="cpu")

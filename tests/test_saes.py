@@ -13,7 +13,7 @@ from saelab.kernels.reference.encode_topk import encode_topk as topk_reference
 from saelab.saes import VARIANTS, Batch, ReLUConfig, ReLUSAE, StepInfo, TopKConfig, TopKSAE
 from saelab.training import TrainConfig
 from saelab.training.data import open_data
-from saelab.training.run import Run
+from saelab.training.sae_run import Run
 
 NOT_THE_SLOPE = {"jumprelu": {"log_threshold"}, "gated": {"W_dec", "b_dec"}}
 """Weights whose gradient is not the slope of the loss, on purpose: straight through a step, or held fixed in an aux loss."""

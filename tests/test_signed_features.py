@@ -15,9 +15,9 @@ from streamlit.testing.v1 import AppTest
 from streamlit.util import calc_hash
 
 import saelab
-from saelab.activation_cache.score import open_score_stream
 from saelab.app import charts, page_steer, serve
 from saelab.errors import SaelabError, StoreError
+from saelab.evaluation.heldout import open_score_stream
 from saelab.features import schema
 from saelab.features.accumulate import Accumulator
 from saelab.features.render import examples_html, feature_card, number

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saelab.kernels.cpu.sampled_product import sampled_product
 from saelab.kernels.sparse_acts import SparseActs, replace_rows
+from saelab.kernels.torch_backend.sampled_product import sampled_product
 
 DENSE = torch.tensor([[0.0, 2.0, 0.0, -1.0], [0.0, 0.0, 0.0, 0.0], [3.0, 0.0, 4.0, 0.0]])
 

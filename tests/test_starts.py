@@ -10,7 +10,7 @@ from saelab.saes import VARIANTS, Batch, JumpReLUConfig, StepInfo
 from saelab.saes.config import NORMALIZATIONS
 from saelab.training import TrainConfig, train
 from saelab.training.data import open_data
-from saelab.training.run import Run
+from saelab.training.sae_run import Run
 
 D_IN, D_SAE = 16, 64
 STEPS = TrainConfig(n_tokens=3 * 128, batch_size=128, device="cpu", log_every=1)

@@ -20,7 +20,7 @@ from saelab.interop import load_sae
 from saelab.runs import find_saes
 from saelab.saes import VARIANTS, ReLUConfig, TopKConfig
 from saelab.training import TrainConfig, train
-from saelab.training.run import Run
+from saelab.training.sae_run import Run
 
 CONFIG = SweepConfig(n_tokens=2_000, batch_size=200, eval_tokens=200)
 LISTS: Any = {"variants": ("topk", "relu"), "d_sae": (48,), "k": (4,), "lr": (None, 1e-3), "seeds": (0, 1)}

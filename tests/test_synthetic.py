@@ -19,9 +19,9 @@ import torch
 from saelab.benchmarks import synthetic
 from saelab.benchmarks.claims import CLAIMS, Claim, Side, check, check_all
 from saelab.benchmarks.diffing import exclusives, own_ratios
-from saelab.benchmarks.picture import curves, dot_plot
 from saelab.benchmarks.planted import diffing, superposition
-from saelab.benchmarks.rows import open_rows, spread, to_csv
+from saelab.benchmarks.results import open_rows, spread, to_csv
+from saelab.benchmarks.svg import curves, dot_plot
 from saelab.benchmarks.synthetic import KINDS, SAES, at_l0, dictionary, run_synthetic
 from saelab.benchmarks.tables import synthetic_picture, synthetic_tables
 from saelab.cli import main

@@ -14,7 +14,7 @@ import torch
 from test_harvest import contents
 from tiny_runs import HOOK, WORDS
 
-from saelab.activation_cache import format
+from saelab.activation_cache import layout
 from saelab.cli.main import main
 
 SIZES = ["--n-tokens", "80_000", "--ctx-len", "64", "--block-contexts", "64"]
@@ -70,7 +70,7 @@ def test_a_rank_is_killed_and_one_process_goes_on(tiny_folder, tmp_path):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(job.pid, signal.SIGKILL)
     assert job.returncode and "Signal 9" in said, said
-    assert not (cache / format.MANIFEST).exists()
+    assert not (cache / layout.MANIFEST).exists()
     before = {name: data for name, data in contents(cache).items() if name.startswith("shards")}
     with one_thread():
         for name in ("run", "whole"):

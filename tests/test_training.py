@@ -92,16 +92,16 @@ def test_same_seed_same_bits_other_seed_other_bits():
 
 
 def interrupt_at(monkeypatch, step):
-    from saelab.training import run
+    from saelab.training import sae_run
 
-    real = run.Run.train_on
+    real = sae_run.Run.train_on
 
     def train_on(self, rows):
         if self.step == step:
             raise KeyboardInterrupt
         real(self, rows)
 
-    monkeypatch.setattr(run.Run, "train_on", train_on)
+    monkeypatch.setattr(sae_run.Run, "train_on", train_on)
 
 
 @pytest.mark.parametrize("step", [3, 10, 27, 39])
@@ -121,16 +121,16 @@ def test_interrupt_and_resume_gives_the_same_bits(tmp_path, monkeypatch, step, w
 
 def press_ctrl_c_in(monkeypatch, update, times=1, number=signal.SIGINT):
     """Send a signal in the middle of a step, just before its update of the weights."""
-    from saelab.training import run
+    from saelab.training import sae_run
 
-    real, updates = run.apply_step, iter(range(10**6))
+    real, updates = sae_run.apply_step, iter(range(10**6))
 
     def apply_step(*arguments):
         for _ in range(times if next(updates) == update else 0):
             os.kill(os.getpid(), number)
         return real(*arguments)
 
-    monkeypatch.setattr(run, "apply_step", apply_step)
+    monkeypatch.setattr(sae_run, "apply_step", apply_step)
 
 
 @pytest.mark.parametrize("step", [0, 7, 20])
@@ -281,9 +281,9 @@ def test_latest_is_taken_before_a_newer_file(tmp_path, monkeypatch):
 
 
 def test_a_finished_run_returns_at_once(whole, whole_hash, monkeypatch):
-    from saelab.training import run
+    from saelab.training import sae_run
 
-    monkeypatch.setattr(run.Run, "train_on", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(sae_run.Run, "train_on", lambda *_: pytest.fail("trained again"))
     assert train(TOPK, planted(), SMALL, whole, progress=False).hash == whole_hash
 
 

@@ -20,7 +20,7 @@ from saelab.saes import (
     TranscoderConfig,
     TranscoderSAE,
 )
-from saelab.saes.sites import choose_sites, sites_of
+from saelab.saes.hooks_used import choose_sites, sites_of
 from saelab.training import TrainConfig, train
 
 D_IN, D_OUT, D_SAE = 6, 4, 20

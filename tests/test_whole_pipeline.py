@@ -11,7 +11,7 @@ from saelab.activation_cache.streaming import stream
 from saelab.cli import main
 from saelab.models import load_model
 from saelab.saes import VARIANTS
-from saelab.steering.report import effect_table
+from saelab.steering.effect_table import effect_table
 
 WRITES = "blocks.1.hook_mlp_out"
 SAES = ("topk", "batch_topk", "jumprelu", "matching_pursuit", "codebook")

@@ -46,7 +46,7 @@ def info(dead: torch.Tensor | None = None) -> StepInfo:
 
 def interrupt_before(step: int, monkeypatch: Any) -> None:
     """From now on training is interrupted before this step."""
-    from saelab.training.run import Run
+    from saelab.training.sae_run import Run
 
     real = Run.train_on
 

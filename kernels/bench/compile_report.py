@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 MODULES = ("group_max", "grouped_product", "sampled_product", "bag_sum", "weight_gradients", "rows")
-"""Modules of `kernels/gpu`; each lists its kernels in `production_specs()`."""
+"""Modules of `kernels/triton_backend`; each lists its kernels in `production_specs()`."""
 
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
@@ -64,11 +64,11 @@ class Row:
 
 def report() -> list[Row]:
     """One row per kernel, shape and target. Needs TRITON_INTERPRET unset."""
-    from saelab.kernels.gpu import launch
+    from saelab.kernels.triton_backend import launch
 
     if launch.INTERPRETED:
         raise ValueError("the kernels are compiled only when TRITON_INTERPRET is not set; unset it")
-    modules = [importlib.import_module(f"saelab.kernels.gpu.{name}") for name in MODULES]
+    modules = [importlib.import_module(f"saelab.kernels.triton_backend.{name}") for name in MODULES]
     specs = [spec for module in modules for spec in module.production_specs()]
     return [judge(spec, target, compile_spec(spec, target)) for spec in specs for target in spec.targets]
 
@@ -90,7 +90,7 @@ def compile_spec(spec: Any, target: str) -> Any:
 
 def judge(spec: Any, target: str, compiled: Any) -> Row:
     """The report's row of a compiled kernel."""
-    from saelab.kernels.gpu import launch
+    from saelab.kernels.triton_backend import launch
 
     language = "amdgcn" if target.startswith("gfx") else "ptx"
     registers, stack, spills = (amdgcn_usage if language == "amdgcn" else cubin_usage)(compiled.asm)

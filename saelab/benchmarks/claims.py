@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from saelab.benchmarks.rows import Row
+from saelab.benchmarks.results import Row
 
 SAME_L0 = 1.05
 """Two L0 are called equal up to this factor."""

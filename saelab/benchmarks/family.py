@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from saelab.activation_cache.reader import ActivationCache
 from saelab.benchmarks.measured import measure
-from saelab.benchmarks.rows import Row, Rows, open_rows
+from saelab.benchmarks.results import Row, Rows, open_rows
 from saelab.benchmarks.synthetic import at_l0, check_variants
 from saelab.identity import of_model
 from saelab.models import LanguageModel, load_model

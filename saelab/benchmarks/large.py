@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 from torch.nn.functional import normalize
 
 from saelab.benchmarks.planted import FEATURES, HELD_OUT, SPREAD, TOKENS
-from saelab.benchmarks.rows import Row, open_rows
+from saelab.benchmarks.results import Row, open_rows
 from saelab.benchmarks.synthetic import at_l0, check_variants
 from saelab.evaluation.reconstruction import Reconstruction
 from saelab.kernels.decode import decode
@@ -22,7 +22,7 @@ from saelab.kernels.sparse_acts import SparseActs
 from saelab.saes import SAE
 from saelab.training import TrainConfig, train
 from saelab.training.metrics_log import read_lines
-from saelab.training.run import device_of
+from saelab.training.sae_run import device_of
 from saelab.validation import check_integer
 
 KEYS = ("variant", "tokens")

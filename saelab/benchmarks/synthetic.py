@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from saelab.benchmarks.diffing import exclusives, own_ratios
 from saelab.benchmarks.planted import Planted, diffing, hierarchy, superposition
 from saelab.benchmarks.recovery import recovery
-from saelab.benchmarks.rows import Row, Rows, open_rows
+from saelab.benchmarks.results import Row, Rows, open_rows
 from saelab.evaluation.crosscoder import compare_decoders
 from saelab.evaluation.reconstruction import VarianceSums
 from saelab.kernels.sparse_acts import SparseActs

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from saelab.benchmarks.picture import curves, dot_plot
-from saelab.benchmarks.rows import Row, spread
+from saelab.benchmarks.results import Row, spread
+from saelab.benchmarks.svg import curves, dot_plot
 
 SYNTHETIC = {
     "mmcs": "MMCS",

@@ -22,11 +22,11 @@ class Info:
 
     def run(self) -> None:
         """Print it."""
-        from saelab.activation_cache import format
+        from saelab.activation_cache import layout
         from saelab.activation_cache.journal import rows_on_disk
 
         folder = _folder(self.run_folder)
-        if not (folder / format.MANIFEST).exists() and (folder / format.JOURNAL).exists():
+        if not (folder / layout.MANIFEST).exists() and (folder / layout.JOURNAL).exists():
             print(f"{folder} is unfinished, {rows_on_disk(folder):,} rows are on disk: the same harvest again goes on.")
             return
         cache = _open(self.run_folder)
@@ -44,7 +44,7 @@ class Info:
                 "masked": masked,
                 "contexts": f"{manifest['n_sequences']:,} of {config['ctx_len']} tokens",
                 "order": f"mixed by seed {config['seed']}" if config.get("shuffle", True) else "that of the texts",
-                "size": format.human_bytes(size),
+                "size": layout.human_bytes(size),
                 "format": manifest["format_version"],
             }
         )
@@ -74,7 +74,7 @@ class Repair:
     def run(self) -> None:
         """Repair, and say what was rebuilt."""
         from saelab.activation_cache.repair import repair
-        from saelab.activation_cache.score import own_texts
+        from saelab.evaluation.heldout import own_texts
         from saelab.tokens import load_texts
 
         cache = _open(self.run_folder)

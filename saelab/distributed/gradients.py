@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from saelab.distributed.ranks import Ranks
+from saelab.distributed.collectives import Ranks
 
 
 class GradientSum:

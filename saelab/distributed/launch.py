@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from saelab.distributed.ranks import ALONE, Ranks
+from saelab.distributed.collectives import ALONE, Ranks
 
 TIMEOUT = "SAELAB_RANK_TIMEOUT"
 """Seconds that a rank waits for the others before it gives up; the default of 60 ends a job within a minute."""

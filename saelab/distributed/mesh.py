@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
-from saelab.distributed.ranks import ALONE, Ranks
+from saelab.distributed.collectives import ALONE, Ranks
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saelab.distributed.ranks import Ranks
+from saelab.distributed.collectives import Ranks
 
 
 @torch.no_grad()

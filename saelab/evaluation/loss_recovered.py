@@ -18,7 +18,7 @@ from torch import Tensor
 from saelab.models import LanguageModel
 from saelab.models.multi_model import locate
 from saelab.saes import SAE
-from saelab.saes.sites import Sites
+from saelab.saes.hooks_used import Sites
 
 ARMS = ("sae", "zero", "mean")
 

@@ -15,8 +15,8 @@ from jaxtyping import Bool
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from saelab.activation_cache.score import ScoreStream, check_scoring, open_score_stream, own_texts
 from saelab.errors import SaelabError
+from saelab.evaluation.heldout import ScoreStream, check_scoring, open_score_stream, own_texts
 from saelab.evaluation.loss_recovered import LossRecovered
 from saelab.evaluation.reconstruction import Reconstruction, VarianceSums
 from saelab.files import atomic_write_text, read_json

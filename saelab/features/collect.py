@@ -14,8 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from saelab.activation_cache.score import ScoreStream, check_scoring, open_score_stream
 from saelab.errors import SaelabError, StoreError
+from saelab.evaluation.heldout import ScoreStream, check_scoring, open_score_stream
 from saelab.features import schema
 from saelab.features.manifest import read_manifest
 from saelab.features.signed import SignedAccumulator

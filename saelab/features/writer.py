@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saelab.activation_cache.score import ScoreStream
 from saelab.errors import SaelabError
+from saelab.evaluation.heldout import ScoreStream
 from saelab.features import schema
 from saelab.features.accumulate import Accumulator
 from saelab.features.blob import pack_arrays

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saelab.distributed.pool import keep_by_feature
+from saelab.distributed.global_topk import keep_by_feature
 from saelab.kernels.encode_batch_topk import encode_batch_topk
 from saelab.kernels.encode_feature_topk import encode_feature_topk
 from saelab.kernels.sparse_acts import SparseActs

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saelab.distributed.pool import Pool
+from saelab.distributed.global_topk import Pool
 from saelab.kernels.encode_threshold import encode_threshold
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.saes.base import StepInfo

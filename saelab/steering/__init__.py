@@ -1,7 +1,7 @@
 """Steering: change one feature, or add a direction, while the model runs. Give what these build to `lm.steer`."""
 
-from saelab.steering.edits import FeatureEdit, FeatureHandle
-from saelab.steering.report import NEUTRAL_PROMPTS, EffectTable, effect_table
+from saelab.edits.feature_edit import FeatureEdit, FeatureHandle
+from saelab.steering.effect_table import NEUTRAL_PROMPTS, EffectTable, effect_table
 from saelab.steering.vectors import Direction, diff_means
 
 __all__ = [

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saelab.edits.feature_edit import finite
 from saelab.models import LanguageModel
-from saelab.steering.edits import finite
 
 _BATCH = 16
 

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from saelab.activation_cache.format import config_hash
+from saelab.activation_cache.layout import config_hash
 from saelab.activation_cache.reader import ActivationCache
 from saelab.activation_cache.streaming import ActivationStream
 from saelab.saes import Batch
 from saelab.saes.base import RULES
-from saelab.saes.sites import Sites, choose_sites
+from saelab.saes.hooks_used import Sites, choose_sites
 from saelab.training.data_source import DataSource, Moments, Rows
 from saelab.training.kept_out import n_kept_out
 from saelab.training.tensor_data import as_rows, from_iterator, from_tensors

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelab.saes import SAE
-from saelab.saes.sites import Sites
+from saelab.saes.hooks_used import Sites
 
 LEAST_VARIANCE = 5e-7
 """Of the mean square: below it rows are the same but for the rounding of float32."""

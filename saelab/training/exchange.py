@@ -7,7 +7,7 @@ import torch
 from saelab.distributed.gradients import GradientSum
 from saelab.distributed.mesh import Mesh
 from saelab.saes import SAE
-from saelab.saes.sharded import ROWS
+from saelab.training.feature_shards import ROWS
 
 
 class Exchange:

@@ -23,7 +23,7 @@ from saelab.training.interrupt import interrupt_between_steps
 from saelab.training.kept_out import calibration_rows
 from saelab.training.memory import check_memory, free_bytes, plan_memory
 from saelab.training.rules import rules_of
-from saelab.training.run import Run, device_of, variant_of
+from saelab.training.sae_run import Run, device_of, variant_of
 
 
 @overload

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from saelab.activation_cache.format import human_bytes
+from saelab.activation_cache.layout import human_bytes
 from saelab.errors import TrainingError
 from saelab.kernels.dispatch import fast_bf16
 from saelab.saes import SAE, MatchingPursuitConfig
@@ -28,7 +28,7 @@ DEAD = 0.05
 _CODE_BYTES = 120  # ids, values, their sorted copies and gradients, of one feature that fires on one token
 _ROW_COPIES = 8  # of a step's input and output
 _AUX_COPIES = 7  # of the dense pre-activations of dead features
-_SCREEN_BYTES = 36 << 20  # kernels/cpu/screen.py
+_SCREEN_BYTES = 36 << 20  # kernels/torch_backend/screen.py
 _BATCHES = 6  # read ahead, and the one in use
 
 

@@ -9,9 +9,9 @@ import torch
 from saelab.distributed import ALONE, Ranks
 from saelab.kernels.rows import project_
 from saelab.saes import SAE
-from saelab.saes.sharded import ROWS
 from saelab.training.adam import Adam
 from saelab.training.config import TrainConfig
+from saelab.training.feature_shards import ROWS
 from saelab.training.running_norm import RunningNorm
 
 

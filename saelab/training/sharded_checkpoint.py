@@ -19,7 +19,7 @@ from torch import Tensor
 
 from saelab.distributed.mesh import Mesh
 from saelab.files import atomic_write_json, fsync_dir, process_number, read_json, sha256_file, temporary_path, writing
-from saelab.saes.sharded import ROWS, FeatureShard
+from saelab.training.feature_shards import ROWS, FeatureShard
 
 FILES = "files.json"
 

@@ -8,7 +8,6 @@ import torch
 
 from saelab.distributed.mesh import Mesh
 from saelab.saes import SAE
-from saelab.saes.sharded import FeatureShard
 from saelab.training.adam import Adam
 from saelab.training.checkpoint import (
     check_checkpoint,
@@ -20,6 +19,7 @@ from saelab.training.checkpoint import (
     state_of,
 )
 from saelab.training.dead_features import DeadFeatures
+from saelab.training.feature_shards import FeatureShard
 from saelab.training.running_norm import RunningNorm
 from saelab.training.sharded_checkpoint import load_part, row_names, save_part
 

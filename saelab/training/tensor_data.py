@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from saelab.saes import Batch
-from saelab.saes.sites import Sites
+from saelab.saes.hooks_used import Sites
 from saelab.training.data_source import DataSource, Moments, Rows
 from saelab.training.kept_out import n_kept_out
 

@@ -18,7 +18,7 @@ from torch.nn.functional import normalize
 from saelab.validation import check_integer
 
 if TYPE_CHECKING:
-    from saelab.saes.codebook.bottleneck import Bottleneck
+    from saelab.saes.codebook.insertion import Bottleneck
 
 
 @dataclass(frozen=True, eq=False)

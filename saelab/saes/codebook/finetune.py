@@ -13,8 +13,8 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from saelab.errors import TrainingError
-from saelab.saes.codebook.bottleneck import Inserted
-from saelab.saes.codebook.upkeep import generator_of
+from saelab.saes.codebook.insertion import Inserted
+from saelab.saes.codebook.revival import generator_of
 from saelab.tokens import load_texts, pack
 from saelab.validation import check_integer
 

@@ -21,14 +21,7 @@ from saelab.kernels.sparse_acts import SparseActs, offsets_of
 from saelab.saes.codebook.config import CodebookConfig
 from saelab.saes.codebook.gradients import own_loss, pass_through
 from saelab.saes.codebook.nearest import most_similar
-from saelab.saes.codebook.upkeep import (
-    closest_inputs,
-    draw_inputs,
-    generator_of,
-    kmeans,
-    towards_anchors,
-    usage_after,
-)
+from saelab.saes.codebook.revival import closest_inputs, draw_inputs, generator_of, kmeans, towards_anchors, usage_after
 
 
 class Codebook(nn.Module):

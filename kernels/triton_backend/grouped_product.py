@@ -20,9 +20,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelab.kernels.bench.hbm_model import Product
-from saelab.kernels.gpu import launch
-from saelab.kernels.gpu.group_max import absolute, tile_product
-from saelab.kernels.gpu.launch import KernelSpec, Tile
+from saelab.kernels.triton_backend import launch
+from saelab.kernels.triton_backend.group_max import absolute, tile_product
+from saelab.kernels.triton_backend.launch import KernelSpec, Tile
 
 # About 100 rows of a super-block take part in a group: small tiles waste few rows.
 TILES = {

@@ -20,13 +20,13 @@ from saelab.losses import sum_of_squares, total_variance
 from saelab.saes import SAE, VARIANTS, StepInfo
 from saelab.saes.base import RULES
 from saelab.saes.config import settings
-from saelab.saes.sharded import FeatureShard, check_shardable, gather_into, shard_of
 from saelab.training.adam import EPS, Adam, default_eps
 from saelab.training.checkpoint import claim_run, list_checkpoints
 from saelab.training.config import TrainConfig
 from saelab.training.data_source import DataSource, Rows, View
 from saelab.training.dead_features import DeadFeatures, dead_window
 from saelab.training.exchange import Exchange
+from saelab.training.feature_shards import FeatureShard, check_shardable, gather_into, shard_of
 from saelab.training.metrics_log import MetricsLog
 from saelab.training.optimizer import apply_step, learning_rate
 from saelab.training.running_norm import RunningNorm

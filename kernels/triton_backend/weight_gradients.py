@@ -16,8 +16,8 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from saelab.kernels.gpu.launch import PRODUCTION, KernelSpec, ceil_div, kernel_spec, launch, packed
 from saelab.kernels.sparse_acts import SparseActs, offsets_of
+from saelab.kernels.triton_backend.launch import PRODUCTION, KernelSpec, ceil_div, kernel_spec, launch, packed
 
 CHUNK = 128
 """Entries that one program adds up, at most."""

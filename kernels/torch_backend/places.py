@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from saelab.kernels.cpu.halves import in_halves
+from saelab.kernels.torch_backend.halves import in_halves
 from saelab.kernels.workspace import WORKSPACE
 
 _CHUNK_ROWS = 64

@@ -1,4 +1,4 @@
-"""How fast is a cache read, and what does training lose by it? `python -m saelab.activation_cache.read_bench RUN/cache`.
+"""How fast is a cache read, and what does training lose by it? `python -m saelab.activation_cache.bench.read RUN/cache`.
 
 Reading: one epoch of shuffled batches, rows as they are stored, against a bare read of the same files, front to back
 into one buffer. Training: steps on batches from the cache against steps on batches in memory. The two take turns.
@@ -15,7 +15,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from saelab.activation_cache.bench import median_and_quantiles
+from saelab.activation_cache.bench.harvest import median_and_quantiles
 from saelab.activation_cache.reader import ActivationCache
 from saelab.kernels.allocator import keep_freed_memory
 from saelab.kernels.bench.bench_step import SparseTopK

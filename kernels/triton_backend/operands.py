@@ -1,4 +1,4 @@
-"""The screen of `kernels/cpu/screen.py` on the Triton path: the same questions, answered from group maxima alone."""
+"""The screen of `kernels/torch_backend/screen.py` on the Triton path: the same questions, answered from group maxima alone."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelab.kernels.candidates import TINY, Candidates
-from saelab.kernels.gpu.screen import Screen as GroupScreen
 from saelab.kernels.rounding import Operands
+from saelab.kernels.triton_backend.screen import Screen as GroupScreen
 
 _MEMBERS = 32
 _MAXIMA = 1 << 28

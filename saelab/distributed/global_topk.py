@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saelab.distributed.ranks import Ranks
+from saelab.distributed.collectives import Ranks
 from saelab.kernels.ragged import keep_largest, stable_order, true_places
 from saelab.kernels.sparse_acts import SparseActs, offsets_of
 

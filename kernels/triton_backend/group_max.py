@@ -19,8 +19,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelab.kernels.bench.hbm_model import Product
-from saelab.kernels.gpu import launch
-from saelab.kernels.gpu.launch import KernelSpec, Tile
+from saelab.kernels.triton_backend import launch
+from saelab.kernels.triton_backend.launch import KernelSpec, Tile
 
 # Tiles without spills on each target (python -m saelab.kernels.bench.compile_report).
 TILES = {

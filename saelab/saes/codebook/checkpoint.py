@@ -14,8 +14,8 @@ from torch import Tensor
 
 from saelab.errors import SaelabError
 from saelab.files import atomic_save_safetensors, atomic_write_json, claim_folder, read_json, tensors_hash
-from saelab.saes.codebook.bottleneck import Inserted, insert
 from saelab.saes.codebook.config import CodebookConfig
+from saelab.saes.codebook.insertion import Inserted, insert
 
 if TYPE_CHECKING:
     from saelab.models.language_model import LanguageModel

@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saelab.kernels.gpu import launch
-from saelab.kernels.gpu.group_max import group_max
-from saelab.kernels.gpu.grouped_product import grouped_product
+from saelab.kernels.triton_backend import launch
+from saelab.kernels.triton_backend.group_max import group_max
+from saelab.kernels.triton_backend.grouped_product import grouped_product
 
 
 class Screen:

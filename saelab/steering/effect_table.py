@@ -13,9 +13,9 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from saelab.edits.feature_edit import FeatureHandle
 from saelab.models import Edit, LanguageModel
 from saelab.models.hooks import writes_to_residual
-from saelab.steering.edits import FeatureHandle
 from saelab.steering.vectors import Direction
 
 NEUTRAL_PROMPTS = (

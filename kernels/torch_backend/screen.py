@@ -15,9 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelab.kernels.candidates import TINY, Candidates
-from saelab.kernels.cpu.places import places_not_below
 from saelab.kernels.ragged import ascending, largest, true_places
 from saelab.kernels.rounding import Operands
+from saelab.kernels.torch_backend.places import places_not_below
 from saelab.kernels.workspace import WORKSPACE
 
 _BUFFER_BYTES = 1 << 25

@@ -16,8 +16,17 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saelab.kernels.gpu.launch import PRODUCTION, SMALL, KernelSpec, Shape, ceil_div, kernel_spec, launch, packed
-from saelab.kernels.gpu.sampled_product import CACHE_BYTES, sum_slices
+from saelab.kernels.triton_backend.launch import (
+    PRODUCTION,
+    SMALL,
+    KernelSpec,
+    Shape,
+    ceil_div,
+    kernel_spec,
+    launch,
+    packed,
+)
+from saelab.kernels.triton_backend.sampled_product import CACHE_BYTES, sum_slices
 
 _TILE = 2048
 """Elements of `W` that a program gathers at a time: fewer pairs of a wider tile, or more of a narrower one."""

@@ -12,8 +12,8 @@ from jaxtyping import Int
 from safetensors import safe_open
 from torch import Tensor
 
-from saelab.activation_cache import format
-from saelab.activation_cache.storage import Storage
+from saelab.activation_cache import layout
+from saelab.activation_cache.codec import Storage
 from saelab.files import atomic_save_safetensors
 from saelab.tokens import TokenBatch
 
@@ -50,7 +50,7 @@ def contents(
 
     `counts` are the masked tokens by reason, `medians` the norm rule's by hook.
     """
-    atomic_save_safetensors(folder / format.DOCUMENTS, {"ids": document_ids})
+    atomic_save_safetensors(folder / layout.DOCUMENTS, {"ids": document_ids})
     shards = [{k: e[k] for k in ("folder", "rows", "files")} for e in entries if e["kind"] == "shard"]
     tokens = [{k: e[k] for k in ("file", "sequences", "bytes", "sha256")} for e in entries if e["kind"] == "tokens"]
     stats = {hook: save_stats(folder, hook, shards, medians[hook]) for hook in config["hooks"]}
@@ -65,7 +65,7 @@ def contents(
         "tokens": tokens,
         "stats": stats,
         **_storage_entry(folder, config["hooks"], storage, shards),
-        "documents": format.describe_file(folder / format.DOCUMENTS),
+        "documents": layout.describe_file(folder / layout.DOCUMENTS),
     }
 
 
@@ -80,9 +80,9 @@ def save_stats(folder: Path, hook: str, shards: Sequence[Mapping[str, Any]], med
         "mean_norm": totals["sum_norms"] / n,
         "median_norm": torch.tensor(median, dtype=torch.float64),
     }
-    path = folder / format.stats_file(hook)
+    path = folder / layout.stats_file(hook)
     atomic_save_safetensors(path, tensors)
-    return format.describe_file(path)
+    return layout.describe_file(path)
 
 
 def _storage_entry(

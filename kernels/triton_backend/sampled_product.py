@@ -16,7 +16,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saelab.kernels.gpu.launch import PRODUCTION, KernelSpec, ceil_div, kernel_spec, launch, packed
+from saelab.kernels.triton_backend.launch import PRODUCTION, KernelSpec, ceil_div, kernel_spec, launch, packed
 
 CACHE_BYTES = 24 << 20
 """What may be counted on to stay in the last-level cache: the smallest target's 40 MB, less what streams past."""

@@ -14,7 +14,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from saelab.kernels.gpu.launch import PRODUCTION, KernelSpec, kernel_spec, launch, packed
+from saelab.kernels.triton_backend.launch import PRODUCTION, KernelSpec, kernel_spec, launch, packed
 
 _BLOCK = 1024
 _WARPS = 4

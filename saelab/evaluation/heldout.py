@@ -19,7 +19,7 @@ from saelab.errors import ModelError
 from saelab.models import LanguageModel
 from saelab.models.multi_model import ModelsTogether, names_and_hashes
 from saelab.saes import SAE, Batch
-from saelab.saes.sites import Sites, sites_of
+from saelab.saes.hooks_used import Sites, sites_of
 from saelab.tokens import Texts, TokenBatch, document_id, load_texts
 from saelab.tokens.mask import MASK_RULE, Mask, NormRule, row_norms
 from saelab.tokens.packing import PACKED, contexts

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from saelab.kernels.cpu.bag_sum import bag_sum
 from saelab.kernels.sparse_acts import SparseActs
+from saelab.kernels.torch_backend.bag_sum import bag_sum
 
 
 def weight_gradients(acts: SparseActs, values: Tensor, g: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from saelab.activation_cache.codec import Storage, find_outliers, kept_rows
 from saelab.activation_cache.journal import Journal
-from saelab.activation_cache.storage import Storage, find_outliers, kept_rows
 from saelab.models.language_model import LanguageModel
 from saelab.tokens import TokenBatch
 from saelab.tokens.mask import Mask, NormRule

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from saelab.distributed.collectives import Ranks
+from saelab.distributed.global_topk import Pool
 from saelab.distributed.mesh import Mesh
-from saelab.distributed.pool import Pool
-from saelab.distributed.ranks import Ranks
 from saelab.kernels.decode import decode
 from saelab.kernels.ragged import kth_largest
 from saelab.kernels.sparse_acts import SparseActs

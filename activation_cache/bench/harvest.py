@@ -1,4 +1,4 @@
-"""How fast is harvesting beside the bare model? `python -m saelab.activation_cache.bench`, 3 to 4 minutes.
+"""How fast is harvesting beside the bare model? `python -m saelab.activation_cache.bench.harvest`, 3 to 4 minutes.
 
 Bare: the plain Hugging Face model cut after the block (no later layer, no final norm, no unembedding), on token ids
 that are ready. Harvest: the whole call, from texts to a finished cache on disk. Weights, batches and dtype are shared;

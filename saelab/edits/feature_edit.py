@@ -20,7 +20,7 @@ from torch import Tensor
 
 from saelab.errors import SaelabError
 from saelab.saes import SAE
-from saelab.saes.sites import codes_need_other_sites, steered_site
+from saelab.saes.hooks_used import codes_need_other_sites, steered_site
 
 UNITS = ("p99", "max", "mean", "raw")
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from saelab.activation_cache.storage import row_bytes
+from saelab.activation_cache.codec import row_bytes
 from saelab.errors import CacheError
 from saelab.files import read_json, sha256_file
 from saelab.tokens.packing import PACKED

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from saelab.activation_cache import format
+from saelab.activation_cache import layout
+from saelab.activation_cache.calibration import Limits, Read
 from saelab.activation_cache.checks import finite_norms
-from saelab.activation_cache.contents import Totals, contents
 from saelab.activation_cache.journal import rows_on_disk
-from saelab.activation_cache.limits import Limits, Read
+from saelab.activation_cache.manifest import Totals, contents
 from saelab.activation_cache.writer import CacheWriter
 from saelab.files import atomic_write_json
 from saelab.models.language_model import LanguageModel
@@ -137,4 +137,4 @@ def finish(
         "max_norm": dict(limits.mask.max_norm),
         **contents(folder, config, entries, totals, counts, limits.storage, reading.document_ids(), limits.medians),
     }
-    atomic_write_json(folder / format.MANIFEST, manifest)
+    atomic_write_json(folder / layout.MANIFEST, manifest)

@@ -1,0 +1,1 @@
+"""How fast the cache is beside the bare model, and beside a bare read."""
