@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import plotly.graph_objects as go
 
-from saelab.features.feature import Histogram
+from saelab.features.records import Histogram
 
 BLUE, VERMILLION = "#0072b2", "#d55e00"
 _FAINT = "rgba(128,128,128,.25)"

@@ -21,7 +21,7 @@ from saelab.activation_cache import layout
 from saelab.app import charts, page_runs, page_steer, serve, state
 from saelab.app.style import PAGE_STYLE
 from saelab.errors import SaelabError
-from saelab.features.feature import Histogram
+from saelab.features.records import Histogram
 from saelab.features.store import load_features
 
 MAIN = str(Path(serve.__file__).with_name("main.py"))

@@ -9,7 +9,7 @@ from conftest import HOSTILE
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saelab.features.feature import Example, Histogram
+from saelab.features.records import Example, Histogram
 from saelab.features.render import (
     chips_html,
     escape,

@@ -20,6 +20,7 @@ from saelab.errors import SaelabError, StoreError
 from saelab.evaluation.heldout import open_score_stream
 from saelab.features import schema
 from saelab.features.accumulate import Accumulator
+from saelab.features.records import Example
 from saelab.features.render import examples_html, feature_card, number
 from saelab.features.signed import SignedAccumulator
 from saelab.io import save_sae
@@ -167,10 +168,8 @@ def test_a_highlight_is_a_share_of_its_own_ends_maximum(world, pattern):
 
 
 def test_shares_by_hand():
-    example = SimpleNamespace(
-        value=-4.0, document=0, position=1, pieces=(b"a", b"b", b"c"), values=(-4.0, 1.0, 0.0), peak=0
-    )
-    markup = examples_html([example], 2.0, 8.0)  # type: ignore[list-item]
+    example = Example(-4.0, 0, 0, 1, (1, 2, 3), (b"a", b"b", b"c"), (-4.0, 1.0, 0.0), 0)
+    markup = examples_html([example], 2.0, 8.0)
     assert "rgba(86,180,233,0.30)" in markup and "rgba(230,159,0,0.30)" in markup and "-4" in markup
 
 

@@ -6,8 +6,8 @@ Browsing a store imports no torch: `collect_features` is loaded when first used.
 from typing import TYPE_CHECKING, Any
 
 from saelab.features.end import End
-from saelab.features.example import Example
 from saelab.features.feature import Feature
+from saelab.features.records import Example
 from saelab.features.store import FeatureStore, load_features
 
 if TYPE_CHECKING:

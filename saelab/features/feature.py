@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from saelab.errors import SaelabError, StoreError
-from saelab.features.end import End, Histogram, Logits, Steerable, read_histogram
-from saelab.features.example import Example, read_examples
+from saelab.features.end import End, Steerable
 from saelab.features.manifest import SIGNS_MIXED
-
-if TYPE_CHECKING:
-    from saelab.features.store import FeatureStore
-
-__all__ = ["Example", "Feature", "Histogram", "Logits"]
+from saelab.features.reader import StoreReader
+from saelab.features.records import Example, Histogram, Logits
+from saelab.features.render import feature_card, feature_text
 
 
 class Feature(Steerable):
@@ -26,7 +22,7 @@ class Feature(Steerable):
     `sign` is 1 or -1, that end; `positive` and `negative` are the two. `cosine`: encoder to decoder row.
     """
 
-    def __init__(self, store: FeatureStore, row: dict[str, Any]) -> None:
+    def __init__(self, store: StoreReader, row: dict[str, Any]) -> None:
         self.store = store
         self.row = row
         self.feature: int = row["feature"]
@@ -39,11 +35,14 @@ class Feature(Steerable):
         self.p99: float | None = row["p99"]
         self.max: float | None = row["max"]
         self.cosine: float | None = row["cosine"]
+        self._ends: tuple[End, ...] | None = None
 
-    @cached_property
+    @property
     def ends(self) -> tuple[End, ...]:
         """The ends on which it fired, the dominant one first."""
-        return tuple(End(self, row) for row in self.store.ends(self.feature))
+        if self._ends is None:
+            self._ends = tuple(End(self.store, self.feature, row) for row in self.store.ends(self.feature))
+        return self._ends
 
     @property
     def positive(self) -> End:
@@ -84,34 +83,25 @@ class Feature(Steerable):
         if kind == "bottom" and self.store.signed is None:
             raise StoreError(f"Feature {self.feature}: {SIGNS_MIXED}")
         sign = self.sign or 1
-        return read_examples(self.store, self.feature, sign if kind == "top" else -sign, limit)
+        return self.store.examples(self.feature, sign if kind == "top" else -sign, limit)
 
-    @cached_property
+    @property
     def histogram(self) -> Histogram:
         """Exact log-histogram of the values; empty when the feature never fired."""
         if self.store.signed is None:
-            return read_histogram(self.store.arrays(self.feature, "histogram"))
+            return self.store.histogram(self.feature)
         shown = [end.histogram if end.sign > 0 else end.histogram.mirrored() for end in self.ends]
         if len(shown) < 2:
-            return shown[0] if shown else read_histogram({})
+            return shown[0] if shown else Histogram(np.zeros(1), np.zeros(0, dtype=np.int64))
         low, high = sorted(shown, key=lambda histogram: histogram.edges[0])
         counts = np.concatenate([low.counts, np.zeros(1, dtype=np.int64), high.counts])
         return Histogram(np.concatenate([low.edges, high.edges]), counts)
 
-    @cached_property
+    @property
     def top_logits(self) -> Logits:
         """Tokens that one unit along the decoder row promotes and suppresses most; empty off the residual stream. Of the ends
         see `end.top_logits`."""
-        arrays = self.store.arrays(self.feature, "logits")
-        if not arrays:
-            return Logits([], [])
-        return Logits(self._side(arrays, "positive"), self._side(arrays, "negative"))
-
-    def _side(self, arrays: dict[str, np.ndarray], side: str) -> list[tuple[str, float]]:
-        texts = [
-            piece.decode("utf-8", "backslashreplace") for piece in self.store.pieces(arrays[f"{side}_ids"].tolist())
-        ]
-        return list(zip(texts, arrays[side].tolist(), strict=True))
+        return self.store.logits(self.feature)
 
     @property
     def handle(self) -> Any:
@@ -125,11 +115,7 @@ class Feature(Steerable):
         return FeatureHandle(self.store.sae, self.feature, self.hook_name, units=known)
 
     def __repr__(self) -> str:
-        from saelab.features.render import feature_text
-
         return feature_text(self)
 
     def _repr_html_(self) -> str:
-        from saelab.features.render import feature_card
-
         return feature_card(self)

@@ -7,14 +7,12 @@ host.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from saelab.features.manifest import SIGNS_MIXED
+from saelab.features.records import Example, FeatureNumbers, Histogram
 from saelab.features.token_text import Group, display_groups
 from saelab.features.visible import chip_text, escape, visible
-
-if TYPE_CHECKING:
-    from saelab.features.feature import Example, Feature, Histogram
 
 HIGHLIGHT, NEGATIVE = "230,159,0", "86,180,233"
 _MAX_ALPHA = 0.6
@@ -35,7 +33,7 @@ text-decoration:underline;text-underline-offset:3px}
 """
 
 
-def feature_examples_html(feature: Feature, limit: int | None = None, kind: str = "top") -> str:
+def feature_examples_html(feature: FeatureNumbers, limit: int | None = None, kind: str = "top") -> str:
     """Examples of one end of a feature; each token's highlight is scaled to the largest magnitude at its own end."""
     largest = {end.sign: end.max for end in feature.ends}
     return examples_html(feature.examples(limit, kind=kind), largest.get(1, feature.max), largest.get(-1), kind)
@@ -148,7 +146,7 @@ font-family:system-ui,sans-serif;background:#fff;color:#1f2328}
 )
 
 
-def feature_card(feature: Feature, n_examples: int = 10) -> str:
+def feature_card(feature: FeatureNumbers, n_examples: int = 10) -> str:
     """A self-contained card for a notebook: inline style, no script, follows the reader's colour scheme."""
     stats = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in _stats(feature))
     promoted, suppressed = feature.dominant_logits
@@ -168,7 +166,7 @@ def feature_card(feature: Feature, n_examples: int = 10) -> str:
     )
 
 
-def signs_text(feature: Feature) -> str:
+def signs_text(feature: FeatureNumbers) -> str:
     """What to know about the signs of a feature; "" for one that is never negative."""
     if feature.store.signed is None:
         return f"Numbers and examples are of the signed value: {SIGNS_MIXED}"
@@ -184,7 +182,7 @@ def signs_text(feature: Feature) -> str:
     )
 
 
-def _stats(feature: Feature) -> list[tuple[str, str]]:
+def _stats(feature: FeatureNumbers) -> list[tuple[str, str]]:
     return [
         ("fired", f"{feature.n_fired:,} of {feature.store.n_tokens:,} tokens"),
         ("density", percent(feature.density)),
@@ -228,7 +226,7 @@ def _fill(right_edge: float) -> str:
     return f' style="fill:rgb({NEGATIVE})"' if right_edge <= 0 else ""
 
 
-def feature_text(feature: Feature) -> str:
+def feature_text(feature: FeatureNumbers) -> str:
     """The feature in a terminal: numbers, promoted tokens, three examples with the peak in brackets."""
     lines = [f"Feature {feature.feature} of {feature.hook_name}"]
     lines.append("  " + ", ".join(f"{name} {value}" for name, value in _stats(feature)))

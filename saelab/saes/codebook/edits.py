@@ -8,17 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from saelab.saes.codebook.bottleneck import Bottleneck
 from saelab.validation import check_integer
-
-if TYPE_CHECKING:
-    from saelab.saes.codebook.insertion import Bottleneck
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,11 +10,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from saelab.models.hooks import attach
+from saelab.saes.codebook.bottleneck import Bottleneck
 from saelab.saes.codebook.config import CodebookConfig
 from saelab.saes.codebook.edits import CodeEdit
 from saelab.saes.codebook.quantizer import Codebook
@@ -22,24 +22,6 @@ from saelab.saes.codebook.quantizer import Codebook
 if TYPE_CHECKING:
     from saelab.models.language_model import LanguageModel
     from saelab.models.prompts import Prompt
-
-
-class Bottleneck:
-    """What stands at one hook. After a pass it knows what it saw: `seen (tokens, d_in)` and the codes, `ids (tokens, kept)`."""
-
-    def __init__(self, hook_name: str, codebook: Codebook) -> None:
-        self.hook_name, self.codebook = hook_name, codebook
-        self.seen: Tensor | None = None
-        self.ids: Tensor | None = None
-        self.loss: Tensor | None = None
-
-    def __call__(self, x: Float[Tensor, "batch seq *d_in"]) -> Float[Tensor, "batch seq *d_in"]:
-        """The hook: the codebook computes in its own precision, whatever the model's."""
-        rows = rearrange(x, "batch position ... -> (batch position) (...)").to(self.codebook.codes.dtype)
-        out, acts, self.loss = self.codebook.bottleneck(rows)
-        self.ids = acts.features.view(len(rows), -1)
-        self.seen = None if self.codebook.training else self.codebook.norm(rows).detach()
-        return out.to(x.dtype).view(x.shape)
 
 
 class Inserted:

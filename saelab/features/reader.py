@@ -1,0 +1,229 @@
+"""Reading the files of a feature store: SQLite opened read-only, tokens memory-mapped; neither torch nor a tokenizer is needed.
+
+`schema.py` tells the files and columns; what they say of a feature comes out as `records.py`.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import numpy as np
+
+from saelab.errors import SaelabError, StoreError
+from saelab.features import schema
+from saelab.features.blob import unpack_arrays
+from saelab.features.manifest import COLLECT_AGAIN, read_manifest, signed_features
+from saelab.features.records import Example, Histogram, Logits
+from saelab.features.token_text import trim_to_characters
+from saelab.files import read_json
+
+if TYPE_CHECKING:
+    from saelab.saes import SAE
+
+
+class StoreReader:
+    """An open store. `manifest` is the content of manifest.json."""
+
+    def __init__(self, folder: str | Path, sae: SAE | None = None) -> None:
+        """Open the store in `folder`. Raises `StoreError` when it is missing, damaged, or of a newer version."""
+        self.folder = Path(folder)
+        self.manifest: dict[str, Any] = read_manifest(self.folder)
+        self.verify()
+        self._local = threading.local()
+        self._tokens: Any = None
+        self._sae = None
+        self._pieces: dict[int, bytes] = {}
+        if sae is not None:
+            self._sae = self._checked(sae)
+        (rows,) = self._query("SELECT count(*) FROM feature")[0]
+        if rows != self.d_sae:
+            raise StoreError(f"{self._database} holds {rows} features, its manifest says {self.d_sae}. {COLLECT_AGAIN}")
+
+    @property
+    def d_sae(self) -> int:
+        """How many features there are, silent ones included."""
+        return self.manifest["sae"]["d_sae"]
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that were counted: those the mask kept."""
+        return self.manifest["n_tokens"]
+
+    @property
+    def hook_name(self) -> str:
+        """The model site that features are steered at: where the SAE writes, of several sites the last."""
+        return self.manifest["hook_name"]
+
+    @cached_property
+    def signed(self) -> bool | None:
+        """Whether features were negative anywhere. None in a store of an earlier version whose SAE has negative values: its
+        quantiles and examples are those of the signed value, and there is no unit to steer by."""
+        config = None if self._sae is None else asdict(self._sae.config)
+        if config is None and "signed" not in self.manifest and self.sae_folder is not None:
+            with suppress(SaelabError, KeyError, TypeError):
+                config = read_json(self.sae_folder / "sae.json")["config"]
+        return signed_features(self.manifest, config)
+
+    def arrays(self, feature: int, kind: str) -> dict[str, np.ndarray]:
+        """The stored arrays of one kind ("logits", or as `schema.blob_kind` says); {} where there are none."""
+        rows = self._query("SELECT data FROM blob WHERE feature = ? AND kind = ?", [feature, kind])
+        return unpack_arrays(rows[0][0]) if rows else {}
+
+    def ends(self, feature: int) -> list[dict[str, Any]]:
+        """What is known of each end (sign) that a feature fires with, a dict a row with `schema.END_COLUMNS`, the dominant
+        one first; [] in a store that threw the signs together."""
+        if self.signed is None:
+            return []
+        (row,) = self._rows("WHERE feature = ?", [feature])
+        if not self.signed:
+            return [{name: row[name] for name in schema.END_COLUMNS}] if row["n_fired"] else []
+        names = ", ".join(f'"{name}"' for name in schema.END_COLUMNS)
+        found = self._query(f"SELECT {names} FROM feature_end WHERE feature = ?", [feature])
+        rows: list[dict[str, Any]] = [dict(zip(schema.END_COLUMNS, row, strict=True)) for row in found]
+        return sorted(rows, key=lambda end: end["sign"] != row["sign"])
+
+    def examples(self, feature: int, sign: int, limit: int | None = None) -> list[Example]:
+        """The strongest examples at one end, one a document, strongest first; all that are stored, or `limit` of them."""
+        if limit is not None and limit < 0:
+            raise ValueError(f"limit={limit} is negative.")
+        arrays = self.arrays(feature, schema.blob_kind("examples", sign))
+        count = len(arrays.get("value", ()))
+        return [self._example(arrays, i) for i in range(count if limit is None else min(limit, count))]
+
+    def histogram(self, feature: int, sign: int = 1) -> Histogram:
+        """Of the magnitudes at one end; empty where it never fired."""
+        arrays = self.arrays(feature, schema.blob_kind("histogram", sign))
+        if not arrays:
+            return Histogram(np.zeros(1), np.zeros(0, dtype=np.int64))
+        first, counts = int(arrays["first"][0]), arrays["counts"].astype(np.int64)
+        return Histogram(np.array(schema.bin_edges()[first : first + len(counts) + 1]), counts)
+
+    def logits(self, feature: int) -> Logits:
+        """Tokens that one unit along the decoder row promotes and suppresses most; empty off the residual stream."""
+        arrays = self.arrays(feature, "logits")
+        return Logits(*(self._side(arrays, side) if arrays else [] for side in ("positive", "negative")))
+
+    def _side(self, arrays: dict[str, np.ndarray], side: str) -> list[tuple[str, float]]:
+        pieces = self.pieces(arrays[f"{side}_ids"].tolist())
+        return list(zip([p.decode("utf-8", "backslashreplace") for p in pieces], arrays[side].tolist(), strict=True))
+
+    def _example(self, arrays: dict[str, np.ndarray], i: int) -> Example:
+        sequence, position = int(arrays["sequence"][i]), int(arrays["position"][i])
+        ids = self.sequence(sequence)
+        start, stop = max(0, position - schema.WINDOW_LEFT), min(len(ids), position + schema.WINDOW_RIGHT + 1)
+        pieces = self.pieces(ids[start:stop].tolist())
+        left, right = trim_to_characters(pieces, position - start)
+        start, stop, pieces = start + left, start + right, pieces[left:right]
+        first = schema.WINDOW_LEFT + start - position  # window column 32 is the peak
+        values = arrays["window"][i, first : first + stop - start]
+        return Example(
+            value=float(arrays["value"][i]),
+            document=int(arrays["document"][i]),
+            sequence=sequence,
+            position=position,
+            token_ids=tuple(ids[start:stop].tolist()),
+            pieces=tuple(pieces),
+            values=tuple(values.tolist()),
+            peak=position - start,
+        )
+
+    def pieces(self, ids: Iterable[int]) -> list[bytes]:
+        """The bytes of tokens, from the store's own table."""
+        ids = list(ids)
+        for index in set(ids) - self._pieces.keys():
+            rows = self._query("SELECT bytes FROM token WHERE id = ?", [index])
+            self._pieces[index] = rows[0][0] if rows else f"<{index}>".encode()
+        return [self._pieces[index] for index in ids]
+
+    def sequence(self, index: int) -> np.ndarray:
+        """Token ids `(ctx_len,)` of one packed sequence."""
+        if self._tokens is None:
+            from safetensors import safe_open
+
+            path = self.folder / schema.TOKENS
+            try:
+                self._tokens = safe_open(str(path), framework="np").__enter__()
+            except Exception as error:
+                raise StoreError(f"{path} cannot be read ({error}). {COLLECT_AGAIN}") from error
+        return self._tokens.get_slice("ids")[index]
+
+    @property
+    def sae(self) -> SAE:
+        """The SAE the store was collected from, loaded on first use; `StoreError` when it is gone or another one."""
+        if self._sae is None:
+            from saelab.interop import load_sae
+
+            folder = self.sae_folder
+            if folder is None or not folder.is_dir():
+                raise StoreError(
+                    f"The SAE of {self.folder} is not at {folder}; give it with saelab.load_features(folder, sae=sae)."
+                )
+            self._sae = self._checked(load_sae(folder))
+        return self._sae
+
+    @property
+    def sae_folder(self) -> Path | None:
+        """Where the SAE was saved, resolved from the manifest; None when it had no folder."""
+        folder = self.manifest["sae"]["folder"]
+        return None if folder is None else (self.folder / folder).resolve()
+
+    def verify(self) -> None:
+        """Compare every file with the SHA-256 of the manifest, as opening does; `StoreError` names one that differs."""
+        from saelab.files import sha256_file
+
+        for name, entry in self.manifest["files"].items():
+            if sha256_file(self.folder / name) != entry["sha256"]:
+                raise StoreError(
+                    f"{self.folder / name} was altered: its SHA-256 is not the manifest's. {COLLECT_AGAIN}"
+                )
+
+    def _checked(self, sae: SAE) -> SAE:
+        expected = self.manifest["sae"]["hash"]
+        if sae.hash != expected:
+            raise StoreError(
+                f"{self.folder} was collected from the SAE {expected[:12]}, this one is {sae.hash[:12]}. {COLLECT_AGAIN}"
+            )
+        return sae
+
+    @property
+    def _database(self) -> Path:
+        return self.folder / schema.DATABASE
+
+    def _rows(self, tail: str, values: list[Any]) -> list[dict[str, Any]]:
+        sign = {True: '"sign"', False: "CASE WHEN n_fired THEN 1 END", None: "NULL"}[self.signed]
+        names = ", ".join([*(f'"{name}"' for name in schema.COLUMNS), sign])
+        return [
+            dict(zip([*schema.COLUMNS, "sign"], row, strict=True))
+            for row in self._query(f"SELECT {names} FROM feature {tail}", values)
+        ]
+
+    def _query(self, sql: str, values: Iterable[Any] = ()) -> list[tuple]:
+        try:
+            return self._connection().execute(sql, tuple(values)).fetchall()
+        except sqlite3.Error as error:
+            raise StoreError(f"{self._database} cannot be read ({error}). {COLLECT_AGAIN}") from error
+
+    def _connection(self) -> sqlite3.Connection:
+        """One read-only connection per thread: SQLite connections do not travel between threads."""
+        if not hasattr(self._local, "opened"):
+            self._local.opened = _Opened(f"file:{quote(str(self._database.resolve()))}?mode=ro")
+        return self._local.opened.connection
+
+
+class _Opened:
+    """A connection that closes when its thread or its store ends."""
+
+    def __init__(self, address: str) -> None:
+        self.connection = sqlite3.connect(address, uri=True, check_same_thread=False)
+
+    def __del__(self) -> None:
+        if hasattr(self, "connection"):
+            self.connection.close()

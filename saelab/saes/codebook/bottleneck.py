@@ -1,0 +1,27 @@
+"""One codebook inside a model: the hook that puts its codes' mean where the activation was, and remembers what it saw."""
+
+from __future__ import annotations
+
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from saelab.saes.codebook.quantizer import Codebook
+
+
+class Bottleneck:
+    """What stands at one hook. After a pass it knows what it saw: `seen (tokens, d_in)` and the codes, `ids (tokens, kept)`."""
+
+    def __init__(self, hook_name: str, codebook: Codebook) -> None:
+        self.hook_name, self.codebook = hook_name, codebook
+        self.seen: Tensor | None = None
+        self.ids: Tensor | None = None
+        self.loss: Tensor | None = None
+
+    def __call__(self, x: Float[Tensor, "batch seq *d_in"]) -> Float[Tensor, "batch seq *d_in"]:
+        """The hook: the codebook computes in its own precision, whatever the model's."""
+        rows = rearrange(x, "batch position ... -> (batch position) (...)").to(self.codebook.codes.dtype)
+        out, acts, self.loss = self.codebook.bottleneck(rows)
+        self.ids = acts.features.view(len(rows), -1)
+        self.seen = None if self.codebook.training else self.codebook.norm(rows).detach()
+        return out.to(x.dtype).view(x.shape)
