@@ -23,7 +23,7 @@ from saelab.activation_cache.journal import Journal, begin, begun_with
 from saelab.activation_cache.reader import ActivationCache
 from saelab.activation_cache.writer import CacheWriter
 from saelab.files import claim_folder
-from saelab.identity import of_rows
+from saelab.identity import differences, of_rows
 from saelab.models.language_model import LanguageModel
 from saelab.models.multi_model import hook_keys, together
 from saelab.tokens import Texts, load_texts
@@ -72,6 +72,7 @@ def harvest(
     texts = _conversations(texts, lm) if chat else load_texts(texts)
     config = of_rows(lm, texts, hooks) | identity(storage) | sizes
     config |= {"split": split, "prepend_bos": _bos(lm, prepend_bos, Path(out_dir)), "seed": seed} | modes
+    config = _as_begun(config, Path(out_dir))
     return _harvest_into(claim_folder(out_dir, layout.JOURNAL, "cache"), lm, texts, config, max_bytes, progress)
 
 
@@ -79,6 +80,13 @@ def _bos(lm: LanguageModel, prepend_bos: Bos, folder: Path) -> bool | list[int]:
     """As asked for, or as the cache in `folder` was made, which goes on, or as the tokenizer begins texts."""
     begun = begun_with(folder) if prepend_bos is None else {}
     return begun.get("prepend_bos", resolved_bos(lm, prepend_bos))
+
+
+def _as_begun(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """With the probe of the harvest that began in `folder`, where it differs by no more than machines do: processes that
+    share a harvest write one config."""
+    begun = config | {"logits_probe": begun_with(folder).get("logits_probe", config["logits_probe"])}
+    return config if differences(begun, config) else begun
 
 
 def _harvest_into(

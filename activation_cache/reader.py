@@ -245,8 +245,8 @@ class ActivationCache:
     def verify(self, progress: bool = False) -> None:
         """Read every file again. Raises `CacheError` naming all that are not as they were written."""
         if damaged := self.damaged(progress):
-            parts = "; ".join(f"{format.part_of(file)}: {self.path / file} {what}" for file, what in damaged.items())
-            raise CacheError(f"{parts}. {format.FIX}")
+            parts = "; ".join(f"{layout.part_of(file)}: {self.path / file} {what}" for file, what in damaged.items())
+            raise CacheError(f"{parts}. {layout.FIX}")
 
     def _hook(self, hook_name: str | None) -> str:
         if hook_name is None and len(self._widths) == 1:

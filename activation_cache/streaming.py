@@ -64,6 +64,7 @@ def stream(
     print(f"Streaming {texts.describe(split)} through {lm.name}.")
     warn_if_none_held_out(texts, split, 2)
     config = of_rows(lm, texts, hooks) | identity(_STORAGE.name) | sizes
+    del config["logits_probe"]  # of this machine to the last digit, and a stream's config is compared by its hash
     config |= {"split": split, "prepend_bos": resolved_bos(lm, prepend_bos)}
     return ActivationStream(lm, texts, config, by_default=prepend_bos is None)
 

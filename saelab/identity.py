@@ -16,21 +16,26 @@ from saelab.saes.base import SAE
 from saelab.tokens import Texts
 from saelab.tokens.mask import MASK_RULE
 from saelab.tokens.packing import PACKED
-from saelab.tokens.tokenizing import resolved_bos
+from saelab.tokens.tokenizing import resolved_bos, tokenizer_probe
 
 ANY = object()
 """Of an absent key: nobody can tell what it was."""
 _NONE = "(none)"
-LATER: dict[str, Any] = dict.fromkeys(("bos_id", "eos_id", "tokenizer_files"), ANY)
+_TOKENIZER = ("bos_id", "eos_id", "tokenizer_files", "tokenizer_probe")
+_FUNCTION = ("model_config", "logits_probe")
+LATER: dict[str, Any] = dict.fromkeys((*_TOKENIZER, *_FUNCTION), ANY)
 """Of `of_model`: keys that came after the first version, as `absent`."""
 
 
 def of_model(lm: LanguageModel) -> dict[str, Any]:
-    """What a model makes of a text: its weights, their dtype, and its tokenizer with the roles of special tokens."""
+    """What a model makes of a text: its weights, their dtype, what its config and anything hooked into it make of them, and
+    its tokenizer with the roles of special tokens."""
     dtype = str(lm.dtype).removeprefix("torch.")
     known = {"model_hash": lm.hash, "model_dtype": dtype, "tokenizer_hash": lm.tokenizer_hash}
     files = {"tokenizer_files": lm.tokenizer_files} if lm.tokenizer_files else {}
-    return known | {"special_ids": sorted(lm.special_ids), "bos_id": lm.bos_id, "eos_id": lm.eos_id} | files
+    known |= {"special_ids": sorted(lm.special_ids), "bos_id": lm.bos_id, "eos_id": lm.eos_id} | files
+    known |= {"tokenizer_probe": tokenizer_probe(lm.tokenizer)} if lm.tokenizer is not None else {}
+    return known | {"model_config": lm.config_hash, "logits_probe": lm.logits_probe}
 
 
 def of_rows(lm: LanguageModel, texts: Texts, hooks: Sequence[str]) -> dict[str, Any]:
@@ -45,7 +50,7 @@ def of_scoring(sae: SAE, lm: LanguageModel, texts: Texts) -> dict[str, Any]:
     if origin["prepend_bos"] is None:  # the first version read no BOS then, and noted nothing
         origin["prepend_bos"] = resolved_bos(lm, None) or None
     origin |= {key: sae.origin[key] for key in ("hook_names", "hook_name_out", "packing") if key in sae.origin}
-    read_by = {key: value for key, value in of_model(lm).items() if not key.startswith("model_")}
+    read_by = {key: value for key, value in of_model(lm).items() if key not in ("model_hash", "model_dtype")}
     return {
         "sae": {"hash": sae.hash, **origin},
         "model": {"hash": lm.hash, "dtype": str(lm.dtype), **read_by},
@@ -67,7 +72,20 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], absent: Mapping[
     """
     before, now = _flat(old), _flat(new)
     pairs = {key: (_then(key, before, now, absent or {}), now.get(key, _NONE)) for key in {**before, **now}}
-    return [f"{key}: {_short(then)} -> {_short(asked)}" for key, (then, asked) in pairs.items() if then != asked]
+    halves = any("16" in str(value) for key, value in now.items() if key.endswith(("model_dtype", "model.dtype")))
+    tolerance = 0.05 if halves else 1e-3
+    return [
+        f"{key}: {_short(then)} -> {_short(asked)}"
+        for key, (then, asked) in pairs.items()
+        if then != asked and not (key.endswith("logits_probe") and _close(then, asked, tolerance))
+    ]
+
+
+def _close(one: Any, other: Any, tolerance: float) -> bool:
+    """Whether two probes of a model differ by no more than what machines differ by."""
+    if not isinstance(one, list) or not isinstance(other, list) or len(one) != len(other):
+        return False
+    return all(abs(x - y) <= tolerance for x, y in zip(one, other, strict=True))
 
 
 def _then(key: str, before: Mapping[str, Any], now: Mapping[str, Any], absent: Mapping[str, Any]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import signal
 from pathlib import Path
@@ -71,6 +72,13 @@ def build_tokenizer():
     )
     fast.chat_template = CHAT_TEMPLATE
     return fast
+
+
+def with_eos(tokenizer, token_id: int):
+    """The same tokenizer with this token as EOS."""
+    other = copy.deepcopy(tokenizer)
+    other.eos_token = other.convert_ids_to_tokens(token_id)
+    return other
 
 
 def build_tiny_llama(folder: Path, n_layers: int = 3, seed: int = 0) -> Path:

@@ -34,7 +34,12 @@ class Letters:
 class StandIn(LanguageModel):
     """A model whose activations are a table by token and position: nothing to load, every row can be checked."""
 
-    name, bos_id, eos_id, special_ids, max_ctx = "stand-in", 0, EOS, (0, EOS), 64
+    name, max_ctx = "stand-in", 64
+    bos_id: int = 0  # pyright: ignore[reportAssignmentType]
+    eos_id: int = EOS  # pyright: ignore[reportAssignmentType]
+    special_ids: tuple[int, ...] = (0, EOS)  # pyright: ignore[reportAssignmentType]
+    config_hash: str = "c" * 64  # pyright: ignore[reportAssignmentType]
+    logits_probe: list[float] = []  # pyright: ignore[reportAssignmentType]
     hash: str = "m" * 64  # pyright: ignore[reportAssignmentType]
     tokenizer_hash: str = "t" * 64  # pyright: ignore[reportAssignmentType]
     tokenizer_files: str = ""  # pyright: ignore[reportAssignmentType]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 import warnings
 from typing import Any
 
@@ -10,12 +12,13 @@ import pytest
 import torch
 from conftest import build_tokenizer
 from tokenizers.normalizers import Lowercase
+from transformers import LlamaConfig
 
 import saelab
 from saelab.activation_cache.streaming import stream
 from saelab.errors import SaelabError
 from saelab.identity import ANY, differences
-from saelab.models.hashing import hash_tokenizer, hash_tokenizer_files
+from saelab.models.hashing import checksum, hash_model, hash_tokenizer, hash_tokenizer_files
 from saelab.saes import TopKConfig, TopKSAE
 from saelab.tokens.mask import MASK_RULE
 
@@ -43,6 +46,12 @@ def changed(lm, what: str, monkeypatch) -> tuple[Any, dict[str, Any]]:
         return saelab.load_model(lm.name, tokenizer, dtype=torch.float32, device="cpu"), {}
     if what == "dtype":
         return saelab.load_model(lm.name, dtype=torch.bfloat16, device="cpu"), {}
+    if what == "config":
+        other = copy.deepcopy(lm.model)
+        config = LlamaConfig(**{**other.config.to_dict(), "rms_norm_eps": 0.1})
+        reset = type(other)(config).eval()
+        reset.load_state_dict(other.state_dict())
+        return saelab.load_model(reset, lm.tokenizer), {}
     if what == "weights":
         other = saelab.load_model(lm.model, lm.tokenizer, dtype=torch.float64)
         return saelab.load_model(other.model.float(), lm.tokenizer), {}
@@ -67,6 +76,16 @@ def in_place(lm, what: str) -> None:
             weight.mul_(1.5)
         elif what == "weight.data":
             weight.data.mul_(1.5)
+        elif what == "one row of weight.data":
+            weight.data[lm.to_ids("the")[0, 0]] = 5.0
+        elif what == "a hook of the user's":
+            lm.model.model.layers[0].register_forward_hook(lambda module, args, output: 1.5 * output)
+        elif what == "EOS in place":
+            lm.tokenizer.eos_token = "<s>"
+        elif what == "a token made special":
+            lm.tokenizer.add_special_tokens({"additional_special_tokens": ["\u0120the"]})
+        elif what == "special tokens written out are split":
+            lm.tokenizer.split_special_tokens = True
         elif what == "tokenizer in place":
             lm.tokenizer.backend_tokenizer.normalizer = Lowercase()
 
@@ -110,7 +129,8 @@ REFUSING = {
     "train on a stream": train_streaming,
 }
 CHANGES = ["tokenizer", "roles", "dtype", "weights", "texts", "ctx_len", "hook", "bos", "mask"]
-CHANGES += ["weights in place", "weight.data", "tokenizer in place"]
+CHANGES += ["weights in place", "weight.data", "one row of weight.data", "config", "a hook of the user's"]
+CHANGES += ["tokenizer in place", "EOS in place", "a token made special", "special tokens written out are split"]
 
 
 @pytest.fixture
@@ -130,8 +150,12 @@ def made(tiny_lm, tmp_path_factory):
     return folders
 
 
-@pytest.mark.parametrize("what", CHANGES)
-@pytest.mark.parametrize("call", REFUSING)
+# A stream is known by a hash, and the probe of a model, the same on no two machines to the last digit, is no part of it.
+UNSEEN = {("train on a stream", "a hook of the user's")}
+PAIRS = [(call, what) for call in REFUSING for what in CHANGES if (call, what) not in UNSEEN]
+
+
+@pytest.mark.parametrize("call, what", PAIRS)
 def test_a_folder_made_another_way_is_refused(lm, made, call, what, monkeypatch):
     other, more = changed(lm, what, monkeypatch)
     with pytest.raises((ValueError, SaelabError), match=r"other arguments|another run|holds the activations"):
@@ -168,6 +192,40 @@ def test_a_report_made_another_way_is_measured_again(lm, report, tmp_path, what,
     assert json.loads(report)["request"] != json.loads(path.read_text())["request"]
 
 
+def test_what_lies_in_a_folder_now_is_not_the_model_that_was_loaded_from_it(lm, tiny_folder, tmp_path):
+    copied = tmp_path / "model"
+    shutil.copytree(tiny_folder, copied)
+    loaded = saelab.load_model(copied, dtype=torch.float32)
+    other = copy.deepcopy(loaded.model)
+    next(other.parameters()).data.mul_(2)
+    other.save_pretrained(copied)
+    assert loaded.hash == saelab.load_model(loaded.model, lm.tokenizer).hash
+    assert loaded.hash != saelab.load_model(copied, dtype=torch.float32).hash
+
+
+def test_quantised_weights_are_hashed():
+    def hashed(factor):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(8, 8)
+        layer.weight.data.mul_(factor)
+        linear = torch.nn.Sequential(layer)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return hash_model(torch.ao.quantization.quantize_dynamic(linear, {torch.nn.Linear}, dtype=torch.qint8))
+
+    assert hashed(1.0) == hashed(1.0) != hashed(-1.0)
+
+
+def test_two_numbers_that_change_places_change_the_checksum():
+    linear = torch.nn.Linear(7, 3)
+    seen = {checksum(linear)}
+    for one, other in ((0, 1), (2, 12), (5, 20)):
+        flat = linear.weight.data.view(-1)
+        flat[[one, other]] = flat[[other, one]]
+        seen.add(checksum(linear))
+    assert len(seen) == 4
+
+
 def test_the_merges_of_a_tokenizer_that_only_python_runs_count(tmp_path):
     def tokenizer(merges):
         from transformers import CTRLTokenizer
@@ -199,4 +257,8 @@ def test_a_key_that_came_later_means_what_its_absence_meant():
     assert differences({"a": 1}, {"a": 1, "b": 2}, {"b": 3}) == ["b: 3 -> 2"]
     assert differences({"a": 1}, {"a": 1, "b": 2}, {"b": ANY}) == []
     assert differences({"a": 1}, {"a": 1, "b": {"c": 2}}, {"b": ANY}) == []
+    assert differences({"logits_probe": [0.5, 1.0]}, {"logits_probe": [0.5004, 1.0]}) == []
+    assert differences({"logits_probe": [0.5, 1.0]}, {"logits_probe": [0.52, 1.0]})
+    halves = {"model_dtype": "bfloat16"}
+    assert differences({"logits_probe": [0.5, 1.0], **halves}, {"logits_probe": [0.52, 1.0], **halves}) == []
     assert differences({"b": {"c": 1}}, {"b": {"c": 2}}, {"b": ANY}) == ["b.c: 1 -> 2"]

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import with_eos
 from torch import Tensor
 
 from saelab.errors import ModelError
@@ -398,8 +399,7 @@ def test_generation_stops_at_eos(tiny_lm):
     free = tiny_lm.generate_ids(PROMPT, max_new_tokens=6)
     third = int(free.ids[free.n_prompt + 2])
     first = free.ids[free.n_prompt :].tolist().index(third)
-    lm = load_model(tiny_lm.model, tiny_lm.tokenizer)
-    lm.eos_id = third
+    lm = load_model(tiny_lm.model, with_eos(tiny_lm.tokenizer, third))
     stopped = lm.generate_ids(PROMPT, max_new_tokens=6)
     assert torch.equal(stopped.ids, free.ids[: free.n_prompt + first + 1])
 

@@ -6,6 +6,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
+from conftest import with_eos
 from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
 from transformers import BatchEncoding
@@ -13,6 +14,7 @@ from transformers import BatchEncoding
 import saelab
 from saelab.errors import ModelError
 from saelab.models import load_model
+from saelab.steering import Direction
 from saelab.tokens.tokenizing import context_start, resolved_bos
 
 TEXTS = ["The weather today", "the river"]
@@ -68,6 +70,7 @@ REFUSED = {
     "a tokenizer's output with labels": ({"input_ids": [A], "labels": [A]}, "dict with 'input_ids', 'labels'; expected"),
     "columns of texts": ({"text": TEXTS}, "dict with 'text'; expected"),
     "messages": ([{"role": "user", "content": "hi"}], "list .*expected.*lm.chat"),
+    "bools for ids": ([[True, 5]], "list .*expected"),
     "text for ids": ({"input_ids": "The weather"}, "dict with 'input_ids'; expected"),
     "texts for ids": ({"input_ids": TEXTS}, "dict with 'input_ids'; expected"),
     "set": ({1, 2}, "Got set"),
@@ -156,6 +159,32 @@ def test_positions_and_masks_that_do_not_fit(tiny_lm, options, message):
         tiny_lm.logits(A, **options)
 
 
+HOOK = "blocks.1.hook_resid_post"
+
+
+def test_padding_in_front_may_be_the_first_thing_a_model_reads(tiny_lm):
+    padded, alone = {"input_ids": [[9, 5, 6, 7]], "attention_mask": [[0, 1, 1, 1]]}, [5, 6, 7]
+    found = next(load_model(tiny_lm.model, tiny_lm.tokenizer).stream_activations(padded, HOOK))[HOOK][:, 1:]
+    torch.testing.assert_close(found, next(tiny_lm.stream_activations([alone], HOOK))[HOOK])
+    edit = Direction(torch.ones(32), HOOK) * 1.0
+    with (fresh := load_model(tiny_lm.model, tiny_lm.tokenizer)).steer(edit):
+        torch.testing.assert_close(fresh.logits(padded)[:, 1:], tiny_lm.run_with_edit(alone, edit))
+
+
+def test_a_text_or_a_tokenizers_output_is_one_batch(tiny_lm):
+    encoded = tiny_lm.tokenizer(["The weather", "a"], padding=True, return_tensors="pt")
+    for prompt in ("The weather", encoded, encoded["input_ids"]):
+        (found,) = tiny_lm.stream_activations(prompt, HOOK)
+        torch.testing.assert_close(found[HOOK], next(tiny_lm.stream_activations([prompt], HOOK))[HOOK])
+
+
+def test_what_a_tokenizer_gives_without_padding_is_read(tiny_lm):
+    encoded, texts = tiny_lm.tokenizer(["The weather", "a"]), ["The weather", "a"]
+    torch.testing.assert_close(tiny_lm.logits(encoded), tiny_lm.logits(texts))
+    assert tiny_lm.generate(encoded, 3) == tiny_lm.generate(texts, 3)
+    assert tiny_lm.to_batch([[4, 5], [6]], attention_mask=[[1, 1], [1, 1]]).positions.tolist() == [[0, 1], [0, -1]]
+
+
 @pytest.mark.parametrize("only_with_cache", [False, True])
 def test_a_model_that_overlooks_the_mask_is_not_believed(tiny_lm, monkeypatch, only_with_cache):
     forward = type(tiny_lm.model).forward
@@ -193,8 +222,8 @@ def test_a_batch_writes_what_each_prompt_does_alone(tiny_lm):
 def test_a_row_that_ended_leaves_the_others_alone_and_counts_for_no_edit(tiny_lm):
     texts = ["The weather today", "the river runs"]
     free = [tiny_lm.generate_ids(text, 10) for text in texts]
-    lm = load_model(tiny_lm.model, tiny_lm.tokenizer)
-    lm.eos_id = next(int(t) for t in free[0].ids[free[0].n_prompt :] if t not in free[1].ids[free[1].n_prompt :])
+    eos = next(int(t) for t in free[0].ids[free[0].n_prompt :] if t not in free[1].ids[free[1].n_prompt :])
+    lm = load_model(tiny_lm.model, with_eos(tiny_lm.tokenizer, eos))
     edit = Add(torch.zeros(32))
     with lm.steer(edit):
         written = lm.generate(texts, 10)
@@ -340,5 +369,7 @@ def test_a_stream_of_the_first_version_goes_on_without_bos(tiny_lm):
     without, asked = (stream(lm, ctx_len=16, prepend_bos=bos, **call) for bos in (False, True))
     default = stream(lm, ctx_len=16, **call)
     assert default.fingerprint == asked.fingerprint != without.fingerprint
-    assert default.by_rules(1).fingerprint == without.fingerprint and asked.by_rules(1) is asked
-    assert default.by_rules(2) is default
+    first = without.by_rules(1).fingerprint
+    assert default.by_rules(1).fingerprint == first != asked.by_rules(1).fingerprint
+    assert default.by_rules(2).fingerprint == asked.by_rules(1).fingerprint != default.fingerprint
+    assert default.by_rules(4).fingerprint == default.fingerprint

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from saelab.errors import SaelabError, StoreError
+from saelab.errors import ModelError, SaelabError, StoreError
 from saelab.evaluation.heldout import ScoreStream, check_scoring, open_score_stream
 from saelab.features import schema
 from saelab.features.manifest import read_manifest
@@ -67,10 +68,11 @@ def collect_features(
         sae, lm, source, split=split, allow_train=True, hook_name=hook_name,
         n_tokens=n_tokens, ctx_len=ctx_len, batch_size=batch_size,
     )  # fmt: skip
+    top_logits = _top_logits(sae, lm, stream.hook_name)  # before the pass: a model may have none
     state = _run(sae, stream, top_k, progress)
     with _finished_folder(out_dir) as building:
         manifest = _manifest(sae, stream, state, out_dir) | {"request": request, "top_k": top_k}
-        write_store(building, manifest, state, _top_logits(sae, lm, stream.hook_name), _cosine(sae), stream)
+        write_store(building, manifest, state, top_logits, _cosine(sae), stream)
     return FeatureStore(out_dir, sae)
 
 
@@ -140,11 +142,15 @@ def _top_logits(sae: SAE, lm: LanguageModel, hook_name: str) -> dict[str, Tensor
     """Ids and values of the tokens each decoder row promotes and suppresses most; None off the residual stream.
 
     The values are the logit change of one unit along the decoder row, its direct effect: `logit_weights @ W_dec[f]`.
-    A crosscoder's row is that of its last source.
+    A crosscoder's row is that of its last source. Warns where the model's logits do not follow its unembedding.
     """
     if not writes_to_residual(hook_name):
         return None
-    unembed = locate(lm, hook_name)[0].logit_weights().float().cpu()  # (vocab, d_model)
+    try:
+        unembed = locate(lm, hook_name)[0].logit_weights().float().cpu()  # (vocab, d_model)
+    except ModelError as error:
+        warnings.warn(f"The store will not say what features promote. {error}", stacklevel=3)
+        return None
     decoder, _ = sae.written()
     if unembed.shape[1] != decoder.shape[1]:
         return None

@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from saelab.models.families import eager, find_decoder, in_eval_mode, takes, tolerance
+from saelab.errors import ModelError
+from saelab.models.families import context_length, eager, find_decoder, in_eval_mode, rope_border, takes, tolerance
 from saelab.models.hooks import Site, attach, bridge_sites, hf_sites, tapped
-from saelab.models.padding import arguments, honours_padding, is_plain, refuse_unless
+from saelab.models.padding import N_TRIED, arguments, honours_padding, is_plain, refuse_unless
 from saelab.models.unembedding import between, logit_weights, watch_head
 
 _STREAM = "hook_resid_pre", "hook_attn_out", "hook_mlp_out", "hook_resid_post"
@@ -22,6 +23,9 @@ class Backend:
 
     model: Any
     d_vocab: int
+    max_ctx: int
+    rope_border: int = 2**31
+    """Contexts over so many tokens have other position frequencies (LongRoPE)."""
     has_cache: Any
     forward: Any
 
@@ -34,7 +38,31 @@ class Backend:
     def honours_padding(self) -> bool:
         """Whether rows may be padded in front of their tokens."""
         with torch.inference_mode(), in_eval_mode(self.model):
-            return honours_padding(self.model, self.forward, self._some_ids(5), self.has_cache)
+            return honours_padding(self.model, self.forward, self._some_ids(min(N_TRIED, self.max_ctx)), self.has_cache)
+
+    def prepare(self, positions: Int[Tensor, "batch seq"] | None) -> None:
+        """What a pass with these positions will ask of the model is tried now: no probe runs under hooks of a pass.
+
+        Raises `ModelError` for rows on both sides of a border behind which the model reads positions in another way.
+        """
+        if positions is not None and positions.shape[1] > self.rope_border:
+            lengths = positions.max(1).values + 1
+            if int(lengths.min()) <= self.rope_border < int(lengths.max()):
+                raise ModelError(
+                    f"{type(self.model).__name__} reads contexts of over {self.rope_border} tokens with other position "
+                    "frequencies, and all rows of a batch with those of the longest: give shorter ones in a batch of their own."
+                )
+        if positions is not None and not is_plain(positions):
+            _ = self.honours_padding
+
+    def probe(self) -> list[float]:
+        """Logits of 16 tokens behind 16 others, in units of the largest of all."""
+        ids = self._some_ids(min(16, self.max_ctx))
+        last = self.forward(ids, None, False)[0][0, -1].float()
+        chosen = last[torch.linspace(0, len(last) - 1, 16, device=last.device).long()] / last.abs().max().clamp_min(
+            1e-30
+        )
+        return [round(float(value), 6) for value in chosen]
 
     def _told(self, positions: Int[Tensor, "batch seq"] | None, past: int = 0) -> dict[str, Tensor]:
         """Arguments for these positions. Raises `ModelError` where the model does not keep to them."""
@@ -62,7 +90,8 @@ class HFBackend(Backend):
         config = self.decoder.config
         self.n_layers, self.d_model = int(config.num_hidden_layers), int(config.hidden_size)
         self.d_vocab = int(config.vocab_size)
-        self.max_ctx = int(getattr(config, "max_position_embeddings", None) or 2**31)
+        self.max_ctx = context_length(self.model, config)
+        self.rope_border = rope_border(config)
         self._quiet = {"use_cache": False} if takes(self.model, "use_cache") else {}
         self._last_only = {"logits_to_keep": 1} if takes(self.model, "logits_to_keep") else {}
         self.sites: dict[str, Site] = hf_sites(self.decoder)
@@ -127,6 +156,10 @@ class HFBackend(Backend):
         with torch.inference_mode(), in_eval_mode(self.model):
             head = watch_head(self.model, self.decoder.layers[-1], lambda: self.logits(ids))
         norm, unembed = between(head.modules), self.model.get_output_embeddings().weight
+        if not isinstance(unembed, Tensor):
+            raise ModelError(
+                f"The unembedding of {type(self.model).__name__} is quantised: load the model unquantised."
+            )
         last, raw = head.last[0].cpu(), head.raw[0].cpu()
         return logit_weights(unembed.cpu(), norm, self.d_model, last, raw, type(self.model).__name__)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import cached_property
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -53,7 +53,7 @@ class Generates:
         logits that are no numbers.
         """
         check_tokenizer(self.tokenizer)
-        rows = self.to_batch(prompt, None, attention_mask).rows()
+        rows = self._rows(self.to_batch(prompt, None, attention_mask))
         how = Sampling(max_new_tokens, temperature, seed, num_return_sequences, self._stop_ids)
         is_list = isinstance(prompt, list | tuple) and whole_numbers(prompt) is None
         texts = [one for one in (prompt if is_list else [prompt]) if isinstance(one, str)]
@@ -65,11 +65,11 @@ class Generates:
 
     def _text(self, generation: Generation, prompt: str | None) -> str:
         """A prompt that was given as text stays as it was written."""
-        start, whole = (
-            self.tokenizer.decode(ids, skip_special_tokens=True)
-            for ids in (generation.ids[: generation.n_prompt], generation.ids)
-        )
-        return (start if prompt is None else prompt) + whole[len(start) :]
+        whole = self.tokenizer.decode(generation.ids, skip_special_tokens=True)
+        if prompt is None:
+            return whole
+        start = self.tokenizer.decode(generation.ids[: generation.n_prompt], skip_special_tokens=True)
+        return prompt + whole[len(start) :]
 
     def generate_ids(
         self,
@@ -81,7 +81,7 @@ class Generates:
         on_token: OnToken | None = None,
     ) -> Generation:
         """`generate` of one prompt as token ids, with the logits of each step on request. Active edits are honoured."""
-        rows = self.to_batch(prompt).rows()
+        rows = self._rows(self.to_batch(prompt))
         if len(rows) != 1:
             raise ValueError(
                 f"generate_ids takes one prompt, got {len(rows)}; call it once for each, or generate for texts."
@@ -89,10 +89,22 @@ class Generates:
         how = Sampling(max_new_tokens, temperature, seed, 1, self._stop_ids, keep_logits)
         return self._generate(rows, how, on_token)[0]
 
+    @staticmethod
+    def _rows(batch: Batch) -> list[Tensor]:
+        """The prompts. Raises `ValueError` for positions that do not count from 0, as those of what is written will."""
+        for positions in batch.positions:
+            real = positions[positions >= 0]
+            if not torch.equal(real, torch.arange(len(real), device=real.device)):
+                raise ValueError(
+                    f"Text is generated at positions that count from 0; got {real[:8].tolist()}: leave position_ids out."
+                )
+        return batch.rows()
+
     def _generate(self, rows: list[Tensor], how: Sampling, on_token: OnToken | None) -> list[Generation]:
         how.check(max(map(len, rows)), self.max_ctx, self.name)
         _ = self.backend.has_cache  # tried before any edit is in place
-        together = len({len(row) for row in rows}) == 1 or self.backend.honours_padding
+        crosses = max(map(len, rows)) + how.max_new_tokens > self.backend.rope_border
+        together = len({len(row) for row in rows}) == 1 or (self.backend.honours_padding and not crosses)
         rows = [row.to(self.device) for row in rows]
 
         def check(logits: Tensor, n: int) -> None:
@@ -100,9 +112,10 @@ class Generates:
 
         with self._running():
             groups = [rows] if together else [[row] for row in rows]
-            return [one for group in groups for one in sample(self._step, group, how, check, on_token)]
+            step = self._step_anew if crosses else self._step
+            return [one for group in groups for one in sample(step, group, how, check, on_token)]
 
-    @cached_property
+    @property
     def _stop_ids(self) -> set[int]:
         more = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
         listed = more if isinstance(more, (list, tuple)) else [more]
@@ -114,6 +127,10 @@ class Generates:
         with tapped(self.backend.sites, self.edits, positions[:, past:]):
             return self.backend.step(ids, positions, cache)
         raise AssertionError("no capture can cut a generation step")
+
+    def _step_anew(self, ids: Tensor, positions: Tensor, cache: None) -> tuple[Tensor, None]:
+        """As `_step`, from the first token on, for a model whose keys would be others behind the border."""
+        return self._step(ids, positions, cache)[0], None
 
     def _check_finite(self, highest: Float[Tensor, " n"], when: str) -> None:
         """Raises `ModelError` where no token can be told to be the likeliest: `highest` logits that are NaN or infinite."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -15,7 +16,16 @@ from torch import Tensor
 from saelab.models.backends import BridgeBackend, backend_of
 from saelab.models.families import in_eval_mode
 from saelab.models.generation import Generates
-from saelab.models.hashing import hash_folder, hash_model, hash_tokenizer, hash_tokenizer_files, state_mark
+from saelab.models.hashing import (
+    checksum,
+    hash_config,
+    hash_folder,
+    hash_model,
+    hash_tokenizer,
+    hash_tokenizer_files,
+    state_mark,
+    stored_weights,
+)
 from saelab.models.hooks import Edit, Site, hook_list, is_plain_mistake, tapped, unknown_hook
 from saelab.models.prompts import Batch, Prompt, check_batch, to_batch
 from saelab.tokens.tokenizing import special_tokens
@@ -43,13 +53,14 @@ class LanguageModel(Generates):
         self.d_vocab, self.max_ctx = self.backend.d_vocab, self.backend.max_ctx
         weight = next(self.model.parameters())
         self.dtype, self.device = weight.dtype, weight.device
-        self.bos_id, self.eos_id, self.special_ids = special_tokens(tokenizer, self.model)
         self._blocks: tuple[list[Edit], ...] = ()  # of `steer`, each with its edits
         self._lock = threading.RLock()
         self._widths: dict[str, int] = {}
         self._hash: str | None = None
+        self._stored = None if folder is None else stored_weights(folder)
         self._bridge_now: BridgeBackend | None = None
-        self._mark = state_mark(self.model)
+        self._checksum = "" if folder is None else checksum(self.model)
+        self._bridged = ""
 
     def __repr__(self) -> str:
         kind = str(self.dtype).removeprefix("torch.")
@@ -58,13 +69,42 @@ class LanguageModel(Generates):
     # --- identity
 
     @property
+    def bos_id(self) -> int | None:
+        """BOS, as the tokenizer has it now (the model's config, where there is no tokenizer)."""
+        return special_tokens(self.tokenizer, self.model)[0]
+
+    @property
+    def eos_id(self) -> int | None:
+        """EOS, likewise."""
+        return special_tokens(self.tokenizer, self.model)[1]
+
+    @property
+    def special_ids(self) -> tuple[int, ...]:
+        """Every special token, ascending."""
+        return special_tokens(self.tokenizer, self.model)[2]
+
+    @property
     def hash(self) -> str:
         """SHA-256 of the weights (names, dtypes, shapes, bytes): as stored in the folder when the model came from one,
         whatever dtype it runs in; of the module's state otherwise, and where the weights were written to since."""
-        self._notice_changes()
+        now = checksum(self.model)
+        if now != self._checksum:
+            self._folder, self._hash, self._checksum = None, None, now
         if self._hash is None:
-            self._hash = (hash_folder(self._folder) if self._folder else None) or hash_model(self.model)
+            unchanged = self._folder is not None and stored_weights(self._folder) == self._stored
+            self._hash = (hash_folder(self._folder) if self._folder and unchanged else None) or hash_model(self.model)
         return self._hash
+
+    @property
+    def config_hash(self) -> str:
+        """SHA-256 of what of the model's config decides its numbers: the same weights may stand in another function."""
+        return hash_config(self.model)
+
+    @property
+    def logits_probe(self) -> list[float]:
+        """A few logits of the model as it runs now, with whatever else was hooked into it or set in it."""
+        with self._running():
+            return self.backend.probe()
 
     @property
     def tokenizer_hash(self) -> str:
@@ -77,12 +117,8 @@ class LanguageModel(Generates):
         return hash_tokenizer_files(self.tokenizer)
 
     def weights_changed(self) -> None:
-        """Forget what came from the old weights (hash, bridge), after they were trained in place."""
-        self._folder, self._hash, self._bridge_now, self._mark = None, None, None, state_mark(self.model)
-
-    def _notice_changes(self) -> None:
-        if state_mark(self.model) != self._mark:
-            self.weights_changed()
+        """Forget what came from the old weights, after they were trained in place."""
+        self._folder, self._hash, self._bridge_now = None, None, None
 
     # --- hooks
 
@@ -107,18 +143,21 @@ class LanguageModel(Generates):
     ) -> Iterator[dict[str, Tensor]]:
         """Activations (batch, seq, d_in) in the model's dtype at each hook, for each batch, which is what `to_batch` takes.
 
+        A text, a tensor of ids and a tokenizer's output are one batch.
         The pass ends after the last hooked place. Active edits are honoured. The tensors are inference tensors:
         `.clone()` one before differentiating through it. Raises `ValueError` for an unknown hook.
         """
         names = hook_list(hook_names)
         self._sites_of(names)
-        return (self._capture(*self.to_batch(ids), names) for ids in batches)
+        one = isinstance(batches, str | Mapping | Tensor | np.ndarray)
+        return (self._capture(*self.to_batch(ids), names) for ids in ([batches] if one else batches))
 
     def _capture(self, ids: Tensor, positions: Tensor, names: list[str], edited: bool = True) -> dict[str, Tensor]:
         sites = self._sites_of(names)
         captured: dict[str, Tensor] = {}
         ids, here = ids.to(self.device), positions.to(self.device)
         backend = self.backend if sites is self.backend.sites else self._bridge
+        backend.prepare(positions)
         with self._running(), tapped(sites, self.edits if edited else (), here, names, captured):
             backend.trunk(ids, positions)
         for name in names:
@@ -136,10 +175,10 @@ class LanguageModel(Generates):
     @property
     def _bridge(self) -> BridgeBackend:
         """A TransformerBridge on a copy of the model as it is now: booting edits the modules in place."""
-        self._notice_changes()
-        if self._bridge_now is None:
+        mark = state_mark(self.model)
+        if self._bridge_now is None or mark != self._bridged:
             assert self._boot_bridge is not None
-            self._bridge_now = BridgeBackend(self._boot_bridge())
+            self._bridge_now, self._bridged = BridgeBackend(self._boot_bridge()), mark
         return self._bridge_now
 
     def _sites_of(self, names: Sequence[str]) -> dict[str, Site]:
@@ -195,6 +234,7 @@ class LanguageModel(Generates):
         front of tokens where the model cannot pass it over.
         """
         ids, positions = (x.to(self.device) for x in self.to_batch(text_or_ids, positions, attention_mask))
+        self.backend.prepare(positions)
         with self._running(), tapped(self.backend.sites, self.edits, positions):
             logits = self.backend.logits(ids, positions)
             self._check_finite(logits.amax(-1)[positions >= 0], "")

@@ -111,6 +111,10 @@ def _folder_of(where: str | Path) -> Path | None:
 
 def _wrap(model: Any, tokenizer: Any, dtype: Any, device: Any) -> LanguageModel:
     """A `LanguageModel` around an object the caller has built."""
+    if isinstance(model, type):
+        raise ValueError(
+            f"load_model got the class {model.__name__}; give a model of it, or a folder or id to load one from."
+        )
     is_bridge = hasattr(model, "hook_dict") and hasattr(model, "cfg")
     if not is_bridge and not (hasattr(model, "get_output_embeddings") and hasattr(model, "base_model_prefix")):
         raise ValueError(

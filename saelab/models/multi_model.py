@@ -25,8 +25,7 @@ class ModelsTogether(LanguageModel):
         first = models[0]
         self.models = dict(zip(_labels(models), models, strict=True))
         self.name = " + ".join(self.models)
-        self.tokenizer, self.bos_id, self.eos_id = first.tokenizer, first.bos_id, first.eos_id
-        self.special_ids, self.device = first.special_ids, first.device
+        self.tokenizer, self.model, self.device = first.tokenizer, first.model, first.device
         self.max_ctx = min(lm.max_ctx for lm in models)
         dtypes = {lm.dtype for lm in models}
         self.dtype: Any = first.dtype if len(dtypes) == 1 else " + ".join(str(lm.dtype) for lm in models)
@@ -37,6 +36,14 @@ class ModelsTogether(LanguageModel):
     @property
     def hash(self) -> str:
         return hashlib.sha256("".join(lm.hash for lm in self.models.values()).encode()).hexdigest()
+
+    @property
+    def config_hash(self) -> str:
+        return hashlib.sha256("".join(lm.config_hash for lm in self.models.values()).encode()).hexdigest()
+
+    @property
+    def logits_probe(self) -> list[float]:
+        return [value for lm in self.models.values() for value in lm.logits_probe]
 
     @property
     def hook_names(self) -> list[str]:

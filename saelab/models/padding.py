@@ -47,19 +47,30 @@ def refuse_unless(honours: bool, model: Any, positions: Int[Tensor, "batch seq"]
         raise ModelError(f"{name} counts positions by itself, from 0 at the first token: leave positions out.")
 
 
-def honours_padding(model: Any, forward: Forward, ids: Int[Tensor, "1 5"], has_cache: bool) -> bool:
-    """Whether a row with padding in front has the logits that it has alone, with a KV cache too: it is tried."""
+N_TRIED = 16
+_FRONT = 11  # of them are padding in the second row
+_SHARE = 0.05  # of what padding does that is read as tokens
+
+
+def honours_padding(model: Any, forward: Forward, ids: Int[Tensor, "1 n"], has_cache: bool) -> bool:
+    """Whether a row with padding in front has the logits that it has alone, with a KV cache too: it is tried.
+
+    In half precision rounding moves logits too: by far less than the padding does where it is read.
+    """
     if not takes(model, "attention_mask"):
         return False
-    n = torch.arange(5, device=ids.device)
-    both, positions = ids.expand(2, -1), torch.stack([n, (n - 2).clamp_min(-1)])
-    whole, alone = forward(ids, None, False)[0][:, -1], forward(ids[:, 2:], None, False)[0][:, -1]
+    n, front = torch.arange(ids.shape[1], device=ids.device), min(_FRONT, ids.shape[1] // 2)
+    both, positions = ids.expand(2, -1), torch.stack([n, (n - front).clamp_min(-1)])
+    whole, alone = forward(ids, None, False)[0][:, -1], forward(ids[:, front:], None, False)[0][:, -1]
     expected = torch.cat([whole, alone])
+    read = float((whole - alone).abs().max())
+    allowed = min(tolerance(expected), max(_SHARE * read, tolerance(expected) / 4))
     try:
         found = [forward(both, None, False, **arguments(model, positions))[0][:, -1]]
         if has_cache:
-            cache = forward(both[:, :4], None, True, **arguments(model, positions[:, :4]))[1]
-            found.append(forward(both[:, 4:], cache, True, **arguments(model, positions, 4))[0][:, -1])
+            past = ids.shape[1] - 1
+            cache = forward(both[:, :past], None, True, **arguments(model, positions[:, :past]))[1]
+            found.append(forward(both[:, past:], cache, True, **arguments(model, positions, past))[0][:, -1])
     except (AttributeError, RuntimeError, TypeError, ValueError):
         return False
-    return all(float((one - expected).abs().max()) <= tolerance(expected) for one in found)
+    return all(float((one - expected).abs().max()) <= allowed for one in found)

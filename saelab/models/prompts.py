@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from saelab.tokens.documents import whole_numbers
+from saelab.tokens.documents import whole_numbers, zero_or_one
 from saelab.tokens.tokenizing import text_ids
 
 Prompt = Any
@@ -56,7 +56,9 @@ def to_batch(
         mask = _like(attention_mask, ids, "attention_mask")
         if not bool(((mask == 0) | (mask == 1)).all()):
             raise ValueError("attention_mask holds other numbers than 0 (padding) and 1.")
-        counted = torch.where(mask == 1, mask.cumsum(1) - 1, -1)
+        counted = torch.where(
+            (mask == 1) & (counted >= 0), mask.cumsum(1) - 1, -1
+        )  # what was padded here stays padding
     positions = counted if positions is None else _like(positions, ids, "positions")
     if attention_mask is not None:
         positions = torch.where(counted < 0, -1, positions)  # tokenizers count on, or put 0 or 1, on padding
@@ -120,12 +122,35 @@ def _hint(prompt: Any) -> str:
 
 def _like(given: Any, ids: Tensor, name: str) -> Int[Tensor, "batch seq"]:
     """`given` as whole numbers beside `ids`."""
-    found = torch.as_tensor(given)
+    found = torch.as_tensor(_even(given, ids.shape[1], name))
     found = found[None] if found.ndim == 1 else found
     if found.shape != ids.shape or found.is_floating_point() or found.is_complex():
         kind = f"{str(found.dtype).removeprefix('torch.')} {tuple(found.shape)}"
         raise ValueError(f"{name} is {kind}; expected one whole number for each of the ids {tuple(ids.shape)}.")
     return found.to(ids.device, torch.int64)
+
+
+def _even(given: Any, width: int, name: str) -> Any:
+    """Rows of unequal length, as a tokenizer gives them without padding, filled up with 0. Raises `ValueError` for others."""
+    if isinstance(given, Tensor | np.ndarray):
+        return given
+    rows = (
+        [zero_or_one(row) if name == "attention_mask" else whole_numbers(row) for row in given]
+        if _nested(given)
+        else []
+    )
+    if rows and all(row is not None and len(row) <= width for row in rows):
+        return [[*(row or []), *([0] * (width - len(row or [])))] for row in rows]
+    flat = [int(one) if isinstance(one, bool) else one for one in given] if isinstance(given, list | tuple) else given
+    if whole_numbers(flat) is None:
+        raise ValueError(
+            f"{name} is {type(given).__name__} {repr(given)[:60]}; expected one whole number for each token id."
+        )
+    return flat
+
+
+def _nested(given: Any) -> bool:
+    return isinstance(given, list | tuple) and all(isinstance(row, list | tuple | np.ndarray | Tensor) for row in given)
 
 
 def _check_positions(positions: Int[Tensor, "batch seq"]) -> None:

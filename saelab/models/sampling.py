@@ -45,8 +45,10 @@ class Sampling:
         """Raises `ValueError` for a request that cannot be met, naming the value and the limit."""
         check_integer("max_new_tokens", self.max_new_tokens, 1)
         check_integer("num_return_sequences", self.n_sequences, 1)
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature={self.temperature}; expected 0 (most likely token) or a positive number.")
+        check_integer("seed", self.seed, 0, 2**63 - self.n_sequences)
+        number = isinstance(self.temperature, int | float) and not isinstance(self.temperature, bool)
+        if not number or not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature={self.temperature!r}; expected 0 (most likely token) or a positive number.")
         if self.n_sequences > 1 and self.temperature == 0:
             raise ValueError(
                 f"num_return_sequences={self.n_sequences} at temperature 0 are the same text {self.n_sequences} times: give a "
@@ -122,5 +124,6 @@ def choose(logits: Float[Tensor, " vocab"], temperature: float, uniform: Float[T
     """The most likely token at temperature 0, else the one at `uniform` of the cumulated probabilities."""
     if temperature == 0:
         return int(logits.argmax())
-    cumulated = torch.softmax(logits.double() / temperature, dim=-1).cumsum(-1)
+    below = logits.double() - logits.amax().double()  # divided by the least temperature too it is at most 0
+    cumulated = torch.softmax(below / temperature, dim=-1).cumsum(-1)
     return int(torch.searchsorted(cumulated, uniform * cumulated[-1], right=True).clamp(max=len(logits) - 1))

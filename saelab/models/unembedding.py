@@ -116,25 +116,31 @@ class HeadPass(NamedTuple):
 
 def watch_head(model: Any, last_layer: nn.Module, run: Callable[[], Tensor]) -> HeadPass:
     """One pass, `run`, which gives logits. Raises `ModelError` where logits are not the unembedding's, up to their size."""
-    head, called, tensors = model.get_output_embeddings(), [], {}
-    depth = 0
+    head, tensors = model.get_output_embeddings(), {}
+    open_calls: list[
+        tuple[nn.Module, list[nn.Module]]
+    ] = []  # modules that are running, with the calls they have finished
+    finished: list[nn.Module] = []
 
     def enter(module: nn.Module, _args: tuple) -> None:
-        nonlocal depth
-        if "last" in tensors and "raw" not in tensors and module is not head:
-            if not depth:
-                called.append(module)
-            depth += 1
+        if (
+            module is head and "last" in tensors and "raw" not in tensors
+        ):  # inside a module that holds it: what that ran
+            finished.extend(one for _, calls in open_calls for one in calls)
+            open_calls.clear()
+        elif "last" in tensors and "raw" not in tensors:
+            open_calls.append((module, []))
 
     def leave(module: nn.Module, _args: tuple, output: Any) -> None:
-        nonlocal depth
         if module is last_layer:
-            tensors["last"], depth = output[0] if isinstance(output, tuple) else output, 0
-            called.clear()
+            tensors["last"] = output[0] if isinstance(output, tuple) else output
+            open_calls.clear()
+            finished.clear()
         elif module is head:
-            tensors["raw"] = output
-        elif depth:
-            depth -= 1
+            tensors.setdefault("raw", output)
+        elif open_calls and open_calls[-1][0] is module:
+            open_calls.pop()
+            (open_calls[-1][1] if open_calls else finished).append(module)
 
     inner = {id(part) for part in last_layer.modules()} - {id(last_layer)}
     handles = []
@@ -148,7 +154,7 @@ def watch_head(model: Any, last_layer: nn.Module, run: Callable[[], Tensor]) -> 
             handle.remove()
     if tensors.keys() != {"last", "raw"} or not _same_order(tensors["raw"], logits):
         raise ModelError(f"{type(model).__name__} does not make its logits by an unembedding behind its last layer.")
-    return HeadPass(called, tensors["last"], tensors["raw"], logits)
+    return HeadPass(finished, tensors["last"], tensors["raw"], logits)
 
 
 def _same_order(raw: Tensor, logits: Tensor) -> bool:

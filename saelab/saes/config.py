@@ -13,6 +13,7 @@ from saelab.validation import check_choices, check_integer, check_numbers
 
 LATER = {"since": 2}
 """Metadata of a config's field that the first version did not have (`settings`)."""
+_LEAST_SQUARE = 1e-70  # the scale stays a float32
 NORMALIZATIONS = ("center_and_scale", "scale", "none")
 
 
@@ -27,7 +28,7 @@ def normalization(
         mean_square = mean_square - mean.square().sum(-1)
     else:
         mean = torch.zeros_like(mean)
-    return mean, (mean.shape[-1] / mean_square.clamp_min(1e-30)).sqrt()
+    return mean, (mean.shape[-1] / mean_square.clamp_min(_LEAST_SQUARE)).sqrt()
 
 
 def settings(config: Any) -> dict[str, Any]:

@@ -42,11 +42,11 @@ class VectorEdit:
         if self.mode != "ablate" and self.strength == 0:
             return x
         vector, wide = self.vector.to(x.device), x.float()
-        unit = vector / vector.norm()
+        unit = (vector.double() / vector.double().norm()).float()  # its square may be too large for fp32, or too small
         if self.mode == "raw":
             change = self.strength * vector.expand_as(wide)
         elif self.mode == "resid_norm":
-            change = self.strength * wide.norm(dim=-1, keepdim=True) * unit
+            change = self.strength * wide.double().norm(dim=-1, keepdim=True).float() * unit
         else:
             change = -(wide @ unit)[..., None] * unit
         return torch.where((positions > 0)[..., None], (wide + change).to(x.dtype), x)

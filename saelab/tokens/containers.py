@@ -98,7 +98,11 @@ def _of_mapping(source: Mapping[str, Any], split: str | None) -> Rows:
         return rows_of(source[choose_split(source, split)], "", None)
     columns: dict[str, list[Any]] = {}
     for name, values in source.items():
-        if isinstance(values, str | bytes | Mapping | Set) or not isinstance(values, Iterable):
+        if (
+            isinstance(values, str | bytes | Mapping | Set)
+            or not isinstance(values, Iterable)
+            or getattr(values, "ndim", 1) == 0
+        ):
             raise ValueError(
                 f"Got a dict whose {name!r} is {repr(values)[:60]} ({type(values).__name__}): a dict of columns has a list "
                 "for each."

@@ -53,7 +53,9 @@ def whole_numbers(value: Any) -> list[int] | None:
         value = value.detach().cpu().numpy()
     if not isinstance(value, list | tuple | np.ndarray):
         return None
-    if not isinstance(value, np.ndarray) and not all(isinstance(one, int | np.integer) for one in value):
+    if not isinstance(value, np.ndarray) and not all(
+        isinstance(one, int | np.integer) and not isinstance(one, bool) for one in value
+    ):
         return None
     array = np.asarray(value)
     return array.tolist() if array.ndim == 1 and (not len(array) or array.dtype.kind in "iu") else None
@@ -68,6 +70,15 @@ def token_ids(value: Any, where: str = "") -> list[int] | None:
     return ids
 
 
+def zero_or_one(mask: Any) -> list[int] | None:
+    """A mask's entries as 0 and 1, of whole numbers or bools; None for anything else."""
+    listed = mask.tolist() if isinstance(mask, np.ndarray | Tensor) else mask
+    if not isinstance(listed, list | tuple):
+        return None
+    numbers = whole_numbers([int(one) if isinstance(one, bool) else one for one in listed])
+    return numbers if numbers is not None and set(numbers) <= {0, 1} else None
+
+
 def column_value(row: Mapping[str, Any], column: str, where: str) -> Any:
     """What a row holds in `column`; of token ids those that the row's `attention_mask`, if it has one, does not hide.
 
@@ -79,11 +90,16 @@ def column_value(row: Mapping[str, Any], column: str, where: str) -> Any:
             f"{where} has no column {column!r}; its columns are {held}. Name one (--column), or mend the row."
         )
     value = row[column]
+    if column == "input_ids" and isinstance(value, str):
+        raise ValueError(
+            f"{where}: input_ids holds the text {value[:40]!r}, not token ids: a CSV file cannot hold lists, write Parquet or "
+            "jsonl; or give the column of texts another name."
+        )
     ids = token_ids(value, f"{where}: ")
     mask = row.get("attention_mask")
     if ids is None or mask is None or column == "attention_mask":
         return value if ids is None else ids
-    kept = token_ids(mask)
+    kept = zero_or_one(mask)
     if kept is None or len(kept) != len(ids):
         raise ValueError(
             f"{where}: attention_mask holds {repr(mask)[:60]}, not one 0 or 1 for each of {len(ids)} token ids."

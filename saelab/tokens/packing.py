@@ -46,7 +46,7 @@ def _alone(
     on_document: Callable[[int, Document], None] | None,
 ) -> Iterator[TokenBatch]:
     eos, start = eos_and_start(lm, ctx_len, batch_size, prepend_bos)
-    rows, first = tokenized(documents, lm, start, on_document), 0
+    rows, first = tokenized(documents, lm, start, eos, on_document), 0
     while some := [(start + ids)[:ctx_len] for ids in islice(rows, batch_size)]:
         ids = torch.full((len(some), ctx_len), eos)
         doc = torch.full_like(ids, -1)

@@ -112,7 +112,14 @@ def _parquet(path: Path, columns: list[str] | None) -> Iterator[Row]:
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"{str(path)!r} is no Parquet file ({error}).") from error
     with file:
-        for batch in file.iter_batches(batch_size=256, columns=columns):
+        batches = file.iter_batches(batch_size=256, columns=columns)
+        while True:
+            try:
+                batch = next(batches, None)
+            except (OSError, pyarrow.ArrowException) as error:
+                raise ValueError(f"{str(path)!r} is damaged ({error}): write it again.") from error
+            if batch is None:
+                return
             yield from batch.to_pylist()
 
 
@@ -123,7 +130,7 @@ def _jsonl(path: Path, columns: list[str] | None) -> Iterator[Row]:
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:  # also a number of too many digits, brackets too deep
                 raise ValueError(
                     f"{str(path)!r} line {number} is not JSON ({error}): give one object a line."
                 ) from error

@@ -210,7 +210,7 @@ def pack(
     Raises `ValueError` for sizes below 1 (2 with BOS), a tokenizer without EOS or BOS, and texts without a tokenizer.
     """
     eos, start = eos_and_start(lm_or_tokenizer, ctx_len, batch_size, prepend_bos)
-    return _pack(tokenized(documents, lm_or_tokenizer, start, on_document), ctx_len, batch_size, eos, start)
+    return _pack(tokenized(documents, lm_or_tokenizer, start, eos, on_document), ctx_len, batch_size, eos, start)
 
 
 def _pack(

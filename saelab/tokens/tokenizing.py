@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from saelab.tokens.documents import Document
+from saelab.tokens.documents import Document, whole_numbers
 from saelab.tokens.sources import without_lone_surrogates
 
 Bos = bool | Sequence[int] | None
@@ -23,6 +23,7 @@ def context_start(lm_or_tokenizer: Any, prepend_bos: Bos = None) -> list[int]:
     tokenizer = getattr(lm_or_tokenizer, "tokenizer", lm_or_tokenizer)
     if prepend_bos is None:
         return [] if tokenizer is None else _tokenizers_own(tokenizer)
+    check_bos(prepend_bos)
     if not isinstance(prepend_bos, bool):
         return list(prepend_bos)
     if not prepend_bos:
@@ -33,8 +34,18 @@ def context_start(lm_or_tokenizer: Any, prepend_bos: Bos = None) -> list[int]:
     return [bos]
 
 
+def check_bos(prepend_bos: Any) -> None:
+    """Raise `ValueError` unless it is True, False, None, or a list of token ids."""
+    listed = isinstance(prepend_bos, list | tuple) and whole_numbers(prepend_bos) is not None
+    if prepend_bos is not None and not isinstance(prepend_bos, bool) and not listed:
+        raise ValueError(
+            f"prepend_bos={prepend_bos!r} must be True, False, None (as the tokenizer does), or a list of ids."
+        )
+
+
 def resolved_bos(lm: Any, prepend_bos: Bos) -> bool | list[int]:
     """`prepend_bos` as it is recorded: yes or no, or the ids of a tokenizer that begins texts with others than BOS."""
+    check_bos(prepend_bos)
     if prepend_bos is not None:
         return prepend_bos if isinstance(prepend_bos, bool) else list(prepend_bos)
     start = context_start(lm)
@@ -42,12 +53,28 @@ def resolved_bos(lm: Any, prepend_bos: Bos) -> bool | list[int]:
 
 
 def _tokenizers_own(tokenizer: Any) -> list[int]:
-    for probe in _PROBES:
+    for probe in (*_PROBES, *_of_its_vocabulary(tokenizer)):
         bare, whole = _ids(tokenizer, probe, add_special_tokens=False), _ids(tokenizer, probe)
         for start in range(len(whole) - len(bare) + 1) if bare else ():
             if whole[start : start + len(bare)] == bare:
                 return whole[:start]
     return []
+
+
+def _of_its_vocabulary(tokenizer: Any, n: int = 50) -> Iterator[str]:
+    """Texts of single tokens, for a tokenizer that has no Latin letter."""
+    if not hasattr(tokenizer, "__len__"):  # the caller's own kind of tokenizer
+        return
+    special = set(tokenizer.all_special_ids)
+    ordinary = [index for index in range(min(len(tokenizer), 20 * n)) if index not in special]
+    yield from (tokenizer.decode([index]) for index in ordinary[-n:])
+
+
+def tokenizer_probe(tokenizer: Any) -> list[int]:
+    """Ids of a text with everything in it that tokenizers treat in ways of their own, special tokens written out too."""
+    special = getattr(tokenizer, "all_special_tokens", ())
+    text = f"A text, \u00e9t\u00e9  1234 \u043f\u043e {' '.join(special)}"
+    return _ids(tokenizer, text, add_special_tokens=False)
 
 
 def _ids(tokenizer: Any, text: str, **options: Any) -> list[int]:
@@ -102,14 +129,16 @@ def tokenized(
     documents: Iterable[Document],
     lm_or_tokenizer: Any,
     start: list[int],
+    eos: int,
     on_document: Callable[[int, Document], None] | None,
 ) -> Iterator[list[int]]:
-    """Token ids of each document that has any, tokenised many documents at a time; `start` is dropped where one begins
-    with it. `on_document(index, document)` is called before its ids are given."""
+    """Token ids of each document that has any, tokenised many documents at a time; `on_document(index, document)` is called
+    before they are given. `start` is dropped where one begins with it, and an `eos` where given ids end with one."""
     tokenizer, index = getattr(lm_or_tokenizer, "tokenizer", lm_or_tokenizer), 0
     for group in _groups(documents):
         for document, ids in zip(group, _group_ids(group, tokenizer), strict=True):
             ids = ids[len(start) :] if start and ids[: len(start)] == start else ids
+            ids = ids[:-1] if not isinstance(document, str) and ids and ids[-1] == eos else ids
             if ids:
                 if on_document is not None:
                     on_document(index, document)

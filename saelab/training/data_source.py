@@ -113,9 +113,10 @@ def _that_vary(name: str, moments: Moments) -> Moments:
     same = (variance <= LEAST_VARIANCE * moments.mean_square).flatten().nonzero().flatten().tolist()
     if same:
         where = f" of source {same[0]}" if moments.mean.ndim == 2 else ""
-        kind = "the same" if float(moments.mean_square.flatten()[same[0]]) else "zero"
+        spread, size = (float(of.flatten()[same[0]]) for of in (variance, moments.mean_square))
+        kind = "all zero" if not size else "all the same, or nearly, beside their mean"
         raise ValueError(
-            f"The activations {name!r}{where} to train on are all {kind} (variance {float(variance.flatten()[same[0]]):.1e}): "
-            "look at what was harvested, or leave this hook out."
+            f"The activations {name!r}{where} to train on are {kind} (variance {spread:.1e} in a mean square of {size:.1e}): "
+            "look at what was harvested, take their mean off, or leave this hook out."
         )
     return moments

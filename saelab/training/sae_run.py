@@ -30,7 +30,7 @@ from saelab.training.feature_shards import FeatureShard, check_shardable, gather
 from saelab.training.metrics_log import MetricsLog
 from saelab.training.optimizer import apply_step, learning_rate
 from saelab.training.running_norm import RunningNorm
-from saelab.training.start import check_start
+from saelab.training.start import check_end, check_start
 from saelab.training.state import State
 
 
@@ -180,6 +180,7 @@ class Run:
             self.log.close()
         if self.rules >= 2:
             self.sae.fold_decoder_norms()
+        check_end(self.sae, self.last.get("l0", 1.0))
         inputs = self.sites.batch(unseen).x
         calibrated = self.rules > 1 and not isinstance(self.sae, FeatureShard) and self.sae.calibrate(inputs)
         self.sae.trained = {

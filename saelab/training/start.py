@@ -1,9 +1,12 @@
-"""The first step's codes are looked at: an SAE of which nothing fires has no gradient and would stay as it is."""
+"""The first step's codes are looked at, and the last one's: an SAE of which nothing fires has no gradient and learns nothing."""
 
 from __future__ import annotations
 
+import warnings
+
 from saelab.errors import TrainingError
 from saelab.saes import SAE
+from saelab.saes.threshold import ThresholdSAE
 
 LEAST_L0 = 0.01
 
@@ -24,3 +27,16 @@ def check_start(sae: SAE, l0: float) -> None:
             "data, or take normalize='center_and_scale'"
         )
     raise TrainingError(f"Nothing fires at the start ({l0:.2g} features a token), so nothing can be learned: {fix}.")
+
+
+def check_end(sae: SAE, l0: float) -> None:
+    """Where nothing fires at the end: warns, or raises `TrainingError` for an SAE that then has no threshold to encode by."""
+    if l0 > 0:
+        return
+    said = (
+        "Nothing fires any more at the end of training: every feature died on the way. Take normalize='center_and_scale' "
+        f"(it is {sae.config.normalize!r}), lower lr, or ask for less sparsity."
+    )
+    if isinstance(sae, ThresholdSAE) and not bool(sae.n_observed.any()):
+        raise TrainingError(said)
+    warnings.warn(said, stacklevel=2)

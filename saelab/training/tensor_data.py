@@ -86,6 +86,8 @@ def _as_floats(rows: Any, row_shape: Sequence[int] | None = None) -> Tensor:
     if not isinstance(rows, Tensor):
         kind = f"an array of {rows.dtype}" if isinstance(rows, np.ndarray) else type(rows).__name__
         raise ValueError(f"Rows to train on are tensors or NumPy arrays of floats, (n, d_in); got {kind}.")
+    if rows.layout != torch.strided:
+        raise ValueError(f"Rows to train on are dense tensors; got a tensor of layout {rows.layout}: use .to_dense().")
     fits = rows.ndim in (2, 3) if row_shape is None else rows.shape[1:] == torch.Size(row_shape)
     if not fits or not rows.is_floating_point():
         expected = "(n, d_in)" if row_shape is None else f"(n, {', '.join(map(str, row_shape))})"
