@@ -67,13 +67,12 @@ def harvest(
     hooks = hook_keys(lm := together(lm), hook_names)
     sizes = {"n_tokens": n_tokens, "ctx_len": ctx_len, "batch_size": batch_size}
     sizes |= {"shard_rows": shard_rows, "pool_shards": pool_shards}
-    modes = _modes(shuffle, chat, block_contexts, batch_size)
     check_arguments(lm, hooks, split, sizes, seed)
     texts = _conversations(texts, lm) if chat else load_texts(texts)
-    config = of_rows(lm, texts, hooks) | identity(storage) | sizes
-    config |= {"split": split, "prepend_bos": _bos(lm, prepend_bos, Path(out_dir)), "seed": seed} | modes
-    config = _as_begun(config, Path(out_dir))
-    return _harvest_into(claim_folder(out_dir, layout.JOURNAL, "cache"), lm, texts, config, max_bytes, progress)
+    config = of_rows(lm, texts, hooks) | identity(storage) | sizes | _modes(shuffle, chat, block_contexts, batch_size)
+    config |= {"split": split, "prepend_bos": _bos(lm, prepend_bos, Path(out_dir)), "seed": seed}
+    folder = claim_folder(out_dir, layout.JOURNAL, "cache")
+    return _harvest_into(folder, lm, texts, _as_begun(config, folder), max_bytes, progress)
 
 
 def _bos(lm: LanguageModel, prepend_bos: Bos, folder: Path) -> bool | list[int]:

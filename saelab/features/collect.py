@@ -68,8 +68,7 @@ def collect_features(
         sae, lm, source, split=split, allow_train=True, hook_name=hook_name,
         n_tokens=n_tokens, ctx_len=ctx_len, batch_size=batch_size,
     )  # fmt: skip
-    top_logits = _top_logits(sae, lm, stream.hook_name)  # before the pass: a model may have none
-    state = _run(sae, stream, top_k, progress)
+    top_logits, state = _top_logits(sae, lm, stream.hook_name), _run(sae, stream, top_k, progress)
     with _finished_folder(out_dir) as building:
         manifest = _manifest(sae, stream, state, out_dir) | {"request": request, "top_k": top_k}
         write_store(building, manifest, state, top_logits, _cosine(sae), stream)

@@ -188,9 +188,7 @@ def _check_causal(name: str, logits: Tensor) -> None:
     """Raises `ModelError` where another last token moves the logits before it."""
     change = (logits[0].float() - logits[1].float()).abs()
     moved, at_last = float(change[: _N - 1].max()), float(change[_N - 1].max())
-    if not moved <= min(
-        tolerance(logits), 0.02 * at_last
-    ):  # both rows in one pass: a decoder's are mostly the same bits
+    if not moved <= min(tolerance(logits), 0.02 * at_last):  # in one pass a decoder's are mostly the same bits
         raise ModelError(
             f"{name} is no causal language model: another last token moves earlier logits by {moved:.2g}. Give a decoder."
         )

@@ -116,31 +116,28 @@ class HeadPass(NamedTuple):
 
 def watch_head(model: Any, last_layer: nn.Module, run: Callable[[], Tensor]) -> HeadPass:
     """One pass, `run`, which gives logits. Raises `ModelError` where logits are not the unembedding's, up to their size."""
-    head, tensors = model.get_output_embeddings(), {}
-    open_calls: list[
-        tuple[nn.Module, list[nn.Module]]
-    ] = []  # modules that are running, with the calls they have finished
-    finished: list[nn.Module] = []
+    head, tensors, finished = model.get_output_embeddings(), {}, list[nn.Module]()
+    running: list[tuple[nn.Module, list[nn.Module]]] = []  # each with the calls that it has finished
 
     def enter(module: nn.Module, _args: tuple) -> None:
-        if (
-            module is head and "last" in tensors and "raw" not in tensors
-        ):  # inside a module that holds it: what that ran
-            finished.extend(one for _, calls in open_calls for one in calls)
-            open_calls.clear()
-        elif "last" in tensors and "raw" not in tensors:
-            open_calls.append((module, []))
+        if "last" not in tensors or "raw" in tensors:
+            return
+        if module is head:  # inside of modules that hold it: what those have run
+            finished.extend(one for _, calls in running for one in calls)
+            running.clear()
+        else:
+            running.append((module, []))
 
     def leave(module: nn.Module, _args: tuple, output: Any) -> None:
         if module is last_layer:
             tensors["last"] = output[0] if isinstance(output, tuple) else output
-            open_calls.clear()
+            running.clear()
             finished.clear()
         elif module is head:
             tensors.setdefault("raw", output)
-        elif open_calls and open_calls[-1][0] is module:
-            open_calls.pop()
-            (open_calls[-1][1] if open_calls else finished).append(module)
+        elif running and running[-1][0] is module:
+            running.pop()
+            (running[-1][1] if running else finished).append(module)
 
     inner = {id(part) for part in last_layer.modules()} - {id(last_layer)}
     handles = []
