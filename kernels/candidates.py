@@ -1,40 +1,20 @@
-"""Candidates: few pairs among which everything that a selection wants must be, and the proof of it.
-
-A screen (a cheap dense product, in bfloat16 where that is fast) bounds all scores from above. Pairs that reach a floor
-are candidates; every other pair lies under `bound = floor + slack`. A selection is complete when its last member is not
-under that bound.
-"""
+"""Candidates: few pairs among which everything that a selection wants must be, found by a screen, chunk by chunk."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saelab.kernels.dispatch import backend, fast_bf16
-from saelab.kernels.rounding import Operands, bf16_operands, working_operands
+from saelab.kernels.rounding import bf16_operands, working_operands
+from saelab.kernels.search import Candidates, Operands
 from saelab.kernels.sparse_acts import offsets_of
 
-TINY = torch.finfo(torch.bfloat16).tiny
-"""Scores up to here count as zero."""
 MIN_BF16_ROWS = 64
 """Under so many rows, turning the weights into bfloat16 costs more than it saves."""
-
-
-class Candidates(NamedTuple):
-    """CSR pairs, ids ascending in each row."""
-
-    features: Int[Tensor, " nnz"]
-    offsets: Int[Tensor, " rows_plus_1"]
-    bound: Float[Tensor, " rows"]
-    """Every other pair of the row scores less than this, or no more than `TINY`."""
-
-    def completes(self, kth: Float[Tensor, " rows_or_1"]) -> Bool[Tensor, " rows"]:
-        """Whether no pair outside the candidates can have a better score than the last one kept."""
-        return self.bound <= kth.clamp_min(2 * TINY)
 
 
 def build_operands(x: Tensor, W: Tensor, bias: Tensor, magnitude: bool = False) -> Operands:

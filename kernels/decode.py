@@ -11,13 +11,11 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from saelab.kernels.bag_sum import bag_error, bag_sum
 from saelab.kernels.dispatch import backend_name
 from saelab.kernels.precision import widened
+from saelab.kernels.primitives import sddmm, spmm, spmm_residual, spmm_transposed
 from saelab.kernels.reference.decode import decode as decode_reference
-from saelab.kernels.sampled_product import sampled_product
 from saelab.kernels.sparse_acts import SparseActs
-from saelab.kernels.weight_gradients import weight_gradients
 
 
 class Decode(Function):
@@ -27,7 +25,7 @@ class Decode(Function):
     def forward(ctx: Any, values: Tensor, W_dec: Tensor, acts: SparseActs) -> Tensor:
         ctx.save_for_backward(values, W_dec)
         ctx.acts = acts
-        return bag_sum(values, acts.features, acts.offsets, W_dec)
+        return spmm(values, acts.features, acts.offsets, W_dec)
 
     @staticmethod
     @once_differentiable
@@ -42,7 +40,7 @@ class DecodeError(Function):
     def forward(
         ctx: Any, values: Tensor, W_dec: Tensor, b_dec: Tensor | None, target: Tensor, acts: SparseActs
     ) -> tuple[Tensor, Tensor]:
-        residual, error = bag_error(values, acts.features, acts.offsets, W_dec, b_dec, target)
+        residual, error = spmm_residual(values, acts.features, acts.offsets, W_dec, b_dec, target)
         ctx.save_for_backward(values, W_dec, residual)
         ctx.acts = acts
         ctx.mark_non_differentiable(residual)
@@ -63,8 +61,8 @@ def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
     acts, to_values = ctx.acts, None
     if ctx.needs_input_grad[0]:  # by feature, in the order that the weight gradients need anyway
         order, rows, offsets = acts.by_feature
-        to_values = torch.empty_like(values).index_copy_(0, order, sampled_product(W_dec, g, rows, offsets))
-    return to_values, weight_gradients(acts, values, g) if ctx.needs_input_grad[1] else None
+        to_values = torch.empty_like(values).index_copy_(0, order, sddmm(W_dec, g, rows, offsets))
+    return to_values, spmm_transposed(acts, values, g) if ctx.needs_input_grad[1] else None
 
 
 def decode(

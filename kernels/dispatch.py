@@ -30,13 +30,13 @@ class Backend(NamedTuple):
     """Upper bounds of all scores of some rows, and the pairs that reach a floor (`kernels/torch_backend/screen.py`)."""
     rows_at_once: Callable[[int, torch.dtype], int]
     """How many rows one screen may take."""
-    sampled_product: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    sddmm: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     """`(x, W, features, offsets)`: `<x[row], W[feature]>` at the pairs, each by itself."""
-    bag_sum: Callable[..., Tensor]
+    spmm: Callable[..., Tensor]
     """`(values, rows, offsets, W)`: weighted sums of rows of W."""
-    bag_error: Callable[..., tuple[Tensor, Tensor]]
+    spmm_residual: Callable[..., tuple[Tensor, Tensor]]
     """`(values, rows, offsets, W, bias, target)`: the same plus bias less target, and the squared norm of that."""
-    weight_gradients: Callable[..., Tensor]
+    spmm_transposed: Callable[..., Tensor]
     """`(acts, values, g)`: `S.T @ g`."""
     bias_gradient: Callable[..., Tensor]
     """`(acts, values)`: the sum at each feature."""
@@ -65,7 +65,7 @@ def backend_name(tensor: Tensor) -> str:
 
 @contextmanager
 def using(name: str) -> Iterator[None]:
-    """Force a backend inside a `with` (for tests and benches)."""
+    """Force a backend inside a `with`."""
     _forced.append(_checked(name))
     try:
         yield
@@ -89,24 +89,31 @@ def _load(name: str) -> Backend:
     if name == "reference":
         from saelab.kernels.reference import primitives
 
-        bag_sum = rows = sampled_product = screen = weight_gradients = primitives
+        spmm = rows = sddmm = screen = spmm_transposed = primitives
     elif name == "triton":
-        from saelab.kernels.triton_backend import bag_sum, rows, sampled_product, weight_gradients
         from saelab.kernels.triton_backend import operands as screen
+        from saelab.kernels.triton_backend import rows, sddmm, spmm, spmm_transposed
     else:
-        from saelab.kernels.torch_backend import bag_sum, rows, sampled_product, screen, weight_gradients
+        from saelab.kernels.torch_backend import rows, screen, sddmm, spmm, spmm_transposed
 
     return Backend(
-        name,
-        *(screen.Screen, screen.rows_at_once, sampled_product.sampled_product, bag_sum.bag_sum, bag_sum.bag_error),
-        *(weight_gradients.weight_gradients, weight_gradients.bias_gradient),
-        *(rows.round_rows, rows.project_, rows.unit_norm_),
+        name=name,
+        Screen=screen.Screen,
+        rows_at_once=screen.rows_at_once,
+        sddmm=sddmm.sddmm,
+        spmm=spmm.spmm,
+        spmm_residual=spmm.spmm_residual,
+        spmm_transposed=spmm_transposed.spmm_transposed,
+        bias_gradient=spmm_transposed.bias_gradient,
+        round_rows=rows.round_rows,
+        project_=rows.project_,
+        unit_norm_=rows.unit_norm_,
     )
 
 
 @contextmanager
 def without_bf16() -> Iterator[None]:
-    """Inside a `with` every device counts as one without units for bfloat16 (for tests and benches)."""
+    """Inside a `with` every device counts as one without units for bfloat16."""
     _bf16_off.append(True)
     try:
         yield

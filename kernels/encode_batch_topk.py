@@ -14,13 +14,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saelab.kernels.candidates import Candidates, build_operands, find_candidates, screens
+from saelab.kernels.candidates import build_operands, find_candidates, screens
 from saelab.kernels.dispatch import backend_name
 from saelab.kernels.encode_topk import check_score, score_of
 from saelab.kernels.precision import widened
+from saelab.kernels.primitives import sddmm
 from saelab.kernels.ragged import count_before, keep_largest, kth_largest
 from saelab.kernels.reference.encode_batch_topk import encode_batch_topk as encode_batch_topk_reference
-from saelab.kernels.sampled_product import sampled_product
+from saelab.kernels.search import Candidates
 from saelab.kernels.selected_pre_acts import selected_pre_acts
 from saelab.kernels.selection_log import LOG
 from saelab.kernels.sparse_acts import SparseActs
@@ -98,15 +99,15 @@ def _select(
     keep = partial(_keep, x=x, W=W, bias=bias, n_kept=n_kept, score=score, norms=norms, pool=pool)
     best = torch.cat([screen.maxima.reshape(-1) for _, screen in screens(operands, magnitude, min_groups)])
     last = kth_largest(best[None], n_here) if 0 < n_here <= len(best) else best.new_zeros(1)
-    floor = last - (operands.window.max() if len(x) else 0)
+    floor = last - (operands.margin.max() if len(x) else 0)
     floor = floor if pool is None else pool.least(floor)
     search = partial(find_candidates, operands, magnitude=magnitude, min_groups=min_groups)
-    found = search(lambda screen, rows: screen.pairs_above(floor - operands.slack[rows]))
+    found = search(lambda screen, rows: screen.pairs_above(floor - operands.error_bound[rows]))
     acts, kth = keep(found)
     n_candidates, certified = found.features.numel(), bool(found.completes(kth).all())
     certified = certified if pool is None else pool.every(certified, x.device)
     if not certified:  # what was found is a lower bound of the best: now the floor is exact
-        found = search(lambda screen, rows: screen.pairs_above(kth - operands.slack[rows]))
+        found = search(lambda screen, rows: screen.pairs_above(kth - operands.error_bound[rows]))
         acts, n_candidates = keep(found)[0], n_candidates + found.features.numel()
     LOG.add(len(x), n_candidates, len(x) * certified, len(x) * (not certified))
     return acts
@@ -123,7 +124,7 @@ def _keep(
     pool: Pool | None,
 ) -> tuple[SparseActs, Tensor]:
     """The best `n_kept` candidates by their exact values, and the last score `(1)` (0 where fewer are positive)."""
-    values = sampled_product(x, W, found.features, found.offsets) + bias[found.features]
+    values = sddmm(x, W, found.features, found.offsets) + bias[found.features]
     scores = score_of(values, found.features, score, norms)
     if pool is None:
         kept, kth = keep_largest(scores, torch.tensor([0, len(values)], device=x.device), n_kept)

@@ -13,12 +13,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saelab.kernels.candidates import Candidates, build_operands, find_candidates
+from saelab.kernels.candidates import build_operands, find_candidates
 from saelab.kernels.dispatch import backend_name
 from saelab.kernels.precision import widened
+from saelab.kernels.primitives import sddmm
 from saelab.kernels.ragged import keep_largest, stable_order, true_places
 from saelab.kernels.reference.encode_feature_topk import encode_feature_topk as encode_feature_topk_reference
-from saelab.kernels.sampled_product import sampled_product
+from saelab.kernels.search import Candidates
 from saelab.kernels.selected_pre_acts import selected_pre_acts
 from saelab.kernels.selection_log import LOG
 from saelab.kernels.sparse_acts import SparseActs, offsets_of
@@ -51,19 +52,19 @@ def _select(x: Tensor, W: Tensor, bias: Tensor, places: Tensor) -> SparseActs:
         return SparseActs(x.new_zeros(0), places.new_zeros(0), places.new_zeros(1), W.shape[0])
     operands = build_operands(x, W, bias).transposed()  # rows are features, columns tokens
     search = partial(find_candidates, min_groups=max(int(places.max()), 1))
-    found = search(operands, lambda screen, rows: _best_pairs(screen, places[rows], operands.window[rows]))
+    found = search(operands, lambda screen, rows: _best_pairs(screen, places[rows], operands.margin[rows]))
     features, tokens, values, kth = _keep(found, x, W, bias, places)
     certified = found.completes(kth) | (places == 0)
-    doubtful, n_candidates = true_places(~certified), found.features.numel()
-    if len(doubtful):  # what was found for them is a lower bound of their best: now the floor is exact
-        part = operands.select_rows(doubtful)
-        found = search(part, lambda screen, rows: screen.pairs_above(kth[doubtful][rows] - part.slack[rows]))
-        again = _keep(found, x, W[doubtful], bias[doubtful], places[doubtful])
+    uncertified, n_candidates = true_places(~certified), found.features.numel()
+    if len(uncertified):  # what was found for them is a lower bound of their best: now the floor is exact
+        part = operands.select_rows(uncertified)
+        found = search(part, lambda screen, rows: screen.pairs_above(kth[uncertified][rows] - part.error_bound[rows]))
+        again = _keep(found, x, W[uncertified], bias[uncertified], places[uncertified])
         stay = certified[features]
-        features = torch.cat([features[stay], doubtful[again[0]]])
+        features = torch.cat([features[stay], uncertified[again[0]]])
         tokens, values = torch.cat([tokens[stay], again[1]]), torch.cat([values[stay], again[2]])
         n_candidates += found.features.numel()
-    LOG.add(W.shape[0], n_candidates, W.shape[0] - len(doubtful), len(doubtful))
+    LOG.add(W.shape[0], n_candidates, W.shape[0] - len(uncertified), len(uncertified))
     order = stable_order(tokens * W.shape[0] + features)
     return SparseActs(values[order], features[order], offsets_of(torch.bincount(tokens, minlength=len(x))), W.shape[0])
 
@@ -73,13 +74,13 @@ def _keep(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Features, tokens and exact values of the pairs that stay, and each feature's last score (0: it has places left)."""
     features = torch.repeat_interleave(found.offsets.diff(), output_size=found.features.numel())
-    values = sampled_product(W, x, found.features, found.offsets) + bias[features]
+    values = sddmm(W, x, found.features, found.offsets) + bias[features]
     kept, kth = keep_largest(values, found.offsets, places)
     return features[kept], found.features[kept], values[kept], kth
 
 
-def _best_pairs(screen: Any, places: Tensor, window: Tensor) -> Candidates:
-    """Pairs not more than `window` under each row's `places`-th largest group maximum; none for a row without places."""
+def _best_pairs(screen: Any, places: Tensor, margin: Tensor) -> Candidates:
+    """Pairs not more than `margin` under each row's `places`-th largest group maximum; none for a row without places."""
     ranked = screen.maxima.sort(dim=1, descending=True).values
     kth = ranked.gather(1, (places[:, None] - 1).clamp_min(0)).squeeze(1)
-    return screen.pairs_above((kth - window).masked_fill(places == 0, torch.inf))
+    return screen.pairs_above((kth - margin).masked_fill(places == 0, torch.inf))

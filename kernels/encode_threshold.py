@@ -10,12 +10,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saelab.kernels.candidates import TINY, build_operands, find_candidates
+from saelab.kernels.candidates import build_operands, find_candidates
 from saelab.kernels.dispatch import backend_name
 from saelab.kernels.precision import widened
+from saelab.kernels.primitives import sddmm
 from saelab.kernels.ragged import count_before, true_places
 from saelab.kernels.reference.encode_threshold import encode_threshold as encode_threshold_reference
-from saelab.kernels.sampled_product import sampled_product
+from saelab.kernels.search import TINY
 from saelab.kernels.selected_pre_acts import selected_pre_acts
 from saelab.kernels.selection_log import LOG
 from saelab.kernels.sparse_acts import SparseActs
@@ -55,8 +56,8 @@ def _select(x: Tensor, W: Tensor, bias: Tensor, floor: Tensor) -> SparseActs:
         acts = _select(x, W[features], bias[features], floor if floor.ndim == 0 else floor[features])
         return SparseActs(acts.values, features[acts.features], acts.offsets, W.shape[0])
     operands = build_operands(x, W, bias - floor)
-    found = find_candidates(operands, lambda screen, rows: screen.pairs_above(TINY - operands.slack[rows]))
-    values = sampled_product(x, W, found.features, found.offsets) + bias[found.features]
+    found = find_candidates(operands, lambda screen, rows: screen.pairs_above(TINY - operands.error_bound[rows]))
+    values = sddmm(x, W, found.features, found.offsets) + bias[found.features]
     above = values > (floor if floor.ndim == 0 else floor[found.features])
     kept = true_places(above & (values != 0))
     LOG.add(len(x), len(values), len(x), 0)

@@ -1,6 +1,6 @@
 """`encode_topk`: the k best pre-activations of each row, exactly.
 
-A screen finds candidates (`candidates.py`), their values are computed anew pair by pair (`sampled_product`), and the
+A screen finds candidates (`candidates.py`), their values are computed anew pair by pair (`sddmm`), and the
 selection is made among those. A row is certified when its k-th value is not under the bound of all other pairs. The
 few others are screened again with that k-th value as the floor: then nothing can be missed. Ties go to the lowest id.
 """
@@ -13,12 +13,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saelab.kernels.candidates import Candidates, build_operands, find_candidates
+from saelab.kernels.candidates import build_operands, find_candidates
 from saelab.kernels.dispatch import backend_name
 from saelab.kernels.precision import widened
+from saelab.kernels.primitives import sddmm
 from saelab.kernels.ragged import count_before, keep_largest, true_places
 from saelab.kernels.reference.encode_topk import encode_topk as encode_topk_reference
-from saelab.kernels.sampled_product import sampled_product
+from saelab.kernels.search import Candidates
 from saelab.kernels.selected_pre_acts import selected_pre_acts
 from saelab.kernels.selection_log import LOG
 from saelab.kernels.sparse_acts import SparseActs, replace_rows
@@ -65,16 +66,16 @@ def _select(x: Tensor, W: Tensor, bias: Tensor, k: int, score: str, norms: Tenso
     operands = build_operands(x, W_score, bias_score, score == "magnitude")
     search = partial(find_candidates, magnitude=score == "magnitude", min_groups=k)
     keep = partial(_keep, W=W, bias=bias, k=k, score=score, norms=norms)
-    found = search(operands, lambda screen, rows: screen.best_pairs(k, operands.window[rows]))
+    found = search(operands, lambda screen, rows: screen.best_pairs(k, operands.margin[rows]))
     acts, kth = keep(found, x)
-    doubtful = true_places(~found.completes(kth))
+    uncertified = true_places(~found.completes(kth))
     n_candidates = found.features.numel()
-    if len(doubtful):  # what was found for them is a lower bound of the best k: now the floor is exact
-        part = operands.select_rows(doubtful)
-        found = search(part, lambda screen, rows: screen.pairs_above(kth[doubtful][rows] - part.slack[rows]))
-        again, _ = keep(found, x[doubtful])
-        acts, n_candidates = replace_rows(acts, doubtful, again), n_candidates + found.features.numel()
-    LOG.add(len(x), n_candidates, len(x) - len(doubtful), len(doubtful))
+    if len(uncertified):  # what was found for them is a lower bound of the best k: now the floor is exact
+        part = operands.select_rows(uncertified)
+        found = search(part, lambda screen, rows: screen.pairs_above(kth[uncertified][rows] - part.error_bound[rows]))
+        again, _ = keep(found, x[uncertified])
+        acts, n_candidates = replace_rows(acts, uncertified, again), n_candidates + found.features.numel()
+    LOG.add(len(x), n_candidates, len(x) - len(uncertified), len(uncertified))
     return acts
 
 
@@ -82,7 +83,7 @@ def _keep(
     found: Candidates, x: Tensor, W: Tensor, bias: Tensor, k: int, score: str, norms: Tensor | None
 ) -> tuple[SparseActs, Tensor]:
     """The best k candidates of each row by their exact values, and the k-th score (0 where fewer are positive)."""
-    values = sampled_product(x, W, found.features, found.offsets) + bias[found.features]
+    values = sddmm(x, W, found.features, found.offsets) + bias[found.features]
     kept, kth = keep_largest(score_of(values, found.features, score, norms), found.offsets, k)
     return SparseActs(values[kept], found.features[kept], count_before(kept, found.offsets), W.shape[0]), kth
 

@@ -16,9 +16,9 @@ from torch.autograd.function import once_differentiable
 
 from saelab.kernels.dispatch import backend_name
 from saelab.kernels.precision import widened
+from saelab.kernels.primitives import bias_gradient
 from saelab.kernels.reference.jump_relu import jump_relu as jump_relu_reference
 from saelab.kernels.sparse_acts import SparseActs
-from saelab.kernels.weight_gradients import bias_gradient
 
 
 class JumpReLU(Function):

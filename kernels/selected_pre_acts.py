@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from saelab.kernels.bag_sum import bag_sum
+from saelab.kernels.primitives import bias_gradient, spmm, spmm_transposed
 from saelab.kernels.sparse_acts import SparseActs
-from saelab.kernels.weight_gradients import bias_gradient, weight_gradients
 
 
 class SelectedPreActs(Function):
@@ -36,8 +35,8 @@ class SelectedPreActs(Function):
         centered, W_enc = ctx.saved_tensors
         acts, g = ctx.acts, grads[0].contiguous()
         x_needs, W_needs, b_needs, center_needs, *_ = ctx.needs_input_grad
-        to_x = bag_sum(g, acts.features, acts.offsets, W_enc) if x_needs else None
-        to_weights = weight_gradients(acts, g, centered) if W_needs else None
+        to_x = spmm(g, acts.features, acts.offsets, W_enc) if x_needs else None
+        to_weights = spmm_transposed(acts, g, centered) if W_needs else None
         to_bias = bias_gradient(acts, g) if b_needs or center_needs else None
         to_center = None
         if center_needs and to_bias is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from saelab.kernels.bench.compile_report import MODULES, SHARED_LIMIT, TARGETS, amdgcn_usage
-from saelab.kernels.bench.hbm_model import Product
+from saelab.kernels.bench.traffic.hbm_model import Product
 from saelab.kernels.triton_backend import launch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,14 +40,14 @@ def test_every_kernel_is_compiled_for_every_target(rows):
         assert any(name.startswith(module) and "8192x4096x131072" in name for name in names)
     jitted = {
         node.name
-        for path in (ROOT / "kernels" / "gpu").glob("*.py")
+        for path in (ROOT / "kernels" / "triton_backend").glob("*.py")
         for node in ast.parse(path.read_text(encoding="utf-8")).body
         if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
     }
     specs = [
         spec
         for module in MODULES
-        for spec in import_module(f"saelab.kernels.triton_backend.{module}").production_specs()
+        for spec in import_module(f"saelab.kernels.bench.traffic.{module}").production_specs()
     ]
     assert {spec.fn.fn.__name__ for spec in specs} == jitted
 
@@ -74,7 +74,7 @@ def test_products_use_the_tensor_cores_in_large_tiles(rows):
 SPOILED = """
 import dataclasses, os, sys, tempfile
 from saelab.kernels.bench.compile_report import compile_spec, judge
-from saelab.kernels.triton_backend.group_max import production_specs
+from saelab.kernels.bench.traffic.group_max import production_specs
 with tempfile.TemporaryDirectory() as folder:
     os.environ["TRITON_CACHE_DIR"] = folder
     for target, block in (("sm_80", 128), ("gfx942", 256)):

@@ -97,7 +97,7 @@ def test_memory_is_known_by_its_documents_whatever_holds_them():
     ids = {
         load_texts(ID_CONTAINERS[name](None)).fingerprint() for name in ("rows", "columns", "BatchEncoding", "Dataset")
     }
-    as_text = load_texts({"input_ids": ["[5, 6, 7]", "[8]", "[9, 10, 11, 12]"]}, "input_ids").fingerprint()
+    as_text = load_texts({"written": ["[5, 6, 7]", "[8]", "[9, 10, 11, 12]"]}, "written").fingerprint()
     assert len(same) == len(ids) == 1 and len(same | ids | {as_text}) == 3
 
 

@@ -1,15 +1,14 @@
-"""`decode`, `weight_gradients` and `sampled_product` against their dense references."""
+"""`decode`, `spmm_transposed` and `sddmm` against their dense references."""
 
 import pytest
 import torch
 
 from saelab.kernels.decode import decode, decode_error
+from saelab.kernels.primitives import bias_gradient, sddmm, spmm_transposed
 from saelab.kernels.reference.decode import decode as decode_reference
-from saelab.kernels.reference.sampled_product import sampled_product as sampled_reference
-from saelab.kernels.reference.weight_gradients import weight_gradients as weight_reference
-from saelab.kernels.sampled_product import sampled_product
+from saelab.kernels.reference.sddmm import sddmm as sampled_reference
+from saelab.kernels.reference.spmm_transposed import spmm_transposed as weight_reference
 from saelab.kernels.sparse_acts import SparseActs
-from saelab.kernels.weight_gradients import bias_gradient, weight_gradients
 
 
 def codes(batch, d_sae, share=0.3, dtype=torch.float64):
@@ -79,7 +78,7 @@ def test_a_feature_that_fires_on_every_token():
     dense = torch.zeros(50, 9, dtype=torch.float64)
     dense[:, 4] = torch.arange(1, 51)
     g = codes(50, 3, 1.0)
-    got = weight_gradients(SparseActs.from_dense(dense), SparseActs.from_dense(dense).values, g)
+    got = spmm_transposed(SparseActs.from_dense(dense), SparseActs.from_dense(dense).values, g)
     torch.testing.assert_close(got, weight_reference(dense, g))
 
 
@@ -89,10 +88,10 @@ def test_bias_gradient_sums_by_feature():
     torch.testing.assert_close(bias_gradient(acts, acts.values), dense.sum(0))
 
 
-def test_sampled_product():
+def test_sddmm():
     x, W = codes(8, 5, 1.0), codes(13, 5, 1.0)
     acts = SparseActs.from_dense(codes(8, 13))
-    got = sampled_product(x, W, acts.features, acts.offsets)
+    got = sddmm(x, W, acts.features, acts.offsets)
     torch.testing.assert_close(got, sampled_reference(x, W, acts.rows, acts.features))
 
 
@@ -103,6 +102,6 @@ def test_bits_repeat():
         codes(500, 64, 1.0).float(),
     )
     assert torch.equal(decode(acts, W_dec), decode(acts, W_dec))
-    assert torch.equal(weight_gradients(acts, acts.values, g), weight_gradients(acts, acts.values, g))
+    assert torch.equal(spmm_transposed(acts, acts.values, g), spmm_transposed(acts, acts.values, g))
     alone = decode(acts.select_rows(torch.tensor([123])), W_dec)
     assert torch.equal(alone[0], decode(acts, W_dec)[123])

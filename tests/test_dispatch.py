@@ -17,8 +17,8 @@ from saelab.kernels.encode_feature_topk import encode_feature_topk
 from saelab.kernels.encode_threshold import encode_threshold
 from saelab.kernels.encode_topk import encode_topk
 from saelab.kernels.jump_relu import JumpReLU, jump_relu
+from saelab.kernels.primitives import project_, unit_norm_
 from saelab.kernels.reference.encode_topk import encode_topk as reference
-from saelab.kernels.rows import project_, unit_norm_
 from saelab.kernels.selected_pre_acts import SelectedPreActs
 from saelab.kernels.workspace import WORKSPACE
 from saelab.saes import VARIANTS, Batch, StepInfo, TopKConfig, TopKSAE
@@ -127,7 +127,7 @@ def test_every_primitive_has_a_reference():
 
 def test_every_triton_kernel_is_launched_under_the_device_guard():
     """`kernel[grid](...)` runs on the current GPU, so it stands in one function alone, which first takes the tensors'."""
-    folder = Path(dispatch.__file__).parent / "gpu"
+    folder = Path(dispatch.__file__).parent / "triton_backend"
     launches = [
         (path.stem, function.name)
         for path in sorted(folder.glob("*.py"))

@@ -56,7 +56,7 @@ def test_a_floor_that_was_too_high_is_noticed(module, monkeypatch):
 
     def narrow(*a):
         made = build(*a)
-        return made._replace(window=made.window - 1.0, sizes=(made.sizes[0] - 1.0, made.sizes[1]))
+        return made._replace(margin=made.margin - 1.0, sizes=(made.sizes[0] - 1.0, made.sizes[1]))
 
     monkeypatch.setattr(module, "build_operands", narrow)
     LOG.reset()
@@ -72,14 +72,14 @@ def test_a_floor_that_was_too_high_is_noticed(module, monkeypatch):
 
 
 class Shifted:
-    """Operands whose transpose has a window that is far too narrow."""
+    """Operands whose transpose has a margin that is far too narrow."""
 
     def __init__(self, made):
         self.made = made
 
     def transposed(self):
         turned = self.made.transposed()
-        return turned._replace(window=turned.window - 1.0)
+        return turned._replace(margin=turned.margin - 1.0)
 
 
 def test_by_hand():

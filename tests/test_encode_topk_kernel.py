@@ -79,11 +79,11 @@ def test_every_screen_and_score_matches_float64(screen_dtype, score, batch, d_in
 
 
 def test_rows_without_certificate_are_selected_again(screen_dtype, monkeypatch):
-    """With a window far too narrow the certificate must fail, and the second look must still be right."""
+    """With a margin far too narrow the certificate must fail, and the second look must still be right."""
     x, W_enc, b_enc = make(40, 8, 600, torch.float32)
     want = reference(x.double(), W_enc.double(), b_enc.double(), 5)
     build = module.build_operands
-    narrow = lambda *a: (made := build(*a))._replace(window=made.window - 0.5)  # noqa: E731
+    narrow = lambda *a: (made := build(*a))._replace(margin=made.margin - 0.5)  # noqa: E731
     monkeypatch.setattr(module, "build_operands", narrow)
     LOG.reset()
     got = encode_topk(x, W_enc, b_enc, 5)
@@ -94,7 +94,7 @@ def test_rows_without_certificate_are_selected_again(screen_dtype, monkeypatch):
 
 @pytest.mark.parametrize("magnitude", [False, True])
 def test_the_screen_bounds_every_score(screen_dtype, magnitude):
-    """The proof of everything: no score exceeds its entry by more than the slack and one rounding of the output."""
+    """The proof of everything: no score exceeds its entry by more than the error_bound and one rounding of the output."""
     x, W_enc, b_enc = make(64, 48, 300, torch.float32, seed=5)
     x[0], x[1] = 0, 1e4 * x[1]
     W_enc[0], W_enc[1] = 0, 1e-20
@@ -104,12 +104,12 @@ def test_the_screen_bounds_every_score(screen_dtype, magnitude):
     scores = x.double() @ W_enc.double().T + b_enc.double()
     if magnitude:
         entries, scores = entries.abs(), scores.abs()
-    assert bool((scores <= entries + made.slack.double()[:, None]).all())
+    assert bool((scores <= entries + made.error_bound.double()[:, None]).all())
 
 
 @pytest.mark.parametrize("rounded", ["x", "W"])
 def test_the_bound_covers_errors_that_all_add_up(rounded):
-    """Every element loses almost half a step in the same direction: no slack of the bound is left."""
+    """Every element loses almost half a step in the same direction: no error_bound of the bound is left."""
     ones, lossy = torch.ones(64, 48), torch.full((64, 48), 1 + 0.97 * 2.0**-8)
     x, W_enc = (lossy, ones) if rounded == "x" else (ones, lossy)
     made = rounding.bf16_operands(x, W_enc, torch.zeros(64), False)
@@ -117,7 +117,7 @@ def test_the_bound_covers_errors_that_all_add_up(rounded):
 
 
 def test_the_certificate_holds_when_the_product_is_wrong_within_its_bound(screen_dtype, monkeypatch):
-    """Entries that are too large by any amount up to the window must not change the result."""
+    """Entries that are too large by any amount up to the margin must not change the result."""
     x, W_enc, b_enc = make(90, 16, 700, torch.float32)
     want = encode_topk(x, W_enc, b_enc, 4)
     build = module.build_operands
@@ -126,7 +126,7 @@ def test_the_certificate_holds_when_the_product_is_wrong_within_its_bound(screen
         made = build(*a)
         bias = torch.zeros(700) if made.bias is None else made.bias
         shift = 0.05 * torch.rand(700, generator=torch.Generator().manual_seed(0))
-        return made._replace(a=made.a.float(), b=made.b.float(), bias=bias + shift, window=made.window + 0.02)
+        return made._replace(a=made.a.float(), b=made.b.float(), bias=bias + shift, margin=made.margin + 0.02)
 
     monkeypatch.setattr(module, "build_operands", noisy)
     got = encode_topk(x, W_enc, b_enc, 4)

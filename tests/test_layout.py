@@ -167,15 +167,33 @@ def test_no_two_units_import_each_other():
     for name, tree in TREES.items():
         own = unit_of(module_name(SOURCES[name]))
         if not _may_import_anything(name):
-            modules = [module for _, module in imported_modules(_at_run_time(tree)) if module.startswith("saelab.")]
+            modules = [module for _, module in imported_modules(tree) if module.startswith("saelab.")]
             graph.setdefault(own, set()).update({unit_of(module) for module in modules} - PUBLIC_NAMES - {own})
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, naming the cycle
 
 
-def _at_run_time(tree: ast.Module) -> ast.Module:
-    """The file without its top-level `if TYPE_CHECKING:` blocks."""
-    typing_only = [node for node in tree.body if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)]
-    return ast.Module([node for node in tree.body if node not in typing_only], [])
+def test_no_circle_of_files():
+    """Imports for types alone and inside of functions count too; that a package's `__init__` runs first does not."""
+    names = {module_name(path): name for name, path in SOURCES.items()}
+    graph: dict[str, set[str]] = {}
+    for name, tree in TREES.items():
+        modules = {module for _, module in imported_modules(tree) if module.startswith("saelab")}
+        files = {names.get(module) or names.get(module.rpartition(".")[0]) for module in modules}
+        graph[name] = {file for file in files if file is not None and file not in (name, "saelab/__init__.py")}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, naming the cycle
+
+
+def test_the_top_of_the_house_is_small():
+    top = sorted(path.name for path in (ROOT / "saelab").glob("*.py"))
+    assert len(top) <= 9, top
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if not re.search(r"(^|/)bench(marks)?/", name)])
+def test_production_imports_no_bench(name: str):
+    for line, module in imported_modules(TREES[name]):
+        assert not re.search(r"^saelab\.(kernels|activation_cache)\.bench\b", module), f"{name}:{line} imports {module}"
+    if name.startswith("kernels/"):
+        assert "bench" not in SOURCES[name].read_text(encoding="utf-8"), f"{name} mentions a bench"
 
 
 def test_storage_knows_no_model():

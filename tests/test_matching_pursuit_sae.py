@@ -156,8 +156,8 @@ def test_gradients_are_those_of_a_dense_pursuit(signed, rules, monkeypatch):
     """Of residual and codes; by the new rules from one sum over the pairs of all steps."""
     made = []
     for module in (matching_pursuit, kernels_decode, selected_pre_acts):
-        real = module.weight_gradients
-        monkeypatch.setattr(module, "weight_gradients", lambda *args, real=real: made.append(1) or real(*args))
+        real = module.spmm_transposed
+        monkeypatch.setattr(module, "spmm_transposed", lambda *args, real=real: made.append(1) or real(*args))
     sae, x, y = build(6, signed=signed, residual_threshold=0.3), rows(40), rows(40, 5)
     leaf, weight = x.clone().requires_grad_(), rows(40 * D_SAE).view(-1)[: 40 * D_SAE].view(40, D_SAE)
     acts, rest = sae._pursue(leaf, 6, rules)

@@ -37,7 +37,7 @@ REWRITES = [
 
 IN_ONE_PROCESS = """
 import contextlib, io, json, sys
-from saelab.cli import main
+from saelab.cli.main import main
 for language, code in json.loads(sys.argv[1]):
     if language == "python":
         with contextlib.redirect_stdout(io.StringIO()) as said:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saelab.kernels.sparse_acts import SparseActs, replace_rows
-from saelab.kernels.torch_backend.sampled_product import sampled_product
+from saelab.kernels.torch_backend.sddmm import sddmm
 
 DENSE = torch.tensor([[0.0, 2.0, 0.0, -1.0], [0.0, 0.0, 0.0, 0.0], [3.0, 0.0, 4.0, 0.0]])
 
@@ -58,7 +58,7 @@ def test_round_trip(batch, d_sae, seed):
 )
 def test_pairs_out_of_range_are_refused_before_memory_is_read(features, offsets):
     with pytest.raises(IndexError, match="W has 4 rows"):
-        sampled_product(torch.ones(1, 3), torch.ones(4, 3), torch.tensor(features), torch.tensor(offsets))
+        sddmm(torch.ones(1, 3), torch.ones(4, 3), torch.tensor(features), torch.tensor(offsets))
 
 
 def test_the_transpose_is_made_once_for_all_codes_of_a_pattern():

@@ -101,7 +101,7 @@ def test_other_settings_and_unknown_data_are_refused(signed_rows, tmp_path):
 
 KILLED = """
 import sys
-from saelab.benchmarks.rows import open_rows
+from saelab.benchmarks.results import open_rows
 with open_rows(sys.argv[1], {"n": 1}, ("seed",)) as rows:
     for seed in range(1_000_000):
         rows.get(lambda: {"value": seed * seed, "text": "x" * 1000}, seed=seed)

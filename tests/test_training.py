@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from saelab.errors import SaelabError, TrainingError
 from saelab.files import process_number, remove_leftovers, temporary_path, tensors_hash
 from saelab.interop import load_sae
-from saelab.kernels.rows import project_
+from saelab.kernels.primitives import project_
 from saelab.saes import Batch, BatchTopKConfig, ReLUConfig, StepInfo, TopKConfig, TopKSAE
 from saelab.training import TrainConfig, train
 from saelab.training.adam import Adam

@@ -1,7 +1,7 @@
 """Compile every Triton kernel for four kinds of GPU, without one, and print what the compilers made of it.
 
 `python -m saelab.kernels.bench.compile_report [--json]`: registers, spills, shared memory against the target's limit,
-tensor-core instructions, and modelled device-memory bytes (`hbm_model.py`) over the least possible at that cache size.
+tensor-core instructions, and modelled device-memory bytes (`traffic/hbm_model.py`) over the least possible at that cache size.
 Nothing runs and nothing is timed. A row is `ok` when nothing spills, the shared memory suffices, a product uses the
 tensor cores with a tile of at least 64 x 64, and the modelled bytes are at most 1.3 times the least.
 """
@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-MODULES = ("group_max", "grouped_product", "sampled_product", "bag_sum", "weight_gradients", "rows")
-"""Modules of `kernels/triton_backend`; each lists its kernels in `production_specs()`."""
+MODULES = ("group_max", "grouped_product", "sddmm", "spmm", "spmm_transposed", "rows")
+"""Modules of `kernels/bench/traffic`; each lists its kernels in `production_specs()`."""
 
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
@@ -68,7 +68,7 @@ def report() -> list[Row]:
 
     if launch.INTERPRETED:
         raise ValueError("the kernels are compiled only when TRITON_INTERPRET is not set; unset it")
-    modules = [importlib.import_module(f"saelab.kernels.triton_backend.{name}") for name in MODULES]
+    modules = [importlib.import_module(f"saelab.kernels.bench.traffic.{name}") for name in MODULES]
     specs = [spec for module in modules for spec in module.production_specs()]
     return [judge(spec, target, compile_spec(spec, target)) for spec in specs for target in spec.targets]
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saelab.kernels.reference.sampled_product import sampled_product as product_at
-from saelab.kernels.reference.weight_gradients import weight_gradients as dense_gradients
+from saelab.kernels.reference.sddmm import sddmm as product_at
+from saelab.kernels.reference.spmm_transposed import spmm_transposed as dense_gradients
 from saelab.kernels.sparse_acts import SparseActs
 
 
@@ -23,27 +23,27 @@ def rows_at_once(n_columns: int, dtype: torch.dtype) -> int:
     raise AssertionError("the reference encoders do not screen")
 
 
-def sampled_product(x: Tensor, W: Tensor, features: Tensor, offsets: Tensor) -> Tensor:
+def sddmm(x: Tensor, W: Tensor, features: Tensor, offsets: Tensor) -> Tensor:
     """`<x[row], W[feature]>` at the pairs."""
     return product_at(x, W, torch.repeat_interleave(offsets.diff()), features)
 
 
-def bag_sum(values: Tensor, rows: Tensor, offsets: Tensor, W: Tensor) -> Tensor:
+def spmm(values: Tensor, rows: Tensor, offsets: Tensor, W: Tensor) -> Tensor:
     """A dense matrix of the weights, times W."""
     dense = values.new_zeros(len(offsets) - 1, len(W))
     dense.index_put_((torch.repeat_interleave(offsets.diff()), rows), values, accumulate=True)
     return dense @ W
 
 
-def bag_error(
+def spmm_residual(
     values: Tensor, rows: Tensor, offsets: Tensor, W: Tensor, bias: Tensor | None, target: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`bag_sum + bias - target`, and its squared norm."""
-    error = bag_sum(values, rows, offsets, W) - target + (0 if bias is None else bias)
+    """`spmm + bias - target`, and its squared norm."""
+    error = spmm(values, rows, offsets, W) - target + (0 if bias is None else bias)
     return error, error.square().sum()
 
 
-def weight_gradients(acts: SparseActs, values: Tensor, g: Tensor) -> Tensor:
+def spmm_transposed(acts: SparseActs, values: Tensor, g: Tensor) -> Tensor:
     """`S.T @ g`."""
     return dense_gradients(acts.with_values(values).to_dense(), g)
 

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from saelab.kernels.torch_backend.sampled_product import pairs
+from saelab.kernels.torch_backend.sddmm import pairs
 from saelab.kernels.workspace import WORKSPACE
 
 _ROWS = 512

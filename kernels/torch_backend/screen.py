@@ -14,9 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saelab.kernels.candidates import TINY, Candidates
 from saelab.kernels.ragged import ascending, largest, true_places
-from saelab.kernels.rounding import Operands
+from saelab.kernels.search import TINY, Candidates, Operands
 from saelab.kernels.torch_backend.places import places_not_below
 from saelab.kernels.workspace import WORKSPACE
 
@@ -52,8 +51,8 @@ class Screen:
         """A lower bound of each group's largest entry, as far as it is positive (others are any number that is not)."""
         return torch.cat([self._lowered(self._maxima(table)).clone() for _, table in self._tables()], 1)
 
-    def best_pairs(self, k: int, window: Float[Tensor, " rows"]) -> Candidates:
-        """Every pair not more than `window` under a lower bound of its row's k-th largest entry (k at most `d_sae`)."""
+    def best_pairs(self, k: int, margin: Float[Tensor, " rows"]) -> Candidates:
+        """Every pair not more than `margin` under a lower bound of its row's k-th largest entry (k at most `d_sae`)."""
         best: list[Tensor] = []
 
         def floor_with(table: Tensor) -> Tensor:
@@ -61,9 +60,9 @@ class Screen:
             best.append(largest(seen, k) if seen.shape[1] >= k else seen.clone())
             enough = seen.shape[1] >= k
             return (
-                self._lowered(best[0][:, 0]) - window
+                self._lowered(best[0][:, 0]) - margin
                 if enough
-                else torch.full_like(window, torch.finfo(window.dtype).min)
+                else torch.full_like(margin, torch.finfo(margin.dtype).min)
             )
 
         return self._pairs(floor_with)
@@ -76,7 +75,7 @@ class Screen:
         """The pairs that reach the last floor; floors do not fall from block to block."""
         keys: list[Tensor] = []
         entries: list[Tensor] = []
-        floor = least = self._operands.slack
+        floor = least = self._operands.error_bound
         for start, table in self._tables():
             floor = floor_with(table)
             floor = floor.clamp_min(TINY) if self._is_bits else floor
@@ -92,7 +91,7 @@ class Screen:
             found = ascending(found[true_places(torch.cat(entries) >= least[found // self._width])])
         borders = torch.arange(0, (self._rows + 1) * self._width, self._width, device=found.device)
         offsets = torch.searchsorted(found, borders)
-        return Candidates(found % self._width, offsets, floor + self._operands.slack)
+        return Candidates(found % self._width, offsets, floor + self._operands.error_bound)
 
     def _tables(self) -> Iterator[tuple[int, Tensor]]:
         """First feature and entries of each block; the only block is multiplied once."""

@@ -18,11 +18,10 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from saelab.kernels.bench.hbm_model import Product
 from saelab.kernels.triton_backend import launch
-from saelab.kernels.triton_backend.launch import KernelSpec, Tile
+from saelab.kernels.triton_backend.launch import Tile
 
-# Tiles without spills on each target (python -m saelab.kernels.bench.compile_report).
+# Tiles without spills on each target: the compile report (docs/kernels.md) shows it.
 TILES = {
     "sm_80": Tile(128, 128, 64, num_warps=8, num_stages=3),
     "sm_90": Tile(128, 256, 64, num_warps=8, num_stages=3),
@@ -140,28 +139,3 @@ def group_max(
 def tile_of(target: str, itemsize: int) -> Tile:
     """The tile for bf16 or fp32 operands; exact fp32 products leave the tensor cores of NVIDIA's chips and need registers."""
     return TILES["sm_80"] if itemsize == 4 and target.startswith("sm_") else TILES[target]
-
-
-def production_specs() -> list[KernelSpec]:
-    """This kernel at the compile report's shapes, with each target's own tile."""
-    return [_spec(*case) for case in launch.screen_cases()]
-
-
-def _spec(shape: launch.ScreenShape, target: str, dtype: str) -> KernelSpec:
-    itemsize = launch.ITEMSIZE[dtype]
-    tile, row_bytes = tile_of(target, itemsize), shape.K * itemsize
-    arguments = constexprs(shape.K, shape.d_sae, shape.n_groups, False, tile, itemsize) | {"WIDEN": False}
-    traffic = Product(shape.rows * row_bytes, shape.d_sae * row_bytes, once_bytes=shape.rows * shape.n_groups * 4)
-    return KernelSpec(
-        name=f"group_max[{shape.label}-{dtype}]",
-        fn=_group_max_fwd_kernel,
-        signature={"a_ptr": f"*{dtype}", "b_ptr": f"*{dtype}", "maxima_ptr": "*fp32", "rows": "i32"},
-        constexprs=arguments,
-        **tile.options,
-        hbm_bytes=lambda cache: traffic.a_resident(len(launch.resident_parts(shape.rows, row_bytes, cache))),
-        least_bytes=traffic.least,
-        compulsory_bytes=traffic.compulsory,
-        tile=(tile.rows, arguments["BLOCK_G"] * arguments["BLOCK_MEMBERS"]),
-        tensor_cores=dtype == "bf16",
-        targets=(target,),
-    )

@@ -19,10 +19,9 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saelab.kernels.bench.hbm_model import Product
 from saelab.kernels.triton_backend import launch
 from saelab.kernels.triton_backend.group_max import absolute, tile_product
-from saelab.kernels.triton_backend.launch import KernelSpec, Tile
+from saelab.kernels.triton_backend.launch import Tile
 
 # About 100 rows of a super-block take part in a group: small tiles waste few rows.
 TILES = {
@@ -135,29 +134,3 @@ def constexprs(K: int, d_sae: int, n_groups: int, magnitude: bool, tile: Tile, i
         "BLOCK_N": tile.columns,
         "BLOCK_K": tile.depth_of(itemsize),
     }
-
-
-def production_specs() -> list[KernelSpec]:
-    """This kernel at the compile report's shapes, k pairs a row, with each target's own tile."""
-    return [_spec(*case) for case in launch.screen_cases()]
-
-
-def _spec(shape: launch.ScreenShape, target: str, dtype: str) -> KernelSpec:
-    tile, itemsize = TILES[target], launch.ITEMSIZE[dtype]
-    row_bytes, n_pairs, d_sae = shape.K * itemsize, shape.rows * shape.k, shape.d_sae
-    words = launch.ceil_div(launch.ceil_div(d_sae, shape.n_groups), 32)
-    traffic = Product(shape.rows * row_bytes, d_sae * row_bytes, once_bytes=n_pairs * (words + 1) * 4)
-    lists = dict.fromkeys(("pair_rows_ptr", "tile_groups_ptr", "tile_starts_ptr", "tile_ends_ptr"), "*i32")
-    return KernelSpec(
-        name=f"grouped_product[{shape.label}-{dtype}]",
-        fn=_grouped_product_fwd_kernel,
-        signature={"a_ptr": f"*{dtype}", "b_ptr": f"*{dtype}", "floor_ptr": "*fp32", **lists, "masks_ptr": "*i32"},
-        constexprs=constexprs(shape.K, d_sae, shape.n_groups, False, tile, itemsize) | {"WIDEN": False},
-        **tile.options,
-        hbm_bytes=lambda cache: traffic.a_resident(len(launch.resident_parts(shape.rows, row_bytes, cache))),
-        least_bytes=traffic.least,
-        compulsory_bytes=traffic.compulsory,
-        tile=(tile.rows, tile.columns),
-        tensor_cores=dtype == "bf16",
-        targets=(target,),
-    )

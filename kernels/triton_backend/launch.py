@@ -1,11 +1,9 @@
-"""What every Triton kernel of this folder shares: targets, tiles, the last-level cache, and the form of a compile spec."""
+"""What every Triton kernel of this folder shares: targets, tiles, the last-level cache, and the one place that launches."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +17,6 @@ SMALL_TILES = "interpreter"
 
 CACHE_MIB = {"sm_80": 40, "sm_90": 50, "sm_100": 126, "gfx942": 256, SMALL_TILES: 1}
 """Last-level cache: L2 of A100, H100 and B200, Infinity Cache of MI300X."""
-
-TARGETS = tuple(name for name in CACHE_MIB if name != SMALL_TILES)
-"""What the compile report compiles for."""
 
 CACHE_SHARE = 0.8
 """Part of the cache that a launch order may count on; the rest holds what streams through."""
@@ -48,60 +43,6 @@ class Tile:
     def depth_of(self, itemsize: int) -> int:
         """The step along K at `itemsize` bytes an element: always the same shared memory."""
         return self.depth * 2 // itemsize
-
-
-@dataclass(frozen=True)
-class KernelSpec:
-    """One kernel at one shape, as the compile report compiles and judges it. Bytes are of device memory (HBM)."""
-
-    name: str
-    fn: Any
-    signature: dict[str, str]
-    constexprs: dict[str, Any]
-    num_warps: int
-    num_stages: int
-    hbm_bytes: Callable[[int], int]
-    """Modelled traffic of our launch order, given the usable cache in bytes."""
-    least_bytes: Callable[[int], int]
-    """The least over launch orders, given the usable cache in bytes."""
-    compulsory_bytes: int
-    """Every operand and result once: what an unlimited cache would need."""
-    tile: tuple[int, int]
-    tensor_cores: bool
-    targets: tuple[str, ...] = TARGETS
-    """The targets that this spec's tile is made for."""
-
-
-@dataclass(frozen=True)
-class ScreenShape:
-    """A shape at which the compile report judges the kernels of a `Screen`."""
-
-    rows: int
-    d_in: int
-    d_sae: int
-    n_groups: int
-    k: int
-
-    @property
-    def K(self) -> int:
-        """Length of the operands' rows: d_in and a few columns for bias and margin, padded to aligned loads."""
-        return self.d_in + 16
-
-    @property
-    def label(self) -> str:
-        return f"{self.rows}x{self.d_in}x{self.d_sae}"
-
-
-SCREEN_SHAPES = (ScreenShape(8192, 4096, 131072, 2048, 64), ScreenShape(2048, 576, 8192, 256, 32))
-
-
-def screen_cases() -> list[tuple[ScreenShape, str, str]]:
-    """(shape, target, dtype) of everything that the report compiles of a `Screen`: fp32 only at the largest shape."""
-    cases = [(shape, "bf16") for shape in SCREEN_SHAPES] + [(SCREEN_SHAPES[0], "fp32")]
-    return [(shape, target, dtype) for target in TARGETS for shape, dtype in cases]
-
-
-ITEMSIZE = {"bf16": 2, "fp32": 4}
 
 
 def target_of(device: torch.device) -> str:
@@ -138,19 +79,6 @@ def resident_parts(rows: int, row_bytes: int, cache: int) -> list[slice]:
     return [slice(start, min(rows, start + step)) for start in range(0, rows, step)]
 
 
-class Shape(NamedTuple):
-    """A training step's sizes, for the compile report."""
-
-    batch: int
-    d_in: int
-    d_sae: int
-    k: int
-
-
-PRODUCTION = Shape(batch=8192, d_in=4096, d_sae=131072, k=64)
-SMALL = Shape(batch=2048, d_in=576, d_sae=8192, k=32)
-
-
 def packed(tensor: Tensor) -> Tensor:
     """The tensor, contiguous and 16-byte aligned; itself where it already is.
 
@@ -170,34 +98,3 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, **con
     if all(grid):
         with torch.cuda.device_of(args[0]):
             kernel[grid](*args, num_warps=num_warps, **constexprs)
-
-
-def kernel_spec(
-    name: str,
-    fn: Any,
-    types: str,
-    constexprs: dict[str, int],
-    num_warps: int,
-    compulsory_bytes: int,
-    hbm_bytes: Callable[[int], int] | None = None,
-    least_bytes: Callable[[int], int] | None = None,
-) -> KernelSpec:
-    """A `KernelSpec` without tensor cores; `types` in the order of the arguments, before the constexprs.
-
-    A kernel that reads and writes everything once, whatever the cache, gives its compulsory bytes alone.
-    """
-    run_time = [argument for argument in inspect.signature(fn.fn).parameters if argument not in constexprs]
-    signature = dict(zip(run_time, types.split(), strict=True)) | dict.fromkeys(constexprs, "constexpr")
-    return KernelSpec(
-        name=name,
-        fn=fn,
-        signature=signature,
-        constexprs=constexprs,
-        num_warps=num_warps,
-        num_stages=2,
-        hbm_bytes=hbm_bytes or (lambda cache: compulsory_bytes),
-        least_bytes=least_bytes or (lambda cache: compulsory_bytes),
-        compulsory_bytes=compulsory_bytes,
-        tile=(constexprs.get("PAIRS", 1), constexprs.get("COLUMNS") or constexprs["BLOCK"]),
-        tensor_cores=False,
-    )

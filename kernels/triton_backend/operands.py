@@ -6,8 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saelab.kernels.candidates import TINY, Candidates
-from saelab.kernels.rounding import Operands
+from saelab.kernels.search import TINY, Candidates, Operands
 from saelab.kernels.triton_backend.screen import Screen as GroupScreen
 
 _MEMBERS = 32
@@ -25,7 +24,7 @@ class Screen:
     def __init__(self, operands: Operands, magnitude: bool = False, min_groups: int = 1) -> None:
         a, b = _with_bias(operands)
         members = _MEMBERS if len(b) >= 4 * _MEMBERS * min_groups else 1
-        self._slack, self._is_bf16 = operands.slack, a.dtype == torch.bfloat16
+        self._error_bound, self._is_bf16 = operands.error_bound, a.dtype == torch.bfloat16
         self._groups = GroupScreen(a, b, max(1, -(-len(b) // members)), magnitude)
 
     @property
@@ -33,14 +32,14 @@ class Screen:
         """Each group's largest entry."""
         return self._groups.maxima
 
-    def best_pairs(self, k: int, window: Float[Tensor, " rows"]) -> Candidates:
-        """Every pair not more than `window` under the row's k-th largest group maximum."""
-        return self.pairs_above(self.maxima.topk(k, dim=1, sorted=False).values.amin(1) - window)
+    def best_pairs(self, k: int, margin: Float[Tensor, " rows"]) -> Candidates:
+        """Every pair not more than `margin` under the row's k-th largest group maximum."""
+        return self.pairs_above(self.maxima.topk(k, dim=1, sorted=False).values.amin(1) - margin)
 
     def pairs_above(self, floor: Float[Tensor, " rows"]) -> Candidates:
         """Every pair whose entry is `floor` or more. In bfloat16 floors are positive."""
         floor = floor.clamp_min(TINY) if self._is_bf16 else floor
-        return Candidates(*self._groups.pairs_above(floor), floor + self._slack)
+        return Candidates(*self._groups.pairs_above(floor), floor + self._error_bound)
 
 
 def _with_bias(operands: Operands) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from saelab.distributed import ALONE, Ranks
 from saelab.files import tensors_hash
 from saelab.kernels.decode import decode
 from saelab.kernels.precision import widened
-from saelab.kernels.rows import unit_norm_
+from saelab.kernels.primitives import unit_norm_
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.saes.config import normalization
 from saelab.saes.inputs import HALF, as_activations, check_dtype

@@ -21,13 +21,11 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from saelab.kernels.bag_sum import bag_sum
 from saelab.kernels.decode import decode
 from saelab.kernels.encode_topk import encode_topk
 from saelab.kernels.precision import widened
-from saelab.kernels.sampled_product import sampled_product
+from saelab.kernels.primitives import sddmm, spmm, spmm_transposed
 from saelab.kernels.sparse_acts import SparseActs, offsets_of
-from saelab.kernels.weight_gradients import weight_gradients
 from saelab.losses import auxk, sum_of_squares, total_variance
 from saelab.saes.base import RULES, SAE, Batch, Loss, StepInfo
 from saelab.saes.config import check_config
@@ -117,7 +115,7 @@ class MatchingPursuitSAE(SAE):
     def _unfinished(self, residual: Float[Tensor, "batch d_in"]) -> Tensor:
         """Rows that are longer than the threshold; pair-wise products, so that a row's answer is its own."""
         ids = torch.arange(len(residual) + 1, device=residual.device)
-        return sampled_product(residual, residual, ids[:-1], ids) > self.d_in * self.config.residual_threshold**2
+        return sddmm(residual, residual, ids[:-1], ids) > self.d_in * self.config.residual_threshold**2
 
     def loss(self, batch: Batch, info: StepInfo) -> Loss:
         x, target = self.normalized(batch)
@@ -174,15 +172,15 @@ class Pursuit(Function):
         g, to_values = grads[0].contiguous(), grads[1].split([choice.nnz for choice in ctx.choices])
         alphas, gradients = [], []
         for choice, to_a in zip(reversed(ctx.choices), reversed(to_values), strict=True):
-            alpha = to_a - sampled_product(g, W_dec, choice.features, choice.offsets)
+            alpha = to_a - sddmm(g, W_dec, choice.features, choice.offsets)
             gradients.append(g)
             alphas.append(alpha)
-            g = g + bag_sum(alpha, choice.features, choice.offsets, W_dec)
+            g = g + spmm(alpha, choice.features, choice.offsets, W_dec)
         if not gradients:
             return g, torch.zeros_like(W_dec), None, None, None
         both = ctx.choices + ctx.choices
         values = torch.cat([*reversed(alphas), *(-choice.values for choice in ctx.choices)])
         offsets = offsets_of(torch.cat([choice.counts for choice in both]))
         pairs = SparseActs(values, torch.cat([choice.features for choice in both]), offsets, len(W_dec))
-        to_W_dec = weight_gradients(pairs, values, torch.cat([*residuals, *reversed(gradients)]))
+        to_W_dec = spmm_transposed(pairs, values, torch.cat([*residuals, *reversed(gradients)]))
         return g, to_W_dec, None, None, None

@@ -7,7 +7,7 @@ import math
 import torch
 
 from saelab.distributed import ALONE, Ranks
-from saelab.kernels.rows import project_
+from saelab.kernels.primitives import project_
 from saelab.saes import SAE
 from saelab.training.adam import Adam
 from saelab.training.config import TrainConfig

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from saelab.kernels.encode_topk import encode_topk
-from saelab.kernels.rows import unit_norm_
+from saelab.kernels.primitives import unit_norm_
 
 _SHIFT = 2.0
 

@@ -10,8 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from saelab.kernels.primitives import spmm_transposed
 from saelab.kernels.sparse_acts import SparseActs
-from saelab.kernels.weight_gradients import weight_gradients
 from saelab.saes.codebook.nearest import most_similar
 
 RHO = 1e-4
@@ -45,7 +45,7 @@ def kmeans(
     for _ in range(n_rounds):
         nearest = most_similar(x, codes, 1, "euclidean")[:, 0]
         ones, offsets = torch.ones_like(x[:, 0]), torch.arange(len(x) + 1, device=x.device)
-        sums = weight_gradients(SparseActs(ones, nearest, offsets, n_codes), ones, x)
+        sums = spmm_transposed(SparseActs(ones, nearest, offsets, n_codes), ones, x)
         counts = torch.bincount(nearest, minlength=n_codes)[:, None]
         codes = torch.where(counts > 0, sums / counts.clamp_min(1), codes)
     return codes

@@ -1,4 +1,4 @@
-"""Reference of `weight_gradients`: a dense transposed product."""
+"""Reference of `spmm_transposed`: a dense transposed product."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def weight_gradients(
+def spmm_transposed(
     feature_values: Float[Tensor, "batch d_sae"], g: Float[Tensor, "batch d_in"]
 ) -> Float[Tensor, "d_sae d_in"]:
     """`feature_values.T @ g`."""

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def bag_sum(values: Tensor, rows: Tensor, offsets: Tensor, W: Tensor) -> Tensor:
+def spmm(values: Tensor, rows: Tensor, offsets: Tensor, W: Tensor) -> Tensor:
     """`out[i] = sum over entries j of bag i of values[j] * W[rows[j]]`; an empty bag gives zeros.
 
     32-bit ids are gathered a tenth faster.
@@ -16,11 +16,11 @@ def bag_sum(values: Tensor, rows: Tensor, offsets: Tensor, W: Tensor) -> Tensor:
     return F.embedding_bag(rows.to(ids), W, offsets[:-1].to(ids), mode="sum", per_sample_weights=values)
 
 
-def bag_error(
+def spmm_residual(
     values: Tensor, rows: Tensor, offsets: Tensor, W: Tensor, bias: Tensor | None, target: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`bag_sum + bias - target`, and its squared norm."""
-    error = bag_sum(values, rows, offsets, W)
+    """`spmm + bias - target`, and its squared norm."""
+    error = spmm(values, rows, offsets, W)
     if bias is not None:
         error += bias
     error -= target

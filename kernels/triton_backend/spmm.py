@@ -1,4 +1,4 @@
-"""`bag_sum` in Triton: each row's weighted sum of the rows of `W` that fire, with bias, target and loss in its epilogue.
+"""`spmm` in Triton: each row's weighted sum of the rows of `W` that fire, with bias, target and loss in its epilogue.
 
 Launch order: d_in is cut into tiles, the slowest grid axis, just wide enough that a tile of `W` stays in the cache (32
 fp32 columns, 17 MB, at d_sae 131072). Within a tile the batch's rows are walked in order: each gathers from the cache,
@@ -17,16 +17,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelab.kernels.triton_backend.launch import (
-    PRODUCTION,
-    SMALL,
-    KernelSpec,
-    Shape,
     ceil_div,
-    kernel_spec,
     launch,
     packed,
 )
-from saelab.kernels.triton_backend.sampled_product import CACHE_BYTES, sum_slices
+from saelab.kernels.triton_backend.sddmm import CACHE_BYTES, sum_slices
 
 _TILE = 2048
 """Elements of `W` that a program gathers at a time: fewer pairs of a wider tile, or more of a narrower one."""
@@ -35,7 +30,7 @@ _WARPS = 2
 
 @triton.jit(do_not_specialize=["n_rows"])
 @no_type_check
-def _bag_sum_fwd_kernel(
+def _spmm_fwd_kernel(
     values_ptr,
     features_ptr,
     offsets_ptr,
@@ -72,7 +67,7 @@ def _bag_sum_fwd_kernel(
 
 
 @overload
-def bag_sum(
+def spmm(
     values: Tensor,
     features: Tensor,
     offsets: Tensor,
@@ -82,7 +77,7 @@ def bag_sum(
     squares: Literal[False] = False,
 ) -> Tensor: ...
 @overload
-def bag_sum(
+def spmm(
     values: Tensor,
     features: Tensor,
     offsets: Tensor,
@@ -92,7 +87,7 @@ def bag_sum(
     *,
     squares: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
-def bag_sum(
+def spmm(
     values: Float[Tensor, " nnz"],
     features: Int[Tensor, " nnz"],
     offsets: Int[Tensor, " batch_plus_1"],
@@ -111,7 +106,7 @@ def bag_sum(
     out = torch.empty(n_rows, d_in, dtype=torch.float32, device=W.device)
     tile_squares = torch.empty(n_tiles, n_rows, dtype=torch.float32, device=W.device) if squares else None
     launch(
-        _bag_sum_fwd_kernel,
+        _spmm_fwd_kernel,
         (n_rows, n_tiles),
         packed(values),
         packed(features),
@@ -130,7 +125,7 @@ def bag_sum(
     return out if tile_squares is None else (out, sum_slices(tile_squares))
 
 
-def bag_error(
+def spmm_residual(
     values: Float[Tensor, " nnz"],
     features: Int[Tensor, " nnz"],
     offsets: Int[Tensor, " batch_plus_1"],
@@ -138,8 +133,8 @@ def bag_error(
     bias: Float[Tensor, " d_in"] | None,
     target: Float[Tensor, "batch d_in"],
 ) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, ""]]:
-    """`bag_sum + bias - target`, and its squared norm."""
-    error, squares = bag_sum(values, features, offsets, W, bias, target, squares=True)
+    """`spmm + bias - target`, and its squared norm."""
+    error, squares = spmm(values, features, offsets, W, bias, target, squares=True)
     return error, squares.sum()
 
 
@@ -149,34 +144,3 @@ def _columns(d_sae: int, d_in: int, element_size: int) -> int:
     while columns > 32 and (d_sae * columns * element_size > CACHE_BYTES or columns >= 2 * d_in):
         columns //= 2
     return columns
-
-
-def production_specs() -> list[KernelSpec]:
-    """The compile report's entries: the decoder with bias, target and loss, at a large and at a small dictionary."""
-    return [_spec("bag_sum", PRODUCTION), _spec("bag_sum small", SMALL)]
-
-
-def _spec(name: str, shape: Shape) -> KernelSpec:
-    batch, d_in, d_sae, k = shape
-    nnz, columns = batch * k, _columns(d_sae, d_in, 4)
-    n_tiles = ceil_div(d_in, columns)
-    codes, dense = 12 * nnz + 8 * (batch + 1), 4 * d_in * (d_sae + 1 + 2 * batch)  # W, bias, target and out
-    squares = 8 * n_tiles * batch + 4 * batch  # written and read a tile, then the sums
-
-    def hbm_bytes(cache: int) -> int:
-        """Between two uses of an id lies all that one tile touches; of a row of `W`'s tile, no more than that."""
-        between_uses = dense // n_tiles + codes
-        refetched = 0 if between_uses <= cache else (n_tiles - 1) * codes
-        if 4 * d_sae * columns > cache:
-            refetched += 4 * max(0, nnz - d_sae) * d_in
-        return dense + squares + codes + refetched
-
-    return kernel_spec(
-        name,
-        _bag_sum_fwd_kernel,
-        "*fp32 *i64 *i64 *fp32 *fp32 *fp32 *fp32 *fp32 i32 i32",
-        {"PAIRS": _TILE // columns, "COLUMNS": columns},
-        _WARPS,
-        dense + codes + 4 * batch,  # also the least at any cache that holds the codes and a narrow enough tile
-        hbm_bytes,
-    )

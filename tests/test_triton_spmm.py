@@ -1,12 +1,12 @@
-"""The Triton `bag_sum` against the dense decoder; in the interpreter where there is no GPU."""
+"""The Triton `spmm` against the dense decoder; in the interpreter where there is no GPU."""
 
 import pytest
 import torch
 
 from saelab.kernels.reference.decode import decode as reference
 from saelab.kernels.sparse_acts import SparseActs
-from saelab.kernels.triton_backend import bag_sum as module
-from saelab.kernels.triton_backend.bag_sum import bag_sum
+from saelab.kernels.triton_backend import spmm as module
+from saelab.kernels.triton_backend.spmm import spmm
 
 SHAPES = [(1, 1, 1, 1.0), (6, 11, 5, 0.3), (0, 7, 3, 0.5), (4, 9, 6, 0.0), (5, 131, 300, 0.4), (3, 37, 64, 1.0)]
 
@@ -24,7 +24,7 @@ def narrow_tiles(monkeypatch):
 
 def bits(acts, W, bias, target):
     return torch.cat(
-        [t.flatten() for t in bag_sum(acts.values, acts.features, acts.offsets, W, bias, target, squares=True)]
+        [t.flatten() for t in spmm(acts.values, acts.features, acts.offsets, W, bias, target, squares=True)]
     )
 
 
@@ -34,7 +34,7 @@ def test_matches_the_reference(batch, d_sae, d_in, share, narrow, device, poison
     if narrow:
         narrow_tiles(monkeypatch)
     dense, acts, W, bias, target = make(device, batch, d_sae, d_in, share)
-    got, squares = bag_sum(acts.values, acts.features, acts.offsets, W, bias, target, squares=True)
+    got, squares = spmm(acts.values, acts.features, acts.offsets, W, bias, target, squares=True)
     want = reference(dense.double(), W.double(), bias.double()) - target.double()
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(squares.double(), want.square().sum(1), rtol=1e-5, atol=1e-5)
@@ -43,7 +43,7 @@ def test_matches_the_reference(batch, d_sae, d_in, share, narrow, device, poison
 @pytest.mark.parametrize(("with_bias", "with_target"), [(False, False), (True, False), (False, True)])
 def test_bias_and_target_may_be_absent(with_bias, with_target, device, poisoned_empty):
     dense, acts, W, bias, target = make(device, 4, 11, 33, 0.5)
-    got = bag_sum(
+    got = spmm(
         acts.values, acts.features, acts.offsets, W, bias if with_bias else None, target if with_target else None
     )
     torch.testing.assert_close(got, dense @ W + with_bias * bias - with_target * target, rtol=1e-5, atol=1e-5)
@@ -55,15 +55,15 @@ def test_by_hand(device):
         torch.tensor([0, 2, 2, 3], device=device),
         torch.tensor([[1.0, 2.0, 3.0], [0.0, 1.0, 0.0]], device=device),
     )
-    assert bag_sum(values, features, offsets, W).tolist() == [[2, 3, 6], [0, 0, 0], [0, 3, 0]]
-    _, squares = bag_sum(values, features, offsets, W, squares=True)
+    assert spmm(values, features, offsets, W).tolist() == [[2, 3, 6], [0, 0, 0], [0, 3, 0]]
+    _, squares = spmm(values, features, offsets, W, squares=True)
     assert squares.tolist() == [49, 0, 9]
 
 
 def test_an_empty_row_is_bias_less_target(device, poisoned_empty):
     _, _, W, bias, target = make(device, 3, 5, 300, 0.0)
     acts = SparseActs.from_dense(torch.tensor([[0.0] * 5, [0, 1, 0, 0, 2.0], [0.0] * 5], device=device))
-    got = bag_sum(acts.values, acts.features, acts.offsets, W, bias, target)
+    got = spmm(acts.values, acts.features, acts.offsets, W, bias, target)
     assert torch.equal(got[[0, 2]], (bias - target)[[0, 2]])
 
 
@@ -77,7 +77,7 @@ def test_a_value_that_is_not_finite_spoils_only_its_row(device):
     _, acts, W, bias, target = make(device, 4, 11, 33, 0.5)
     values = acts.values.clone()
     values[acts.rows == 1] = float("nan")
-    got = bag_sum(values, acts.features, acts.offsets, W, bias, target)
+    got = spmm(values, acts.features, acts.offsets, W, bias, target)
     assert bool(got[1].isnan().all()) and not bool(got[[0, 2, 3]].isnan().any())
 
 
@@ -85,17 +85,17 @@ def test_bf16_weights_and_strided_inputs(device):
     dense, acts, W, bias, target = make(device, 5, 13, 70, 0.5)
     strided = target.T.contiguous().T
     assert torch.equal(bits(acts, W.bfloat16(), bias, strided), bits(acts, W.bfloat16().float(), bias, target))
-    got = bag_sum(acts.values, acts.features, acts.offsets, W.bfloat16(), bias, strided)
+    got = spmm(acts.values, acts.features, acts.offsets, W.bfloat16(), bias, strided)
     torch.testing.assert_close(got, dense @ W.bfloat16().float() + bias - target, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("d_in", [5, 300])
 def test_a_row_has_the_same_bits_everywhere(d_in, device):
     _, acts, W, bias, target = make(device, 9, 90, d_in, 0.5)
-    whole, whole_squares = bag_sum(acts.values, acts.features, acts.offsets, W, bias, target, squares=True)
+    whole, whole_squares = spmm(acts.values, acts.features, acts.offsets, W, bias, target, squares=True)
     for rows in (slice(4, 5), slice(1, 8)):
         part = acts.select_rows(torch.arange(9, device=device)[rows])
-        out, squares = bag_sum(part.values, part.features, part.offsets, W, bias, target[rows], squares=True)
+        out, squares = spmm(part.values, part.features, part.offsets, W, bias, target[rows], squares=True)
         assert torch.equal(out, whole[rows]) and torch.equal(squares, whole_squares[rows])
 
 

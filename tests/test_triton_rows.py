@@ -3,26 +3,17 @@
 import pytest
 import torch
 
-from saelab.kernels.triton_backend import bag_sum, rows, sampled_product, weight_gradients
+from saelab.kernels.bench.traffic import rows, sddmm, spmm, spmm_transposed
 from saelab.kernels.triton_backend.launch import packed
-from saelab.kernels.triton_backend.rows import adam_rows_, project_, round_rows, row_norms, unit_norm_
+from saelab.kernels.triton_backend.rows import project_, round_rows, unit_norm_
 
 SHAPES = [(1, 1), (5, 7), (0, 4), (3, 1024), (4, 1100), (2, 2049)]
-SPECS = [spec for module in (sampled_product, bag_sum, weight_gradients, rows) for spec in module.production_specs()]
+SPECS = [spec for module in (sddmm, spmm, spmm_transposed, rows) for spec in module.production_specs()]
 MIB = 1 << 20
 
 
 def draw(device, *shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device)
-
-
-@pytest.mark.parametrize(("m", "d_in"), SHAPES)
-def test_norms(m, d_in, device, poisoned_empty):
-    W = draw(device, m, d_in)
-    torch.testing.assert_close(row_norms(W).double(), W.double().norm(dim=1), rtol=1e-6, atol=0)
-    torch.testing.assert_close(row_norms(W.bfloat16()), W.bfloat16().float().norm(dim=1))
-    wide = torch.cat([W, W], dim=1)
-    assert torch.equal(row_norms(wide[:, :d_in]), row_norms(W))
 
 
 @pytest.mark.parametrize(("m", "d_in"), SHAPES)
@@ -65,45 +56,13 @@ def test_a_row_shorter_than_eps_is_not_blown_up(device):
     assert W.tolist() == [[0, 0], [pytest.approx(0.6), pytest.approx(0.8)], [0, 0.5]]
 
 
-@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.95)])
-@pytest.mark.parametrize(("m", "d_in"), SHAPES)
-def test_adam_is_torch_adam(m, d_in, betas, device):
-    ours, exp_avg, exp_avg_sq = draw(device, m, d_in), *torch.zeros(2, m, d_in, device=device)
-    theirs = torch.nn.Parameter(ours.clone())
-    optimizer = torch.optim.Adam([theirs], lr=0.1, betas=betas, foreach=False)
-    for step in range(1, 4):
-        gradient = draw(device, m, d_in, seed=step)
-        theirs.grad = gradient.clone()
-        optimizer.step()
-        adam_rows_(ours, gradient, exp_avg, exp_avg_sq, step, lr=0.1, betas=betas)
-        assert torch.equal(gradient, theirs.grad)
-        torch.testing.assert_close(ours, theirs.detach(), rtol=1e-5, atol=1e-6)
-    if m:
-        torch.testing.assert_close(exp_avg, optimizer.state[theirs]["exp_avg"], rtol=1e-5, atol=1e-7)
-        torch.testing.assert_close(exp_avg_sq, optimizer.state[theirs]["exp_avg_sq"], rtol=1e-5, atol=1e-7)
-
-
-def test_adam_with_a_gradient_scale_and_a_bf16_copy(device, poisoned_empty):
-    W, gradient, scale = draw(device, 3, 1030), draw(device, 3, 1030, seed=1), torch.tensor(0.25, device=device)
-    moments, low = torch.zeros(2, 3, 1030, device=device), torch.empty(3, 1030, dtype=torch.bfloat16, device=device)
-    want, want_moments = W.clone(), torch.zeros(2, 3, 1030, device=device)
-    adam_rows_(want, gradient * scale, *want_moments, step=1, lr=0.01)
-    adam_rows_(W, gradient, *moments, step=1, lr=0.01, scale=scale, low=low)
-    assert torch.equal(W, want) and torch.equal(moments, want_moments)
-    torch.testing.assert_close(low.float(), W, rtol=2**-7, atol=0)  # compiled, it rounds to nearest; interpreted, down
-
-
 def test_bits_repeat_in_any_order_of_programs(device, reversed_grid):
     def run():
-        W, gradient, moments = (
-            draw(device, 5, 1100),
-            draw(device, 5, 1100, seed=1),
-            torch.zeros(2, 5, 1100, device=device),
-        )
+        W, gradient = draw(device, 5, 1100), draw(device, 5, 1100, seed=1)
         unit_norm_(W)
         project_(gradient, W)
-        adam_rows_(W, gradient, *moments, step=1, lr=0.01)
-        return torch.cat([row_norms(W), W.flatten(), gradient.flatten(), moments.flatten()])
+        rounded = round_rows(W, torch.zeros(5, 1100, dtype=torch.bfloat16, device=device))
+        return torch.cat([*rounded, W.flatten(), gradient.flatten()])
 
     first = run()
     assert torch.equal(run(), first)
@@ -133,8 +92,6 @@ def test_in_place_operations_refuse_what_they_would_not_reach(device):
         unit_norm_(W.T)
     with pytest.raises(ValueError, match="got torch.bfloat16"):
         project_(W.bfloat16(), W)
-    with pytest.raises(ValueError, match="strides"):
-        adam_rows_(W, W, W, W, 1, 0.1, low=draw(device, 6, 4).bfloat16().T)
 
 
 def test_packed_is_contiguous_and_aligned(device):
@@ -153,7 +110,7 @@ def test_modelled_bytes(spec):
         )
 
 
-@pytest.mark.parametrize("name", ["sampled_product", "bag_sum", "weight_gradients"])
+@pytest.mark.parametrize("name", ["sddmm", "spmm", "spmm_transposed"])
 def test_a_cache_too_small_for_the_tile_costs(name):
     spec = next(spec for spec in SPECS if spec.name == name)
     assert spec.hbm_bytes(MIB) > 2 * spec.hbm_bytes(32 * MIB)

@@ -1,4 +1,4 @@
-"""`sampled_product` in Triton: `<x[row], W[feature]>` at chosen pairs, each by the same sums in the same order.
+"""`sddmm` in Triton: `<x[row], W[feature]>` at chosen pairs, each by the same sums in the same order.
 
 Launch order: d_in is cut into tiles of 256 columns, the slowest grid axis, and within a tile the pairs are walked by
 feature. So a tile of `x` (8 MB at batch 8192) stays in the cache and `W` streams past it once; gathered row by row, a
@@ -16,7 +16,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saelab.kernels.triton_backend.launch import PRODUCTION, KernelSpec, ceil_div, kernel_spec, launch, packed
+from saelab.kernels.triton_backend.launch import ceil_div, launch, packed
 
 CACHE_BYTES = 24 << 20
 """What may be counted on to stay in the last-level cache: the smallest target's 40 MB, less what streams past."""
@@ -28,7 +28,7 @@ _WARPS = 4
 
 @triton.jit(do_not_specialize=["nnz"])
 @no_type_check
-def _sampled_product_fwd_kernel(
+def _sddmm_fwd_kernel(
     x_ptr,
     W_ptr,
     rows_ptr,
@@ -66,7 +66,7 @@ def _sum_slices_kernel(slices_ptr, places_ptr, out_ptr, n, n_slices, BLOCK: tl.c
     tl.store(out_ptr + places, total, mask=inside)
 
 
-def sampled_product(
+def sddmm(
     x: Float[Tensor, "batch d_in"],
     W: Float[Tensor, "m d_in"],
     features: Int[Tensor, " nnz"],
@@ -83,7 +83,7 @@ def sampled_product(
     n_tiles = ceil_div(d_in, _COLUMNS)
     partials = torch.empty(n_tiles, nnz, dtype=torch.float32, device=x.device)
     launch(
-        _sampled_product_fwd_kernel,
+        _sddmm_fwd_kernel,
         (ceil_div(nnz, _PAIRS), n_tiles),
         packed(x),
         packed(W),
@@ -115,33 +115,3 @@ def sum_slices(slices: Float[Tensor, "n_slices n"], places: Int[Tensor, " n"] | 
         num_warps=_WARPS,
     )
     return out
-
-
-def production_specs() -> list[KernelSpec]:
-    """The compile report's entries. The product's bytes hold its partial sums' way back through `sum_slices` too.
-
-    The sort of the pairs, PyTorch's, is not in them: 12 bytes a pair and pass, 2 % of the product's.
-    """
-    batch, d_in, d_sae, k = PRODUCTION
-    nnz, n_tiles = batch * k, ceil_div(d_in, _COLUMNS)
-    x_bytes, W_bytes = 4 * batch * d_in, 4 * d_sae * d_in
-
-    def in_tiles(n: int) -> int:
-        """`x` once, `W` once; rows and features a tile; a partial sum written and read a tile; places and values."""
-        return x_bytes + W_bytes + n * 8 * nnz + (n * 8 * nnz if n > 1 else 0) + 12 * nnz
-
-    def hbm_bytes(cache: int) -> int:
-        refetched = 0 if x_bytes // n_tiles <= cache else 4 * nnz * d_in - x_bytes
-        return in_tiles(n_tiles) + refetched
-
-    def least_bytes(cache: int) -> int:
-        """The widest tiles of `x` that fit."""
-        return in_tiles(ceil_div(x_bytes, cache))
-
-    types, tile = "*fp32 *fp32 *i32 *i32 *fp32 i32 i32", {"PAIRS": _PAIRS, "COLUMNS": _COLUMNS}
-    args = (types, tile, _WARPS, in_tiles(1), hbm_bytes, least_bytes)
-    slices = ("*fp32 *i64 *fp32 i32 i32", {"BLOCK": _SUM_BLOCK}, _WARPS, (4 * n_tiles + 12) * nnz)
-    return [
-        kernel_spec("sampled_product", _sampled_product_fwd_kernel, *args),
-        kernel_spec("sum_slices", _sum_slices_kernel, *slices),
-    ]

@@ -1,4 +1,4 @@
-"""Reference of `sampled_product`: gather and multiply."""
+"""Reference of `sddmm`: gather and multiply."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
-def sampled_product(
+def sddmm(
     x: Float[Tensor, "batch d_in"],
     W: Float[Tensor, "d_sae d_in"],
     rows: Int[Tensor, " nnz"],

@@ -5,13 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from saelab.kernels.sparse_acts import SparseActs
-from saelab.kernels.torch_backend.bag_sum import bag_sum
+from saelab.kernels.torch_backend.spmm import spmm
 
 
-def weight_gradients(acts: SparseActs, values: Tensor, g: Tensor) -> Tensor:
+def spmm_transposed(acts: SparseActs, values: Tensor, g: Tensor) -> Tensor:
     """`out[f] = sum over entries j of feature f of values[j] * g[row of j]`."""
     order, rows, offsets = acts.by_feature
-    return bag_sum(values[order], rows, offsets, g)
+    return spmm(values[order], rows, offsets, g)
 
 
 def bias_gradient(acts: SparseActs, values: Tensor) -> Tensor:
@@ -19,4 +19,4 @@ def bias_gradient(acts: SparseActs, values: Tensor) -> Tensor:
     if values.device.type == "cpu":
         return values.new_zeros(acts.d_sae).index_add_(0, acts.features, values)  # one thread, one order
     order, _, offsets = acts.by_feature
-    return bag_sum(values[order], order.new_zeros(order.numel()), offsets, values.new_ones(1, 1)).squeeze(1)
+    return spmm(values[order], order.new_zeros(order.numel()), offsets, values.new_ones(1, 1)).squeeze(1)

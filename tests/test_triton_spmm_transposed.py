@@ -1,12 +1,12 @@
-"""The Triton `weight_gradients` and `bias_gradient` against dense products; interpreted where there is no GPU."""
+"""The Triton `spmm_transposed` and `bias_gradient` against dense products; interpreted where there is no GPU."""
 
 import pytest
 import torch
 
-from saelab.kernels.reference.weight_gradients import weight_gradients as reference
+from saelab.kernels.reference.spmm_transposed import spmm_transposed as reference
 from saelab.kernels.sparse_acts import SparseActs
-from saelab.kernels.triton_backend import weight_gradients as module
-from saelab.kernels.triton_backend.weight_gradients import CHUNK, bias_gradient, weight_gradients
+from saelab.kernels.triton_backend import spmm_transposed as module
+from saelab.kernels.triton_backend.spmm_transposed import CHUNK, bias_gradient, spmm_transposed
 
 SHAPES = [(1, 1, 1, 1.0), (6, 11, 5, 0.3), (0, 7, 3, 0.5), (4, 9, 6, 0.0), (40, 31, 24, 0.6), (5, 13, 300, 0.4)]
 
@@ -27,7 +27,7 @@ def around_the_chunks(device, d_in=5):
 
 def both(dense, g):
     acts = SparseActs.from_dense(dense)
-    return weight_gradients(acts, acts.values, g), bias_gradient(acts, acts.values)
+    return spmm_transposed(acts, acts.values, g), bias_gradient(acts, acts.values)
 
 
 def check(dense, g):
@@ -66,7 +66,7 @@ def test_other_values_on_the_same_pattern(device):
     acts = SparseActs.from_dense(dense)
     other = torch.arange(1.0, acts.nnz + 1, device=device)
     want = reference(acts.with_values(other).to_dense(), g)
-    torch.testing.assert_close(weight_gradients(acts, other, g), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(spmm_transposed(acts, other, g), want, rtol=1e-5, atol=1e-5)
 
 
 def test_a_gradient_of_any_strides(device):

@@ -1,4 +1,4 @@
-"""`weight_gradients` in Triton: `S.T @ g`, each feature's row one sum over its entries in a fixed order; no atomics.
+"""`spmm_transposed` in Triton: `S.T @ g`, each feature's row one sum over its entries in a fixed order; no atomics.
 
 Launch order: d_in is cut into tiles of 256 columns, the slowest grid axis, so that a tile of `g` (8 MB at batch 8192)
 stays in the cache while each entry gathers from it; the gradient, by far the larger, is written once and never read.
@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelab.kernels.sparse_acts import SparseActs, offsets_of
-from saelab.kernels.triton_backend.launch import PRODUCTION, KernelSpec, ceil_div, kernel_spec, launch, packed
+from saelab.kernels.triton_backend.launch import ceil_div, launch, packed
 
 CHUNK = 128
 """Entries that one program adds up, at most."""
@@ -43,7 +43,7 @@ def _gathered_sum(values_ptr, rows_ptr, g_ptr, first, last, columns, d_in, PAIRS
 
 @triton.jit(do_not_specialize=["n_features"])
 @no_type_check
-def _weight_gradients_kernel(
+def _spmm_transposed_kernel(
     values_ptr,
     rows_ptr,
     offsets_ptr,
@@ -106,7 +106,7 @@ def _bias_gradient_kernel(values_ptr, offsets_ptr, out_ptr, BLOCK: tl.constexpr)
     tl.store(out_ptr + feature, tl.sum(sums, axis=0))
 
 
-def weight_gradients(
+def spmm_transposed(
     acts: SparseActs, values: Float[Tensor, " nnz"], g: Float[Tensor, "batch d_in"]
 ) -> Float[Tensor, "d_sae d_in"]:
     """`out[f] = sum over entries j of feature f of values[j] * g[row of j]`, on the pattern of `acts`; fp32."""
@@ -117,7 +117,7 @@ def weight_gradients(
     out = torch.empty(m, d_in, dtype=torch.float32, device=g.device)
     partials = torch.empty(n_extra, d_in, dtype=torch.float32, device=g.device)
     launch(
-        _weight_gradients_kernel,
+        _spmm_transposed_kernel,
         (m + n_extra, n_tiles),
         packed(values[order]),
         packed(rows),
@@ -164,39 +164,3 @@ def bias_gradient(acts: SparseActs, values: Float[Tensor, " nnz"]) -> Float[Tens
         num_warps=1,
     )
     return out
-
-
-def production_specs() -> list[KernelSpec]:
-    """The compile report's entries, with as many extra chunks as there can be: one for each 128 entries."""
-    nnz, block = PRODUCTION.batch * PRODUCTION.k, {"BLOCK": _BIAS_BLOCK}
-    types = "*fp32 *i64 *i64 *i64 *i64 *fp32 *fp32 *fp32 i32 i32"
-    tile, bias_bytes = {"PAIRS": _PAIRS, "COLUMNS": _COLUMNS}, 4 * nnz + 12 * PRODUCTION.d_sae
-    args = (types, {"CHUNK": CHUNK} | tile, _WARPS, _least_bytes(1 << 62), _hbm_bytes, _least_bytes)
-    add = ("*i64 *i64 *fp32 *fp32 i32 i32", {"COLUMNS": _COLUMNS}, _WARPS, _adding_bytes())
-    return [
-        kernel_spec("weight_gradients", _weight_gradients_kernel, *args),
-        kernel_spec("add_extra_chunks", _add_extra_chunks_kernel, *add),
-        kernel_spec("bias_gradient", _bias_gradient_kernel, "*fp32 *i64 *fp32", block, 1, bias_bytes),
-    ]
-
-
-def _least_bytes(cache: int) -> int:
-    """`g` and the result once, and the codes once for each tile of `g`, the widest that fit."""
-    batch, d_in, d_sae, k = PRODUCTION
-    g_bytes, codes = 4 * batch * d_in, 12 * batch * k + 8 * (d_sae + 1)  # codes: values, rows, offsets
-    return g_bytes + 4 * d_sae * d_in + ceil_div(g_bytes, cache) * codes
-
-
-def _hbm_bytes(cache: int) -> int:
-    """The least for tiles of 256 columns, and the extra chunks: listed, written, added."""
-    batch, d_in, _, k = PRODUCTION
-    g_bytes, g_tile, n_extra = 4 * batch * d_in, 4 * batch * _COLUMNS, batch * k // CHUNK
-    refetched = 0 if g_tile <= cache else 4 * batch * k * d_in - g_bytes
-    extra = n_extra * (4 * d_in + 16 * ceil_div(d_in, _COLUMNS)) + _adding_bytes()
-    return _least_bytes(g_tile) + extra + refetched
-
-
-def _adding_bytes() -> int:
-    """The extra chunks' lists in each tile; their partial rows read; their features' rows read and written."""
-    batch, d_in, _, k = PRODUCTION
-    return batch * k // CHUNK * (16 * ceil_div(d_in, _COLUMNS) + 3 * 4 * d_in)

@@ -13,7 +13,7 @@ _MANY = 4096
 _CACHE_BYTES = 1 << 21
 
 
-def sampled_product(x: Tensor, W: Tensor, features: Tensor, offsets: Tensor) -> Tensor:
+def sddmm(x: Tensor, W: Tensor, features: Tensor, offsets: Tensor) -> Tensor:
     """`values[j] = <x[row of j], W[features[j]]>`.
 
     Many pairs of a `W` larger than `x` are walked by feature: the rows gathered are then those of the smaller matrix. It
