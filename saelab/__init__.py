@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from saelab.activation_cache.harvest import harvest
     from saelab.evaluation import evaluate
     from saelab.features import collect_features, load_features
-    from saelab.interop import load_sae
+    from saelab.interop import load_sae, save_sae
     from saelab.models import load_model
     from saelab.saes import VARIANTS
     from saelab.tokens import load_texts
@@ -30,6 +30,7 @@ __all__ = [
     "load_sae",
     "load_texts",
     "saes",
+    "save_sae",
     "steering",
     "train",
 ]
@@ -46,6 +47,7 @@ _HOMES = {
     "load_sae": "saelab.interop",
     "load_texts": "saelab.tokens",
     "saes": None,
+    "save_sae": "saelab.interop",
     "steering": None,
     "train": "saelab.training",
 }

@@ -27,7 +27,7 @@ GOLDEN_ROWS = 64
 _TINY_CODE = 1e-3
 
 
-def save_sae(sae: SAE, folder: str | Path, golden_inputs: Float[Tensor, "n *sources d_in"] | None = None) -> Path:
+def save_sae(sae: SAE, folder: str | Path, *, golden_inputs: Float[Tensor, "n *sources d_in"] | None = None) -> Path:
     """Write an SAE. `golden_inputs` are raw activations (at least one row) from which the golden ones are taken.
 
     Without them random inputs around the SAE's centre serve. `sae.json` is written last: a folder with it is whole.

@@ -184,7 +184,7 @@ def test_weights_lie_one_feature_after_the_other_and_stay_so():
 
 def test_saved_and_loaded(tmp_path):
     sae, x = build(hook_names=("a", "b", "c")), rows(300)
-    save_sae(sae, tmp_path / "given", x)
+    save_sae(sae, tmp_path / "given", golden_inputs=x)
     save_sae(sae, tmp_path / "made")
     for name in ("given", "made"):
         back = load_sae(tmp_path / name)

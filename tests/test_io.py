@@ -31,7 +31,7 @@ def build(name="topk"):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_round_trip_is_bit_equal(tmp_path, name):
     sae, x = build(name)
-    save_sae(sae, tmp_path / "sae", x)
+    save_sae(sae, tmp_path / "sae", golden_inputs=x)
     back = load_sae(tmp_path / "sae")
     assert back.hash == sae.hash and back.config == sae.config and type(back) is type(sae)
     assert back.origin == sae.origin and back.trained == sae.trained
@@ -155,3 +155,14 @@ def test_emptied_training_documents_are_refused(tmp_path):
     save_file(golden | {"train_documents": golden["train_documents"][:0]}, tmp_path / "golden.safetensors")
     with pytest.raises(SaelabError, match=r"golden\.safetensors was altered: hash"):
         load_sae(tmp_path)
+
+
+def test_the_public_call_writes_what_load_sae_reads_and_names_the_formats(tmp_path):
+    import saelab
+
+    sae, x = build()
+    assert saelab.save_sae(sae, tmp_path / "sae", golden_inputs=x) == tmp_path / "sae"
+    assert saelab.load_sae(tmp_path / "sae").hash == sae.hash
+    with pytest.raises(ValueError, match="format='pickle' is unknown; saelab writes 'saelab'"):
+        saelab.save_sae(sae, tmp_path / "other", format="pickle")
+    assert not (tmp_path / "other").exists()

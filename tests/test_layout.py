@@ -52,6 +52,7 @@ PUBLIC = {
     "load_model",
     "load_texts",
     "load_sae",
+    "save_sae",
     "load_features",
     "harvest",
     "train",

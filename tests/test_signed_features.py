@@ -58,7 +58,7 @@ def world(tiny_lm, tmp_path_factory):
             edge = {0: ordered[0] - 0.3, len(ordered): ordered[-1] + 0.3}.get(below)
             sae.b_enc[i] = -(ordered[below - 1 : below + 1].mean() if edge is None else edge)
     folder = tmp_path_factory.mktemp("signed")
-    save_sae(sae, folder / "sae", rows)
+    save_sae(sae, folder / "sae", golden_inputs=rows)
     sae = saelab.load_sae(folder / "sae")
     store = saelab.collect_features(sae, tiny_lm, DOCUMENTS, out_dir=folder / "features", ctx_len=32, progress=False)
     dense, docs = [], []

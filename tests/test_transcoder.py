@@ -176,7 +176,7 @@ def test_a_dead_decoder_row_grows_from_zero():
 def test_saved_and_loaded(tmp_path, name):
     sae, x = build(name, hook_name_out="b"), pairs(300).x
     sae.origin = {"hook_name": "a", "hook_name_out": "b"}
-    save_sae(sae, tmp_path, x)
+    save_sae(sae, tmp_path, golden_inputs=x)
     back = load_sae(tmp_path)
     assert back.hash == sae.hash and back.shape == {"d_out": D_OUT} and back.config == sae.config
     assert torch.equal(back(x).x_hat, sae(x).x_hat) and back(x).x_hat.shape == (300, D_OUT)

@@ -1,5 +1,36 @@
-"""Reading SAEs: saelab's own folders; a foreign format gets a file of its own here when it is built."""
+"""Reading and writing SAEs: saelab's own folders; a foreign format gets a file of its own here when it is built."""
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from saelab import io
 from saelab.io import load_sae
 
-__all__ = ["load_sae"]
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from saelab.saes import SAE
+
+__all__ = ["load_sae", "save_sae"]
+_WRITERS = {"saelab": io.save_sae}
+
+
+def save_sae(
+    sae: SAE,
+    folder: str | Path,
+    *,
+    format: str = "saelab",
+    golden_inputs: Float[Tensor, "n *sources d_in"] | None = None,
+) -> Path:
+    """Write an SAE into `folder`, which `load_sae` reads and every command takes; gives the folder.
+
+    `golden_inputs` are raw activations (at least one row, in the units that the SAE was trained on): 64 of them are kept with
+    their feature activations, which loading computes again. Without them random inputs around the SAE's centre serve.
+    Raises `ValueError` for an unknown format.
+    """
+    if format not in _WRITERS:
+        raise ValueError(f"format={format!r} is unknown; saelab writes {', '.join(map(repr, _WRITERS))}.")
+    return _WRITERS[format](sae, folder, golden_inputs=golden_inputs)
