@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ from saelab.models.language_model import LanguageModel
 from saelab.models.multi_model import names_and_hashes
 from saelab.tokens import Texts, TokenBatch, document_id
 from saelab.tokens.packing import contexts
+
+_LOG = logging.getLogger("saelab")
 
 
 class Reading:
@@ -123,7 +126,7 @@ def finish(
             f"the mask leaves nothing of the {totals.n_tokens} tokens of {texts.name} ({reasons}): give more text."
         )
     if totals.n_tokens < config["n_tokens"]:
-        print(f"The texts hold only {totals.n_tokens:,} of the {config['n_tokens']:,} tokens asked for: took all.")
+        _LOG.info(f"The texts hold only {totals.n_tokens:,} of the {config['n_tokens']:,} tokens asked for: took all.")
     assert limits.mask is not None
     assert limits.mask.max_norm is not None
     manifest = {

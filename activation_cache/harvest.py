@@ -5,6 +5,7 @@ What is asked for is checked here, and becomes the config of the cache; `model_p
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
@@ -31,6 +32,8 @@ from saelab.tokens.documents import token_ids
 from saelab.tokens.packing import ALONE
 from saelab.tokens.tokenizing import Bos, resolved_bos
 from saelab.validation import check_integer
+
+_LOG = logging.getLogger("saelab")
 
 
 def harvest(
@@ -107,13 +110,13 @@ def _harvest_into(
         harvest_blocks(folder, reading, limits, progress)
     cache = ActivationCache(folder)
     masked = ", ".join(f"{n:,} {reason}" for reason, n in cache.manifest["masked"].items())
-    print(f"{cache.n_rows:,} rows in {folder} ({cache.manifest['n_tokens']:,} tokens; masked: {masked}).")
+    _LOG.info(f"{cache.n_rows:,} rows in {folder} ({cache.manifest['n_tokens']:,} tokens; masked: {masked}).")
     return cache
 
 
 def _announce(folder: Path, texts: Texts, config: dict[str, Any], max_bytes: int | None) -> None:
     """Say what is harvested and what it takes. Raises `CacheError` when it does not fit."""
-    print(f"Harvesting {texts.describe(config['split'])}.")
+    _LOG.info(f"Harvesting {texts.describe(config['split'])}.")
     warn_if_none_held_out(texts, config["split"], 4)
     n_sequences = math.ceil(config["n_tokens"] / config["ctx_len"])
     sizes = config["ctx_len"], config["hooks"], config["shard_rows"], config["dtype"]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -27,6 +28,8 @@ from saelab.activation_cache.codec import row_bytes
 from saelab.errors import CacheError
 from saelab.files import read_json, sha256_file
 from saelab.tokens.packing import PACKED
+
+_LOG = logging.getLogger("saelab")
 
 FORMAT_VERSION = 3  # 1 knew bfloat16 alone, 2 no modes: caches that have none are written as ever (`storage.identity`)
 MANIFEST = "manifest.json"
@@ -135,7 +138,7 @@ def check_space(folder: Path, needed: int, max_bytes: int | None) -> None:
         with suppress(FileNotFoundError):  # another process has given it its name
             have += path.stat().st_size if path.is_file() else 0
     free = shutil.disk_usage(folder).free
-    print(f"The cache in {folder} will take up to {human_bytes(needed)} (free there: {human_bytes(free)}).")
+    _LOG.info(f"The cache in {folder} will take up to {human_bytes(needed)} (free there: {human_bytes(free)}).")
     if max_bytes is not None and needed > max_bytes:
         raise CacheError(
             f"the cache would take up to {human_bytes(needed)}, more than max_bytes={max_bytes} "

@@ -9,6 +9,7 @@ its place, and the row drawn before it stands in for it.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -32,6 +33,8 @@ from saelab.tokens import Texts, TokenBatch, document_id, load_texts, pack
 from saelab.tokens.documents import Document
 from saelab.tokens.mask import NORM_RULE_ROWS, Mask, NormRule
 from saelab.tokens.tokenizing import Bos, resolved_bos
+
+_LOG = logging.getLogger("saelab")
 
 _DROPPED = -1  # in place of the token of a row that the norm rule drops
 _STORAGE = Storage("bfloat16")
@@ -61,7 +64,7 @@ def stream(
     sizes = {"ctx_len": ctx_len, "batch_size": batch_size, "shard_rows": shard_rows, "pool_shards": pool_shards}
     check_arguments(lm, hooks, split, sizes)
     texts = load_texts(texts)
-    print(f"Streaming {texts.describe(split)} through {lm.name}.")
+    _LOG.info(f"Streaming {texts.describe(split)} through {lm.name}.")
     warn_if_none_held_out(texts, split, 2)
     config = of_rows(lm, texts, hooks) | identity(_STORAGE.name) | sizes
     del config["logits_probe"]  # of this machine to the last digit, and a stream's config is compared by its hash

@@ -180,6 +180,15 @@ def cpu_alone(request, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
+@pytest.fixture(autouse=True)
+def messages():
+    """What the library logs is shown as the command line shows it, for `capsys` to read."""
+    from saelab.cli.messages import shown
+
+    with shown():
+        yield
+
+
 @pytest.fixture
 def poisoned_empty(monkeypatch):
     """Uninitialised memory is NaN, or the largest integer: an element that nobody wrote shows, and so does its use."""

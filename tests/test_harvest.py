@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import re
 import resource
 import shutil
@@ -15,6 +16,7 @@ import saelab
 from saelab.activation_cache import harvest as harvest_module
 from saelab.activation_cache import layout
 from saelab.activation_cache.reader import ActivationCache
+from saelab.cli.messages import shown
 from saelab.errors import CacheError, SaelabError
 from saelab.models.language_model import LanguageModel
 from saelab.tokens import document_id, is_held_out
@@ -533,3 +535,13 @@ def test_a_lone_surrogate_does_not_stop_a_harvest(tiny_lm, tmp_path):
     texts = [f"a lone \ud800 surrogate {i}" for i in range(30)]
     cache = saelab.harvest(tiny_lm, texts, HOOKS[:1], 200, tmp_path, ctx_len=16, split="all", progress=False)
     assert cache.n_rows > 0
+
+
+def test_messages_are_logged_and_shown_only_where_asked(lm, tmp_path, capsys, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("saelab"), "handlers", [])
+    with caplog.at_level(logging.INFO, "saelab"):
+        harvest(lm, tmp_path / "c")
+    assert capsys.readouterr().out == "" and any("rows in" in record.getMessage() for record in caplog.records)
+    with shown():
+        harvest(lm, tmp_path / "c")
+    assert "rows in" in capsys.readouterr().out

@@ -197,6 +197,16 @@ def test_production_imports_no_bench(name: str):
         assert "bench" not in SOURCES[name].read_text(encoding="utf-8"), f"{name} mentions a bench"
 
 
+PRINTING = r"(saelab/(cli|benchmarks)/.*|(kernels|activation_cache)/bench/.*|app/serve\.py)"
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if not re.fullmatch(PRINTING, name)])
+def test_the_library_logs_and_does_not_print(name: str):
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id != "print", f"{name}:{node.lineno} prints: use logging.getLogger('saelab')"
+
+
 def test_storage_knows_no_model():
     for name in ("layout", "shuffle_buffer", "codec", "prefetch", "writer", "reader"):
         for line, module in imported_modules(TREES.get(f"activation_cache/{name}.py", ast.Module([], []))):

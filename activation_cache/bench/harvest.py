@@ -7,9 +7,7 @@ the two take turns.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
 import statistics
 import tempfile
 import time
@@ -52,7 +50,7 @@ def seconds_bare(model: nn.Module, batches: list[Tensor], device: Any) -> float:
 
 def seconds_harvest(lm: LanguageModel, texts: Any, hook_name: str, n_tokens: int, sizes: dict[str, Any]) -> float:
     """Time of one harvest into a folder that is thrown away."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+    with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         harvest(lm, texts, [hook_name], n_tokens, Path(folder) / "cache", progress=False, **sizes)
         return time.perf_counter() - start

@@ -6,7 +6,6 @@ RUN is a folder with cache/, sae/ (or several sae-NAME/), features/ and report.j
 from __future__ import annotations
 
 import contextlib
-import io
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from tyro.conf import Positional, arg
 from saelab.cli.bench_commands import bench, sweep
 from saelab.cli.cache_commands import cache
 from saelab.cli.demo import demo
+from saelab.cli.messages import on_stderr
 
 if TYPE_CHECKING:
     from saelab.models import LanguageModel
@@ -71,10 +71,10 @@ def harvest(
     options |= {"prepend_bos": prepend_bos, "max_bytes": max_bytes, "storage": storage, "shuffle": shuffle}
     options |= {"chat": chat, "block_contexts": block_contexts, "progress": is_first()}
     options |= {"hook_names": list(hook_name), "n_tokens": n_tokens, "out_dir": run / "cache"}
-    with contextlib.redirect_stdout(sys.stdout if options["progress"] else io.StringIO()):
-        template = _load_model(model, dtype) if chat else None
-        corpus = saelab.load_texts(texts, column=column, chat=template)  # before the model, which takes longer to load
-        cache = saelab.harvest(template or _load_model(model, dtype), corpus, **options)
+    template = _load_model(model, dtype) if chat else None
+    corpus = saelab.load_texts(texts, column=column, chat=template)  # before the model, which takes longer to load
+    cache = saelab.harvest(template or _load_model(model, dtype), corpus, **options)
+    if options["progress"]:
         print(f"{cache.n_rows:,} activations of {', '.join(cache.hook_names)} are in {run / 'cache'}")
         print(f"Next: saelab train {run} --d-sae 4096 --k 32 --n-tokens 2_000_000")
 
@@ -153,11 +153,12 @@ def evaluate(
     corpus = saelab.load_texts(texts, column=column) if texts else None
     options: dict[str, Any] = {"split": split, "allow_train": allow_train, "n_tokens": n_tokens}
     for found in runs:
-        with contextlib.redirect_stdout(sys.stderr if json else sys.stdout):
+        with on_stderr() if json else contextlib.nullcontext():
             sae, lm = _with_model(found.sae_dir, model, dtype)
             report = saelab.evaluate(sae, lm, corpus, path=found.report_path, **options)
-            print(report)
-            print(f"The report is in {found.report_path}")
+        aside = sys.stderr if json else sys.stdout
+        print(report, file=aside)
+        print(f"The report is in {found.report_path}", file=aside)
         if json:
             print(report.to_json())
 

@@ -11,7 +11,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from traceback import walk_tb
 from typing import Annotated, Any, Literal
@@ -20,6 +20,7 @@ import tyro
 from tyro.conf import OmitArgPrefixes, arg
 
 from saelab.cli.commands import COMMANDS, Reading, Run, check_has_cache, train
+from saelab.cli.messages import shown
 from saelab.errors import SaelabError
 
 
@@ -90,7 +91,7 @@ def main(args: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if args is None else args)
     debug, rank = bool(os.environ.get("SAELAB_DEBUG")), int(os.environ.get("RANK", "0"))  # of torchrun
     try:
-        with warnings.catch_warnings(), _sigterm_as_ctrl_c():
+        with warnings.catch_warnings(), _sigterm_as_ctrl_c(), nullcontext() if rank else shown():
             if not debug:
                 warnings.showwarning = _show_warning if not rank else _silent
             return _run(args)

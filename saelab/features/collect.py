@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import warnings
@@ -29,6 +30,8 @@ from saelab.models.hooks import writes_to_residual
 from saelab.models.multi_model import locate, together
 from saelab.saes import SAE
 from saelab.tokens import Texts, load_texts
+
+_LOG = logging.getLogger("saelab")
 
 TOP_LOGITS = 15
 
@@ -118,7 +121,7 @@ def _refuse_other_request(out_dir: Path, request: dict[str, Any]) -> None:
 
 @torch.inference_mode()
 def _run(sae: SAE, stream: ScoreStream, top_k: int, progress: bool) -> SignedAccumulator:
-    print(f"Collecting features on {stream.texts.describe(stream.split)}")
+    _LOG.info(f"Collecting features on {stream.texts.describe(stream.split)}")
     ctx_len = stream.batches[0].ids.shape[1]
     state = SignedAccumulator(sae.d_sae, ctx_len, top_k)
     total = sum(int((batch.doc >= 0).sum()) for batch in stream.batches)

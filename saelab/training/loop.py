@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -24,6 +25,8 @@ from saelab.training.kept_out import calibration_rows
 from saelab.training.memory import check_memory, free_bytes, plan_memory
 from saelab.training.rules import rules_of
 from saelab.training.sae_run import Run, device_of, variant_of
+
+_LOG = logging.getLogger("saelab")
 
 
 @overload
@@ -109,7 +112,7 @@ def _check_memory(each: list[tuple[Any, TrainConfig, Path | None]], source: Data
     plans = [plan_memory(kind := variant_of(one), one, source.view(kind, one), train, device) for one, train in left]
     said = check_memory([*plans, {"cpu": {"reading": source.held_bytes}}], free_bytes(device))
     if progress:
-        print(said)
+        _LOG.info(said)
 
 
 _COMMON = ("n_tokens", "batch_size", "seed", "feature_shards")
