@@ -29,9 +29,10 @@ def plan_of(config, d_in=64, device=CPU, train=BATCH, **shape) -> Plan:
 
 
 MEASURE = """
-import sys, torch, saelab
+import logging, sys, torch, saelab
 from pathlib import Path
 torch.set_num_threads(1)
+logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 
 def measured(d_sae, batch):
     config = saelab.TrainConfig(n_tokens=2 * batch, batch_size=batch, checkpoint_every=1)
