@@ -50,10 +50,11 @@ def of_scoring(sae: SAE, lm: LanguageModel, texts: Texts) -> dict[str, Any]:
     if origin["prepend_bos"] is None:  # the first version read no BOS then, and noted nothing
         origin["prepend_bos"] = resolved_bos(lm, None) or None
     origin |= {key: sae.origin[key] for key in ("hook_names", "hook_name_out", "packing") if key in sae.origin}
-    read_by = {key: value for key, value in of_model(lm).items() if key not in ("model_hash", "model_dtype")}
+    read_by = of_model(lm)
+    model_hash, _ = read_by.pop("model_hash"), read_by.pop("model_dtype")
     return {
         "sae": {"hash": sae.hash, **origin},
-        "model": {"hash": lm.hash, "dtype": str(lm.dtype), **read_by},
+        "model": {"hash": model_hash, "dtype": str(lm.dtype), **read_by},
         "texts": {"fingerprint": texts.fingerprint(), "own": texts.spec == sae.origin.get("texts")},
         "mask_rule": MASK_RULE,
     }

@@ -80,7 +80,7 @@ class End(Steerable):
 
     @property
     def handle(self) -> Any:
-        from saelab.steering import FeatureHandle
+        from saelab.edits.feature_edit import FeatureHandle
 
         units = {"p99": self.p99, "max": self.max, "mean": self.mean}
         return FeatureHandle(self.store.sae, self.feature, self.store.hook_name, units=units, end=self.sign)

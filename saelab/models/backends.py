@@ -56,22 +56,18 @@ class Backend:
             _ = self.honours_padding
 
     def probe(self) -> list[float]:
-        """Logits of 16 tokens behind 16 others, in units of the largest of all."""
+        """16 of the logits behind 16 tokens, in units of the largest of all."""
         ids = self._some_ids(min(16, self.max_ctx))
         last = self.forward(ids, None, False)[0][0, -1].float()
-        chosen = last[torch.linspace(0, len(last) - 1, 16, device=last.device).long()] / last.abs().max().clamp_min(
-            1e-30
-        )
-        return [round(float(value), 6) for value in chosen]
+        chosen = last[torch.linspace(0, len(last) - 1, 16, device=last.device).long()]
+        return [round(float(value), 6) for value in chosen / last.abs().max().clamp_min(1e-30)]
 
     def _told(self, positions: Int[Tensor, "batch seq"] | None, past: int = 0) -> dict[str, Tensor]:
         """Arguments for these positions. Raises `ModelError` where the model does not keep to them."""
         if positions is None or is_plain(positions):
             return {}
         refuse_unless(self.honours_padding, self.model, positions)
-        device = next(
-            self.model.parameters()
-        ).device  # a harvest leaves them on the CPU, where looking waits for no GPU
+        device = next(self.model.parameters()).device  # a harvest leaves positions on the CPU
         return {name: told.to(device) for name, told in arguments(self.model, positions, past).items()}
 
     def logits(

@@ -233,8 +233,9 @@ class LanguageModel(Generates):
         Arguments are those of `to_batch`. Raises `ModelError` for logits of a token that are no numbers, and for padding in
         front of tokens where the model cannot pass it over.
         """
-        ids, positions = (x.to(self.device) for x in self.to_batch(text_or_ids, positions, attention_mask))
-        self.backend.prepare(positions)
+        batch = self.to_batch(text_or_ids, positions, attention_mask)
+        self.backend.prepare(batch.positions)
+        ids, positions = (x.to(self.device) for x in batch)
         with self._running(), tapped(self.backend.sites, self.edits, positions):
             logits = self.backend.logits(ids, positions)
             self._check_finite(logits.amax(-1)[positions >= 0], "")
