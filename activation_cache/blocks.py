@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from saelab.activation_cache import layout
-from saelab.activation_cache.calibration import Limits
+from saelab.activation_cache.calibration import Calibration
 from saelab.activation_cache.forward_pass import Reading, finish, read_model, run_pass
 from saelab.activation_cache.journal import BusyError, Journal
 from saelab.activation_cache.writer import CacheWriter
@@ -21,38 +21,38 @@ from saelab.errors import CacheError
 from saelab.tokens import TokenBatch
 
 
-def decide_limits(reading: Reading, limits: Limits) -> None:
+def calibrate(reading: Reading, calibration: Calibration) -> None:
     """Decide what holds for all blocks, from the first rows; whoever does it holds the cache's journal."""
-    if limits.mask is None:
+    if calibration.mask is None:
         for read in read_model(reading.lm, reading.config, reading.batches()):
-            limits.admit(read)
-            if limits.mask is not None:
+            calibration.add(read)
+            if calibration.mask is not None:
                 return
-        limits.decide()
+        calibration.finish()
 
 
-def harvest_blocks(folder: Path, reading: Reading, limits: Limits, progress: bool) -> None:
+def harvest_blocks(folder: Path, reading: Reading, calibration: Calibration, progress: bool) -> None:
     """Harvest the blocks that nobody else has, then those that others left behind, and finish the cache.
 
     Returns when the cache is finished, by this process or another.
     """
     for block, batches in _blocks(reading, progress):
-        _harvest_block(folder, reading, limits, block, lambda batches=batches: batches, wait=False)
-    n_blocks = -(-reading.totals.n_sequences // reading.config["block_contexts"])
+        _harvest_block(folder, reading, calibration, block, lambda batches=batches: batches, wait=False)
+    n_blocks = -(-reading.totals.n_contexts // reading.config["block_contexts"])
     for block in range(n_blocks):
-        _harvest_block(folder, reading, limits, block, lambda block=block: _block(reading, block), wait=True)
+        _harvest_block(folder, reading, calibration, block, lambda block=block: _block(reading, block), wait=True)
     with closing(Journal(folder, wait=True)) as journal:
         if (folder / layout.MANIFEST).exists():
             return
         blocks = [_entries(folder, block, n_blocks) for block in range(n_blocks)]
         ends = [entries[-1]["counts"] for entries in blocks]
         counts = {reason: sum(end[reason] for end in ends) for reason in (ends[0] if ends else ())}
-        finish(folder, reading, limits, journal.of_kind("start")[0], sum(blocks, []), counts)
+        finish(folder, reading, calibration, journal.of_kind("start")[0], sum(blocks, []), counts)
 
 
 def _blocks(reading: Reading, progress: bool = False) -> Iterator[tuple[int, Iterator[TokenBatch]]]:
     """Each block and its contexts; what is not taken of one is read over."""
-    return groupby(reading.batches(progress), lambda batch: batch.first_sequence // reading.config["block_contexts"])
+    return groupby(reading.batches(progress), lambda batch: batch.first_context // reading.config["block_contexts"])
 
 
 def _block(reading: Reading, block: int) -> Iterator[TokenBatch]:
@@ -64,7 +64,7 @@ def _block(reading: Reading, block: int) -> Iterator[TokenBatch]:
 def _harvest_block(
     folder: Path,
     reading: Reading,
-    limits: Limits,
+    calibration: Calibration,
     block: int,
     batches: Callable[[], Iterable[TokenBatch]],
     wait: bool,
@@ -80,7 +80,7 @@ def _harvest_block(
             for leftover in (*folder.glob(f"shards/{name}-*/.*.tmp-*"), *folder.glob(f"tokens/.{name}-*.tmp-*")):
                 leftover.unlink()
             writer = CacheWriter(folder, journal, reading.config, block)
-            run_pass(reading.lm, batches(), limits, writer)
+            run_pass(reading.lm, batches(), calibration, writer)
             journal.append({"kind": "end", "counts": writer.counts})
 
 

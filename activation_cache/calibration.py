@@ -19,13 +19,13 @@ class Read(NamedTuple):
     """One forward pass."""
 
     batch: TokenBatch
-    acts: dict[str, Tensor]
+    activations: dict[str, Tensor]
     """(n, ctx, d_in) of each hook."""
     norms: dict[str, Tensor]
     """(n, ctx) of each hook."""
 
 
-class Limits:
+class Calibration:
     """Decided once and noted in the cache's journal: the same after a restart, and for every process.
 
     Until the norm rule has its rows, the first batches wait in memory; no forward pass is done twice.
@@ -45,22 +45,22 @@ class Limits:
         for entry in journal.of_kind("storage"):
             self.storage = Storage(config["dtype"], entry["outliers"])
 
-    def admit(self, read: Read) -> list[Read]:
+    def add(self, read: Read) -> list[Read]:
         """The batches whose rows can be kept from now on: none while the rule wants more rows, then all that waited."""
         if self.mask is not None:
             return [read]
         self._waiting.append(read)
         self._rule.add(read.batch, read.norms)
-        return self.decide() if self._rule.ready else []
+        return self.finish() if self._rule.ready else []
 
-    def decide(self) -> list[Read]:
+    def finish(self) -> list[Read]:
         """Decide on the rows there are, where that is not done; the batches that waited for it."""
         if self.mask is None:
-            self.medians, limits = self._rule.medians(), self._rule.limits()
-            self.mask = Mask(self._special_ids, limits)
+            self.medians, max_norms = self._rule.medians(), self._rule.max_norms()
+            self.mask = Mask(self._special_ids, max_norms)
             if self.storage.name == "int8":
                 self._choose_outliers(self._waiting, self.mask)
-            entry = {"kind": "mask", "median_norm": self.medians, "max_norm": limits, "rows": self._rule.n_rows}
+            entry = {"kind": "mask", "median_norm": self.medians, "max_norm": max_norms, "rows": self._rule.n_rows}
             self._journal.append(entry)
         ready, self._waiting = self._waiting, []
         return ready
@@ -70,7 +70,7 @@ class Limits:
         keeps = [mask.apply_norms(read.batch, read.norms)[0] for read in waiting]
         outliers: dict[str, list[int]] = {}
         for hook in self._hooks if waiting else ():
-            x = torch.cat([kept_rows(read.acts[hook], keep) for read, keep in zip(waiting, keeps, strict=True)])
+            x = torch.cat([kept_rows(read.activations[hook], keep) for read, keep in zip(waiting, keeps, strict=True)])
             outliers[hook] = find_outliers(x)
             Storage("int8", outliers).check_error(hook, x)
         self.storage = Storage("int8", outliers)

@@ -39,13 +39,13 @@ def warn_if_none_held_out(texts: Texts, split: str, stacklevel: int) -> None:
         )
 
 
-def finite_norms(batch: TokenBatch, acts: Mapping[str, Tensor], batch_size: int, kept: str) -> dict[str, Tensor]:
+def finite_norms(batch: TokenBatch, activations: Mapping[str, Tensor], batch_size: int, kept: str) -> dict[str, Tensor]:
     """`row_norms` of a batch. Raises `CacheError`, with what is `kept`, where a token's row is NaN or infinite."""
-    norms = row_norms(acts)
+    norms = row_norms(activations)
     for hook, norm in norms.items():
         bad = (~norm.isfinite()).cpu() & (batch.doc >= 0)
         if bad.any():
-            first, last = batch.first_sequence, batch.first_sequence + len(batch.ids) - 1
+            first, last = batch.first_context, batch.first_context + len(batch.ids) - 1
             raise CacheError(
                 f"batch {first // batch_size} (contexts {first} to {last}): {int(bad.sum())} of "
                 f"{bad.numel()} rows at {hook} are NaN or infinite. Load the model in another dtype "

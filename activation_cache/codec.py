@@ -79,15 +79,15 @@ class Storage:
         x = x.cpu()  # before any sum: on an accelerator its last bits may depend on how many rows there are
         if self.name == "float16":
             _check_float16(hook, x)
-            parts = {"acts": x.to(torch.float16)}
+            tensors = {"acts": x.to(torch.float16)}
         else:
-            parts = _encode_int8(x.float(), torch.tensor(self.outliers.get(hook, ()), dtype=torch.int64))
-        stored = decode(self.tensors(hook, parts))
-        return {**parts, "error": (x.float() - stored.float()).square().sum(1)}
+            tensors = _encode_int8(x.float(), torch.tensor(self.outliers.get(hook, ()), dtype=torch.int64))
+        stored = decode(self.tensors(hook, tensors))
+        return {**tensors, "error": (x.float() - stored.float()).square().sum(1)}
 
-    def tensors(self, hook: str, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def tensors(self, hook: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What a shard's file holds of these rows, beside sums: enough for `decode`, without `error`."""
-        kept = {name: x for name, x in parts.items() if name != "error"}
+        kept = {name: x for name, x in tensors.items() if name != "error"}
         if self.name == "int8":
             kept["outlier_dims"] = torch.tensor(self.outliers.get(hook, ()), dtype=torch.int32)
         return kept

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from saelab.activation_cache import layout
-from saelab.activation_cache.calibration import Limits, Read
+from saelab.activation_cache.calibration import Calibration, Read
 from saelab.activation_cache.checks import finite_norms
 from saelab.activation_cache.journal import rows_on_disk
 from saelab.activation_cache.manifest import Totals, contents
@@ -64,31 +64,31 @@ def read_model(lm: LanguageModel, config: Mapping[str, Any], batches: Iterable[T
             sent.append(batch)
             yield batch.ids
 
-    for acts in lm.stream_activations(ids(), list(config["hooks"])):
+    for activations in lm.stream_activations(ids(), list(config["hooks"])):
         batch = sent.popleft()
-        norms = finite_norms(batch, acts, config["batch_size"], "What is on disk is intact.")
-        yield Read(batch, acts, norms)
+        norms = finite_norms(batch, activations, config["batch_size"], "What is on disk is intact.")
+        yield Read(batch, activations, norms)
 
 
-def run_pass(lm: LanguageModel, batches: Iterable[TokenBatch], limits: Limits, writer: CacheWriter) -> None:
+def run_pass(lm: LanguageModel, batches: Iterable[TokenBatch], calibration: Calibration, writer: CacheWriter) -> None:
     """Take batches, from the writer's first on, through the model, and leave on disk what the mask keeps."""
 
     def needed() -> Iterator[TokenBatch]:
         for batch in batches:
             writer.add_tokens(batch)
-            if batch.first_sequence >= writer.start:
+            if batch.first_context >= writer.start:
                 yield batch
 
     def keep(ready: Iterable[Read]) -> None:
-        writer.storage = limits.storage
+        writer.storage = calibration.storage
         for read in ready:
-            assert limits.mask is not None
-            writer.add(read.batch, read.acts, *limits.mask.apply_norms(read.batch, read.norms))
+            assert calibration.mask is not None
+            writer.add(read.batch, read.activations, *calibration.mask.apply_norms(read.batch, read.norms))
 
     try:
         for read in read_model(lm, writer.config, needed()):
-            keep(limits.admit(read))
-        keep(limits.decide())
+            keep(calibration.add(read))
+        keep(calibration.finish())
         writer.flush()
     except KeyboardInterrupt:
         writer.close()
@@ -101,14 +101,14 @@ def _kept(writer: CacheWriter) -> str:
     """What a repeated call need not do again, for the message of Ctrl-C."""
     if rows := rows_on_disk(writer.folder):
         return f"{rows:,} activations are in {writer.folder}"
-    pool, asked = writer.pool_rows, writer.config["n_tokens"]
-    return f"No activation is on disk yet (the first {min(pool, asked):,} wait in memory): this harvest begins anew"
+    buffer, asked = writer.buffer_rows, writer.config["n_tokens"]
+    return f"No activation is on disk yet (the first {min(buffer, asked):,} wait in memory): this harvest begins anew"
 
 
 def finish(
     folder: Path,
     reading: Reading,
-    limits: Limits,
+    calibration: Calibration,
     start: Mapping[str, Any],
     entries: Sequence[Mapping[str, Any]],
     counts: Mapping[str, int],
@@ -127,8 +127,8 @@ def finish(
         )
     if totals.n_tokens < config["n_tokens"]:
         _LOG.info(f"The texts hold only {totals.n_tokens:,} of the {config['n_tokens']:,} tokens asked for: took all.")
-    assert limits.mask is not None
-    assert limits.mask.max_norm is not None
+    assert calibration.mask is not None
+    assert calibration.mask.max_norm is not None
     manifest = {
         "format_version": config["format_version"],
         "config": config,
@@ -137,7 +137,9 @@ def finish(
         "model_name": reading.lm.name,
         **({"models": models} if (models := names_and_hashes(reading.lm)) else {}),
         "texts": texts.spec,
-        "max_norm": dict(limits.mask.max_norm),
-        **contents(folder, config, entries, totals, counts, limits.storage, reading.document_ids(), limits.medians),
+        "max_norm": dict(calibration.mask.max_norm),
+        **contents(
+            folder, config, entries, totals, counts, calibration.storage, reading.document_ids(), calibration.medians
+        ),
     }
     atomic_write_json(folder / layout.MANIFEST, manifest)

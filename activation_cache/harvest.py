@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from saelab.activation_cache import layout
-from saelab.activation_cache.blocks import decide_limits, harvest_blocks
-from saelab.activation_cache.calibration import Limits
+from saelab.activation_cache.blocks import calibrate, harvest_blocks
+from saelab.activation_cache.calibration import Calibration
 from saelab.activation_cache.checks import check_arguments, warn_if_none_held_out
 from saelab.activation_cache.codec import identity
 from saelab.activation_cache.forward_pass import Reading, finish, run_pass
@@ -29,7 +29,7 @@ from saelab.models.language_model import LanguageModel
 from saelab.models.multi_model import hook_keys, together
 from saelab.tokens import Texts, load_texts
 from saelab.tokens.documents import token_ids
-from saelab.tokens.packing import ALONE
+from saelab.tokens.packing import UNPACKED
 from saelab.tokens.tokenizing import Bos, resolved_bos
 from saelab.validation import check_integer
 
@@ -99,15 +99,15 @@ def _harvest_into(
     if blocks:  # whichever GPU of several
         environment["device"] = torch.device(lm.device).type
     with closing(Journal(folder, wait=blocks)) as journal:
-        finished, limits = begin(folder, journal, config, environment), Limits(lm, config, journal)
+        finished, calibration = begin(folder, journal, config, environment), Calibration(lm, config, journal)
         if not finished:
             _announce(folder, texts, config, max_bytes)
             if blocks:
-                decide_limits(reading, limits)
+                calibrate(reading, calibration)
             else:
-                _harvest_stream(folder, reading, limits, journal, progress)
+                _harvest_stream(folder, reading, calibration, journal, progress)
     if blocks and not finished:
-        harvest_blocks(folder, reading, limits, progress)
+        harvest_blocks(folder, reading, calibration, progress)
     cache = ActivationCache(folder)
     masked = ", ".join(f"{n:,} {reason}" for reason, n in cache.manifest["masked"].items())
     _LOG.info(f"{cache.n_rows:,} rows in {folder} ({cache.manifest['n_tokens']:,} tokens; masked: {masked}).")
@@ -118,24 +118,24 @@ def _announce(folder: Path, texts: Texts, config: dict[str, Any], max_bytes: int
     """Say what is harvested and what it takes. Raises `CacheError` when it does not fit."""
     _LOG.info(f"Harvesting {texts.describe(config['split'])}.")
     warn_if_none_held_out(texts, config["split"], 4)
-    n_sequences = math.ceil(config["n_tokens"] / config["ctx_len"])
+    n_contexts = math.ceil(config["n_tokens"] / config["ctx_len"])
     sizes = config["ctx_len"], config["hooks"], config["shard_rows"], config["dtype"]
-    layout.check_space(folder, layout.estimate_bytes(n_sequences, *sizes), max_bytes)
+    layout.check_space(folder, layout.estimate_bytes(n_contexts, *sizes), max_bytes)
 
 
-def _harvest_stream(folder: Path, reading: Reading, limits: Limits, journal: Journal, progress: bool) -> None:
+def _harvest_stream(folder: Path, reading: Reading, calibration: Calibration, journal: Journal, progress: bool) -> None:
     """The default: one process, one pass."""
     for leftover in folder.rglob(".*.tmp-*"):
         leftover.unlink()
     writer = CacheWriter(folder, journal, reading.config)
-    run_pass(reading.lm, reading.batches(progress), limits, writer)
-    finish(folder, reading, limits, journal.of_kind("start")[0], journal.entries, writer.counts)
+    run_pass(reading.lm, reading.batches(progress), calibration, writer)
+    finish(folder, reading, calibration, journal.of_kind("start")[0], journal.entries, writer.counts)
 
 
 def _modes(shuffle: bool, chat: bool, block_contexts: int | None, batch_size: int) -> dict[str, Any]:
     """What a config says of modes that are not the default. Raises `ValueError` for blocks that cut a batch."""
     modes: dict[str, Any] = {} if shuffle else {"pool_shards": 1, "shuffle": False}
-    modes |= {"packing": ALONE} if chat else {}
+    modes |= {"packing": UNPACKED} if chat else {}
     if block_contexts is not None:
         check_integer("block_contexts", block_contexts, 1)
         if block_contexts % batch_size:

@@ -37,7 +37,7 @@ JOURNAL = "journal.jsonl"
 BLOCK_JOURNALS = "journals"
 INDEX = "index.safetensors"
 DOCUMENTS = "documents.safetensors"
-SEQUENCES_PER_FILE = 4096
+CONTEXTS_PER_FILE = 4096
 INDEX_BYTES = 12  # seq, pos, token: three int32 a row
 TOKEN_BYTES = 8  # id and document: two int32 a token
 
@@ -94,15 +94,15 @@ def origin(
     }
 
 
-def seeded(*parts: object) -> torch.Generator:
-    """A generator that depends on nothing but `parts`."""
-    digest = hashlib.sha256(repr(parts).encode()).digest()
+def seeded(*values: object) -> torch.Generator:
+    """A generator that depends on nothing but `values`."""
+    digest = hashlib.sha256(repr(values).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def block_of(config: Mapping[str, Any], sequence: int) -> int | None:
+def block_of(config: Mapping[str, Any], context: int) -> int | None:
     """The block that holds a context; None where a harvest was not cut into blocks."""
-    return sequence // config["block_contexts"] if "block_contexts" in config else None
+    return context // config["block_contexts"] if "block_contexts" in config else None
 
 
 def shard_generator(config: Mapping[str, Any], number: int, block: int | None = None) -> torch.Generator | None:
@@ -122,10 +122,10 @@ def human_bytes(n: int | float) -> str:
 
 
 def estimate_bytes(
-    n_sequences: int, ctx_len: int, widths: Mapping[str, int], shard_rows: int, storage: str = "bfloat16"
+    n_contexts: int, ctx_len: int, widths: Mapping[str, int], shard_rows: int, storage: str = "bfloat16"
 ) -> int:
     """Disk space of a cache in bytes, at most: nothing masked."""
-    n_rows = n_sequences * ctx_len
+    n_rows = n_contexts * ctx_len
     per_row = sum(row_bytes(storage, d) for d in widths.values()) + INDEX_BYTES + TOKEN_BYTES
     per_shard = sum(16 * d + 1024 for d in widths.values()) + 1024
     return n_rows * per_row + (n_rows // shard_rows + 2) * per_shard
@@ -171,13 +171,13 @@ def problem_of(path: Path, known: Mapping[str, Any], contents: bool = False) -> 
 FIX = "Put it back from a copy, or rebuild what is damaged: `saelab cache repair RUN`."
 
 
-def check_file(path: Path, known: Mapping[str, Any], part: str, contents: bool = False) -> None:
-    """Raise `CacheError` naming `part` when something is wrong with a file (`problem_of`)."""
+def check_file(path: Path, known: Mapping[str, Any], unit: str, contents: bool = False) -> None:
+    """Raise `CacheError` naming `unit` when something is wrong with a file (`problem_of`)."""
     if problem := problem_of(path, known, contents):
-        raise CacheError(f"{part}: {path} {problem}. {FIX}")
+        raise CacheError(f"{unit}: {path} {problem}. {FIX}")
 
 
-def part_of(file: str) -> str:
+def unit_of(file: str) -> str:
     """How messages name the part of the cache that a file belongs to."""
     return f"shard {'/'.join(file.split('/')[:2])}" if file.startswith("shards/") else file
 

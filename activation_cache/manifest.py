@@ -22,7 +22,7 @@ from saelab.tokens import TokenBatch
 class Totals:
     """What was read, counted over the contexts in order."""
 
-    n_sequences: int = 0
+    n_contexts: int = 0
     n_tokens: int = 0
     n_documents: int = 0
     padding: int = 0
@@ -30,7 +30,7 @@ class Totals:
     def add(self, batch: TokenBatch) -> None:
         """Count the next batch."""
         padding = int((batch.doc < 0).sum())
-        self.n_sequences += len(batch.ids)
+        self.n_contexts += len(batch.ids)
         self.n_tokens += batch.ids.numel() - padding
         self.n_documents = max(self.n_documents, int(batch.doc.max()) + 1)
         self.padding += padding
@@ -56,7 +56,7 @@ def contents(
     stats = {hook: save_stats(folder, hook, shards, medians[hook]) for hook in config["hooks"]}
     return {
         "n_rows": sum(shard["rows"] for shard in shards),
-        "n_sequences": totals.n_sequences,
+        "n_sequences": totals.n_contexts,
         "n_tokens": totals.n_tokens,
         "n_documents": len(document_ids),
         "masked": dict(counts),

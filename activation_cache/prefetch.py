@@ -57,8 +57,8 @@ def shuffled_batches(
 
 
 def _n_ahead(batch_bytes: int) -> int:
-    least, most = _AHEAD
-    return min(most, max(least, _AHEAD_BYTES // batch_bytes))
+    minimum, maximum = _AHEAD
+    return min(maximum, max(minimum, _AHEAD_BYTES // batch_bytes))
 
 
 def _opened_ahead(
@@ -92,10 +92,10 @@ def _gather(pieces: Pieces, batch: list[Tensor]) -> list[Tensor]:
     start = 0
     for opened, order in pieces:
         for rows, out in zip(opened.result(), batch, strict=True):
-            part = out[start : start + len(order)]
+            unit = out[start : start + len(order)]
             if rows.dtype == out.dtype:
-                torch.index_select(rows, 0, order, out=part)
+                torch.index_select(rows, 0, order, out=unit)
             else:
-                part.copy_(rows.index_select(0, order))
+                unit.copy_(rows.index_select(0, order))
         start += len(order)
     return batch

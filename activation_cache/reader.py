@@ -134,14 +134,14 @@ class ActivationCache:
         hooks = [self._hook(name) for name in asked]
         if not hooks:
             raise ValueError(f"hook_name=[] names no hook; {self.path} holds {', '.join(self.hook_names)}.")
-        for name, value, least in (
+        for name, value, minimum in (
             ("batch_size", batch_size, 1),
             ("start_step", start_step, 0),
             ("prefetch", prefetch, 1),
             ("leave_out", leave_out, 0),
         ):
-            if value < least:
-                raise ValueError(f"{name}={value} must be at least {least}.")
+            if value < minimum:
+                raise ValueError(f"{name}={value} must be at least {minimum}.")
         plan = self._plan(seed if shuffle else None, start_step * batch_size, self._kept_rows(leave_out))
         batches = self._batches(plan, batch_size, hooks, prefetch, dtype, one)
         _OPEN.add(batches)
@@ -245,7 +245,7 @@ class ActivationCache:
     def verify(self, progress: bool = False) -> None:
         """Read every file again. Raises `CacheError` naming all that are not as they were written."""
         if damaged := self.damaged(progress):
-            parts = "; ".join(f"{layout.part_of(file)}: {self.path / file} {what}" for file, what in damaged.items())
+            parts = "; ".join(f"{layout.unit_of(file)}: {self.path / file} {what}" for file, what in damaged.items())
             raise CacheError(f"{parts}. {layout.FIX}")
 
     def _hook(self, hook_name: str | None) -> str:
@@ -259,11 +259,11 @@ class ActivationCache:
         known = self.manifest["shards"][shard]
         return self._load(f"{known['folder']}/{name}", known["files"][name], f"shard {known['folder']}")
 
-    def _load(self, file: str, known: dict[str, Any], part: str) -> dict[str, Tensor]:
+    def _load(self, file: str, known: dict[str, Any], unit: str) -> dict[str, Tensor]:
         path = self.path / file
-        layout.check_file(path, known, part, contents=file not in self._checked)
+        layout.check_file(path, known, unit, contents=file not in self._checked)
         self._checked.add(file)
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
-            raise CacheError(f"{part}: {path} cannot be read ({error}). Harvest the cache again.") from error
+            raise CacheError(f"{unit}: {path} cannot be read ({error}). Harvest the cache again.") from error

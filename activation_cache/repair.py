@@ -21,8 +21,8 @@ from saelab.activation_cache.forward_pass import Reading
 from saelab.activation_cache.journal import Journal
 from saelab.activation_cache.manifest import save_stats
 from saelab.activation_cache.reader import ActivationCache
-from saelab.activation_cache.shuffle_buffer import Pool
-from saelab.activation_cache.writer import save_acts, save_index
+from saelab.activation_cache.shuffle_buffer import ShuffleBuffer
+from saelab.activation_cache.writer import save_index, save_rows
 from saelab.errors import CacheError
 from saelab.files import atomic_save_safetensors, atomic_write_json
 from saelab.models.language_model import LanguageModel
@@ -103,9 +103,9 @@ class _Repair:
         lost = [i for i in self.broken if i not in indices]
         kept = self._grid(indices)  # of lost shards not yet
         wanted = self._grid({i: indices[i] for i in self.broken if i in indices})
-        places, rows = self._run_model(wanted, ~kept if lost else torch.zeros_like(kept), progress)
+        positions, rows = self._run_model(wanted, ~kept if lost else torch.zeros_like(kept), progress)
         if lost:
-            kept.view(-1)[places] = True
+            kept.view(-1)[positions] = True
             replayed = dict(enumerate(self._drawn(kept)))
             same = len(replayed) == len(self.folders) and all(torch.equal(replayed[i], indices[i]) for i in indices)
             if not same:
@@ -113,16 +113,16 @@ class _Repair:
                     f"{self.cache.path}: the mask keeps other rows here than then; harvest the cache again."
                 )
             indices |= {i: replayed[i] for i in lost}
-        order = places.argsort()
+        order = positions.argsort()
         for i in self.broken:
             place = indices[i][:, 0].long() * self.config["ctx_len"] + indices[i][:, 1]
-            at = order[torch.searchsorted(places[order], place)]
+            at = order[torch.searchsorted(positions[order], place)]
             folder = self.cache.path / self.folders[i]
             if self._lost(i):
                 save_index(folder, indices[i])
             for hook in self.config["hooks"]:
                 if self._lost(i, f"{hook}.safetensors"):
-                    save_acts(folder, hook, self.storage, {name: x[at] for name, x in rows[hook].items()})
+                    save_rows(folder, hook, self.storage, {name: x[at] for name, x in rows[hook].items()})
 
     def _lost(self, shard: int, name: str = layout.INDEX) -> bool:
         return f"{self.folders[shard]}/{name}" in self.damaged
@@ -146,38 +146,38 @@ class _Repair:
         asked: list[TokenBatch] = []
         for batch in self.batches:
             out = token_mask(batch.ids, batch.doc, mask.special_ids)
-            span = slice(batch.first_sequence, batch.first_sequence + len(batch.ids))
+            span = slice(batch.first_context, batch.first_context + len(batch.ids))
             unknown[span] &= ~(out["padding"] | out["position"] | out["special"])
             if bool((wanted[span] | unknown[span]).any()):
                 asked.append(batch)
-        places: list[Tensor] = []
+        positions: list[Tensor] = []
         found: dict[str, list[dict[str, Tensor]]] = {hook: [] for hook in self.config["hooks"]}
         stream = self.lm.stream_activations((batch.ids for batch in asked), list(self.config["hooks"]))
-        for batch, acts in zip(asked, tqdm(stream, "Repairing", len(asked), disable=not progress), strict=True):
-            first = batch.first_sequence
-            keep, _ = mask.apply_norms(batch, row_norms(acts))
+        for batch, activations in zip(asked, tqdm(stream, "Repairing", len(asked), disable=not progress), strict=True):
+            first = batch.first_context
+            keep, _ = mask.apply_norms(batch, row_norms(activations))
             take = wanted[first : first + len(keep)] | (keep & unknown[first : first + len(keep)])
-            places.append(take.flatten().nonzero().flatten() + first * self.config["ctx_len"])
-            for hook, x in acts.items():
+            positions.append(take.flatten().nonzero().flatten() + first * self.config["ctx_len"])
+            for hook, x in activations.items():
                 found[hook].append(self.storage.encode(hook, kept_rows(x, take)))
-        return torch.cat(places), {
-            hook: {name: torch.cat([parts[name] for parts in batches]) for name in batches[0]}
+        return torch.cat(positions), {
+            hook: {name: torch.cat([tensors[name] for tensors in batches]) for name in batches[0]}
             for hook, batches in found.items()
         }
 
     def _drawn(self, kept: Bool[Tensor, "n_sequences ctx_len"]) -> Iterator[Int[Tensor, "n 3"]]:
         """The index of every shard, drawn again without activations."""
         config = self.config
-        pool_rows = config["shard_rows"] * config["pool_shards"]
-        for block, batches in groupby(self.batches, lambda batch: layout.block_of(config, batch.first_sequence)):
-            pool, numbers = Pool(pool_rows + config["batch_size"] * config["ctx_len"]), count()
+        buffer_rows = config["shard_rows"] * config["pool_shards"]
+        for block, batches in groupby(self.batches, lambda batch: layout.block_of(config, batch.first_context)):
+            buffer, numbers = ShuffleBuffer(buffer_rows + config["batch_size"] * config["ctx_len"]), count()
             for batch in [*batches, None]:
                 if batch is not None:
-                    seq, pos = kept[batch.first_sequence : batch.first_sequence + len(batch.ids)].nonzero(as_tuple=True)
-                    pool.add(torch.stack([seq + batch.first_sequence, pos, batch.ids[seq, pos]], dim=1).int(), {})
-                while len(pool) >= pool_rows if batch is not None else len(pool):
+                    seq, pos = kept[batch.first_context : batch.first_context + len(batch.ids)].nonzero(as_tuple=True)
+                    buffer.add(torch.stack([seq + batch.first_context, pos, batch.ids[seq, pos]], dim=1).int(), {})
+                while len(buffer) >= buffer_rows if batch is not None else len(buffer):
                     generator = layout.shard_generator(config, next(numbers), block)
-                    yield pool.draw(min(config["shard_rows"], len(pool)), generator)[0]
+                    yield buffer.draw(min(config["shard_rows"], len(buffer)), generator)[0]
 
     def _tell_manifest(self) -> None:
         """Size and SHA-256 of rebuilt files that differ from what they were."""

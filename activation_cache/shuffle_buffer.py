@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-Parts = Mapping[str, Mapping[str, Tensor]]
+RowTensors = Mapping[str, Mapping[str, Tensor]]
 """Hook -> tensors that its rows are stored as (`storage.Storage.encode`), each (n, ...)."""
 
 
-class Pool:
+class ShuffleBuffer:
     """Rows waiting to be drawn: fixed buffers of slots, and the slots in use in the order in which their rows came."""
 
     def __init__(self, capacity: int):
@@ -31,17 +31,17 @@ class Pool:
         return self._index[self._order]
 
     @property
-    def oldest_sequence(self) -> int | None:
+    def oldest_context(self) -> int | None:
         """Sequence of the row that has waited longest."""
         return int(self._index[self._order[0], 0]) if len(self) else None
 
-    def add(self, index: Int[Tensor, "n 3"], rows: Parts) -> None:
+    def add(self, index: Int[Tensor, "n 3"], rows: RowTensors) -> None:
         """Put rows in, `index` being (seq, pos, token)."""
         slots, self._free = self._free[: len(index)], self._free[len(index) :]
         self._index[slots] = index
-        for hook, parts in rows.items():
+        for hook, tensors in rows.items():
             buffers = self._buffers.setdefault(hook, {})
-            for name, x in parts.items():
+            for name, x in tensors.items():
                 if name not in buffers:
                     buffers[name] = torch.empty(len(self._index), *x.shape[1:], dtype=x.dtype)
                 buffers[name].index_copy_(0, slots, x)

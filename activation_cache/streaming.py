@@ -23,7 +23,7 @@ from torch import Tensor
 from saelab.activation_cache import layout
 from saelab.activation_cache.checks import check_arguments, finite_norms, refuse_steered, warn_if_none_held_out
 from saelab.activation_cache.codec import Storage, identity, kept_rows, row_bytes
-from saelab.activation_cache.shuffle_buffer import Pool
+from saelab.activation_cache.shuffle_buffer import ShuffleBuffer
 from saelab.errors import CacheError
 from saelab.identity import LATER, of_rows
 from saelab.models.hooks import hook_list
@@ -40,7 +40,7 @@ _DROPPED = -1  # in place of the token of a row that the norm rule drops
 _STORAGE = Storage("bfloat16")
 
 Rows = tuple[Int[Tensor, "n 3"], dict[str, dict[str, Tensor]]]
-"""(seq, pos, token) of rows, and what each is at every hook: as `Pool.add` takes them."""
+"""(seq, pos, token) of rows, and what each is at every hook: as `ShuffleBuffer.add` takes them."""
 
 
 def stream(
@@ -82,8 +82,8 @@ class ActivationStream:
         self.lm, self.texts, self.config, self._by_default = lm, texts, config, by_default
         self.hook_names: list[str] = list(config["hooks"])
         self.models = names_and_hashes(lm)
-        self.pool_rows: int = config["shard_rows"] * config["pool_shards"]
-        self._capacity = self.pool_rows + config["batch_size"] * config["ctx_len"]
+        self.buffer_rows: int = config["shard_rows"] * config["pool_shards"]
+        self._capacity = self.buffer_rows + config["batch_size"] * config["ctx_len"]
         self._documents: list[int] = []
         self._n_documents = 0
 
@@ -116,8 +116,8 @@ class ActivationStream:
     def origin(self, hook_name: str) -> dict[str, Any]:
         """As of a cache: where a hook's rows come from, for `sae.json`."""
         model = self.models.get(hook_name.partition("/")[0], {"name": self.lm.name, "hash": self.lm.hash})
-        limits = self._beginning[0].max_norm or {}
-        return layout.origin(self.config, hook_name, model, limits[hook_name], self.texts.spec)
+        max_norms = self._beginning[0].max_norm or {}
+        return layout.origin(self.config, hook_name, model, max_norms[hook_name], self.texts.spec)
 
     def stats(self, hook_name: str) -> dict[str, Any]:
         """`n`, `mean` and `second_moment` (d_in, fp64) of the first rows that the mask keeps, as they are stored."""
@@ -149,23 +149,23 @@ class ActivationStream:
         self._n_documents = number = 0
         live, epoch_rows = False, 0
         while True:
-            pool, read = Pool(self._capacity), deque[TokenBatch]()
+            buffer, read = ShuffleBuffer(self._capacity), deque[TokenBatch]()
             for batch in chain(self._contexts(), [None]):
                 if batch is not None:
                     self._n_documents = max(self._n_documents, int(batch.doc.max()) + 1)
-                    pool.add(*(self._rows(batch, hooks) if live else (self._places(batch), {})))
+                    buffer.add(*(self._rows(batch, hooks) if live else (self._unmasked(batch), {})))
                     read.append(batch)
-                while len(pool) >= (self.pool_rows if batch is not None else 1):
-                    n = min(self.config["shard_rows"], len(pool))
+                while len(buffer) >= (self.buffer_rows if batch is not None else 1):
+                    n = min(self.config["shard_rows"], len(buffer))
                     if not live and skip < n:
-                        pool, live = self._filled(pool, read, hooks), True
-                    index, rows = pool.draw(n, layout.seeded("shard", seed, number))
+                        buffer, live = self._filled(buffer, read, hooks), True
+                    index, rows = buffer.draw(n, layout.seeded("shard", seed, number))
                     number += 1
                     if live:
-                        at = _stand_ins(index)[skip:]
-                        yield {hook: parts["acts"][at] for hook, parts in rows.items()}
+                        at = _replacement_rows(index)[skip:]
+                        yield {hook: tensors["acts"][at] for hook, tensors in rows.items()}
                     skip, epoch_rows = 0 if live else skip - n, epoch_rows + n
-                    _forget(read, pool)
+                    _forget(read, buffer)
             if not live and skip >= epoch_rows:  # whole epochs have as many draws as the first
                 number, skip = number * (1 + skip // epoch_rows), skip % epoch_rows
 
@@ -182,41 +182,43 @@ class ActivationStream:
             documents, self.lm, config["ctx_len"], config["batch_size"], config["prepend_bos"], on_document=note
         )
 
-    def _places(self, batch: TokenBatch) -> Int[Tensor, "n 3"]:
+    def _unmasked(self, batch: TokenBatch) -> Int[Tensor, "n 3"]:
         """(seq, pos, token) of the rows that the token ids alone do not mask."""
         keep, _ = Mask(tuple(self.lm.special_ids), None).apply_norms(batch, {})
         seq, pos = keep.nonzero(as_tuple=True)
-        return torch.stack([seq + batch.first_sequence, pos, batch.ids[seq, pos]], dim=1).int()
+        return torch.stack([seq + batch.first_context, pos, batch.ids[seq, pos]], dim=1).int()
 
     def _rows(self, batch: TokenBatch, hooks: list[str]) -> Rows:
         """Those rows, the ones that the norm rule drops marked."""
         mask, first = self._beginning
-        index, rows = first.get(batch.first_sequence) or self._marked(mask, batch, *self._run(batch))
+        index, rows = first.get(batch.first_context) or self._marked(mask, batch, *self._run(batch))
         return index, {hook: rows[hook] for hook in hooks}
 
     def _run(self, batch: TokenBatch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Activations and norms of some contexts at all hooks: a row goes when it is too large at any of them."""
         refuse_steered(self.lm)
-        acts = next(iter(self.lm.stream_activations([batch.ids], self.hook_names)))
+        activations = next(iter(self.lm.stream_activations([batch.ids], self.hook_names)))
         kept = "Of a training, the last checkpoint is intact."
-        return acts, finite_norms(batch, acts, self.config["batch_size"], kept)
+        return activations, finite_norms(batch, activations, self.config["batch_size"], kept)
 
-    def _marked(self, mask: Mask, batch: TokenBatch, acts: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> Rows:
-        index = self._places(batch)
-        seq, pos = index[:, 0].long() - batch.first_sequence, index[:, 1].long()
+    def _marked(
+        self, mask: Mask, batch: TokenBatch, activations: Mapping[str, Tensor], norms: Mapping[str, Tensor]
+    ) -> Rows:
+        index = self._unmasked(batch)
+        seq, pos = index[:, 0].long() - batch.first_context, index[:, 1].long()
         keep, _ = mask.apply_norms(batch, norms)
         index[~keep[seq, pos], 2] = _DROPPED
-        places = torch.zeros_like(keep)
-        places[seq, pos] = True
-        return index, {hook: _STORAGE.encode(hook, kept_rows(x, places)) for hook, x in acts.items()}
+        positions = torch.zeros_like(keep)
+        positions[seq, pos] = True
+        return index, {hook: _STORAGE.encode(hook, kept_rows(x, positions)) for hook, x in activations.items()}
 
     @cached_property
     def _beginning(self) -> tuple[Mask, dict[int, Rows]]:
         """The mask, and the rows of the contexts that its limits come from, by their first sequence."""
         rule, waiting = NormRule(self.lm.special_ids), []
         for batch in self._contexts():
-            acts, norms = self._run(batch)
-            waiting.append((batch, acts, norms))
+            activations, norms = self._run(batch)
+            waiting.append((batch, activations, norms))
             rule.add(batch, norms)
             if rule.ready:
                 break
@@ -224,19 +226,21 @@ class ActivationStream:
             raise ValueError(
                 f"The mask leaves no token of {self.texts.describe(self.config['split'])}: give more text."
             )
-        mask = Mask(tuple(self.lm.special_ids), rule.limits())
-        return mask, {batch.first_sequence: self._marked(mask, batch, acts, norms) for batch, acts, norms in waiting}
+        mask = Mask(tuple(self.lm.special_ids), rule.max_norms())
+        return mask, {
+            batch.first_context: self._marked(mask, batch, activations, norms) for batch, activations, norms in waiting
+        }
 
-    def _filled(self, pool: Pool, read: Sequence[TokenBatch], hooks: list[str]) -> Pool:
+    def _filled(self, buffer: ShuffleBuffer, read: Sequence[TokenBatch], hooks: list[str]) -> ShuffleBuffer:
         """The same pool, with rows beside the places."""
-        filled, waiting = Pool(self._capacity), self._numbered(pool.waiting)
+        filled, waiting = ShuffleBuffer(self._capacity), self._numbered(buffer.waiting)
         for batch in read:
-            start = batch.first_sequence * self.config["ctx_len"]
+            start = batch.first_context * self.config["ctx_len"]
             here = waiting[(waiting >= start) & (waiting < start + batch.ids.numel())]
             if len(here):
                 index, rows = self._rows(batch, hooks)
                 at = torch.searchsorted(self._numbered(index), here)
-                filled.add(index[at], {hook: {"acts": parts["acts"][at]} for hook, parts in rows.items()})
+                filled.add(index[at], {hook: {"acts": tensors["acts"][at]} for hook, tensors in rows.items()})
         return filled
 
     def _numbered(self, index: Int[Tensor, "n 3"]) -> Int[Tensor, " n"]:
@@ -244,17 +248,17 @@ class ActivationStream:
         return index[:, 0].long() * self.config["ctx_len"] + index[:, 1]
 
 
-def _stand_ins(index: Int[Tensor, "n 3"]) -> Int[Tensor, " n"]:
+def _replacement_rows(index: Int[Tensor, "n 3"]) -> Int[Tensor, " n"]:
     """Of each drawn row its own place, or for one that the norm rule drops that of the last kept one before it."""
     kept = index[:, 2] != _DROPPED
     if not bool(kept.any()):
         raise CacheError(f"The norm rule drops all of {len(index)} rows: the texts change. Harvest a cache of them.")
-    places = torch.where(kept, torch.arange(len(index)), 0).cummax(0).values
-    return places.clamp_min(int(kept.nonzero()[0]))  # at the front there is none before it
+    positions = torch.where(kept, torch.arange(len(index)), 0).cummax(0).values
+    return positions.clamp_min(int(kept.nonzero()[0]))  # at the front there is none before it
 
 
-def _forget(read: deque[TokenBatch], pool: Pool) -> None:
+def _forget(read: deque[TokenBatch], buffer: ShuffleBuffer) -> None:
     """Drop the contexts that have no row in the pool any more."""
-    oldest = pool.oldest_sequence
-    while read and (oldest is None or read[0].first_sequence + len(read[0].ids) <= oldest):
+    oldest = buffer.oldest_context
+    while read and (oldest is None or read[0].first_context + len(read[0].ids) <= oldest):
         read.popleft()

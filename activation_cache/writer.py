@@ -22,7 +22,7 @@ from torch import Tensor
 from saelab.activation_cache import layout
 from saelab.activation_cache.codec import Storage, decode, kept_rows
 from saelab.activation_cache.journal import Journal
-from saelab.activation_cache.shuffle_buffer import Parts, Pool
+from saelab.activation_cache.shuffle_buffer import RowTensors, ShuffleBuffer
 from saelab.files import atomic_save_safetensors
 from saelab.tokens import TokenBatch
 
@@ -72,9 +72,9 @@ class CacheWriter:
         self._block = block
         self._first = (block or 0) * config.get("block_contexts", 0)
         self.ctx_len: int = config["ctx_len"]
-        self.pool_rows: int = config["shard_rows"] * config["pool_shards"]
+        self.buffer_rows: int = config["shard_rows"] * config["pool_shards"]
         rows = -(-config["n_tokens"] // self.ctx_len) * self.ctx_len
-        self._pool = Pool(min(self.pool_rows, rows) + config["batch_size"] * self.ctx_len)
+        self._buffer = ShuffleBuffer(min(self.buffer_rows, rows) + config["batch_size"] * self.ctx_len)
         self.storage = Storage(config["dtype"])
         """For int8, set it with the outlier columns before the first row is added."""
         self._background = _Background()
@@ -100,21 +100,21 @@ class CacheWriter:
         self._consumed = self._cursor
         batch = self.config["batch_size"]
         self.start = self._cursor if oldest is None else oldest // batch * batch
-        self._written = torch.zeros(self._cursor - self.start, self.ctx_len, dtype=torch.bool)
+        self._on_disk = torch.zeros(self._cursor - self.start, self.ctx_len, dtype=torch.bool)
         for shard in shards:
             index = load_file(self.folder / shard["folder"] / layout.INDEX)
             recent = index["seq"] >= self.start
-            self._written[index["seq"][recent].long() - self.start, index["pos"][recent].long()] = True
+            self._on_disk[index["seq"][recent].long() - self.start, index["pos"][recent].long()] = True
 
     def add_tokens(self, batch: TokenBatch) -> None:
         """Keep the token ids of the next batch."""
         self._end += len(batch.ids)
         self._tokens_waiting.append(batch)
-        while self._end - self._first_waiting() >= layout.SEQUENCES_PER_FILE:
-            self._write_tokens(layout.SEQUENCES_PER_FILE)
+        while self._end - self._first_waiting() >= layout.CONTEXTS_PER_FILE:
+            self._write_tokens(layout.CONTEXTS_PER_FILE)
 
     def _first_waiting(self) -> int:
-        return self._tokens_waiting[0].first_sequence if self._tokens_waiting else self._end
+        return self._tokens_waiting[0].first_context if self._tokens_waiting else self._end
 
     def _write_tokens(self, n: int) -> None:
         first = self._first_waiting()
@@ -125,7 +125,7 @@ class CacheWriter:
         if first < self._tokens_written:
             return  # on disk since before the restart
         tensors = {"ids": ids[:n].int(), "doc": doc[:n].int()}
-        number = (first - self._first) // layout.SEQUENCES_PER_FILE
+        number = (first - self._first) // layout.CONTEXTS_PER_FILE
         self._background.submit(self._save_tokens, layout.tokens_file(number, self._block), tensors)
 
     def _save_tokens(self, name: str, tensors: dict[str, Tensor]) -> None:
@@ -136,7 +136,7 @@ class CacheWriter:
     def add(
         self,
         batch: TokenBatch,
-        acts: Mapping[str, Float[Tensor, "n ctx d_in"]],
+        activations: Mapping[str, Float[Tensor, "n ctx d_in"]],
         keep: Bool[Tensor, "n ctx"],
         counts: Mapping[str, int],
     ) -> None:
@@ -144,50 +144,50 @@ class CacheWriter:
 
         Raises `CacheError` where float16 overflows, before any row of the batch is taken.
         """
-        first, end = batch.first_sequence, batch.first_sequence + len(batch.ids)
+        first, end = batch.first_context, batch.first_context + len(batch.ids)
         if first < self._cursor:  # repeated after a restart: its counts and some of its rows are on disk
-            keep = keep & ~self._written[first - self.start : end - self.start]
+            keep = keep & ~self._on_disk[first - self.start : end - self.start]
         else:
             self.counts = {reason: n + counts[reason] for reason, n in self.counts.items()}
         seq, pos = keep.nonzero(as_tuple=True)
         index = torch.stack([seq + first, pos, batch.ids[seq, pos]], dim=1).int()
-        rows = {hook: self.storage.encode(hook, kept_rows(x, keep)) for hook, x in acts.items()}
-        self._pool.add(index, rows)
+        rows = {hook: self.storage.encode(hook, kept_rows(x, keep)) for hook, x in activations.items()}
+        self._buffer.add(index, rows)
         if end < self._cursor:
             return
         self._consumed = end
-        while len(self._pool) >= self.pool_rows:
+        while len(self._buffer) >= self.buffer_rows:
             self._write_shard()
 
     def _write_shard(self) -> None:
         number, self._shards = self._shards, self._shards + 1
         generator = layout.shard_generator(self.config, number, self._block)
-        index, rows = self._pool.draw(min(self.config["shard_rows"], len(self._pool)), generator)
+        index, rows = self._buffer.draw(min(self.config["shard_rows"], len(self._buffer)), generator)
         entry = {
             "kind": "shard",
             "folder": layout.shard_folder(number, self._block or 0),
             "rows": len(index),
             "cursor": self._consumed,
-            "oldest": self._pool.oldest_sequence,
+            "oldest": self._buffer.oldest_context,
             "counts": dict(self.counts),
         }
         self._background.submit(self._save_shard, entry, index, rows)
 
-    def _save_shard(self, entry: dict[str, Any], index: Tensor, rows: Parts) -> None:
+    def _save_shard(self, entry: dict[str, Any], index: Tensor, rows: RowTensors) -> None:
         folder = self.folder / entry["folder"]
         save_index(folder, index)
-        for hook, parts in rows.items():
-            save_acts(folder, hook, self.storage, parts)
+        for hook, tensors in rows.items():
+            save_rows(folder, hook, self.storage, tensors)
         names = [layout.INDEX, *(f"{hook}.safetensors" for hook in rows)]
         files = {name: layout.describe_file(folder / name) for name in names}
         self.journal.append({**entry, "files": files, "time": time.time()})
 
     def flush(self) -> None:
         """Write what is still waiting, and return when it is on disk."""
-        while len(self._pool):
+        while len(self._buffer):
             self._write_shard()
         while self._tokens_waiting:
-            self._write_tokens(min(layout.SEQUENCES_PER_FILE, self._end - self._first_waiting()))
+            self._write_tokens(min(layout.CONTEXTS_PER_FILE, self._end - self._first_waiting()))
         self._background.wait()
 
     def close(self) -> None:
@@ -201,12 +201,12 @@ def save_index(folder: Path, index: Int[Tensor, "n 3"]) -> None:
     atomic_save_safetensors(folder / layout.INDEX, columns)
 
 
-def save_acts(folder: Path, hook: str, storage: Storage, parts: Mapping[str, Tensor]) -> None:
+def save_rows(folder: Path, hook: str, storage: Storage, tensors: Mapping[str, Tensor]) -> None:
     """Write the rows of one hook of a shard, as `storage.encode` gave them, and the sums of what is stored."""
-    tensors = storage.tensors(hook, parts)
+    tensors = storage.tensors(hook, tensors)
     sums = _partial_sums(decode(tensors))
-    if "error" in parts:
-        sums["sum_error"] = parts["error"].double().sum()
+    if "error" in tensors:
+        sums["sum_error"] = tensors["error"].double().sum()
     atomic_save_safetensors(folder / f"{hook}.safetensors", {**tensors, **sums})
 
 

@@ -64,7 +64,7 @@ def value_histogram(histogram: Histogram, ends: Sequence[tuple[float, float]] = 
     """The non-zero values of a feature in log bins, negative ones hatched and to the left of a gap, with the p99 and the
     extreme value of each end marked."""
     edges, counts = histogram.edges, histogram.counts
-    places = _log_places(edges, edges)
+    positions = _log_positions(edges, edges)
     hover = [f"{low:.3g} to {high:.3g}<br>{n:,} tokens" for low, high, n in zip(edges, edges[1:], counts, strict=False)]
     hatching = {
         "shape": ["/" if high <= 0 else "" for high in edges[1:]],
@@ -74,12 +74,14 @@ def value_histogram(histogram: Histogram, ends: Sequence[tuple[float, float]] = 
     }
     figure = go.Figure(
         go.Bar(
-            x=(places[:-1] + places[1:]) / 2, y=counts, width=np.diff(places) * 0.94, marker_color=BLUE,
+            x=(positions[:-1] + positions[1:]) / 2, y=counts, width=np.diff(positions) * 0.94, marker_color=BLUE,
             hovertext=hover, hoverinfo="text", marker_pattern=hatching,
         )
     )  # fmt: skip
     for end in ends:
-        for name, value, dash in zip(("p99", "max"), _log_places(np.array(end), edges), ("dash", "dot"), strict=True):
+        for name, value, dash in zip(
+            ("p99", "max"), _log_positions(np.array(end), edges), ("dash", "dot"), strict=True
+        ):
             figure.add_vline(
                 x=float(value), line={"dash": dash, "width": 1.5, "color": VERMILLION},
                 annotation={"text": name, "yref": "paper", "y": 1.1 if name == "p99" else 1.0, "font": {"size": 11}},
@@ -90,7 +92,7 @@ def value_histogram(histogram: Histogram, ends: Sequence[tuple[float, float]] = 
     return _finish(figure, 250)
 
 
-def _log_places(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
+def _log_positions(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
     """Where values stand on an axis of log magnitudes: negative ones mirrored, and, where `edges` have both signs, apart from
     the positive ones by a quarter of a decade."""
     both = edges[0] < 0 < edges[-1]
@@ -104,7 +106,7 @@ def _signed_ticks(edges: np.ndarray) -> tuple[list[float], list[str]]:
         side = sign * edges[np.sign(edges) == sign]
         if len(side) > 1:
             values += [sign * value for value in _round_numbers(float(side.min()), float(side.max()))]
-    return _log_places(np.array(values), edges).tolist(), [f"{value:g}" for value in values]
+    return _log_positions(np.array(values), edges).tolist(), [f"{value:g}" for value in values]
 
 
 def density_histogram(density: np.ndarray, n_tokens: int) -> go.Figure:

@@ -22,10 +22,10 @@ class Decode(Function):
     """Gradients: `dvalues = <g, W_dec[f]>` at the firing pairs, `dW_dec = S.T @ g`."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, W_dec: Tensor, acts: SparseActs) -> Tensor:
+    def forward(ctx: Any, values: Tensor, W_dec: Tensor, feature_acts: SparseActs) -> Tensor:
         ctx.save_for_backward(values, W_dec)
-        ctx.acts = acts
-        return spmm(values, acts.features, acts.offsets, W_dec)
+        ctx.feature_acts = feature_acts
+        return spmm(values, feature_acts.features, feature_acts.offsets, W_dec)
 
     @staticmethod
     @once_differentiable
@@ -38,11 +38,11 @@ class DecodeError(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, values: Tensor, W_dec: Tensor, b_dec: Tensor | None, target: Tensor, acts: SparseActs
+        ctx: Any, values: Tensor, W_dec: Tensor, b_dec: Tensor | None, target: Tensor, feature_acts: SparseActs
     ) -> tuple[Tensor, Tensor]:
-        residual, error = spmm_residual(values, acts.features, acts.offsets, W_dec, b_dec, target)
+        residual, error = spmm_residual(values, feature_acts.features, feature_acts.offsets, W_dec, b_dec, target)
         ctx.save_for_backward(values, W_dec, residual)
-        ctx.acts = acts
+        ctx.feature_acts = feature_acts
         ctx.mark_non_differentiable(residual)
         return error, residual
 
@@ -58,32 +58,34 @@ class DecodeError(Function):
 def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Of the values and of `W_dec`, from the gradient of `x_hat`."""
     values, W_dec = ctx.saved_tensors[:2]
-    acts, to_values = ctx.acts, None
+    feature_acts, to_values = ctx.feature_acts, None
     if ctx.needs_input_grad[0]:  # by feature, in the order that the weight gradients need anyway
-        order, rows, offsets = acts.by_feature
+        order, rows, offsets = feature_acts.by_feature
         to_values = torch.empty_like(values).index_copy_(0, order, sddmm(W_dec, g, rows, offsets))
-    return to_values, spmm_transposed(acts, values, g) if ctx.needs_input_grad[1] else None
+    return to_values, spmm_transposed(feature_acts, values, g) if ctx.needs_input_grad[1] else None
 
 
 def decode(
-    acts: SparseActs, W_dec: Float[Tensor, "d_sae *sources d_in"], b_dec: Float[Tensor, "*sources d_in"] | None = None
+    feature_acts: SparseActs,
+    W_dec: Float[Tensor, "d_sae *sources d_in"],
+    b_dec: Float[Tensor, "*sources d_in"] | None = None,
 ) -> Float[Tensor, "batch *sources d_in"]:
     """`x_hat = S @ W_dec + b_dec`; differentiable in the codes' values, `W_dec` and `b_dec`.
 
     A crosscoder's `W_dec` has an axis for its sources after the features; one pass over the codes decodes them all.
     """
-    check_codes(acts, W_dec.shape[0])
-    values, W_dec, b_dec = widened(acts.values, W_dec, b_dec)
+    check_feature_acts(feature_acts, W_dec.shape[0])
+    values, W_dec, b_dec = widened(feature_acts.values, W_dec, b_dec)
     if backend_name(W_dec) == "reference":
-        x_hat = decode_reference(acts.with_values(values).to_dense(), W_dec.flatten(1))
+        x_hat = decode_reference(feature_acts.with_values(values).to_dense(), W_dec.flatten(1))
     else:
-        x_hat = Decode.apply(values, W_dec.flatten(1), acts)
+        x_hat = Decode.apply(values, W_dec.flatten(1), feature_acts)
     x_hat = x_hat.unflatten(1, W_dec.shape[1:])
     return x_hat if b_dec is None else x_hat + b_dec
 
 
 def decode_error(
-    acts: SparseActs,
+    feature_acts: SparseActs,
     W_dec: Float[Tensor, "d_sae *sources d_in"],
     b_dec: Float[Tensor, "*sources d_in"] | None,
     target: Float[Tensor, "batch *sources d_in"],
@@ -93,23 +95,23 @@ def decode_error(
     Differentiable in the codes' values, `W_dec`, `b_dec` and `target`.
     """
     if backend_name(W_dec) == "reference":
-        residual = decode(acts, W_dec, b_dec) - target
+        residual = decode(feature_acts, W_dec, b_dec) - target
         return residual.square().sum(), residual.detach()
-    check_codes(acts, W_dec.shape[0])
-    values, W_dec, b_dec, target = widened(acts.values, W_dec, b_dec, target)
+    check_feature_acts(feature_acts, W_dec.shape[0])
+    values, W_dec, b_dec, target = widened(feature_acts.values, W_dec, b_dec, target)
     bias = None if b_dec is None else b_dec.flatten()
-    error, residual = DecodeError.apply(values, W_dec.flatten(1), bias, target.flatten(1), acts)  # pyright: ignore
+    error, residual = DecodeError.apply(values, W_dec.flatten(1), bias, target.flatten(1), feature_acts)  # pyright: ignore
     return error, residual.unflatten(1, target.shape[1:])
 
 
-def check_codes(acts: object, d_sae: int) -> None:
+def check_feature_acts(feature_acts: object, d_sae: int) -> None:
     """Raises `ValueError` for anything that is no `SparseActs` of `d_sae` features."""
-    if not isinstance(acts, SparseActs):
+    if not isinstance(feature_acts, SparseActs):
         raise ValueError(
-            f"What is decoded is the SparseActs that encode gives, got {type(acts).__name__}: of a dense tensor "
+            f"What is decoded is the SparseActs that encode gives, got {type(feature_acts).__name__}: of a dense tensor "
             "(batch, d_sae) make them with saelab.kernels.sparse_acts.SparseActs.from_dense(tensor)."
         )
-    if acts.d_sae != d_sae:
+    if feature_acts.d_sae != d_sae:
         raise ValueError(
-            f"These codes are of {acts.d_sae} features, the decoder has {d_sae}: take the SAE that made them."
+            f"These codes are of {feature_acts.d_sae} features, the decoder has {d_sae}: take the SAE that made them."
         )

@@ -37,9 +37,9 @@ class Backend(NamedTuple):
     spmm_residual: Callable[..., tuple[Tensor, Tensor]]
     """`(values, rows, offsets, W, bias, target)`: the same plus bias less target, and the squared norm of that."""
     spmm_transposed: Callable[..., Tensor]
-    """`(acts, values, g)`: `S.T @ g`."""
+    """`(feature_acts, values, g)`: `S.T @ g`."""
     bias_gradient: Callable[..., Tensor]
-    """`(acts, values)`: the sum at each feature."""
+    """`(feature_acts, values)`: the sum at each feature."""
     round_rows: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     """`(W, low)`: W rounded into `low`; each row's norm, and that of what it lost."""
     project_: Callable[[Tensor, Tensor], None]

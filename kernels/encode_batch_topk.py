@@ -28,7 +28,7 @@ from saelab.kernels.sparse_acts import SparseActs
 
 
 @runtime_checkable
-class Pool(Protocol):
+class GlobalPairs(Protocol):
     """The pairs of several processes (`saelab.distributed.global_topk`)."""
 
     @property
@@ -36,7 +36,7 @@ class Pool(Protocol):
         """Processes that hold pairs."""
         ...
 
-    def least(self, x: Tensor) -> Tensor:
+    def all_reduce_min(self, x: Tensor) -> Tensor:
         """Elementwise minimum over them."""
         ...
 
@@ -59,58 +59,60 @@ def encode_batch_topk(
     score: str = "value",
     norms: Float[Tensor, " d_sae"] | None = None,
     center: Float[Tensor, " d_in"] | None = None,
-    pool: Pool | None = None,
+    global_pairs: GlobalPairs | None = None,
 ) -> SparseActs:
     """`u = (x - center) @ W_enc.T + b_enc`; of the whole batch keep the `n_kept` pairs of largest score, if positive
     (Bussmann et al. 2024, "BatchTopK", eq. 4; Mutual Choice of Ayonrinde 2024). Scores as in `encode_topk`.
 
     Ties at the last place go to the earlier row, then the lower id. Differentiable through the kept values. With a
-    `pool` the batch is that of all its processes, and what comes back are those of the kept pairs that are here.
+    `global_pairs` the batch is that of all its processes, and what comes back are those of the kept pairs that are here.
     """
     check_score(score, norms)
-    if pool is None and not 0 <= n_kept <= x.shape[0] * W_enc.shape[0]:
+    if global_pairs is None and not 0 <= n_kept <= x.shape[0] * W_enc.shape[0]:
         raise ValueError(f"n_kept={n_kept} must be between 0 and batch * d_sae = {x.shape[0] * W_enc.shape[0]}.")
     x, W_enc, b_enc, norms, center = widened(x, W_enc, b_enc, norms, center)
     if backend_name(x) == "reference":
         x = x if center is None else x - center
-        acts = SparseActs.from_dense(encode_batch_topk_reference(x, W_enc, b_enc, n_kept, score, norms))
-        return acts if pool is None else _among(acts, n_kept, score, norms, pool)
+        feature_acts = SparseActs.from_dense(encode_batch_topk_reference(x, W_enc, b_enc, n_kept, score, norms))
+        return feature_acts if global_pairs is None else _among(feature_acts, n_kept, score, norms, global_pairs)
     with torch.no_grad():
         centered = x if center is None else x - center
-        acts = _select(centered.detach(), W_enc.detach(), b_enc.detach(), n_kept, score, norms, pool)
-    return selected_pre_acts(x, W_enc, b_enc, acts, center, centered)
+        feature_acts = _select(centered.detach(), W_enc.detach(), b_enc.detach(), n_kept, score, norms, global_pairs)
+    return selected_pre_acts(x, W_enc, b_enc, feature_acts, center, centered)
 
 
-def _among(acts: SparseActs, n_kept: int, score: str, norms: Tensor | None, pool: Pool) -> SparseActs:
+def _among(
+    feature_acts: SparseActs, n_kept: int, score: str, norms: Tensor | None, global_pairs: GlobalPairs
+) -> SparseActs:
     """Those of this process's best codes that are among the best of all."""
-    scores = score_of(acts.values.detach(), acts.features, score, norms)
-    kept = torch.zeros(acts.nnz, dtype=torch.bool, device=scores.device)
-    kept[pool.keep(scores, acts.rows, acts.features, n_kept)[0]] = True
-    return acts.where(kept)
+    scores = score_of(feature_acts.values.detach(), feature_acts.features, score, norms)
+    kept = torch.zeros(feature_acts.nnz, dtype=torch.bool, device=scores.device)
+    kept[global_pairs.keep(scores, feature_acts.rows, feature_acts.features, n_kept)[0]] = True
+    return feature_acts.where(kept)
 
 
 def _select(
-    x: Tensor, W: Tensor, bias: Tensor, n_kept: int, score: str, norms: Tensor | None, pool: Pool | None
+    x: Tensor, W: Tensor, bias: Tensor, n_kept: int, score: str, norms: Tensor | None, global_pairs: GlobalPairs | None
 ) -> SparseActs:
     W_score, bias_score = (W, bias) if norms is None else (W * norms[:, None], bias * norms)
-    n_here = n_kept if pool is None else min(-(-n_kept // pool.size), len(x) * len(W))
+    n_here = n_kept if global_pairs is None else min(-(-n_kept // global_pairs.size), len(x) * len(W))
     magnitude, min_groups = score == "magnitude", -(-n_here // max(len(x), 1)) or 1
     operands = build_operands(x, W_score, bias_score, magnitude)
-    keep = partial(_keep, x=x, W=W, bias=bias, n_kept=n_kept, score=score, norms=norms, pool=pool)
+    keep = partial(_keep, x=x, W=W, bias=bias, n_kept=n_kept, score=score, norms=norms, global_pairs=global_pairs)
     best = torch.cat([screen.maxima.reshape(-1) for _, screen in screens(operands, magnitude, min_groups)])
     last = kth_largest(best[None], n_here) if 0 < n_here <= len(best) else best.new_zeros(1)
     floor = last - (operands.margin.max() if len(x) else 0)
-    floor = floor if pool is None else pool.least(floor)
+    floor = floor if global_pairs is None else global_pairs.all_reduce_min(floor)
     search = partial(find_candidates, operands, magnitude=magnitude, min_groups=min_groups)
     found = search(lambda screen, rows: screen.pairs_above(floor - operands.error_bound[rows]))
-    acts, kth = keep(found)
+    feature_acts, kth = keep(found)
     n_candidates, certified = found.features.numel(), bool(found.completes(kth).all())
-    certified = certified if pool is None else pool.every(certified, x.device)
+    certified = certified if global_pairs is None else global_pairs.every(certified, x.device)
     if not certified:  # what was found is a lower bound of the best: now the floor is exact
         found = search(lambda screen, rows: screen.pairs_above(kth - operands.error_bound[rows]))
-        acts, n_candidates = keep(found)[0], n_candidates + found.features.numel()
+        feature_acts, n_candidates = keep(found)[0], n_candidates + found.features.numel()
     LOG.add(len(x), n_candidates, len(x) * certified, len(x) * (not certified))
-    return acts
+    return feature_acts
 
 
 def _keep(
@@ -121,14 +123,14 @@ def _keep(
     n_kept: int,
     score: str,
     norms: Tensor | None,
-    pool: Pool | None,
+    global_pairs: GlobalPairs | None,
 ) -> tuple[SparseActs, Tensor]:
     """The best `n_kept` candidates by their exact values, and the last score `(1)` (0 where fewer are positive)."""
     values = sddmm(x, W, found.features, found.offsets) + bias[found.features]
     scores = score_of(values, found.features, score, norms)
-    if pool is None:
+    if global_pairs is None:
         kept, kth = keep_largest(scores, torch.tensor([0, len(values)], device=x.device), n_kept)
     else:
         rows = torch.repeat_interleave(found.offsets.diff(), output_size=len(values))
-        kept, kth = pool.keep(scores, rows, found.features, n_kept)
+        kept, kth = global_pairs.keep(scores, rows, found.features, n_kept)
     return SparseActs(values[kept], found.features[kept], count_before(kept, found.offsets), W.shape[0]), kth

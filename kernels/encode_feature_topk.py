@@ -17,7 +17,7 @@ from saelab.kernels.candidates import build_operands, find_candidates
 from saelab.kernels.dispatch import backend_name
 from saelab.kernels.precision import widened
 from saelab.kernels.primitives import sddmm
-from saelab.kernels.ragged import keep_largest, stable_order, true_places
+from saelab.kernels.ragged import flatnonzero, keep_largest, stable_argsort
 from saelab.kernels.reference.encode_feature_topk import encode_feature_topk as encode_feature_topk_reference
 from saelab.kernels.search import Candidates
 from saelab.kernels.selected_pre_acts import selected_pre_acts
@@ -29,58 +29,60 @@ def encode_feature_topk(
     x: Float[Tensor, "batch d_in"],
     W_enc: Float[Tensor, "d_sae d_in"],
     b_enc: Float[Tensor, " d_sae"],
-    places: Int[Tensor, " d_sae"],
+    capacity: Int[Tensor, " d_sae"],
     center: Float[Tensor, " d_in"] | None = None,
 ) -> SparseActs:
-    """`u = (x - center) @ W_enc.T + b_enc`; feature i keeps its `places[i]` largest `u` over the batch, if positive
+    """`u = (x - center) @ W_enc.T + b_enc`; feature i keeps its `capacity[i]` largest `u` over the batch, if positive
     (Ayonrinde 2024, arXiv 2411.02124, Feature Choice). Ties go to the earlier token. Differentiable as `encode_topk`.
     """
-    if int(places.min()) < 0 or int(places.max()) > len(x):
-        raise ValueError(f"places run from {int(places.min())} to {int(places.max())}; allowed is 0 to batch={len(x)}.")
+    if int(capacity.min()) < 0 or int(capacity.max()) > len(x):
+        raise ValueError(
+            f"places run from {int(capacity.min())} to {int(capacity.max())}; allowed is 0 to batch={len(x)}."
+        )
     x, W_enc, b_enc, center = widened(x, W_enc, b_enc, center)
     if backend_name(x) == "reference":
         x = x if center is None else x - center
-        return SparseActs.from_dense(encode_feature_topk_reference(x, W_enc, b_enc, places))
+        return SparseActs.from_dense(encode_feature_topk_reference(x, W_enc, b_enc, capacity))
     with torch.no_grad():
         centered = x if center is None else x - center
-        acts = _select(centered.detach(), W_enc.detach(), b_enc.detach(), places)
-    return selected_pre_acts(x, W_enc, b_enc, acts, center, centered)
+        feature_acts = _select(centered.detach(), W_enc.detach(), b_enc.detach(), capacity)
+    return selected_pre_acts(x, W_enc, b_enc, feature_acts, center, centered)
 
 
-def _select(x: Tensor, W: Tensor, bias: Tensor, places: Tensor) -> SparseActs:
+def _select(x: Tensor, W: Tensor, bias: Tensor, capacity: Tensor) -> SparseActs:
     if not len(x):
-        return SparseActs(x.new_zeros(0), places.new_zeros(0), places.new_zeros(1), W.shape[0])
+        return SparseActs(x.new_zeros(0), capacity.new_zeros(0), capacity.new_zeros(1), W.shape[0])
     operands = build_operands(x, W, bias).transposed()  # rows are features, columns tokens
-    search = partial(find_candidates, min_groups=max(int(places.max()), 1))
-    found = search(operands, lambda screen, rows: _best_pairs(screen, places[rows], operands.margin[rows]))
-    features, tokens, values, kth = _keep(found, x, W, bias, places)
-    certified = found.completes(kth) | (places == 0)
-    uncertified, n_candidates = true_places(~certified), found.features.numel()
+    search = partial(find_candidates, min_groups=max(int(capacity.max()), 1))
+    found = search(operands, lambda screen, rows: _best_pairs(screen, capacity[rows], operands.margin[rows]))
+    features, tokens, values, kth = _keep(found, x, W, bias, capacity)
+    certified = found.completes(kth) | (capacity == 0)
+    uncertified, n_candidates = flatnonzero(~certified), found.features.numel()
     if len(uncertified):  # what was found for them is a lower bound of their best: now the floor is exact
         part = operands.select_rows(uncertified)
         found = search(part, lambda screen, rows: screen.pairs_above(kth[uncertified][rows] - part.error_bound[rows]))
-        again = _keep(found, x, W[uncertified], bias[uncertified], places[uncertified])
+        again = _keep(found, x, W[uncertified], bias[uncertified], capacity[uncertified])
         stay = certified[features]
         features = torch.cat([features[stay], uncertified[again[0]]])
         tokens, values = torch.cat([tokens[stay], again[1]]), torch.cat([values[stay], again[2]])
         n_candidates += found.features.numel()
     LOG.add(W.shape[0], n_candidates, W.shape[0] - len(uncertified), len(uncertified))
-    order = stable_order(tokens * W.shape[0] + features)
+    order = stable_argsort(tokens * W.shape[0] + features)
     return SparseActs(values[order], features[order], offsets_of(torch.bincount(tokens, minlength=len(x))), W.shape[0])
 
 
 def _keep(
-    found: Candidates, x: Tensor, W: Tensor, bias: Tensor, places: Tensor
+    found: Candidates, x: Tensor, W: Tensor, bias: Tensor, capacity: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Features, tokens and exact values of the pairs that stay, and each feature's last score (0: it has places left)."""
     features = torch.repeat_interleave(found.offsets.diff(), output_size=found.features.numel())
     values = sddmm(W, x, found.features, found.offsets) + bias[features]
-    kept, kth = keep_largest(values, found.offsets, places)
+    kept, kth = keep_largest(values, found.offsets, capacity)
     return features[kept], found.features[kept], values[kept], kth
 
 
-def _best_pairs(screen: Any, places: Tensor, margin: Tensor) -> Candidates:
-    """Pairs not more than `margin` under each row's `places`-th largest group maximum; none for a row without places."""
+def _best_pairs(screen: Any, capacity: Tensor, margin: Tensor) -> Candidates:
+    """Pairs not more than `margin` under each row's `capacity`-th largest group maximum; none for a row without places."""
     ranked = screen.maxima.sort(dim=1, descending=True).values
-    kth = ranked.gather(1, (places[:, None] - 1).clamp_min(0)).squeeze(1)
-    return screen.pairs_above((kth - margin).masked_fill(places == 0, torch.inf))
+    kth = ranked.gather(1, (capacity[:, None] - 1).clamp_min(0)).squeeze(1)
+    return screen.pairs_above((kth - margin).masked_fill(capacity == 0, torch.inf))

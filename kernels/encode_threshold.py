@@ -14,7 +14,7 @@ from saelab.kernels.candidates import build_operands, find_candidates
 from saelab.kernels.dispatch import backend_name
 from saelab.kernels.precision import widened
 from saelab.kernels.primitives import sddmm
-from saelab.kernels.ragged import count_before, true_places
+from saelab.kernels.ragged import count_before, flatnonzero
 from saelab.kernels.reference.encode_threshold import encode_threshold as encode_threshold_reference
 from saelab.kernels.search import TINY
 from saelab.kernels.selected_pre_acts import selected_pre_acts
@@ -43,22 +43,22 @@ def encode_threshold(
     with torch.no_grad():
         centered = x if center is None else x - center
         floor = torch.as_tensor(threshold, dtype=x.dtype, device=x.device).detach() - band
-        acts = _select(centered.detach(), W_enc.detach(), b_enc.detach(), floor)
-    return selected_pre_acts(x, W_enc, b_enc, acts, center, centered)
+        feature_acts = _select(centered.detach(), W_enc.detach(), b_enc.detach(), floor)
+    return selected_pre_acts(x, W_enc, b_enc, feature_acts, center, centered)
 
 
 def _select(x: Tensor, W: Tensor, bias: Tensor, floor: Tensor) -> SparseActs:
     reachable = floor.expand(len(bias)) < torch.inf
     if not bool(reachable.all()):  # beside an infinite score the error bounds of all others would be infinite
-        features = true_places(reachable)
+        features = flatnonzero(reachable)
         if not len(features):
             return SparseActs(x.new_zeros(0), features, features.new_zeros(len(x) + 1), W.shape[0])
-        acts = _select(x, W[features], bias[features], floor if floor.ndim == 0 else floor[features])
-        return SparseActs(acts.values, features[acts.features], acts.offsets, W.shape[0])
+        feature_acts = _select(x, W[features], bias[features], floor if floor.ndim == 0 else floor[features])
+        return SparseActs(feature_acts.values, features[feature_acts.features], feature_acts.offsets, W.shape[0])
     operands = build_operands(x, W, bias - floor)
     found = find_candidates(operands, lambda screen, rows: screen.pairs_above(TINY - operands.error_bound[rows]))
     values = sddmm(x, W, found.features, found.offsets) + bias[found.features]
     above = values > (floor if floor.ndim == 0 else floor[found.features])
-    kept = true_places(above & (values != 0))
+    kept = flatnonzero(above & (values != 0))
     LOG.add(len(x), len(values), len(x), 0)
     return SparseActs(values[kept], found.features[kept], count_before(kept, found.offsets), W.shape[0])

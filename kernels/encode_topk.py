@@ -17,7 +17,7 @@ from saelab.kernels.candidates import build_operands, find_candidates
 from saelab.kernels.dispatch import backend_name
 from saelab.kernels.precision import widened
 from saelab.kernels.primitives import sddmm
-from saelab.kernels.ragged import count_before, keep_largest, true_places
+from saelab.kernels.ragged import count_before, flatnonzero, keep_largest
 from saelab.kernels.reference.encode_topk import encode_topk as encode_topk_reference
 from saelab.kernels.search import Candidates
 from saelab.kernels.selected_pre_acts import selected_pre_acts
@@ -49,8 +49,8 @@ def encode_topk(
         return SparseActs.from_dense(encode_topk_reference(x, W_enc, b_enc, k, score, norms))
     with torch.no_grad():
         centered = x if center is None else x - center
-        acts = _select(centered.detach(), W_enc.detach(), b_enc.detach(), k, score, norms)
-    return selected_pre_acts(x, W_enc, b_enc, acts, center, centered)
+        feature_acts = _select(centered.detach(), W_enc.detach(), b_enc.detach(), k, score, norms)
+    return selected_pre_acts(x, W_enc, b_enc, feature_acts, center, centered)
 
 
 def check_score(score: str, norms: Tensor | None) -> None:
@@ -67,16 +67,19 @@ def _select(x: Tensor, W: Tensor, bias: Tensor, k: int, score: str, norms: Tenso
     search = partial(find_candidates, magnitude=score == "magnitude", min_groups=k)
     keep = partial(_keep, W=W, bias=bias, k=k, score=score, norms=norms)
     found = search(operands, lambda screen, rows: screen.best_pairs(k, operands.margin[rows]))
-    acts, kth = keep(found, x)
-    uncertified = true_places(~found.completes(kth))
+    feature_acts, kth = keep(found, x)
+    uncertified = flatnonzero(~found.completes(kth))
     n_candidates = found.features.numel()
     if len(uncertified):  # what was found for them is a lower bound of the best k: now the floor is exact
         part = operands.select_rows(uncertified)
         found = search(part, lambda screen, rows: screen.pairs_above(kth[uncertified][rows] - part.error_bound[rows]))
         again, _ = keep(found, x[uncertified])
-        acts, n_candidates = replace_rows(acts, uncertified, again), n_candidates + found.features.numel()
+        feature_acts, n_candidates = (
+            replace_rows(feature_acts, uncertified, again),
+            n_candidates + found.features.numel(),
+        )
     LOG.add(len(x), n_candidates, len(x) - len(uncertified), len(uncertified))
-    return acts
+    return feature_acts
 
 
 def _keep(

@@ -26,12 +26,12 @@ class JumpReLU(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, u: Tensor, theta: Tensor, acts: SparseActs, bandwidth: float, ste_to_input: bool
+        ctx: Any, u: Tensor, theta: Tensor, feature_acts: SparseActs, bandwidth: float, ste_to_input: bool
     ) -> tuple[Tensor, Tensor]:
-        at = theta[acts.features]
+        at = theta[feature_acts.features]
         on = (u > at).to(u.dtype)
         ctx.save_for_backward(on, at, ((u - at).abs() < bandwidth / 2).to(u.dtype) / bandwidth)
-        ctx.acts, ctx.ste_to_input = acts, ste_to_input
+        ctx.feature_acts, ctx.ste_to_input = feature_acts, ste_to_input
         return u * on, on
 
     @staticmethod
@@ -41,20 +41,20 @@ class JumpReLU(Function):
         to_theta = -(grads[0] * at + grads[1]) * window
         to_u = grads[0] * on
         to_u = to_u - to_theta if ctx.ste_to_input else to_u
-        return to_u, bias_gradient(ctx.acts, to_theta), None, None, None
+        return to_u, bias_gradient(ctx.feature_acts, to_theta), None, None, None
 
 
 def jump_relu(
-    acts: SparseActs, theta: Float[Tensor, " d_sae"], bandwidth: float, ste_to_input: bool = False
+    feature_acts: SparseActs, theta: Float[Tensor, " d_sae"], bandwidth: float, ste_to_input: bool = False
 ) -> tuple[SparseActs, Float[Tensor, " nnz"]]:
-    """Codes of the pre-activations `acts`, and the step function `H(u - theta)` of every pair (its sum is the L0).
+    """Codes of the pre-activations `feature_acts`, and the step function `H(u - theta)` of every pair (its sum is the L0).
 
     Pairs inside the band but not above their threshold are stored with value 0, so that the gradient passes them. With
     `ste_to_input` the step has its slope in u as in theta, which it is a function of the difference of.
     """
-    u, theta = widened(acts.values, theta)
+    u, theta = widened(feature_acts.values, theta)
     if backend_name(u) == "reference":
-        values, steps = jump_relu_reference(u, theta[acts.features], bandwidth, ste_to_input)
+        values, steps = jump_relu_reference(u, theta[feature_acts.features], bandwidth, ste_to_input)
     else:
-        values, steps = JumpReLU.apply(u, theta, acts, bandwidth, ste_to_input)  # pyright: ignore[reportGeneralTypeIssues]
-    return acts.with_values(values), steps
+        values, steps = JumpReLU.apply(u, theta, feature_acts, bandwidth, ste_to_input)  # pyright: ignore[reportGeneralTypeIssues]
+    return feature_acts.with_values(values), steps

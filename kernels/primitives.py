@@ -57,16 +57,16 @@ def spmm_residual(
 
 @torch.no_grad()
 def spmm_transposed(
-    acts: SparseActs, values: Float[Tensor, " nnz"], g: Float[Tensor, "batch d_in"]
+    feature_acts: SparseActs, values: Float[Tensor, " nnz"], g: Float[Tensor, "batch d_in"]
 ) -> Float[Tensor, "d_sae d_in"]:
-    """`out[f] = sum over entries j of feature f of values[j] * g[row of j]`, on the pattern of `acts`."""
-    return backend(g).spmm_transposed(acts, values.detach(), g.detach())
+    """`out[f] = sum over entries j of feature f of values[j] * g[row of j]`, on the pattern of `feature_acts`."""
+    return backend(g).spmm_transposed(feature_acts, values.detach(), g.detach())
 
 
 @torch.no_grad()
-def bias_gradient(acts: SparseActs, values: Float[Tensor, " nnz"]) -> Float[Tensor, " d_sae"]:
+def bias_gradient(feature_acts: SparseActs, values: Float[Tensor, " nnz"]) -> Float[Tensor, " d_sae"]:
     """`out[f] = sum of the values at feature f`, in the order of the rows."""
-    return backend(values).bias_gradient(acts, values.detach())
+    return backend(values).bias_gradient(feature_acts, values.detach())
 
 
 @torch.no_grad()

@@ -26,19 +26,19 @@ def largest(values: Num[Tensor, "rows n"], k: int) -> Num[Tensor, "rows k"]:
     return torch.from_numpy(in_halves(len(table), lambda rows: np.partition(table[rows], at, axis=1)[:, at:]))
 
 
-def true_places(mask: Bool[Tensor, ...]) -> Int[Tensor, " n"]:
+def flatnonzero(mask: Bool[Tensor, ...]) -> Int[Tensor, " n"]:
     """Flat positions of what is true."""
     if mask.device.type != "cpu":
         return mask.reshape(-1).nonzero().squeeze(1)
     return torch.from_numpy(np.flatnonzero(mask.numpy()))
 
 
-def ascending(keys: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+def sort(keys: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
     """The keys sorted."""
     return torch.from_numpy(_sorted(keys.numpy()).astype(np.int64)) if keys.device.type == "cpu" else keys.sort().values
 
 
-def stable_order(ids: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+def stable_argsort(ids: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
     """The permutation that sorts `ids`, equal ones in their order."""
     n = ids.numel()
     if ids.device.type != "cpu" or not n:
@@ -56,9 +56,9 @@ def _sorted(keys: np.ndarray, largest: int | None = None) -> np.ndarray:
     return np.sort(keys.astype(np.int32 if largest <= _INT32 else np.int64, copy=False))
 
 
-def count_before(places: Int[Tensor, " n"], offsets: Int[Tensor, " rows_plus_1"]) -> Int[Tensor, " rows_plus_1"]:
-    """Offsets of the rows when only the entries at `places` (ascending) stay."""
-    return torch.searchsorted(places, offsets)
+def count_before(positions: Int[Tensor, " n"], offsets: Int[Tensor, " rows_plus_1"]) -> Int[Tensor, " rows_plus_1"]:
+    """Offsets of the rows when only the entries at `positions` (ascending) stay."""
+    return torch.searchsorted(positions, offsets)
 
 
 def keep_largest(
@@ -74,13 +74,13 @@ def keep_largest(
     if isinstance(k, int) and k == 0:
         return counts.new_zeros(0), scores.new_full(counts.shape, torch.inf)
     if isinstance(k, int) and width < k:
-        return true_places(scores > 0), scores.new_zeros(counts.shape)
+        return flatnonzero(scores > 0), scores.new_zeros(counts.shape)
     if isinstance(k, Tensor) or counts.numel() * width > _MAX_PADDING * scores.numel() + (1 << 20):
         return _keep_by_sorting(scores, rows, k, counts.numel())
     mask = torch.arange(width, device=scores.device, dtype=torch.int32) < counts[:, None].int()
     table = scores.new_zeros(mask.shape).masked_scatter_(mask, scores)
     kth = kth_largest(table, k).clamp_min(0)
-    kept = true_places(scores >= kth.clamp_min(torch.finfo(scores.dtype).smallest_normal)[rows])
+    kept = flatnonzero(scores >= kth.clamp_min(torch.finfo(scores.dtype).smallest_normal)[rows])
     if kept.numel() and int(torch.bincount(rows[kept]).max()) > k:  # ties at the k-th
         kept = kept[_rank(scores[kept], rows[kept]) < k]
     return kept, kth
@@ -92,7 +92,7 @@ def _keep_by_sorting(scores: Tensor, rows: Tensor, k: int | Tensor, n_rows: int)
     rank = _rank(scores, rows)
     last = (rank == each - 1).nonzero().squeeze(1)
     kth = scores.new_zeros(n_rows).index_put((rows[last],), scores[last]).clamp_min(0)
-    return true_places((rank < each) & (scores > 0)), kth
+    return flatnonzero((rank < each) & (scores > 0)), kth
 
 
 def _rank(scores: Tensor, rows: Tensor) -> Tensor:

@@ -36,15 +36,15 @@ def bf16_operands(x: Tensor, W: Tensor, bias: Tensor, magnitude: bool) -> Operan
     width = -(-(d_in + 3) // _TILE) * _TILE
     a = WORKSPACE.take("bf16 rows", (len(x), width), torch.bfloat16, x.device)
     b = WORKSPACE.take("bf16 columns", (len(W), width), torch.bfloat16, x.device)
-    (lengths, lost_W), (sizes, lost) = backend(W).round_rows(W, b), backend(x).round_rows(x, a)
+    (lengths, errors_W), (sizes, errors) = backend(W).round_rows(W, b), backend(x).round_rows(x, a)
     a[:, d_in:] = 0
     b[:, d_in:] = 0
     a[:, d_in : d_in + 2] = 1
     high = bias.to(torch.bfloat16)
     b[:, d_in] = high
     b[:, d_in + 1] = _rounded_up(bias - high + 2 * _STEP**2 * bias.abs() + 1e-30)
-    share = largest_of(lost_W / lengths.clamp_min(1e-30)) + 2 * gamma(width, torch.float32)
-    c = lost + share * (sizes + lost)
+    share = largest_of(errors_W / lengths.clamp_min(1e-30)) + 2 * gamma(width, torch.float32)
+    c = errors + share * (sizes + errors)
     if magnitude:
         error_bound = c * largest_of(lengths) + 4 * _STEP**2 * largest_of(bias.abs())
         return Operands(a, b, None, error_bound, MARGIN * error_bound, (c, lengths))

@@ -23,21 +23,27 @@ class SelectedPreActs(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, center: Tensor | None, acts: SparseActs, centered: Tensor
+        ctx: Any,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        center: Tensor | None,
+        feature_acts: SparseActs,
+        centered: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(centered, W_enc)
-        ctx.acts = acts
-        return acts.values.clone()
+        ctx.feature_acts = feature_acts
+        return feature_acts.values.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         centered, W_enc = ctx.saved_tensors
-        acts, g = ctx.acts, grads[0].contiguous()
+        feature_acts, g = ctx.feature_acts, grads[0].contiguous()
         x_needs, W_needs, b_needs, center_needs, *_ = ctx.needs_input_grad
-        to_x = spmm(g, acts.features, acts.offsets, W_enc) if x_needs else None
-        to_weights = spmm_transposed(acts, g, centered) if W_needs else None
-        to_bias = bias_gradient(acts, g) if b_needs or center_needs else None
+        to_x = spmm(g, feature_acts.features, feature_acts.offsets, W_enc) if x_needs else None
+        to_weights = spmm_transposed(feature_acts, g, centered) if W_needs else None
+        to_bias = bias_gradient(feature_acts, g) if b_needs or center_needs else None
         to_center = None
         if center_needs and to_bias is not None:
             to_center = -(to_bias @ W_enc)
@@ -48,14 +54,14 @@ def selected_pre_acts(
     x: Tensor,
     W_enc: Tensor,
     b_enc: Tensor,
-    acts: SparseActs,
+    feature_acts: SparseActs,
     center: Tensor | None = None,
     centered: Tensor | None = None,
 ) -> SparseActs:
-    """`acts` (values computed without a graph) as a differentiable function of `x`, `W_enc`, `b_enc` and `center`.
+    """`feature_acts` (values computed without a graph) as a differentiable function of `x`, `W_enc`, `b_enc` and `center`.
 
     `centered` is `x - center` where there is a centre.
     """
     centered = x if centered is None else centered
-    values = SelectedPreActs.apply(x, W_enc, b_enc, center, acts, centered.detach())
-    return acts.with_values(values)  # pyright: ignore[reportArgumentType]
+    values = SelectedPreActs.apply(x, W_enc, b_enc, center, feature_acts, centered.detach())
+    return feature_acts.with_values(values)  # pyright: ignore[reportArgumentType]

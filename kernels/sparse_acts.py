@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saelab.kernels.ragged import stable_order
+from saelab.kernels.ragged import stable_argsort
 
 
 class ByFeature(NamedTuple):
@@ -61,7 +61,7 @@ class SparseActs:
     def by_feature(self) -> ByFeature:
         """The transpose, sorted stably so that its order is the same on every run."""
         if "by_feature" not in self._derived:
-            order = stable_order(self.features)
+            order = stable_argsort(self.features)
             offsets = offsets_of(torch.bincount(self.features, minlength=self.d_sae))
             self._derived["by_feature"] = ByFeature(order, self.rows[order], offsets)
         return self._derived["by_feature"]
@@ -121,14 +121,14 @@ class SparseActs:
         return cls(dense[rows, features], features, offsets_of(counts), dense.shape[1])
 
 
-def replace_rows(acts: SparseActs, rows: Int[Tensor, " n"], by: SparseActs) -> SparseActs:
+def replace_rows(feature_acts: SparseActs, rows: Int[Tensor, " n"], by: SparseActs) -> SparseActs:
     """The code with its `rows` taken from `by`, in order."""
     values, features, counts = (
-        torch.cat([getattr(acts, name), getattr(by, name)]) for name in ("values", "features", "counts")
+        torch.cat([getattr(feature_acts, name), getattr(by, name)]) for name in ("values", "features", "counts")
     )
-    source = torch.arange(acts.batch, device=rows.device)
-    source[rows] = acts.batch + torch.arange(len(rows), device=rows.device)
-    return SparseActs(values, features, offsets_of(counts), acts.d_sae).select_rows(source)
+    source = torch.arange(feature_acts.batch, device=rows.device)
+    source[rows] = feature_acts.batch + torch.arange(len(rows), device=rows.device)
+    return SparseActs(values, features, offsets_of(counts), feature_acts.d_sae).select_rows(source)
 
 
 def offsets_of(counts: Int[Tensor, " n"]) -> Int[Tensor, " n_plus_1"]:

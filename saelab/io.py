@@ -24,7 +24,7 @@ from saelab.saes.inputs import HALF
 
 FORMAT_VERSION = 2  # 1 knew no "golden_hash"
 GOLDEN_ROWS = 64
-_TINY_CODE = 1e-3
+_TINY_ACT = 1e-3
 
 
 def save_sae(sae: SAE, folder: str | Path, *, golden_inputs: Float[Tensor, "n *sources d_in"] | None = None) -> Path:
@@ -57,7 +57,7 @@ def describe(sae: SAE) -> dict[str, Any]:
         "config": dataclasses.asdict(sae.config),
         "dtype": str(dtype_of(sae)).removeprefix("torch."),
         "unit_norm_decoder": sae.unit_norm,
-        "rule": sae.rule,
+        "rule": sae.selection_rule,
         "sae_hash": sae.hash,
         "training": sae.trained,
         **sae.origin,
@@ -74,7 +74,7 @@ def load_sae(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
     meta = _read_meta(folder / "sae.json")
     try:
         variant = VARIANTS[meta["variant"]]
-        shape = {name: meta[name] for name in variant.shape_names}
+        shape = {name: meta[name] for name in variant.extra_dims}
         config = {key: tuple(value) if isinstance(value, list) else value for key, value in meta["config"].items()}
         sae = variant(variant.Config(**config), meta["d_in"], **shape)
         sae.to(getattr(torch, meta.get("dtype", "float32")))
@@ -109,7 +109,7 @@ def dtype_of(sae: SAE) -> torch.dtype:
 
 _ANEW = "put it back from a copy, or train the SAE anew"
 _OWN = {"format_version", "variant", "d_in", "d_sae", "config", "dtype", "unit_norm_decoder", "rule", "sae_hash"}
-_OWN |= {"golden_hash", "training"}.union(*(variant.shape_names for variant in VARIANTS.values()))
+_OWN |= {"golden_hash", "training"}.union(*(variant.extra_dims for variant in VARIANTS.values()))
 
 
 def _read_meta(path: Path) -> dict[str, Any]:
@@ -142,19 +142,19 @@ def _golden(sae: SAE, inputs: Tensor) -> dict[str, Tensor]:
     inputs = inputs.to(sae.W_enc.device).float()[: 16 * GOLDEN_ROWS]
     size = (inputs - sae.center).norm(dim=-1, keepdim=True) / sae.d_in**0.5
     generator = torch.Generator().manual_seed(0)
-    codes = sae.encode(inputs)
+    feature_acts = sae.encode(inputs)
     stable = torch.ones(len(inputs), dtype=torch.bool, device=inputs.device)
     for _ in range(4):
         noise = torch.randn(inputs.shape, generator=generator).to(inputs.device)
-        stable &= _same_features(codes, sae.encode(inputs + 1e-3 * size * noise))
+        stable &= _same_features(feature_acts, sae.encode(inputs + 1e-3 * size * noise))
     order = torch.cat([stable.nonzero().squeeze(1), (~stable).nonzero().squeeze(1)])[:GOLDEN_ROWS]
     chosen = inputs[order]
-    x_hat, acts = sae(chosen)
+    x_hat, feature_acts = sae(chosen)
     return {
         "x": chosen,
-        "values": acts.values,
-        "features": acts.features,
-        "offsets": acts.offsets,
+        "values": feature_acts.values,
+        "features": feature_acts.features,
+        "offsets": feature_acts.offsets,
         "x_hat": x_hat,
         "train_documents": sae.train_documents,
     }
@@ -163,7 +163,7 @@ def _golden(sae: SAE, inputs: Tensor) -> dict[str, Tensor]:
 def _same_features(one: SparseActs, other: SparseActs) -> Bool[Tensor, " rows"]:
     """Whether the same features fire on a row, some rows at a time: dense tensors of all would be large."""
     parts = torch.arange(one.batch, device=one.features.device).split(GOLDEN_ROWS)
-    dense = ((acts.select_rows(rows).to_dense() != 0 for acts in (one, other)) for rows in parts)
+    dense = ((feature_acts.select_rows(rows).to_dense() != 0 for feature_acts in (one, other)) for rows in parts)
     return torch.cat([(a == b).all(1) for a, b in dense])
 
 
@@ -173,12 +173,14 @@ def _check_golden(sae: SAE, golden: dict[str, Tensor], folder: Path) -> None:
     rtol = 2e-2 if dtype_of(sae) in HALF else 1e-4
     expected = SparseActs(golden["values"], golden["features"], golden["offsets"], sae.d_sae).to_dense()
     got = sae(golden["x"])
-    codes = got.acts.to_dense()
+    feature_acts = got.acts.to_dense()
     largest = expected.abs().amax(1, keepdim=True)
-    moved = ((codes != 0) != (expected != 0)) & (torch.maximum(codes.abs(), expected.abs()) > _TINY_CODE * largest)
+    moved = ((feature_acts != 0) != (expected != 0)) & (
+        torch.maximum(feature_acts.abs(), expected.abs()) > _TINY_ACT * largest
+    )
     if bool(moved.any()):
         raise SaelabError(f"{folder}: golden inputs fire other features than when saved ({int(moved.sum())} differ).")
-    for name, now, then in (("codes", codes, expected), ("reconstruction", got.x_hat, golden["x_hat"])):
+    for name, now, then in (("codes", feature_acts, expected), ("reconstruction", got.x_hat, golden["x_hat"])):
         error, size = float((now - then).norm()), float(then.norm())
         if not error <= rtol * max(size, 1e-30):
             raise SaelabError(

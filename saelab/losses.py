@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from saelab.distributed import ALONE, Ranks
-from saelab.distributed.moments import whole_variance
+from saelab.distributed import SINGLE_PROCESS, Ranks
+from saelab.distributed.moments import global_variance
 from saelab.kernels.precision import widened
 
 
@@ -42,7 +42,9 @@ def squared_error(x: Float[Tensor, "batch d_in"], x_hat: Float[Tensor, "batch d_
     return SquaredError.apply(*widened(x, x_hat))  # pyright: ignore[reportReturnType]
 
 
-def fvu(x: Float[Tensor, "batch d_in"], x_hat: Float[Tensor, "batch d_in"], ranks: Ranks = ALONE) -> Float[Tensor, ""]:
+def fvu(
+    x: Float[Tensor, "batch d_in"], x_hat: Float[Tensor, "batch d_in"], ranks: Ranks = SINGLE_PROCESS
+) -> Float[Tensor, ""]:
     """Fraction of variance unexplained in this batch: `sum |x - x_hat|^2 / sum |x - mean(x)|^2`.
 
     The denominator is floored at the smallest normal number.
@@ -50,7 +52,7 @@ def fvu(x: Float[Tensor, "batch d_in"], x_hat: Float[Tensor, "batch d_in"], rank
     return squared_error(x, x_hat) / total_variance(x, ranks)
 
 
-def total_variance(x: Float[Tensor, "batch d_in"], ranks: Ranks = ALONE) -> Float[Tensor, ""]:
+def total_variance(x: Float[Tensor, "batch d_in"], ranks: Ranks = SINGLE_PROCESS) -> Float[Tensor, ""]:
     """`sum |x - mean(x)|^2`, what FVU divides by; at least the smallest normal number.
 
     Where ranks share a batch: that of all rows times this rank's share of them, so that the mean of the ranks' FVU,
@@ -59,15 +61,17 @@ def total_variance(x: Float[Tensor, "batch d_in"], ranks: Ranks = ALONE) -> Floa
     mean = x.mean(0)
     variance = sum_of_squares(x - mean)
     if ranks.size > 1:
-        variance = whole_variance(variance, mean, len(x), ranks) * (len(x) / ranks.whole(len(x)))
+        variance = global_variance(variance, mean, len(x), ranks) * (len(x) / ranks.global_batch_size(len(x)))
     return variance.clamp_min(torch.finfo(x.dtype).tiny)
 
 
-def fvu_of_rest(x: Float[Tensor, "batch d_in"], x_hat: Float[Tensor, "batch d_in"], ranks: Ranks = ALONE) -> Tensor:
+def fvu_of_rest(
+    x: Float[Tensor, "batch d_in"], x_hat: Float[Tensor, "batch d_in"], ranks: Ranks = SINGLE_PROCESS
+) -> Tensor:
     """FVU of a residual; 0 where nothing but rounding is left of it, or the same in every row: there is nothing to explain."""
     variance = total_variance(x, ranks)
-    limits = torch.finfo(x.dtype)
-    varies = (variance > limits.tiny) & (variance > (4 * limits.eps) ** 2 * sum_of_squares(x))
+    finfo = torch.finfo(x.dtype)
+    varies = (variance > finfo.tiny) & (variance > (4 * finfo.eps) ** 2 * sum_of_squares(x))
     return squared_error(x, x_hat) * varies / torch.where(varies, variance, 1)
 
 
@@ -84,7 +88,7 @@ def auxk(
     W_dec_dead: Float[Tensor, "n_dead d_out"],
     k_aux: int,
     signed: bool = False,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
     norms: Float[Tensor, " n_dead"] | None = None,
 ) -> Float[Tensor, ""]:
     """AuxK (Gao et al. 2024, Appendix A.2): the `k_aux` strongest dead features model the residual.

@@ -6,13 +6,13 @@ from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
-def check_integer(name: str, value: Any, least: int, most: int | None = None) -> None:
-    """Raise `ValueError` naming the value unless it is an `int` from `least` to `most`."""
+def check_integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> None:
+    """Raise `ValueError` naming the value unless it is an `int` from `minimum` to `maximum`."""
     if isinstance(value, bool) or not isinstance(value, int):
         fix = f": write {int(value)}" if isinstance(value, float) and value.is_integer() else ""
         raise ValueError(f"{name}={value!r} must be a whole number, an int{fix}.")
-    if value < least or (most is not None and value > most):
-        bounds = f"at least {least}" if most is None else f"between {least} and {most}"
+    if value < minimum or (maximum is not None and value > maximum):
+        bounds = f"at least {minimum}" if maximum is None else f"between {minimum} and {maximum}"
         raise ValueError(f"{name}={value} must be {bounds}.")
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from tiny_saes import config_of
 
 from saelab import TrainConfig, train
-from saelab.distributed import ALONE, join
+from saelab.distributed import SINGLE_PROCESS, init_distributed
 from saelab.distributed.mesh import build_mesh
 from saelab.errors import TrainingError
 from saelab.saes import VARIANTS, StepInfo
@@ -149,7 +149,7 @@ def train_sharded(name: str, folder: Path, shards: int, n_chunks: int = 8) -> No
 
 def select_with_ties(dtype: torch.dtype, shards: int) -> None:
     """Small whole numbers: nearly every selection ends in a tie. Compared with the unsharded SAE bit for bit."""
-    mesh = build_mesh(join(), shards, "cpu")
+    mesh = build_mesh(init_distributed(), shards, "cpu")
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(-2, 3, (131, 8), generator=generator).to(dtype)
     dead = torch.zeros(D_SAE, dtype=torch.bool)
@@ -158,17 +158,17 @@ def select_with_ties(dtype: torch.dtype, shards: int) -> None:
         with torch.no_grad():
             sae.W_enc.copy_(torch.randint(-1, 2, sae.W_enc.shape, generator=generator))
         shard: Any = shard_of(sae, mesh).to(dtype)
-        whole = sae.select(x, StepInfo(dead, 0, 10, ALONE.sharing(len(x)))).to_dense()
+        whole = sae.select(x, StepInfo(dead, 0, 10, SINGLE_PROCESS.sharing(len(x)))).to_dense()
         ranks = mesh.data.sharing(len(x))
-        own = shard.select(x[ranks.own], StepInfo(dead[: shard.d_sae], 0, 10, ranks)).to_dense()
-        expected = whole[ranks.own, shard.first_feature : shard.first_feature + shard.d_sae]
+        own = shard.select(x[ranks.local_rows], StepInfo(dead[: shard.d_sae], 0, 10, ranks)).to_dense()
+        expected = whole[ranks.local_rows, shard.first_feature : shard.first_feature + shard.d_sae]
         assert torch.equal(own, expected) and bool(whole.any()), f"{name}, {shards} shards"
         assert name == "topk" or torch.equal(shard.threshold, sae.threshold)
 
 
 def share_with_ties() -> None:
     """The same for rows shared by all ranks."""
-    ranks, generator = join().sharing(131), torch.Generator().manual_seed(1)
+    ranks, generator = init_distributed().sharing(131), torch.Generator().manual_seed(1)
     x = torch.randint(-2, 3, (131, 8), generator=generator).float()
     dead = torch.zeros(D_SAE, dtype=torch.bool)
     for name in ("batch_topk", "mutual_choice", "feature_choice"):
@@ -180,8 +180,8 @@ def share_with_ties() -> None:
             for sae in saes:
                 sae.W_enc.data.copy_(integers)
             whole = one.select(x, StepInfo(dead, step, 10)).to_dense()
-            own = shared.select(x[ranks.own], StepInfo(dead, step, 10, ranks)).to_dense()
-            assert torch.equal(own, whole[ranks.own]) and bool(whole.any()), f"{name} at step {step}"
+            own = shared.select(x[ranks.local_rows], StepInfo(dead, step, 10, ranks)).to_dense()
+            assert torch.equal(own, whole[ranks.local_rows]) and bool(whole.any()), f"{name} at step {step}"
             assert torch.equal(one.threshold, shared.threshold)
 
 

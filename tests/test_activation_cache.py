@@ -22,7 +22,7 @@ from saelab.activation_cache.codec import identity
 from saelab.activation_cache.journal import Journal
 from saelab.activation_cache.manifest import Totals, contents
 from saelab.activation_cache.reader import ActivationCache
-from saelab.activation_cache.shuffle_buffer import Pool
+from saelab.activation_cache.shuffle_buffer import ShuffleBuffer
 from saelab.activation_cache.writer import CacheWriter
 from saelab.errors import CacheError, SaelabError
 from saelab.files import atomic_write_json
@@ -31,14 +31,14 @@ from saelab.tokens import TokenBatch
 CTX, BATCH = 8, 4
 
 
-def acts_of(seq, pos):
+def feature_acts_of(seq, pos):
     """Rows that tell where they come from (exact in bf16: whole numbers below 256)."""
     return torch.stack([seq % 256, seq // 256, pos, torch.ones_like(seq)], dim=-1).float()
 
 
 def acts_by_hook(hooks, seq, pos):
     """The last number of a row tells the hook: 1 for the first."""
-    x = acts_of(seq, pos)
+    x = feature_acts_of(seq, pos)
     return {hook: x + torch.tensor([0.0, 0, 0, i]) for i, hook in enumerate(hooks)}
 
 
@@ -97,17 +97,17 @@ def stored_rows(cache):
 
 
 def test_pool_gives_out_what_it_got_each_row_once_and_reuses_slots():
-    pool = Pool(6)
+    buffer = ShuffleBuffer(6)
     seen = Counter()
     generator = torch.Generator().manual_seed(0)
     for seq in range(20):
         index = torch.tensor([[seq, pos, 0] for pos in range(3)], dtype=torch.int32)
-        pool.add(index, {"h": {"acts": acts_of(index[:, 0], index[:, 1])}})
+        buffer.add(index, {"h": {"acts": feature_acts_of(index[:, 0], index[:, 1])}})
         if seq % 2:
-            drawn, acts = pool.draw(6 if seq == 19 else len(pool), generator)
-            torch.testing.assert_close(acts["h"]["acts"], acts_of(drawn[:, 0], drawn[:, 1]))
+            drawn, acts = buffer.draw(6 if seq == 19 else len(buffer), generator)
+            torch.testing.assert_close(acts["h"]["acts"], feature_acts_of(drawn[:, 0], drawn[:, 1]))
             seen.update(map(tuple, drawn.tolist()))
-    assert len(pool) == 0 and pool.oldest_sequence is None
+    assert len(buffer) == 0 and buffer.oldest_context is None
     assert seen == Counter((seq, pos, 0) for seq in range(20) for pos in range(3))
 
 
@@ -118,7 +118,7 @@ def test_every_row_is_stored_once_with_its_sequence_position_and_token(cache):
     for acts, index in cache.shards("h"):
         seq, pos = index["seq"].long(), index["pos"].long()
         assert acts.dtype == torch.bfloat16
-        assert torch.equal(acts.float(), acts_of(seq, pos))
+        assert torch.equal(acts.float(), feature_acts_of(seq, pos))
         assert torch.equal(index["token"], ids[seq, pos])
         places.update(zip(seq.tolist(), pos.tolist(), strict=True))
     assert places == Counter((seq, pos) for seq in range(40) for pos in range(1, CTX))

@@ -12,7 +12,7 @@ from saelab.errors import SaelabError
 from saelab.models.hooks import attach
 from saelab.saes import Batch, CodebookConfig, CodebookSAE, StepInfo
 from saelab.saes.codebook import find_codes, finetune, insert, load, save
-from saelab.saes.codebook.gradients import own_loss, pass_through, rotated
+from saelab.saes.codebook.gradients import codebook_loss, rotation_trick, straight_through
 from saelab.saes.codebook.nearest import most_similar
 from saelab.saes.codebook.quantizer import Codebook
 from saelab.saes.codebook.revival import closest_inputs, draw_inputs, generator_of, kmeans, towards_anchors, usage_after
@@ -153,14 +153,19 @@ def test_gradients_of_every_kind(kind):
 def test_own_loss_by_hand():
     """|q - a|^2 = 4 on each of two tokens: 4 a token; the input's part counts beta."""
     a, q = torch.zeros(2, 4), torch.ones(2, 4)
-    assert [own_loss(a, q, kind, 0.25, 2).item() for kind in ("base", "aeloss", "fullaeloss", "vqvae")] == [0, 4, 5, 5]
+    assert [codebook_loss(a, q, kind, 0.25, 2).item() for kind in ("base", "aeloss", "fullaeloss", "vqvae")] == [
+        0,
+        4,
+        5,
+        5,
+    ]
 
 
 def test_rotation_keeps_the_value_and_the_angle():
     a, q, g = (rows(20, seed=s).double() for s in range(3))
     a.requires_grad_()
-    torch.testing.assert_close(rotated(a, q), q)
-    out = pass_through(a, q, "base", rotation=True)
+    torch.testing.assert_close(rotation_trick(a, q), q)
+    out = straight_through(a, q, "base", rotation=True)
     assert torch.equal(out, q)
     out.backward(g)
     cosine = torch.nn.functional.cosine_similarity
@@ -171,7 +176,7 @@ def test_rotation_keeps_the_value_and_the_angle():
 
 def test_rotation_of_opposites_is_finite():
     a = torch.tensor([[1.0, 2.0], [0.0, 0.0]], requires_grad=True)
-    out = rotated(a, torch.tensor([[-2.0, -4.0], [1.0, 0.0]]))
+    out = rotation_trick(a, torch.tensor([[-2.0, -4.0], [1.0, 0.0]]))
     torch.testing.assert_close(out[0], torch.tensor([-2.0, -4.0]))
     out.sum().backward()
     assert bool(gradient(a).isfinite().all())
@@ -305,7 +310,7 @@ def test_training_lowers_the_fvu_and_a_resume_is_bit_for_bit(tmp_path, revive, m
 
     from saelab.training.sae_run import Run
 
-    step, stop = Run.train_on, RuntimeError("stopped")
+    step, stop = Run.train_step, RuntimeError("stopped")
 
     def until_twelve(self, batch):
         if self.step == 12:

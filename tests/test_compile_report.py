@@ -110,10 +110,10 @@ def test_amdgcn_metadata_by_hand():
 def test_hbm_model_by_hand():
     product = Product(a_bytes=100, b_bytes=1000, once_bytes=7)
     assert product.compulsory == 1107
-    assert product.least(cache=100) == 1107  # a fits: everything once
-    assert product.least(cache=99) == 100 + 2 * 1000 + 7  # a in two parts, b twice
-    assert product.least(cache=10) == 100 + 10 * 1000 + 7 == product.a_resident(10)
-    assert Product(1000, 100, 7).least(cache=50) == 2 * 1000 + 100 + 7 == Product(1000, 100, 7).b_resident(2)
+    assert product.minimum(cache=100) == 1107  # a fits: everything once
+    assert product.minimum(cache=99) == 100 + 2 * 1000 + 7  # a in two parts, b twice
+    assert product.minimum(cache=10) == 100 + 10 * 1000 + 7 == product.a_resident(10)
+    assert Product(1000, 100, 7).minimum(cache=50) == 2 * 1000 + 100 + 7 == Product(1000, 100, 7).b_resident(2)
 
 
 def test_super_blocks_fit_the_cache_and_cover_the_rows():

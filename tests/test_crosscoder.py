@@ -23,7 +23,7 @@ from saelab.saes import (
     StepInfo,
     TopKConfig,
 )
-from saelab.saes.hooks_used import Sites, choose_sites, sites_of
+from saelab.saes.hooks_used import HooksUsed, choose_hooks, hooks_of
 from saelab.training import TrainConfig, train
 from saelab.training.adam import Adam
 
@@ -70,7 +70,7 @@ def test_l1_loss_by_hand():
     """x = (1, 2): u = (1 + 4, 1 - 2), z = (5, 0), x_hat = (15, 20); error 14^2 + 18^2, penalty 5 * (3 + 4)."""
     sae, x = by_hand(sparsity="l1", l1_coefficient=0.5), torch.tensor([[[1.0], [2.0]]])
     loss = sae.loss(Batch(x, x), StepInfo(torch.zeros(2, dtype=torch.bool), 0, 10))
-    assert loss.acts.to_dense().tolist() == [[5.0, 0.0]]
+    assert loss.feature_acts.to_dense().tolist() == [[5.0, 0.0]]
     assert loss.total.item() == 14**2 + 18**2 + 0.5 * 5 * 7
     assert sae(x).x_hat.tolist() == [[[15.0], [20.0]]]
 
@@ -131,7 +131,7 @@ def test_e12_a_batch_topk_crosscoder_of_one_source_is_a_batch_topk_sae():
         for W in (crosscoder.W_dec, plain.W_dec):  # norms of exactly 1
             W.zero_().view(D_SAE, D_IN)[torch.arange(D_SAE), torch.arange(D_SAE) % D_IN] = 1
     losses = [sae.loss(Batch(x, x), info(torch.arange(D_SAE) < 3)) for sae in (crosscoder, plain)]
-    assert torch.equal(losses[0].acts.to_dense(), losses[1].acts.to_dense())
+    assert torch.equal(losses[0].feature_acts.to_dense(), losses[1].feature_acts.to_dense())
     assert losses[0].terms.keys() == losses[1].terms.keys() == {"fvu", "auxk"}
     torch.testing.assert_close(losses[0].total, losses[1].total)
     assert torch.equal(crosscoder.threshold, plain.threshold)
@@ -317,7 +317,7 @@ def test_sources_come_from_the_hooks_of_a_cache_in_the_order_asked_for(tmp_path)
         patch.setattr(CrosscoderSAE, "loss", loss)
         saes = train(configs, cache, options, hook_name="q", progress=False)
     assert [sae.shape for sae in saes] == [{"n_sources": 3}, {"n_sources": 2}, {}]
-    assert [str(sites_of(sae)) for sae in saes] == ["p, q, r", "r, p", "q"]
+    assert [str(hooks_of(sae)) for sae in saes] == ["p, q, r", "r, p", "q"]
     assert saes[0].origin["hook_names"] == ["p", "q", "r"] and "hook_names" not in saes[2].origin
     assert saes[1].origin["mask"]["max_norm"] == {"r": 10.0, "p": 10.0}
     expected = next(cache.batches(32, seed=0, hook_name="r"))
@@ -332,7 +332,7 @@ def test_a_cache_of_one_hook_gives_one_source(tmp_path):
     cache = make_cache(tmp_path / "cache", n_sequences=80)
     options = TrainConfig(n_tokens=32 * 4, batch_size=32, checkpoint_every=0)
     sae = train(CrosscoderConfig(8, 2), cache, options, progress=False)
-    assert sae.shape == {"n_sources": 1} and sites_of(sae) == Sites(("h",), ("h",))
+    assert sae.shape == {"n_sources": 1} and hooks_of(sae) == HooksUsed(("h",), ("h",))
     assert sae(next(cache.batches(5))).x_hat.shape == (5, 4)
 
 
@@ -352,16 +352,16 @@ def test_data_that_does_not_fit_is_explained(config, data, says):
 
 def test_hooks_that_are_not_there_are_named():
     with pytest.raises(ValueError, match="hook_names='z' is not in the cache, which holds p, q"):
-        choose_sites(CrosscoderConfig(8, 2, hook_names=("p", "z")), ["p", "q"])
+        choose_hooks(CrosscoderConfig(8, 2, hook_names=("p", "z")), ["p", "q"])
 
 
 def test_sites_given_must_be_as_many_as_sources():
     sae = build()
     with pytest.raises(ValueError, match="give hook_name"):
-        sites_of(sae)
+        hooks_of(sae)
     with pytest.raises(ValueError, match=r"reads 3 sources, hook_name names 2 \(a, b\)"):
-        sites_of(sae, ["a", "b"])
-    assert sites_of(sae, ["a", "b", "c"]).reads == ("a", "b", "c")
+        hooks_of(sae, ["a", "b"])
+    assert hooks_of(sae, ["a", "b", "c"]).inputs == ("a", "b", "c")
 
 
 def test_an_iterator_of_tensors_with_sources():

@@ -79,5 +79,5 @@ def test_features_are_dead_in_a_run_after_its_window(name, monkeypatch):
     )
     batches = source.batches(["x"], 64, 0, 0)
     for _ in range(4):
-        run.train_on(next(batches))
+        run.train_step(next(batches))
     assert [bool(dead[:5].all()) for dead in seen] == [False, False, True, True]

@@ -34,9 +34,9 @@ def test_every_operation_in_every_dtype(name, dtype, tmp_path):
     torch.testing.assert_close(output.x_hat.double(), want.x_hat, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(sae.decode(output.acts).double(), exact.decode(want.acts), rtol=1e-4, atol=1e-4)
     feature = int(output.acts.features[0])
-    column, (direction, scale) = output.acts.column(feature), sae.written()
+    column, (direction, scale) = output.acts.column(feature), sae.decoder()
     torch.testing.assert_close(column.double(), want.acts.column(feature), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(direction[feature].double() / scale, exact.written()[0][feature] / exact.written()[1])
+    torch.testing.assert_close(direction[feature].double() / scale, exact.decoder()[0][feature] / exact.decoder()[1])
     if dtype in HALF:
         again = load_sae(save_sae(sae, tmp_path / "sae", golden_inputs=x[:8]))
         assert again.hash == sae.hash and {p.dtype for p in again.parameters()} == {dtype}

@@ -54,7 +54,7 @@ def dense(sae, tiny_lm):
     for tokens, acts, keep in stream:
         codes.append(sae.encode(acts[keep]).to_dense().detach())
         docs.append(tokens.doc[keep])
-        where.append(keep.nonzero() + torch.tensor([tokens.first_sequence, 0]))
+        where.append(keep.nonzero() + torch.tensor([tokens.first_context, 0]))
     return torch.cat(codes), torch.cat(docs), torch.cat(where)
 
 

@@ -55,7 +55,7 @@ def test_loss_by_hand():
         {"sse": 13**2, "aux": 7**2, "l1": 5, "coefficient": 0.5}
     )
     assert loss.total.item() == pytest.approx(169 + 49 + 2.5)
-    assert loss.acts.features.tolist() == [0] and loss.residual.item() == pytest.approx(13)
+    assert loss.feature_acts.features.tolist() == [0] and loss.residual.item() == pytest.approx(13)
     assert sae.encode(x).to_dense().tolist() == [[pytest.approx(5), 0, 0]]
 
 
@@ -70,7 +70,7 @@ def test_an_open_gate_without_magnitude_does_not_count_as_fired():
     sae, x = random_gated(), rows(50)
     a = (x - sae.b_dec) @ sae.W_enc.T
     open_gates = int((a + sae.b_gate > 0).sum())
-    acts = sae.loss(Batch(x, x), INFO).acts
+    acts = sae.loss(Batch(x, x), INFO).feature_acts
     assert 0 < acts.nnz < open_gates and bool((acts.values > 0).all())
     assert torch.equal(acts.to_dense(), sae.encode(x).to_dense())
 

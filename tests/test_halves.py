@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from saelab.kernels.ragged import largest
+from saelab.kernels.torch_backend.flatnonzero import flatnonzero_at_least
 from saelab.kernels.torch_backend.halves import in_halves
-from saelab.kernels.torch_backend.places import places_not_below
 
 
 @pytest.mark.parametrize("rows", [0, 1, 127, 128, 301])
@@ -15,7 +15,7 @@ def test_places_are_those_of_a_comparison(rows, share):
     table = torch.randint(0, 1000, (rows, 192), generator=generator, dtype=torch.int16)
     floor = torch.full((rows,), round(1000 * (1 - share)), dtype=torch.int16)
     floor[::7] += 1
-    found = places_not_below(table, floor)
+    found = flatnonzero_at_least(table, floor)
     assert found.dtype == torch.int64
     assert torch.equal(found, (table >= floor[:, None]).view(-1).nonzero().squeeze(1))
 

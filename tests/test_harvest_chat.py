@@ -12,7 +12,7 @@ import saelab
 from saelab.activation_cache import layout
 from saelab.activation_cache.harvest import harvest
 from saelab.activation_cache.repair import repair
-from saelab.activation_cache.shuffle_buffer import Pool
+from saelab.activation_cache.shuffle_buffer import ShuffleBuffer
 from saelab.tokens import document_id, load_texts
 
 HOOK = "blocks.1.hook_resid_post"
@@ -145,14 +145,14 @@ def test_a_model_without_a_template_is_refused(tiny_lm, tmp_path, monkeypatch):
 @settings(max_examples=40, deadline=None)
 @given(sizes=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 6)), max_size=12), shuffle=st.booleans())
 def test_the_pool_gives_out_what_it_got_each_row_once(sizes, shuffle):
-    pool, given_in, taken = Pool(70), [], []
+    buffer, given_in, taken = ShuffleBuffer(70), [], []
     generator = torch.Generator().manual_seed(0) if shuffle else None
     for n_in, n_out in sizes:
         index = torch.arange(len(given_in), len(given_in) + n_in)[:, None].repeat(1, 3).int()
-        pool.add(index, {"h": {"acts": index.float()}})
+        buffer.add(index, {"h": {"acts": index.float()}})
         given_in += index[:, 0].tolist()
-        drawn, rows = pool.draw(n_out, generator)
+        drawn, rows = buffer.draw(n_out, generator)
         assert torch.equal(rows["h"]["acts"], drawn.float())
         taken += drawn[:, 0].tolist()
-    taken += pool.draw(len(pool), generator)[0][:, 0].tolist()
+    taken += buffer.draw(len(buffer), generator)[0][:, 0].tolist()
     assert sorted(taken) == given_in and (shuffle or taken == given_in)

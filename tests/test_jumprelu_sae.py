@@ -50,7 +50,7 @@ def test_l0_loss_and_gradients_by_hand():
     sae, x = by_hand(sparsity_coefficient=0.5)
     loss = sae.loss(Batch(x, x), info(n=4))
     assert loss.total.item() == pytest.approx(4.1**2 + 0.5 * 2)
-    assert loss.terms["sparsity"].item() == 2 and loss.acts.features.tolist() == [2, 3]
+    assert loss.terms["sparsity"].item() == 2 and loss.feature_acts.features.tolist() == [2, 3]
     loss.total.backward()
     # theta: -(theta / eps) 8.2 - 0.5 / eps inside the window, and another theta for the logarithm
     expected = torch.tensor([0.0, 1.0, 1.0, 0.0]).double() * -(4 * 8.2 + 1) * 2
@@ -178,7 +178,7 @@ def test_a_pre_activation_at_its_threshold_does_not_fire():
 @pytest.mark.parametrize("kind", ["l0", "tanh"])
 def test_pairs_in_the_band_that_are_zero_do_not_count_as_fired(kind):
     sae, x = JumpReLUSAE(JumpReLUConfig(D_SAE, loss=kind, bandwidth=1.0, normalize="none"), D_IN), rows(60)
-    acts, codes = sae.loss(Batch(x, x), info()).acts, sae.encode(x)
+    acts, codes = sae.loss(Batch(x, x), info()).feature_acts, sae.encode(x)
     assert bool((acts.values > sae.threshold[acts.features]).all())
     assert torch.equal(acts.to_dense(), codes.to_dense()) and torch.equal(acts.offsets, codes.offsets)
 

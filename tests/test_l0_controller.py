@@ -9,7 +9,7 @@ import torch
 
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.saes import VARIANTS, GatedConfig, JumpReLUConfig, ReLUConfig, StepInfo, l0_controller
-from saelab.saes.l0_controller import DAMPING, FALL, MEMORY, RATE, L0Controller
+from saelab.saes.l0_controller import EMA_DECAY, INTEGRAL_GAIN, PROPORTIONAL_GAIN, RAMP_FRACTION, L0Controller
 from saelab.training import TrainConfig, sae_run, train
 
 NONE_DEAD = torch.zeros(4096, dtype=torch.bool)
@@ -37,9 +37,11 @@ def test_two_steps_by_hand():
     """L0 starts at 64 and is to be 8: at step 1 the wanted one has gone 1 / (FALL 100) of the way, and L0 is 100."""
     control = L0Controller(2.0, 0.0, 8.0)
     assert float(control(codes(64), at(0))) == pytest.approx(2)  # no error at the start
-    wanted = math.log(8) + math.log(64 / 8) * (1 - 1 / (FALL * 100))
-    error = (1 - MEMORY) * (math.log(100) - wanted)
-    assert float(control(codes(100), at(1))) == pytest.approx(2 * math.exp((RATE + DAMPING) * error), rel=1e-5)
+    wanted = math.log(8) + math.log(64 / 8) * (1 - 1 / (RAMP_FRACTION * 100))
+    error = (1 - EMA_DECAY) * (math.log(100) - wanted)
+    assert float(control(codes(100), at(1))) == pytest.approx(
+        2 * math.exp((INTEGRAL_GAIN + PROPORTIONAL_GAIN) * error), rel=1e-5
+    )
     assert 0 < error < 0.5
 
 
@@ -131,7 +133,7 @@ def test_it_goes_on_from_a_checkpoint_with_the_same_bits(tmp_path, monkeypatch, 
     x = planted(2000)
     small = TrainConfig(n_tokens=64 * 40, batch_size=64, warmup_steps=5, checkpoint_every=10, log_every=5)
     whole = train(config, x, small, tmp_path / "whole", progress=False)
-    real = sae_run.Run.train_on
+    real = sae_run.Run.train_step
 
     def stops(self, rows):
         if self.step == 27:

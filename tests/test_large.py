@@ -45,7 +45,7 @@ def test_a_bench_that_was_stopped_goes_on_to_the_same_rows(tmp_path, monkeypatch
     lines = list(csv.DictReader((tmp_path / "whole" / "large.csv").read_text().splitlines()))
     assert [float(line["dead_fraction"]) for line in lines] == [row["dead_fraction"] for row in whole]
 
-    real = sae_run.Run.train_on
+    real = sae_run.Run.train_step
 
     def stop(self, rows):
         if self.sae.variant == "batch_topk" and self.step == 60:

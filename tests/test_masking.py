@@ -87,4 +87,4 @@ def test_norm_rule_takes_exactly_the_first_rows_that_ids_leave():
     assert rule.n_rows == NORM_RULE_ROWS
     rule.add(batch, {"h": torch.full(ids.shape, 1e6)})
     assert rule.medians() == {"h": 1.0}  # the lower middle of as many ones as threes
-    assert rule.limits() == {"h": 5.0}
+    assert rule.max_norms() == {"h": 5.0}

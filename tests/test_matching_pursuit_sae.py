@@ -80,7 +80,7 @@ def test_loss_by_hand():
     loss = sae.loss(Batch(both, both), info(n=2))
     assert loss.terms["fvu"].item() == pytest.approx((0.16**2 + 0.12**2 + 2) / 4, rel=1e-6)
     torch.testing.assert_close(loss.residual, torch.tensor([[-0.16, 0.12], [1, 1]]).double(), rtol=0, atol=1e-6)
-    assert loss.acts.counts.tolist() == [1, 0]
+    assert loss.feature_acts.counts.tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("signed", [False, True])

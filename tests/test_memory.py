@@ -64,7 +64,7 @@ def test_the_plan_is_near_the_peak_of_real_steps(tmp_path, config, d_sae):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_weights_are_counted_before_they_are_made(name):
     config = config_of(name, d_sae=2048)
-    shape: dict[str, Any] = {"n_sources": 2} if "n_sources" in VARIANTS[name].shape_names else {}
+    shape: dict[str, Any] = {"n_sources": 2} if "n_sources" in VARIANTS[name].extra_dims else {}
     parts = plan_of(config, **shape)["cpu"]
     real = sum(4 * p.numel() for p in VARIANTS[name](config, 64, **shape).parameters())
     assert parts["weights"] == parts["gradients"] == parts["Adam"] / 2 == pytest.approx(real, rel=0.04)

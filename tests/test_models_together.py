@@ -11,7 +11,7 @@ from saelab.activation_cache import layout
 from saelab.activation_cache.reader import ActivationCache
 from saelab.models import load_model
 from saelab.models.multi_model import ModelsTogether, hook_keys, locate, together
-from saelab.saes.hooks_used import sites_of
+from saelab.saes.hooks_used import hooks_of
 from saelab.steering import FeatureHandle
 
 HOOK = "blocks.1.hook_resid_post"
@@ -202,4 +202,4 @@ def test_a_steered_model_among_them_is_refused(tiny_lm, other_lm, sae, tmp_path)
 
 
 def test_sites_of_the_trained_crosscoder(sae):
-    assert sites_of(sae).reads == (A, B) and sites_of(sae).writes == (A, B)
+    assert hooks_of(sae).inputs == (A, B) and hooks_of(sae).outputs == (A, B)

@@ -92,7 +92,7 @@ def test_each_option_changes_a_run(option):
 @pytest.mark.parametrize("config", [TopKConfig(16, 2), ReLUConfig(16, target_l0=2.0)], ids=["topk", "relu"])
 @pytest.mark.parametrize("parts", [1, 3])
 def test_a_resume_gives_the_same_bits(tmp_path, monkeypatch, config, parts):
-    training, real = dataclasses.replace(TRAIN, grad_accumulation=parts, **OPTIONS), Run.train_on
+    training, real = dataclasses.replace(TRAIN, grad_accumulation=parts, **OPTIONS), Run.train_step
     whole = train(config, rows(), training, tmp_path / "whole", progress=False)
 
     def stop(self, batch):

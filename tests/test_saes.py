@@ -163,7 +163,7 @@ def test_training_ends_with_decoder_norms_folded_unless_it_began_before(name, tm
     for rules in (2, 1):
         run = Run(config, open_data(rows(200), None), train, tmp_path / str(rules), None, rules=rules)
         for step in range(4):
-            run.train_on({"x": rows(64, step)})
+            run.train_step({"x": rows(64, step)})
         x_hat = run.sae(rows(50)).x_hat
         run.finish({"x": rows(64)}, {"x": rows(64)[:0]}, kept_out=False)  # no row to calibrate on
         sae = load_sae(tmp_path / str(rules))

@@ -8,7 +8,7 @@ from tiny_saes import D_IN, D_SAE, build, config_of, info, rows
 
 from saelab.kernels.encode_threshold import encode_threshold
 from saelab.saes import VARIANTS, Batch, FeatureChoiceConfig, MatryoshkaConfig, StepInfo, TopKConfig
-from saelab.saes.zipf import Density, ranks_of, underused, zipf_places
+from saelab.saes.zipf import Density, frequency_rank, underused, zipf_capacity
 
 BATCHWISE = ("batch_topk", "mutual_choice", "feature_choice", "matryoshka")
 
@@ -136,7 +136,7 @@ def test_a_feature_that_was_never_kept_stays_silent():
 )
 @pytest.mark.parametrize(("exponent", "shift"), [(1.0, 0.0), (0.0, 0.0), (2.0, 2.7)])
 def test_zipf_places_spend_the_budget_falling_with_rank(d_sae, budget, cap, exponent, shift):
-    places = zipf_places(d_sae, budget, cap, exponent, shift)
+    places = zipf_capacity(d_sae, budget, cap, exponent, shift)
     assert int(places.sum()) == budget
     assert int(places.min()) >= 1 and int(places.max()) <= cap
     assert bool((places.diff() <= 0).all())
@@ -144,13 +144,13 @@ def test_zipf_places_spend_the_budget_falling_with_rank(d_sae, budget, cap, expo
 
 def test_zipf_places_by_hand():
     """Budget 11 over weights 1, 1/2, 1/3: 6, 3 and 2."""
-    assert zipf_places(3, 11, 100).tolist() == [6, 3, 2]
+    assert zipf_capacity(3, 11, 100).tolist() == [6, 3, 2]
     with pytest.raises(ValueError, match="2 places.*3 features"):
-        zipf_places(3, 2, 100)
+        zipf_capacity(3, 2, 100)
 
 
 def test_ranks_and_density_by_hand():
-    assert ranks_of(torch.tensor([0.1, 0.4, 0.1, 0.0])).tolist() == [1, 0, 2, 3]
+    assert frequency_rank(torch.tensor([0.1, 0.4, 0.1, 0.0])).tolist() == [1, 0, 2, 3]
     density = Density(3)
     for dense in ([[1.0, 0, 0], [2.0, 3.0, 0]], [[1.0, 0, 0], [0, 0, 0]]):
         density.update(VARIANTS["topk"](TopKConfig(3, 1), 1).encode(torch.zeros(0, 1)).from_dense(torch.tensor(dense)))

@@ -41,7 +41,7 @@ def test_something_fires_at_the_start(name, normalize, offset, size):
     sae.start_from(*moments)
     batch = Batch(x, x)
     loss = sae.loss(batch, StepInfo(torch.zeros(D_SAE, dtype=torch.bool), 0, 100))
-    l0 = loss.acts.nnz / len(x)
+    l0 = loss.feature_acts.nnz / len(x)
     assert 1 < l0 < 40
     if name in TARGETS:
         assert 8 * 4 * 0.7 < l0 < 8 * 4 * 1.3

@@ -112,12 +112,12 @@ def test_rows_over_the_limit_never_come_and_the_order_is_kept(loud_lm):
 
 
 def test_a_stand_in_is_the_kept_row_before():
-    from saelab.activation_cache.streaming import _stand_ins
+    from saelab.activation_cache.streaming import _replacement_rows
 
     index = torch.tensor([[0, p, token] for p, token in enumerate([-1, -1, 7, 8, -1, -1, 9])])
-    assert _stand_ins(index).tolist() == [2, 2, 2, 3, 3, 3, 6]
+    assert _replacement_rows(index).tolist() == [2, 2, 2, 3, 3, 3, 6]
     with pytest.raises(CacheError, match="drops all of 2 rows"):
-        _stand_ins(index[:2])
+        _replacement_rows(index[:2])
 
 
 def test_statistics_and_origin_are_those_of_a_cache(streamed, epoch, tmp_path, tiny_lm):

@@ -131,7 +131,7 @@ def test_longer_lists_add_to_the_table_and_other_settings_are_refused(cached, ro
 def test_other_settings_before_the_first_row_are_refused_with_the_flag_of_a_sweep(run, tiny_lm, monkeypatch):
     lists = LISTS | {"variants": ("topk",), "lr": (None,), "seeds": (0,)}
     with monkeypatch.context() as for_now, pytest.raises(KeyboardInterrupt):
-        for_now.setattr(Run, "train_on", stop_at(1, Run.train_on))
+        for_now.setattr(Run, "train_on", stop_at(1, Run.train_step))
         run_sweep(run, CONFIG, lm=tiny_lm, progress=False, **lists)
     assert not (run / "sweep.json").exists()
     with pytest.raises(SaelabError, match="n_tokens: 2000 -> 2200.* to go on, or give another --out-dir[.]$"):

@@ -211,7 +211,7 @@ def test_bos_stands_at_every_start_and_never_twice():
     a, b, c, d = map(ord, "abcd")
     assert [batch.ids.tolist() for batch in batches] == [[[0, a, b]], [[0, c, 1]], [[0, d, 1]]]
     assert [batch.doc.tolist() for batch in batches] == [[[0, 0, 0]], [[0, 0, 0]], [[1, 1, -1]]]
-    assert [batch.first_sequence for batch in batches] == [0, 1, 2]
+    assert [batch.first_context for batch in batches] == [0, 1, 2]
 
 
 words = st.text(alphabet="abcdefgh", max_size=30)
@@ -224,7 +224,7 @@ def test_packing_keeps_every_token_in_order_with_its_document(documents, ctx_len
     batches = []
     for batch in pack(iter(documents), LM(), ctx_len, batch_size, prepend_bos, lambda i, text: seen.append((i, text))):
         assert batch.doc.max() < len(seen)  # a document is announced before its tokens
-        assert batch.first_sequence == sum(len(b.ids) for b in batches)
+        assert batch.first_context == sum(len(b.ids) for b in batches)
         batches.append(batch)
     documents = [text for text in documents if text]
     assert seen == list(enumerate(documents))

@@ -94,14 +94,14 @@ def test_same_seed_same_bits_other_seed_other_bits():
 def interrupt_at(monkeypatch, step):
     from saelab.training import sae_run
 
-    real = sae_run.Run.train_on
+    real = sae_run.Run.train_step
 
-    def train_on(self, rows):
+    def train_step(self, rows):
         if self.step == step:
             raise KeyboardInterrupt
         real(self, rows)
 
-    monkeypatch.setattr(sae_run.Run, "train_on", train_on)
+    monkeypatch.setattr(sae_run.Run, "train_on", train_step)
 
 
 @pytest.mark.parametrize("step", [3, 10, 27, 39])

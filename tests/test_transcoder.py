@@ -20,7 +20,7 @@ from saelab.saes import (
     TranscoderConfig,
     TranscoderSAE,
 )
-from saelab.saes.hooks_used import choose_sites, sites_of
+from saelab.saes.hooks_used import choose_hooks, hooks_of
 from saelab.training import TrainConfig, train
 
 D_IN, D_OUT, D_SAE = 6, 4, 20
@@ -182,7 +182,7 @@ def test_saved_and_loaded(tmp_path, name):
     assert torch.equal(back(x).x_hat, sae(x).x_hat) and back(x).x_hat.shape == (300, D_OUT)
     meta = json.loads((tmp_path / "sae.json").read_text())
     assert (meta["hook_name"], meta["hook_name_out"], meta["d_in"], meta["d_out"]) == ("a", "b", D_IN, D_OUT)
-    assert back.origin == sae.origin and str(sites_of(back)) == "a -> b"
+    assert back.origin == sae.origin and str(hooks_of(back)) == "a -> b"
 
 
 def test_wrong_widths_are_named():
@@ -206,7 +206,7 @@ def test_it_learns_from_a_batch_of_tensors(name):
     sae = train(config, batch, options, progress=False)
     fvu = (sae(batch.x).x_hat - batch.y).square().sum() / (batch.y - batch.y.mean(0)).square().sum()
     assert fvu.item() < 0.1
-    assert sae.shape == {"d_out": D_OUT} and sites_of(sae, "a").writes == ("y",)
+    assert sae.shape == {"d_out": D_OUT} and hooks_of(sae, "a").outputs == ("y",)
 
 
 @BOTH
@@ -226,7 +226,7 @@ def test_x_and_y_come_from_the_hooks_of_a_cache(tmp_path):
     configs = [TranscoderConfig(8, 2, hook_name_out="q"), TranscoderConfig(8, 2), TopKConfig(8, 2)]
     options = TrainConfig(n_tokens=32 * 4, batch_size=32, checkpoint_every=0)
     saes = train(configs, cache, options, hook_name="p", progress=False)
-    assert [str(sites_of(sae)) for sae in saes] == ["p -> q", "p", "p"]
+    assert [str(hooks_of(sae)) for sae in saes] == ["p -> q", "p", "p"]
     assert saes[0].origin["hook_name"] == "p" and saes[0].origin["hook_name_out"] == "q"
     assert saes[0].origin["mask"]["max_norm"] == {"p": 10.0, "q": 10.0}
     assert "hook_name_out" not in saes[1].origin and saes[2].origin["mask"]["max_norm"] == 10.0
@@ -240,9 +240,9 @@ def test_x_and_y_come_from_the_hooks_of_a_cache(tmp_path):
 
 def test_which_hook_is_read_is_inferred_only_where_one_is_left():
     config = TranscoderConfig(8, 2, hook_name_out="q")
-    assert str(choose_sites(config, ["p", "q"])) == "p -> q" and str(choose_sites(config, ["q"])) == "q"
+    assert str(choose_hooks(config, ["p", "q"])) == "p -> q" and str(choose_hooks(config, ["q"])) == "q"
     with pytest.raises(ValueError, match="one of p, r"):
-        choose_sites(config, ["p", "q", "r"])
+        choose_hooks(config, ["p", "q", "r"])
 
 
 def test_iterators_of_batches():

@@ -48,11 +48,11 @@ def interrupt_before(step: int, monkeypatch: Any) -> None:
     """From now on training is interrupted before this step."""
     from saelab.training.sae_run import Run
 
-    real = Run.train_on
+    real = Run.train_step
 
-    def train_on(self: Run, rows: Any) -> None:
+    def train_step(self: Run, rows: Any) -> None:
         if self.step == step:
             raise KeyboardInterrupt
         real(self, rows)
 
-    monkeypatch.setattr(Run, "train_on", train_on)
+    monkeypatch.setattr(Run, "train_on", train_step)

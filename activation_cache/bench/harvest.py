@@ -26,13 +26,13 @@ from saelab.tokens import load_texts, pack
 
 def cut_model(lm: LanguageModel, layer: int) -> nn.Module:
     """The Hugging Face model up to block `layer`, sharing the weights of `lm`."""
-    whole = lm.model.base_model
-    config = copy.deepcopy(whole.config)
+    full = lm.model.base_model
+    config = copy.deepcopy(full.config)
     config.num_hidden_layers = layer + 1
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[: layer + 1]
-    cut = type(whole)(config).to(lm.device).eval()
-    state = whole.state_dict()
+    cut = type(full)(config).to(lm.device).eval()
+    state = full.state_dict()
     cut.load_state_dict({name: state[name] for name in cut.state_dict()}, assign=True)
     cut.norm = nn.Identity()
     return cut

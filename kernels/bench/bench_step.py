@@ -85,9 +85,9 @@ class SparseTopK:
     def step(self, x: Tensor) -> dict[str, float]:
         loss = self.sae.loss(Batch(x, x), StepInfo(self.dead.dead, 0, 1))
         loss.total.backward()
-        self.dead.update(loss.acts)
+        self.dead.update(loss.feature_acts)
         norm = apply_step(self.sae, self.adam, 2e-3, 1.0)
-        l0, dead = loss.acts.nnz / len(x), float(self.dead.dead.float().mean())
+        l0, dead = loss.feature_acts.nnz / len(x), float(self.dead.dead.float().mean())
         return {"loss": loss.total.item(), "l0": l0, "grad_norm": norm, "dead": dead}
 
 
@@ -200,10 +200,10 @@ def _ratio(theirs: list[float], ours: list[float]) -> dict[str, float]:
 def _check_codes(sae: TopKSAE, x: Tensor, k: int) -> None:
     """The selection of 64 rows against float64; raises `AssertionError` on a difference beyond rounding."""
     with torch.no_grad():
-        acts = sae.encode(x)
+        feature_acts = sae.encode(x)
         centered = (sae.normalize(x[:64]) - sae.b_dec).double()
         want = encode_topk(centered, sae.W_enc.double(), sae.b_enc.double(), k)
-        got = acts.select_rows(torch.arange(64, device=x.device)).to_dense()
+        got = feature_acts.select_rows(torch.arange(64, device=x.device)).to_dense()
     assert torch.allclose(got.double(), want, atol=1e-4), "encode_topk is wrong here; nothing is timed"
 
 

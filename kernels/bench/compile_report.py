@@ -170,7 +170,7 @@ def table(rows: list[Row]) -> str:
     """The report as text, one line per kernel and target."""
     lines = [
         f"{'kernel':38} {'target':7} {'tile':>8} {'regs':>5} {'stack':>5} {'spills':>6} {'shared / limit':>16} "
-        f"{'tensor cores':>20} {'HBM GB':>7} {'least':>7} {'ratio':>6} {'once':>6}  verdict"
+        f"{'tensor cores':>20} {'HBM GB':>7} {'minimum':>7} {'ratio':>6} {'once':>6}  verdict"
     ]
     for row in rows:
         cores = f"{row.n_tensor_core} {row.tensor_core}" if row.n_tensor_core else "-"

@@ -34,8 +34,8 @@ class DenseTopK:
     def _step(self, x: Tensor) -> dict[str, float]:
         pre_acts = (x - self.b_dec) @ self.W_enc.T + self.b_enc
         top = pre_acts.topk(self.k, dim=1)
-        acts = torch.zeros_like(pre_acts).scatter(1, top.indices, top.values.relu())
-        x_hat = acts @ self.W_dec + self.b_dec
+        feature_acts = torch.zeros_like(pre_acts).scatter(1, top.indices, top.values.relu())
+        x_hat = feature_acts @ self.W_dec + self.b_dec
         loss = (x - x_hat).square().sum() / (x - x.mean(0)).square().sum()
         loss.backward()
         with torch.no_grad():
@@ -46,7 +46,7 @@ class DenseTopK:
             self.adam.step()
             self.adam.zero_grad()
             self.W_dec /= self.W_dec.norm(dim=1, keepdim=True)
-            fired = acts != 0
+            fired = feature_acts != 0
             self.tokens_since_fired += len(x)
             self.tokens_since_fired[fired.any(0)] = 0
             l0, dead = fired.sum().item() / len(x), (self.tokens_since_fired >= 10**9).float().mean().item()

@@ -84,14 +84,14 @@ def main(settings: Settings) -> int:
             scaled,
             k,
         )
-        _judge_whole(counts.setdefault("batch_topk", Count()), encode_batch_topk(x, *weights, k * len(x)), exact, k)
+        _judge_batch(counts.setdefault("batch_topk", Count()), encode_batch_topk(x, *weights, k * len(x)), exact, k)
         threshold = threshold or float(exact.flatten().topk(k * len(x)).values[-1])  # of the first batch, for all
-        acts = encode_threshold(x, *weights, threshold)
-        _judge_threshold(counts.setdefault("threshold", Count()), acts, exact, threshold)
+        feature_acts = encode_threshold(x, *weights, threshold)
+        _judge_threshold(counts.setdefault("threshold", Count()), feature_acts, exact, threshold)
         m = max(1, k * len(x) // sae.d_sae)
-        places = torch.full((sae.d_sae,), m)
-        acts = encode_feature_topk(x, *weights, places)
-        _judge(counts.setdefault("feature_topk", Count()), acts, exact.T, m, transposed=True)
+        capacity = torch.full((sae.d_sae,), m)
+        feature_acts = encode_feature_topk(x, *weights, capacity)
+        _judge(counts.setdefault("feature_topk", Count()), feature_acts, exact.T, m, transposed=True)
     for name, count in counts.items():
         print(json.dumps({"selection": name, **vars(count)}))
     print(json.dumps({"log": LOG.as_dict()}))
@@ -107,24 +107,24 @@ def _tokens(sae: saelab.saes.SAE, settings: Settings) -> Iterator[Tensor]:
             yield sae.normalize(next(batches)) - sae.b_dec.detach()
 
 
-def _judge(count: Count, acts: SparseActs, scores: Tensor, k: int, transposed: bool = False) -> None:
-    kept = acts.to_dense() != 0
+def _judge(count: Count, feature_acts: SparseActs, scores: Tensor, k: int, transposed: bool = False) -> None:
+    kept = feature_acts.to_dense() != 0
     top = scores.topk(k + 1, dim=1)
     last, following = top.values[:, k - 1].clamp_min(0), top.values[:, k].clamp_min(0)
     wanted = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, top.indices[:, :k], True) & (scores > 0)
     count.add(kept.T if transposed else kept, last, following, wanted)
 
 
-def _judge_whole(count: Count, acts: SparseActs, scores: Tensor, k: int) -> None:
+def _judge_batch(count: Count, feature_acts: SparseActs, scores: Tensor, k: int) -> None:
     """One threshold for the batch: a row is close when one of its scores lies at it."""
     best = scores.flatten().topk(k * len(scores) + 1).values
-    _judge_threshold(count, acts, scores, float((best[-1] + best[-2]) / 2))
+    _judge_threshold(count, feature_acts, scores, float((best[-1] + best[-2]) / 2))
 
 
-def _judge_threshold(count: Count, acts: SparseActs, scores: Tensor, threshold: float) -> None:
+def _judge_threshold(count: Count, feature_acts: SparseActs, scores: Tensor, threshold: float) -> None:
     wanted = scores > threshold
     nearest = (scores - threshold).abs().amin(1)
-    count.add(acts.to_dense() != 0, torch.full_like(nearest, threshold), threshold - nearest, wanted)
+    count.add(feature_acts.to_dense() != 0, torch.full_like(nearest, threshold), threshold - nearest, wanted)
 
 
 if __name__ == "__main__":

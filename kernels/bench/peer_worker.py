@@ -34,8 +34,8 @@ class Plain:
 
     def step(self, x: Tensor) -> float:
         top = self.encoder(x).topk(self.k)
-        acts = x.new_zeros(len(x), self.encoder.out_features).scatter(1, top.indices, top.values.relu())
-        loss = (self.decoder(acts) - x).square().mean()
+        feature_acts = x.new_zeros(len(x), self.encoder.out_features).scatter(1, top.indices, top.values.relu())
+        loss = (self.decoder(feature_acts) - x).square().mean()
         loss.backward()
         self.adam.step()
         self.adam.zero_grad()

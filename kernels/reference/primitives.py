@@ -43,14 +43,14 @@ def spmm_residual(
     return error, error.square().sum()
 
 
-def spmm_transposed(acts: SparseActs, values: Tensor, g: Tensor) -> Tensor:
+def spmm_transposed(feature_acts: SparseActs, values: Tensor, g: Tensor) -> Tensor:
     """`S.T @ g`."""
-    return dense_gradients(acts.with_values(values).to_dense(), g)
+    return dense_gradients(feature_acts.with_values(values).to_dense(), g)
 
 
-def bias_gradient(acts: SparseActs, values: Tensor) -> Tensor:
+def bias_gradient(feature_acts: SparseActs, values: Tensor) -> Tensor:
     """The columns' sums."""
-    return acts.with_values(values).to_dense().sum(0)
+    return feature_acts.with_values(values).to_dense().sum(0)
 
 
 def round_rows(W: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,13 +16,13 @@ _ROWS = 512
 
 def round_rows(W: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
     """Write `W`, rounded, in the first columns of `low`; the norm of each row, and of what it lost."""
-    norms, lost = torch.empty(2, len(W), dtype=W.dtype, device=W.device)
+    norms, errors = torch.empty(2, len(W), dtype=W.dtype, device=W.device)
     room = WORKSPACE.take("rounding", (min(_ROWS, len(W)), W.shape[1]), W.dtype, W.device)
     for start in range(0, len(W), _ROWS):
         rows = slice(start, start + _ROWS)
         difference = room[: len(W[rows])].copy_(low[rows, : W.shape[1]].copy_(W[rows])).sub_(W[rows])
-        norms[rows], lost[rows] = row_dots(W[rows], W[rows]), row_dots(difference, difference)
-    return norms.sqrt_(), lost.sqrt_()
+        norms[rows], errors[rows] = row_dots(W[rows], W[rows]), row_dots(difference, difference)
+    return norms.sqrt_(), errors.sqrt_()
 
 
 def project_(gradient: Tensor, W: Tensor) -> None:

@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saelab.kernels.ragged import ascending, largest, true_places
+from saelab.kernels.ragged import flatnonzero, largest, sort
 from saelab.kernels.search import TINY, Candidates, Operands
-from saelab.kernels.torch_backend.places import places_not_below
+from saelab.kernels.torch_backend.flatnonzero import flatnonzero_at_least
 from saelab.kernels.workspace import WORKSPACE
 
 _BUFFER_BYTES = 1 << 25
@@ -75,20 +75,20 @@ class Screen:
         """The pairs that reach the last floor; floors do not fall from block to block."""
         keys: list[Tensor] = []
         entries: list[Tensor] = []
-        floor = least = self._operands.error_bound
+        floor = floors = self._operands.error_bound
         for start, table in self._tables():
             floor = floor_with(table)
             floor = floor.clamp_min(TINY) if self._is_bits else floor
-            least = self._least_entry(floor)
-            places = places_not_below(table, least)
+            floors = self._lowest_entry(floor)
+            positions = flatnonzero_at_least(table, floors)
             if len(self._starts) > 1:
-                entries.append(table.view(-1)[places])
-                places += places // table.shape[1] * (self._width - table.shape[1]) + start
-            keys.append(places)
+                entries.append(table.view(-1)[positions])
+                positions += positions // table.shape[1] * (self._width - table.shape[1]) + start
+            keys.append(positions)
         found = keys[0]
         if len(keys) > 1:
             found = torch.cat(keys)
-            found = ascending(found[true_places(torch.cat(entries) >= least[found // self._width])])
+            found = sort(found[flatnonzero(torch.cat(entries) >= floors[found // self._width])])
         borders = torch.arange(0, (self._rows + 1) * self._width, self._width, device=found.device)
         offsets = torch.searchsorted(found, borders)
         return Candidates(found % self._width, offsets, floor + self._operands.error_bound)
@@ -128,7 +128,7 @@ class Screen:
         """What an entry is at least, its own rounding taken off."""
         return values.view(torch.bfloat16).float() * (1 - _STEP / 2) if self._is_bits else values
 
-    def _least_entry(self, floor: Tensor) -> Tensor:
+    def _lowest_entry(self, floor: Tensor) -> Tensor:
         """The floor as entries are stored, lowered by what the product's rounding may have taken off one."""
         return (floor * (1 - _STEP)).to(torch.bfloat16).view(torch.int16) if self._is_bits else floor
 

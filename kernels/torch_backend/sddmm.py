@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from saelab.kernels.ragged import stable_order
+from saelab.kernels.ragged import stable_argsort
 
 _MANY = 4096
 _CACHE_BYTES = 1 << 21
@@ -23,10 +23,10 @@ def sddmm(x: Tensor, W: Tensor, features: Tensor, offsets: Tensor) -> Tensor:
     n = features.numel()
     if n == 0:
         return x.new_zeros(0)
-    least, most = features.aminmax()
-    if int(least) < 0 or int(most) >= W.shape[0] or int(offsets[-1]) != n:
+    lowest, highest = features.aminmax()
+    if int(lowest) < 0 or int(highest) >= W.shape[0] or int(offsets[-1]) != n:
         raise IndexError(
-            f"Feature ids {int(least)} to {int(most)} at {n} of {int(offsets[-1])} pairs; W has {len(W)} rows."
+            f"Feature ids {int(lowest)} to {int(highest)} at {n} of {int(offsets[-1])} pairs; W has {len(W)} rows."
         )
     rows = torch.repeat_interleave(offsets.diff(), output_size=n)
     if n < _MANY or W.shape[0] <= x.shape[0]:
@@ -34,7 +34,7 @@ def sddmm(x: Tensor, W: Tensor, features: Tensor, offsets: Tensor) -> Tensor:
     parts = min(-(-x.numel() * x.element_size() // _CACHE_BYTES), n // (2 * W.shape[0]))
     part_rows = -(-x.shape[0] // max(parts, 1))
     edges = [*offsets[:-1:part_rows].tolist(), n]  # entries ascend by row: a part of the rows is a run of them
-    order = torch.cat([start + stable_order(features[start:end]) for start, end in pairwise(edges)])
+    order = torch.cat([start + stable_argsort(features[start:end]) for start, end in pairwise(edges)])
     by_feature = pairs(W, x, features.int()[order], rows.int()[order])
     return torch.empty_like(by_feature).index_copy_(0, order, by_feature)
 

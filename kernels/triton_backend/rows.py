@@ -35,19 +35,19 @@ def _row_dot(a_ptr, b_ptr, start, d_in, BLOCK: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def _round_rows_kernel(W_ptr, low_ptr, norms_ptr, lost_ptr, d_in, width, BLOCK: tl.constexpr):
+def _round_rows_kernel(W_ptr, low_ptr, norms_ptr, errors_ptr, d_in, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    square, lost = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    square, errors = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for first in range(0, d_in, BLOCK):
         columns = first + tl.arange(0, BLOCK)
         w = tl.load(W_ptr + row * d_in + columns, mask=columns < d_in, other=0.0)
         low = w.to(low_ptr.dtype.element_ty)
         difference = low.to(tl.float32) - w
         square += w * w
-        lost += difference * difference
+        errors += difference * difference
         tl.store(low_ptr + row * width + columns, low, mask=columns < d_in)
     tl.store(norms_ptr + row, tl.sqrt_rn(tl.sum(square, axis=0)))
-    tl.store(lost_ptr + row, tl.sqrt_rn(tl.sum(lost, axis=0)))
+    tl.store(errors_ptr + row, tl.sqrt_rn(tl.sum(errors, axis=0)))
 
 
 @triton.jit
@@ -78,10 +78,10 @@ def round_rows(
     W: Float[Tensor, "m d_in"], low: Float[Tensor, "m width"]
 ) -> tuple[Float[Tensor, " m"], Float[Tensor, " m"]]:
     """Write `W`, rounded, in the first `d_in` columns of `low` (bf16); the norm of each row, and of what it lost."""
-    norms, lost = torch.empty(2, W.shape[0], dtype=torch.float32, device=W.device)
+    norms, errors = torch.empty(2, W.shape[0], dtype=torch.float32, device=W.device)
     sizes = (W.shape[1], low.stride(0))
-    launch(_round_rows_kernel, (W.shape[0],), packed(W), low, norms, lost, *sizes, BLOCK=_BLOCK, num_warps=_WARPS)
-    return norms, lost
+    launch(_round_rows_kernel, (W.shape[0],), packed(W), low, norms, errors, *sizes, BLOCK=_BLOCK, num_warps=_WARPS)
+    return norms, errors
 
 
 def project_(gradient: Float[Tensor, "m d_in"], W: Float[Tensor, "m d_in"]) -> None:

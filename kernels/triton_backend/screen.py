@@ -67,7 +67,7 @@ class Screen:
 def _set_bits(masks: Int[Tensor, "n_pairs words"]) -> tuple[Int[Tensor, " n_set"], Int[Tensor, " n_set"]]:
     """(pair, bit) of every set bit, through the non-zero bytes, so that no tensor has more than 8 elements per set bit."""
     octets = masks.view(torch.uint8)  # little-endian: byte i of a row holds bits 8 i to 8 i + 7
-    pairs, places = octets.nonzero(as_tuple=True)
+    pairs, bytes_at = octets.nonzero(as_tuple=True)
     bits = torch.arange(8, device=masks.device, dtype=torch.uint8)
-    hits, bit = ((octets[pairs, places, None] >> bits) & 1).nonzero(as_tuple=True)
-    return pairs[hits], places[hits] * 8 + bit
+    hits, bit = ((octets[pairs, bytes_at, None] >> bits) & 1).nonzero(as_tuple=True)
+    return pairs[hits], bytes_at[hits] * 8 + bit

@@ -53,17 +53,17 @@ def _sddmm_fwd_kernel(
 
 @triton.jit(do_not_specialize=["n", "n_slices"])
 @no_type_check
-def _sum_slices_kernel(slices_ptr, places_ptr, out_ptr, n, n_slices, BLOCK: tl.constexpr):
+def _sum_slices_kernel(slices_ptr, positions_ptr, out_ptr, n, n_slices, BLOCK: tl.constexpr):
     columns = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < n
     total = tl.zeros([BLOCK], tl.float32)
     for _ in range(n_slices):
         total += tl.load(slices_ptr + columns, mask=inside, other=0.0)
         slices_ptr += n
-    places = columns
-    if places_ptr is not None:
-        places = tl.load(places_ptr + columns, mask=inside, other=0)
-    tl.store(out_ptr + places, total, mask=inside)
+    positions = columns
+    if positions_ptr is not None:
+        positions = tl.load(positions_ptr + columns, mask=inside, other=0)
+    tl.store(out_ptr + positions, total, mask=inside)
 
 
 def sddmm(
@@ -76,10 +76,10 @@ def sddmm(
     nnz, d_in = features.numel(), W.shape[1]
     ids = torch.arange(x.shape[0], dtype=torch.int32, device=x.device)
     rows = torch.repeat_interleave(ids, offsets.diff(), output_size=nnz)
-    features, places = packed(features.to(torch.int32)), None
+    features, positions = packed(features.to(torch.int32)), None
     if min(nnz, W.shape[0]) * _COLUMNS * W.element_size() > CACHE_BYTES:  # a tile of W would not stay in the cache
-        features, places = features.sort(stable=True)
-        rows = rows[places]
+        features, positions = features.sort(stable=True)
+        rows = rows[positions]
     n_tiles = ceil_div(d_in, _COLUMNS)
     partials = torch.empty(n_tiles, nnz, dtype=torch.float32, device=x.device)
     launch(
@@ -96,18 +96,18 @@ def sddmm(
         COLUMNS=_COLUMNS,
         num_warps=_WARPS,
     )
-    return sum_slices(partials, places)
+    return sum_slices(partials, positions)
 
 
-def sum_slices(slices: Float[Tensor, "n_slices n"], places: Int[Tensor, " n"] | None = None) -> Float[Tensor, " n"]:
-    """`out[places[j]] = slices[0, j] + slices[1, j] + ...`, from the first slice to the last; `places` is a permutation."""
+def sum_slices(slices: Float[Tensor, "n_slices n"], positions: Int[Tensor, " n"] | None = None) -> Float[Tensor, " n"]:
+    """`out[positions[j]] = slices[0, j] + slices[1, j] + ...`, from the first slice to the last; `positions` is a permutation."""
     n_slices, n = slices.shape
     out = torch.empty(n, dtype=torch.float32, device=slices.device)
     launch(
         _sum_slices_kernel,
         (ceil_div(n, _SUM_BLOCK),),
         slices,
-        places,
+        positions,
         out,
         n,
         n_slices,

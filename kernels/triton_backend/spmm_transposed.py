@@ -107,12 +107,12 @@ def _bias_gradient_kernel(values_ptr, offsets_ptr, out_ptr, BLOCK: tl.constexpr)
 
 
 def spmm_transposed(
-    acts: SparseActs, values: Float[Tensor, " nnz"], g: Float[Tensor, "batch d_in"]
+    feature_acts: SparseActs, values: Float[Tensor, " nnz"], g: Float[Tensor, "batch d_in"]
 ) -> Float[Tensor, "d_sae d_in"]:
-    """`out[f] = sum over entries j of feature f of values[j] * g[row of j]`, on the pattern of `acts`; fp32."""
-    order, rows, offsets = acts.by_feature
-    m, d_in = acts.d_sae, g.shape[1]
-    owners, extra_offsets = _extra_chunks(offsets, acts.nnz)
+    """`out[f] = sum over entries j of feature f of values[j] * g[row of j]`, on the pattern of `feature_acts`; fp32."""
+    order, rows, offsets = feature_acts.by_feature
+    m, d_in = feature_acts.d_sae, g.shape[1]
+    owners, extra_offsets = _extra_chunks(offsets, feature_acts.nnz)
     n_extra, n_tiles = owners.numel(), ceil_div(d_in, _COLUMNS)
     out = torch.empty(m, d_in, dtype=torch.float32, device=g.device)
     partials = torch.empty(n_extra, d_in, dtype=torch.float32, device=g.device)
@@ -146,17 +146,17 @@ def _extra_chunks(offsets: Tensor, nnz: int) -> tuple[Tensor, Tensor]:
     a place without a chunk belongs to the feature behind the last.
     """
     extra_offsets = offsets_of((offsets.diff() - 1).clamp_min(0) // CHUNK)
-    places = torch.arange(nnz // CHUNK, device=offsets.device)
-    return torch.searchsorted(extra_offsets, places, right=True) - 1, extra_offsets
+    chunks = torch.arange(nnz // CHUNK, device=offsets.device)
+    return torch.searchsorted(extra_offsets, chunks, right=True) - 1, extra_offsets
 
 
-def bias_gradient(acts: SparseActs, values: Float[Tensor, " nnz"]) -> Float[Tensor, " d_sae"]:
+def bias_gradient(feature_acts: SparseActs, values: Float[Tensor, " nnz"]) -> Float[Tensor, " d_sae"]:
     """`out[f] = sum of the values at feature f`, in fp32 and in a fixed order."""
-    order, _, offsets = acts.by_feature
-    out = torch.empty(acts.d_sae, dtype=torch.float32, device=values.device)
+    order, _, offsets = feature_acts.by_feature
+    out = torch.empty(feature_acts.d_sae, dtype=torch.float32, device=values.device)
     launch(
         _bias_gradient_kernel,
-        (acts.d_sae,),
+        (feature_acts.d_sae,),
         packed(values[order]),
         packed(offsets),
         out,

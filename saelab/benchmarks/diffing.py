@@ -40,10 +40,10 @@ def exclusives(
     `false_exclusives`: those whose nearest planted feature the other model has too; `flagged_false`, `flagged_true`: the
     share that Latent Scaling calls artefacts among the false and among the others (None without any)."""
     called = ((delta > EXCLUSIVE) | (delta < 1 - EXCLUSIVE)) & nu_eps.isfinite()
-    own = (delta > 0.5).long()
+    side = (delta > 0.5).long()
     nearest = torch.stack([cosines(features[:, s], decoder[:, s]).argmax(0) for s in (0, 1)], 1)
-    nearest = nearest[torch.arange(len(decoder)), own]  # (d_sae) planted feature
-    false = called & (features[nearest, 1 - own].norm(dim=1) > 0)
+    nearest = nearest[torch.arange(len(decoder)), side]  # (d_sae) planted feature
+    false = called & (features[nearest, 1 - side].norm(dim=1) > 0)
     flagged = (nu_eps.abs() >= NU_EPS) | (nu_r.abs() >= NU_R)
     return {
         "exclusives": float(called.sum()),

@@ -131,8 +131,8 @@ def run_large(
     """
     check_variants(variants)
     configs = {name: at_l0(name, config.d_sae, config.k) for name in variants}
-    whole = -(-config.n_tokens // config.batch_size) * config.batch_size  # to the last mark
-    training = TrainConfig(whole, config.batch_size, seed=config.seed, device=config.device, checkpoint_every=500)
+    n_tokens = -(-config.n_tokens // config.batch_size) * config.batch_size  # to the last mark
+    training = TrainConfig(n_tokens, config.batch_size, seed=config.seed, device=config.device, checkpoint_every=500)
     data = ZipfRows(config, device_of(training))
     settings = dataclasses.asdict(config) | {"every": every}
     with open_rows(out_dir, settings, KEYS, "large") as rows:

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Generator, Tensor
 from torch.nn.functional import normalize
 
-Codes = Float[Tensor, "n n_features"]
+FeatureActs = Float[Tensor, "n n_features"]
 FEATURES, TOKENS, HELD_OUT = (n * 2**30 for n in (1, 2, 3))
 """Added to a seed: an SAE's first weights, the features, the tokens and the held-out tokens share no random numbers (a
 generator knows the lowest 32 bits of its seed only)."""
@@ -31,7 +31,7 @@ class Planted:
 
     features: Float[Tensor, " n_features *d"]
     """(n_features, d_in), or (n_features, n_sources, d_in) with each source's own strength."""
-    sample: Callable[[int, Generator], Codes]
+    sample: Callable[[int, Generator], FeatureActs]
     """The codes of n tokens."""
     groups: dict[str, slice] = field(default_factory=dict)
     """Features that are looked at by themselves, by name."""
@@ -70,12 +70,16 @@ def superposition(
     n_features = n_features or 2 * d_in
     weights = 1 / torch.arange(1, n_features + 1) if zipf else torch.ones(n_features)
 
-    def sample(n: int, generator: Generator) -> Codes:
+    def sample(n: int, generator: Generator) -> FeatureActs:
         counts = torch.full((n,), n_active)
         if mixed:
             counts = torch.where(torch.rand(n, generator=generator) < HARD_SHARE, HARD, 1)
-        codes = _active(counts, weights, generator) * _magnitudes(n, n_features, generator)
-        return codes * (2 * torch.randint(2, codes.shape, generator=generator) - 1) if signed else codes
+        feature_acts = _active(counts, weights, generator) * _magnitudes(n, n_features, generator)
+        return (
+            feature_acts * (2 * torch.randint(2, feature_acts.shape, generator=generator) - 1)
+            if signed
+            else feature_acts
+        )
 
     half = n_features // 2
     groups = {"common": slice(0, half), "rare": slice(half, n_features)} if zipf else {}
@@ -94,7 +98,7 @@ def hierarchy(seed: int = 0, d_in: int = 24, n_parents: int = 8, n_children: int
     children -= (children @ parents[:, :, None]) * parents[:, None]
     n_features = n_parents * (1 + n_children)
 
-    def sample(n: int, generator: Generator) -> Codes:
+    def sample(n: int, generator: Generator) -> FeatureActs:
         parent = torch.randint(n_parents, (n,), generator=generator)
         child = torch.randint(n_children, (n,), generator=generator)
         present = torch.rand(n, generator=generator) < 0.75
@@ -122,7 +126,7 @@ def diffing(seed: int = 0, d_in: int = 24, n_shared: int = 24, n_each: int = 4) 
     strength = torch.tensor(list(strengths.values())).repeat_interleave(torch.tensor(sizes), 0)  # (n_features, 2)
     directions = low_coherence(len(strength), d_in, seed)
 
-    def sample(n: int, generator: Generator) -> Codes:
+    def sample(n: int, generator: Generator) -> FeatureActs:
         active = _active(torch.full((n,), 3), torch.ones(len(strength)), generator)
         return active * _magnitudes(n, len(strength), generator)
 
@@ -142,7 +146,7 @@ def low_coherence(
     return rows
 
 
-def _active(counts: Int[Tensor, " n"], weights: Float[Tensor, " n_features"], generator: Generator) -> Codes:
+def _active(counts: Int[Tensor, " n"], weights: Float[Tensor, " n_features"], generator: Generator) -> FeatureActs:
     """1 where a feature is active: `counts` different ones a token, drawn one after another in proportion to `weights`."""
     uniform = torch.rand(len(counts), len(weights), generator=generator)
     order = (weights.log() - (-uniform.log()).log()).argsort(dim=1, descending=True)  # Gumbel: the same draw at once
@@ -150,5 +154,5 @@ def _active(counts: Int[Tensor, " n"], weights: Float[Tensor, " n_features"], ge
     return torch.zeros_like(uniform).scatter(1, order, chosen)
 
 
-def _magnitudes(n: int, n_features: int, generator: Generator) -> Codes:
+def _magnitudes(n: int, n_features: int, generator: Generator) -> FeatureActs:
     return (1 + SPREAD * torch.randn(n, n_features, generator=generator)).abs()

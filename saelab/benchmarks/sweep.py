@@ -17,7 +17,7 @@ from saelab.activation_cache.reader import ActivationCache
 from saelab.benchmarks.measured import measure
 from saelab.benchmarks.results import Row, Rows, open_rows
 from saelab.benchmarks.synthetic import at_l0, check_variants
-from saelab.distributed import apart, place
+from saelab.distributed import apart, rank_and_world_size
 from saelab.errors import TrainingError
 from saelab.identity import of_model
 from saelab.models import LanguageModel, load_model
@@ -87,17 +87,17 @@ def run_sweep(
         settings["hook_name"] = cache.hook_names[0]
     lm = lm or Remembered(load_model(origin["model"]["name"]))
     settings |= {"rows_of": cache.manifest["config"], "model": of_model(lm)}
-    rank, n_processes = place()
-    home, own = Path(out_dir or run), points[rank::n_processes]
+    rank, n_processes = rank_and_world_size()
+    home, mine = Path(out_dir or run), points[rank::n_processes]
     with apart():
         if rank:
             rows = Rows(home, settings, KEYS, "sweep", _order)
-            for same in _by_seed(rows, own):
+            for same in _by_seed(rows, mine):
                 _train(same, cache, config, home, progress=False)
             return []
         with open_rows(home, settings, KEYS, "sweep", _order) as rows:
             for same in _by_seed(rows, points):
-                _run_seed(rows, same, own, cache, config, lm, progress)
+                _run_seed(rows, same, mine, cache, config, lm, progress)
             return list(rows.rows)
 
 
@@ -152,18 +152,18 @@ def _by_seed(rows: Rows, points: Sequence[Point]) -> list[list[Point]]:
 def _run_seed(
     rows: Rows,
     points: Sequence[Point],
-    own: Sequence[Point],
+    mine: Sequence[Point],
     cache: ActivationCache,
     config: SweepConfig,
     lm: LanguageModel,
     progress: bool,
 ) -> None:
-    """Train `own` of these SAEs on one read, wait for those of other processes, then measure one after another."""
+    """Train `mine` of these SAEs on one read, wait for those of other processes, then measure one after another."""
     home = rows.folder
     assert home is not None
-    _train([point for point in points if point in own], cache, config, home, progress)
+    _train([point for point in points if point in mine], cache, config, home, progress)
     for point in points:
-        while point not in own and not (home / folder_name(point.config, point.train) / "sae.json").exists():
+        while point not in mine and not (home / folder_name(point.config, point.train) / "sae.json").exists():
             time.sleep(1)
     saes = _train(points, cache, config, home, progress=False)
     pairs = tqdm(zip(points, saes, strict=True), "Measuring", len(saes), unit="SAE", disable=not progress)

@@ -192,9 +192,9 @@ def dictionary(sae: SAE) -> Tensor:
 def _by_batch(sae: ThresholdSAE, x: Tensor) -> Mapping[str, float | None]:
     """FVU and L0 with the selection of training, batch by batch, on a copy whose thresholds may move."""
     sae, info = copy.deepcopy(sae), StepInfo(torch.zeros(sae.d_sae, dtype=torch.bool), 1, 1)
-    codes = [sae.select(sae.normalize(part), info) for part in x.split(BATCH)]
-    x_hat = torch.cat([sae.decode(acts) for acts in codes])
-    return {"fvu_batch": _fvu(x, x_hat), "l0_batch": sum(acts.nnz for acts in codes) / len(x)}
+    feature_acts = [sae.select(sae.normalize(part), info) for part in x.split(BATCH)]
+    x_hat = torch.cat([sae.decode(feature_acts) for feature_acts in feature_acts])
+    return {"fvu_batch": _fvu(x, x_hat), "l0_batch": sum(feature_acts.nnz for feature_acts in feature_acts) / len(x)}
 
 
 def _fvu(x: Tensor, x_hat: Tensor) -> float | None:

@@ -147,13 +147,13 @@ def sweep(
     """Train an SAE on RUN/cache for each combination of the lists, side by side, and measure all in one table."""
     from saelab.benchmarks.sweep import SweepConfig, run_sweep
     from saelab.benchmarks.tables import sweep_table
-    from saelab.distributed import is_first
+    from saelab.distributed import is_main_process
 
     config = SweepConfig(n_tokens, batch_size, eval_tokens, hook_name, hook_name_out)
     lists: dict[str, Any] = {"variants": variants, "d_sae": d_sae, "k": k, "lr": lr, "seeds": seeds}
     home = out_dir or run
     rows = run_sweep(run, config, out_dir=home, **lists)
-    if not is_first():
+    if not is_main_process():
         return
     _show([sweep_table(rows)])
     print(f"The SAEs are in {home}, the table in {home / 'sweep.csv'} and {home / 'sweep.json'}")

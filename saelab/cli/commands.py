@@ -64,12 +64,12 @@ def harvest(
 ) -> None:
     """Run a language model over texts and keep the activations of its hooks in RUN/cache."""
     import saelab
-    from saelab.distributed import is_first, take_gpu
+    from saelab.distributed import is_main_process, set_local_device
 
-    take_gpu()
+    set_local_device()
     options: dict[str, Any] = {"ctx_len": ctx_len, "batch_size": batch_size, "seed": seed, "split": split}
     options |= {"prepend_bos": prepend_bos, "max_bytes": max_bytes, "storage": storage, "shuffle": shuffle}
-    options |= {"chat": chat, "block_contexts": block_contexts, "progress": is_first()}
+    options |= {"chat": chat, "block_contexts": block_contexts, "progress": is_main_process()}
     options |= {"hook_names": list(hook_name), "n_tokens": n_tokens, "out_dir": run / "cache"}
     template = _load_model(model, dtype) if chat else None
     corpus = saelab.load_texts(texts, column=column, chat=template)  # before the model, which takes longer to load
@@ -80,7 +80,7 @@ def harvest(
 
 
 @dataclass(frozen=True)
-class Reading:
+class StreamFlags:
     """What `saelab train --stream` reads, as `harvest` would."""
 
     model: Model = "smollm2"
@@ -101,16 +101,16 @@ def train(
     config: Any,
     train: Any,
     stream: tuple[str, ...] = (),
-    reading: Reading | None = None,
+    reading: StreamFlags | None = None,
 ) -> None:
     """Train an SAE on RUN/cache, or with --stream on what it harvests by the way; into RUN/sae, or RUN/sae-NAME with --name."""
     import saelab
-    from saelab.distributed import is_first
+    from saelab.distributed import is_main_process
 
     folder = run / (f"sae-{name}" if name else "sae")
     data = run / "cache" if reading is None else _open_stream(stream, **asdict(reading))
     saelab.train(config, data, train, out_dir=folder, hook_name=hook_name, wandb_project=wandb_project)
-    if not is_first():
+    if not is_main_process():
         return
     print(f"The {variant} SAE is in {folder}")
     print(f"Next: saelab eval {folder}; saelab features {folder}; saelab dash {run}")

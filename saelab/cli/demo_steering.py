@@ -43,8 +43,8 @@ class Trial(NamedTuple):
 def choose_steering(lm: LanguageModel, store: FeatureStore, prompt: str, n_tokens: int) -> Trial | None:
     """The trial to show; None where no feature fired."""
     candidates = _candidates(lm, store)
-    own = lm.generate_ids(prompt, n_tokens)
-    floor = _mean_log_prob(lm, own.ids, own.n_prompt) - _MAX_LOSS
+    unsteered = lm.generate_ids(prompt, n_tokens)
+    floor = _mean_log_prob(lm, unsteered.ids, unsteered.n_prompt) - _MAX_LOSS
     trials = [_try(lm, feature, strength, prompt, n_tokens) for feature in candidates for strength in STRENGTHS]
     good = [trial for trial in trials if trial.log_prob >= floor and trial.distinct >= _MIN_DISTINCT]
     if good:
@@ -78,8 +78,8 @@ def _push(feature: Feature) -> float:
 def _try(lm: LanguageModel, feature: Feature, strength: float, prompt: str, n_tokens: int) -> Trial:
     edit = feature * strength
     with lm.steer(edit):
-        written = lm.generate_ids(prompt, n_tokens)
-    ids, start = written.ids, written.n_prompt
+        steered = lm.generate_ids(prompt, n_tokens)
+    ids, start = steered.ids, steered.n_prompt
     words = [lm.to_ids(token)[0, -1] for token, _ in feature.dominant_logits.positive[:_WORDS]]
     rise = 0.0
     if words:

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import OmitArgPrefixes, arg
 
-from saelab.cli.commands import COMMANDS, Reading, Run, check_has_cache, train
+from saelab.cli.commands import COMMANDS, Run, StreamFlags, check_has_cache, train
 from saelab.cli.messages import shown
 from saelab.errors import SaelabError
 
@@ -72,7 +72,7 @@ def _train_arguments(args: Sequence[str]) -> type:
         ("config", OmitArgPrefixes[saelab.VARIANTS[variant].Config]),
         ("train", OmitArgPrefixes[saelab.TrainConfig]),
     ]
-    fields += [("reading", OmitArgPrefixes[Reading])] if _streams(args) else []
+    fields += [("reading", OmitArgPrefixes[StreamFlags])] if _streams(args) else []
     fields += [(name, Annotated[kind, arg(help=text)], default) for name, kind, text, default in optional]
     return dataclasses.make_dataclass("Arguments", fields)
 

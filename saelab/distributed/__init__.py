@@ -1,6 +1,14 @@
 """Several processes that train together: how they join, and what they tell each other. Knows no SAE and no files."""
 
-from saelab.distributed.collectives import ALONE, Ranks
-from saelab.distributed.launch import apart, is_first, join, place, take_gpu
+from saelab.distributed.collectives import SINGLE_PROCESS, Ranks
+from saelab.distributed.launch import apart, init_distributed, is_main_process, rank_and_world_size, set_local_device
 
-__all__ = ["ALONE", "Ranks", "apart", "is_first", "join", "place", "take_gpu"]
+__all__ = [
+    "SINGLE_PROCESS",
+    "Ranks",
+    "apart",
+    "init_distributed",
+    "is_main_process",
+    "rank_and_world_size",
+    "set_local_device",
+]

@@ -1,6 +1,6 @@
-"""`Ranks`: the processes that share each batch, and the few things they ask each other. Alone, nothing is sent.
+"""`Ranks`: the processes that share each batch, and the collectives they call. A single process sends nothing.
 
-Every answer is the same on all ranks, bit for bit, so that what they make of it stays the same too.
+Every result is the same on all ranks, bit for bit, so that what each computes from it stays the same too.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ class Ranks:
     """Processes of one group; without a group there is only this one.
 
     Each method is a collective call: all ranks make the same calls in the same order, with tensors of one shape (but
-    for `gather`). Raises `TrainingError` when another rank is gone.
+    for `all_gather`). Raises `TrainingError` when another rank is gone.
     """
 
     group: Any = None
     """A `torch.distributed` group."""
     n_rows: int | None = None
-    """Rows of the batch that they share, each a contiguous part; see `sharing`."""
+    """Rows of the batch that they share, each a contiguous slice; see `sharing`."""
 
     @property
     def rank(self) -> int:
@@ -39,7 +39,7 @@ class Ranks:
         return 1 if self.group is None else dist.get_world_size(self.group)
 
     @property
-    def is_first(self) -> bool:
+    def is_main_process(self) -> bool:
         return self.rank == 0
 
     def sharing(self, n_rows: int) -> Ranks:
@@ -47,51 +47,55 @@ class Ranks:
         return replace(self, n_rows=n_rows)
 
     @property
-    def own(self) -> slice:
-        """The rows of this rank. Shares differ by a row at most."""
+    def local_rows(self) -> slice:
+        """This rank's rows of the batch. Sizes differ by a row at most."""
         assert self.n_rows is not None
         return slice(self.n_rows * self.rank // self.size, self.n_rows * (self.rank + 1) // self.size)
 
-    def whole(self, n: int) -> int:
-        """Rows of the whole batch, of which `n` are here."""
+    def global_batch_size(self, n: int) -> int:
+        """Rows of the batch on all ranks, of which `n` are on this one."""
         if self.group is None:
             return n
-        assert self.n_rows is not None and n == self.own.stop - self.own.start
+        assert self.n_rows is not None and n == self.local_rows.stop - self.local_rows.start
         return self.n_rows
 
-    def sum(self, x: Num[Tensor, "*shape"]) -> Num[Tensor, "*shape"]:
+    def all_reduce_sum(self, x: Num[Tensor, "*shape"]) -> Num[Tensor, "*shape"]:
         """Elementwise sum over the ranks; a new tensor."""
         return self._reduced(x, dist.ReduceOp.SUM)
 
-    def sum_(self, x: Num[Tensor, "*shape"]) -> None:
+    def all_reduce_sum_(self, x: Num[Tensor, "*shape"]) -> None:
         """The same in place; `x` is contiguous."""
         if self.group is not None:
             self._ask(lambda: dist.all_reduce(x, dist.ReduceOp.SUM, group=self.group))
 
-    def least(self, x: Num[Tensor, "*shape"]) -> Num[Tensor, "*shape"]:
+    def all_reduce_min(self, x: Num[Tensor, "*shape"]) -> Num[Tensor, "*shape"]:
         """Elementwise minimum over the ranks."""
         return self._reduced(x, dist.ReduceOp.MIN)
 
-    def any(self, x: Bool[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
+    def all_reduce_any(self, x: Bool[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
         """True where it is on any rank."""
         return x if self.group is None else self._reduced(x.to(torch.uint8), dist.ReduceOp.MAX).bool()
 
-    def agree(self, flag: bool, device: torch.device | None = None) -> bool:
+    def any_rank(self, flag: bool, device: torch.device | None = None) -> bool:
         """Whether the flag is set on any rank."""
-        return flag if self.group is None else bool(self.any(torch.tensor(flag, device=device)))
+        return flag if self.group is None else bool(self.all_reduce_any(torch.tensor(flag, device=device)))
 
-    def total(self, n: int, device: torch.device | None = None) -> int:
+    def barrier(self, device: torch.device | None = None) -> None:
+        """No rank goes on before all have come here."""
+        self.any_rank(False, device)
+
+    def all_reduce_total(self, n: int, device: torch.device | None = None) -> int:
         """The sum of a number over the ranks."""
-        return n if self.group is None else int(self.sum(torch.tensor(n, device=device)))
+        return n if self.group is None else int(self.all_reduce_sum(torch.tensor(n, device=device)))
 
-    def gather(self, x: Shaped[Tensor, "n ..."]) -> list[Shaped[Tensor, "_ ..."]]:
+    def all_gather(self, x: Shaped[Tensor, "n ..."]) -> list[Shaped[Tensor, "_ ..."]]:
         """The tensors of all ranks in order; their first axes may differ."""
         if self.group is None:
             return [x]
-        sizes = torch.stack(self.gather_alike(torch.tensor(len(x), device=x.device))).tolist()
+        sizes = torch.stack(self.all_gather_same_shape(torch.tensor(len(x), device=x.device))).tolist()
         padded = x.new_zeros(max(sizes), *x.shape[1:])
         padded[: len(x)] = x
-        return [part[:n] for part, n in zip(self.gather_alike(padded), sizes, strict=True)]
+        return [part[:n] for part, n in zip(self.all_gather_same_shape(padded), sizes, strict=True)]
 
     def each(self, x: Shaped[Tensor, "*shape"]) -> Iterator[Shaped[Tensor, "*shape"]]:
         """The tensors of all ranks in order, one at a time; each is valid until the next."""
@@ -102,27 +106,27 @@ class Ranks:
                 self._ask(lambda rank=rank: dist.broadcast(sent, group=self.group, group_src=rank))
             yield sent
 
-    def take_from_first_(self, tensors: Iterable[Tensor]) -> None:
+    def broadcast_(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite each tensor with that of rank 0."""
         for tensor in tensors if self.group is not None else ():
             sent = tensor.detach().contiguous()
             self._ask(lambda sent=sent: dist.broadcast(sent, group=self.group, group_src=0))
             tensor.detach().copy_(sent)
 
-    def gather_alike(self, x: Shaped[Tensor, "*shape"]) -> list[Shaped[Tensor, "*shape"]]:
+    def all_gather_same_shape(self, x: Shaped[Tensor, "*shape"]) -> list[Shaped[Tensor, "*shape"]]:
         """The tensors of all ranks in order, all of one shape: one collective."""
         if self.group is None:
             return [x]
-        parts = [torch.empty_like(x) for _ in range(self.size)]
-        self._ask(lambda: dist.all_gather(parts, x, group=self.group))
-        return parts
+        gathered = [torch.empty_like(x) for _ in range(self.size)]
+        self._ask(lambda: dist.all_gather(gathered, x, group=self.group))
+        return gathered
 
     def _reduced(self, x: Tensor, operation: Any) -> Tensor:
         if self.group is None:
             return x
-        whole = x.detach().clone(memory_format=torch.contiguous_format)
-        self._ask(lambda: dist.all_reduce(whole, operation, group=self.group))
-        return whole
+        result = x.detach().clone(memory_format=torch.contiguous_format)
+        self._ask(lambda: dist.all_reduce(result, operation, group=self.group))
+        return result
 
     def _ask(self, call: Callable[[], Any]) -> None:
         try:
@@ -130,11 +134,11 @@ class Ranks:
         except RuntimeError as error:  # the peer's socket closed, or the time is over
             reason = str(error).strip().partition("\n")[0].partition(". ")[0]  # gloo goes on
             raise TrainingError(
-                f"Rank {self.rank} of {self.size} waits in vain for another one, which was killed, stopped or hangs "
+                f"Rank {self.rank} of {self.size} waited in vain for another rank, which was killed, stopped or hangs "
                 f"({reason}). The message of the rank that ended first tells why; the same call goes on from the last "
                 "checkpoint."
             ) from error
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = Ranks()
 """One process."""

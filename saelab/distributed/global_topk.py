@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saelab.distributed.collectives import Ranks
-from saelab.kernels.ragged import keep_largest, stable_order, true_places
+from saelab.kernels.ragged import flatnonzero, keep_largest, stable_argsort
 from saelab.kernels.sparse_acts import SparseActs, offsets_of
 
 _DIGIT = 11
@@ -39,7 +39,9 @@ def nth_largest(scores: Float[Tensor, " m"], n: int, ranks: Ranks) -> Nth:
     key, left, n_ties = 0, n, 0
     for shift in range(n_bits // _DIGIT * _DIGIT, -1, -_DIGIT):
         digits = (bits >> shift) & ((1 << _DIGIT) - 1)
-        above = ranks.sum(torch.bincount(digits, minlength=1 << _DIGIT)).flip(0).cumsum(0)  # from the largest digit on
+        above = (
+            ranks.all_reduce_sum(torch.bincount(digits, minlength=1 << _DIGIT)).flip(0).cumsum(0)
+        )  # from the largest digit on
         at = int(torch.searchsorted(above, left))
         if at == len(above):  # only in the first round
             return Nth(scores.new_zeros(1), 0, True)
@@ -51,7 +53,7 @@ def nth_largest(scores: Float[Tensor, " m"], n: int, ranks: Ranks) -> Nth:
 
 
 @dataclass(frozen=True)
-class Pool:
+class GlobalPairs:
     """The pairs of all ranks, where this one holds rows from `first_row` on and features from `first_feature` on."""
 
     ranks: Ranks
@@ -65,13 +67,13 @@ class Pool:
         """Ranks that hold pairs."""
         return self.ranks.size
 
-    def least(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    def all_reduce_min(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Elementwise minimum over the ranks."""
-        return self.ranks.least(x)
+        return self.ranks.all_reduce_min(x)
 
     def every(self, flag: bool, device: torch.device) -> bool:
         """Whether the flag is set on all ranks."""
-        return not self.ranks.agree(not flag, device)
+        return not self.ranks.any_rank(not flag, device)
 
     def keep(
         self, scores: Float[Tensor, " m"], rows: Int[Tensor, " m"], features: Int[Tensor, " m"], n: int
@@ -81,32 +83,32 @@ class Pool:
         """
         nth = nth_largest(scores, n, self.ranks)
         if nth.all_ties:
-            return true_places((scores >= nth.value) & (scores > 0)), nth.value
-        tied = true_places(scores == nth.value)
+            return flatnonzero((scores >= nth.value) & (scores > 0)), nth.value
+        tied = flatnonzero(scores == nth.value)
         places = (rows[tied] + self.first_row) * self.d_sae + features[tied] + self.first_feature  # ascending
-        last = torch.cat(self.ranks.gather(places[: nth.n_ties])).sort().values[nth.n_ties - 1]
+        last = torch.cat(self.ranks.all_gather(places[: nth.n_ties])).sort().values[nth.n_ties - 1]
         kept = scores > nth.value
         kept[tied[places <= last]] = True
-        return true_places(kept), nth.value
+        return flatnonzero(kept), nth.value
 
 
-def keep_by_feature(acts: SparseActs, places: Int[Tensor, " d_sae"], ranks: Ranks) -> Bool[Tensor, " nnz"]:
+def keep_by_feature(feature_acts: SparseActs, places: Int[Tensor, " d_sae"], ranks: Ranks) -> Bool[Tensor, " nnz"]:
     """Which codes are among the `places[i]` largest of their feature i on all ranks; ties go to the earlier row.
 
-    `acts` holds at least those of this rank's rows. If each rank has its part of the places at or above some floor, the
+    `feature_acts` holds at least those of this rank's rows. If each rank has its part of the places at or above some floor, the
     last place is not under it; only codes that reach it are sent around.
     """
-    order, _, offsets = acts.by_feature
-    scores, features = acts.values.detach()[order], acts.features[order]
+    order, _, offsets = feature_acts.by_feature
+    scores, features = feature_acts.values.detach()[order], feature_acts.features[order]
     _, last = keep_largest(scores, offsets, -(-places // ranks.size))  # 0 where there are fewer
-    sent = true_places(scores >= ranks.least(last)[features])
-    gathered = ranks.gather(scores[sent])
-    all_scores, all_features = torch.cat(gathered), torch.cat(ranks.gather(features[sent]))
-    by_feature = stable_order(all_features)  # of one feature by rank, then by row
-    counts = torch.bincount(all_features, minlength=acts.d_sae)
+    sent = flatnonzero(scores >= ranks.all_reduce_min(last)[features])
+    gathered = ranks.all_gather(scores[sent])
+    all_scores, all_features = torch.cat(gathered), torch.cat(ranks.all_gather(features[sent]))
+    by_feature = stable_argsort(all_features)  # of one feature by rank, then by row
+    counts = torch.bincount(all_features, minlength=feature_acts.d_sae)
     kept, _ = keep_largest(all_scores[by_feature], offsets_of(counts), places)
     chosen = torch.zeros(len(all_scores), dtype=torch.bool, device=order.device)
     chosen[by_feature[kept]] = True
-    mask = torch.zeros(acts.nnz, dtype=torch.bool, device=order.device)
+    mask = torch.zeros(feature_acts.nnz, dtype=torch.bool, device=order.device)
     mask[order[sent]] = chosen.split([len(part) for part in gathered])[ranks.rank]
     return mask

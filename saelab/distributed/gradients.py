@@ -29,11 +29,11 @@ class GradientSum:
         sizes = [p.numel() for p in self.parameters]
         if self._flat is None:
             self._flat = self.parameters[0].new_empty(sum(sizes) + len(sizes))
-        *parts, flags = self._flat.split([*sizes, len(sizes)])
-        sums = [part.as_strided(p.shape, p.stride()) for part, p in zip(parts, self.parameters, strict=True)]
+        *gradients, flags = self._flat.split([*sizes, len(sizes)])
+        sums = [part.as_strided(p.shape, p.stride()) for part, p in zip(gradients, self.parameters, strict=True)]
         for total, p in zip(sums, self.parameters, strict=True):
             total.zero_() if p.grad is None else total.copy_(p.grad)
         flags.copy_(torch.tensor(given))
-        self.ranks.sum_(self._flat)
+        self.ranks.all_reduce_sum_(self._flat)
         for total, p, anywhere in zip(sums, self.parameters, flags.tolist(), strict=True):
             p.grad = total if anywhere else None

@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from saelab.distributed.collectives import ALONE, Ranks
+from saelab.distributed.collectives import SINGLE_PROCESS, Ranks
 
 TIMEOUT = "SAELAB_RANK_TIMEOUT"
 """Seconds that a rank waits for the others before it gives up; the default of 60 ends a job within a minute."""
@@ -20,12 +20,12 @@ TIMEOUT = "SAELAB_RANK_TIMEOUT"
 _apart: list[bool] = []
 
 
-def place() -> tuple[int, int]:
+def rank_and_world_size() -> tuple[int, int]:
     """The number of this process and how many there are, as `torchrun` says; (0, 1) without it."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def take_gpu() -> None:
+def set_local_device() -> None:
     """Under torchrun each process of a machine takes a GPU of its own."""
     if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
@@ -33,8 +33,8 @@ def take_gpu() -> None:
 
 @contextmanager
 def apart() -> Iterator[None]:
-    """Inside a `with` each process of the job works for itself: `join` gives `ALONE`."""
-    take_gpu()
+    """Inside a `with` each process of the job works for itself: `init_distributed` gives `SINGLE_PROCESS`."""
+    set_local_device()
     _apart.append(True)
     try:
         yield
@@ -42,26 +42,26 @@ def apart() -> Iterator[None]:
         _apart.pop()
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     """Is this rank 0, or the only process? Files and messages are its business."""
-    return place()[0] == 0 if not _joined() else dist.get_rank() == 0
+    return rank_and_world_size()[0] == 0 if not _joined() else dist.get_rank() == 0
 
 
-def join() -> Ranks:
-    """All processes of this job; `ALONE` where there is one. The first call connects them.
+def init_distributed() -> Ranks:
+    """All processes of this job; `SINGLE_PROCESS` where there is one. The first call connects them.
 
     A group that the caller has made with `torch.distributed.init_process_group` is taken as it is. Under torchrun each
     process gets the GPU of its local rank. Raises `ValueError` for a `SAELAB_RANK_TIMEOUT` that is no number of seconds.
     """
     if _apart:
-        return ALONE
+        return SINGLE_PROCESS
     if not _joined():
-        if place()[1] < 2 or "RANK" not in os.environ:
-            return ALONE
-        take_gpu()
+        if rank_and_world_size()[1] < 2 or "RANK" not in os.environ:
+            return SINGLE_PROCESS
+        set_local_device()
         dist.init_process_group(timeout=timedelta(seconds=_seconds()))
         atexit.register(_leave)
-    return Ranks(dist.group.WORLD) if dist.get_world_size() > 1 else ALONE
+    return Ranks(dist.group.WORLD) if dist.get_world_size() > 1 else SINGLE_PROCESS
 
 
 def _joined() -> bool:

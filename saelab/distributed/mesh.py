@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
-from saelab.distributed.collectives import ALONE, Ranks
+from saelab.distributed.collectives import SINGLE_PROCESS, Ranks
 
 
 @dataclass(frozen=True)
 class Mesh:
     """Where this rank stands. Rank r of `world` has the features of shard r % S and the rows of share r // S."""
 
-    world: Ranks = ALONE
-    data: Ranks = ALONE
+    world: Ranks = SINGLE_PROCESS
+    data: Ranks = SINGLE_PROCESS
     """Those with the same features and other rows."""
-    feature: Ranks = ALONE
+    feature: Ranks = SINGLE_PROCESS
     """Those with the same rows and other features."""
     device_mesh: Any = None
     """The `DeviceMesh`, where features are sharded."""
@@ -36,5 +36,7 @@ def build_mesh(world: Ranks, feature_shards: int, device: str | None = None) -> 
     shape = (world.size // feature_shards, feature_shards)
     device_type = torch.device(device).type if device else "cuda" if torch.cuda.is_available() else "cpu"
     mesh = init_device_mesh(device_type, shape, mesh_dim_names=("data", "feature"))
-    data, feature = (Ranks(mesh.get_group(name)) if mesh[name].size() > 1 else ALONE for name in ("data", "feature"))
+    data, feature = (
+        Ranks(mesh.get_group(name)) if mesh[name].size() > 1 else SINGLE_PROCESS for name in ("data", "feature")
+    )
     return Mesh(world, data, feature, mesh)

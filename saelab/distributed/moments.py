@@ -10,13 +10,13 @@ from saelab.distributed.collectives import Ranks
 
 
 @torch.no_grad()
-def whole_variance(squares: Float[Tensor, ""], mean: Float[Tensor, " d"], n: int, ranks: Ranks) -> Float[Tensor, ""]:
+def global_variance(squares: Float[Tensor, ""], mean: Float[Tensor, " d"], n: int, ranks: Ranks) -> Float[Tensor, ""]:
     """`sum |x - mean(x)|^2` over all rows, from this rank's own sum about its own mean of `n` rows.
 
     Parts are merged as by Chan, Golub & LeVeque (1983): nothing is subtracted that is nearly equal.
     """
-    own = torch.cat([squares.view(1), squares.new_tensor([float(n)]), mean])
-    parts = torch.stack(ranks.gather(own[None])).squeeze(1)  # (ranks, d + 2)
-    counts, means = parts[:, 1], parts[:, 2:]
+    local = torch.cat([squares.view(1), squares.new_tensor([float(n)]), mean])
+    gathered = torch.stack(ranks.all_gather(local[None])).squeeze(1)  # (ranks, d + 2)
+    counts, means = gathered[:, 1], gathered[:, 2:]
     mean = (counts[:, None] * means).sum(0) / counts.sum()
-    return parts[:, 0].sum() + (counts * (means - mean).square().sum(1)).sum()
+    return gathered[:, 0].sum() + (counts * (means - mean).square().sum(1)).sum()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from saelab.errors import SaelabError
 from saelab.saes import SAE
-from saelab.saes.hooks_used import codes_need_other_sites, steered_site
+from saelab.saes.hooks_used import needs_other_hooks, steered_hook
 
 UNITS = ("p99", "max", "mean", "raw")
 
@@ -43,7 +43,7 @@ class FeatureEdit:
     @property
     def d_in(self) -> int:
         """Width of the activations it edits."""
-        return self.sae.written(self.source)[0].shape[1]
+        return self.sae.decoder(self.source)[0].shape[1]
 
     def __repr__(self) -> str:
         value = "values by position" if isinstance(self.value, Tensor) else f"{self.value:g}"
@@ -61,7 +61,7 @@ class FeatureEdit:
         if not moved.any():
             return x
         rows, change = rows[moved], change[moved]
-        decoder, scale = self.sae.written(self.source)
+        decoder, scale = self.sae.decoder(self.source)
         direction = (decoder[self.feature].float() / scale.float()).to(x.device)
         edited = flat.clone()
         edited[rows] = (flat[rows].float() + change[:, None] * direction).to(x.dtype)
@@ -123,7 +123,7 @@ class FeatureHandle:
     ):
         if not 0 <= feature < sae.d_sae:
             raise ValueError(f"feature={feature} does not exist; this SAE has features 0 to {sae.d_sae - 1}.")
-        hook_name, self.source = steered_site(sae, hook_name)
+        hook_name, self.source = steered_hook(sae, hook_name)
         if hook_name is None:
             raise ValueError("The SAE does not say which hook it was trained on; give hook_name=.")
         self.sae, self.feature = sae, int(feature)
@@ -189,7 +189,7 @@ class FeatureHandle:
         self, mode: Literal["add", "clamp", "scale"], value: float | Tensor, where: str = "always"
     ) -> FeatureEdit:
         value = value if isinstance(value, Tensor) else finite(value)
-        if mode != "add" and codes_need_other_sites(self.sae):
+        if mode != "add" and needs_other_hooks(self.sae):
             raise ValueError(
                 f"{mode} needs the feature's code, which this {self.sae.variant} does not read off {self.hook_name} alone: "
                 "use add (feature * 2.0)."

@@ -115,25 +115,26 @@ def latent_scaling(
     direction = decoder[sources[1]]
     along_error, along_hat = torch.zeros(2, 2, sae.d_sae, dtype=torch.float64, device=direction.device)
     squares = torch.zeros_like(along_hat[0])
-    for x in batches:
-        x = sae.normalize(x.to(direction.device))
-        acts = sae.encode_normalized(x)
+    for raw in batches:
+        x = sae.normalize(raw.to(direction.device))
+        feature_acts = sae.encode_normalized(x)
         x, x_hat = (
             rearrange(rows, "token (source d) -> token source d", source=sae.n_sources).double()
-            for rows in (x, decode(acts, *sae.rows[1:]))
+            for rows in (x, decode(feature_acts, *sae.rows[1:]))
         )
         error = x - x_hat
-        for entries in torch.arange(acts.nnz, device=x.device).split(_ENTRIES):
-            z, features, rows = acts.values[entries].double(), acts.features[entries], acts.rows[entries]
+        for entries in torch.arange(feature_acts.nnz, device=x.device).split(_ENTRIES):
+            z, rows = feature_acts.values[entries].double(), feature_acts.rows[entries]
+            features = feature_acts.features[entries]
             squares.index_add_(0, features, z.square())
             for total, y in ((along_error, error), (along_hat, x_hat)):
                 for m, source in enumerate(sources):
                     total[m].index_add_(0, features, z * (direction[features] * y[rows, source]).sum(1))
     weight = squares * direction.square().sum(1)
-    own = torch.stack([(direction * decoder[source]).sum(1) for source in sources]) * squares
-    betas = torch.cat([along_error + own, along_hat]) / torch.where(weight > 0, weight, torch.nan)
-    found = LatentScaling(*betas.cpu())
-    return found if units == "normalized" else found.in_units_of(*(float(sae.scale[source]) for source in sources))
+    along_own = torch.stack([(direction * decoder[source]).sum(1) for source in sources]) * squares
+    betas = torch.cat([along_error + along_own, along_hat]) / torch.where(weight > 0, weight, torch.nan)
+    scales = [1.0 if units == "normalized" else float(sae.scale[source]) for source in sources]
+    return LatentScaling(*betas.cpu()).in_units_of(*scales)
 
 
 def _check_units(units: str) -> None:

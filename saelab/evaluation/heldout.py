@@ -19,7 +19,7 @@ from saelab.errors import ModelError
 from saelab.models import LanguageModel
 from saelab.models.multi_model import ModelsTogether, names_and_hashes
 from saelab.saes import SAE, Batch
-from saelab.saes.hooks_used import Sites, sites_of
+from saelab.saes.hooks_used import HooksUsed, hooks_of
 from saelab.tokens import Texts, TokenBatch, document_id, load_texts
 from saelab.tokens.mask import MASK_RULE, Mask, NormRule, row_norms
 from saelab.tokens.packing import PACKED, contexts
@@ -31,7 +31,7 @@ class ScoreBatch(NamedTuple):
     """One forward pass of the model."""
 
     tokens: TokenBatch
-    acts: Float[Tensor, "batch ctx_len *sources d_in"]
+    activations: Float[Tensor, "batch ctx_len *sources d_in"]
     """What the SAE reads."""
     keep: Bool[Tensor, "batch ctx_len"]
     """Tokens that count under the one mask."""
@@ -42,7 +42,7 @@ class ScoreStream:
     """Iterate to get `ScoreBatch`es, or `pairs()`; afterwards `n_tokens` and `n_masked` hold the counts."""
 
     lm: LanguageModel
-    sites: Sites
+    hooks: HooksUsed
     split: str
     texts: Texts
     batches: list[TokenBatch]
@@ -55,20 +55,22 @@ class ScoreStream:
     @property
     def hook_name(self) -> str:
         """The site that is written, of several the last: where features are steered, and their logits read."""
-        return self.sites.writes[-1]
+        return self.hooks.outputs[-1]
 
     @property
     def max_norm(self) -> float | dict[str, float] | None:
         """The mask's limit on norms; of several sites by name."""
-        limits = self.mask.max_norm or {}
-        return limits.get(self.hook_name) if len(self.sites.all) == 1 else {name: limits[name] for name in limits}
+        max_norms = self.mask.max_norm or {}
+        return (
+            max_norms.get(self.hook_name) if len(self.hooks.all) == 1 else {name: max_norms[name] for name in max_norms}
+        )
 
     def __iter__(self) -> Iterator[ScoreBatch]:
         return (ScoreBatch(tokens, batch.x, keep) for tokens, batch, keep in self.pairs())
 
     def pairs(self) -> Iterator[tuple[TokenBatch, Batch, Bool[Tensor, "batch ctx_len"]]]:
         """Tokens, `Batch(x, y)` of what the SAE reads and rebuilds, and the tokens that count."""
-        hooks = list(self.sites.all)
+        hooks = list(self.hooks.all)
         stream = self.lm.stream_activations((batch.ids for batch in self.batches), hooks)
         for tokens, found in zip(self.batches, stream, strict=True):
             keep, counts = self.mask.apply(tokens, found)
@@ -77,13 +79,13 @@ class ScoreStream:
             self.n_tokens += int(keep.sum())
             for reason, count in counts.items():
                 self.n_masked[reason] += count
-            yield tokens, self.sites.batch(found), keep
+            yield tokens, self.hooks.batch(found), keep
 
     def _refuse_infinite(self, hook: str, kept: Tensor, tokens: TokenBatch) -> None:
         if not bool(kept.isfinite().all()):
             raise ModelError(
                 f"{self.lm.name} gave NaN or infinite activations at {hook} in the batch of "
-                f"{len(tokens.ids)} contexts from context {tokens.first_sequence}; try dtype=torch.float32."
+                f"{len(tokens.ids)} contexts from context {tokens.first_context}; try dtype=torch.float32."
             )
 
 
@@ -108,10 +110,10 @@ def open_score_stream(
     check_scoring(lm, n_tokens=n_tokens, ctx_len=ctx_len, batch_size=batch_size)
     origin = sae.origin
     source = load_texts(texts) if texts is not None else own_texts(origin, lm)
-    own = source.spec is not None and source.spec == origin.get("texts")
-    split = split or ("held_out" if own else "all")
-    sites = sites_of(sae, hook_name)
-    _check_fit(sae, lm, sites)
+    same_texts = source.spec is not None and source.spec == origin.get("texts")
+    split = split or ("held_out" if same_texts else "all")
+    hooks = hooks_of(sae, hook_name)
+    _check_fit(sae, lm, hooks)
     ids: list[int] = []
     width = int(ctx_len or origin.get("ctx_len") or min(256, lm.max_ctx))
     bos, note = bos_of(origin, lm), lambda _, document: ids.append(document_id(document))
@@ -122,10 +124,10 @@ def open_score_stream(
     if not allow_train:
         _refuse_training_documents(sae, ids, source, split)
     max_norm = (origin.get("mask") or {}).get("max_norm")
-    stream = ScoreStream(lm, sites, split, source, batches, Mask(lm.special_ids, None), bos)
-    known: dict[str, Any] = max_norm if isinstance(max_norm, dict) else dict.fromkeys(sites.all[:1], max_norm)
-    limits = {name: float(known[name]) for name in sites.all if known.get(name)}
-    stream.mask = Mask(lm.special_ids, limits if len(limits) == len(sites.all) else _norm_limits(stream))
+    stream = ScoreStream(lm, hooks, split, source, batches, Mask(lm.special_ids, None), bos)
+    known: dict[str, Any] = max_norm if isinstance(max_norm, dict) else dict.fromkeys(hooks.all[:1], max_norm)
+    max_norms = {name: float(known[name]) for name in hooks.all if known.get(name)}
+    stream.mask = Mask(lm.special_ids, max_norms if len(max_norms) == len(hooks.all) else _max_norms(stream))
     return stream
 
 
@@ -134,7 +136,7 @@ def bos_of(origin: Mapping[str, Any], lm: LanguageModel) -> bool | list[int]:
     return resolved_bos(lm, origin.get("prepend_bos"))
 
 
-def _check_fit(sae: SAE, lm: LanguageModel, sites: Sites) -> None:
+def _check_fit(sae: SAE, lm: LanguageModel, hooks: HooksUsed) -> None:
     """Raise `ValueError` when the SAE cannot read or write its hooks; warn when it learned from another model."""
     origin = sae.origin
     models = origin.get("models")
@@ -142,10 +144,10 @@ def _check_fit(sae: SAE, lm: LanguageModel, sites: Sites) -> None:
         raise ValueError(
             f"The SAE reads {len(models)} models ({', '.join(models)}): give a list of them, in this order."
         )
-    for name in sites.all:
+    for name in hooks.all:
         lm.check_hook(name)
     d_out = sae.shape.get("d_out", sae.d_in)
-    for names, width, verb in ((sites.reads, sae.d_in, "reads d_in"), (sites.writes, d_out, "writes d_out")):
+    for names, width, verb in ((hooks.inputs, sae.d_in, "reads d_in"), (hooks.outputs, d_out, "writes d_out")):
         for name in names:
             if lm.d_in(name) != width:
                 raise ValueError(f"{name} of {lm.name} has width {lm.d_in(name)}, the SAE {verb}={width}.")
@@ -192,11 +194,11 @@ def _refuse_training_documents(sae: SAE, document_ids: list[int], texts: Texts, 
         )
 
 
-def _norm_limits(stream: ScoreStream) -> dict[str, float]:
+def _max_norms(stream: ScoreStream) -> dict[str, float]:
     """The norm rule on the first rows of the stream itself, for an SAE that brings no mask of its own."""
     rule = NormRule(stream.lm.special_ids)
     ids = (batch.ids for batch in stream.batches)
-    for tokens, found in zip(stream.batches, stream.lm.stream_activations(ids, list(stream.sites.all)), strict=False):
+    for tokens, found in zip(stream.batches, stream.lm.stream_activations(ids, list(stream.hooks.all)), strict=False):
         rule.add(tokens, row_norms(found))
         if rule.ready:
             break
@@ -204,4 +206,4 @@ def _norm_limits(stream: ScoreStream) -> dict[str, float]:
         raise ValueError(
             f"There is no token to score in {stream.texts.name}: all are masked (first of context, special)."
         )
-    return rule.limits()
+    return rule.max_norms()

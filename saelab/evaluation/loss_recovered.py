@@ -18,7 +18,7 @@ from torch import Tensor
 from saelab.models import LanguageModel
 from saelab.models.multi_model import locate
 from saelab.saes import SAE
-from saelab.saes.hooks_used import Sites
+from saelab.saes.hooks_used import HooksUsed
 
 ARMS = ("sae", "zero", "mean")
 
@@ -43,9 +43,9 @@ class ReplaceRows:
 class LossRecovered:
     """Sums of the four arms over the scored positions; `mean` has an axis for the sources where there are several."""
 
-    def __init__(self, sae: SAE, lm: LanguageModel, sites: Sites, mean: Float[Tensor, "*sources d_out"]) -> None:
-        self.sae, self.lm, self.sites = sae, lm, sites
-        self.means = mean.reshape(len(sites.writes), -1)
+    def __init__(self, sae: SAE, lm: LanguageModel, hooks: HooksUsed, mean: Float[Tensor, "*sources d_out"]) -> None:
+        self.sae, self.lm, self.hooks = sae, lm, hooks
+        self.means = mean.reshape(len(hooks.outputs), -1)
         self.n, self.kl = 0, 0.0
         self.loss: dict[str, float] = {arm: 0.0 for arm in ("model", *ARMS)}
 
@@ -58,8 +58,8 @@ class LossRecovered:
             return
         self.n += int(scored.sum())
         rebuilt = self._rebuilt(ids, keep)
-        for site, by, mean in zip(self.sites.writes, rebuilt, self.means, strict=True):
-            lm, hook_name = locate(self.lm, site)
+        for hook, by, mean in zip(self.hooks.outputs, rebuilt, self.means, strict=True):
+            lm, hook_name = locate(self.lm, hook)
             targets = ids[:, 1:][scored].to(lm.device)
             original = self._log_probs(lm.logits(ids), scored)
             self.loss["model"] += _nll(original, targets)
@@ -72,12 +72,12 @@ class LossRecovered:
 
     def _rebuilt(self, ids: Int[Tensor, "batch seq"], keep: Bool[Tensor, "batch seq"]) -> list[Any]:
         """What stands in for the rows of each site that is written: an SAE of one site works where it is."""
-        if len(self.sites.all) == 1:
+        if len(self.hooks.all) == 1:
             return [self.sae]
-        found = next(iter(self.lm.stream_activations([ids], list(self.sites.all))))
-        x = self.sites.batch({name: acts[keep.to(acts.device)] for name, acts in found.items()}).x
+        found = next(iter(self.lm.stream_activations([ids], list(self.hooks.all))))
+        x = self.hooks.batch({name: activations[keep.to(activations.device)] for name, activations in found.items()}).x
         x_hat = self.sae(x.float()).x_hat
-        return list(x_hat.reshape(len(x), len(self.sites.writes), -1).unbind(1))
+        return list(x_hat.reshape(len(x), len(self.hooks.outputs), -1).unbind(1))
 
     @staticmethod
     def _log_probs(logits: Tensor, scored: Tensor) -> Float[Tensor, "n vocab"]:
@@ -87,7 +87,7 @@ class LossRecovered:
         """Keys of `report.json`; recovered shares are None where ablation changes the loss by less than 1e-3 nats."""
         if self.n == 0:
             return dict.fromkeys(("ce_loss", "ce_loss_sae", "ce_loss_recovered", "ce_loss_recovered_mean", "kl"))
-        n = self.n * len(self.sites.writes)
+        n = self.n * len(self.hooks.outputs)
         loss = {arm: total / n for arm, total in self.loss.items()}
         recovered: dict[str, float | None] = {}
         for arm, key in (("zero", "ce_loss_recovered"), ("mean", "ce_loss_recovered_mean")):

@@ -175,7 +175,7 @@ def _report(
         mask={"max_norm": stream.max_norm, "rule": stream.rule},
         split=stream.split,
         texts=stream.texts.name,
-        hook_name=str(stream.sites),
+        hook_name=str(stream.hooks),
         sae_hash=sae.hash,
         model_hash=stream.lm.hash,
         request=request,
@@ -207,7 +207,7 @@ def _measure(
 def _score_losses(
     sae: SAE, stream: ScoreStream, keeps: list[Tensor], measures: Reconstruction, budget: int, progress: bool
 ) -> LossRecovered:
-    losses = LossRecovered(sae, stream.lm, stream.sites, measures.variance.mean.float())
+    losses = LossRecovered(sae, stream.lm, stream.hooks, measures.variance.mean.float())
     total = min(budget, stream.n_tokens)
     with tqdm(total=total, desc="Loss recovered", unit="token", disable=not progress) as bar:
         for tokens, keep in zip(stream.batches, keeps, strict=True):

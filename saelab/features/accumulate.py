@@ -35,10 +35,10 @@ class Entries(NamedTuple):
         return Entries(*(column[index] for column in self))
 
 
-def sorted_entries(acts: SparseActs, tokens: Int[Tensor, " batch"], docs: Int[Tensor, " batch"]) -> Entries:
+def sorted_entries(feature_acts: SparseActs, tokens: Int[Tensor, " batch"], docs: Int[Tensor, " batch"]) -> Entries:
     """The feature activations of the kept rows, with their token numbers (ascending) and document numbers."""
-    order, rows, _ = acts.by_feature
-    return Entries(acts.features[order], tokens[rows], docs[rows], acts.values[order].float())
+    order, rows, _ = feature_acts.by_feature
+    return Entries(feature_acts.features[order], tokens[rows], docs[rows], feature_acts.values[order].float())
 
 
 class Accumulator:
@@ -58,9 +58,9 @@ class Accumulator:
         self._sample: list[tuple[Tensor, Tensor, Tensor]] = []  # feature, value, hash of the token
         self._sampled = 0
 
-    def update(self, acts: SparseActs, tokens: Int[Tensor, " batch"], docs: Int[Tensor, " batch"]) -> None:
+    def update(self, feature_acts: SparseActs, tokens: Int[Tensor, " batch"], docs: Int[Tensor, " batch"]) -> None:
         """Count one batch (see `sorted_entries`)."""
-        self.add(entries := sorted_entries(acts, tokens, docs), entries)
+        self.add(entries := sorted_entries(feature_acts, tokens, docs), entries)
 
     def add(self, entries: Entries, around: Entries) -> None:
         """Count the entries of one batch; the windows of examples show the values of `around`."""
@@ -83,7 +83,7 @@ class Accumulator:
         self._sample.append((entries.features.int(), entries.values, token_hash(entries.tokens)))
         self._sampled += entries.values.numel()
         if self._sampled > MAX_VALUES:
-            features, values, hashes = (torch.cat(parts) for parts in zip(*self._sample, strict=True))
+            features, values, hashes = (torch.cat(tensors) for tensors in zip(*self._sample, strict=True))
             order = _sort_by(features, hashes)
             kept = order[_rank(features[order]) < max(MIN_SAMPLE, MAX_VALUES // (2 * self.d_sae))]
             self._sample = [(features[kept], values[kept], hashes[kept])]
@@ -139,7 +139,7 @@ class Accumulator:
         result = torch.full((self.d_sae,), torch.nan, dtype=torch.float64)
         if not self._sampled:
             return result, torch.ones(self.d_sae, dtype=torch.bool)
-        features, values, _ = (torch.cat(parts) for parts in zip(*self._sample, strict=True))
+        features, values, _ = (torch.cat(tensors) for tensors in zip(*self._sample, strict=True))
         order = _sort_by(features, values)
         values = values[order].double()
         count = torch.bincount(features, minlength=self.d_sae)

@@ -126,13 +126,15 @@ def _run(sae: SAE, stream: ScoreStream, top_k: int, progress: bool) -> SignedAcc
     state = SignedAccumulator(sae.d_sae, ctx_len, top_k)
     total = sum(int((batch.doc >= 0).sum()) for batch in stream.batches)
     with tqdm(total=total, unit="token", unit_scale=True, desc="Features", disable=not progress) as bar:
-        for tokens, acts, keep in stream:
-            rows = acts[keep]  # (kept, *sources, d_in)
+        for tokens, activations, keep in stream:
+            rows = activations[keep]  # (kept, *sources, d_in)
             where = keep.cpu().flatten()
-            number = torch.arange(len(where)) + tokens.first_sequence * ctx_len
-            codes = sae.encode(rows.float()).detach()
-            codes = type(codes)(codes.values.cpu(), codes.features.cpu(), codes.offsets.cpu(), codes.d_sae)
-            state.update(codes, number[where], tokens.doc.flatten()[where])
+            number = torch.arange(len(where)) + tokens.first_context * ctx_len
+            feature_acts = sae.encode(rows.float()).detach()
+            feature_acts = type(feature_acts)(
+                feature_acts.values.cpu(), feature_acts.features.cpu(), feature_acts.offsets.cpu(), feature_acts.d_sae
+            )
+            state.update(feature_acts, number[where], tokens.doc.flatten()[where])
             bar.update(int((tokens.doc >= 0).sum()))
     if not stream.n_tokens:
         raise ValueError(f"No token of {stream.texts.name} is left under the mask: {stream.n_masked}. Give more text.")
@@ -153,7 +155,7 @@ def _top_logits(sae: SAE, lm: LanguageModel, hook_name: str) -> dict[str, Tensor
     except ModelError as error:
         warnings.warn(f"The store will not say what features promote. {error}", stacklevel=3)
         return None
-    decoder, _ = sae.written()
+    decoder, _ = sae.decoder()
     if unembed.shape[1] != decoder.shape[1]:
         return None
     n_top = min(TOP_LOGITS, len(unembed))
@@ -186,7 +188,7 @@ def _manifest(sae: SAE, stream: ScoreStream, state: SignedAccumulator, out_dir: 
     return {
         "sae": {"hash": sae.hash, "variant": sae.variant, "d_sae": sae.d_sae, "d_in": sae.d_in, "folder": folder},
         "hook_name": stream.hook_name,
-        "sites": {"reads": list(stream.sites.reads), "writes": list(stream.sites.writes)},
+        "sites": {"reads": list(stream.hooks.inputs), "writes": list(stream.hooks.outputs)},
         "model": {"name": lm.name, "hash": lm.hash},
         "tokenizer_hash": stream.lm.tokenizer_hash,
         "texts": {"name": stream.texts.name, "spec": stream.texts.spec, "fingerprint": stream.texts.fingerprint()},

@@ -22,9 +22,9 @@ class SignedAccumulator:
         self.positive = Accumulator(*self._size)
         self.negative: Accumulator | None = None
 
-    def update(self, acts: SparseActs, tokens: Int[Tensor, " batch"], docs: Int[Tensor, " batch"]) -> None:
+    def update(self, feature_acts: SparseActs, tokens: Int[Tensor, " batch"], docs: Int[Tensor, " batch"]) -> None:
         """Count one batch (see `sorted_entries`)."""
-        entries = sorted_entries(acts, tokens, docs)
+        entries = sorted_entries(feature_acts, tokens, docs)
         below = entries.values < 0
         if self.negative is None and bool(below.any()):
             self.negative = Accumulator(*self._size)

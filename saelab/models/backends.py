@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from saelab.errors import ModelError
 from saelab.models.families import context_length, eager, find_decoder, in_eval_mode, rope_border, takes, tolerance
-from saelab.models.hooks import Site, attach, bridge_sites, hf_sites, tapped
+from saelab.models.hooks import HookPlace, attach, bridge_hook_places, hf_hook_places, tapped
 from saelab.models.padding import N_TRIED, arguments, honours_padding, is_plain, refuse_unless
 from saelab.models.unembedding import between, logit_weights, watch_head
 
@@ -90,21 +90,21 @@ class HFBackend(Backend):
         self.rope_border = rope_border(config)
         self._quiet = {"use_cache": False} if takes(self.model, "use_cache") else {}
         self._last_only = {"logits_to_keep": 1} if takes(self.model, "logits_to_keep") else {}
-        self.sites: dict[str, Site] = hf_sites(self.decoder)
-        if not self._parts_add_up():
-            self.sites = hf_sites(self.decoder, with_parts=False)
+        self.hook_places: dict[str, HookPlace] = hf_hook_places(self.decoder)
+        if not self._blocks_add_up():
+            self.hook_places = hf_hook_places(self.decoder, with_submodules=False)
 
-    def _parts_add_up(self) -> bool:
+    def _blocks_add_up(self) -> bool:
         """Whether attention and MLP are where the family's names say: the stream rises by what they write to it."""
         pre, attention, mlp, post = (f"blocks.0.{name}" for name in _STREAM)
-        if attention not in self.sites:
+        if attention not in self.hook_places:
             return True
         seen: dict[str, Tensor] = {}
         ids = self._some_ids(4)
         with (
             torch.inference_mode(),
             in_eval_mode(self.model),
-            tapped(self.sites, (), None, (pre, attention, mlp, post), seen),
+            tapped(self.hook_places, (), None, (pre, attention, mlp, post), seen),
         ):
             self.trunk(ids)
         risen = seen[pre].float() + seen[attention].float() + seen[mlp].float()
@@ -136,7 +136,7 @@ class HFBackend(Backend):
             return False
         ids = self._some_ids(4)
         with torch.inference_mode(), in_eval_mode(self.model):
-            whole = self.logits(ids)[:, -1]
+            uncached = self.logits(ids)[:, -1]
             try:
                 cache = self.forward(ids[:, :3], None, True)[1]
                 if cache is None or cache.get_seq_length() != 3:
@@ -144,7 +144,7 @@ class HFBackend(Backend):
                 last = self.forward(ids[:, 3:], cache, True)[0][:, -1]
             except (AttributeError, TypeError, ValueError):  # the state of a recurrent model does not know its length
                 return False
-        return float((whole - last).abs().max()) <= tolerance(whole)
+        return float((uncached - last).abs().max()) <= tolerance(uncached)
 
     def logit_weights(self) -> Float[Tensor, "vocab d_model"]:
         """Unembedding in fp32 with the final norm folded in. Raises `ModelError` where it cannot be found out."""
@@ -169,7 +169,7 @@ class BridgeBackend(Backend):
         self.model, config = model, model.cfg
         self.n_layers, self.d_model, self.d_vocab = config.n_layers, config.d_model, config.d_vocab
         self.max_ctx = config.n_ctx or 2**31
-        self.sites: dict[str, Site] = bridge_sites(model)
+        self.hook_places: dict[str, HookPlace] = bridge_hook_places(model)
 
     def trunk(self, ids: Int[Tensor, "batch seq"], positions: Int[Tensor, "batch seq"] | None = None) -> None:
         """A forward pass; a bridge computes logits unless it is cut before."""
@@ -189,7 +189,7 @@ class BridgeBackend(Backend):
         """Unembedding in fp32 with the final norm folded in. Raises `ModelError` where that is not what makes the logits."""
         ids = self._some_ids(8)
         last: list[Tensor] = []
-        point = self.sites[f"blocks.{self.n_layers - 1}.hook_resid_post"]
+        point = self.hook_places[f"blocks.{self.n_layers - 1}.hook_resid_post"]
         handle = attach(point, last.append)[0]
         try:
             with torch.inference_mode(), in_eval_mode(self.model):

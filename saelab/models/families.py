@@ -128,13 +128,16 @@ def _run(model: Any, ids: Tensor, lists: list[nn.ModuleList], streams: list[Stre
     for layers, (inputs, outputs) in zip(lists, streams, strict=True):
         for i, layer in enumerate(layers):
 
-            def reads(_module: Any, args: tuple, kwargs: dict, i: int = i, inputs: dict = inputs) -> None:
+            def note_input(_module: Any, args: tuple, kwargs: dict, i: int = i, inputs: dict = inputs) -> None:
                 note(inputs, i, args[0] if args else kwargs.get("hidden_states"))
 
-            def gives(_module: Any, _args: tuple, output: Any, i: int = i, outputs: dict = outputs) -> None:
+            def note_output(_module: Any, _args: tuple, output: Any, i: int = i, outputs: dict = outputs) -> None:
                 note(outputs, i, output[0] if isinstance(output, tuple) else output)
 
-            handles += [layer.register_forward_pre_hook(reads, with_kwargs=True), layer.register_forward_hook(gives)]
+            handles += [
+                layer.register_forward_pre_hook(note_input, with_kwargs=True),
+                layer.register_forward_hook(note_output),
+            ]
     options = {"use_cache": False} if takes(model, "use_cache") else {}
     try:
         with torch.inference_mode(), in_eval_mode(model):

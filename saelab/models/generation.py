@@ -57,19 +57,19 @@ class Generates:
         how = Sampling(max_new_tokens, temperature, seed, num_return_sequences, self._stop_ids)
         is_list = isinstance(prompt, list | tuple) and whole_numbers(prompt) is None
         texts = [one for one in (prompt if is_list else [prompt]) if isinstance(one, str)]
-        written = [
+        texts = [
             self._text(one, texts[i // num_return_sequences] if texts else None)
             for i, one in enumerate(self._generate(rows, how, on_token))
         ]
-        return written if is_list or len(written) > 1 else written[0]
+        return texts if is_list or len(texts) > 1 else texts[0]
 
     def _text(self, generation: Generation, prompt: str | None) -> str:
         """A prompt that was given as text stays as it was written."""
-        whole = self.tokenizer.decode(generation.ids, skip_special_tokens=True)
+        text = self.tokenizer.decode(generation.ids, skip_special_tokens=True)
         if prompt is None:
-            return whole
+            return text
         start = self.tokenizer.decode(generation.ids[: generation.n_prompt], skip_special_tokens=True)
-        return prompt + whole[len(start) :]
+        return prompt + text[len(start) :]
 
     def generate_ids(
         self,
@@ -124,7 +124,7 @@ class Generates:
     def _step(self, ids: Tensor, positions: Tensor, cache: Any) -> tuple[Tensor, Any]:
         """Logits after the last of `ids`; with a KV cache only the new tokens run."""
         past = 0 if cache is None else cache.get_seq_length()
-        with tapped(self.backend.sites, self.edits, positions[:, past:]):
+        with tapped(self.backend.hook_places, self.edits, positions[:, past:]):
             return self.backend.step(ids, positions, cache)
         raise AssertionError("no capture can cut a generation step")
 

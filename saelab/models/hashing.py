@@ -53,8 +53,8 @@ def checksum(model: nn.Module) -> str:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         if not value.numel():
             continue
-        whole = value.detach().contiguous().view(-1)
-        words = whole.view(_WORDS[value.element_size()]) if value.element_size() in _WORDS else whole.view(torch.uint8)
+        flat = value.detach().contiguous().view(-1)
+        words = flat.view(_WORDS[value.element_size()]) if value.element_size() in _WORDS else flat.view(torch.uint8)
         width = max(1, int(len(words) ** 0.5))  # sums of rows and columns: numbers that changed places move one of them
         grid, rest = words[: len(words) // width * width].view(-1, width), words[len(words) // width * width :]
         sums += [part.cpu() for part in (grid.sum(0, dtype=torch.int64), grid.sum(1, dtype=torch.int64), rest.long())]
@@ -92,8 +92,8 @@ def hash_config(model: Any) -> str:
     if config is not None and hasattr(config, "to_diff_dict"):
         values = config.to_diff_dict()
     else:
-        own = getattr(model, "cfg", config)
-        values = {} if own is None else {key: value for key, value in vars(own).items() if not key.startswith("_")}
+        known = getattr(model, "cfg", config)
+        values = {} if known is None else {key: value for key, value in vars(known).items() if not key.startswith("_")}
     return hashlib.sha256(json.dumps(_deciding(values), sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -35,7 +35,7 @@ class Edit(Protocol):
         ...
 
 
-class Site(NamedTuple):
+class HookPlace(NamedTuple):
     """One place in a model: the input or output of a module, the stream between attention and MLP, or a hook point."""
 
     module: nn.Module
@@ -57,35 +57,35 @@ class CutForward(Exception):
 
 
 # model_type -> (attention, its output projection, MLP, norm in front of the MLP), as attribute names of a layer
-_LLAMA_PARTS = ("self_attn", "o_proj", "mlp", "post_attention_layernorm")
-_PARTS = {
-    "llama": _LLAMA_PARTS,
-    "mistral": _LLAMA_PARTS,
-    "qwen2": _LLAMA_PARTS,
-    "qwen3": _LLAMA_PARTS,
+_LLAMA_SUBMODULES = ("self_attn", "o_proj", "mlp", "post_attention_layernorm")
+_SUBMODULES = {
+    "llama": _LLAMA_SUBMODULES,
+    "mistral": _LLAMA_SUBMODULES,
+    "qwen2": _LLAMA_SUBMODULES,
+    "qwen3": _LLAMA_SUBMODULES,
     "gpt2": ("attn", "c_proj", "mlp", "ln_2"),
     "gpt_neox": ("attention", "dense", "mlp", "post_attention_layernorm"),
 }
 
 
-def hf_sites(decoder: Decoder, with_parts: bool = True) -> dict[str, Site]:
-    """Fast sites of a Hugging Face decoder, in forward order; for families not in `_PARTS` only the residual stream."""
-    sites: dict[str, Site] = {}
-    parts = _PARTS.get(decoder.config.model_type) if with_parts else None
+def hf_hook_places(decoder: Decoder, with_submodules: bool = True) -> dict[str, HookPlace]:
+    """Fast sites of a Hugging Face decoder, in forward order; for families not in `_SUBMODULES` only the residual stream."""
+    hook_places: dict[str, HookPlace] = {}
+    submodules = _SUBMODULES.get(decoder.config.model_type) if with_submodules else None
     parallel = getattr(decoder.config, "use_parallel_residual", False)
     for i, layer in enumerate(decoder.layers):
-        here = {"hook_resid_pre": Site(layer, "input")}
-        if parts is not None:
-            attention, projection, mlp, norm = parts
+        here = {"hook_resid_pre": HookPlace(layer, "input")}
+        if submodules is not None:
+            attention, projection, mlp, norm = submodules
             attention = getattr(layer, attention)
-            here["attn.hook_z"] = Site(getattr(attention, projection), "input")
-            here["hook_attn_out"] = Site(attention, "output")
+            here["attn.hook_z"] = HookPlace(getattr(attention, projection), "input")
+            here["hook_attn_out"] = HookPlace(attention, "output")
             if not parallel:  # parallel blocks have no stream between attention and MLP
-                here["hook_resid_mid"] = Site(getattr(layer, norm), "mid", layer)
-            here["hook_mlp_out"] = Site(getattr(layer, mlp), "output")
-        here["hook_resid_post"] = Site(layer, "output")
-        sites |= {f"blocks.{i}.{suffix}": site for suffix, site in here.items()}
-    return sites
+                here["hook_resid_mid"] = HookPlace(getattr(layer, norm), "mid", layer)
+            here["hook_mlp_out"] = HookPlace(getattr(layer, mlp), "output")
+        here["hook_resid_post"] = HookPlace(layer, "output")
+        hook_places |= {f"blocks.{i}.{suffix}": place for suffix, place in here.items()}
+    return hook_places
 
 
 def hook_list(hook_names: str | Iterable[str]) -> list[str]:
@@ -96,9 +96,9 @@ def hook_list(hook_names: str | Iterable[str]) -> list[str]:
     return names
 
 
-def bridge_sites(bridge: Any) -> dict[str, Site]:
+def bridge_hook_places(bridge: Any) -> dict[str, HookPlace]:
     """Every hook point of a TransformerBridge under each of its names."""
-    return {name: Site(point, "point") for name, point in bridge.hook_dict.items()}
+    return {name: HookPlace(point, "point") for name, point in bridge.hook_dict.items()}
 
 
 def unknown_hook(hook_name: str, names: Sequence[str], model_name: str) -> ValueError:
@@ -122,7 +122,7 @@ def is_plain_mistake(hook_name: str, names: Sequence[str]) -> bool:
 
 @contextmanager
 def tapped(
-    sites: dict[str, Site],
+    hook_places: dict[str, HookPlace],
     edits: Sequence[Edit] = (),
     positions: Int[Tensor, "batch seq"] | None = None,
     hook_names: Iterable[str] = (),
@@ -139,11 +139,11 @@ def tapped(
         groups.setdefault(edit.hook_name, []).append(edit)
     wanted, fired, was_cut = set(hook_names), Counter[str](), False
     try:
-        for name in sorted(groups, key=list(sites).index):
-            handles += attach(sites[name], _counted(name, fired, _editor(groups[name], positions)))
+        for name in sorted(groups, key=list(hook_places).index):
+            handles += attach(hook_places[name], _counted(name, fired, _editor(groups[name], positions)))
         for name in wanted:
             capture = _capturer(name, wanted, captured if captured is not None else {})
-            handles += attach(sites[name], _counted(name, fired, capture))
+            handles += attach(hook_places[name], _counted(name, fired, capture))
         yield
     except CutForward:
         was_cut = True
@@ -191,7 +191,7 @@ def _capturer(name: str, wanted: set[str], captured: dict[str, Tensor]) -> Calla
 
 
 def _editor(edits: list[Edit], positions: Tensor | None) -> Callable[[Tensor], Tensor]:
-    def edit_site(x: Tensor) -> Tensor:
+    def edited(x: Tensor) -> Tensor:
         assert positions is not None, "edits need the positions of the tokens"
         flat = rearrange(x, "batch position ... -> batch position (...)")  # a bridge keeps heads apart
         results = [_checked(edit, flat, positions) for edit in edits]
@@ -200,7 +200,7 @@ def _editor(edits: list[Edit], positions: Tensor | None) -> Callable[[Tensor], T
             return x
         return (results[0] if len(results) == 1 else _sum_of_changes(flat, results)).reshape(x.shape)
 
-    return edit_site
+    return edited
 
 
 def _checked(edit: Edit, x: Tensor, positions: Tensor) -> Tensor:
@@ -219,23 +219,23 @@ def _sum_of_changes(x: Tensor, results: list[Tensor]) -> Tensor:
     return torch.where(changed, (x.to(wide) + change).to(x.dtype), x)
 
 
-def attach(site: Site, function: Callable[[Tensor], Tensor | None]) -> list[Any]:
-    """Call `function` with the tensor at `site`; what it returns (unless None) takes the tensor's place.
+def attach(place: HookPlace, function: Callable[[Tensor], Tensor | None]) -> list[Any]:
+    """Call `function` with the tensor at `place`; what it returns (unless None) takes the tensor's place.
 
     Gives handles with `remove()`. What was attached first is called first.
     """
-    if site.kind == "point":
-        return [_PointHandle(site.module, function)]
-    if site.kind == "output":
-        return [site.module.register_forward_hook(lambda _m, _a, output: _replace_output(output, function))]
-    if site.kind == "input":
-        return [site.module.register_forward_pre_hook(_replace_input(function), with_kwargs=True)]
-    return _attach_mid(site, function)
+    if place.kind == "point":
+        return [_HookPointHandle(place.module, function)]
+    if place.kind == "output":
+        return [place.module.register_forward_hook(lambda _m, _a, output: _replace_output(output, function))]
+    if place.kind == "input":
+        return [place.module.register_forward_pre_hook(_replace_input(function), with_kwargs=True)]
+    return _attach_mid(place, function)
 
 
-def _attach_mid(site: Site, function: Callable[[Tensor], Tensor | None]) -> list[Any]:
+def _attach_mid(place: HookPlace, function: Callable[[Tensor], Tensor | None]) -> list[Any]:
     """The stream in front of the MLP's norm goes two ways, into the norm and around the MLP: change both."""
-    assert site.layer is not None
+    assert place.layer is not None
     change: list[Tensor] = []
 
     def at_norm(x: Tensor) -> Tensor | None:
@@ -248,8 +248,8 @@ def _attach_mid(site: Site, function: Callable[[Tensor], Tensor | None]) -> list
         return x + change.pop() if change else None
 
     return [
-        *attach(Site(site.module, "input"), at_norm),
-        *attach(Site(site.layer, "output"), at_layer_end),
+        *attach(HookPlace(place.module, "input"), at_norm),
+        *attach(HookPlace(place.layer, "output"), at_layer_end),
     ]
 
 
@@ -273,7 +273,7 @@ def _replace_input(function: Callable[[Tensor], Tensor | None]) -> Callable[...,
     return hook
 
 
-class _PointHandle:
+class _HookPointHandle:
     """A hook on a TransformerLens hook point, removable like torch's own handles."""
 
     def __init__(self, point: Any, function: Callable[[Tensor], Tensor | None]):

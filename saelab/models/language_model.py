@@ -26,7 +26,7 @@ from saelab.models.hashing import (
     state_mark,
     stored_weights,
 )
-from saelab.models.hooks import Edit, Site, hook_list, is_plain_mistake, tapped, unknown_hook
+from saelab.models.hooks import Edit, HookPlace, hook_list, is_plain_mistake, tapped, unknown_hook
 from saelab.models.prompts import Batch, Prompt, check_batch, to_batch
 from saelab.tokens.tokenizing import special_tokens
 
@@ -125,11 +125,11 @@ class LanguageModel(Generates):
     @property
     def hook_names(self) -> list[str]:
         """Hooks that can be read fast and edited, in forward order. Any other TransformerLens name can be read too."""
-        return list(self.backend.sites)
+        return list(self.backend.hook_places)
 
     def check_hook(self, hook_name: str) -> None:
         """Raises `ValueError` when the model has no such hook, nearest names first."""
-        self._sites_of([hook_name])
+        self._hook_places_of([hook_name])
 
     def d_in(self, hook_name: str) -> int:
         """Width of the activations at a hook (heads are flattened)."""
@@ -148,17 +148,17 @@ class LanguageModel(Generates):
         `.clone()` one before differentiating through it. Raises `ValueError` for an unknown hook.
         """
         names = hook_list(hook_names)
-        self._sites_of(names)
+        self._hook_places_of(names)
         one = isinstance(batches, str | Mapping | Tensor | np.ndarray)
         return (self._capture(*self.to_batch(ids), names) for ids in ([batches] if one else batches))
 
     def _capture(self, ids: Tensor, positions: Tensor, names: list[str], edited: bool = True) -> dict[str, Tensor]:
-        sites = self._sites_of(names)
+        hook_places = self._hook_places_of(names)
         captured: dict[str, Tensor] = {}
         ids, here = ids.to(self.device), positions.to(self.device)
-        backend = self.backend if sites is self.backend.sites else self._bridge
+        backend = self.backend if hook_places is self.backend.hook_places else self._bridge
         backend.prepare(positions)
-        with self._running(), tapped(sites, self.edits if edited else (), here, names, captured):
+        with self._running(), tapped(hook_places, self.edits if edited else (), here, names, captured):
             backend.trunk(ids, positions)
         for name in names:
             if captured[name].ndim < 3 or captured[name].shape[:2] != ids.shape:
@@ -181,19 +181,19 @@ class LanguageModel(Generates):
             self._bridge_now, self._bridged = BridgeBackend(self._boot_bridge()), mark
         return self._bridge_now
 
-    def _sites_of(self, names: Sequence[str]) -> dict[str, Site]:
+    def _hook_places_of(self, names: Sequence[str]) -> dict[str, HookPlace]:
         """The sites that hold all `names`: the fast ones, or else the bridge's, booted when first needed."""
-        slow = [name for name in names if name not in self.backend.sites]
+        slow = [name for name in names if name not in self.backend.hook_places]
         if not slow:
-            return self.backend.sites
+            return self.backend.hook_places
         for name in slow:
             if self._boot_bridge is None or not isinstance(name, str) or is_plain_mistake(name, self.hook_names):
                 raise unknown_hook(name, self.hook_names, self.name)
-        sites = self._bridge.sites
+        hook_places = self._bridge.hook_places
         for name in slow:
-            if name not in sites:
-                raise unknown_hook(name, list(sites), self.name)
-        return sites
+            if name not in hook_places:
+                raise unknown_hook(name, list(hook_places), self.name)
+        return hook_places
 
     # --- tokens
 
@@ -236,7 +236,7 @@ class LanguageModel(Generates):
         batch = self.to_batch(text_or_ids, positions, attention_mask)
         self.backend.prepare(batch.positions)
         ids, positions = (x.to(self.device) for x in batch)
-        with self._running(), tapped(self.backend.sites, self.edits, positions):
+        with self._running(), tapped(self.backend.hook_places, self.edits, positions):
             logits = self.backend.logits(ids, positions)
             self._check_finite(logits.amax(-1)[positions >= 0], "")
             return logits
@@ -273,7 +273,7 @@ class LanguageModel(Generates):
             raise ValueError(
                 f"steer got {edit!r}; an edit has a hook_name and apply(x, positions). Try `feature * 2.0`."
             )
-        if edit.hook_name not in self.backend.sites:
+        if edit.hook_name not in self.backend.hook_places:
             raise unknown_hook(edit.hook_name, self.hook_names, f"what can be edited in {self.name}")
         width, d_in = getattr(edit, "d_in", None), self.d_in(edit.hook_name)
         if width is not None and width != d_in:

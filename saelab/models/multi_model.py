@@ -83,8 +83,8 @@ class ModelsTogether(LanguageModel):
     def _read(self, ids: Tensor, wanted: dict[str, list[str]]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for label, hooks in wanted.items():
-            acts = next(iter(self.models[label].stream_activations([ids], hooks)))
-            found |= {f"{label}/{hook}": x.to(self.device) for hook, x in acts.items()}
+            activations = next(iter(self.models[label].stream_activations([ids], hooks)))
+            found |= {f"{label}/{hook}": x.to(self.device) for hook, x in activations.items()}
         return found
 
     def _only_one(self, *_: Any, **__: Any) -> Any:

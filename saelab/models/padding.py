@@ -61,9 +61,9 @@ def honours_padding(model: Any, forward: Forward, ids: Int[Tensor, "1 n"], has_c
         return False
     n, front = torch.arange(ids.shape[1], device=ids.device), min(_FRONT, ids.shape[1] // 2)
     both, positions = ids.expand(2, -1), torch.stack([n, (n - front).clamp_min(-1)])
-    whole, alone = forward(ids, None, False)[0][:, -1], forward(ids[:, front:], None, False)[0][:, -1]
-    expected = torch.cat([whole, alone])
-    read = float((whole - alone).abs().max())
+    padded, bare = forward(ids, None, False)[0][:, -1], forward(ids[:, front:], None, False)[0][:, -1]
+    expected = torch.cat([padded, bare])
+    read = float((padded - bare).abs().max())
     allowed = min(tolerance(expected), max(_SHARE * read, tolerance(expected) / 4))
     try:
         found = [forward(both, None, False, **arguments(model, positions))[0][:, -1]]

@@ -36,7 +36,7 @@ class Sampling:
     max_new_tokens: int = 40
     temperature: float = 0.0
     seed: int = 0
-    n_sequences: int = 1
+    n_samples: int = 1
     """Continuations of each prompt; number j is what the seed `seed + j` alone writes."""
     stop_ids: Collection[int] = ()
     keep_logits: bool = False
@@ -44,14 +44,14 @@ class Sampling:
     def check(self, n_prompt: int, max_ctx: int, name: str) -> None:
         """Raises `ValueError` for a request that cannot be met, naming the value and the limit."""
         check_integer("max_new_tokens", self.max_new_tokens, 1)
-        check_integer("num_return_sequences", self.n_sequences, 1)
-        check_integer("seed", self.seed, 0, 2**63 - self.n_sequences)
+        check_integer("num_return_sequences", self.n_samples, 1)
+        check_integer("seed", self.seed, 0, 2**63 - self.n_samples)
         number = isinstance(self.temperature, int | float) and not isinstance(self.temperature, bool)
         if not number or not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature={self.temperature!r}; expected 0 (most likely token) or a positive number.")
-        if self.n_sequences > 1 and self.temperature == 0:
+        if self.n_samples > 1 and self.temperature == 0:
             raise ValueError(
-                f"num_return_sequences={self.n_sequences} at temperature 0 are the same text {self.n_sequences} times: give a "
+                f"num_return_sequences={self.n_samples} at temperature 0 are the same text {self.n_samples} times: give a "
                 "temperature."
             )
         if n_prompt + self.max_new_tokens > max_ctx:
@@ -68,14 +68,14 @@ def sample(
     check: Callable[[Tensor, int], None],
     on_token: OnToken | None = None,
 ) -> list[Generation]:
-    """Extend every prompt until a stop token or `max_new_tokens`; `n_sequences` results for each prompt, in their order.
+    """Extend every prompt until a stop token or `max_new_tokens`; `n_samples` results for each prompt, in their order.
 
     Shorter prompts are padded on the left. `check(logits, n)` is shown the logits of those that go on, at the n-th new token;
     `on_token` is told after each. One uniform number is drawn for every token from a generator of the seed, whatever the
     logits are: runs on one seed draw the same numbers, steered or not, alone or beside others.
     """
-    rows = [prompt for prompt in prompts for _ in range(how.n_sequences)]
-    generators = [torch.Generator().manual_seed(how.seed + j) for j in range(how.n_sequences)]
+    rows = [prompt for prompt in prompts for _ in range(how.n_samples)]
+    generators = [torch.Generator().manual_seed(how.seed + j) for j in range(how.n_samples)]
     ids, positions = left_padded(rows)
     live, cache, kept = torch.ones(len(rows), dtype=torch.bool), None, []
     n_new = torch.zeros(len(rows), dtype=torch.int64)
@@ -86,7 +86,7 @@ def sample(
         check(logits[live], n)
         kept += [logits] if how.keep_logits else []
         uniforms = [torch.rand((), generator=generator, dtype=torch.float64) for generator in generators]
-        chosen = [choose(row, how.temperature, uniforms[i % how.n_sequences]) for i, row in enumerate(logits)]
+        chosen = [choose(row, how.temperature, uniforms[i % how.n_samples]) for i, row in enumerate(logits)]
         ids, positions = _extended(ids, positions, torch.tensor(chosen), live)
         n_new += live
         live &= ~torch.isin(torch.tensor(chosen), stop)
@@ -94,9 +94,9 @@ def sample(
             on_token(n)
         if not bool(live.any()):
             break
-    written = [row[row_positions >= 0].cpu() for row, row_positions in zip(ids, positions, strict=True)]
+    outputs = [row[row_positions >= 0].cpu() for row, row_positions in zip(ids, positions, strict=True)]
     steps = [torch.stack([one[i] for one in kept[: int(n_new[i])]]) if kept else None for i in range(len(rows))]
-    return [Generation(out, len(row), logits) for out, row, logits in zip(written, rows, steps, strict=True)]
+    return [Generation(out, len(row), logits) for out, row, logits in zip(outputs, rows, steps, strict=True)]
 
 
 def left_padded(rows: Sequence[Int[Tensor, " n_tokens"]]) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:

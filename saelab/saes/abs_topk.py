@@ -33,7 +33,7 @@ class AbsTopKSAE(SelectionSAE):
     Config = AbsTopKConfig
     config: AbsTopKConfig
     signed = True
-    rule = "the k largest |u| of the token, signs kept"
+    selection_rule = "the k largest |u| of the token, signs kept"
 
     @property
     def pre_bias(self) -> Float[Tensor, " d_in"] | None:

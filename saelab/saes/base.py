@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from saelab.distributed import ALONE, Ranks
+from saelab.distributed import SINGLE_PROCESS, Ranks
 from saelab.files import tensors_hash
 from saelab.kernels.decode import decode
 from saelab.kernels.precision import widened
@@ -52,7 +52,7 @@ class StepInfo(NamedTuple):
     """Features silent for longer than `TrainConfig.dead_after_tokens`."""
     step: int
     n_steps: int
-    ranks: Ranks = ALONE
+    ranks: Ranks = SINGLE_PROCESS
     """The processes that share the batch: what is a function of all its rows asks them."""
     rules: int = RULES
     """Which training rules the run follows; less than `RULES` where an earlier saelab began it (`training/rules.py`)."""
@@ -62,7 +62,7 @@ class Loss(NamedTuple):
     """What `sae.loss` returns."""
 
     total: Tensor
-    acts: SparseActs
+    feature_acts: SparseActs
     residual: Float[Tensor, "batch d_in"]
     """Reconstruction less `y`, in the units that the weights live in; detached."""
     y: Float[Tensor, "batch d_in"]
@@ -74,14 +74,14 @@ class Loss(NamedTuple):
 class SAE(nn.Module):
     """A sparse autoencoder. `W_enc` and `W_dec` are both `(d_sae, d_in)`: one feature, one row."""
 
-    shape_names: ClassVar[tuple[str, ...]] = ()
+    extra_dims: ClassVar[tuple[str, ...]] = ()
     """Sizes that come from the data beside `d_in`: attributes, arguments of `__init__` and keys of `sae.json`."""
 
     variant: ClassVar[str]
     Config: ClassVar[type]
     unit_norm: bool = True
     """Whether decoder rows are kept at norm 1 (then training projects their gradient)."""
-    shares_batches: ClassVar[bool] = True
+    supports_data_parallel: ClassVar[bool] = True
     """Whether several processes can train it, each on its share of every batch."""
     base_lr: ClassVar[float] = 3e-3
     """Adam's learning rate at d_sae 4096 when `TrainConfig.lr` is None; scaled by sqrt(4096 / d_sae)."""
@@ -89,7 +89,7 @@ class SAE(nn.Module):
     """Fields of the config that `saelab.presets.cpu` sets for a run of any length."""
     short_preset: ClassVar[dict[str, Any]] = {}
     """Those that it sets besides for a run of up to `SHORT_RUN` tokens."""
-    rule: str
+    selection_rule: str
     """Which pre-activations become codes at inference, for `sae.json`."""
 
     def __init__(self, config: Any, d_in: int, seed: int = 0) -> None:
@@ -138,8 +138,8 @@ class SAE(nn.Module):
 
     @property
     def shape(self) -> dict[str, int]:
-        """The sizes of `shape_names`."""
-        return {name: getattr(self, name) for name in self.shape_names}
+        """The sizes of `extra_dims`."""
+        return {name: getattr(self, name) for name in self.extra_dims}
 
     def set_normalization(self, mean: Float[Tensor, "*sources d_in"], mean_square: float | Tensor) -> None:
         """Fix the input normalisation from the data's mean and mean squared norm, as `config.normalize` says.
@@ -236,14 +236,14 @@ class SAE(nn.Module):
         """Codes of activations that `normalize` has seen."""
         raise NotImplementedError
 
-    def decode(self, acts: SparseActs) -> Float[Tensor, "batch d_in"]:
+    def decode(self, feature_acts: SparseActs) -> Float[Tensor, "batch d_in"]:
         """Reconstruction in raw units, `(batch, d_in)`."""
-        return self.denormalize(decode(acts, self.W_dec, self.b_dec))
+        return self.denormalize(decode(feature_acts, self.W_dec, self.b_dec))
 
     def forward(self, x: Any) -> SAEOutput:
         """Encode and decode; `forward(x) == decode(encode(x))` always."""
-        acts = self.encode(x)
-        return SAEOutput(self.decode(acts), acts)
+        feature_acts = self.encode(x)
+        return SAEOutput(self.decode(feature_acts), feature_acts)
 
     def calibrate(self, x: Float[Tensor, "n ..."]) -> bool:
         """At the end of training: make as many features fire on raw rows `x` that were kept out of it as the config
@@ -279,7 +279,7 @@ class SAE(nn.Module):
         self.b_enc.mul_(norms)
         self.W_dec.div_(norms[:, None])
 
-    def written(self, source: int = -1) -> tuple[Float[Tensor, "d_sae d_out"], Float[Tensor, ""]]:
+    def decoder(self, source: int = -1) -> tuple[Float[Tensor, "d_sae d_out"], Float[Tensor, ""]]:
         """Decoder rows, and the scale they live in, of the site that features write (`source` counts a crosscoder's)."""
         return self.W_dec, self.scale
 

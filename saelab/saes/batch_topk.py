@@ -32,7 +32,9 @@ class BatchTopKSAE(ThresholdSAE):
     Config = BatchTopKConfig
 
     def select(self, x: Float[Tensor, "batch d_in"], info: StepInfo) -> SparseActs:
-        n_kept = self.config.k * info.ranks.whole(len(x))
-        acts = encode_batch_topk(x, self.W_enc, self.b_enc, n_kept, center=self.pre_bias, pool=self.pool(info))
-        self.observe(smallest(acts.values), info)
-        return acts
+        n_kept = self.config.k * info.ranks.global_batch_size(len(x))
+        feature_acts = encode_batch_topk(
+            x, self.W_enc, self.b_enc, n_kept, center=self.pre_bias, global_pairs=self.global_pairs(info)
+        )
+        self.observe(smallest(feature_acts.values), info)
+        return feature_acts

@@ -74,10 +74,10 @@ class CrosscoderSAE(ThresholdSAE):
     variant = "crosscoder"
     Config = CrosscoderConfig
     config: CrosscoderConfig
-    shape_names = ("n_sources",)
+    extra_dims = ("n_sources",)
     unit_norm = False
     base_lr = 1e-3
-    rule = "u sum_s |d_s| > threshold; with sparsity l1: u > 0"
+    selection_rule = "u sum_s |d_s| > threshold; with sparsity l1: u > 0"
 
     def __init__(self, config: CrosscoderConfig, d_in: int, seed: int = 0, n_sources: int = 1) -> None:
         super().__init__(config, d_in, seed)
@@ -150,33 +150,35 @@ class CrosscoderSAE(ThresholdSAE):
         norms = self.decoder_norms.detach().clamp_min(torch.finfo(x.dtype).tiny)
         return encode_threshold(x, self.rows[0], self.b_enc, threshold / norms)
 
-    def scores(self, acts: SparseActs) -> Float[Tensor, " nnz"]:
-        return acts.values.detach() * self.decoder_norms.detach()[acts.features]
+    def scores(self, feature_acts: SparseActs) -> Float[Tensor, " nnz"]:
+        return feature_acts.values.detach() * self.decoder_norms.detach()[feature_acts.features]
 
     def calibrate(self, x: Float[Tensor, "n ..."]) -> bool:
         return self.config.sparsity == "batch_topk" and super().calibrate(x)
 
-    def decode(self, acts: SparseActs) -> Float[Tensor, "batch *sources d_in"]:
-        return self.denormalize(decode(acts, *self.rows[1:]))
+    def decode(self, feature_acts: SparseActs) -> Float[Tensor, "batch *sources d_in"]:
+        return self.denormalize(decode(feature_acts, *self.rows[1:]))
 
     def select(self, x: Float[Tensor, "batch width"], info: StepInfo) -> SparseActs:
         norms = self.decoder_norms.detach()
-        n_kept, scored = self.config.k * info.ranks.whole(len(x)), ("decoder_norm", norms)
-        acts = encode_batch_topk(x, self.rows[0], self.b_enc, n_kept, *scored, pool=self.pool(info))
-        self.observe(smallest(acts.values * norms[acts.features]), info)
-        return acts
+        n_kept, scored = self.config.k * info.ranks.global_batch_size(len(x)), ("decoder_norm", norms)
+        feature_acts = encode_batch_topk(
+            x, self.rows[0], self.b_enc, n_kept, *scored, global_pairs=self.global_pairs(info)
+        )
+        self.observe(smallest(feature_acts.values * norms[feature_acts.features]), info)
+        return feature_acts
 
     def loss(self, batch: Batch, info: StepInfo) -> Loss:
         return super().loss(batch, info) if self.config.sparsity == "batch_topk" else self._l1_loss(batch, info)
 
     def _l1_loss(self, batch: Batch, info: StepInfo) -> Loss:
         x, target = self.normalized(batch)
-        acts = self.encode_normalized(x)
-        error, residual = decode_error(acts, *self.rows[1:], target)
+        feature_acts = self.encode_normalized(x)
+        error, residual = decode_error(feature_acts, *self.rows[1:], target)
         reconstruction = error / max(len(target), 1)
-        penalty = weighted_l1(acts.values, self.decoder_norms[acts.features], acts.batch)
-        total = reconstruction + self.penalty(acts, info) * penalty
-        return Loss(total, acts, residual, target, {"sse": reconstruction, "l1": penalty})
+        penalty = weighted_l1(feature_acts.values, self.decoder_norms[feature_acts.features], feature_acts.batch)
+        total = reconstruction + self.penalty(feature_acts, info) * penalty
+        return Loss(total, feature_acts, residual, target, {"sse": reconstruction, "l1": penalty})
 
-    def written(self, source: int = -1) -> tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, ""]]:
+    def decoder(self, source: int = -1) -> tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, ""]]:
         return self.W_dec[source], self.scale[source]

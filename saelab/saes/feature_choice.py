@@ -22,7 +22,7 @@ from saelab.kernels.sparse_acts import SparseActs
 from saelab.saes.base import StepInfo
 from saelab.saes.selection import SelectionConfig
 from saelab.saes.threshold import ThresholdSAE
-from saelab.saes.zipf import Density, zipf_places
+from saelab.saes.zipf import Density, zipf_capacity
 
 RANK_EVERY = 100
 PURE_FROM = 0.75
@@ -61,62 +61,76 @@ class FeatureChoiceSAE(ThresholdSAE):
     def __init__(self, config: FeatureChoiceConfig, d_in: int, seed: int = 0) -> None:
         super().__init__(config, d_in, seed, threshold_shape=(config.d_sae,))
         self.ranking = Density(self.d_sae)
-        self.ranks: Tensor
-        self.register_buffer("ranks", torch.arange(self.d_sae))
+        self.register_buffer("ranks", torch.arange(self.d_sae))  # the key in files; read as `frequency_rank`
 
     def select(self, x: Float[Tensor, "batch d_in"], info: StepInfo) -> SparseActs:
         weights: dict[str, Any] = {"W_enc": self.W_enc, "b_enc": self.b_enc, "center": self.pre_bias}
-        share, acts = self._share(info), None
-        batch = info.ranks.whole(len(x))
+        share, feature_acts = self._share(info), None
+        batch = info.ranks.global_batch_size(len(x))
         if share < 1 or info.step % RANK_EVERY == 0:
-            acts = encode_batch_topk(x, n_kept=self.config.k * batch, pool=self.pool(info), **weights)
-            self.ranking.update(acts, info.ranks)
+            feature_acts = encode_batch_topk(
+                x, n_kept=self.config.k * batch, global_pairs=self.global_pairs(info), **weights
+            )
+            self.ranking.update(feature_acts, info.ranks)
             if info.step % RANK_EVERY == 0:
-                self.ranks.copy_(self.ranking.ranks)
-        if acts is None or share > 0:
-            given = None if acts is None else info.ranks.sum(torch.bincount(acts.features, minlength=self.d_sae))
-            places = self.places(batch, share, given)
-            wide = self._best(x, places if info.rules < 2 else places + 1, info)
-            acts = wide if info.rules < 2 else wide.where(keep_by_feature(wide, places, info.ranks))
-            self.observe(self._borders(acts, wide, places, info), info)
+                self.frequency_rank.copy_(self.ranking.frequency_rank)
+        if feature_acts is None or share > 0:
+            given = (
+                None
+                if feature_acts is None
+                else info.ranks.all_reduce_sum(torch.bincount(feature_acts.features, minlength=self.d_sae))
+            )
+            capacity = self.capacity(batch, share, given)
+            wide = self._best(x, capacity if info.rules < 2 else capacity + 1, info)
+            feature_acts = wide if info.rules < 2 else wide.where(keep_by_feature(wide, capacity, info.ranks))
+            self.observe(self._borders(feature_acts, wide, capacity, info), info)
         else:
-            self.observe(_smallest(acts), info)
-        return acts
+            self.observe(_smallest(feature_acts), info)
+        return feature_acts
 
-    def _best(self, x: Float[Tensor, "batch d_in"], places: Int[Tensor, " d_sae"], info: StepInfo) -> SparseActs:
-        """Each feature's `places` largest pre-activations over the batch, as far as they are on this rank's rows."""
-        at_most = places.clamp_max(len(x))
-        acts = encode_feature_topk(x, self.W_enc, self.b_enc, at_most, center=self.pre_bias)
-        return acts if info.ranks.size == 1 else acts.where(keep_by_feature(acts, places, info.ranks))
+    def _best(self, x: Float[Tensor, "batch d_in"], capacity: Int[Tensor, " d_sae"], info: StepInfo) -> SparseActs:
+        """Each feature's `capacity` largest pre-activations over the batch, as far as they are on this rank's rows."""
+        at_most = capacity.clamp_max(len(x))
+        feature_acts = encode_feature_topk(x, self.W_enc, self.b_enc, at_most, center=self.pre_bias)
+        return (
+            feature_acts
+            if info.ranks.size == 1
+            else feature_acts.where(keep_by_feature(feature_acts, capacity, info.ranks))
+        )
 
     def _borders(
-        self, acts: SparseActs, wide: SparseActs, places: Int[Tensor, " d_sae"], info: StepInfo
+        self, feature_acts: SparseActs, wide: SparseActs, capacity: Int[Tensor, " d_sae"], info: StepInfo
     ) -> Float[Tensor, " d_sae"]:
         """Of each feature the midpoint of the last value kept and the first one left.
 
         The last one itself would keep half a firing too few of each feature and batch, as the threshold is strict. A feature
         that has places left keeps what is positive; its last value stays.
         """
-        last = info.ranks.least(_smallest(acts))
+        last = info.ranks.all_reduce_min(_smallest(feature_acts))
         if info.rules < 2:
             return last
-        beyond = info.ranks.least(_smallest(wide))
-        full = info.ranks.sum(torch.bincount(wide.features, minlength=self.d_sae)) > places
+        beyond = info.ranks.all_reduce_min(_smallest(wide))
+        full = info.ranks.all_reduce_sum(torch.bincount(wide.features, minlength=self.d_sae)) > capacity
         return torch.where(full & last.isfinite(), (last + beyond) / 2, last)
+
+    @property
+    def frequency_rank(self) -> Int[Tensor, " d_sae"]:
+        """0 for the feature that fired most when it was last measured."""
+        return self.get_buffer("ranks")
 
     @property
     def zipf_law(self) -> tuple[float, float]:
         return 0.0 if self.config.budget == "uniform" else self.config.zipf_exponent, self.config.zipf_shift
 
-    def places(
+    def capacity(
         self, batch: int, share: float = 1.0, given: Int[Tensor, " d_sae"] | None = None
     ) -> Int[Tensor, " d_sae"]:
         """How many tokens of a batch each feature keeps: `share` of the way from what it was `given` to its own budget."""
-        budget = zipf_places(self.d_sae, self.config.k * batch, batch, *self.zipf_law)
-        own = budget.to(self.ranks.device)[self.ranks]
+        budget = zipf_capacity(self.d_sae, self.config.k * batch, batch, *self.zipf_law)
+        of_rank = budget.to(self.frequency_rank.device)[self.frequency_rank]
         if given is None or share == 1:
-            return own
-        return ((1 - share) * given + share * own).round().long()
+            return of_rank
+        return ((1 - share) * given + share * of_rank).round().long()
 
     def _share(self, info: StepInfo) -> float:
         """0 during the first half of a progressive run, 1 in its last quarter, linear between."""
@@ -125,7 +139,7 @@ class FeatureChoiceSAE(ThresholdSAE):
         return min(1.0, max(0.0, (info.step / max(info.n_steps, 1) - 0.5) / (PURE_FROM - 0.5)))
 
 
-def _smallest(acts: SparseActs) -> Float[Tensor, " d_sae"]:
+def _smallest(feature_acts: SparseActs) -> Float[Tensor, " d_sae"]:
     """The smallest code of each feature in a batch; infinite where it has none."""
-    none = acts.values.new_full((acts.d_sae,), torch.inf)
-    return none.scatter_reduce(0, acts.features, acts.values.detach(), "amin")
+    none = feature_acts.values.new_full((feature_acts.d_sae,), torch.inf)
+    return none.scatter_reduce(0, feature_acts.features, feature_acts.values.detach(), "amin")

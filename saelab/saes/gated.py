@@ -39,7 +39,7 @@ class GatedSAE(SAE):
     Config = GatedConfig
     config: GatedConfig
     cpu_preset: ClassVar[dict[str, Any]] = {"target_l0": 32.0}
-    rule = "u > 0 and exp(r_mag) u + b_mag - exp(r_mag) b_enc > 0, which is the code"
+    selection_rule = "u > 0 and exp(r_mag) u + b_mag - exp(r_mag) b_enc > 0, which is the code"
     base_lr = 1e-3
 
     def __init__(self, config: GatedConfig, d_in: int, seed: int = 0) -> None:
@@ -76,11 +76,11 @@ class GatedSAE(SAE):
     def loss(self, batch: Batch, info: StepInfo) -> Loss:
         x, target = self.normalized(batch)
         gates = self._gates(x)
-        acts = self._magnitudes(gates)
-        error, residual = decode_error(acts, self.W_dec, self.b_dec, target)
+        feature_acts = self._magnitudes(gates)
+        error, residual = decode_error(feature_acts, self.W_dec, self.b_dec, target)
         frozen, _ = decode_error(gates, self.W_dec.detach(), self.b_dec.detach(), target)
         n = max(len(target), 1)
         terms = {"sse": error / n, "aux": frozen / n, "l1": gates.values.sum() / n}
-        coefficient = self.sparsity(acts, info)
+        coefficient = self.sparsity(feature_acts, info)
         total = terms["sse"] + terms["aux"] + coefficient * terms["l1"]
-        return Loss(total, acts, residual, target, terms | {"coefficient": coefficient})
+        return Loss(total, feature_acts, residual, target, terms | {"coefficient": coefficient})

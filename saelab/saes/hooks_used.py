@@ -15,54 +15,54 @@ from torch import Tensor
 from saelab.saes.base import SAE, Batch
 
 
-class Sites(NamedTuple):
+class HooksUsed(NamedTuple):
     """In the order of an SAE's sources."""
 
-    reads: tuple[str, ...]
-    writes: tuple[str, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
 
     def __str__(self) -> str:
-        read, written = ", ".join(self.reads), ", ".join(self.writes)
-        return read if self.reads == self.writes else f"{read} -> {written}"
+        inputs, output = ", ".join(self.inputs), ", ".join(self.outputs)
+        return inputs if self.inputs == self.outputs else f"{inputs} -> {output}"
 
     @property
     def all(self) -> tuple[str, ...]:
         """Each site once."""
-        return tuple(dict.fromkeys(self.reads + self.writes))
+        return tuple(dict.fromkeys(self.inputs + self.outputs))
 
     def batch(self, rows: Mapping[str, Tensor]) -> Batch:
         """`Batch(x, y)` of rows `(..., d)` by site; several sites become `(..., n_sources, d)`."""
-        x = _joined([rows[name] for name in self.reads])
-        return Batch(x, x if self.reads == self.writes else _joined([rows[name] for name in self.writes]))
+        x = _joined([rows[name] for name in self.inputs])
+        return Batch(x, x if self.inputs == self.outputs else _joined([rows[name] for name in self.outputs]))
 
     def origin(self) -> dict[str, Any]:
         """What `sae.json` says of them: `hook_name` (the last of those read), and what a single hook cannot tell."""
-        origin: dict[str, Any] = {"hook_name": self.reads[-1]}
-        if len(self.reads) > 1:
-            origin["hook_names"] = list(self.reads)
-        if self.writes != self.reads:
-            origin["hook_name_out"] = self.writes[0]
+        origin: dict[str, Any] = {"hook_name": self.inputs[-1]}
+        if len(self.inputs) > 1:
+            origin["hook_names"] = list(self.inputs)
+        if self.outputs != self.inputs:
+            origin["hook_name_out"] = self.outputs[0]
         return origin
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.stack(parts, dim=-2)
+def _joined(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.stack(tensors, dim=-2)
 
 
-def choose_sites(config: Any, names: Sequence[str], hook_name: str | None = None) -> Sites:
+def choose_hooks(config: Any, names: Sequence[str], hook_name: str | None = None) -> HooksUsed:
     """The sites of an SAE of this config in a cache that holds `names`.
 
     `hook_name` is the one to read, where a config does not list them. Raises `ValueError` naming what is missing.
     """
     if hasattr(config, "hook_names"):
         several = _known("hook_names", config.hook_names or names, names)
-        return Sites(several, several)
-    written = getattr(config, "hook_name_out", None)
-    others = [name for name in names if name != written] or list(names)
+        return HooksUsed(several, several)
+    output = getattr(config, "hook_name_out", None)
+    others = [name for name in names if name != output] or list(names)
     if hook_name is None and len(others) > 1:
         raise ValueError(f"The cache holds several hooks; give hook_name, one of {', '.join(others)}.")
-    read = _known("hook_name", (hook_name or others[0],), names)
-    return Sites(read, read if written is None else _known("hook_name_out", (written,), names))
+    inputs = _known("hook_name", (hook_name or others[0],), names)
+    return HooksUsed(inputs, inputs if output is None else _known("hook_name_out", (output,), names))
 
 
 def _known(field: str, chosen: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
@@ -75,33 +75,33 @@ def _known(field: str, chosen: Sequence[str], names: Sequence[str]) -> tuple[str
     return tuple(chosen)
 
 
-def sites_of(sae: SAE, hook_name: str | Sequence[str] | None = None) -> Sites:
+def hooks_of(sae: SAE, hook_name: str | Sequence[str] | None = None) -> HooksUsed:
     """The sites of a trained SAE, or those given: one hook, all of a crosscoder's in order, or what a transcoder reads
     and writes. Raises `ValueError` where the SAE does not say, and for another number of sources than it has.
     """
     given = (hook_name,) if isinstance(hook_name, str) else tuple(hook_name or ())
-    n_sources, written = sae.shape.get("n_sources", 1), _written(sae)
+    n_sources, output = sae.shape.get("n_sources", 1), _output(sae)
     if "d_out" in sae.shape and len(given) == 2:
-        given, written = given[:1], given[1]
-    reads = given or _read(sae)
-    if not reads:
+        given, output = given[:1], given[1]
+    inputs = given or _inputs(sae)
+    if not inputs:
         raise ValueError("This SAE does not say which hook it reads (it was trained on bare tensors): give hook_name.")
-    if len(reads) != n_sources:
+    if len(inputs) != n_sources:
         raise ValueError(
-            f"This SAE reads {n_sources} source{'s' * (n_sources > 1)}, hook_name names {len(reads)} ({', '.join(reads)}): "
+            f"This SAE reads {n_sources} source{'s' * (n_sources > 1)}, hook_name names {len(inputs)} ({', '.join(inputs)}): "
             "name each source once, in order."
         )
-    return Sites(reads, reads if written is None else (written,))
+    return HooksUsed(inputs, inputs if output is None else (output,))
 
 
-def steered_site(sae: SAE, hook_name: str | None = None) -> tuple[str | None, int]:
+def steered_hook(sae: SAE, hook_name: str | None = None) -> tuple[str | None, int]:
     """The hook that features are steered at (None: nobody knows) and the number of its source: of several the last.
 
     Raises `ValueError` for a hook that is none of a crosscoder's.
     """
-    names = _read(sae)
+    names = _inputs(sae)
     if hook_name is None:
-        return _written(sae) or (names[-1] if names else None), -1
+        return _output(sae) or (names[-1] if names else None), -1
     if sae.shape.get("n_sources", 1) == 1 or not names:
         return hook_name, -1
     if hook_name not in names:
@@ -109,16 +109,16 @@ def steered_site(sae: SAE, hook_name: str | None = None) -> tuple[str | None, in
     return hook_name, names.index(hook_name)
 
 
-def codes_need_other_sites(sae: SAE) -> bool:
+def needs_other_hooks(sae: SAE) -> bool:
     """Can no code be computed from the activations at the hook that is steered?"""
-    return sae.shape.get("n_sources", 1) > 1 or _written(sae) not in (None, *_read(sae))
+    return sae.shape.get("n_sources", 1) > 1 or _output(sae) not in (None, *_inputs(sae))
 
 
-def _read(sae: SAE) -> tuple[str, ...]:
+def _inputs(sae: SAE) -> tuple[str, ...]:
     known = sae.origin.get("hook_names") or getattr(sae.config, "hook_names", None) or [sae.origin.get("hook_name")]
     return tuple(name for name in known if name)
 
 
-def _written(sae: SAE) -> str | None:
+def _output(sae: SAE) -> str | None:
     """What a transcoder predicts, where that is not what it reads."""
     return sae.origin.get("hook_name_out") or getattr(sae.config, "hook_name_out", None)

@@ -102,7 +102,7 @@ class JumpReLUSAE(SAE):
     Config = JumpReLUConfig
     config: JumpReLUConfig
     cpu_preset: ClassVar[dict[str, Any]] = {"target_l0": 32.0}
-    rule = "u > exp(log_threshold)"
+    selection_rule = "u > exp(log_threshold)"
     base_lr = 3e-3
 
     def __init__(self, config: JumpReLUConfig, d_in: int, seed: int = 0) -> None:
@@ -146,8 +146,10 @@ class JumpReLUSAE(SAE):
         theta = self.threshold.detach()
 
         def ratios(rows: Tensor, factor: float) -> Tensor:
-            acts = encode_threshold(self.normalize(rows), self.W_enc, self.b_enc, theta * factor, center=self.pre_bias)
-            return acts.values / theta[acts.features]
+            feature_acts = encode_threshold(
+                self.normalize(rows), self.W_enc, self.b_enc, theta * factor, center=self.pre_bias
+            )
+            return feature_acts.values / theta[feature_acts.features]
 
         factor = level_for(self.config.target_l0, x, ratios, LOOSER_FACTORS)
         if factor is not None:
@@ -159,11 +161,11 @@ class JumpReLUSAE(SAE):
         theta, bandwidth = self.threshold, self.config.bandwidth * self.unit
         pre_acts = encode_threshold(x, self.W_enc, self.b_enc, theta, bandwidth / 2, self.pre_bias)
         # With zeros in the band, which carry theta's gradient.
-        acts, steps = jump_relu(pre_acts, theta, bandwidth, self.config.ste_to_input)
-        error, residual = decode_error(acts, self.W_dec, self.b_dec, target)
+        feature_acts, steps = jump_relu(pre_acts, theta, bandwidth, self.config.ste_to_input)
+        error, residual = decode_error(feature_acts, self.W_dec, self.b_dec, target)
         n = max(len(target), 1)
-        fired = acts.where(acts.values != 0)
-        terms = {"sse": error / n, "sparsity": self._sparsity(acts, steps, fired, info)}
+        fired = feature_acts.where(feature_acts.values != 0)
+        terms = {"sse": error / n, "sparsity": self._sparsity(feature_acts, steps, fired, info)}
         coefficient = self.sparsity(fired, info)
         total = terms["sse"] + coefficient * terms["sparsity"]
         if bool(info.dead.any()):
@@ -172,17 +174,24 @@ class JumpReLUSAE(SAE):
             total = total + sum(weight * term for term in more.values())
         return Loss(total, fired, residual, target, terms | {"coefficient": coefficient})
 
-    def _sparsity(self, acts: SparseActs, steps: Tensor, fired: SparseActs, info: StepInfo) -> Float[Tensor, ""]:
+    def _sparsity(
+        self, feature_acts: SparseActs, steps: Tensor, fired: SparseActs, info: StepInfo
+    ) -> Float[Tensor, ""]:
         """What the loss asks to be small, by its form."""
-        n, target = max(acts.batch, 1), self.config.target_l0
+        n, target = max(feature_acts.batch, 1), self.config.target_l0
         if self.config.loss == "tanh":
-            norms = self.decoder_norms[acts.features]
-            return (self.config.tanh_scale * acts.values * norms).tanh().sum() / n
+            norms = self.decoder_norms[feature_acts.features]
+            return (self.config.tanh_scale * feature_acts.values * norms).tanh().sum() / n
         l0 = steps.sum() / n
         if self.config.loss == "l0" or target is None:
             return l0
         # The square is of the whole batch's L0, of which these rows are a part.
-        gap = info.ranks.total(fired.nnz, l0.device) / max(info.ranks.whole(acts.batch), 1) / target - 1
+        gap = (
+            info.ranks.all_reduce_total(fired.nnz, l0.device)
+            / max(info.ranks.global_batch_size(feature_acts.batch), 1)
+            / target
+            - 1
+        )
         return self.d_in * (gap**2 + 2 * gap / target * (l0 - l0.detach()))
 
     def _revival(

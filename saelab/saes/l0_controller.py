@@ -1,15 +1,15 @@
 """How strongly a loss asks for sparsity: a constant coefficient, or one that is moved inside the run until the batch L0 is
 a wanted number.
 
-The wanted L0 walks, in logarithms, from that of the first step to `target_l0` over the first `FALL` of the run, so that
-the error stays small; an L0 between the wanted one and the target is no error either. With e the error of log(L0) and m a
-moving average of e,
+A PI controller with anti-windup. The setpoint moves, in log(L0), from the L0 of the first step to `target_l0` over the first
+`RAMP_FRACTION` of the run, so that the error stays small; an L0 between setpoint and target counts as no error. With e the
+error of log(L0), clipped at `ERROR_CLIP`, and m its exponential moving average,
 
-    log coefficient = I + DAMPING * m,   I += RATE * m,
+    log coefficient = I + PROPORTIONAL_GAIN * m,   I += INTEGRAL_GAIN * m,
 
-where I stays within `REACH` times the start, lest an L0 that is slow to follow wind it up, and RATE falls to 0 over the last
-`SETTLE` of the run, so that the coefficient rests and L0 does not swing. A run with a target also starts sparse
-(`quiet_level`): with thousands of features a token its first steps would be as dear as all others together.
+where I stays within `INTEGRAL_LIMITS` times the start (anti-windup), and the integral gain is annealed to 0 over the last
+`ANNEAL_FRACTION` of the run, so that L0 does not oscillate at its end. A run with a target also starts sparse
+(`quiet_level`): with thousands of active features per token, its first steps would cost as much as all others together.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from saelab.kernels.sparse_acts import SparseActs
 from saelab.saes.base import StepInfo
 from saelab.saes.config import check_config
 
-FALL = 0.5
-SETTLE = 0.1
-RATE = 0.1
-DAMPING = 2.0
-MEMORY = 0.5
-LARGEST = 1.0
-LEAST = 1e-3
+RAMP_FRACTION = 0.5
+ANNEAL_FRACTION = 0.1
+INTEGRAL_GAIN = 0.1
+PROPORTIONAL_GAIN = 2.0
+EMA_DECAY = 0.5
+ERROR_CLIP = 1.0
+MIN_L0 = 1e-3
 START = 8.0
-REACH = (0.1, 30.0)
+INTEGRAL_LIMITS = (0.1, 30.0)
 
 
 class L0Controller(nn.Module):
@@ -51,15 +51,17 @@ class L0Controller(nn.Module):
         self.register_buffer("state", torch.tensor([math.log(start), 0.0, 0.0]))  # I, m, log L0 of the first step
         self.register_buffer("last_step", torch.tensor(-1))
 
-    def forward(self, acts: SparseActs, info: StepInfo) -> Float[Tensor, ""]:
+    def forward(self, feature_acts: SparseActs, info: StepInfo) -> Float[Tensor, ""]:
         """The coefficient for a batch with these codes. All parts of one step get the same number."""
         risen = min(1.0, (info.step + 1) / max(1.0, self.warmup * info.n_steps))
         if self.target_l0 is None:
-            return acts.values.new_tensor(self.start * risen)
+            return feature_acts.values.new_tensor(self.start * risen)
         if int(self.last_step) != info.step:
-            l0 = info.ranks.total(acts.nnz, acts.values.device) / max(info.ranks.whole(acts.batch), 1)
-            self._move(math.log(max(l0, LEAST)), math.log(self.target_l0), info)
-        return risen * (self.state[0] + DAMPING * self.state[1]).exp().to(acts.values.dtype)
+            l0 = info.ranks.all_reduce_total(feature_acts.nnz, feature_acts.values.device) / max(
+                info.ranks.global_batch_size(feature_acts.batch), 1
+            )
+            self._move(math.log(max(l0, MIN_L0)), math.log(self.target_l0), info)
+        return risen * (self.state[0] + PROPORTIONAL_GAIN * self.state[1]).exp().to(feature_acts.values.dtype)
 
     @torch.no_grad()
     def rescale(self, factor: float) -> None:
@@ -73,14 +75,16 @@ class L0Controller(nn.Module):
     def _move(self, log_l0: float, target: float, info: StepInfo) -> None:
         if int(self.last_step) < 0:
             self.state[2] = log_l0
-        left = max(0.0, 1 - info.step / (FALL * info.n_steps))
+        left = max(0.0, 1 - info.step / (RAMP_FRACTION * info.n_steps))
         wanted = target + (self.state[2].item() - target) * left
         low, high = sorted((wanted, target))
         error = log_l0 - min(max(log_l0, low), high)
-        error = min(max(error, -LARGEST), LARGEST)
-        rate = RATE * min(1.0, (info.n_steps - info.step) / (SETTLE * info.n_steps))
-        self.state[1] += (1 - MEMORY) * (error - self.state[1])
-        self.state[0] = (self.state[0] + rate * self.state[1]).clamp(*(math.log(self.start * by) for by in REACH))
+        error = min(max(error, -ERROR_CLIP), ERROR_CLIP)
+        rate = INTEGRAL_GAIN * min(1.0, (info.n_steps - info.step) / (ANNEAL_FRACTION * info.n_steps))
+        self.state[1] += (1 - EMA_DECAY) * (error - self.state[1])
+        self.state[0] = (self.state[0] + rate * self.state[1]).clamp(
+            *(math.log(self.start * by) for by in INTEGRAL_LIMITS)
+        )
         self.last_step.fill_(info.step)
 
 

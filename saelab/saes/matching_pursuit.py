@@ -63,7 +63,7 @@ class MatchingPursuitSAE(SAE):
     variant = "matching_pursuit"
     Config = MatchingPursuitConfig
     config: MatchingPursuitConfig
-    rule = "k times the largest <r, d_i>, where positive, which is then taken from r"
+    selection_rule = "k times the largest <r, d_i>, where positive, which is then taken from r"
 
     def make_weights(self, rows: Float[Tensor, "d_sae d_in"]) -> None:
         self.W_dec, self.b_dec = nn.Parameter(rows), nn.Parameter(torch.zeros(self.d_in))
@@ -119,7 +119,7 @@ class MatchingPursuitSAE(SAE):
 
     def loss(self, batch: Batch, info: StepInfo) -> Loss:
         x, target = self.normalized(batch)
-        acts, unexplained = self._pursue(x, self.config.k, info.rules)
+        feature_acts, unexplained = self._pursue(x, self.config.k, info.rules)
         if target is not x:
             unexplained = unexplained + (target - x)
         terms = {"fvu": sum_of_squares(unexplained) / total_variance(target, info.ranks)}
@@ -130,7 +130,7 @@ class MatchingPursuitSAE(SAE):
             no_bias = rows.new_zeros(len(chosen))
             terms["auxk"] = auxk(residual, residual, rows, no_bias, rows, 1, self.config.signed, info.ranks)
             total = total + self.config.auxk_alpha * terms["auxk"]
-        return Loss(total, acts, -residual, target, terms)
+        return Loss(total, feature_acts, -residual, target, terms)
 
 
 def _sum(choices: list[SparseActs], d_sae: int, like: Float[Tensor, "batch d_in"]) -> SparseActs:
@@ -141,12 +141,12 @@ def _sum(choices: list[SparseActs], d_sae: int, like: Float[Tensor, "batch d_in"
         ids = torch.zeros(len(like) + 1, dtype=torch.int64, device=like.device)
         return SparseActs(like.new_zeros(0), ids[:0], ids, d_sae)
     batch = len(like)
-    places, where = torch.cat([c.rows * d_sae + c.features for c in choices]).unique(return_inverse=True)
-    values = choices[0].values.new_zeros(len(places))
+    positions, where = torch.cat([c.rows * d_sae + c.features for c in choices]).unique(return_inverse=True)
+    values = choices[0].values.new_zeros(len(positions))
     for choice, at in zip(choices, where.split([c.nnz for c in choices]), strict=True):
         values = values.index_add(0, at, choice.values)
-    counts = torch.bincount(places // d_sae, minlength=batch)
-    total = SparseActs(values, places % d_sae, offsets_of(counts), d_sae)
+    counts = torch.bincount(positions // d_sae, minlength=batch)
+    total = SparseActs(values, positions % d_sae, offsets_of(counts), d_sae)
     return total.where(values != 0)
 
 

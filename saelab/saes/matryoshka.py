@@ -48,7 +48,7 @@ class MatryoshkaConfig(SelectionConfig):
 
 
 class MatryoshkaSAE(BatchTopKSAE):
-    """BatchTopK with a reconstruction at every prefix; `acts.below(h)` are the codes of the first h features."""
+    """BatchTopK with a reconstruction at every prefix; `feature_acts.below(h)` are the codes of the first h features."""
 
     variant = "matryoshka"
     Config = MatryoshkaConfig
@@ -56,16 +56,16 @@ class MatryoshkaSAE(BatchTopKSAE):
 
     def loss(self, batch: Batch, info: StepInfo) -> Loss:
         x, target = self.normalized(batch)
-        acts = self.select(x, info)
+        feature_acts = self.select(x, info)
         x_hat = self.b_dec.expand_as(target)
         errors = [squared_error(target, x_hat)]
-        groups = acts.split_features(self.config.group_sizes)
+        groups = feature_acts.split_features(self.config.group_sizes)
         for group, rows in zip(groups, self.W_dec.split(self.config.group_sizes), strict=True):
             x_hat = x_hat + decode(group, rows)
             errors.append(squared_error(target, x_hat))
         residual = (x_hat - target).detach()
         variance = total_variance(target, info.ranks)
         nested = torch.stack(errors).mean() / variance
-        terms = {"fvu": errors[-1] / variance, "nested": nested} | self.aux_term(x, residual, acts, info)
+        terms = {"fvu": errors[-1] / variance, "nested": nested} | self.aux_term(x, residual, feature_acts, info)
         aux = self.config.auxk_alpha * terms[self.config.aux] if self.config.aux in terms else 0.0
-        return Loss(nested + aux, acts, residual, target, terms)
+        return Loss(nested + aux, feature_acts, residual, target, terms)

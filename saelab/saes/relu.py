@@ -35,7 +35,7 @@ class ReLUSAE(SAE):
     config: ReLUConfig
     unit_norm = False
     cpu_preset: ClassVar[dict[str, Any]] = {"target_l0": 32.0}
-    rule = "u > 0"
+    selection_rule = "u > 0"
     base_lr = 1e-3
 
     def __init__(self, config: ReLUConfig, d_in: int, seed: int = 0) -> None:
@@ -57,10 +57,10 @@ class ReLUSAE(SAE):
 
     def loss(self, batch: Batch, info: StepInfo) -> Loss:
         x, target = self.normalized(batch)
-        acts = self.encode_normalized(x)
-        error, residual = decode_error(acts, self.W_dec, self.b_dec, target)
-        norms = self.decoder_norms[acts.features]
-        terms = {"sse": error / max(len(target), 1), "l1": weighted_l1(acts.values, norms, acts.batch)}
-        coefficient = self.sparsity(acts, info)
+        feature_acts = self.encode_normalized(x)
+        error, residual = decode_error(feature_acts, self.W_dec, self.b_dec, target)
+        norms = self.decoder_norms[feature_acts.features]
+        terms = {"sse": error / max(len(target), 1), "l1": weighted_l1(feature_acts.values, norms, feature_acts.batch)}
+        coefficient = self.sparsity(feature_acts, info)
         total = terms["sse"] + coefficient * terms["l1"]
-        return Loss(total, acts, residual, target, terms | {"coefficient": coefficient})
+        return Loss(total, feature_acts, residual, target, terms | {"coefficient": coefficient})

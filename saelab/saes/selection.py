@@ -77,7 +77,7 @@ class SelectionSAE(SAE):
         """Exponent and shift of the law that aux_zipf holds the features' densities against."""
         return 1.0, 0.0
 
-    def left_for_codes(
+    def sparse_target(
         self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"]
     ) -> Float[Tensor, "batch d_out"]:
         """What the codes have to rebuild: the target, less what a variant gives in another way."""
@@ -88,23 +88,23 @@ class SelectionSAE(SAE):
         return self.encode_normalized(x)
 
     def rebuild(
-        self, acts: SparseActs, target: Float[Tensor, "batch d_out"]
+        self, feature_acts: SparseActs, target: Float[Tensor, "batch d_out"]
     ) -> tuple[Float[Tensor, ""], Float[Tensor, "batch d_out"]]:
         """Squared error of the reconstruction over the batch, and the reconstruction less the target, detached."""
-        return decode_error(acts, *self.rows[1:], target)
+        return decode_error(feature_acts, *self.rows[1:], target)
 
     def loss(self, batch: Batch, info: StepInfo) -> Loss:
         x, target = self.normalized(batch)
-        acts = self.select(x, info)
-        error, residual = self.rebuild(acts, self.left_for_codes(x, target))
+        feature_acts = self.select(x, info)
+        error, residual = self.rebuild(feature_acts, self.sparse_target(x, target))
         terms = {"fvu": error / total_variance(target, info.ranks)}
-        terms |= self.aux_term(x, residual, acts, info)
+        terms |= self.aux_term(x, residual, feature_acts, info)
         aux = self.config.auxk_alpha * terms[self.config.aux] if self.config.aux in terms else 0.0
-        return Loss(terms["fvu"] + aux, acts, residual, target, terms)
+        return Loss(terms["fvu"] + aux, feature_acts, residual, target, terms)
 
-    def aux_term(self, x: Tensor, residual: Tensor, acts: SparseActs, info: StepInfo) -> dict[str, Tensor]:
+    def aux_term(self, x: Tensor, residual: Tensor, feature_acts: SparseActs, info: StepInfo) -> dict[str, Tensor]:
         """The aux loss under its name; nothing where it is off or no feature needs it."""
-        chosen = self._helped(acts, info).nonzero().squeeze(1)
+        chosen = self._helped(feature_acts, info).nonzero().squeeze(1)
         if not self.config.auxk_alpha or not len(chosen):
             return {}
         centered = x if self.pre_bias is None else x - self.pre_bias
@@ -119,12 +119,12 @@ class SelectionSAE(SAE):
         """What the aux loss multiplies pre-activations by to rank them; None: nothing."""
         return None
 
-    def _helped(self, acts: SparseActs, info: StepInfo) -> Bool[Tensor, " d_sae"]:
+    def _helped(self, feature_acts: SparseActs, info: StepInfo) -> Bool[Tensor, " d_sae"]:
         """The features that the aux loss serves."""
         if self.density is None:
             return info.dead
-        self.density.update(acts, info.ranks)
-        batch = info.ranks.whole(acts.batch)
+        self.density.update(feature_acts, info.ranks)
+        batch = info.ranks.global_batch_size(feature_acts.batch)
         if info.rules < 2:
             return underused(self.density.mean, self.config.k * max(batch, 1), batch)
         return info.dead | underused(self.density.mean, self.config.k * max(batch, 1), batch, *self.zipf_law)

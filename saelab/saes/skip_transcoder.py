@@ -3,7 +3,7 @@
     y_hat = W_dec z + b_dec + W_skip x
 
 The linear part of the map from x to y goes past the codes, which are left with what is not linear. `W_skip (d_out, d_in)`
-starts at 0 (a plain transcoder), has no regulariser and does not count in L0. `decode(acts)` is the part of the codes;
+starts at 0 (a plain transcoder), has no regulariser and does not count in L0. `decode(feature_acts)` is the part of the codes;
 `forward` adds the skip, which needs x.
 """
 
@@ -35,15 +35,15 @@ class SkipTranscoderSAE(TranscoderSAE):
         super().__init__(config, d_in, seed, d_out)
         self.W_skip = nn.Parameter(torch.zeros(self.d_out, d_in))
 
-    def left_for_codes(
+    def sparse_target(
         self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"]
     ) -> Float[Tensor, "batch d_out"]:
         return target - x @ self.W_skip.T.to(x)
 
     def forward(self, x: Any) -> SAEOutput:
-        """`x_hat == decode(acts) + skip(x)`."""
-        acts = self.encode(x)
-        return SAEOutput(self.decode(acts) + self.skip(x), acts)
+        """`x_hat == decode(feature_acts) + skip(x)`."""
+        feature_acts = self.encode(x)
+        return SAEOutput(self.decode(feature_acts) + self.skip(x), feature_acts)
 
     def skip(self, x: Any) -> Float[Tensor, "batch d_out"]:
         """What the linear map adds, in the units of y."""

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saelab.distributed.global_topk import Pool
+from saelab.distributed.global_topk import GlobalPairs
 from saelab.kernels.encode_threshold import encode_threshold
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.saes.base import StepInfo
@@ -29,7 +29,7 @@ UNSET = -1.0
 class ThresholdSAE(SelectionSAE):
     """`threshold` is one number, or one for each feature where a variant gives `(d_sae,)`."""
 
-    rule = "u > threshold"
+    selection_rule = "u > threshold"
 
     def __init__(self, config: Any, d_in: int, seed: int = 0, threshold_shape: tuple[int, ...] = ()) -> None:
         super().__init__(config, d_in, seed)
@@ -46,17 +46,17 @@ class ThresholdSAE(SelectionSAE):
         """Codes whose score is above `threshold`."""
         return encode_threshold(x, self.W_enc, self.b_enc, threshold, center=self.pre_bias)
 
-    def scores(self, acts: SparseActs) -> Float[Tensor, " nnz"]:
+    def scores(self, feature_acts: SparseActs) -> Float[Tensor, " nnz"]:
         """What is held against the threshold."""
-        return acts.values.detach()
+        return feature_acts.values.detach()
 
     def calibrate(self, x: Float[Tensor, "n ..."]) -> bool:
         """One factor on all thresholds: those of several features keep their relation."""
         threshold = self.known_threshold()
 
         def ratios(rows: Tensor, factor: float) -> Tensor:
-            acts = self.encode_above(self.normalize(rows), threshold * factor)
-            return self.scores(acts) / (threshold if threshold.ndim == 0 else threshold[acts.features])
+            feature_acts = self.encode_above(self.normalize(rows), threshold * factor)
+            return self.scores(feature_acts) / (threshold if threshold.ndim == 0 else threshold[feature_acts.features])
 
         factor = level_for(self.config.k, x, ratios, LOOSER_FACTORS)
         if factor is not None:
@@ -71,14 +71,14 @@ class ThresholdSAE(SelectionSAE):
             )
         return self.threshold.masked_fill(self.n_observed == 0, torch.inf)  # a feature that never was kept stays silent
 
-    def pool(self, info: StepInfo) -> Pool | None:
+    def global_pairs(self, info: StepInfo) -> GlobalPairs | None:
         """The pairs of all ranks that share the batch; None where there is one."""
-        return Pool(info.ranks, self.d_sae, info.ranks.own.start) if info.ranks.size > 1 else None
+        return GlobalPairs(info.ranks, self.d_sae, info.ranks.local_rows.start) if info.ranks.size > 1 else None
 
     @torch.no_grad()
     def observe(self, smallest: Tensor, info: StepInfo) -> None:
         """Take in the smallest kept score of a batch; infinite where nothing was kept."""
-        smallest = info.ranks.least(smallest)
+        smallest = info.ranks.all_reduce_min(smallest)
         last = info.n_steps - max(1, int(LAST * info.n_steps))
         if info.step == last and (self._last_stretch != last or info.rules < 2):  # once, not for each micro-batch
             self.n_observed.zero_()

@@ -34,7 +34,7 @@ class TopKSAE(SelectionSAE):
     variant = "topk"
     Config = TopKConfig
     config: TopKConfig
-    rule = "the k largest u of the token, where positive"
+    selection_rule = "the k largest u of the token, where positive"
 
     def encode_normalized(self, x: Float[Tensor, "batch d_in"]) -> SparseActs:
         return self._best(x, self.config.k)

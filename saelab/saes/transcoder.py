@@ -26,7 +26,7 @@ from saelab.saes.config import normalization
 from saelab.saes.inputs import as_activations
 from saelab.saes.selection import SelectionConfig, SelectionSAE
 
-FOLDED_RULE = "the k largest u / folded of the token, where positive"
+FOLDED_SELECTION = "the k largest u / folded of the token, where positive"
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class TranscoderSAE(SelectionSAE):
     variant = "transcoder"
     Config = TranscoderConfig
     config: TranscoderConfig
-    shape_names = ("d_out",)
+    extra_dims = ("d_out",)
     unit_norm = False
-    rule = "the k largest u of the token, where positive"
+    selection_rule = "the k largest u of the token, where positive"
 
     def __init__(self, config: TranscoderConfig, d_in: int, seed: int = 0, d_out: int | None = None) -> None:
         super().__init__(config, d_in, seed)
@@ -102,7 +102,7 @@ class TranscoderSAE(SelectionSAE):
         self._compare_by(norms if self.folded is None else self.folded * norms)
 
     def _compare_by(self, folded: Float[Tensor, " d_sae"]) -> None:
-        self.folded, self.rule = folded, FOLDED_RULE
+        self.folded, self.selection_rule = folded, FOLDED_SELECTION
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         """One that was not folded, as none was at first, holds no `folded`."""
@@ -110,5 +110,5 @@ class TranscoderSAE(SelectionSAE):
             self._compare_by(torch.ones_like(self.center_out[:1]).repeat(self.d_sae))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def written(self, source: int = -1) -> tuple[Float[Tensor, "d_sae d_out"], Float[Tensor, ""]]:
+    def decoder(self, source: int = -1) -> tuple[Float[Tensor, "d_sae d_out"], Float[Tensor, ""]]:
         return self.W_dec, self.scale_out

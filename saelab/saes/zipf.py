@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from saelab.distributed import ALONE, Ranks
+from saelab.distributed import SINGLE_PROCESS, Ranks
 from saelab.kernels.sparse_acts import SparseActs
 
 DECAY = 0.999
@@ -28,10 +28,12 @@ class Density(nn.Module):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
-    def update(self, acts: SparseActs, ranks: Ranks = ALONE) -> None:
+    def update(self, feature_acts: SparseActs, ranks: Ranks = SINGLE_PROCESS) -> None:
         """Take in the codes of one batch, of which `ranks` hold the other rows."""
-        fired = ranks.sum(torch.bincount(acts.features[acts.values != 0], minlength=acts.d_sae))
-        self.average.lerp_(fired.to(self.average) / max(ranks.whole(acts.batch), 1), 1 - DECAY)
+        fired = ranks.all_reduce_sum(
+            torch.bincount(feature_acts.features[feature_acts.values != 0], minlength=feature_acts.d_sae)
+        )
+        self.average.lerp_(fired.to(self.average) / max(ranks.global_batch_size(feature_acts.batch), 1), 1 - DECAY)
         self.steps += 1
 
     @property
@@ -39,18 +41,20 @@ class Density(nn.Module):
         return self.average / (1 - DECAY ** self.steps.clamp_min(1))
 
     @property
-    def ranks(self) -> Int[Tensor, " d_sae"]:
+    def frequency_rank(self) -> Int[Tensor, " d_sae"]:
         """0 for the feature that fires most; ties by id."""
-        return ranks_of(self.average)
+        return frequency_rank(self.average)
 
 
-def ranks_of(density: Float[Tensor, " d_sae"]) -> Int[Tensor, " d_sae"]:
+def frequency_rank(density: Float[Tensor, " d_sae"]) -> Int[Tensor, " d_sae"]:
     """0 for the densest feature; ties by id."""
     order = density.sort(descending=True, stable=True).indices
     return torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
 
 
-def zipf_places(d_sae: int, budget: int, cap: int, exponent: float = 1.0, shift: float = 0.0) -> Int[Tensor, " d_sae"]:
+def zipf_capacity(
+    d_sae: int, budget: int, cap: int, exponent: float = 1.0, shift: float = 0.0
+) -> Int[Tensor, " d_sae"]:
     """How many of `budget` places the feature of each rank gets: from 1 to `cap`, falling, `budget` in all.
 
     Raises `ValueError` where that cannot be: with fewer places than features, or more than `cap` each.
@@ -65,11 +69,11 @@ def zipf_places(d_sae: int, budget: int, cap: int, exponent: float = 1.0, shift:
         middle = (low + high) / 2
         low, high = (middle, high) if float((middle * weights).clamp(1, cap).sum()) <= budget else (low, middle)
     share = (low * weights).clamp(1, cap)
-    places = share.floor().long()
-    left = budget - int(places.sum())
-    fraction = torch.where(places < cap, share - places, -1.0)
-    places[fraction.sort(descending=True, stable=True).indices[:left]] += 1
-    return places
+    capacity = share.floor().long()
+    left = budget - int(capacity.sum())
+    fraction = torch.where(capacity < cap, share - capacity, -1.0)
+    capacity[fraction.sort(descending=True, stable=True).indices[:left]] += 1
+    return capacity
 
 
 def underused(
@@ -79,7 +83,7 @@ def underused(
 
     `density` is an average over about 1,000 steps: a feature that died within them is not among these yet.
     """
-    places = torch.arange(1, len(density) + 1, dtype=torch.float64, device=density.device)
-    weights = (places + shift) ** -exponent
+    ranks = torch.arange(1, len(density) + 1, dtype=torch.float64, device=density.device)
+    weights = (ranks + shift) ** -exponent
     expected = budget * weights / weights.sum() / max(batch, 1)
-    return density < UNDER * expected.clamp_max(1)[ranks_of(density)]
+    return density < UNDER * expected.clamp_max(1)[frequency_rank(density)]

@@ -146,7 +146,7 @@ def _effect(
     n_random: int,
     generator: torch.Generator,
 ) -> Effect:
-    decoder, scale = handle.sae.written(handle.source)
+    decoder, scale = handle.sae.decoder(handle.source)
     row = decoder[handle.feature].detach().float().cpu()
     if not writes_to_residual(handle.hook_name) or len(row) != weights.shape[1]:
         raise ValueError(

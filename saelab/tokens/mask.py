@@ -42,11 +42,11 @@ def token_mask(
     return {"padding": padding, "position": position, "special": special & ~padding & ~position}
 
 
-def row_norms(acts: Mapping[str, Float[Tensor, "n ctx d"]]) -> dict[str, Float[Tensor, "n ctx"]]:
+def row_norms(activations: Mapping[str, Float[Tensor, "n ctx d"]]) -> dict[str, Float[Tensor, "n ctx"]]:
     """L2 norm of every row in fp32, per hook."""
     return {
         hook: torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
-        for hook, x in acts.items()
+        for hook, x in activations.items()
     }
 
 
@@ -60,14 +60,14 @@ class Mask:
     """Hook name -> largest norm kept; None switches the norm rule off."""
 
     def apply(
-        self, batch: TokenBatch, acts: Mapping[str, Float[Tensor, "n ctx d"]]
+        self, batch: TokenBatch, activations: Mapping[str, Float[Tensor, "n ctx d"]]
     ) -> tuple[Bool[Tensor, "n ctx"], dict[str, int]]:
         """Rows to keep, and how many tokens each reason took (`position`, `special`, `norm`, in this priority).
 
-        A row goes when its norm is too large at any of the hooks in `acts`. The result lies where `batch.ids` does.
+        A row goes when its norm is too large at any of the hooks in `activations`. The result lies where `batch.ids` does.
         Raises `ValueError` for a hook without a limit.
         """
-        return self.apply_norms(batch, {} if self.max_norm is None else row_norms(acts))
+        return self.apply_norms(batch, {} if self.max_norm is None else row_norms(activations))
 
     def apply_norms(
         self, batch: TokenBatch, norms: Mapping[str, Float[Tensor, "n ctx"]]
@@ -76,11 +76,13 @@ class Mask:
         out = token_mask(batch.ids, batch.doc, self.special_ids)
         keep = ~(out["padding"] | out["position"] | out["special"])  # (n, ctx)
         too_large = torch.zeros_like(keep)
-        limits = {} if self.max_norm is None else self.max_norm
-        for hook, norm in norms.items() if limits else ():
-            if hook not in limits:
-                raise ValueError(f"no norm limit for hook {hook!r}: the mask knows {sorted(limits)}. Use one of these.")
-            too_large |= (norm > limits[hook]).to(keep.device)
+        max_norms = {} if self.max_norm is None else self.max_norm
+        for hook, norm in norms.items() if max_norms else ():
+            if hook not in max_norms:
+                raise ValueError(
+                    f"no norm limit for hook {hook!r}: the mask knows {sorted(max_norms)}. Use one of these."
+                )
+            too_large |= (norm > max_norms[hook]).to(keep.device)
         too_large &= keep
         counts = {"position": out["position"], "special": out["special"], "norm": too_large}
         return keep & ~too_large, {reason: int(rows.sum()) for reason, rows in counts.items()}
@@ -89,7 +91,7 @@ class Mask:
 class NormRule:
     """Finds the limit on norms: 5 times the median over the first 16,384 rows that position and special tokens leave.
 
-    Feed it batches in stream order until `ready`; `limits()` then never changes.
+    Feed it batches in stream order until `ready`; `max_norms()` then never changes.
     """
 
     def __init__(self, special_ids: Sequence[int]):
@@ -116,6 +118,6 @@ class NormRule:
             return {}
         return {hook: torch.cat(parts).double().median().item() for hook, parts in self._norms.items()}
 
-    def limits(self) -> dict[str, float]:
+    def max_norms(self) -> dict[str, float]:
         """Largest norm kept, per hook."""
         return {hook: NORM_RULE_FACTOR * median for hook, median in self.medians().items()}

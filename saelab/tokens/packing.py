@@ -14,7 +14,7 @@ from saelab.tokens.texts import TokenBatch, pack
 from saelab.tokens.tokenizing import Bos, eos_and_start, tokenized
 
 PACKED = "EOS between documents, attention not reset"
-ALONE = "each document in a context of its own, cut where that ends"
+UNPACKED = "each document in a context of its own, cut where that ends"
 
 
 def contexts(
@@ -29,15 +29,15 @@ def contexts(
 ) -> Iterator[TokenBatch]:
     """Contexts of `ctx_len` tokens, `batch_size` at a time, up to the one that holds the last of `n_tokens` tokens.
 
-    `packing` is `PACKED` (see `tokens.pack`, also for `on_document` and what is raised) or `ALONE`: the rest of such a
+    `packing` is `PACKED` (see `tokens.pack`, also for `on_document` and what is raised) or `UNPACKED`: the rest of such a
     context is padding, EOS with `doc` -1.
     """
-    read = pack if packing == PACKED else _alone
+    read = pack if packing == PACKED else _one_per_context
     batches = read(documents, lm, ctx_len, batch_size, prepend_bos, on_document)
     return batches if n_tokens is None else _first_tokens(batches, n_tokens)
 
 
-def _alone(
+def _one_per_context(
     documents: Iterable[Document],
     lm: Any,
     ctx_len: int,

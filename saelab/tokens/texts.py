@@ -188,7 +188,7 @@ class TokenBatch:
     """Token ids, int64."""
     doc: Int[Tensor, "n ctx_len"]
     """Index of each token's document among the documents seen so far, -1 on padding; an EOS belongs to what it ends."""
-    first_sequence: int
+    first_context: int
     """Number of the first context, counted from the start of the stream."""
 
 
@@ -217,7 +217,7 @@ def _pack(
     tokenized: Iterable[list[int]], ctx_len: int, batch_size: int, eos: int, start: list[int]
 ) -> Iterator[TokenBatch]:
     body = ctx_len - len(start)
-    ids_parts, doc_parts, waiting, first_sequence = [], [], 0, 0
+    ids_parts, doc_parts, waiting, first_context = [], [], 0, 0
     for index, ids in enumerate(tokenized):
         row = np.array(ids if index == 0 else [eos, *ids], dtype=np.int64)
         doc = np.full(len(row), index)
@@ -229,19 +229,19 @@ def _pack(
         while waiting >= body * batch_size:
             all_ids, all_doc = np.concatenate(ids_parts), np.concatenate(doc_parts)
             cut = body * batch_size
-            yield _batch(all_ids[:cut], all_doc[:cut], body, start, first_sequence)
-            first_sequence += batch_size
+            yield _batch(all_ids[:cut], all_doc[:cut], body, start, first_context)
+            first_context += batch_size
             ids_parts, doc_parts, waiting = [all_ids[cut:]], [all_doc[cut:]], waiting - cut
     if waiting:
         padding = (0, -waiting % body)
         all_ids = np.pad(np.concatenate(ids_parts), padding, constant_values=eos)
         all_doc = np.pad(np.concatenate(doc_parts), padding, constant_values=-1)
-        yield _batch(all_ids, all_doc, body, start, first_sequence)
+        yield _batch(all_ids, all_doc, body, start, first_context)
 
 
-def _batch(ids: np.ndarray, doc: np.ndarray, body: int, start: list[int], first_sequence: int) -> TokenBatch:
+def _batch(ids: np.ndarray, doc: np.ndarray, body: int, start: list[int], first_context: int) -> TokenBatch:
     ids, doc = ids.reshape(-1, body), doc.reshape(-1, body)
     if start:
         ids = np.concatenate([np.tile(np.array(start), (len(ids), 1)), ids], axis=1)
         doc = np.concatenate([np.repeat(doc[:, :1], len(start), axis=1), doc], axis=1)
-    return TokenBatch(torch.from_numpy(ids.copy()), torch.from_numpy(doc.astype(np.int64)), first_sequence)
+    return TokenBatch(torch.from_numpy(ids.copy()), torch.from_numpy(doc.astype(np.int64)), first_context)

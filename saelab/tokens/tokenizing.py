@@ -54,10 +54,10 @@ def resolved_bos(lm: Any, prepend_bos: Bos) -> bool | list[int]:
 
 def _tokenizers_own(tokenizer: Any) -> list[int]:
     for probe in (*_PROBES, *_of_its_vocabulary(tokenizer)):
-        bare, whole = _ids(tokenizer, probe, add_special_tokens=False), _ids(tokenizer, probe)
-        for start in range(len(whole) - len(bare) + 1) if bare else ():
-            if whole[start : start + len(bare)] == bare:
-                return whole[:start]
+        bare, full = _ids(tokenizer, probe, add_special_tokens=False), _ids(tokenizer, probe)
+        for start in range(len(full) - len(bare) + 1) if bare else ():
+            if full[start : start + len(bare)] == bare:
+                return full[:start]
     return []
 
 
@@ -119,9 +119,9 @@ def eos_and_start(lm_or_tokenizer: Any, ctx_len: int, batch_size: int, prepend_b
             ("model", "model.config.eos_token_id") if tokenizer is None else ("tokenizer", "tokenizer.eos_token")
         )
         raise ValueError(f"the {whose} has no EOS token, which separates documents: set {where}.")
-    least = 1 + len(start)
-    if ctx_len < least or batch_size < 1:
-        raise ValueError(f"ctx_len={ctx_len}, batch_size={batch_size}: ctx_len needs {least}, batch_size 1.")
+    minimum = 1 + len(start)
+    if ctx_len < minimum or batch_size < 1:
+        raise ValueError(f"ctx_len={ctx_len}, batch_size={batch_size}: ctx_len needs {minimum}, batch_size 1.")
     return eos, start
 
 
@@ -175,8 +175,8 @@ def _groups(
 def special_tokens(tokenizer: Any, model: Any) -> tuple[int | None, int | None, tuple[int, ...]]:
     """BOS, EOS, and every special id, ascending: as the tokenizer marks them, or, without one, as the model's config does."""
     if tokenizer is None:
-        own = _of_config(getattr(model, "config", None) or getattr(model, "cfg", None))
-        return own.get("bos"), own.get("eos"), tuple(sorted(set(own.values())))
+        special = _of_config(getattr(model, "config", None) or getattr(model, "cfg", None))
+        return special.get("bos"), special.get("eos"), tuple(sorted(set(special.values())))
     added = getattr(tokenizer, "added_tokens_decoder", {})
     marked = {index for index, token in added.items() if getattr(token, "special", False)}
     return tokenizer.bos_token_id, tokenizer.eos_token_id, tuple(sorted(marked | set(tokenizer.all_special_ids)))

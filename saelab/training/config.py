@@ -69,7 +69,7 @@ class TrainConfig(OptimizerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (
+        for name, smallest in (
             ("n_tokens", 1),
             ("batch_size", 1),
             ("log_every", 1),
@@ -79,7 +79,7 @@ class TrainConfig(OptimizerConfig):
             ("checkpoint_every", 0),
             ("warmup_steps", 0),
         ):
-            check_integer(name, getattr(self, name), least)
+            check_integer(name, getattr(self, name), smallest)
         check_integer("seed", self.seed, 0, 2**32 - 1)
         if self.dead_after_tokens is not None:
             check_integer("dead_after_tokens", self.dead_after_tokens, 0)
@@ -87,7 +87,7 @@ class TrainConfig(OptimizerConfig):
             raise ValueError(
                 f"n_tokens={self.n_tokens} is less than one batch of {self.batch_size}; raise n_tokens or lower batch_size."
             )
-        if 1 in map(len, self.parts):
+        if 1 in map(len, self.micro_batches):
             raise ValueError(
                 f"batch_size={self.batch_size} with grad_accumulation={self.grad_accumulation} leaves a part of one row, "
                 "whose FVU is undefined (one row has no variance): raise batch_size or lower grad_accumulation."
@@ -100,7 +100,7 @@ class TrainConfig(OptimizerConfig):
             raise ValueError(f"clip_norm={self.clip_norm} must be positive; float('inf') turns clipping off.")
 
     @property
-    def parts(self) -> list[range]:
+    def micro_batches(self) -> list[range]:
         """The rows of each part of a batch."""
         size = -(-self.batch_size // self.grad_accumulation)
         return [range(start, min(start + size, self.batch_size)) for start in range(0, self.batch_size, size)]

@@ -15,7 +15,7 @@ from saelab.activation_cache.reader import ActivationCache
 from saelab.activation_cache.streaming import ActivationStream
 from saelab.saes import Batch
 from saelab.saes.base import RULES
-from saelab.saes.hooks_used import Sites, choose_sites
+from saelab.saes.hooks_used import HooksUsed, choose_hooks
 from saelab.training.data_source import DataSource, Moments, Rows
 from saelab.training.kept_out import n_kept_out
 from saelab.training.tensor_data import as_rows, from_iterator, from_tensors
@@ -55,13 +55,13 @@ def _from_cache(cache: ActivationCache | ActivationStream, hook_name: str | None
             return cache.batches(batch_size, seed=seed, start_step=start_step, hook_name=list(names))
         return cache.batches(batch_size, seed=seed, start_step=start_step, hook_name=list(names), leave_out=leave_out)
 
-    def identity(sites: Sites) -> tuple[str, dict[str, Any]]:
-        origin = _origin(cache, sites)
+    def identity(hooks: HooksUsed) -> tuple[str, dict[str, Any]]:
+        origin = _origin(cache, hooks)
         if isinstance(cache, ActivationStream):
-            return f"stream {cache.fingerprint} {sites}", origin
+            return f"stream {cache.fingerprint} {hooks}", origin
         storage = cache.manifest["config"]["dtype"]
         rounded = "" if storage == "bfloat16" else f" {storage}"  # other rows
-        return f"cache {origin['dataset_fingerprint']}{rounded} {sites}", origin
+        return f"cache {origin['dataset_fingerprint']}{rounded} {hooks}", origin
 
     def kept_out(names: Sequence[str]) -> Rows:
         assert isinstance(cache, ActivationCache)
@@ -71,7 +71,7 @@ def _from_cache(cache: ActivationCache | ActivationStream, hook_name: str | None
     return DataSource(
         moments=moments,
         batches=batches,
-        choose=lambda config: choose_sites(config, cache.hook_names, hook_name),
+        choose=lambda config: choose_hooks(config, cache.hook_names, hook_name),
         identity=identity,
         n_rows=None if streamed else cache.n_rows - leave_out,
         documents=lambda: cache.document_ids,
@@ -81,15 +81,15 @@ def _from_cache(cache: ActivationCache | ActivationStream, hook_name: str | None
     )
 
 
-def _origin(cache: ActivationCache | ActivationStream, sites: Sites) -> dict[str, Any]:
+def _origin(cache: ActivationCache | ActivationStream, hooks: HooksUsed) -> dict[str, Any]:
     """The origin of these sites' rows; hooks of a single model carry their plain names."""
-    each = {name: cache.origin(name) for name in sites.all}
+    each = {name: cache.origin(name) for name in hooks.all}
     models = {label: model for label, model in cache.models.items() if any(n.startswith(f"{label}/") for n in each)}
     if len(models) == 1:
-        sites = Sites(*(tuple(name.partition("/")[2] for name in names) for names in sites))
+        hooks = HooksUsed(*(tuple(name.partition("/")[2] for name in names) for names in hooks))
         each = {name.partition("/")[2]: origin for name, origin in each.items()}
-    origin = each[sites.reads[-1]] | sites.origin()
+    origin = each[hooks.inputs[-1]] | hooks.origin()
     if len(each) > 1:
-        limits = {name: one["mask"]["max_norm"] for name, one in each.items()}
-        origin["mask"] = origin["mask"] | {"max_norm": limits}
+        max_norms = {name: one["mask"]["max_norm"] for name, one in each.items()}
+        origin["mask"] = origin["mask"] | {"max_norm": max_norms}
     return origin | ({"models": models} if len(models) > 1 else {})

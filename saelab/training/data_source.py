@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelab.saes import SAE
-from saelab.saes.hooks_used import Sites
+from saelab.saes.hooks_used import HooksUsed
 
 LEAST_VARIANCE = 5e-7
 """Of the mean square: below it rows are the same but for the rounding of float32."""
@@ -35,10 +35,10 @@ class Moments(NamedTuple):
 class View(NamedTuple):
     """What one SAE takes from the data, and what it must remember of it."""
 
-    sites: Sites
+    hooks: HooksUsed
     d_in: int
     shape: dict[str, int]
-    """The sizes that its class names in `shape_names`."""
+    """The sizes that its class names in `extra_dims`."""
     moments: tuple[Tensor, ...]
     """Arguments of `set_normalization`."""
     fingerprint: str
@@ -64,9 +64,9 @@ class DataSource:
     moments: Callable[[str], Moments]
     """Of a site."""
     batches: Stream
-    choose: Callable[[Any], Sites]
+    choose: Callable[[Any], HooksUsed]
     """Config -> the sites of its SAE."""
-    identity: Callable[[Sites], tuple[str, dict[str, Any]]]
+    identity: Callable[[HooksUsed], tuple[str, dict[str, Any]]]
     """Sites -> fingerprint of their rows, and the origin that `sae.json` keeps."""
     n_rows: int | None = None
     """How many different rows there are; None where nobody knows."""
@@ -81,18 +81,18 @@ class DataSource:
 
     def view(self, variant: type[SAE], config: Any) -> View:
         """What an SAE of this config takes. Raises `ValueError` where the data does not fit it."""
-        sites = self.choose(config)
-        x, y = self._moments(sites.reads), self._moments(sites.writes)
+        hooks = self.choose(config)
+        x, y = self._moments(hooks.inputs), self._moments(hooks.outputs)
         n_sources = max(one.mean.shape[0] if one.mean.ndim == 2 else 1 for one in (x, y))
         sizes = {"n_sources": n_sources, "d_out": y.mean.shape[-1]}
-        shape = {name: sizes[name] for name in variant.shape_names}
+        shape = {name: sizes[name] for name in variant.extra_dims}
         if n_sources > 1 and "n_sources" not in shape:
             raise ValueError(
                 f"A tensor to train on is (n, d_in) for {variant.variant}, got {n_sources} sources a row: only a "
                 "crosscoder reads (n, n_sources, d_in)."
             )
-        moments = (*x, *y) if sites.reads != sites.writes else tuple(x)
-        return View(sites, x.mean.shape[-1], shape, moments, *self.identity(sites), self.rows)
+        moments = (*x, *y) if hooks.inputs != hooks.outputs else tuple(x)
+        return View(hooks, x.mean.shape[-1], shape, moments, *self.identity(hooks), self.rows)
 
     def _moments(self, names: Sequence[str]) -> Moments:
         """Of one site; several of equal width make one with an axis for the sources."""

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from saelab.distributed import ALONE, Ranks
+from saelab.distributed import SINGLE_PROCESS, Ranks
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.saes import SAE
 from saelab.training.config import TrainConfig
@@ -25,11 +25,11 @@ class DeadFeatures:
         self.window = window
         self.tokens_since_fired = torch.zeros(d_sae, dtype=torch.int64, device=device)
 
-    def update(self, acts: SparseActs, ranks: Ranks = ALONE) -> None:
+    def update(self, feature_acts: SparseActs, ranks: Ranks = SINGLE_PROCESS) -> None:
         """Take in one batch, of which `ranks` hold the other rows."""
-        fired = torch.zeros_like(self.tokens_since_fired, dtype=torch.bool).index_fill_(0, acts.features, True)
-        self.tokens_since_fired += ranks.whole(acts.batch)
-        self.tokens_since_fired.masked_fill_(ranks.any(fired), 0)
+        fired = torch.zeros_like(self.tokens_since_fired, dtype=torch.bool).index_fill_(0, feature_acts.features, True)
+        self.tokens_since_fired += ranks.global_batch_size(feature_acts.batch)
+        self.tokens_since_fired.masked_fill_(ranks.all_reduce_any(fired), 0)
 
     @property
     def dead(self) -> Bool[Tensor, " d_sae"]:

@@ -31,6 +31,6 @@ class Exchange:
         if self.mesh.world.size == 1:
             return values
         copies = self.mesh.feature.size
-        own = [value if name == "l0" else value / copies for name, value in values.items()]
-        whole = self.mesh.world.sum(torch.tensor(own, dtype=torch.float64, device=device))
-        return dict(zip(values, whole.tolist(), strict=True))
+        local = [value if name == "l0" else value / copies for name, value in values.items()]
+        totals = self.mesh.world.all_reduce_sum(torch.tensor(local, dtype=torch.float64, device=device))
+        return dict(zip(values, totals.tolist(), strict=True))

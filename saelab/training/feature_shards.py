@@ -18,7 +18,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from saelab.distributed.collectives import Ranks
-from saelab.distributed.global_topk import Pool
+from saelab.distributed.global_topk import GlobalPairs
 from saelab.distributed.mesh import Mesh
 from saelab.kernels.decode import decode
 from saelab.kernels.ragged import kth_largest
@@ -33,12 +33,12 @@ ROWS = ("W_enc", "b_enc", "W_dec")
 """Parameters with a row for each feature."""
 
 
-class SumOfParts(Function):
+class AllReduceSum(Function):
     """The sum over ranks; each then computes the same from it, so that its gradient is that of every part."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, ranks: Ranks) -> Tensor:
-        return ranks.sum(part)
+        return ranks.all_reduce_sum(part)
 
     @staticmethod
     @once_differentiable
@@ -56,49 +56,49 @@ class FeatureShard(SelectionSAE):
         """The number of its first feature among all."""
         return self.mesh.feature.rank * self.d_sae
 
-    def rebuild(self, acts: SparseActs, target: Tensor) -> tuple[Tensor, Tensor]:
-        x_hat = self._sum(decode(acts, self.W_dec)) + self._own_b_dec
+    def rebuild(self, feature_acts: SparseActs, target: Tensor) -> tuple[Tensor, Tensor]:
+        x_hat = self._sum(decode(feature_acts, self.W_dec)) + self._local_b_dec
         return squared_error(target, x_hat), (x_hat - target).detach()
 
-    def aux_term(self, x: Tensor, residual: Tensor, acts: SparseActs, info: StepInfo) -> dict[str, Tensor]:
+    def aux_term(self, x: Tensor, residual: Tensor, feature_acts: SparseActs, info: StepInfo) -> dict[str, Tensor]:
         chosen = info.dead.nonzero().squeeze(1)
-        if not self.config.auxk_alpha or not self.mesh.feature.agree(bool(len(chosen)), x.device):
+        if not self.config.auxk_alpha or not self.mesh.feature.any_rank(bool(len(chosen)), x.device):
             return {}
-        codes = torch.addmm(self.b_enc[chosen], x - self.b_dec, self.W_enc[chosen].T).relu()  # (batch, n_dead)
+        dead_acts = torch.addmm(self.b_enc[chosen], x - self.b_dec, self.W_enc[chosen].T).relu()  # (batch, n_dead)
         k_aux = self.config.k_aux or max(self.d_in // 2, 1)
-        best = codes.detach().topk(min(k_aux, len(chosen)), dim=1).indices.sort(dim=1).values
-        kept = among_best(codes.detach().gather(1, best), k_aux, self.mesh.feature)
-        codes = codes * torch.zeros_like(codes).scatter(1, best, kept.to(codes.dtype))
-        return {"auxk": fvu_of_rest(-residual, self._sum(codes @ self.W_dec[chosen]), info.ranks)}
+        best = dead_acts.detach().topk(min(k_aux, len(chosen)), dim=1).indices.sort(dim=1).values
+        kept = among_best(dead_acts.detach().gather(1, best), k_aux, self.mesh.feature)
+        dead_acts = dead_acts * torch.zeros_like(dead_acts).scatter(1, best, kept.to(dead_acts.dtype))
+        return {"auxk": fvu_of_rest(-residual, self._sum(dead_acts @ self.W_dec[chosen]), info.ranks)}
 
     def _sum(self, part: Tensor) -> Tensor:
-        return SumOfParts.apply(part, self.mesh.feature)  # pyright: ignore[reportReturnType]
+        return AllReduceSum.apply(part, self.mesh.feature)  # pyright: ignore[reportReturnType]
 
     @property
-    def _own_b_dec(self) -> Tensor:
+    def _local_b_dec(self) -> Tensor:
         """The bias, which learns from the reconstruction on one shard, so that the sum over them counts that once."""
-        return self.b_dec if self.mesh.feature.is_first else self.b_dec.detach()
+        return self.b_dec if self.mesh.feature.is_main_process else self.b_dec.detach()
 
 
 class TopKShard(FeatureShard, TopKSAE):
     """Of each token the k best of all shards are among the k best of each."""
 
     def select(self, x: Float[Tensor, "batch d_in"], info: StepInfo) -> SparseActs:
-        acts = self._best(x, self.config.k)
-        here = torch.arange(self.config.k, device=x.device) < acts.counts[:, None]
-        scores = x.new_zeros(here.shape).masked_scatter_(here, acts.values.detach())
-        return acts.where(among_best(scores, self.config.k, self.mesh.feature)[here])
+        feature_acts = self._best(x, self.config.k)
+        here = torch.arange(self.config.k, device=x.device) < feature_acts.counts[:, None]
+        scores = x.new_zeros(here.shape).masked_scatter_(here, feature_acts.values.detach())
+        return feature_acts.where(among_best(scores, self.config.k, self.mesh.feature)[here])
 
 
 class BatchTopKShard(FeatureShard, BatchTopKSAE):
     """One pool of all pairs."""
 
-    def pool(self, info: StepInfo) -> Pool:
-        whole, first_row = self.d_sae * self.mesh.feature.size, info.ranks.own.start
-        return Pool(self.mesh.world, whole, first_row, self.first_feature)
+    def global_pairs(self, info: StepInfo) -> GlobalPairs:
+        full, first_row = self.d_sae * self.mesh.feature.size, info.ranks.local_rows.start
+        return GlobalPairs(self.mesh.world, full, first_row, self.first_feature)
 
     def observe(self, smallest: Tensor, info: StepInfo) -> None:
-        super().observe(self.mesh.world.least(smallest), info)
+        super().observe(self.mesh.world.all_reduce_min(smallest), info)
 
 
 SHARDS: dict[str, type[FeatureShard]] = {"topk": TopKShard, "batch_topk": BatchTopKShard}
@@ -111,13 +111,13 @@ def among_best(scores: Float[Tensor, "batch m"], k: int, shards: Ranks) -> Bool[
     One collective of `(batch, k)` numbers.
     """
     m = scores.shape[1]
-    whole = torch.cat(
-        shards.gather_alike(F.pad(scores, (0, k - m)).contiguous()), dim=1
+    full = torch.cat(
+        shards.all_gather_same_shape(F.pad(scores, (0, k - m)).contiguous()), dim=1
     )  # in the order of the features
-    kth = kth_largest(whole, k)[:, None]
-    above, tied = whole > kth, whole == kth
-    places = k - above.sum(1, keepdim=True)
-    kept = (above | (tied & (tied.cumsum(1) <= places))) & (whole > 0)
+    kth = kth_largest(full, k)[:, None]
+    above, tied = full > kth, full == kth
+    n_left = k - above.sum(1, keepdim=True)
+    kept = (above | (tied & (tied.cumsum(1) <= n_left))) & (full > 0)
     return kept.split(k, dim=1)[shards.rank][:, :m]
 
 
@@ -144,20 +144,20 @@ def shard_of(sae: SAE, mesh: Mesh) -> FeatureShard:
     config = dataclasses.replace(sae.config, d_sae=sae.d_sae // mesh.feature.size)
     shard = SHARDS[sae.variant](config, sae.d_in)
     shard.mesh = mesh
-    own = slice(shard.first_feature, shard.first_feature + shard.d_sae)
-    whole = sae.state_dict()
-    shard.load_state_dict({name: x[own] if name in ROWS else x for name, x in whole.items()})
+    here = slice(shard.first_feature, shard.first_feature + shard.d_sae)
+    full = sae.state_dict()
+    shard.load_state_dict({name: x[here] if name in ROWS else x for name, x in full.items()})
     shard.origin, shard.train_documents = sae.origin, sae.train_documents
     return shard
 
 
 def gather_into(sae: SAE | None, shard: FeatureShard) -> None:
     """Fill a whole SAE with the shards, one after another; ranks that give None only send theirs."""
-    whole = {} if sae is None else sae.state_dict()
+    full = {} if sae is None else sae.state_dict()
     for name, part in shard.state_dict().items():
         parts = shard.mesh.feature.each(part) if name in ROWS else [part]
         start = 0
         for rows in parts:
-            if whole:
-                whole[name].view(-1)[start : start + rows.numel()].copy_(rows.view(-1))
+            if full:
+                full[name].view(-1)[start : start + rows.numel()].copy_(rows.view(-1))
             start += rows.numel()

@@ -33,7 +33,7 @@ def interrupt_between_steps() -> Iterator[Interrupt]:
     """
     interrupt = Interrupt()
     before = {number: signal.getsignal(number) for number in _OWN}
-    ours = [number for number, own in _OWN.items() if before[number] in own]
+    ours = [number for number, handlers in _OWN.items() if before[number] in handlers]
     if threading.current_thread() is not threading.main_thread():
         ours = []
     for number in ours:

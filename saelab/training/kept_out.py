@@ -31,7 +31,7 @@ def n_kept_out(n_rows: int, rules: int) -> int:
 
 
 def calibration_rows(
-    source: DataSource, sites: Sequence[str], batches: Iterator[Rows], last: Rows, n_tokens: int
+    source: DataSource, hooks: Sequence[str], batches: Iterator[Rows], last: Rows, n_tokens: int
 ) -> tuple[Mapping[str, Tensor], bool]:
     """Rows of these sites to calibrate on, and whether they were kept out of training.
 
@@ -39,10 +39,10 @@ def calibration_rows(
     a small tensor or cache were trained on.
     """
     if source.kept_out is not None:
-        return source.kept_out(sites), True
+        return source.kept_out(hooks), True
     wanted = min(MOST, source.n_rows or max(n_tokens // SHARE, LEAST))
     parts: list[Rows] = []
-    while sum(len(part[sites[0]]) for part in parts) < wanted and (rows := next(batches, None)) is not None:
+    while sum(len(part[hooks[0]]) for part in parts) < wanted and (rows := next(batches, None)) is not None:
         parts.append(rows)
     parts = parts or [last]
-    return {site: torch.cat([part[site] for part in parts])[:wanted] for site in sites}, False
+    return {hook: torch.cat([part[hook] for part in parts])[:wanted] for hook in hooks}, False

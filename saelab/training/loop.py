@@ -11,7 +11,7 @@ from typing import Any, NoReturn, overload
 
 from tqdm.auto import tqdm
 
-from saelab.distributed import join
+from saelab.distributed import init_distributed
 from saelab.distributed.mesh import build_mesh
 from saelab.errors import TrainingError
 from saelab.kernels.allocator import keep_freed_memory
@@ -84,21 +84,25 @@ def train(
     if not configs:
         raise ValueError("The list of SAE configs is empty; give at least one.")
     trains = _train_configs(train_config, configs, several)
-    ranks = join()
+    ranks = init_distributed()
     mesh = build_mesh(ranks, trains[0].feature_shards, trains[0].device)
-    own = Path(out_dir) if out_dir is not None else None
-    folders = _folders(configs, own, trains if isinstance(train_config, Sequence) else None) if several else [own]
+    folder_given = Path(out_dir) if out_dir is not None else None
+    folders = (
+        _folders(configs, folder_given, trains if isinstance(train_config, Sequence) else None)
+        if several
+        else [folder_given]
+    )
     rules = rules_of(folders, ranks, device_of(trains[0]))
     source = open_data(data, hook_name, rules)
-    if ranks.is_first:
+    if ranks.is_main_process:
         _warn_if_few(source, trains[0].batch_size)
     with ExitStack() as stack:
         for folder in folders:
-            stack.enter_context(claimed(folder if ranks.is_first else None))
+            stack.enter_context(claimed(folder if ranks.is_main_process else None))
         each = list(zip(configs, trains, folders, strict=True))
-        _check_memory(each, source, progress and ranks.is_first)
+        _check_memory(each, source, progress and ranks.is_main_process)
         runs = [Run(one, source, train, folder, wandb_project, mesh, rules) for one, train, folder in each]
-        _train_all([run for run in runs if not run.finished], source, trains[0], progress and ranks.is_first)
+        _train_all([run for run in runs if not run.finished], source, trains[0], progress and ranks.is_main_process)
     saes = [run.sae for run in runs]
     return saes if several else saes[0]
 
@@ -154,13 +158,13 @@ def _train_all(runs: list[Run], source: DataSource, config: TrainConfig, progres
     if not runs:
         return
     first, ranks = min(run.step for run in runs), runs[0].ranks
-    sites = list(dict.fromkeys(site for run in runs for site in run.sites.all))
-    batches = source.batches(sites, config.batch_size, config.seed, first)
+    hooks = list(dict.fromkeys(hook for run in runs for hook in run.hooks.all))
+    batches = source.batches(hooks, config.batch_size, config.seed, first)
     options: dict[str, Any] = {"desc": "Training", "unit": "step", "disable": not progress}
     with tqdm(total=config.n_steps, initial=first, **options) as bar, interrupt_between_steps() as interrupt:
         rows: Rows | None = None
         for step in range(first, config.n_steps):
-            if ranks.agree(interrupt.asked, runs[0].device):
+            if ranks.any_rank(interrupt.asked, runs[0].device):
                 _stop(runs)
             rows = next(batches, None)
             if rows is None:
@@ -169,15 +173,15 @@ def _train_all(runs: list[Run], source: DataSource, config: TrainConfig, progres
                 )
             for run in runs:
                 if run.step == step:
-                    run.train_on(rows)
+                    run.train_step(rows)
             bar.update()
             if step % config.log_every == 0:
                 bar.set_postfix_str(_summary(runs, bar, config.batch_size), refresh=False)
         assert rows is not None
-        unseen, kept_out = calibration_rows(source, sites, batches, rows, config.n_tokens)
+        unseen, kept_out = calibration_rows(source, hooks, batches, rows, config.n_tokens)
         for run in runs:
             run.finish(rows, unseen, kept_out)
-        ranks.agree(False, runs[0].device)  # none goes on before everything is written
+        ranks.barrier(runs[0].device)  # none goes on before everything is written
 
 
 def _stop(runs: list[Run]) -> NoReturn:

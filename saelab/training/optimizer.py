@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from saelab.distributed import ALONE, Ranks
+from saelab.distributed import SINGLE_PROCESS, Ranks
 from saelab.kernels.primitives import project_
 from saelab.saes import SAE
 from saelab.training.adam import Adam
@@ -25,7 +25,12 @@ def learning_rate(config: TrainConfig, base_lr: float, d_sae: int, step: int) ->
 
 
 def apply_step(
-    sae: SAE, adam: Adam, lr: float, clip_norm: float, shards: Ranks = ALONE, running: RunningNorm | None = None
+    sae: SAE,
+    adam: Adam,
+    lr: float,
+    clip_norm: float,
+    shards: Ranks = SINGLE_PROCESS,
+    running: RunningNorm | None = None,
 ) -> float:
     """Project, clip to `clip_norm` and to the limit of `running`, step, renormalise; returns the gradient norm before clipping.
 
@@ -34,10 +39,10 @@ def apply_step(
     """
     if sae.unit_norm and sae.W_dec.grad is not None:
         project_(sae.W_dec.grad, sae.W_dec)
-    own = [p.grad for name, p in sae.named_parameters() if shards.is_first or name in ROWS]
-    norms = [torch.linalg.vector_norm(grad, dim=-1).norm() for grad in own if grad is not None]
+    gradients = [p.grad for name, p in sae.named_parameters() if shards.is_main_process or name in ROWS]
+    norms = [torch.linalg.vector_norm(grad, dim=-1).norm() for grad in gradients if grad is not None]
     total = torch.stack(norms).norm()
-    norm = float(shards.sum(total.square()).sqrt() if shards.size > 1 else total)
+    norm = float(shards.all_reduce_sum(total.square()).sqrt() if shards.size > 1 else total)
     if math.isfinite(norm):
         adam.step(lr, grad_scale=max(1.0, norm / clip_norm, running.excess(norm) if running is not None else 1.0))
         sae.after_step()

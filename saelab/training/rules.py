@@ -30,7 +30,7 @@ def rules_of(folders: Iterable[Path | None], ranks: Ranks, device: torch.device)
         said = ", ".join(f"{folder} by rules {rules}" for folder, rules in found.items())
         raise TrainingError(f"These runs were begun by different versions of saelab ({said}): finish each by itself.")
     rules = torch.tensor(next(iter(found.values()), RULES), device=device)
-    ranks.take_from_first_([rules])
+    ranks.broadcast_([rules])
     return int(rules)
 
 

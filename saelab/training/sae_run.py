@@ -44,7 +44,7 @@ def variant_of(config: Any) -> type[SAE]:
 
 
 class Run:
-    """Call `train_on(batch)` once a step; `finish(batch)` when `step` reaches `config.n_steps`.
+    """Call `train_step(batch)` once a step; `finish(batch)` when `step` reaches `config.n_steps`.
 
     On a mesh of ranks each has a `Run` with its rows of every batch and its features; the first writes.
     """
@@ -61,18 +61,18 @@ class Run:
     ) -> None:
         self.mesh, self.rules = mesh or Mesh(), rules
         self.ranks = self.mesh.world
-        self.train, self.folder = train, folder if self.ranks.is_first else None
+        self.train, self.folder = train, folder if self.ranks.is_main_process else None
         self.device = device_of(train)
         variant = variant_of(config)
         _check_shares(variant, config, train, self.mesh.data)
         view = source.view(variant, config)
-        self.sites = view.sites
+        self.hooks = view.hooks
         self.sae = variant(config, view.d_in, seed=train.seed, **view.shape)
         self._place(view.moments)
         self.sae.origin, self._documents = view.origin, source.documents
         self._whole: SAE | None = None
         if train.feature_shards > 1:
-            self._whole = self.sae if self.ranks.is_first else None
+            self._whole = self.sae if self.ranks.is_main_process else None
             self.sae = shard_of(self.sae, self.mesh)
         self.sae.to(self.device)
         eps = EPS if rules < 2 else default_eps(train.batch_size, view.width_out)
@@ -87,7 +87,7 @@ class Run:
         self._spent, self._spent_on = 0.0, 0
         self._continue(config, view)
         self.finished = self.step == train.n_steps
-        wandb_project = wandb_project if self.ranks.is_first else None
+        wandb_project = wandb_project if self.ranks.is_main_process else None
         self.log = MetricsLog(self.folder, self.step, wandb_project) if not self.finished else None
 
     def _place(self, moments: tuple[torch.Tensor, ...]) -> None:
@@ -103,11 +103,11 @@ class Run:
         if self.folder is not None:
             begun = claim_run(self.folder, self._identity(config, view), self.rules, here)
         ended = self.folder is not None and (self.folder / "sae.json").exists()
-        if self.ranks.agree(ended, self.device):
+        if self.ranks.any_rank(ended, self.device):
             self.step = self.train.n_steps
             self.sae = self.sae if self.folder is None else load_sae(self.folder, self.device)
             if self.train.feature_shards == 1:
-                self.ranks.take_from_first_(self.sae.state_dict().values())
+                self.ranks.broadcast_(self.sae.state_dict().values())
             return
         self.step = self.state.load(self.train.n_steps)
         if self.step:
@@ -119,17 +119,17 @@ class Run:
         named |= {"rows": view.rows} if view.rows else {}
         return named | {"data": view.fingerprint, "d_in": self.sae.d_in, **self.sae.shape}
 
-    def train_on(self, rows: Rows) -> None:
+    def train_step(self, rows: Rows) -> None:
         """One optimiser step. Raises `TrainingError` on NaN or infinite rows, loss or gradient, and where all rows are the
         same; the last checkpoint stays."""
         start = time.perf_counter()
-        if any(_are_the_same(rows[name]) for name in self.sites.all):
+        if any(_are_the_same(rows[name]) for name in self.hooks.all):
             raise TrainingError(self._explain(rows))
         info = StepInfo(self.dead.dead, self.step, self.train.n_steps, rules=self.rules)
         logged = self.step % self.train.log_every == 0 or self.step == self.train.n_steps - 1
         sums: dict[str, Any] = {}
-        for part in self.train.parts:
-            for name, value in self._learn(rows, part, info, logged).items():
+        for micro_batch in self.train.micro_batches:
+            for name, value in self._forward_backward(rows, micro_batch, info, logged).items():
                 sums[name] = sums.get(name, 0.0) + value
         sums = self.exchange.sum_metrics(sums, self.device)
         self.exchange.sum_gradients()
@@ -150,16 +150,18 @@ class Run:
         ):
             self.checkpoint()
 
-    def _learn(self, rows: Rows, part: range, info: StepInfo, logged: bool) -> dict[str, float]:
-        """Add the gradients of this rank's rows in `part` of the batch; what it adds to the metrics of the whole batch."""
-        ranks = self.mesh.data.sharing(len(part))
-        own = part[ranks.own]
-        batch = self.sites.batch({name: rows[name][own.start : own.stop].to(self.device) for name in self.sites.all})
-        share = len(own) / self.train.batch_size
+    def _forward_backward(self, rows: Rows, micro_batch: range, info: StepInfo, logged: bool) -> dict[str, float]:
+        """Add the gradients of this rank's rows in `micro_batch` of the batch; what it adds to the metrics of the whole batch."""
+        ranks = self.mesh.data.sharing(len(micro_batch))
+        local = micro_batch[ranks.local_rows]
+        batch = self.hooks.batch(
+            {name: rows[name][local.start : local.stop].to(self.device) for name in self.hooks.all}
+        )
+        share = len(local) / self.train.batch_size
         loss = self.sae.loss(batch, info._replace(ranks=ranks))
         (loss.total * share).backward()
-        self.dead.update(loss.acts, ranks)
-        values = {"loss": loss.total.item(), "l0": loss.acts.nnz / len(own)}
+        self.dead.update(loss.feature_acts, ranks)
+        values = {"loss": loss.total.item(), "l0": loss.feature_acts.nnz / len(local)}
         if logged:
             values |= {name: term.item() for name, term in loss.terms.items()}
             values["fvu"] = float(sum_of_squares(loss.residual) / total_variance(loss.y, ranks))
@@ -173,7 +175,7 @@ class Run:
         """Calibrate the trained SAE on `unseen` rows, if they were `kept_out` or not, and save it with golden inputs taken
         from `rows`. Of sharded features the first rank gets all of them."""
         if isinstance(self.sae, FeatureShard):
-            if self.mesh.data.is_first:
+            if self.mesh.data.is_main_process:
                 gather_into(self._whole, self.sae)
             self.sae = self._whole or self.sae
         if self.log is not None:
@@ -181,7 +183,7 @@ class Run:
         if self.rules >= 2:
             self.sae.fold_decoder_norms()
         check_end(self.sae, self.last.get("l0", 1.0))
-        inputs = self.sites.batch(unseen).x
+        inputs = self.hooks.batch(unseen).x
         calibrated = self.rules > 1 and not isinstance(self.sae, FeatureShard) and self.sae.calibrate(inputs)
         self.sae.trained = {
             "train": self.train.settings(),
@@ -193,7 +195,7 @@ class Run:
         self.sae.train_documents = self._documents()
         self.sae.eval()
         if self.folder is not None:
-            save_sae(self.sae, self.folder, golden_inputs=self.sites.batch(rows).x)
+            save_sae(self.sae, self.folder, golden_inputs=self.hooks.batch(rows).x)
         self.finished = True
         return self.sae
 
@@ -201,7 +203,7 @@ class Run:
         # Its own steps alone: others may share the data.
         rate = self._spent_on * self.train.batch_size / max(self._spent, 1e-9)
         self._spent, self._spent_on = 0.0, 0
-        dead = float(self.mesh.feature.sum(self.dead.dead.float().mean()) / self.mesh.feature.size)
+        dead = float(self.mesh.feature.all_reduce_sum(self.dead.dead.float().mean()) / self.mesh.feature.size)
         tokens = self.step * self.train.batch_size
         self.last = {"step": self.step - 1, "tokens": tokens, **sums, "dead_fraction_train": dead, "lr": lr}
         if self.log is not None:
@@ -209,7 +211,7 @@ class Run:
 
     def _explain(self, rows: Rows) -> str:
         cause = f"the loss of batch {self.step} is not finite though its activations are; lower lr"
-        for name in self.sites.all:
+        for name in self.hooks.all:
             x = rows[name].flatten(1)
             bad = (~x.isfinite().all(1)).nonzero().flatten().tolist()
             if bad:
@@ -234,14 +236,14 @@ def _check_shares(variant: type[SAE], config: Any, train: TrainConfig, ranks: Ra
         check_shardable(variant, config, train.feature_shards)
     if ranks.size == 1:
         return
-    if not variant.shares_batches:
+    if not variant.supports_data_parallel:
         raise ValueError(
             f"{variant.variant} trains in one process, this job has {ranks.size}: start it without torchrun."
         )
-    least = min(len(part) for part in train.parts)
-    if least < ranks.size:
+    smallest = min(len(micro_batch) for micro_batch in train.micro_batches)
+    if smallest < ranks.size:
         raise ValueError(
-            f"batch_size={train.batch_size} with grad_accumulation={train.grad_accumulation} has a part of {least} rows, "
+            f"batch_size={train.batch_size} with grad_accumulation={train.grad_accumulation} has a part of {smallest} rows, "
             f"fewer than the {ranks.size} processes that share it: raise batch_size, or start fewer."
         )
 

@@ -35,28 +35,28 @@ def row_names(shard: FeatureShard) -> set[str]:
     return moments | {f"sae.{name}" for name in ROWS} | {"tokens_since_fired"}
 
 
-def save_part(path: Path, step: int, state: Mapping[str, Tensor], rows: set[str], mesh: Mesh) -> None:
+def save_shard(path: Path, step: int, state: Mapping[str, Tensor], rows: set[str], mesh: Mesh) -> None:
     """Write the folder `path`, all ranks together; the tensors named in `rows` are this rank's part."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
     number = torch.tensor(process_number(), device=next(iter(state.values())).device)
-    mesh.world.take_from_first_([number])
+    mesh.world.broadcast_([number])
     temporary = temporary_path(path, int(number))
     with writing(path):
         writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
         save(_placed(state, rows, mesh), storage_writer=writer)
-        own = temporary.glob(f"shard-{mesh.world.rank + 1:05d}-*.safetensors")
-        hashes = {file.name: sha256_file(file) for file in own}
+        files = temporary.glob(f"shard-{mesh.world.rank + 1:05d}-*.safetensors")
+        hashes = {file.name: sha256_file(file) for file in files}
         said = torch.frombuffer(bytearray(json.dumps(hashes).encode()), dtype=torch.uint8).to(number.device)
-        parts = [json.loads(bytes(part.tolist())) for part in mesh.world.gather(said)]
-        if mesh.world.is_first:
-            files = {name: digest for part in parts for name, digest in part.items()}
+        all_files = [json.loads(bytes(files_of_rank.tolist())) for files_of_rank in mesh.world.all_gather(said)]
+        if mesh.world.is_main_process:
+            files = {name: digest for files_of_rank in all_files for name, digest in files_of_rank.items()}
             atomic_write_json(temporary / FILES, {"step": step, "files": files})
             shutil.rmtree(path, ignore_errors=True)
             temporary.replace(path)
             fsync_dir(path.parent)
-    mesh.world.agree(False, number.device)  # none goes on before it has its name
+    mesh.world.barrier(number.device)  # none goes on before it has its name
 
 
 def check_folder(path: Path, step: int, n_steps: int) -> None:
@@ -76,7 +76,7 @@ def read_folder(path: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def load_part(path: Path, state: Mapping[str, Tensor], rows: set[str], mesh: Mesh) -> None:
+def load_shard(path: Path, state: Mapping[str, Tensor], rows: set[str], mesh: Mesh) -> None:
     """Fill this rank's tensors from a checkpoint folder of any number of shards, or from the file of an unsharded run."""
     if path.is_dir():
         _load(path, _placed(state, rows, mesh))
@@ -101,8 +101,8 @@ def _placed(state: Mapping[str, Tensor], rows: set[str], mesh: Mesh) -> dict[str
     """The tensors with their place in the whole, as `torch.distributed.checkpoint` reads it; no copies."""
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
-    places = [Replicate(), Shard(0)]
+    placements = [Replicate(), Shard(0)]
     return {
-        name: DTensor.from_local(x, mesh.device_mesh, places, run_check=False) if name in rows else x
+        name: DTensor.from_local(x, mesh.device_mesh, placements, run_check=False) if name in rows else x
         for name, x in state.items()
     }

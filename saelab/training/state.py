@@ -21,7 +21,7 @@ from saelab.training.checkpoint import (
 from saelab.training.dead_features import DeadFeatures
 from saelab.training.feature_shards import FeatureShard
 from saelab.training.running_norm import RunningNorm
-from saelab.training.sharded_checkpoint import load_part, row_names, save_part
+from saelab.training.sharded_checkpoint import load_shard, row_names, save_shard
 
 
 class State:
@@ -38,37 +38,37 @@ class State:
         running: RunningNorm | None = None,
     ) -> None:
         self.folder, self.keep, self.mesh = folder, keep, mesh
-        self._parts = sae, adam, dead, running
-        self._tensors = state_of(*self._parts)
+        self._modules = sae, adam, dead, running
+        self._tensors = state_of(*self._modules)
         self._rows = row_names(sae) if isinstance(sae, FeatureShard) else None
         self._device = dead.tokens_since_fired.device
 
     def save(self, step: int) -> None:
         """Write the state before `step`; the newest `keep` stay. One of sharded features is written by all ranks."""
-        first = self.mesh.world.is_first
+        first = self.mesh.world.is_main_process
         if self.folder is None or not step:
             return
         if self._rows is not None:
             path = checkpoint_path(self.folder, step).with_suffix("")
-            save_part(path, step, self._tensors, self._rows, self.mesh)
+            save_shard(path, step, self._tensors, self._rows, self.mesh)
             if first:
                 note_latest(self.folder, step, self.keep)
         elif first:
-            save_checkpoint(self.folder, step, self.keep, state_of(*self._parts))
+            save_checkpoint(self.folder, step, self.keep, state_of(*self._modules))
 
     def load(self, n_steps: int) -> int:
         """Take up the newest whole checkpoint, of any number of ranks and shards; gives the step to go on with."""
         found = 0
-        if self.folder is not None and self.mesh.world.is_first:
+        if self.folder is not None and self.mesh.world.is_main_process:
             if self._rows is None:
-                found = load_checkpoint(self.folder, n_steps, state_of(*self._parts))
+                found = load_checkpoint(self.folder, n_steps, state_of(*self._modules))
             else:
                 check = lambda path, step: check_checkpoint(path, step, n_steps)  # noqa: E731
                 found = newest_checkpoint(self.folder, check)
         step = torch.tensor(found, device=self._device)
-        self.mesh.world.take_from_first_([step])
+        self.mesh.world.broadcast_([step])
         if self._rows is None:
-            self.mesh.world.take_from_first_(self._tensors.values())
+            self.mesh.world.broadcast_(self._tensors.values())
         elif self.folder is not None and int(step):
-            load_part(checkpoint_path(self.folder, int(step)), self._tensors, self._rows, self.mesh)
+            load_shard(checkpoint_path(self.folder, int(step)), self._tensors, self._rows, self.mesh)
         return int(step)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from saelab.saes import Batch
-from saelab.saes.hooks_used import Sites
+from saelab.saes.hooks_used import HooksUsed
 from saelab.training.data_source import DataSource, Moments, Rows
 from saelab.training.kept_out import n_kept_out
 
@@ -34,8 +34,8 @@ def from_tensors(rows: Rows, rules: int) -> DataSource:
     def kept_out(names: Sequence[str]) -> Rows:
         return {name: rows[name][last] for name in names}
 
-    def identity(sites: Sites) -> tuple[str, dict[str, Any]]:
-        return f"tensor {' '.join(digests)}", {"hook_name_out": "y"} if sites.writes != sites.reads else {}
+    def identity(hooks: HooksUsed) -> tuple[str, dict[str, Any]]:
+        return f"tensor {' '.join(digests)}", {"hook_name_out": "y"} if hooks.outputs != hooks.inputs else {}
 
     n = len(rows["x"])
     # Rows of one document often lie together: those kept out are drawn from all.
@@ -48,11 +48,11 @@ def from_tensors(rows: Rows, rules: int) -> DataSource:
         x = rows[name].double()
         return Moments(x.mean(0).float(), x.square().sum(-1).mean(0))
 
-    choose = functools.partial(_tensor_sites, rows=rows)
+    choose = functools.partial(_tensor_hooks, rows=rows)
     return DataSource(moments, batches, choose, identity, len(first), kept_out=kept_out if len(last) else None)
 
 
-def _tensor_sites(config: Any, rows: Rows) -> Sites:
+def _tensor_hooks(config: Any, rows: Rows) -> HooksUsed:
     """x, and y where it was given: for a transcoder, and only there."""
     predicts, several = hasattr(config, "hook_name_out"), getattr(config, "hook_names", None)
     if "y" in rows and not predicts:
@@ -66,7 +66,7 @@ def _tensor_sites(config: Any, rows: Rows) -> Sites:
     n_sources = rows["x"].shape[1] if rows["x"].ndim == 3 else 1
     if several is not None and len(several) != n_sources:
         raise ValueError(f"hook_names={several} names {len(several)} sources, the tensor to train on has {n_sources}.")
-    return Sites(("x",), ("y",) if "y" in rows else ("x",))
+    return HooksUsed(("x",), ("y",) if "y" in rows else ("x",))
 
 
 def as_rows(data: Any, like: Rows | None = None) -> Rows:
@@ -128,8 +128,8 @@ def from_iterator(chunks: Iterator[Any]) -> DataSource:
             chunk = as_rows(given, first)
             waiting = {name: torch.cat([x, chunk[name]]) for name, x in waiting.items()}
 
-    def identity(sites: Sites) -> tuple[str, dict[str, Any]]:
-        fingerprint, origin = start.identity(sites)
+    def identity(hooks: HooksUsed) -> tuple[str, dict[str, Any]]:
+        fingerprint, origin = start.identity(hooks)
         return f"iterator from {fingerprint}", origin
 
     return DataSource(start.moments, batches, start.choose, identity)

@@ -25,7 +25,7 @@ def _spec(shape: ScreenShape, target: str, dtype: str) -> KernelSpec:
         constexprs=arguments,
         **tile.options,
         hbm_bytes=lambda cache: traffic.a_resident(len(resident_parts(shape.rows, row_bytes, cache))),
-        least_bytes=traffic.least,
+        least_bytes=traffic.minimum,
         compulsory_bytes=traffic.compulsory,
         tile=(tile.rows, arguments["BLOCK_G"] * arguments["BLOCK_MEMBERS"]),
         tensor_cores=dtype == "bf16",

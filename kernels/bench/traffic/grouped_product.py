@@ -26,7 +26,7 @@ def _spec(shape: ScreenShape, target: str, dtype: str) -> KernelSpec:
         constexprs=kernel.constexprs(shape.K, d_sae, shape.n_groups, False, tile, itemsize) | {"WIDEN": False},
         **tile.options,
         hbm_bytes=lambda cache: traffic.a_resident(len(resident_parts(shape.rows, row_bytes, cache))),
-        least_bytes=traffic.least,
+        least_bytes=traffic.minimum,
         compulsory_bytes=traffic.compulsory,
         tile=(tile.rows, tile.columns),
         tensor_cores=dtype == "bf16",

@@ -1,7 +1,7 @@
 """How many bytes a product `a @ b.T` must move between device memory and the chip, given the size of the last-level cache.
 
 An operand that is kept in the cache, part after part, is read once; the other one streams by once for every part.
-`compulsory` counts everything once, which only an unlimited cache allows; `least` is the better of the two schedules
+`compulsory` counts everything once, which only an unlimited cache allows; `minimum` is the better of the two schedules
 {parts of `a` stay, parts of `b` stay} at the given cache. It models traffic, not time.
 """
 
@@ -31,6 +31,6 @@ class Product:
         """`b` stays in the cache in `n_parts` parts, `a` streams by once for each."""
         return self.b_bytes + n_parts * self.a_bytes + self.once_bytes
 
-    def least(self, cache: int) -> int:
+    def minimum(self, cache: int) -> int:
         """The better schedule with parts that just fit the cache."""
         return min(self.a_resident(-(-self.a_bytes // cache)), self.b_resident(-(-self.b_bytes // cache)))

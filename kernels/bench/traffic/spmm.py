@@ -16,16 +16,16 @@ def _spec(name: str, shape: Shape) -> KernelSpec:
     batch, d_in, d_sae, k = shape
     nnz, columns = batch * k, kernel._columns(d_sae, d_in, 4)
     n_tiles = ceil_div(d_in, columns)
-    codes, dense = 12 * nnz + 8 * (batch + 1), 4 * d_in * (d_sae + 1 + 2 * batch)  # W, bias, target and out
+    feature_acts, dense = 12 * nnz + 8 * (batch + 1), 4 * d_in * (d_sae + 1 + 2 * batch)  # W, bias, target and out
     squares = 8 * n_tiles * batch + 4 * batch  # written and read a tile, then the sums
 
     def hbm_bytes(cache: int) -> int:
         """Between two uses of an id lies all that one tile touches; of a row of `W`'s tile, no more than that."""
-        between_uses = dense // n_tiles + codes
-        refetched = 0 if between_uses <= cache else (n_tiles - 1) * codes
+        between_uses = dense // n_tiles + feature_acts
+        refetched = 0 if between_uses <= cache else (n_tiles - 1) * feature_acts
         if 4 * d_sae * columns > cache:
             refetched += 4 * max(0, nnz - d_sae) * d_in
-        return dense + squares + codes + refetched
+        return dense + squares + feature_acts + refetched
 
     return kernel_spec(
         name,
@@ -33,6 +33,6 @@ def _spec(name: str, shape: Shape) -> KernelSpec:
         "*fp32 *i64 *i64 *fp32 *fp32 *fp32 *fp32 *fp32 i32 i32",
         {"PAIRS": kernel._TILE // columns, "COLUMNS": columns},
         kernel._WARPS,
-        dense + codes + 4 * batch,  # also the least at any cache that holds the codes and a narrow enough tile
+        dense + feature_acts + 4 * batch,  # also the least at any cache that holds the codes and a narrow enough tile
         hbm_bytes,
     )

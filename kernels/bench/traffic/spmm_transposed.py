@@ -24,8 +24,8 @@ def production_specs() -> list[KernelSpec]:
 def _least_bytes(cache: int) -> int:
     """`g` and the result once, and the codes once for each tile of `g`, the widest that fit."""
     batch, d_in, d_sae, k = PRODUCTION
-    g_bytes, codes = 4 * batch * d_in, 12 * batch * k + 8 * (d_sae + 1)  # codes: values, rows, offsets
-    return g_bytes + 4 * d_sae * d_in + ceil_div(g_bytes, cache) * codes
+    g_bytes, feature_acts = 4 * batch * d_in, 12 * batch * k + 8 * (d_sae + 1)  # codes: values, rows, offsets
+    return g_bytes + 4 * d_sae * d_in + ceil_div(g_bytes, cache) * feature_acts
 
 
 def _hbm_bytes(cache: int) -> int:

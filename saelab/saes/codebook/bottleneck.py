@@ -21,7 +21,7 @@ class Bottleneck:
     def __call__(self, x: Float[Tensor, "batch seq *d_in"]) -> Float[Tensor, "batch seq *d_in"]:
         """The hook: the codebook computes in its own precision, whatever the model's."""
         rows = rearrange(x, "batch position ... -> (batch position) (...)").to(self.codebook.codes.dtype)
-        out, acts, self.loss = self.codebook.bottleneck(rows)
-        self.ids = acts.features.view(len(rows), -1)
+        out, feature_acts, self.loss = self.codebook.bottleneck(rows)
+        self.ids = feature_acts.features.view(len(rows), -1)
         self.seen = None if self.codebook.training else self.codebook.norm(rows).detach()
         return out.to(x.dtype).view(x.shape)

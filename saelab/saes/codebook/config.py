@@ -49,9 +49,9 @@ class CodebookConfig:
 
     def __post_init__(self) -> None:
         check_config(self)
-        for name, least in (("k", 1), ("replace_every", 1), ("n_groups", 1)):
+        for name, minimum in (("k", 1), ("replace_every", 1), ("n_groups", 1)):
             if getattr(self, name) is not None:
-                check_integer(name, getattr(self, name), least)
+                check_integer(name, getattr(self, name), minimum)
         if not self.beta >= 0:
             raise ValueError(f"beta={self.beta} must not be negative.")
         kinds = {

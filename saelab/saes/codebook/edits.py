@@ -80,22 +80,26 @@ class CodeEdit:
         if self.mode == "block":
             blocked = torch.zeros(book.d_sae, dtype=torch.bool, device=ids.device)
             blocked[self.code] = True
-            return book.decode(book.acts_of(book.select(seen, blocked)))
-        acts = book.acts_of(ids if self.mode == "drop" else self._forced(seen, ids))
-        values = torch.where(acts.features == self.code, 0.0, acts.values) if self.mode == "drop" else acts.values
-        return book.decode(acts.with_values(values))
+            return book.decode(book.feature_acts_of(book.select(seen, blocked)))
+        feature_acts = book.feature_acts_of(ids if self.mode == "drop" else self._forced(seen, ids))
+        values = (
+            torch.where(feature_acts.features == self.code, 0.0, feature_acts.values)
+            if self.mode == "drop"
+            else feature_acts.values
+        )
+        return book.decode(feature_acts.with_values(values))
 
     def _forced(self, seen: Tensor, ids: Tensor) -> Int[Tensor, "n kept"]:
         """The ids with the code in the place of the `slot`-th most similar one of its group."""
         book = self.bottleneck.codebook
         k, group = book.config.k, self.code // book.codes_per_group
-        own = slice(group * k, (group + 1) * k)
+        mine = slice(group * k, (group + 1) * k)
         a = seen.unflatten(1, (book.n_groups, book.width))[:, group]
-        order = similarities(a, book.codes[ids[:, own]], book.config.similarity).argsort(
+        order = similarities(a, book.codes[ids[:, mine]], book.config.similarity).argsort(
             dim=1, descending=True, stable=True
         )
-        changed = ids[:, own].scatter(1, order[:, self.slot, None], self.code).sort(1).values
-        return torch.cat([ids[:, : own.start], changed, ids[:, own.stop :]], 1)
+        changed = ids[:, mine].scatter(1, order[:, self.slot, None], self.code).sort(1).values
+        return torch.cat([ids[:, : mine.start], changed, ids[:, mine.stop :]], 1)
 
 
 def similarities(

@@ -19,7 +19,7 @@ from torch.nn.functional import normalize
 from saelab.losses import squared_error
 
 
-def rotated(a: Float[Tensor, "n d"], q: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+def rotation_trick(a: Float[Tensor, "n d"], q: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     """`(|q| / |a|) R a`, with R the rotation from a to q held fixed (Fifty et al. 2024): q's value; its gradient keeps the
     angle to a that g has to q."""
     a_hat, q_hat = normalize(a.detach(), dim=1), normalize(q.detach(), dim=1)
@@ -29,15 +29,15 @@ def rotated(a: Float[Tensor, "n d"], q: Float[Tensor, "n d"]) -> Float[Tensor, "
     return turned * (q.detach().norm(dim=1, keepdim=True) / a.detach().norm(dim=1, keepdim=True).clamp_min(tiny))
 
 
-def pass_through(
+def straight_through(
     a: Float[Tensor, "n d"], q: Float[Tensor, "n d"], gradient: str, rotation: bool = False
 ) -> Float[Tensor, "n d"]:
     """q bit for bit; its gradient goes to `a`, and to the codes in q unless they learn from their own loss alone."""
-    way = rotated(a, q) if rotation else a
+    way = rotation_trick(a, q) if rotation else a
     return (q.detach() if gradient == "vqvae" else q) + (way - way.detach())
 
 
-def own_loss(
+def codebook_loss(
     a: Float[Tensor, "n d"], q: Float[Tensor, "n d"], gradient: str, beta: float, n_tokens: int
 ) -> Float[Tensor, ""]:
     """What is added to the model's loss."""

@@ -100,10 +100,10 @@ def insert(
         lm.check_hook(name)
         if name not in lm.hook_names:
             raise ValueError(f"hook_name={name!r} can only be read; codebooks go at one of {', '.join(lm.hook_names)}.")
-        own = config[name] if isinstance(config, Mapping) else config
-        groups = own.n_groups or (n_heads(lm) if re.search(r"\bhook_z$", name) else 1)
-        with_norm = own.layer_norm is not False
-        made[name] = Bottleneck(name, Codebook(own, lm.d_in(name), groups, with_norm, (seed + index) % 2**32))
+        of_hook = config[name] if isinstance(config, Mapping) else config
+        groups = of_hook.n_groups or (n_heads(lm) if re.search(r"\bhook_z$", name) else 1)
+        with_norm = of_hook.layer_norm is not False
+        made[name] = Bottleneck(name, Codebook(of_hook, lm.d_in(name), groups, with_norm, (seed + index) % 2**32))
         made[name].codebook.to(lm.device).eval()
     return Inserted(lm, made)
 

@@ -19,7 +19,7 @@ from saelab.kernels.decode import decode
 from saelab.kernels.precision import widened
 from saelab.kernels.sparse_acts import SparseActs, offsets_of
 from saelab.saes.codebook.config import CodebookConfig
-from saelab.saes.codebook.gradients import own_loss, pass_through
+from saelab.saes.codebook.gradients import codebook_loss, straight_through
 from saelab.saes.codebook.nearest import most_similar
 from saelab.saes.codebook.revival import closest_inputs, draw_inputs, generator_of, kmeans, towards_anchors, usage_after
 
@@ -89,7 +89,7 @@ class Codebook(nn.Module):
             parts.append(ids + g * self.codes_per_group)
         return torch.cat(parts, 1)
 
-    def acts_of(self, ids: Int[Tensor, "n kept"]) -> SparseActs:
+    def feature_acts_of(self, ids: Int[Tensor, "n kept"]) -> SparseActs:
         """Ids, ascending in each row, as codes: every value is 1/k (or 1, for sums)."""
         n, kept = ids.shape
         values = torch.full((n * kept,), self.config.value, dtype=self.codes.dtype, device=ids.device)
@@ -98,31 +98,31 @@ class Codebook(nn.Module):
 
     def encode(self, x: Float[Tensor, "n d_in"]) -> SparseActs:
         """The codes of each row."""
-        return self.acts_of(self.select(self.norm(x)))
+        return self.feature_acts_of(self.select(self.norm(x)))
 
-    def by_slice(self, acts: SparseActs) -> SparseActs:
+    def by_slice(self, feature_acts: SparseActs) -> SparseActs:
         """The same codes with a row for each slice."""
         if self.n_groups == 1:
-            return acts
-        rows = acts.rows * self.n_groups + acts.features // self.codes_per_group
-        counts = torch.bincount(rows, minlength=acts.batch * self.n_groups)
-        return SparseActs(acts.values, acts.features, offsets_of(counts), self.d_sae)
+            return feature_acts
+        rows = feature_acts.rows * self.n_groups + feature_acts.features // self.codes_per_group
+        counts = torch.bincount(rows, minlength=feature_acts.batch * self.n_groups)
+        return SparseActs(feature_acts.values, feature_acts.features, offsets_of(counts), self.d_sae)
 
-    def decode(self, acts: SparseActs) -> Float[Tensor, "n d_in"]:
+    def decode(self, feature_acts: SparseActs) -> Float[Tensor, "n d_in"]:
         """Their mean (or sum)."""
-        return decode(self.by_slice(acts), self.codes).view(acts.batch, self.d_in)
+        return decode(self.by_slice(feature_acts), self.codes).view(feature_acts.batch, self.d_in)
 
     def bottleneck(self, x: Float[Tensor, "n d_in"]) -> tuple[Float[Tensor, "n d_in"], SparseActs, Float[Tensor, ""]]:
         """Inside a model: what goes on in the place of `x`, its codes, and the codebook's own loss."""
         a = self.norm(x)
         if self.training:
             self.prepare(a)
-        acts = self.acts_of(self.select(a))
+        feature_acts = self.feature_acts_of(self.select(a))
         if self.training:
-            self.observe(a, acts)
-        q, config = self.grouped(self.decode(acts)), self.config
-        out = pass_through(self.grouped(a), q, config.gradient, config.rotation).view(x.shape)
-        return out, acts, own_loss(self.grouped(a), q, config.gradient, config.beta, len(x))
+            self.observe(a, feature_acts)
+        q, config = self.grouped(self.decode(feature_acts)), self.config
+        out = straight_through(self.grouped(a), q, config.gradient, config.rotation).view(x.shape)
+        return out, feature_acts, codebook_loss(self.grouped(a), q, config.gradient, config.beta, len(x))
 
     # --- while it trains
 
@@ -147,13 +147,13 @@ class Codebook(nn.Module):
         self.counts.zero_()
 
     @torch.no_grad()
-    def observe(self, a: Float[Tensor, "n d_in"], acts: SparseActs) -> None:
+    def observe(self, a: Float[Tensor, "n d_in"], feature_acts: SparseActs) -> None:
         """After a selection: count what was kept."""
-        self.counts += torch.bincount(acts.features, minlength=self.d_sae)
+        self.counts += torch.bincount(feature_acts.features, minlength=self.d_sae)
         if self.config.revive != "online" or not len(a):
             return
         inputs, tables = self.grouped(a).unflatten(0, (len(a), self.n_groups)), self._by_group(self.codes.detach())
-        ids = (acts.features % self.codes_per_group).view(len(a), self.n_groups, self.config.k)
+        ids = (feature_acts.features % self.codes_per_group).view(len(a), self.n_groups, self.config.k)
         anchors = []
         for g in range(self.n_groups):
             usage = self._by_group(self.usage)[g]

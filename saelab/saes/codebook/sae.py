@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saelab.kernels.decode import check_codes, decode_error
+from saelab.kernels.decode import check_feature_acts, decode_error
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.losses import total_variance
 from saelab.saes.base import SAE, Batch, Loss, StepInfo
@@ -27,8 +27,8 @@ class CodebookSAE(SAE):
     Config = CodebookConfig
     config: CodebookConfig
     unit_norm = False
-    shares_batches = False
-    rule = "the k most similar codes of each group, whatever their similarity"
+    supports_data_parallel = False
+    selection_rule = "the k most similar codes of each group, whatever their similarity"
     base_lr = 1e-3
 
     def __init__(self, config: CodebookConfig, d_in: int, seed: int = 0) -> None:
@@ -65,19 +65,19 @@ class CodebookSAE(SAE):
     def encode_normalized(self, x: Float[Tensor, "batch d_in"]) -> SparseActs:
         return self.codebook.encode(x)
 
-    def decode(self, acts: SparseActs) -> Float[Tensor, "batch d_in"]:
-        check_codes(acts, self.d_sae)
-        return self.denormalize(self.codebook.decode(acts))
+    def decode(self, feature_acts: SparseActs) -> Float[Tensor, "batch d_in"]:
+        check_feature_acts(feature_acts, self.d_sae)
+        return self.denormalize(self.codebook.decode(feature_acts))
 
     def loss(self, batch: Batch, info: StepInfo) -> Loss:
         x, target = self.normalized(batch)
         book = self.codebook
         book.prepare(target)  # codes live where the reconstruction does
-        acts = self.encode_normalized(x)
-        book.observe(target, acts)
-        error, residual = decode_error(book.by_slice(acts), book.codes, None, book.grouped(target))
+        feature_acts = self.encode_normalized(x)
+        book.observe(target, feature_acts)
+        error, residual = decode_error(book.by_slice(feature_acts), book.codes, None, book.grouped(target))
         loss = error / total_variance(target)
-        return Loss(loss, acts, residual.view(target.shape), target, {"fvu": loss})
+        return Loss(loss, feature_acts, residual.view(target.shape), target, {"fvu": loss})
 
     @torch.no_grad()
     def after_step(self) -> None:

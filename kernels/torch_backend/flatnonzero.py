@@ -17,31 +17,31 @@ _CHUNK_ROWS = 64
 _INT32 = np.iinfo(np.int32).max
 
 
-def places_not_below(table: Tensor, floor: Tensor) -> Int[Tensor, " n"]:
+def flatnonzero_at_least(table: Tensor, floor: Tensor) -> Int[Tensor, " n"]:
     """Flat positions, ascending, of the entries of `table (rows, 64 * n)` that are `floor (rows)` or more."""
     if table.device.type != "cpu":
         return (table >= floor[:, None]).view(-1).nonzero().squeeze(1)
     rows, columns = table.shape
     words = WORKSPACE.take("words", (rows, columns // 64), torch.int64).numpy().view(np.uint64)
-    values, least = table.numpy(), floor[:, None].numpy()
+    values, floors = table.numpy(), floor[:, None].numpy()
 
     def search(part: slice) -> np.ndarray:
-        _pack(values[part], least[part], words[part])
-        return _ascending_bits(words[part].reshape(-1), part.start * columns, words.size * 64)
+        _pack(values[part], floors[part], words[part])
+        return _set_bits(words[part].reshape(-1), part.start * columns, words.size * 64)
 
     return torch.from_numpy(in_halves(rows, search).astype(np.int64))
 
 
-def _pack(values: np.ndarray, least: np.ndarray, words: np.ndarray) -> None:
+def _pack(values: np.ndarray, floors: np.ndarray, words: np.ndarray) -> None:
     """One bit an entry, a few rows at a time, so that the comparison stays in the cache."""
     room = np.empty((min(_CHUNK_ROWS, len(values)), values.shape[1]), bool)
     for start in range(0, len(values), _CHUNK_ROWS):
         rows = slice(start, start + _CHUNK_ROWS)
-        hits = np.greater_equal(values[rows], least[rows], out=room[: len(values[rows])])
+        hits = np.greater_equal(values[rows], floors[rows], out=room[: len(values[rows])])
         words[rows] = np.packbits(hits, axis=None, bitorder="little").view(np.uint64).reshape(words[rows].shape)
 
 
-def _ascending_bits(words: np.ndarray, first: int, n_bits: int) -> np.ndarray:
+def _set_bits(words: np.ndarray, first: int, n_bits: int) -> np.ndarray:
     """Positions, from `first` on, of all set bits: the lowest of every word, then the next of those that have one, sorted."""
     words_at = np.flatnonzero(words != 0)
     left = words[words_at]
