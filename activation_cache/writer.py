@@ -203,11 +203,11 @@ def save_index(folder: Path, index: Int[Tensor, "n 3"]) -> None:
 
 def save_rows(folder: Path, hook: str, storage: Storage, tensors: Mapping[str, Tensor]) -> None:
     """Write the rows of one hook of a shard, as `storage.encode` gave them, and the sums of what is stored."""
-    tensors = storage.tensors(hook, tensors)
-    sums = _partial_sums(decode(tensors))
+    stored = storage.tensors(hook, tensors)
+    sums = _partial_sums(decode(stored))
     if "error" in tensors:
         sums["sum_error"] = tensors["error"].double().sum()
-    atomic_save_safetensors(folder / f"{hook}.safetensors", {**tensors, **sums})
+    atomic_save_safetensors(folder / f"{hook}.safetensors", {**stored, **sums})
 
 
 def _partial_sums(x: Float[Tensor, "n d_in"]) -> dict[str, Tensor]:

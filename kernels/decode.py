@@ -77,9 +77,8 @@ def decode(
     check_feature_acts(feature_acts, W_dec.shape[0])
     values, W_dec, b_dec = widened(feature_acts.values, W_dec, b_dec)
     if backend_name(W_dec) == "reference":
-        x_hat = decode_reference(feature_acts.with_values(values).to_dense(), W_dec.flatten(1))
-    else:
-        x_hat = Decode.apply(values, W_dec.flatten(1), feature_acts)
+        return decode_reference(feature_acts.with_values(values), W_dec, b_dec)
+    x_hat = Decode.apply(values, W_dec.flatten(1), feature_acts)
     x_hat = x_hat.unflatten(1, W_dec.shape[1:])
     return x_hat if b_dec is None else x_hat + b_dec
 

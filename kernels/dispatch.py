@@ -33,9 +33,9 @@ class Backend(NamedTuple):
     sddmm: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     """`(x, W, features, offsets)`: `<x[row], W[feature]>` at the pairs, each by itself."""
     spmm: Callable[..., Tensor]
-    """`(values, rows, offsets, W)`: weighted sums of rows of W."""
+    """`(values, features, offsets, W)`: weighted sums of rows of W."""
     spmm_residual: Callable[..., tuple[Tensor, Tensor]]
-    """`(values, rows, offsets, W, bias, target)`: the same plus bias less target, and the squared norm of that."""
+    """`(values, features, offsets, W, bias, target)`: the same plus bias less target, and the squared norm of that."""
     spmm_transposed: Callable[..., Tensor]
     """`(feature_acts, values, g)`: `S.T @ g`."""
     bias_gradient: Callable[..., Tensor]

@@ -23,7 +23,7 @@ from saelab.kernels.ragged import count_before, keep_largest, kth_largest
 from saelab.kernels.reference.encode_batch_topk import encode_batch_topk as encode_batch_topk_reference
 from saelab.kernels.search import Candidates
 from saelab.kernels.selected_pre_acts import selected_pre_acts
-from saelab.kernels.selection_log import LOG
+from saelab.kernels.selection_log import note_selection
 from saelab.kernels.sparse_acts import SparseActs
 
 
@@ -72,8 +72,7 @@ def encode_batch_topk(
         raise ValueError(f"n_kept={n_kept} must be between 0 and batch * d_sae = {x.shape[0] * W_enc.shape[0]}.")
     x, W_enc, b_enc, norms, center = widened(x, W_enc, b_enc, norms, center)
     if backend_name(x) == "reference":
-        x = x if center is None else x - center
-        feature_acts = SparseActs.from_dense(encode_batch_topk_reference(x, W_enc, b_enc, n_kept, score, norms))
+        feature_acts = SparseActs.from_dense(encode_batch_topk_reference(x, W_enc, b_enc, n_kept, score, norms, center))
         return feature_acts if global_pairs is None else _among(feature_acts, n_kept, score, norms, global_pairs)
     with torch.no_grad():
         centered = x if center is None else x - center
@@ -111,7 +110,7 @@ def _select(
     if not certified:  # what was found is a lower bound of the best: now the floor is exact
         found = search(lambda screen, rows: screen.pairs_above(kth - operands.error_bound[rows]))
         feature_acts, n_candidates = keep(found)[0], n_candidates + found.features.numel()
-    LOG.add(len(x), n_candidates, len(x) * certified, len(x) * (not certified))
+    note_selection(len(x), n_candidates, len(x) * certified)
     return feature_acts
 
 

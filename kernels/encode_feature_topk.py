@@ -21,7 +21,7 @@ from saelab.kernels.ragged import flatnonzero, keep_largest, stable_argsort
 from saelab.kernels.reference.encode_feature_topk import encode_feature_topk as encode_feature_topk_reference
 from saelab.kernels.search import Candidates
 from saelab.kernels.selected_pre_acts import selected_pre_acts
-from saelab.kernels.selection_log import LOG
+from saelab.kernels.selection_log import note_selection
 from saelab.kernels.sparse_acts import SparseActs, offsets_of
 
 
@@ -41,8 +41,7 @@ def encode_feature_topk(
         )
     x, W_enc, b_enc, center = widened(x, W_enc, b_enc, center)
     if backend_name(x) == "reference":
-        x = x if center is None else x - center
-        return SparseActs.from_dense(encode_feature_topk_reference(x, W_enc, b_enc, capacity))
+        return SparseActs.from_dense(encode_feature_topk_reference(x, W_enc, b_enc, capacity, center))
     with torch.no_grad():
         centered = x if center is None else x - center
         feature_acts = _select(centered.detach(), W_enc.detach(), b_enc.detach(), capacity)
@@ -66,7 +65,7 @@ def _select(x: Tensor, W: Tensor, bias: Tensor, capacity: Tensor) -> SparseActs:
         features = torch.cat([features[stay], uncertified[again[0]]])
         tokens, values = torch.cat([tokens[stay], again[1]]), torch.cat([values[stay], again[2]])
         n_candidates += found.features.numel()
-    LOG.add(W.shape[0], n_candidates, W.shape[0] - len(uncertified), len(uncertified))
+    note_selection(W.shape[0], n_candidates, W.shape[0] - len(uncertified))
     order = stable_argsort(tokens * W.shape[0] + features)
     return SparseActs(values[order], features[order], offsets_of(torch.bincount(tokens, minlength=len(x))), W.shape[0])
 

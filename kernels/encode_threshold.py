@@ -18,7 +18,7 @@ from saelab.kernels.ragged import count_before, flatnonzero
 from saelab.kernels.reference.encode_threshold import encode_threshold as encode_threshold_reference
 from saelab.kernels.search import TINY
 from saelab.kernels.selected_pre_acts import selected_pre_acts
-from saelab.kernels.selection_log import LOG
+from saelab.kernels.selection_log import note_selection
 from saelab.kernels.sparse_acts import SparseActs
 
 
@@ -38,8 +38,7 @@ def encode_threshold(
     """
     x, W_enc, b_enc, center = widened(x, W_enc, b_enc, center)
     if backend_name(x) == "reference":
-        x = x if center is None else x - center
-        return SparseActs.from_dense(encode_threshold_reference(x, W_enc, b_enc, threshold, band))
+        return SparseActs.from_dense(encode_threshold_reference(x, W_enc, b_enc, threshold, band, center))
     with torch.no_grad():
         centered = x if center is None else x - center
         floor = torch.as_tensor(threshold, dtype=x.dtype, device=x.device).detach() - band
@@ -60,5 +59,5 @@ def _select(x: Tensor, W: Tensor, bias: Tensor, floor: Tensor) -> SparseActs:
     values = sddmm(x, W, found.features, found.offsets) + bias[found.features]
     above = values > (floor if floor.ndim == 0 else floor[found.features])
     kept = flatnonzero(above & (values != 0))
-    LOG.add(len(x), len(values), len(x), 0)
+    note_selection(len(x), len(values), len(x))
     return SparseActs(values[kept], found.features[kept], count_before(kept, found.offsets), W.shape[0])

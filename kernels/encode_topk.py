@@ -21,7 +21,7 @@ from saelab.kernels.ragged import count_before, flatnonzero, keep_largest
 from saelab.kernels.reference.encode_topk import encode_topk as encode_topk_reference
 from saelab.kernels.search import Candidates
 from saelab.kernels.selected_pre_acts import selected_pre_acts
-from saelab.kernels.selection_log import LOG
+from saelab.kernels.selection_log import note_selection
 from saelab.kernels.sparse_acts import SparseActs, replace_rows
 
 SCORES = ("value", "magnitude", "decoder_norm")
@@ -45,8 +45,7 @@ def encode_topk(
     check_score(score, norms)
     x, W_enc, b_enc, norms, center = widened(x, W_enc, b_enc, norms, center)
     if backend_name(x) == "reference":
-        x = x if center is None else x - center
-        return SparseActs.from_dense(encode_topk_reference(x, W_enc, b_enc, k, score, norms))
+        return SparseActs.from_dense(encode_topk_reference(x, W_enc, b_enc, k, score, norms, center))
     with torch.no_grad():
         centered = x if center is None else x - center
         feature_acts = _select(centered.detach(), W_enc.detach(), b_enc.detach(), k, score, norms)
@@ -78,7 +77,7 @@ def _select(x: Tensor, W: Tensor, bias: Tensor, k: int, score: str, norms: Tenso
             replace_rows(feature_acts, uncertified, again),
             n_candidates + found.features.numel(),
         )
-    LOG.add(len(x), n_candidates, len(x) - len(uncertified), len(uncertified))
+    note_selection(len(x), n_candidates, len(x) - len(uncertified))
     return feature_acts
 
 

@@ -54,7 +54,6 @@ def jump_relu(
     """
     u, theta = widened(feature_acts.values, theta)
     if backend_name(u) == "reference":
-        values, steps = jump_relu_reference(u, theta[feature_acts.features], bandwidth, ste_to_input)
-    else:
-        values, steps = JumpReLU.apply(u, theta, feature_acts, bandwidth, ste_to_input)  # pyright: ignore[reportGeneralTypeIssues]
+        return jump_relu_reference(feature_acts.with_values(u), theta, bandwidth, ste_to_input)
+    values, steps = JumpReLU.apply(u, theta, feature_acts, bandwidth, ste_to_input)  # pyright: ignore[reportGeneralTypeIssues]
     return feature_acts.with_values(values), steps

@@ -1,33 +1,43 @@
-"""Counts of what the selections did: how many candidates they looked at, how many rows were certified or done anew."""
+"""Counts of what the selections did: how many candidates they looked at, how many rows were certified or recomputed."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 
 @dataclass
 class SelectionLog:
-    """Totals since `reset`. Every row is either certified or recomputed."""
+    """Totals of one `log_selections` block. Every row is either certified or recomputed."""
 
     rows: int = 0
     candidates: int = 0
     """Pairs whose exact value was computed."""
     certified: int = 0
-    """Rows whose selection the bound proves complete."""
+    """Rows whose selection the error bound proves complete."""
     recomputed: int = 0
     """Rows selected again in working precision, where the bound is rigorous from the start."""
 
-    def add(self, rows: int, candidates: int, certified: int, recomputed: int) -> None:
-        self.rows += rows
-        self.candidates += candidates
-        self.certified += certified
-        self.recomputed += recomputed
 
-    def reset(self) -> None:
-        self.rows = self.candidates = self.certified = self.recomputed = 0
-
-    def as_dict(self) -> dict[str, int]:
-        return asdict(self)
+_open: list[SelectionLog] = []
 
 
-LOG = SelectionLog()
+@contextmanager
+def log_selections() -> Iterator[SelectionLog]:
+    """Counts the selections of this process inside the block; nothing is counted outside."""
+    log = SelectionLog()
+    _open.append(log)
+    try:
+        yield log
+    finally:
+        _open[:] = [other for other in _open if other is not log]  # equal counts are not the same block
+
+
+def note_selection(rows: int, candidates: int, certified: int) -> None:
+    """Add one selection to every open log; rows that are not certified were recomputed."""
+    for log in _open:
+        log.rows += rows
+        log.candidates += candidates
+        log.certified += certified
+        log.recomputed += rows - certified

@@ -46,16 +46,20 @@ def of_rows(lm: LanguageModel, texts: Texts, hooks: Sequence[str]) -> dict[str, 
 
 def of_scoring(sae: SAE, lm: LanguageModel, texts: Texts) -> dict[str, Any]:
     """What decides the numbers of a report or a store beside the caller's arguments, JSON-able."""
-    origin = {key: sae.origin.get(key) for key in ("hook_name", "ctx_len", "prepend_bos", "mask")}
+    origin = {key: sae.provenance.origin.get(key) for key in ("hook_name", "ctx_len", "prepend_bos", "mask")}
     if origin["prepend_bos"] is None:  # the first version read no BOS then, and noted nothing
         origin["prepend_bos"] = resolved_bos(lm, None) or None
-    origin |= {key: sae.origin[key] for key in ("hook_names", "hook_name_out", "packing") if key in sae.origin}
+    origin |= {
+        key: sae.provenance.origin[key]
+        for key in ("hook_names", "hook_name_out", "packing")
+        if key in sae.provenance.origin
+    }
     read_by = of_model(lm)
     model_hash, _ = read_by.pop("model_hash"), read_by.pop("model_dtype")
     return {
         "sae": {"hash": sae.hash, **origin},
         "model": {"hash": model_hash, "dtype": str(lm.dtype), **read_by},
-        "texts": {"fingerprint": texts.fingerprint(), "own": texts.spec == sae.origin.get("texts")},
+        "texts": {"fingerprint": texts.fingerprint(), "own": texts.spec == sae.provenance.origin.get("texts")},
         "mask_rule": MASK_RULE,
     }
 

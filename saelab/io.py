@@ -21,6 +21,7 @@ from saelab.files import atomic_save_safetensors, atomic_write_json, read_json, 
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.saes import SAE, VARIANTS
 from saelab.saes.inputs import HALF
+from saelab.saes.provenance import Provenance
 
 FORMAT_VERSION = 2  # 1 knew no "golden_hash"
 GOLDEN_ROWS = 64
@@ -42,7 +43,7 @@ def save_sae(sae: SAE, folder: str | Path, *, golden_inputs: Float[Tensor, "n *s
     golden = _golden(sae, golden_inputs)
     atomic_save_safetensors(folder / "golden.safetensors", golden)
     atomic_write_json(folder / "sae.json", describe(sae) | {"golden_hash": tensors_hash(golden)})
-    sae.folder = folder
+    sae.provenance = dataclasses.replace(sae.provenance, folder=folder)
     return folder
 
 
@@ -59,8 +60,8 @@ def describe(sae: SAE) -> dict[str, Any]:
         "unit_norm_decoder": sae.unit_norm,
         "rule": sae.selection_rule,
         "sae_hash": sae.hash,
-        "training": sae.trained,
-        **sae.origin,
+        "training": sae.provenance.trained,
+        **sae.provenance.origin,
     }
 
 
@@ -78,7 +79,7 @@ def load_sae(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
         config = {key: tuple(value) if isinstance(value, list) else value for key, value in meta["config"].items()}
         sae = variant(variant.Config(**config), meta["d_in"], **shape)
         sae.to(getattr(torch, meta.get("dtype", "float32")))
-        sae.trained, weights_hash = meta["training"], meta["sae_hash"]
+        trained, weights_hash = meta["training"], meta["sae_hash"]
         golden_hash = meta["golden_hash"] if meta["format_version"] > 1 else None
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise SaelabError(f"{folder / 'sae.json'} was altered ({error!r}): {_ANEW}.") from error
@@ -92,10 +93,9 @@ def load_sae(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
             raise SaelabError(
                 f"{folder / name}.safetensors was altered: hash {now[:12]}, sae.json says {str(expected)[:12]}: {_ANEW}."
             )
-    sae.origin = {key: value for key, value in meta.items() if key not in _OWN}
-    sae.folder = folder
+    origin = {key: value for key, value in meta.items() if key not in _OWN}
     try:
-        sae.train_documents = golden["train_documents"]
+        sae.provenance = Provenance(origin, trained, golden["train_documents"], folder)
         _check_golden(sae.eval(), golden, folder)
     except (KeyError, IndexError, RuntimeError, ValueError) as error:
         raise SaelabError(f"{folder / 'golden.safetensors'} was altered ({error!r}): {_ANEW}.") from error
@@ -156,7 +156,7 @@ def _golden(sae: SAE, inputs: Tensor) -> dict[str, Tensor]:
         "features": feature_acts.features,
         "offsets": feature_acts.offsets,
         "x_hat": x_hat,
-        "train_documents": sae.train_documents,
+        "train_documents": sae.provenance.train_documents,
     }
 
 

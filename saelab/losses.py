@@ -11,7 +11,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from saelab.distributed import SINGLE_PROCESS, Ranks
-from saelab.distributed.moments import global_variance
+from saelab.distributed.collectives import global_variance
 from saelab.kernels.precision import widened
 
 

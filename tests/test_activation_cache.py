@@ -162,7 +162,7 @@ def test_statistics_are_those_of_the_stored_rows(cache):
 
 
 def test_packed_contexts_are_cut_into_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(layout, "SEQUENCES_PER_FILE", 6)
+    monkeypatch.setattr(layout, "CONTEXTS_PER_FILE", 6)
     cache = make_cache(tmp_path / "cache", n_sequences=15)
     assert [known["sequences"] for known in cache.manifest["tokens"]] == [6, 6, 3]
     assert cache.tokens()[0].flatten().tolist() == list(range(15 * CTX))

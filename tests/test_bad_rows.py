@@ -7,6 +7,7 @@ from tiny_saes import build, config_of, rows
 
 from saelab.errors import TrainingError
 from saelab.saes import VARIANTS, Batch
+from saelab.saes.provenance import Provenance
 from saelab.training import TrainConfig, train
 
 TRAIN = TrainConfig(n_tokens=32 * 6, batch_size=32, device="cpu")
@@ -17,7 +18,7 @@ NORMALIZE = ("center_and_scale", "scale", "none")
 @pytest.mark.parametrize("name", VARIANTS)
 def test_no_variant_encodes_rows_that_are_not_finite(name, value):
     sae, x = build(name), rows(20)
-    sae.origin["hook_name"] = "blocks.1.hook_resid_post"
+    sae.provenance = Provenance(origin={"hook_name": "blocks.1.hook_resid_post"})
     x[[3, 11], 5] = value
     for call in (sae, sae.encode):
         with pytest.raises(ValueError, match=r"2 of 20 activations of blocks.1.hook_resid_post .* first is row 3"):

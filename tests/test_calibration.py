@@ -46,7 +46,7 @@ def test_l0_on_fresh_rows(variant, normalize):
     sae = train(config, planted(64 * 2048), TRAIN, progress=False)
     fresh = planted(8192, seed=7)
     assert sae.encode(fresh).nnz / len(fresh) == pytest.approx(L0, rel=0.02)
-    assert sae.trained["calibration"] == {"n_rows": 8192, "kept_out": True}
+    assert sae.provenance.trained["calibration"] == {"n_rows": 8192, "kept_out": True}
 
 
 def iterator_of(x):
@@ -67,7 +67,7 @@ def iterator_of(x):
 @pytest.mark.parametrize("variant", ["batch_topk", "feature_choice"])
 def test_every_kind_of_data_gives_rows(variant, given, n_rows, is_kept_out):
     sae = train(config_of(variant), given(planted(64 * 512)), TRAIN, progress=False)
-    assert sae.trained["calibration"] == {"n_rows": n_rows, "kept_out": is_kept_out}
+    assert sae.provenance.trained["calibration"] == {"n_rows": n_rows, "kept_out": is_kept_out}
     fresh = planted(8192, seed=7)
     assert sae.encode(fresh).nnz / len(fresh) == pytest.approx(L0, rel=0.08)
 
@@ -77,7 +77,7 @@ def test_what_selects_exactly_or_is_held_by_its_controller_is_left_as_it_is(vari
     config = saelab.VARIANTS[variant].Config(d_sae=64)
     sae = train(config, planted(300), TrainConfig(n_tokens=64 * 3, batch_size=64, device="cpu"), progress=False)
     before = {name: value.clone() for name, value in sae.state_dict().items()}
-    assert not sae.calibrate(planted(300)) and sae.trained["calibration"] is None
+    assert not sae.calibrate(planted(300)) and sae.provenance.trained["calibration"] is None
     torch.testing.assert_close(sae.state_dict(), before, rtol=0, atol=0)
 
 

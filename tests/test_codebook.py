@@ -317,10 +317,10 @@ def test_training_lowers_the_fvu_and_a_resume_is_bit_for_bit(tmp_path, revive, m
             raise stop
         step(self, batch)
 
-    monkeypatch.setattr(Run, "train_on", until_twelve)
+    monkeypatch.setattr(Run, "train_step", until_twelve)
     with pytest.raises(RuntimeError, match="stopped"):
         saelab.train(config, x, train, tmp_path / "cut", progress=False)
-    monkeypatch.setattr(Run, "train_on", step)
+    monkeypatch.setattr(Run, "train_step", step)
     again = saelab.train(config, x, train, tmp_path / "cut", progress=False)
     assert again.hash == whole.hash  # pyright: ignore[reportAttributeAccessIssue]
     assert saelab.load_sae(tmp_path / "cut").hash == again.hash  # pyright: ignore[reportAttributeAccessIssue]
@@ -593,7 +593,7 @@ def test_load_refuses_what_does_not_fit(tmp_path, tiny_folder, own_lm):
 
 def test_attached_functions_run_in_order(tiny_lm):
     seen: list[int] = []
-    handles = [h for i in range(3) for h in attach(tiny_lm.backend.sites[MLP], lambda x, i=i: seen.append(i))]
+    handles = [h for i in range(3) for h in attach(tiny_lm.backend.hook_places[MLP], lambda x, i=i: seen.append(i))]
     tiny_lm.logits(PROMPT)
     for handle in handles:
         handle.remove()

@@ -23,7 +23,8 @@ from saelab.saes import (
     StepInfo,
     TopKConfig,
 )
-from saelab.saes.hooks_used import HooksUsed, choose_hooks, hooks_of
+from saelab.saes.hooks_used import HooksUsed
+from saelab.saes.trained_hooks import hooks_of
 from saelab.training import TrainConfig, train
 from saelab.training.adam import Adam
 
@@ -318,8 +319,8 @@ def test_sources_come_from_the_hooks_of_a_cache_in_the_order_asked_for(tmp_path)
         saes = train(configs, cache, options, hook_name="q", progress=False)
     assert [sae.shape for sae in saes] == [{"n_sources": 3}, {"n_sources": 2}, {}]
     assert [str(hooks_of(sae)) for sae in saes] == ["p, q, r", "r, p", "q"]
-    assert saes[0].origin["hook_names"] == ["p", "q", "r"] and "hook_names" not in saes[2].origin
-    assert saes[1].origin["mask"]["max_norm"] == {"r": 10.0, "p": 10.0}
+    assert saes[0].provenance.origin["hook_names"] == ["p", "q", "r"] and "hook_names" not in saes[2].provenance.origin
+    assert saes[1].provenance.origin["mask"]["max_norm"] == {"r": 10.0, "p": 10.0}
     expected = next(cache.batches(32, seed=0, hook_name="r"))
     assert seen[0].x.shape == (32, 3, 4) and torch.equal(seen[1].x[:, 0], expected) and seen[0].y is seen[0].x
     stats = cache.stats("p")
@@ -352,7 +353,7 @@ def test_data_that_does_not_fit_is_explained(config, data, says):
 
 def test_hooks_that_are_not_there_are_named():
     with pytest.raises(ValueError, match="hook_names='z' is not in the cache, which holds p, q"):
-        choose_hooks(CrosscoderConfig(8, 2, hook_names=("p", "z")), ["p", "q"])
+        CrosscoderSAE.hooks(CrosscoderConfig(8, 2, hook_names=("p", "z")), ["p", "q"])
 
 
 def test_sites_given_must_be_as_many_as_sources():

@@ -7,7 +7,7 @@ import torch
 from tiny_saes import config_of
 
 from saelab.saes import VARIANTS, CrosscoderConfig, JumpReLUConfig, ReLUConfig, TopKConfig
-from saelab.saes.base import RULES
+from saelab.saes.step import RULES
 from saelab.training import TrainConfig
 from saelab.training.data import open_data
 from saelab.training.dead_features import dead_window

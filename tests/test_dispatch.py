@@ -1,9 +1,12 @@
 """Which code runs, and that the Triton path gives what the PyTorch path gives, through every public op."""
 
 import ast
+import importlib
+import inspect
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -123,6 +126,29 @@ def test_reference_covers_the_whole_path(name, monkeypatch):
 def test_every_primitive_has_a_reference():
     primitives = dispatch._load("reference")
     assert {op.__module__ for op in primitives[1:]} == {"saelab.kernels.reference.primitives"}
+
+
+def parameters(function: Any) -> list[tuple[str, Any]]:
+    return [(p.name, p.default) for p in inspect.signature(function).parameters.values() if p.name != "global_pairs"]
+
+
+@pytest.mark.parametrize(
+    "op", [encode_topk, encode_batch_topk, encode_feature_topk, encode_threshold, decode, jump_relu]
+)
+def test_every_op_has_a_reference_of_its_signature(op):
+    name = op.__name__
+    reference = getattr(importlib.import_module(f"saelab.kernels.reference.{name}"), name)
+    assert parameters(reference) == parameters(op)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_every_backend_has_the_signatures_of_the_primitives(backend):
+    """What a backend adds to the shared signature has a default, and only that backend's own files give it."""
+    want, have = dispatch._load("reference")._asdict(), dispatch._load(backend)._asdict()
+    for name in want.keys() - {"name", "Screen"}:
+        plain, own = parameters(want[name]), parameters(have[name])
+        assert own[: len(plain)] == plain, name
+        assert all(default is not inspect.Parameter.empty for _, default in own[len(plain) :]), name
 
 
 def test_every_triton_kernel_is_launched_under_the_device_guard():

@@ -8,7 +8,7 @@ from saelab.kernels.encode_threshold import encode_threshold
 from saelab.kernels.encode_topk import encode_topk
 from saelab.kernels.reference.encode_batch_topk import encode_batch_topk as batch_reference
 from saelab.kernels.reference.encode_feature_topk import encode_feature_topk as feature_reference
-from saelab.kernels.selection_log import LOG
+from saelab.kernels.selection_log import log_selections
 
 batch_topk, feature_topk = encode_batch_topk.encode_batch_topk, encode_feature_topk.encode_feature_topk
 SHAPES = [(1, 1, 1, 1), (7, 5, 13, 3), (33, 24, 257, 31), (5, 16, 40, 40), (64, 96, 1024, 8), (3, 3, 11, 10)]
@@ -59,16 +59,16 @@ def test_a_floor_that_was_too_high_is_noticed(module, monkeypatch):
         return made._replace(margin=made.margin - 1.0, sizes=(made.sizes[0] - 1.0, made.sizes[1]))
 
     monkeypatch.setattr(module, "build_operands", narrow)
-    LOG.reset()
-    if module is encode_batch_topk:
-        check(batch_topk(x, W_enc, b_enc, 400), batch_reference(x.double(), W_enc.double(), b_enc.double(), 400))
-        assert LOG.recomputed == 80 and LOG.certified == 0
-    else:
-        monkeypatch.setattr(module, "build_operands", lambda *a: Shifted(build(*a)))
-        places = torch.full((640,), 5)
-        got = feature_topk(x, W_enc, b_enc, places)
-        check(got, feature_reference(x.double(), W_enc.double(), b_enc.double(), places))
-        assert LOG.recomputed > 300
+    with log_selections() as log:
+        if module is encode_batch_topk:
+            check(batch_topk(x, W_enc, b_enc, 400), batch_reference(x.double(), W_enc.double(), b_enc.double(), 400))
+            assert log.recomputed == 80 and log.certified == 0
+        else:
+            monkeypatch.setattr(module, "build_operands", lambda *a: Shifted(build(*a)))
+            places = torch.full((640,), 5)
+            got = feature_topk(x, W_enc, b_enc, places)
+            check(got, feature_reference(x.double(), W_enc.double(), b_enc.double(), places))
+            assert log.recomputed > 300
 
 
 class Shifted:

@@ -7,7 +7,7 @@ from saelab.kernels import candidates, rounding
 from saelab.kernels import encode_topk as module
 from saelab.kernels.encode_topk import encode_topk
 from saelab.kernels.reference.encode_topk import encode_topk as reference
-from saelab.kernels.selection_log import LOG
+from saelab.kernels.selection_log import log_selections
 from saelab.kernels.torch_backend import screen
 from saelab.kernels.workspace import WORKSPACE
 
@@ -70,12 +70,12 @@ def screen_dtype(request, monkeypatch):
 def test_every_screen_and_score_matches_float64(screen_dtype, score, batch, d_in, d_sae, k):
     x, W_enc, b_enc = make(batch, d_in, d_sae, torch.float32, seed=3)
     norms = torch.linspace(0.2, 3.0, d_sae) if score == "decoder_norm" else None
-    LOG.reset()
-    got = encode_topk(x, W_enc, b_enc, k, score, norms)
+    with log_selections() as log:
+        got = encode_topk(x, W_enc, b_enc, k, score, norms)
     want = reference(x.double(), W_enc.double(), b_enc.double(), k, score, None if norms is None else norms.double())
     torch.testing.assert_close(got.to_dense().double(), want, rtol=1e-5, atol=1e-5)
     assert torch.equal(got.to_dense() != 0, want != 0)
-    assert LOG.rows == batch == LOG.certified + LOG.recomputed
+    assert log.rows == batch == log.certified + log.recomputed
 
 
 def test_rows_without_certificate_are_selected_again(screen_dtype, monkeypatch):
@@ -85,9 +85,9 @@ def test_rows_without_certificate_are_selected_again(screen_dtype, monkeypatch):
     build = module.build_operands
     narrow = lambda *a: (made := build(*a))._replace(margin=made.margin - 0.5)  # noqa: E731
     monkeypatch.setattr(module, "build_operands", narrow)
-    LOG.reset()
-    got = encode_topk(x, W_enc, b_enc, 5)
-    assert LOG.recomputed > 20 and LOG.recomputed + LOG.certified == 40
+    with log_selections() as log:
+        got = encode_topk(x, W_enc, b_enc, 5)
+    assert log.recomputed > 20 and log.recomputed + log.certified == 40
     assert torch.equal(got.to_dense() != 0, want != 0)
     torch.testing.assert_close(got.to_dense().double(), want, rtol=1e-5, atol=1e-5)
 
@@ -174,11 +174,11 @@ def test_chunks_of_rows_and_blocks_of_features_change_nothing(screen_dtype, scor
     monkeypatch.setattr(screen, "_ROWS", 8)
     monkeypatch.setattr(screen, "_BLOCK", 64)
     monkeypatch.setattr(screen, "_MEMBERS", 4)
-    LOG.reset()
-    got = encode_topk(x, W_enc, b_enc, k, score)
+    with log_selections() as log:
+        got = encode_topk(x, W_enc, b_enc, k, score)
     assert torch.equal(got.values, want.values) and torch.equal(got.features, want.features)
-    assert torch.equal(got.offsets, want.offsets) and LOG.rows == 50
-    assert k > 10 or LOG.candidates < 50 * d_sae / 3  # what only the first, low floors let through is dropped
+    assert torch.equal(got.offsets, want.offsets) and log.rows == 50
+    assert k > 10 or log.candidates < 50 * d_sae / 3  # what only the first, low floors let through is dropped
 
 
 def test_each_block_has_its_own_maxima(screen_dtype, monkeypatch):
@@ -196,10 +196,10 @@ def test_the_floor_of_all_blocks_is_that_of_their_best(screen_dtype, monkeypatch
     x, W_enc = torch.ones(3, 1), torch.arange(1.0, 513.0)[:, None]
     monkeypatch.setattr(screen, "_BUFFER_BYTES", 1)
     monkeypatch.setattr(screen, "_BLOCK", 64)
-    LOG.reset()
-    acts = encode_topk(x, W_enc, torch.zeros(512), 5)
+    with log_selections() as log:
+        acts = encode_topk(x, W_enc, torch.zeros(512), 5)
     assert acts.features.tolist() == [507, 508, 509, 510, 511] * 3
-    assert LOG.candidates <= 3 * 20
+    assert log.candidates <= 3 * 20
 
 
 def test_gradients_of_every_input():

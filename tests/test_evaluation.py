@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -169,7 +170,9 @@ def test_a_saved_report_answers_the_same_request_only(tiny_lm, tmp_path, monkeyp
 
 def test_a_training_document_is_refused_by_count(tiny_lm):
     sae = rebuilder(32)
-    sae.train_documents = torch.tensor([document_id(TEXTS[2]), document_id(TEXTS[5]), 7])
+    sae.provenance = replace(
+        sae.provenance, train_documents=torch.tensor([document_id(TEXTS[2]), document_id(TEXTS[5]), 7])
+    )
     with pytest.raises(ValueError, match=rf"2 of {len(TEXTS)} documents .*allow_train"):
         measure(sae, tiny_lm)
     assert measure(sae, tiny_lm, allow_train=True).n_tokens > 0

@@ -63,7 +63,7 @@ def test_a_row_for_each_variant_l0_and_seed(run, rows):
         assert row["l0_as_asked"] == (abs(row["l0"] - row["target_l0"]) <= 0.05 * row["target_l0"])
         sae = load_sae(run / "family" / row["folder"])
         assert (sae.variant, sae.config.k, sae.d_sae) == (row["variant"], row["target_l0"], 48)
-        assert sae.trained["train"]["seed"] == str(row["seed"])
+        assert sae.provenance.trained["train"]["seed"] == str(row["seed"])
     assert len({row["fvu"] for row in rows if row["variant"] == "topk"}) == 4
     assert len(find_saes(run / "family" / "seed-0")) == 5
     assert all(found.report_path.exists() for found in find_saes(run / "family" / "seed-1"))

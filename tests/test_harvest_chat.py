@@ -117,7 +117,7 @@ def test_an_sae_of_conversations_is_measured_on_conversations(cache, tiny_lm, tm
     sae = saelab.load_sae(tmp_path / "sae")
     report = saelab.evaluate(sae, tiny_lm, n_tokens_ce=300, progress=False)
     assert report.split == "held_out" and report.fvu is not None and 0 < report.fvu < 1.5
-    held_out = list(load_texts(sae.origin["texts"], chat=tiny_lm).documents("held_out"))
+    held_out = list(load_texts(sae.provenance.origin["texts"], chat=tiny_lm).documents("held_out"))
     n_tokens = sum(min(48, len(tiny_lm.tokenizer(text).input_ids)) for text in held_out)
     assert report.fvu_special is not None and report.n_masked["special"] == len(held_out)  # the assistant's <s>
     assert report.n_masked["position"] == len(held_out) and report.n_tokens + sum(report.n_masked.values()) == n_tokens

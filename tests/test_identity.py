@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -92,7 +93,7 @@ def in_place(lm, what: str) -> None:
 
 def scored_sae(bos):
     sae = TopKSAE(TopKConfig(16, 2, normalize="none"), 32)
-    sae.origin = {"prepend_bos": bos}
+    sae.provenance = replace(sae.provenance, origin={"prepend_bos": bos})
     return sae
 
 
@@ -244,7 +245,7 @@ def test_the_merges_of_a_tokenizer_that_only_python_runs_count(tmp_path):
 
 def test_another_tokenizer_than_the_sae_was_trained_with_is_named(tiny_lm, tmp_path):
     sae = train(tiny_lm, tmp_path / "sae")
-    assert sae.origin["tokenizer_hash"] == tiny_lm.tokenizer_hash
+    assert sae.provenance.origin["tokenizer_hash"] == tiny_lm.tokenizer_hash
     other = saelab.load_model(tiny_lm.model, other_tokenizer())
     with pytest.warns(UserWarning) as warned:
         saelab.evaluate(sae, other, ["The weather"] * 4, n_tokens_ce=16, progress=False)

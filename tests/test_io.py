@@ -1,6 +1,7 @@
 """`save_sae` and `load_sae`: bit-equal round trip, and refusal of whatever was altered, cut or is too new."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,9 +23,11 @@ def build(name="topk"):
             sae.W_dec.add_(torch.randn(sae.W_dec.shape, generator=torch.Generator().manual_seed(1)))
         # sets the threshold of those that have one
         sae.loss(Batch(x, x), StepInfo(torch.zeros(48, dtype=torch.bool), 10, 100))
-    sae.origin = {"hook_name": "blocks.1.hook_resid_post", "mask": {"max_norm": 12.5}}
-    sae.trained = {"n_tokens": 5}
-    sae.train_documents = torch.tensor([3, -9])
+    sae.provenance = replace(
+        sae.provenance, origin={"hook_name": "blocks.1.hook_resid_post", "mask": {"max_norm": 12.5}}
+    )
+    sae.provenance = replace(sae.provenance, trained={"n_tokens": 5})
+    sae.provenance = replace(sae.provenance, train_documents=torch.tensor([3, -9]))
     return sae, x
 
 
@@ -34,8 +37,8 @@ def test_round_trip_is_bit_equal(tmp_path, name):
     save_sae(sae, tmp_path / "sae", golden_inputs=x)
     back = load_sae(tmp_path / "sae")
     assert back.hash == sae.hash and back.config == sae.config and type(back) is type(sae)
-    assert back.origin == sae.origin and back.trained == sae.trained
-    assert torch.equal(back.train_documents, sae.train_documents)
+    assert back.provenance.origin == sae.provenance.origin and back.provenance.trained == sae.provenance.trained
+    assert torch.equal(back.provenance.train_documents, sae.provenance.train_documents)
     a, b = sae.encode(x), back.encode(x)
     assert torch.equal(a.values, b.values) and torch.equal(a.features, b.features)
     assert torch.equal(sae.decode(a), back.decode(b))

@@ -141,7 +141,7 @@ def test_it_goes_on_from_a_checkpoint_with_the_same_bits(tmp_path, monkeypatch, 
         real(self, rows)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(sae_run.Run, "train_on", stops)
+        patch.setattr(sae_run.Run, "train_step", stops)
         train(config, x, small, tmp_path / "cut", progress=False)
     assert train(config, x, small, tmp_path / "cut", progress=False).hash == whole.hash
     assert metrics(tmp_path / "cut")[-1]["coefficient"] == metrics(tmp_path / "whole")[-1]["coefficient"]

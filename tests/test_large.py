@@ -54,7 +54,7 @@ def test_a_bench_that_was_stopped_goes_on_to_the_same_rows(tmp_path, monkeypatch
         real(self, rows)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(sae_run.Run, "train_on", stop)
+        patch.setattr(sae_run.Run, "train_step", stop)
         run_large(TINY, tmp_path / "cut", every=2048, progress=False, say=said.append)
     assert len(json.loads((tmp_path / "cut" / "large.json").read_text())["rows"]) == 4
     assert run_large(TINY, tmp_path / "cut", every=2048, progress=False, say=said.append) == whole

@@ -11,7 +11,7 @@ from saelab.activation_cache import layout
 from saelab.activation_cache.reader import ActivationCache
 from saelab.models import load_model
 from saelab.models.multi_model import ModelsTogether, hook_keys, locate, together
-from saelab.saes.hooks_used import hooks_of
+from saelab.saes.trained_hooks import hooks_of
 from saelab.steering import FeatureHandle
 
 HOOK = "blocks.1.hook_resid_post"
@@ -109,15 +109,18 @@ def test_origins_name_the_model_of_each_hook(cache, tiny_lm, other_lm):
 def test_an_sae_of_one_of_the_models_knows_it_by_itself(cache, other_lm, tiny_lm):
     config = saelab.TrainConfig(n_tokens=2000, batch_size=200, checkpoint_every=0)
     sae = saelab.train(saelab.saes.TopKConfig(64, 8), cache, config, hook_name=B, progress=False)
-    assert sae.origin["hook_name"] == HOOK and sae.origin["model"]["hash"] == other_lm.hash
-    assert "models" not in sae.origin
+    assert sae.provenance.origin["hook_name"] == HOOK and sae.provenance.origin["model"]["hash"] == other_lm.hash
+    assert "models" not in sae.provenance.origin
     assert saelab.evaluate(sae, other_lm, n_tokens_ce=0, progress=False).hook_name == HOOK
     with pytest.warns(UserWarning, match="other weights"):
         saelab.evaluate(sae, tiny_lm, n_tokens_ce=0, progress=False)
 
 
 def test_a_crosscoder_of_two_models_is_measured(sae, tiny_lm, other_lm, cache):
-    assert sae.origin["hook_names"] == [A, B] and list(sae.origin["models"]) == ["tiny-llama", "other"]
+    assert sae.provenance.origin["hook_names"] == [A, B] and list(sae.provenance.origin["models"]) == [
+        "tiny-llama",
+        "other",
+    ]
     report = saelab.evaluate(sae, [tiny_lm, other_lm], n_tokens_ce=300, progress=False)
     assert report.hook_name == f"{A}, {B}" and report.split == "held_out"
     assert report.fvu is not None and report.fvu < 0.9 and report.mask["max_norm"] == cache.manifest["max_norm"]
@@ -128,7 +131,7 @@ def test_a_crosscoder_of_two_models_is_measured(sae, tiny_lm, other_lm, cache):
 
 
 def _own(sae):
-    return saelab.load_texts(sae.origin["texts"])
+    return saelab.load_texts(sae.provenance.origin["texts"])
 
 
 def _rebuilder():

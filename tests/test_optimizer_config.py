@@ -101,7 +101,7 @@ def test_a_resume_gives_the_same_bits(tmp_path, monkeypatch, config, parts):
         real(self, batch)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Run, "train_on", stop)
+        patch.setattr(Run, "train_step", stop)
         train(config, rows(), training, tmp_path / "cut", progress=False)
     assert train(config, rows(), training, tmp_path / "cut", progress=False).hash == whole.hash
 

@@ -287,7 +287,7 @@ def test_every_road_begins_as_the_tokenizer_does_and_ends_open(tmp_path, tiny_lm
         assert other.tokens()[0][:, : len(begins)].unique().tolist() == begins
     config = saelab.VARIANTS["topk"].Config(d_sae=32, k=4)
     sae = saelab.train(config, cache, saelab.TrainConfig(n_tokens=640, batch_size=64), tmp_path / "sae", progress=False)
-    assert sae.origin["prepend_bos"] == recorded
+    assert sae.provenance.origin["prepend_bos"] == recorded
     store = saelab.collect_features(sae, lm, texts, out_dir=tmp_path / "store", split="held_out", progress=False)
     assert store.manifest["prepend_bos"] == recorded
     ids = load_file(store.folder / "tokens.safetensors")["ids"]

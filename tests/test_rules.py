@@ -7,7 +7,7 @@ import torch
 
 from saelab.errors import TrainingError
 from saelab.saes import TopKConfig
-from saelab.saes.base import RULES
+from saelab.saes.step import RULES
 from saelab.training import TrainConfig, train
 
 CONFIG = TopKConfig(d_sae=16, k=2)

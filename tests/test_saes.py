@@ -10,9 +10,11 @@ from saelab.io import load_sae
 from saelab.kernels.encode_batch_topk import encode_batch_topk
 from saelab.kernels.encode_topk import encode_topk
 from saelab.kernels.reference.encode_topk import encode_topk as topk_reference
-from saelab.saes import VARIANTS, Batch, ReLUConfig, ReLUSAE, StepInfo, TopKConfig, TopKSAE
+from saelab.kernels.sparse_acts import SparseActs
+from saelab.saes import SAE, VARIANTS, Batch, ReLUConfig, ReLUSAE, SkipTranscoderSAE, StepInfo, TopKConfig, TopKSAE
 from saelab.training import TrainConfig
 from saelab.training.data import open_data
+from saelab.training.feature_shards import SHARDS
 from saelab.training.sae_run import Run
 
 NOT_THE_SLOPE = {"jumprelu": {"log_threshold"}, "gated": {"W_dec", "b_dec"}}
@@ -33,13 +35,47 @@ def test_names_agree(name):
     assert VARIANTS[name].Config.__name__.removesuffix("Config") == VARIANTS[name].__name__.removesuffix("SAE")
 
 
+def overridden(variant: type[SAE]) -> set[str]:
+    """`CLASS.member` for each member of a base class that the variant, or a class between the two, defines again."""
+    classes = [one for one in variant.__mro__ if issubclass(one, SAE)]
+    found = set()
+    for i, base in enumerate(classes[1:], 1):
+        again = {name for one in classes[:i] for name in vars(one)} & set(vars(base))
+        plain = {name for name in again if not name.startswith("_") and name != "extension_points"}
+        found |= {f"{base.__name__}.{name}" for name in plain - base.extension_points}
+    return found
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS.values(), *SHARDS.values()], ids=lambda variant: variant.__name__)
+def test_a_variant_overrides_extension_points_alone(variant):
+    assert not overridden(variant)
+
+
+def test_another_override_is_found():
+    class Odd(TopKSAE):
+        def encode(self, x: Any) -> SparseActs:
+            return super().encode(x)
+
+    assert overridden(Odd) == {"SAE.encode"}
+
+
+def test_every_extension_point_exists_and_is_used():
+    variants = [*VARIANTS.values(), *SHARDS.values()]
+    bases = {one for variant in variants for one in variant.__mro__ if issubclass(one, SAE)}
+    named = set().union(*(base.extension_points for base in bases))
+    assert not {name for name in named if sum(name in vars(base) for base in bases) < (1 if name == "variant" else 2)}
+
+
 @every
 @pytest.mark.parametrize("n", [0, 1, 7])
 def test_forward_is_decode_of_encode(name, n):
     sae, x = build(name), rows(n)
+    if isinstance(sae, SkipTranscoderSAE):
+        torch.nn.init.normal_(sae.W_skip, generator=torch.Generator().manual_seed(0))
     output, acts = sae(x), sae.encode(x)
     assert output.x_hat.shape == (n, D_IN) and acts.batch == n and acts.d_sae == D_SAE
-    assert torch.equal(output.x_hat, sae.decode(acts))
+    skipped = sae.skip(x) if isinstance(sae, SkipTranscoderSAE) else 0.0
+    assert torch.equal(output.x_hat, sae.decode(acts) + skipped)
     assert bool((acts.values != 0).all())
 
 
@@ -201,7 +237,7 @@ def test_main_loss_leaves_dropped_features_alone():
     loss = sae.loss(Batch(x, x + 1), info())
     loss.terms["fvu"].backward()
     fired = torch.zeros(D_SAE, dtype=torch.bool)
-    fired[loss.acts.features] = True
+    fired[loss.feature_acts.features] = True
     assert torch.equal(gradient(sae.W_enc).abs().sum(1) > 0, fired)
 
 

@@ -52,7 +52,7 @@ def test_e5_rows_columns_and_totals_add_up():
     codes = {name: selected(name, x, sae) != 0 for name, sae in saes.items()}
     assert codes["topk"].sum(1).tolist() == [4] * 64
     assert int(codes["batch_topk"].sum()) == 4 * 64 and len(set(codes["batch_topk"].sum(1).tolist())) > 1
-    assert torch.equal(codes["feature_choice"].sum(0), saes["feature_choice"].places(64))
+    assert torch.equal(codes["feature_choice"].sum(0), saes["feature_choice"].capacity(64))
     assert int(codes["feature_choice"].sum()) == 4 * 64
 
 
@@ -187,7 +187,7 @@ def test_feature_choice_moves_from_mutual_choice_to_its_budgets():
     mutual = selected("mutual_choice", x, like)
     assert torch.equal(selected("feature_choice", x, sae, step=10), mutual)
     at_end = (selected("feature_choice", x, sae, step=80) != 0).sum(0)
-    assert torch.equal(at_end, sae.places(64))
+    assert torch.equal(at_end, sae.capacity(64))
     between = (selected("feature_choice", x, sae, step=62) != 0).sum(0)
     assert not torch.equal(between, at_end) and not torch.equal(between, (mutual != 0).sum(0))
 
@@ -210,7 +210,7 @@ def test_e16_matryoshka_of_one_group_is_batch_topk_with_half_the_weight():
     matryoshka, batch_topk = build("matryoshka", group_fractions=(1.0,)), build("batch_topk")
     x = rows(32)
     one, other = (sae.loss(Batch(x, x), info()) for sae in (matryoshka, batch_topk))
-    assert torch.equal(one.acts.to_dense(), other.acts.to_dense())
+    assert torch.equal(one.feature_acts.to_dense(), other.feature_acts.to_dense())
     torch.testing.assert_close(one.terms["fvu"], other.terms["fvu"])
     normal = batch_topk.normalize(x)
     without = (normal - batch_topk.b_dec).square().sum() / (normal - normal.mean(0)).square().sum()
@@ -245,7 +245,7 @@ def test_multi_topk_adds_an_eighth_of_the_fvu_of_four_k():
     more.load_state_dict(sae.state_dict())
     wide = more.loss(Batch(x, x), info())
     torch.testing.assert_close(loss.total, loss.terms["fvu"] + wide.terms["fvu"] / 8)
-    assert loss.acts.counts.max().item() == 5
+    assert loss.feature_acts.counts.max().item() == 5
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ The AbsTopK SAE here has one feature for each pattern. Its bias says which: all 
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,7 +46,7 @@ OLD = Path(__file__).with_name("first_version") / "finished"
 def world(tiny_lm, tmp_path_factory):
     """The SAE, its store in a run, and all feature activations of the same pass, dense."""
     sae = AbsTopKSAE(AbsTopKConfig(d_sae=5, k=4, normalize="none"), 32, seed=1)
-    sae.origin = {"hook_name": HOOK, "ctx_len": 32}
+    sae.provenance = replace(sae.provenance, origin={"hook_name": HOOK, "ctx_len": 32})
     rows = torch.cat([acts[keep] for _, acts, keep in _stream(sae, tiny_lm)])
     with torch.no_grad():
         for i, share in enumerate(PATTERNS.values()):

@@ -69,7 +69,7 @@ def test_jumprelu_learns_without_normalisation():
     steps = TrainConfig(n_tokens=150 * 128, batch_size=128, device="cpu")
     for size in (0.02, 20.0):
         sae = started(JumpReLUConfig(D_SAE, target_l0=6.0, normalize="none"), rows(5.0, size), steps)
-        assert sae.trained["metrics"]["fvu"] < 0.6 and 3 < sae.trained["metrics"]["l0"] < 24
+        assert sae.provenance.trained["metrics"]["fvu"] < 0.6 and 3 < sae.provenance.trained["metrics"]["l0"] < 24
 
 
 def test_a_run_of_the_first_rules_starts_where_it_did():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -43,7 +44,7 @@ def sae(request, tiny_lm):
     with torch.no_grad():
         made.b_enc.copy_(torch.linspace(-0.2, 0.2, 64))
         made.b_dec.copy_(torch.linspace(-0.1, 0.3, 32))
-    made.origin = {"hook_name": HOOK}
+    made.provenance = replace(made.provenance, origin={"hook_name": HOOK})
     return made.requires_grad_(False)
 
 
@@ -355,7 +356,7 @@ def test_effect_table(tiny_lm, capsys):
     rows = tiny_lm.logit_weights()[100:164]
     with torch.no_grad():
         good.W_dec.copy_(rows / rows.norm(dim=1, keepdim=True))
-    good.origin = {"hook_name": hook}
+    good.provenance = replace(good.provenance, origin={"hook_name": hook})
     densities = [0.001] * 20 + [0.5] * 44
     table = effect_table(tiny_lm, Store(good, densities), n_features=3, n_random=4, seed=1)
     assert len(table.rows) == 3 and all(row.feature < 20 for row in table.rows) and table.failures == []
@@ -422,7 +423,7 @@ def test_a_crosscoder_is_steered_at_a_named_source(tiny_lm):
     hooks = ["blocks.0.hook_resid_post", HOOK]
     sae = CrosscoderSAE(CrosscoderConfig(8, 2), 32, n_sources=2)
     sae.set_normalization(torch.zeros(2, 32), torch.tensor([50.0, 2.0]))
-    sae.origin = {"hook_name": HOOK, "hook_names": hooks}
+    sae.provenance = replace(sae.provenance, origin={"hook_name": HOOK, "hook_names": hooks})
     x, positions = torch.ones(1, 3, 32), torch.tensor([[0, 1, 2]])
     for hook, source in ((None, 1), (hooks[0], 0), (hooks[1], 1)):
         handle = FeatureHandle(sae, 3, hook, units={"p99": 2.0})
@@ -444,7 +445,7 @@ def test_a_transcoder_is_steered_where_it_writes():
     sae.set_normalization(torch.zeros(6), 50.0, torch.zeros(4), 2.0)
     with torch.no_grad():
         sae.W_dec[3] = torch.tensor([1.0, 2, 3, 4])
-    sae.origin = {"hook_name": HOOK, "hook_name_out": "blocks.1.hook_mlp_out"}
+    sae.provenance = replace(sae.provenance, origin={"hook_name": HOOK, "hook_name_out": "blocks.1.hook_mlp_out"})
     edit = FeatureHandle(sae, 3).add(2.0, "raw")
     assert edit.hook_name == "blocks.1.hook_mlp_out" and edit.d_in == 4
     moved = edit.apply(torch.zeros(1, 2, 4), torch.tensor([[0, 1]]))
@@ -454,10 +455,10 @@ def test_a_transcoder_is_steered_where_it_writes():
 @pytest.mark.parametrize("kind", ["crosscoder", "transcoder"])
 def test_what_needs_the_code_is_refused_where_a_hook_does_not_tell_it(kind):
     sae = CrosscoderSAE(CrosscoderConfig(8, 2), 4, n_sources=2)
-    sae.origin = {"hook_name": HOOK, "hook_names": ["a", HOOK]}
+    sae.provenance = replace(sae.provenance, origin={"hook_name": HOOK, "hook_names": ["a", HOOK]})
     if kind == "transcoder":
         sae = TranscoderSAE(TranscoderConfig(8, 2, hook_name_out="b"), 4)
-        sae.origin = {"hook_name": HOOK, "hook_name_out": "b"}
+        sae.provenance = replace(sae.provenance, origin={"hook_name": HOOK, "hook_name_out": "b"})
     handle = FeatureHandle(sae, 3)
     for edit in (handle.ablate, lambda: handle.scale(2.0), lambda: handle.clamp(1.0, "raw")):
         with pytest.raises(ValueError, match=f"this {kind} does not read off .* alone: use add"):

@@ -157,10 +157,10 @@ def test_only_documents_that_were_read_count_as_seen(tiny_lm, tmp_path):
     short = TrainConfig(n_tokens=100, batch_size=100)
     many = [*TEXTS, *(f"{text} And on." for text in TEXTS * 3)]
     sae = train(TopKConfig(48, 4), stream(tiny_lm, many, HOOK, **SIZES), short, tmp_path / "sae", progress=False)
-    seen = set(sae.train_documents.tolist())
+    seen = set(sae.provenance.train_documents.tolist())
     training = [document_id(text) for text in many if not is_held_out(text)]
     assert set(training[:5]) < seen < set(training)
-    assert load_sae(tmp_path / "sae").train_documents.tolist() == sae.train_documents.tolist()
+    assert load_sae(tmp_path / "sae").provenance.train_documents.tolist() == sae.provenance.train_documents.tolist()
     with pytest.raises(ValueError, match="trained this SAE"):
         evaluate(sae, tiny_lm, many, split="train", progress=False)
     assert evaluate(sae, tiny_lm, many, split="held_out", n_tokens=200, n_tokens_ce=64, progress=False).n_tokens > 0

@@ -98,7 +98,7 @@ def test_stopped_and_called_again_it_computes_nothing_twice(cached, rows, run, t
     measures = Mock(side_effect=measured.evaluate)
     monkeypatch.setattr(measured, "evaluate", measures)
     steps = 4 * 10  # of four SAEs; the first stop is in the second seed's training, the next at its third row
-    for owner, name, number in ((Run, "train_on", steps + 17), (measured, "evaluate", 3)):
+    for owner, name, number in ((Run, "train_step", steps + 17), (measured, "evaluate", 3)):
         with monkeypatch.context() as for_now:
             for_now.setattr(owner, name, stop_at(number, getattr(owner, name)))
             with pytest.raises(KeyboardInterrupt):
@@ -106,7 +106,7 @@ def test_stopped_and_called_again_it_computes_nothing_twice(cached, rows, run, t
     before = json.loads((run / "sweep.json").read_text(encoding="utf-8"))["rows"]
     assert len(before) == measures.call_count == 6
     with monkeypatch.context() as for_now:
-        for_now.setattr(Run, "train_on", Mock(side_effect=AssertionError("trained again")))
+        for_now.setattr(Run, "train_step", Mock(side_effect=AssertionError("trained again")))
         again = call()
     assert measures.call_count == 8 and all(row in again for row in before)
     assert [(row["folder"], row["fvu"]) for row in again] == [(row["folder"], row["fvu"]) for row in rows]
@@ -131,7 +131,7 @@ def test_longer_lists_add_to_the_table_and_other_settings_are_refused(cached, ro
 def test_other_settings_before_the_first_row_are_refused_with_the_flag_of_a_sweep(run, tiny_lm, monkeypatch):
     lists = LISTS | {"variants": ("topk",), "lr": (None,), "seeds": (0,)}
     with monkeypatch.context() as for_now, pytest.raises(KeyboardInterrupt):
-        for_now.setattr(Run, "train_on", stop_at(1, Run.train_step))
+        for_now.setattr(Run, "train_step", stop_at(1, Run.train_step))
         run_sweep(run, CONFIG, lm=tiny_lm, progress=False, **lists)
     assert not (run / "sweep.json").exists()
     with pytest.raises(SaelabError, match="n_tokens: 2000 -> 2200.* to go on, or give another --out-dir[.]$"):

@@ -101,7 +101,7 @@ def interrupt_at(monkeypatch, step):
             raise KeyboardInterrupt
         real(self, rows)
 
-    monkeypatch.setattr(sae_run.Run, "train_on", train_step)
+    monkeypatch.setattr(sae_run.Run, "train_step", train_step)
 
 
 @pytest.mark.parametrize("step", [3, 10, 27, 39])
@@ -283,7 +283,7 @@ def test_latest_is_taken_before_a_newer_file(tmp_path, monkeypatch):
 def test_a_finished_run_returns_at_once(whole, whole_hash, monkeypatch):
     from saelab.training import sae_run
 
-    monkeypatch.setattr(sae_run.Run, "train_on", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(sae_run.Run, "train_step", lambda *_: pytest.fail("trained again"))
     assert train(TOPK, planted(), SMALL, whole, progress=False).hash == whole_hash
 
 
@@ -605,7 +605,7 @@ def test_train_takes_a_train_config_for_each_sae_of_one_stream(tmp_path):
     trains = [TrainConfig(400, 40, lr=lr, warmup_steps=1, seed=3) for lr in (1e-2, 1e-3, None)]
     saes = train(configs, x, trains, tmp_path, progress=False)
     names = ["sae-topk-16-k2-lr0.01-seed3", "sae-topk-16-k2-lr0.001-seed3", "sae-batch_topk-16-k2-seed3"]
-    assert [sae.folder for sae in saes] == [tmp_path / name for name in names]
+    assert [sae.provenance.folder for sae in saes] == [tmp_path / name for name in names]
     alone = [train(config, x, one, progress=False) for config, one in zip(configs, trains, strict=True)]
     assert [sae.hash for sae in saes] == [sae.hash for sae in alone]
     for other, says in (

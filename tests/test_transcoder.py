@@ -1,6 +1,7 @@
 """Transcoders: from one site to another, with and without a linear skip."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from saelab.saes import (
     TranscoderConfig,
     TranscoderSAE,
 )
-from saelab.saes.hooks_used import choose_hooks, hooks_of
+from saelab.saes.trained_hooks import hooks_of
 from saelab.training import TrainConfig, train
 
 D_IN, D_OUT, D_SAE = 6, 4, 20
@@ -135,7 +136,7 @@ def test_with_no_feature_active_the_best_skip_is_linear_regression():
         sae.b_dec.copy_(solved[-1])
     loss = sae.loss(batch, info())
     loss.total.backward()
-    assert loss.acts.nnz == 0
+    assert loss.feature_acts.nnz == 0
     for parameter in (sae.W_skip, sae.b_dec):
         assert parameter.grad is not None and float(parameter.grad.abs().max()) < 1e-12
     with torch.no_grad():
@@ -175,14 +176,14 @@ def test_a_dead_decoder_row_grows_from_zero():
 @BOTH
 def test_saved_and_loaded(tmp_path, name):
     sae, x = build(name, hook_name_out="b"), pairs(300).x
-    sae.origin = {"hook_name": "a", "hook_name_out": "b"}
+    sae.provenance = replace(sae.provenance, origin={"hook_name": "a", "hook_name_out": "b"})
     save_sae(sae, tmp_path, golden_inputs=x)
     back = load_sae(tmp_path)
     assert back.hash == sae.hash and back.shape == {"d_out": D_OUT} and back.config == sae.config
     assert torch.equal(back(x).x_hat, sae(x).x_hat) and back(x).x_hat.shape == (300, D_OUT)
     meta = json.loads((tmp_path / "sae.json").read_text())
     assert (meta["hook_name"], meta["hook_name_out"], meta["d_in"], meta["d_out"]) == ("a", "b", D_IN, D_OUT)
-    assert back.origin == sae.origin and str(hooks_of(back)) == "a -> b"
+    assert back.provenance.origin == sae.provenance.origin and str(hooks_of(back)) == "a -> b"
 
 
 def test_wrong_widths_are_named():
@@ -227,9 +228,9 @@ def test_x_and_y_come_from_the_hooks_of_a_cache(tmp_path):
     options = TrainConfig(n_tokens=32 * 4, batch_size=32, checkpoint_every=0)
     saes = train(configs, cache, options, hook_name="p", progress=False)
     assert [str(hooks_of(sae)) for sae in saes] == ["p -> q", "p", "p"]
-    assert saes[0].origin["hook_name"] == "p" and saes[0].origin["hook_name_out"] == "q"
-    assert saes[0].origin["mask"]["max_norm"] == {"p": 10.0, "q": 10.0}
-    assert "hook_name_out" not in saes[1].origin and saes[2].origin["mask"]["max_norm"] == 10.0
+    assert saes[0].provenance.origin["hook_name"] == "p" and saes[0].provenance.origin["hook_name_out"] == "q"
+    assert saes[0].provenance.origin["mask"]["max_norm"] == {"p": 10.0, "q": 10.0}
+    assert "hook_name_out" not in saes[1].provenance.origin and saes[2].provenance.origin["mask"]["max_norm"] == 10.0
     inferred = train(configs[0], cache, options, progress=False)  # q is written, so p is read
     assert inferred.hash == saes[0].hash
     with pytest.raises(ValueError, match="hook_name_out='z' is not in the cache, which holds p, q"):
@@ -240,9 +241,9 @@ def test_x_and_y_come_from_the_hooks_of_a_cache(tmp_path):
 
 def test_which_hook_is_read_is_inferred_only_where_one_is_left():
     config = TranscoderConfig(8, 2, hook_name_out="q")
-    assert str(choose_hooks(config, ["p", "q"])) == "p -> q" and str(choose_hooks(config, ["q"])) == "q"
+    assert str(TranscoderSAE.hooks(config, ["p", "q"])) == "p -> q" and str(TranscoderSAE.hooks(config, ["q"])) == "q"
     with pytest.raises(ValueError, match="one of p, r"):
-        choose_hooks(config, ["p", "q", "r"])
+        TranscoderSAE.hooks(config, ["p", "q", "r"])
 
 
 def test_iterators_of_batches():

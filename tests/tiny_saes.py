@@ -55,4 +55,4 @@ def interrupt_before(step: int, monkeypatch: Any) -> None:
             raise KeyboardInterrupt
         real(self, rows)
 
-    monkeypatch.setattr(Run, "train_on", train_step)
+    monkeypatch.setattr(Run, "train_step", train_step)

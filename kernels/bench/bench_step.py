@@ -30,10 +30,10 @@ from saelab.kernels.bench.dense_step import DenseTopK
 from saelab.kernels.bench.rows import COLUMNS, RESULTS, append_csv, default_device, hardware, quantiles
 from saelab.kernels.dispatch import fast_bf16, without_bf16
 from saelab.kernels.reference.encode_topk import encode_topk
-from saelab.kernels.selection_log import LOG
+from saelab.kernels.selection_log import SelectionLog, log_selections
 from saelab.models.smollm2 import cache_folder
 from saelab.saes import TopKConfig, TopKSAE
-from saelab.saes.base import Batch, StepInfo
+from saelab.saes.step import Batch, StepInfo
 from saelab.training.adam import Adam
 from saelab.training.dead_features import DeadFeatures
 from saelab.training.optimizer import apply_step
@@ -146,25 +146,31 @@ def _measure(settings: Settings, d_sae: int, k: int, others: dict[str, list[str]
             x = next(batches)
             sparse.step(x)
             beside.step(x)
-        _check_codes(sparse.sae, first, k)
+        _check_selection(sparse.sae, first, k)
         beside.check_learning(first)
         if dense is not None:
             dense.step(first)
-        LOG.reset()
         times: dict[str, list[float]] = {"dense": [], "saelab": []}
-        for _ in range(settings.pairs):
-            x = next(batches)
-            times["saelab"].append(_timed(sparse.step, x))
-            if dense is not None:
-                times["dense"].append(_timed(dense.step, x))
-            beside.step(x, timed=True)
+        with log_selections() as log:
+            for _ in range(settings.pairs):
+                x = next(batches)
+                times["saelab"].append(_timed(sparse.step, x))
+                if dense is not None:
+                    times["dense"].append(_timed(dense.step, x))
+                beside.step(x, timed=True)
         ours = times.pop("saelab")
-        return _rows(settings, first.shape[1], d_sae, k, ours, times | beside.seconds())
+        return _rows(settings, first.shape[1], (d_sae, k), log, ours, times | beside.seconds())
 
 
 def _rows(
-    settings: Settings, d_in: int, d_sae: int, k: int, ours: list[float], theirs: dict[str, list[float]]
+    settings: Settings,
+    d_in: int,
+    size: tuple[int, int],
+    log: SelectionLog,
+    ours: list[float],
+    theirs: dict[str, list[float]],
 ) -> list[dict[str, Any]]:
+    d_sae, k = size
     shape = f"{settings.batch_size}x{d_in}x{d_sae}x{k}"
     base = {"op": "topk_step", "shape": shape, "dtype": _screen_of(settings), "hardware": hardware()}
     rows: list[dict[str, Any]] = []
@@ -174,11 +180,10 @@ def _rows(
             rows.append(
                 base | {"provider": provider} | quantiles(times) | ({} if name == "dense" else _ratio(times, ours))
             )
-    log = LOG.as_dict()
     selection = {
-        "margin": round(log["candidates"] / max(log["rows"], 1) - k, 1),
-        "certified": round(log["certified"] / max(log["rows"], 1), 6),
-        "recomputed": round(log["recomputed"] / max(log["rows"], 1), 6),
+        "margin": round(log.candidates / max(log.rows, 1) - k, 1),
+        "certified": round(log.certified / max(log.rows, 1), 6),
+        "recomputed": round(log.recomputed / max(log.rows, 1), 6),
     }
     rows.append(base | {"provider": "saelab"} | quantiles(ours) | selection)
     if theirs["dense"]:
@@ -197,7 +202,7 @@ def _ratio(theirs: list[float], ours: list[float]) -> dict[str, float]:
     return {"ratio": each["median"], "ratio_q20": each["q20"], "ratio_q80": each["q80"]}
 
 
-def _check_codes(sae: TopKSAE, x: Tensor, k: int) -> None:
+def _check_selection(sae: TopKSAE, x: Tensor, k: int) -> None:
     """The selection of 64 rows against float64; raises `AssertionError` on a difference beyond rounding."""
     with torch.no_grad():
         feature_acts = sae.encode(x)

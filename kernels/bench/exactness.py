@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from saelab.kernels.encode_batch_topk import encode_batch_topk
 from saelab.kernels.encode_feature_topk import encode_feature_topk
 from saelab.kernels.encode_threshold import encode_threshold
 from saelab.kernels.encode_topk import encode_topk
-from saelab.kernels.selection_log import LOG
+from saelab.kernels.selection_log import log_selections
 from saelab.kernels.sparse_acts import SparseActs
 
 GAP = 2e-6
@@ -71,30 +71,30 @@ def main(settings: Settings) -> int:
     norms = sae.W_dec.detach().norm(dim=1) * torch.linspace(0.5, 2, sae.d_sae)
     counts: dict[str, Count] = {}
     threshold = 0.0
-    LOG.reset()
-    for x in tqdm(_tokens(sae, settings), total=-(-settings.n_tokens // settings.batch_size), unit="batch"):
-        exact = x.double() @ weights[0].double().T + weights[1].double()
-        k = settings.k or sae.config.k
-        for name, signed, score in (("value", exact, "value"), ("magnitude", exact.abs(), "magnitude")):
-            _judge(counts.setdefault(f"topk {name}", Count()), encode_topk(x, *weights, k, score), signed, k)
-        scaled = exact * norms.double()
-        _judge(
-            counts.setdefault("topk decoder_norm", Count()),
-            encode_topk(x, *weights, k, "decoder_norm", norms),
-            scaled,
-            k,
-        )
-        _judge_batch(counts.setdefault("batch_topk", Count()), encode_batch_topk(x, *weights, k * len(x)), exact, k)
-        threshold = threshold or float(exact.flatten().topk(k * len(x)).values[-1])  # of the first batch, for all
-        feature_acts = encode_threshold(x, *weights, threshold)
-        _judge_threshold(counts.setdefault("threshold", Count()), feature_acts, exact, threshold)
-        m = max(1, k * len(x) // sae.d_sae)
-        capacity = torch.full((sae.d_sae,), m)
-        feature_acts = encode_feature_topk(x, *weights, capacity)
-        _judge(counts.setdefault("feature_topk", Count()), feature_acts, exact.T, m, transposed=True)
+    with log_selections() as log:
+        for x in tqdm(_tokens(sae, settings), total=-(-settings.n_tokens // settings.batch_size), unit="batch"):
+            exact = x.double() @ weights[0].double().T + weights[1].double()
+            k = settings.k or sae.config.k
+            for name, signed, score in (("value", exact, "value"), ("magnitude", exact.abs(), "magnitude")):
+                _judge(counts.setdefault(f"topk {name}", Count()), encode_topk(x, *weights, k, score), signed, k)
+            scaled = exact * norms.double()
+            _judge(
+                counts.setdefault("topk decoder_norm", Count()),
+                encode_topk(x, *weights, k, "decoder_norm", norms),
+                scaled,
+                k,
+            )
+            _judge_batch(counts.setdefault("batch_topk", Count()), encode_batch_topk(x, *weights, k * len(x)), exact, k)
+            threshold = threshold or float(exact.flatten().topk(k * len(x)).values[-1])  # of the first batch, for all
+            feature_acts = encode_threshold(x, *weights, threshold)
+            _judge_threshold(counts.setdefault("threshold", Count()), feature_acts, exact, threshold)
+            m = max(1, k * len(x) // sae.d_sae)
+            capacity = torch.full((sae.d_sae,), m)
+            feature_acts = encode_feature_topk(x, *weights, capacity)
+            _judge(counts.setdefault("feature_topk", Count()), feature_acts, exact.T, m, transposed=True)
     for name, count in counts.items():
         print(json.dumps({"selection": name, **vars(count)}))
-    print(json.dumps({"log": LOG.as_dict()}))
+    print(json.dumps({"log": asdict(log)}))
     return int(any(count.different or count.close >= 100 for count in counts.values()))
 
 

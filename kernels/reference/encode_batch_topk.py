@@ -16,9 +16,10 @@ def encode_batch_topk(
     n_kept: int,
     score: str = "value",
     norms: Float[Tensor, " d_sae"] | None = None,
+    center: Float[Tensor, " d_in"] | None = None,
 ) -> Float[Tensor, "batch d_sae"]:
     """The dense code: the batch's `n_kept` largest scores as far as positive, ties to the earlier row and lower id."""
-    pre_acts = x @ W_enc.T + b_enc
+    pre_acts = (x if center is None else x - center) @ W_enc.T + b_enc
     scores = scores_of(pre_acts, score, norms).flatten()
     kept = scores.sort(descending=True, stable=True).indices[:n_kept]
     mask = torch.zeros_like(scores, dtype=torch.bool).scatter(0, kept, True)

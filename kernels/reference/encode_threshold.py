@@ -13,7 +13,8 @@ def encode_threshold(
     b_enc: Float[Tensor, " d_sae"],
     threshold: float | Float[Tensor, ""] | Float[Tensor, " d_sae"] = 0.0,
     band: float = 0.0,
+    center: Float[Tensor, " d_in"] | None = None,
 ) -> Float[Tensor, "batch d_sae"]:
     """The dense code `(batch, d_sae)`: `u` where `u > threshold - band`, else 0."""
-    pre_acts = x @ W_enc.T + b_enc
+    pre_acts = (x if center is None else x - center) @ W_enc.T + b_enc
     return torch.where(pre_acts > threshold - band, pre_acts, 0)

@@ -14,9 +14,10 @@ def encode_topk(
     k: int,
     score: str = "value",
     norms: Float[Tensor, " d_sae"] | None = None,
+    center: Float[Tensor, " d_in"] | None = None,
 ) -> Float[Tensor, "batch d_sae"]:
     """The dense code `(batch, d_sae)`: each row's k largest scores as far as positive, ties to the lowest id."""
-    pre_acts = x @ W_enc.T + b_enc
+    pre_acts = (x if center is None else x - center) @ W_enc.T + b_enc
     scores = scores_of(pre_acts, score, norms)
     kept = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
     mask = torch.zeros_like(pre_acts, dtype=torch.bool).scatter(1, kept, True)

@@ -5,13 +5,17 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
+from saelab.kernels.sparse_acts import SparseActs
+
 
 def jump_relu(
-    u: Float[Tensor, " nnz"], theta: Float[Tensor, " nnz"], bandwidth: float, ste_to_input: bool = False
-) -> tuple[Float[Tensor, " nnz"], Float[Tensor, " nnz"]]:
-    """`u H(u - theta)` and `H(u - theta)` of pairs; in the window H has the slope 1 / bandwidth in `u - theta`."""
+    feature_acts: SparseActs, theta: Float[Tensor, " d_sae"], bandwidth: float, ste_to_input: bool = False
+) -> tuple[SparseActs, Float[Tensor, " nnz"]]:
+    """`u H(u - theta)` and `H(u - theta)` of the pairs u = `feature_acts`; inside the window
+    H has slope 1 / bandwidth in `u - theta`."""
+    u, theta = feature_acts.values, theta[feature_acts.features]
     on = (u > theta).to(u.dtype)
     window = ((u - theta).abs() < bandwidth / 2).to(u.dtype) / bandwidth
     distance = (u if ste_to_input else u.detach()) - theta
     slope = window * (distance - distance.detach())  # 0, with a gradient
-    return u * on + theta.detach() * slope, on + slope
+    return feature_acts.with_values(u * on + theta.detach() * slope), on + slope

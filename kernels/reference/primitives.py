@@ -6,8 +6,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saelab.kernels.reference.sddmm import sddmm as product_at
-from saelab.kernels.reference.spmm_transposed import spmm_transposed as dense_gradients
 from saelab.kernels.sparse_acts import SparseActs
 
 
@@ -25,27 +23,27 @@ def rows_at_once(n_columns: int, dtype: torch.dtype) -> int:
 
 def sddmm(x: Tensor, W: Tensor, features: Tensor, offsets: Tensor) -> Tensor:
     """`<x[row], W[feature]>` at the pairs."""
-    return product_at(x, W, torch.repeat_interleave(offsets.diff()), features)
+    return (x[torch.repeat_interleave(offsets.diff())] * W[features]).sum(1)
 
 
-def spmm(values: Tensor, rows: Tensor, offsets: Tensor, W: Tensor) -> Tensor:
+def spmm(values: Tensor, features: Tensor, offsets: Tensor, W: Tensor) -> Tensor:
     """A dense matrix of the weights, times W."""
     dense = values.new_zeros(len(offsets) - 1, len(W))
-    dense.index_put_((torch.repeat_interleave(offsets.diff()), rows), values, accumulate=True)
+    dense.index_put_((torch.repeat_interleave(offsets.diff()), features), values, accumulate=True)
     return dense @ W
 
 
 def spmm_residual(
-    values: Tensor, rows: Tensor, offsets: Tensor, W: Tensor, bias: Tensor | None, target: Tensor
+    values: Tensor, features: Tensor, offsets: Tensor, W: Tensor, bias: Tensor | None, target: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`spmm + bias - target`, and its squared norm."""
-    error = spmm(values, rows, offsets, W) - target + (0 if bias is None else bias)
+    error = spmm(values, features, offsets, W) - target + (0 if bias is None else bias)
     return error, error.square().sum()
 
 
 def spmm_transposed(feature_acts: SparseActs, values: Tensor, g: Tensor) -> Tensor:
     """`S.T @ g`."""
-    return dense_gradients(feature_acts.with_values(values).to_dense(), g)
+    return feature_acts.with_values(values).to_dense().T @ g
 
 
 def bias_gradient(feature_acts: SparseActs, values: Tensor) -> Tensor:

@@ -7,20 +7,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def spmm(values: Tensor, rows: Tensor, offsets: Tensor, W: Tensor) -> Tensor:
-    """`out[i] = sum over entries j of bag i of values[j] * W[rows[j]]`; an empty bag gives zeros.
+def spmm(values: Tensor, features: Tensor, offsets: Tensor, W: Tensor) -> Tensor:
+    """`out[i] = sum over entries j of bag i of values[j] * W[features[j]]`; an empty bag gives zeros.
 
     32-bit ids are gathered a tenth faster.
     """
-    ids = torch.int32 if rows.numel() < 2**31 else torch.int64
-    return F.embedding_bag(rows.to(ids), W, offsets[:-1].to(ids), mode="sum", per_sample_weights=values)
+    ids = torch.int32 if features.numel() < 2**31 else torch.int64
+    return F.embedding_bag(features.to(ids), W, offsets[:-1].to(ids), mode="sum", per_sample_weights=values)
 
 
 def spmm_residual(
-    values: Tensor, rows: Tensor, offsets: Tensor, W: Tensor, bias: Tensor | None, target: Tensor
+    values: Tensor, features: Tensor, offsets: Tensor, W: Tensor, bias: Tensor | None, target: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`spmm + bias - target`, and its squared norm."""
-    error = spmm(values, rows, offsets, W)
+    error = spmm(values, features, offsets, W)
     if bias is not None:
         error += bias
     error -= target

@@ -23,11 +23,11 @@ def measure(sae: SAE, lm: LanguageModel, level: int, eval_tokens: int | None, ho
     `wall_seconds` are of its own steps and its own measuring; reading is shared by all, and the model's activations on
     held-out text are in the first row's.
     """
-    assert sae.folder is not None
+    assert sae.provenance.folder is not None
     start = time.perf_counter()
-    report = evaluate(sae, lm, n_tokens=eval_tokens, progress=False, path=sae_run(sae.folder).report_path)
-    speed = statistics.median(line["tokens_per_second"] for line in read_lines(sae.folder / "metrics.jsonl"))
-    train_seconds = sae.trained["n_tokens"] / speed
+    report = evaluate(sae, lm, n_tokens=eval_tokens, progress=False, path=sae_run(sae.provenance.folder).report_path)
+    speed = statistics.median(line["tokens_per_second"] for line in read_lines(sae.provenance.folder / "metrics.jsonl"))
+    train_seconds = sae.provenance.trained["n_tokens"] / speed
     return {
         **{name: getattr(report, name) for name in MEASURES},
         "l0_as_asked": abs(report.l0 - level) <= L0_TOLERANCE * level,
@@ -35,5 +35,5 @@ def measure(sae: SAE, lm: LanguageModel, level: int, eval_tokens: int | None, ho
         "train_seconds": round(train_seconds, 1),
         "wall_seconds": round(train_seconds + time.perf_counter() - start, 1),
         "n_tokens": report.n_tokens,
-        "folder": str(sae.folder.relative_to(home)),
+        "folder": str(sae.provenance.folder.relative_to(home)),
     }

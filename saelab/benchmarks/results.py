@@ -14,7 +14,7 @@ from typing import Any
 from saelab.errors import SaelabError
 from saelab.files import atomic_write_json, atomic_write_text, locked, read_json
 from saelab.identity import ANY, differences
-from saelab.saes.base import RULES
+from saelab.saes.step import RULES
 
 Row = dict[str, Any]
 Order = Callable[[Row], Any]

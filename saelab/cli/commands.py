@@ -256,7 +256,7 @@ def _with_model(sae_dir: Path, model: str | None, dtype: str | None) -> tuple[SA
     import saelab
 
     sae = saelab.load_sae(sae_dir)
-    known = sae.origin.get("models") or {"": sae.origin.get("model", {})}
+    known = sae.provenance.origin.get("models") or {"": sae.provenance.origin.get("model", {})}
     names = [model] if model else [one.get("name") for one in known.values()]
     if None in names:
         raise ValueError("This SAE was trained on bare tensors, so it names no language model; give --model.")

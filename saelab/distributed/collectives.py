@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Bool, Num, Shaped
-from torch import Tensor
+from jaxtyping import Bool, Float, Num, Shaped
+from torch import Tensor, nn
 
 from saelab.errors import TrainingError
 
@@ -142,3 +142,45 @@ class Ranks:
 
 SINGLE_PROCESS = Ranks()
 """One process."""
+
+
+class GradientSum:
+    """Call it after the backward pass: `p.grad` of each parameter becomes the sum over the ranks.
+
+    The sums lie in one buffer, which is used again at every step. A parameter that has a gradient on no rank stays
+    without one.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
+        self.parameters, self.ranks = list(parameters), ranks
+        self._flat: Tensor | None = None
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        if self.ranks.size == 1 or not self.parameters:
+            return
+        given = [p.grad is not None for p in self.parameters]
+        sizes = [p.numel() for p in self.parameters]
+        if self._flat is None:
+            self._flat = self.parameters[0].new_empty(sum(sizes) + len(sizes))
+        *gradients, flags = self._flat.split([*sizes, len(sizes)])
+        sums = [part.as_strided(p.shape, p.stride()) for part, p in zip(gradients, self.parameters, strict=True)]
+        for total, p in zip(sums, self.parameters, strict=True):
+            total.zero_() if p.grad is None else total.copy_(p.grad)
+        flags.copy_(torch.tensor(given))
+        self.ranks.all_reduce_sum_(self._flat)
+        for total, p, anywhere in zip(sums, self.parameters, flags.tolist(), strict=True):
+            p.grad = total if anywhere else None
+
+
+@torch.no_grad()
+def global_variance(squares: Float[Tensor, ""], mean: Float[Tensor, " d"], n: int, ranks: Ranks) -> Float[Tensor, ""]:
+    """`sum |x - mean(x)|^2` over all rows, from this rank's own sum about its own mean of `n` rows.
+
+    Parts are merged as by Chan, Golub & LeVeque (1983): nothing is subtracted that is nearly equal.
+    """
+    local = torch.cat([squares.view(1), squares.new_tensor([float(n)]), mean])
+    gathered = torch.stack(ranks.all_gather(local[None])).squeeze(1)  # (ranks, d + 2)
+    counts, means = gathered[:, 1], gathered[:, 2:]
+    mean = (counts[:, None] * means).sum(0) / counts.sum()
+    return gathered[:, 0].sum() + (counts * (means - mean).square().sum(1)).sum()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from saelab.errors import SaelabError
 from saelab.saes import SAE
-from saelab.saes.hooks_used import needs_other_hooks, steered_hook
+from saelab.saes.trained_hooks import needs_other_hooks, steered_hook
 
 UNITS = ("p99", "max", "mean", "raw")
 

@@ -19,7 +19,8 @@ from saelab.errors import ModelError
 from saelab.models import LanguageModel
 from saelab.models.multi_model import ModelsTogether, names_and_hashes
 from saelab.saes import SAE, Batch
-from saelab.saes.hooks_used import HooksUsed, hooks_of
+from saelab.saes.hooks_used import HooksUsed
+from saelab.saes.trained_hooks import hooks_of
 from saelab.tokens import Texts, TokenBatch, document_id, load_texts
 from saelab.tokens.mask import MASK_RULE, Mask, NormRule, row_norms
 from saelab.tokens.packing import PACKED, contexts
@@ -108,7 +109,7 @@ def open_score_stream(
     score, or, naming the count, when a document is among those that trained the SAE (unless `allow_train`).
     """
     check_scoring(lm, n_tokens=n_tokens, ctx_len=ctx_len, batch_size=batch_size)
-    origin = sae.origin
+    origin = sae.provenance.origin
     source = load_texts(texts) if texts is not None else own_texts(origin, lm)
     same_texts = source.spec is not None and source.spec == origin.get("texts")
     split = split or ("held_out" if same_texts else "all")
@@ -138,7 +139,7 @@ def bos_of(origin: Mapping[str, Any], lm: LanguageModel) -> bool | list[int]:
 
 def _check_fit(sae: SAE, lm: LanguageModel, hooks: HooksUsed) -> None:
     """Raise `ValueError` when the SAE cannot read or write its hooks; warn when it learned from another model."""
-    origin = sae.origin
+    origin = sae.provenance.origin
     models = origin.get("models")
     if models and not isinstance(lm, ModelsTogether):
         raise ValueError(
@@ -172,7 +173,7 @@ def check_scoring(lm: LanguageModel, **sizes: Any) -> None:
             check_integer(name, value, 1)
 
 
-def own_texts(origin: dict[str, Any], lm: LanguageModel) -> Texts:
+def own_texts(origin: Mapping[str, Any], lm: LanguageModel) -> Texts:
     """The texts that an SAE of this origin was trained on; the template of `lm` renders conversations.
 
     Raises `ValueError` when they cannot be opened again.
@@ -186,7 +187,7 @@ def own_texts(origin: dict[str, Any], lm: LanguageModel) -> Texts:
 
 
 def _refuse_training_documents(sae: SAE, document_ids: list[int], texts: Texts, split: str) -> None:
-    seen = torch.isin(torch.tensor(document_ids, dtype=torch.int64), sae.train_documents)
+    seen = torch.isin(torch.tensor(document_ids, dtype=torch.int64), sae.provenance.train_documents)
     if bool(seen.any()):
         raise ValueError(
             f"{int(seen.sum())} of {len(seen)} documents of {texts.name} (split={split!r}) trained this SAE: its numbers "

@@ -119,7 +119,7 @@ def evaluate(
     their list; `hook_name` may list all of a crosscoder's, or a transcoder's two.
     """
     check_scoring(lm := together(lm), n_tokens=n_tokens, n_tokens_ce=n_tokens_ce or None)
-    source = own_texts(sae.origin, lm) if texts is None else load_texts(texts)
+    source = own_texts(sae.provenance.origin, lm) if texts is None else load_texts(texts)
     request = {"split": split, "hook_name": _listed(hook_name), "n_tokens": n_tokens, "n_tokens_ce": n_tokens_ce}
     request |= {"ctx_len": ctx_len, "batch_size": batch_size, "allow_train": allow_train, **_meaning(sae, lm, source)}
     if path is not None and (saved := _saved_report(Path(path), request, sae)) is not None:
@@ -151,7 +151,7 @@ def _saved_report(path: Path, request: dict[str, Any], sae: SAE) -> Report | Non
     """The report at `path` where it answers `request`; None where it is another's, unreadable, or of another saelab."""
     try:
         saved = read_json(path)
-        absent = scoring_absent(sae.origin.get("tokenizer_hash"))
+        absent = scoring_absent(sae.provenance.origin.get("tokenizer_hash"))
         return None if differences(saved["request"], request, absent) else Report(**saved)
     except (SaelabError, KeyError, TypeError, AttributeError):
         return None

@@ -80,7 +80,7 @@ def collect_features(
 
 def _source(sae: SAE, lm: LanguageModel, texts: Any) -> Texts:
     if texts is None:
-        texts = sae.origin.get("texts")
+        texts = sae.provenance.origin.get("texts")
         if texts is None:
             raise ValueError("This SAE does not name its text source (it was trained on bare tensors): give texts.")
         return load_texts(texts, chat=lm)
@@ -100,10 +100,10 @@ def _request(
         "sae_hash": sae.hash,
         "model_hash": lm.hash,
         "hook_name": (hook_name if isinstance(hook_name, str) else ", ".join(hook_name or ()))
-        or sae.origin.get("hook_name"),
+        or sae.provenance.origin.get("hook_name"),
         "texts": source.fingerprint(),
-        "ctx_len": ctx_len or sae.origin.get("ctx_len") or 256,
-        "split": split or ("held_out" if source.spec == sae.origin.get("texts") else "all"),
+        "ctx_len": ctx_len or sae.provenance.origin.get("ctx_len") or 256,
+        "split": split or ("held_out" if source.spec == sae.provenance.origin.get("texts") else "all"),
         "scoring": of_scoring(sae, lm, source),
     }
 
@@ -181,8 +181,8 @@ def _cosine(sae: SAE) -> Float[Tensor, " d_sae"]:
 
 def _manifest(sae: SAE, stream: ScoreStream, state: SignedAccumulator, out_dir: Path) -> dict[str, Any]:
     folder = None
-    if sae.folder is not None:
-        folder = os.path.relpath(Path(sae.folder).resolve(), out_dir.resolve())
+    if sae.provenance.folder is not None:
+        folder = os.path.relpath(Path(sae.provenance.folder).resolve(), out_dir.resolve())
     nnz = int(state.n_fired.sum())
     lm, _ = locate(stream.lm, stream.hook_name)
     return {

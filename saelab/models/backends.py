@@ -87,6 +87,7 @@ class HFBackend(Backend):
         self.n_layers, self.d_model = int(config.num_hidden_layers), int(config.hidden_size)
         self.d_vocab = int(config.vocab_size)
         self.max_ctx = context_length(self.model, config)
+        self.n_heads = int(getattr(config, "num_attention_heads", 0) or 0)
         self.rope_border = rope_border(config)
         self._quiet = {"use_cache": False} if takes(self.model, "use_cache") else {}
         self._last_only = {"logits_to_keep": 1} if takes(self.model, "logits_to_keep") else {}
@@ -168,7 +169,7 @@ class BridgeBackend(Backend):
     def __init__(self, model: Any) -> None:
         self.model, config = model, model.cfg
         self.n_layers, self.d_model, self.d_vocab = config.n_layers, config.d_model, config.d_vocab
-        self.max_ctx = config.n_ctx or 2**31
+        self.n_heads, self.max_ctx = config.n_heads, config.n_ctx or 2**31
         self.hook_places: dict[str, HookPlace] = bridge_hook_places(model)
 
     def trunk(self, ids: Int[Tensor, "batch seq"], positions: Int[Tensor, "batch seq"] | None = None) -> None:

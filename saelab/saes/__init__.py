@@ -1,7 +1,7 @@
 """Sparse autoencoders: one file a variant, found by name in `VARIANTS`."""
 
 from saelab.saes.abs_topk import AbsTopKConfig, AbsTopKSAE
-from saelab.saes.base import SAE, Batch, Loss, SAEOutput, StepInfo
+from saelab.saes.base import SAE
 from saelab.saes.batch_topk import BatchTopKConfig, BatchTopKSAE
 from saelab.saes.codebook import CodebookConfig, CodebookSAE
 from saelab.saes.crosscoder import CrosscoderConfig, CrosscoderSAE
@@ -13,6 +13,7 @@ from saelab.saes.matryoshka import MatryoshkaConfig, MatryoshkaSAE
 from saelab.saes.mutual_choice import MutualChoiceConfig, MutualChoiceSAE
 from saelab.saes.relu import ReLUConfig, ReLUSAE
 from saelab.saes.skip_transcoder import SkipTranscoderConfig, SkipTranscoderSAE
+from saelab.saes.step import Batch, Loss, SAEOutput, StepInfo
 from saelab.saes.topk import TopKConfig, TopKSAE
 from saelab.saes.transcoder import TranscoderConfig, TranscoderSAE
 

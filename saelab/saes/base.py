@@ -1,84 +1,57 @@
-"""What every sparse autoencoder of the family shares: weights, input normalisation, and what a variant may override:
-`encode_normalized`, `decode`, `loss`, `after_step`; `start_at` and `fold` where it has biases or thresholds of its own.
+"""The base class of all variants: weights, input normalisation, and the members that a variant may override.
 
-`x_norm = (x - center) * scale`, codes come from `x_norm`, and `decode` maps back to raw units.
+`x_norm = (x - center) * scale`; feature activations are computed from `x_norm`, and `decode` maps back to raw units.
 """
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from saelab.distributed import SINGLE_PROCESS, Ranks
 from saelab.files import tensors_hash
 from saelab.kernels.decode import decode
 from saelab.kernels.precision import widened
 from saelab.kernels.primitives import unit_norm_
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.saes.config import normalization
+from saelab.saes.hooks_used import HooksUsed, one_hook
 from saelab.saes.inputs import HALF, as_activations, check_dtype
+from saelab.saes.provenance import Provenance
+from saelab.saes.step import Batch, Loss, SAEOutput, StepInfo
 
-RULES = 4
-"""Number of the training rules in force; raise it when a change gives a run other bits, and keep the old way for old runs."""
 SHORT_RUN = 4_000_000
 """Tokens up to which a run counts as short: rows are then likely to be seen several times."""
 
 
-class SAEOutput(NamedTuple):
-    """What `sae(x)` returns."""
-
-    x_hat: Tensor
-    """(batch, d_in) reconstruction in the units of `x`."""
-    acts: SparseActs
-    """The codes it was decoded from."""
-
-
-class Batch(NamedTuple):
-    """What a training step sees: `y` is `x` unless the SAE predicts another site."""
-
-    x: Tensor
-    y: Tensor
-
-
-class StepInfo(NamedTuple):
-    """What a loss may know about the run."""
-
-    dead: Bool[Tensor, " d_sae"]
-    """Features silent for longer than `TrainConfig.dead_after_tokens`."""
-    step: int
-    n_steps: int
-    ranks: Ranks = SINGLE_PROCESS
-    """The processes that share the batch: what is a function of all its rows asks them."""
-    rules: int = RULES
-    """Which training rules the run follows; less than `RULES` where an earlier saelab began it (`training/rules.py`)."""
-
-
-class Loss(NamedTuple):
-    """What `sae.loss` returns."""
-
-    total: Tensor
-    feature_acts: SparseActs
-    residual: Float[Tensor, "batch d_in"]
-    """Reconstruction less `y`, in the units that the weights live in; detached."""
-    y: Float[Tensor, "batch d_in"]
-    """What was to be reconstructed, in the same units."""
-    terms: dict[str, Tensor]
-    """Named parts of the total, for the log."""
-
-
 class SAE(nn.Module):
-    """A sparse autoencoder. `W_enc` and `W_dec` are both `(d_sae, d_in)`: one feature, one row."""
+    """A sparse autoencoder. `W_enc` and `W_dec` are both `(d_sae, d_in)`: one feature, one row.
 
+    A variant overrides `encode_normalized` and `loss`, and of the other `extension_points` those in which it differs:
+    weights (`make_weights` to `fold`), units (`set_normalization` to `denormalize`), or what other modules ask the class.
+    """
+
+    # fmt: off
+    extension_points: ClassVar[frozenset[str]] = frozenset({
+        "encode_normalized", "loss", "decode", "forward", "after_step", "calibrate",
+        "make_weights", "decoder", "decoder_norms", "pre_bias", "weight_decay", "start_at", "fold",
+        "set_normalization", "normalize", "normalize_target", "normalized", "denormalize",
+        "variant", "Config", "selection_rule", "extra_dims", "tied", "unit_norm", "supports_data_parallel",
+        "base_lr", "cpu_preset", "short_preset", "expected_l0", "peak_l0", "has_dense_aux", "hooks",
+    })
+    # fmt: on
+    """What a variant may override; the contract suite refuses anything else."""
     extra_dims: ClassVar[tuple[str, ...]] = ()
     """Sizes that come from the data beside `d_in`: attributes, arguments of `__init__` and keys of `sae.json`."""
 
     variant: ClassVar[str]
     Config: ClassVar[type]
+    tied: ClassVar[bool] = False
+    """Whether `W_enc` is another name for `W_dec`."""
     unit_norm: bool = True
     """Whether decoder rows are kept at norm 1 (then training projects their gradient)."""
     supports_data_parallel: ClassVar[bool] = True
@@ -103,11 +76,7 @@ class SAE(nn.Module):
         self.scale: Tensor
         self.register_buffer("center", torch.zeros(d_in))
         self.register_buffer("scale", torch.ones(()))
-        self.origin: dict[str, Any] = {}
-        self.train_documents = torch.zeros(0, dtype=torch.int64)
-        self.trained: dict[str, Any] = {}
-        """How it was trained: config, tokens, last metrics, environment."""
-        self.folder: Path | None = None
+        self.provenance = Provenance()
 
     def make_weights(self, rows: Float[Tensor, "d_sae d_in"]) -> None:
         """The parameters, from random unit `rows`."""
@@ -121,8 +90,27 @@ class SAE(nn.Module):
 
     @classmethod
     def expected_l0(cls, config: Any) -> float | None:
-        """Features that fire on a token, as `config` asks for; None where it asks for no number."""
-        return getattr(config, "k", getattr(config, "target_l0", None))
+        """Active features per token that `config` promises; None where it promises none."""
+        return None
+
+    @classmethod
+    def peak_l0(cls, config: Any) -> float:
+        """Active features per token in the densest steps of a run, for the memory plan."""
+        l0 = cls.expected_l0(config)
+        return config.d_sae / 2 if l0 is None else l0
+
+    @classmethod
+    def has_dense_aux(cls, config: Any) -> bool:
+        """Whether the loss computes the pre-activations of dead features for every token (AuxK)."""
+        return False
+
+    @classmethod
+    def hooks(cls, config: Any, names: Sequence[str], hook_name: str | None = None) -> HooksUsed:
+        """The hooks of an SAE of this config, among `names` that the data holds; `hook_name` is the one to read.
+
+        Raises `ValueError` naming what is missing.
+        """
+        return one_hook(names, hook_name)
 
     def _apply(self, fn: Any, recurse: bool = True) -> SAE:
         """Moves and casts, as of any module; but half precision is for weights. Buffers (centre, scale, thresholds, averages)
@@ -188,17 +176,12 @@ class SAE(nn.Module):
         """Take in the means of input and target, and the spread that pre-activations have before training."""
         self.b_dec.copy_(y.view_as(self.b_dec))
         if self.pre_bias is None:
-            self.b_enc.sub_(self.encoder_rows @ x)
+            self.b_enc.sub_(self.W_enc @ x)
 
     @property
     def pre_bias(self) -> Float[Tensor, " d_in"] | None:
         """What is taken from the input before the encoder; None: nothing."""
         return self.b_dec
-
-    @property
-    def encoder_rows(self) -> Float[Tensor, "d_sae width"]:
-        """`W_enc` as `encode_normalized` multiplies it."""
-        return self.W_enc
 
     def normalize_target(self, y: Float[Tensor, "batch d_out"]) -> Float[Tensor, "batch d_out"]:
         """Raw activations of what is rebuilt, in the units of the decoder."""
@@ -225,7 +208,7 @@ class SAE(nn.Module):
         if not bool(x.detach().sum().isfinite()):  # one pass; a sum may also be too large
             bad = (~x.isfinite().all(1)).nonzero().flatten().tolist()
             if bad:
-                hook = self.origin.get("hook_name")
+                hook = self.provenance.origin.get("hook_name")
                 raise ValueError(
                     f"{len(bad)} of {len(x)} activations{f' of {hook}' if hook else ''} are NaN, infinite or too large for "
                     f"{x.dtype} (the first is row {bad[0]}): leave them out, or run the model in float32."
@@ -241,7 +224,7 @@ class SAE(nn.Module):
         return self.denormalize(decode(feature_acts, self.W_dec, self.b_dec))
 
     def forward(self, x: Any) -> SAEOutput:
-        """Encode and decode; `forward(x) == decode(encode(x))` always."""
+        """Encode and decode: `x_hat == decode(encode(x))`, to which a skip transcoder adds `skip(x)`."""
         feature_acts = self.encode(x)
         return SAEOutput(self.decode(feature_acts), feature_acts)
 
@@ -256,8 +239,8 @@ class SAE(nn.Module):
 
     @property
     def weight_decay(self) -> dict[nn.Parameter, float]:
-        """Weight decay of the parameters that have one; a config's `encoder_decay` is that of `W_enc`."""
-        return {self.W_enc: self.config.encoder_decay} if getattr(self.config, "encoder_decay", 0.0) else {}
+        """AdamW's weight decay of the parameters that have one."""
+        return {}
 
     @torch.no_grad()
     def after_step(self) -> None:

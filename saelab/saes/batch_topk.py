@@ -15,8 +15,8 @@ from torch import Tensor
 
 from saelab.kernels.encode_batch_topk import encode_batch_topk
 from saelab.kernels.sparse_acts import SparseActs
-from saelab.saes.base import StepInfo
 from saelab.saes.selection import SelectionConfig
+from saelab.saes.step import StepInfo
 from saelab.saes.threshold import ThresholdSAE, smallest
 
 

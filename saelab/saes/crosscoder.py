@@ -13,6 +13,7 @@ one would outweigh the others in n. No pre-bias, no norm constraint.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -27,11 +28,12 @@ from saelab.kernels.encode_threshold import encode_threshold
 from saelab.kernels.precision import widened
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.losses import weighted_l1
-from saelab.saes.base import Batch, Loss, StepInfo
 from saelab.saes.config import LATER
+from saelab.saes.hooks_used import HooksUsed, chosen_hooks
 from saelab.saes.inputs import as_activations
-from saelab.saes.l0_controller import L0Controller, check_sparsity
+from saelab.saes.l0_controller import L0Controller, check_sparsity, start_l0
 from saelab.saes.selection import SelectionConfig
+from saelab.saes.step import Batch, Loss, StepInfo
 from saelab.saes.threshold import ThresholdSAE, smallest
 
 INIT_NORMS = {"batch_topk": 1.0, "l1": 0.08}  # of a decoder row in each source; Kissane et al.'s code for L1
@@ -97,6 +99,19 @@ class CrosscoderSAE(ThresholdSAE):
     def expected_l0(cls, config: CrosscoderConfig) -> float | None:
         return config.target_l0 if config.sparsity == "l1" else config.k
 
+    @classmethod
+    def peak_l0(cls, config: CrosscoderConfig) -> float:
+        return start_l0(config.d_sae, config.target_l0) if config.sparsity == "l1" else config.k
+
+    @classmethod
+    def has_dense_aux(cls, config: CrosscoderConfig) -> bool:
+        return config.sparsity == "batch_topk" and super().has_dense_aux(config)
+
+    @classmethod
+    def hooks(cls, config: CrosscoderConfig, names: Sequence[str], hook_name: str | None = None) -> HooksUsed:
+        several = chosen_hooks("hook_names", config.hook_names or names, names)
+        return HooksUsed(several, several)
+
     @property
     def pre_bias(self) -> None:
         return None
@@ -107,13 +122,10 @@ class CrosscoderSAE(ThresholdSAE):
         W_enc, W_dec = (rearrange(W, "source feature d -> feature (source d)") for W in (self.W_enc, self.W_dec))
         return W_enc, W_dec, rearrange(self.b_dec, "source d -> (source d)")
 
-    @property
-    def encoder_rows(self) -> Float[Tensor, "d_sae width"]:
-        return self.rows[0]
-
     def start_at(self, x: Float[Tensor, " width"], y: Float[Tensor, " width"], spread: float) -> None:
         self.penalty.rescale(spread)
-        super().start_at(x, y, spread)
+        self.b_dec.copy_(y.view_as(self.b_dec))
+        self.b_enc.sub_(self.rows[0] @ x)
 
     def aux_norms(self, info: StepInfo) -> Float[Tensor, " d_sae"] | None:
         by_norm = self.config.aux_rank == "norm" and info.rules >= 2

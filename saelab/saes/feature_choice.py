@@ -19,8 +19,8 @@ from saelab.distributed.global_topk import keep_by_feature
 from saelab.kernels.encode_batch_topk import encode_batch_topk
 from saelab.kernels.encode_feature_topk import encode_feature_topk
 from saelab.kernels.sparse_acts import SparseActs
-from saelab.saes.base import StepInfo
 from saelab.saes.selection import SelectionConfig
+from saelab.saes.step import StepInfo
 from saelab.saes.threshold import ThresholdSAE
 from saelab.saes.zipf import Density, zipf_capacity
 

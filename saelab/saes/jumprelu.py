@@ -34,12 +34,16 @@ from saelab.kernels.jump_relu import jump_relu
 from saelab.kernels.precision import widened
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.losses import auxk, total_variance
-from saelab.saes.base import SAE, Batch, Loss, StepInfo
+from saelab.saes.base import SAE
 from saelab.saes.calibration import LOOSER_FACTORS, level_for
 from saelab.saes.config import LATER, check_config
-from saelab.saes.l0_controller import L0Controller, check_sparsity, quiet_level
+from saelab.saes.l0_controller import L0Controller, check_sparsity, quiet_level, start_l0
+from saelab.saes.step import Batch, Loss, StepInfo
 
 AUXK_ALPHA = 1 / 32
+
+DEFAULT_L0 = 32.0
+"""The L0 that thresholds start for where the config names none."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ class JumpReLUSAE(SAE):
     variant = "jumprelu"
     Config = JumpReLUConfig
     config: JumpReLUConfig
-    cpu_preset: ClassVar[dict[str, Any]] = {"target_l0": 32.0}
+    cpu_preset: ClassVar[dict[str, Any]] = {"target_l0": DEFAULT_L0}
     selection_rule = "u > exp(log_threshold)"
     base_lr = 3e-3
 
@@ -109,10 +113,24 @@ class JumpReLUSAE(SAE):
         super().__init__(config, d_in, seed)
         self.unit_norm = config.loss != "tanh"
         self.unit = 1.0  # of the bandwidth
-        theta = config.initial_threshold or max(quiet_level(self.d_sae, config.target_l0 or 32.0), config.bandwidth)
+        theta = config.initial_threshold or max(
+            quiet_level(self.d_sae, config.target_l0 or DEFAULT_L0), config.bandwidth
+        )
         self.log_threshold = nn.Parameter(torch.full((self.d_sae,), math.log(theta)))
         moved_to = None if config.loss == "l0_target" else config.target_l0
         self.sparsity = L0Controller(config.sparsity_coefficient, config.sparsity_warmup, moved_to)
+
+    @classmethod
+    def expected_l0(cls, config: JumpReLUConfig) -> float | None:
+        return config.target_l0
+
+    @classmethod
+    def peak_l0(cls, config: JumpReLUConfig) -> float:
+        return start_l0(config.d_sae, config.target_l0 or DEFAULT_L0)
+
+    @classmethod
+    def has_dense_aux(cls, config: JumpReLUConfig) -> bool:
+        return config.revival == "auxk"
 
     @property
     def threshold(self) -> Float[Tensor, " d_sae"]:

@@ -24,8 +24,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from saelab.kernels.sparse_acts import SparseActs
-from saelab.saes.base import StepInfo
 from saelab.saes.config import check_config
+from saelab.saes.step import StepInfo
 
 RAMP_FRACTION = 0.5
 ANNEAL_FRACTION = 0.1
@@ -88,13 +88,18 @@ class L0Controller(nn.Module):
         self.last_step.fill_(info.step)
 
 
+def start_l0(d_sae: int, target_l0: float | None) -> float:
+    """Active features per token before training, where it starts as sparse as `quiet_level` makes it; half of all without."""
+    return d_sae / 2 if target_l0 is None else min(d_sae / 2, START * target_l0)
+
+
 def quiet_level(d_sae: int, l0: float) -> float:
     """The pre-activation that `START` times `l0` of `d_sae` features exceed on normalised inputs before training.
 
     Rows of norm 1 and inputs of root-mean-square norm sqrt(d_in) give pre-activations a spread of 1, about normal. (Anthropic's
     January 2025 update sets initial biases in the same spirit.)
     """
-    return NormalDist().inv_cdf(1 - min(0.5, START * l0 / d_sae))
+    return NormalDist().inv_cdf(1 - start_l0(d_sae, l0) / d_sae)
 
 
 def start_quiet(b_enc: Float[Tensor, " d_sae"], sparsity: L0Controller, spread: float) -> None:

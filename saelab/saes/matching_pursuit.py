@@ -27,8 +27,9 @@ from saelab.kernels.precision import widened
 from saelab.kernels.primitives import sddmm, spmm, spmm_transposed
 from saelab.kernels.sparse_acts import SparseActs, offsets_of
 from saelab.losses import auxk, sum_of_squares, total_variance
-from saelab.saes.base import RULES, SAE, Batch, Loss, StepInfo
+from saelab.saes.base import SAE
 from saelab.saes.config import check_config
+from saelab.saes.step import RULES, Batch, Loss, StepInfo
 from saelab.validation import check_integer
 
 
@@ -63,7 +64,16 @@ class MatchingPursuitSAE(SAE):
     variant = "matching_pursuit"
     Config = MatchingPursuitConfig
     config: MatchingPursuitConfig
+    tied = True
     selection_rule = "k times the largest <r, d_i>, where positive, which is then taken from r"
+
+    @classmethod
+    def expected_l0(cls, config: MatchingPursuitConfig) -> float:
+        return config.k
+
+    @classmethod
+    def has_dense_aux(cls, config: MatchingPursuitConfig) -> bool:
+        return config.auxk_alpha > 0
 
     def make_weights(self, rows: Float[Tensor, "d_sae d_in"]) -> None:
         self.W_dec, self.b_dec = nn.Parameter(rows), nn.Parameter(torch.zeros(self.d_in))

@@ -13,9 +13,9 @@ import torch
 
 from saelab.kernels.decode import decode
 from saelab.losses import squared_error, total_variance
-from saelab.saes.base import Batch, Loss, StepInfo
 from saelab.saes.batch_topk import BatchTopKSAE
 from saelab.saes.selection import SelectionConfig
+from saelab.saes.step import Batch, Loss, StepInfo
 
 
 @dataclass(frozen=True)

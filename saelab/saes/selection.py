@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from saelab.kernels.decode import decode_error
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.losses import auxk, total_variance
-from saelab.saes.base import SAE, Batch, Loss, StepInfo
+from saelab.saes.base import SAE
 from saelab.saes.config import check_config
+from saelab.saes.step import Batch, Loss, StepInfo
 from saelab.saes.zipf import Density, underused
 from saelab.validation import check_integer
 
@@ -56,8 +57,18 @@ class SelectionConfig:
 
 
 class SelectionSAE(SAE):
-    """`select` gives the codes of a training batch; unless overridden they are those of inference."""
+    """`select` returns the feature activations of a training batch; unless overridden they are those of inference."""
 
+    extension_points = SAE.extension_points | {
+        "select",
+        "rebuild",
+        "sparse_target",
+        "aux_term",
+        "aux_norms",
+        "zipf_law",
+        "rows",
+        "signed",
+    }
     config: Any
     short_preset: ClassVar[dict[str, Any]] = {"encoder_decay": 1.0}
     signed: ClassVar[bool] = False
@@ -66,6 +77,18 @@ class SelectionSAE(SAE):
     def __init__(self, config: Any, d_in: int, seed: int = 0) -> None:
         super().__init__(config, d_in, seed)
         self.density = Density(self.d_sae) if config.aux == "aux_zipf" else None
+
+    @classmethod
+    def expected_l0(cls, config: Any) -> float | None:
+        return config.k
+
+    @classmethod
+    def has_dense_aux(cls, config: Any) -> bool:
+        return config.auxk_alpha > 0
+
+    @property
+    def weight_decay(self) -> dict[nn.Parameter, float]:
+        return {self.W_enc: self.config.encoder_decay} if self.config.encoder_decay else {}
 
     @property
     def rows(self) -> tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, "d_sae d_out"], Float[Tensor, " d_out"]]:

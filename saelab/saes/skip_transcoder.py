@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from saelab.saes.base import SAEOutput
+from saelab.saes.step import SAEOutput
 from saelab.saes.transcoder import TranscoderConfig, TranscoderSAE
 
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from saelab.distributed.global_topk import GlobalPairs
 from saelab.kernels.encode_threshold import encode_threshold
 from saelab.kernels.sparse_acts import SparseActs
-from saelab.saes.base import StepInfo
 from saelab.saes.calibration import LOOSER_FACTORS, level_for
 from saelab.saes.selection import SelectionSAE
+from saelab.saes.step import StepInfo
 
 DECAY = 0.999
 LAST = 0.05
@@ -29,6 +29,7 @@ UNSET = -1.0
 class ThresholdSAE(SelectionSAE):
     """`threshold` is one number, or one for each feature where a variant gives `(d_sae,)`."""
 
+    extension_points = SelectionSAE.extension_points | {"encode_above", "scores", "observe", "global_pairs"}
     selection_rule = "u > threshold"
 
     def __init__(self, config: Any, d_in: int, seed: int = 0, threshold_shape: tuple[int, ...] = ()) -> None:

@@ -16,8 +16,8 @@ from saelab.kernels.decode import decode_error
 from saelab.kernels.encode_topk import encode_topk
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.losses import total_variance
-from saelab.saes.base import Batch, Loss, StepInfo
 from saelab.saes.selection import SelectionConfig, SelectionSAE
+from saelab.saes.step import Batch, Loss, StepInfo
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,10 @@ class TopKSAE(SelectionSAE):
     Config = TopKConfig
     config: TopKConfig
     selection_rule = "the k largest u of the token, where positive"
+
+    @classmethod
+    def peak_l0(cls, config: TopKConfig) -> float:
+        return config.k * (5 if config.multi_topk else 1)
 
     def encode_normalized(self, x: Float[Tensor, "batch d_in"]) -> SparseActs:
         return self._best(x, self.config.k)

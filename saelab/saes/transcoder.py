@@ -11,7 +11,7 @@ is free to grow from 0.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from saelab.kernels.encode_topk import encode_topk
 from saelab.kernels.sparse_acts import SparseActs
-from saelab.saes.base import Batch
 from saelab.saes.config import normalization
+from saelab.saes.hooks_used import HooksUsed, one_hook
 from saelab.saes.inputs import as_activations
 from saelab.saes.selection import SelectionConfig, SelectionSAE
+from saelab.saes.step import Batch
 
 FOLDED_SELECTION = "the k largest u / folded of the token, where positive"
 
@@ -58,6 +59,10 @@ class TranscoderSAE(SelectionSAE):
         self.register_buffer("scale_out", torch.ones(()))
         self.folded: Tensor | None
         self.register_buffer("folded", None)
+
+    @classmethod
+    def hooks(cls, config: TranscoderConfig, names: Sequence[str], hook_name: str | None = None) -> HooksUsed:
+        return one_hook(names, hook_name, config.hook_name_out)
 
     @property
     def pre_bias(self) -> None:

@@ -14,8 +14,8 @@ from saelab.activation_cache.layout import config_hash
 from saelab.activation_cache.reader import ActivationCache
 from saelab.activation_cache.streaming import ActivationStream
 from saelab.saes import Batch
-from saelab.saes.base import RULES
-from saelab.saes.hooks_used import HooksUsed, choose_hooks
+from saelab.saes.hooks_used import HooksUsed
+from saelab.saes.step import RULES
 from saelab.training.data_source import DataSource, Moments, Rows
 from saelab.training.kept_out import n_kept_out
 from saelab.training.tensor_data import as_rows, from_iterator, from_tensors
@@ -71,7 +71,7 @@ def _from_cache(cache: ActivationCache | ActivationStream, hook_name: str | None
     return DataSource(
         moments=moments,
         batches=batches,
-        choose=lambda config: choose_hooks(config, cache.hook_names, hook_name),
+        choose=lambda variant, config: variant.hooks(config, cache.hook_names, hook_name),
         identity=identity,
         n_rows=None if streamed else cache.n_rows - leave_out,
         documents=lambda: cache.document_ids,

@@ -64,8 +64,8 @@ class DataSource:
     moments: Callable[[str], Moments]
     """Of a site."""
     batches: Stream
-    choose: Callable[[Any], HooksUsed]
-    """Config -> the sites of its SAE."""
+    choose: Callable[[type[SAE], Any], HooksUsed]
+    """(variant, config) -> the hooks of its SAE."""
     identity: Callable[[HooksUsed], tuple[str, dict[str, Any]]]
     """Sites -> fingerprint of their rows, and the origin that `sae.json` keeps."""
     n_rows: int | None = None
@@ -81,7 +81,7 @@ class DataSource:
 
     def view(self, variant: type[SAE], config: Any) -> View:
         """What an SAE of this config takes. Raises `ValueError` where the data does not fit it."""
-        hooks = self.choose(config)
+        hooks = self.choose(variant, config)
         x, y = self._moments(hooks.inputs), self._moments(hooks.outputs)
         n_sources = max(one.mean.shape[0] if one.mean.ndim == 2 else 1 for one in (x, y))
         sizes = {"n_sources": n_sources, "d_out": y.mean.shape[-1]}

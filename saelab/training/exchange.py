@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from saelab.distributed.gradients import GradientSum
+from saelab.distributed.collectives import GradientSum
 from saelab.distributed.mesh import Mesh
 from saelab.saes import SAE
 from saelab.training.feature_shards import ROWS

@@ -24,10 +24,11 @@ from saelab.kernels.decode import decode
 from saelab.kernels.ragged import kth_largest
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.losses import fvu_of_rest, squared_error
-from saelab.saes.base import SAE, StepInfo
+from saelab.saes.base import SAE
 from saelab.saes.batch_topk import BatchTopKSAE
 from saelab.saes.selection import SelectionSAE
-from saelab.saes.topk import TopKSAE
+from saelab.saes.step import StepInfo
+from saelab.saes.topk import TopKConfig, TopKSAE
 
 ROWS = ("W_enc", "b_enc", "W_dec")
 """Parameters with a row for each feature."""
@@ -133,7 +134,7 @@ def check_shardable(variant: type[SAE], config: Any, feature_shards: int) -> Non
             f"d_sae={config.d_sae} must be a multiple of feature_shards={feature_shards}, each shard with at least "
             f"k={config.k} features."
         )
-    if config.aux != "auxk" or getattr(config, "multi_topk", False):
+    if config.aux != "auxk" or (isinstance(config, TopKConfig) and config.multi_topk):
         raise ValueError(
             f"feature_shards={feature_shards} knows aux='auxk' alone, without multi_topk: change the config."
         )
@@ -147,7 +148,7 @@ def shard_of(sae: SAE, mesh: Mesh) -> FeatureShard:
     here = slice(shard.first_feature, shard.first_feature + shard.d_sae)
     full = sae.state_dict()
     shard.load_state_dict({name: x[here] if name in ROWS else x for name, x in full.items()})
-    shard.origin, shard.train_documents = sae.origin, sae.train_documents
+    shard.provenance = sae.provenance
     return shard
 
 

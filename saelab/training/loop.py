@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import warnings
 from collections.abc import Sequence
@@ -220,8 +221,9 @@ def _folders(configs: list[Any], out_dir: str | Path | None, trains: list[TrainC
 def folder_name(config: Any, train: TrainConfig | None) -> str:
     """`sae-VARIANT-D_SAE[-kK][-lL0]`, and `[-lrLR]-seedSEED` for an SAE with a `train` of its own."""
     name = f"sae-{variant_of(config).variant}-{config.d_sae}"
-    name += f"-k{config.k}" if hasattr(config, "k") else ""
-    name += f"-l{config.target_l0:g}" if getattr(config, "target_l0", None) is not None else ""
+    sizes = dataclasses.asdict(config)
+    name += f"-k{sizes['k']}" if "k" in sizes else ""
+    name += f"-l{sizes['target_l0']:g}" if sizes.get("target_l0") is not None else ""
     if train is not None:
         name += f"{'' if train.lr is None else f'-lr{float(train.lr)!r}'}-seed{train.seed}"
     return name

@@ -17,7 +17,6 @@ from saelab.activation_cache.layout import human_bytes
 from saelab.errors import TrainingError
 from saelab.kernels.dispatch import fast_bf16
 from saelab.saes import SAE, MatchingPursuitConfig
-from saelab.saes.l0_controller import START
 from saelab.training.config import TrainConfig
 from saelab.training.data_source import View
 
@@ -25,7 +24,7 @@ Plan = Mapping[str, Mapping[str, int]]
 """Bytes by device and by what they are for."""
 
 DEAD = 0.05
-_CODE_BYTES = 120  # ids, values, their sorted copies and gradients, of one feature that fires on one token
+_ACTIVE_BYTES = 120  # ids, values, their sorted copies and gradients, of one feature that fires on one token
 _ROW_COPIES = 8  # of a step's input and output
 _AUX_COPIES = 7  # of the dense pre-activations of dead features
 _SCREEN_BYTES = 36 << 20  # kernels/torch_backend/screen.py
@@ -36,40 +35,31 @@ def plan_memory(variant: type[SAE], config: Any, view: View, train: TrainConfig,
     """Bytes that training one SAE takes beyond what is held before; of sharded features, those of one shard."""
     d_sae = -(-config.d_sae // train.feature_shards)
     width, width_out = view.width, view.width_out
-    tied = isinstance(getattr(variant, "W_enc", None), property)  # another name of W_dec
-    matrices = [d_sae * width_out * 4] + ([] if tied else [d_sae * width * 4])
+    matrices = [d_sae * width_out * 4] + ([] if variant.tied else [d_sae * width * 4])
     weights = sum(matrices)
     n_rows = -(-train.batch_size // train.grad_accumulation)
     screen = min(_SCREEN_BYTES, n_rows * d_sae * 4)
     rounded = d_sae * width * 2 if fast_bf16(device) else 0
-    again = max(matrices) if train.grad_accumulation > 1 or tied else 0  # gradients that are added up
+    again = max(matrices) if train.grad_accumulation > 1 or variant.tied else 0  # gradients that are added up
     step = {
         "weights": weights,
         "gradients": weights,
         "Adam": 2 * weights,
         "batches": _BATCHES * train.batch_size * max(width, width_out) * 4,
-        "workspace": screen + rounded + again + _step_bytes(config, n_rows, width, weights),
+        "workspace": screen + rounded + again + _step_bytes(variant, config, n_rows, width, weights),
     }
     if device.type == "cpu":
         return {"cpu": step}
     return {str(device): step, "cpu": {"batches": step["batches"], "checkpoint": 3 * weights}}
 
 
-def _step_bytes(config: Any, n_rows: int, width: int, weights: int) -> int:
+def _step_bytes(variant: type[SAE], config: Any, n_rows: int, width: int, weights: int) -> int:
     """Tensors that live as long as a step does, of `n_rows` tokens."""
     steps = config.k if isinstance(config, MatchingPursuitConfig) else 0  # each step of a pursuit keeps its residual
-    total = n_rows * width * 4 * (_ROW_COPIES + 4 * steps) + n_rows * _codes_a_token(config) * _CODE_BYTES
-    if getattr(config, "auxk_alpha", 0.0):
+    total = n_rows * width * 4 * (_ROW_COPIES + 4 * steps) + n_rows * variant.peak_l0(config) * _ACTIVE_BYTES
+    if variant.has_dense_aux(config):
         total += DEAD * (_AUX_COPIES * 4 * n_rows * config.d_sae + 3 * weights)
     return int(total)
-
-
-def _codes_a_token(config: Any) -> float:
-    """Features that fire on a token when most do: at the start, for those that a penalty makes sparse."""
-    if hasattr(config, "k") and getattr(config, "sparsity", "") != "l1":
-        return config.k * (5 if getattr(config, "multi_topk", False) else 1)
-    target = getattr(config, "target_l0", None) or (32 if hasattr(config, "initial_threshold") else None)
-    return config.d_sae / 2 if target is None else min(config.d_sae / 2, START * target)
 
 
 def check_memory(plans: Iterable[Plan], free: Mapping[str, int]) -> str:

@@ -14,7 +14,7 @@ import torch
 from saelab.distributed import Ranks
 from saelab.errors import TrainingError
 from saelab.files import read_json
-from saelab.saes.base import RULES
+from saelab.saes.step import RULES
 from saelab.training.checkpoint import RUN_FILE
 
 FIRST = 1

@@ -18,8 +18,9 @@ from saelab.errors import TrainingError
 from saelab.io import load_sae, save_sae
 from saelab.losses import sum_of_squares, total_variance
 from saelab.saes import SAE, VARIANTS, StepInfo
-from saelab.saes.base import RULES
 from saelab.saes.config import settings
+from saelab.saes.provenance import Provenance
+from saelab.saes.step import RULES
 from saelab.training.adam import EPS, Adam, default_eps
 from saelab.training.checkpoint import claim_run, list_checkpoints
 from saelab.training.config import TrainConfig
@@ -69,7 +70,7 @@ class Run:
         self.hooks = view.hooks
         self.sae = variant(config, view.d_in, seed=train.seed, **view.shape)
         self._place(view.moments)
-        self.sae.origin, self._documents = view.origin, source.documents
+        self.sae.provenance, self._documents = Provenance(origin=view.origin), source.documents
         self._whole: SAE | None = None
         if train.feature_shards > 1:
             self._whole = self.sae if self.ranks.is_main_process else None
@@ -185,14 +186,15 @@ class Run:
         check_end(self.sae, self.last.get("l0", 1.0))
         inputs = self.hooks.batch(unseen).x
         calibrated = self.rules > 1 and not isinstance(self.sae, FeatureShard) and self.sae.calibrate(inputs)
-        self.sae.trained = {
+        trained = {
             "train": self.train.settings(),
             "rules": self.rules,
             "n_tokens": self.train.n_steps * self.train.batch_size,
             "metrics": self.last,
             "calibration": {"n_rows": len(inputs), "kept_out": kept_out} if calibrated else None,
         } | environment(self.device, self.mesh)
-        self.sae.train_documents = self._documents()
+        origin = self.sae.provenance.origin
+        self.sae.provenance = Provenance(origin, trained, self._documents())
         self.sae.eval()
         if self.folder is not None:
             save_sae(self.sae, self.folder, golden_inputs=self.hooks.batch(rows).x)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 
 from saelab.errors import TrainingError
-from saelab.saes import SAE
+from saelab.saes import SAE, JumpReLUConfig
 from saelab.saes.threshold import ThresholdSAE
 
 LEAST_L0 = 0.01
@@ -14,9 +14,9 @@ LEAST_L0 = 0.01
 def check_start(sae: SAE, l0: float) -> None:
     """Raises `TrainingError`, saying what to change, unless `l0` features or more of the first batch's tokens fire."""
     config = sae.config
-    if l0 >= LEAST_L0 * min(1.0, getattr(config, "target_l0", None) or 1.0):
+    if l0 >= LEAST_L0 * min(1.0, sae.expected_l0(config) or 1.0):
         return
-    if getattr(config, "initial_threshold", None) is not None:
+    if isinstance(config, JumpReLUConfig) and config.initial_threshold is not None:
         fix = (
             f"initial_threshold={config.initial_threshold} is above nearly all pre-activations of the first batch: lower "
             "it, or leave it at None, which puts it where the data's spread says"

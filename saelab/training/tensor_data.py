@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saelab.saes import Batch
+from saelab.saes import SAE, Batch
 from saelab.saes.hooks_used import HooksUsed
 from saelab.training.data_source import DataSource, Moments, Rows
 from saelab.training.kept_out import n_kept_out
@@ -52,9 +52,10 @@ def from_tensors(rows: Rows, rules: int) -> DataSource:
     return DataSource(moments, batches, choose, identity, len(first), kept_out=kept_out if len(last) else None)
 
 
-def _tensor_hooks(config: Any, rows: Rows) -> HooksUsed:
+def _tensor_hooks(variant: type[SAE], config: Any, rows: Rows) -> HooksUsed:
     """x, and y where it was given: for a transcoder, and only there."""
-    predicts, several = hasattr(config, "hook_name_out"), getattr(config, "hook_names", None)
+    predicts = "d_out" in variant.extra_dims
+    several = config.hook_names if "n_sources" in variant.extra_dims else None
     if "y" in rows and not predicts:
         raise ValueError(
             f"{type(config).__name__} rebuilds what it reads: give a tensor to train on, not a Batch(x, y)."

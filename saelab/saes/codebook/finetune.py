@@ -86,9 +86,7 @@ def lm_loss(logits: Float[Tensor, "batch seq vocab"], labels: Int[Tensor, "batch
 
 
 def _logits(lm: LanguageModel, ids: Tensor) -> Tensor:
-    if hasattr(lm.model, "hook_dict"):
-        return lm.model(ids, return_type="logits")
-    return lm.model(input_ids=ids, use_cache=False).logits
+    return lm.backend.forward(ids, None, with_cache=False)[0]
 
 
 @contextmanager

@@ -31,10 +31,10 @@ class Inserted:
         self.lm, self.bottlenecks = lm, dict(bottlenecks)
         self.base_hash: str | None = None
         """The model's hash before its weights were trained; None: they are as they were."""
-        sites = lm.backend.sites
+        places = lm.backend.hook_places
         self._handles: list[Any] = []
-        for name in sorted(self.bottlenecks, key=list(sites).index):
-            self._handles += attach(sites[name], self.bottlenecks[name])
+        for name in sorted(self.bottlenecks, key=list(places).index):
+            self._handles += attach(places[name], self.bottlenecks[name])
 
     def __enter__(self) -> Inserted:
         return self
@@ -101,17 +101,11 @@ def insert(
         if name not in lm.hook_names:
             raise ValueError(f"hook_name={name!r} can only be read; codebooks go at one of {', '.join(lm.hook_names)}.")
         of_hook = config[name] if isinstance(config, Mapping) else config
-        groups = of_hook.n_groups or (n_heads(lm) if re.search(r"\bhook_z$", name) else 1)
+        groups = of_hook.n_groups or (lm.backend.n_heads if re.search(r"\bhook_z$", name) else 1)
         with_norm = of_hook.layer_norm is not False
         made[name] = Bottleneck(name, Codebook(of_hook, lm.d_in(name), groups, with_norm, (seed + index) % 2**32))
         made[name].codebook.to(lm.device).eval()
     return Inserted(lm, made)
-
-
-def n_heads(lm: LanguageModel) -> int:
-    """Attention heads of a layer."""
-    config = lm.model.config if hasattr(lm.model, "config") else lm.model.cfg
-    return getattr(config, "num_attention_heads", None) or config.n_heads
 
 
 def _seen(bottleneck: Bottleneck, value: Tensor | None) -> Tensor:

@@ -15,9 +15,10 @@ from torch import Tensor
 from saelab.kernels.decode import check_feature_acts, decode_error
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.losses import total_variance
-from saelab.saes.base import SAE, Batch, Loss, StepInfo
+from saelab.saes.base import SAE
 from saelab.saes.codebook.config import CodebookConfig
 from saelab.saes.codebook.quantizer import Codebook
+from saelab.saes.step import Batch, Loss, StepInfo
 
 
 class CodebookSAE(SAE):
@@ -26,6 +27,7 @@ class CodebookSAE(SAE):
     variant = "codebook"
     Config = CodebookConfig
     config: CodebookConfig
+    tied = True
     unit_norm = False
     supports_data_parallel = False
     selection_rule = "the k most similar codes of each group, whatever their similarity"

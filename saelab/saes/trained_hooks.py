@@ -1,0 +1,61 @@
+"""The hooks of a trained SAE: which it reads and reconstructs, and at which its features are steered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from saelab.saes.base import SAE
+from saelab.saes.hooks_used import HooksUsed
+
+
+def hooks_of(sae: SAE, hook_name: str | Sequence[str] | None = None) -> HooksUsed:
+    """The hooks of a trained SAE, or those given: one hook, all of a crosscoder's in order, or what a transcoder reads
+    and writes. Raises `ValueError` where the SAE does not say, and for another number of sources than it has.
+    """
+    given = (hook_name,) if isinstance(hook_name, str) else tuple(hook_name or ())
+    n_sources, output = sae.shape.get("n_sources", 1), _output(sae)
+    if "d_out" in sae.shape and len(given) == 2:
+        given, output = given[:1], given[1]
+    inputs = given or _inputs(sae)
+    if not inputs:
+        raise ValueError("This SAE does not say which hook it reads (it was trained on bare tensors): give hook_name.")
+    if len(inputs) != n_sources:
+        raise ValueError(
+            f"This SAE reads {n_sources} source{'s' * (n_sources > 1)}, hook_name names {len(inputs)} ({', '.join(inputs)}): "
+            "name each source once, in order."
+        )
+    return HooksUsed(inputs, inputs if output is None else (output,))
+
+
+def steered_hook(sae: SAE, hook_name: str | None = None) -> tuple[str | None, int]:
+    """The hook that features are steered at (None: nobody knows) and the number of its source: of several the last.
+
+    Raises `ValueError` for a hook that is none of a crosscoder's.
+    """
+    names = _inputs(sae)
+    if hook_name is None:
+        return _output(sae) or (names[-1] if names else None), -1
+    if sae.shape.get("n_sources", 1) == 1 or not names:
+        return hook_name, -1
+    if hook_name not in names:
+        raise ValueError(f"hook_name={hook_name!r} is no source of this crosscoder, which has {', '.join(names)}.")
+    return hook_name, names.index(hook_name)
+
+
+def needs_other_hooks(sae: SAE) -> bool:
+    """Can no code be computed from the activations at the hook that is steered?"""
+    return sae.shape.get("n_sources", 1) > 1 or _output(sae) not in (None, *_inputs(sae))
+
+
+def _inputs(sae: SAE) -> tuple[str, ...]:
+    known = (
+        sae.provenance.origin.get("hook_names")
+        or getattr(sae.config, "hook_names", None)
+        or [sae.provenance.origin.get("hook_name")]
+    )
+    return tuple(name for name in known if name)
+
+
+def _output(sae: SAE) -> str | None:
+    """What a transcoder predicts, where that is not what it reads."""
+    return sae.provenance.origin.get("hook_name_out") or getattr(sae.config, "hook_name_out", None)
