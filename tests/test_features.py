@@ -132,7 +132,7 @@ def test_a_key_that_the_manifest_lacks_is_named(store, tmp_path, key):
     manifest = json.loads((tmp_path / "f" / schema.MANIFEST).read_text())
     del manifest[key]
     (tmp_path / "f" / schema.MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(StoreError, match=f"no feature manifest .'{key}'"):
+    with pytest.raises(StoreError, match=f"not a feature manifest .'{key}'"):
         FeatureStore(tmp_path / "f")
 
 
@@ -140,7 +140,7 @@ def test_a_manifest_of_another_kind_and_another_batch_size_are_refused(sae, tiny
     with pytest.raises(StoreError, match="batch_size: 5 -> 4"):
         _collect(sae, tiny_lm, store.folder, batch_size=4)
     (tmp_path / schema.MANIFEST).write_text("[1]")
-    with pytest.raises(StoreError, match="no feature manifest"):
+    with pytest.raises(StoreError, match="not a feature manifest"):
         _collect(sae, tiny_lm, tmp_path)
 
 

@@ -250,7 +250,7 @@ def test_pages_show_both_ends(world, pattern, page, monkeypatch):
         assert ("A signed feature" in text) == bool(len(ends[-1]))
     elif feature.p99:
         assert f"adds {number(2 * feature.sign * feature.p99)}" in text
-        assert f"at {'most' if feature.sign == 1 else 'least'} {number(feature.sign * feature.max)}" in text
+        assert f"{'maximum' if feature.sign == 1 else 'minimum'} is {number(feature.sign * feature.max)}" in text
 
 
 @pytest.mark.parametrize("end, sign", [("", -1), ("negative", -1), ("positive", 1)])
@@ -337,7 +337,7 @@ def test_an_old_store_of_signed_features_opens_and_refuses_its_units():
     store = saelab.load_features(OLD / "abs_topk" / "features")
     feature = store.feature(store.table(limit=1)[0]["feature"])
     assert store.signed is None and feature.examples() and feature.histogram.counts.sum() == feature.n_fired
-    assert "before the two ends" in feature_card(feature) and "before the two ends" in repr(feature)
+    assert "mixed the two ends" in feature_card(feature) and "mixed the two ends" in repr(feature)
     for call in (
         lambda: feature * 2.0,
         lambda: feature.clamp(1.0, "max"),
@@ -345,11 +345,11 @@ def test_an_old_store_of_signed_features_opens_and_refuses_its_units():
         lambda: feature.negative,
         lambda: feature.examples(kind="bottom"),
     ):
-        with pytest.raises(SaelabError, match="Remove its folder and collect it anew"):
+        with pytest.raises(SaelabError, match="Remove its folder and collect it again"):
             call()
     assert feature.add(1.0, "raw").value == 1.0 and feature.ablate().value == 0.0 and feature.scale(2.0).value == 2.0
     request = {"prompt": "a", "strength": 1.0, "max_new_tokens": 1, "temperature": 0.0, "seed": 0}
-    with pytest.raises(ValueError, match="before the two ends"):
+    with pytest.raises(ValueError, match="mixed the two ends"):
         page_steer.check_request(feature, request)
 
 
