@@ -439,7 +439,7 @@ def test_a_feature_steers(hostile_run, tiny_lm):
 
 def test_a_missing_sae_folder_is_explained(hostile_run, tmp_path):
     moved = FeatureStore(shutil.copytree(hostile_run / "features", tmp_path / "alone" / "features"))
-    with pytest.raises(StoreError, match="give it with saelab.load_features"):
+    with pytest.raises(StoreError, match="pass it with saelab.load_features"):
         moved.feature(0).ablate()
 
 
