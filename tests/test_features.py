@@ -303,7 +303,7 @@ def test_bad_calls_name_the_value(sae, tiny_lm, tmp_path):
         _collect(TopKSAE(TopKConfig(d_sae=8, k=2), 31), tiny_lm, tmp_path / "a")
     with pytest.raises(ValueError, match="top_k=0"):
         _collect(sae, tiny_lm, tmp_path / "b", top_k=0)
-    with pytest.raises(ValueError, match="give texts"):
+    with pytest.raises(ValueError, match="pass texts"):
         saelab.collect_features(sae, tiny_lm, out_dir=tmp_path / "c")
     with pytest.raises(ValueError, match="no text|no token"):
         saelab.collect_features(sae, tiny_lm, ["a"], hook_name=HOOK, out_dir=tmp_path / "d", progress=False)

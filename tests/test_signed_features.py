@@ -378,5 +378,5 @@ def test_which_old_stores_are_trusted(world, tmp_path, variant, config, signed):
 def test_handles_of_an_end_count_raw_strength_towards_it(world):
     handle = FeatureHandle(world.sae, 2, HOOK, units={"p99": 3.0}, end=-1)
     assert handle.add(2.0, "raw").value == -2.0 and (handle * 2.0).value == -6.0
-    with pytest.raises(StoreError, match="no unit"):
+    with pytest.raises(StoreError, match="no steering unit"):
         _ = saelab.load_features(OLD / "abs_topk" / "features").feature(0).positive
