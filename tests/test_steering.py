@@ -235,9 +235,9 @@ def test_units_and_strengths_are_checked(feature):
         _ = FeatureHandle(feature.sae, 5, units={"p99": 10.0}) * 1e38  # 1e39 is beyond float32
     with pytest.raises(ValueError, match="strength 'much' is not a number"):
         feature.clamp("much")
-    with pytest.raises(ValueError, match="finite \\(seq,\\)"):
+    with pytest.raises(ValueError, match="finite values \\(seq,\\)"):
         feature.clamp(torch.tensor([1.0, math.nan]), unit="raw")
-    with pytest.raises(ValueError, match="finite \\(seq,\\)"):
+    with pytest.raises(ValueError, match="finite values \\(seq,\\)"):
         feature.clamp(torch.zeros(1, 2, 3), unit="raw")
 
 
@@ -245,7 +245,7 @@ def test_features_and_hooks_are_checked(tiny_lm, sae):
     for wrong in (-1, 64):
         with pytest.raises(ValueError, match=f"feature={wrong} .*0 to 63"):
             FeatureHandle(sae, wrong)
-    with pytest.raises(ValueError, match="give hook_name"):
+    with pytest.raises(ValueError, match="pass hook_name"):
         FeatureHandle(TopKSAE(TopKConfig(d_sae=64, k=8), d_in=32), 3)
     lost = FeatureHandle(sae, 3, hook_name="blocks.7.hook_resid_post").add(1.0, unit="raw")
     with pytest.raises(ValueError, match="blocks.7.hook_resid_post"), tiny_lm.steer(lost):
