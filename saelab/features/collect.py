@@ -52,10 +52,9 @@ def collect_features(
 ) -> FeatureStore:
     """Collect statistics, top examples and logits of every feature into a store in `out_dir`, and open it.
 
-    `texts=None` reads the text source the SAE was trained on: its held-out tenth, where other texts are read whole;
-    `split` overrides this. Packing, mask, `lm` and `hook_name` are as in `saelab.evaluate`. `n_tokens` stops after that
-    many tokens (rounded to whole contexts); `top_k` examples are kept per feature. On a finished store the same call
-    returns at once.
+    `texts=None` reads the held-out tenth of the SAE's own text source; other texts are read whole; `split` overrides
+    both. Packing, mask, `lm` and `hook_name` are as in `saelab.evaluate`. `n_tokens` stops after that many tokens (whole
+    contexts); `top_k` examples are kept per feature. A finished store is returned at once by the same call.
 
     Raises `ValueError` when the SAE does not fit the model, when no token is left, or when `out_dir` holds something
     else; `StoreError` when it holds a store made with other arguments, naming them.
