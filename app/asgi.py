@@ -1,7 +1,7 @@
-"""The web application: Streamlit behind a thin layer that tells the page where its server is and what it may load.
+"""ASGI application of the dashboard: Streamlit behind middleware that sets the page's base URL and security headers.
 
-Without the first, a deep link (`/feature?feature=17`) makes Streamlit's page probe `/feature/_stcore/health` and log
-a 404. The second, a Content-Security-Policy, keeps the browser from asking any other host for anything.
+Without the base URL, a deep link (`/feature?feature=17`) makes Streamlit's page probe `/feature/_stcore/health` and log
+a 404. The Content-Security-Policy stops the browser from contacting any other host.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _warming = Event()
 
 
 class LocalPage:
-    """ASGI middleware that completes HTML responses; everything else passes through untouched."""
+    """ASGI middleware that rewrites HTML responses; everything else passes through untouched."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -50,7 +50,7 @@ class LocalPage:
                 if not message.get("more_body"):
                     await _send_page(start, bytes(body), send)
 
-        # HTML must not come compressed or as "not modified": it is changed on the way.
+        # The HTML is rewritten here, so Streamlit must not send it compressed or answer 304 Not Modified.
         hidden = (b"accept-encoding", b"if-none-match", b"if-modified-since")
         if "." not in scope["path"].rpartition("/")[2]:
             scope = scope | {"headers": [pair for pair in scope["headers"] if pair[0] not in hidden]}
@@ -62,7 +62,7 @@ async def _send_page(start: dict[str, Any], body: bytes, send: Any) -> None:
         _warming.set()
         Thread(target=_warm_up, daemon=True).start()
     headers = MutableHeaders(scope=start)
-    if body:  # none in the answer to HEAD
+    if body:  # a HEAD response has none
         body = body.replace(b"<head>", _BASE, 1)
         headers["content-length"] = str(len(body))
     headers["content-security-policy"] = _POLICY
@@ -73,11 +73,11 @@ async def _send_page(start: dict[str, Any], body: bytes, send: Any) -> None:
 
 
 def _warm_up() -> None:
-    """Import what the first page needs while the browser still loads its scripts."""
+    """Import the page modules while the browser is still loading its scripts."""
     for page in ("runs", "features", "feature", "dead", "steer"):
         import_module(f"saelab.app.page_{page}")
 
 
-# A page of another site whose name was made to point here (DNS rebinding) still sends its own name as Host.
+# Against DNS rebinding: a foreign domain that resolves to this address still sends its own name as Host.
 _HOSTS = Middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1"])
 app = App(Path(__file__).with_name("main.py"), middleware=[_HOSTS, Middleware(LocalPage)])

@@ -1,6 +1,6 @@
-"""Pure functions from numbers to pictures; no Streamlit. Okabe and Ito's colours, and patterns beside them.
+"""Charts of the dashboard as pure functions of the data, without Streamlit. Okabe-Ito colours, backed up by patterns.
 
-Plotly figures, except for the curves on the first page, so that it need not wait for 5 MB of scripts.
+Plotly figures, except for the training curves: the first page should not wait for 5 MB of scripts.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from saelab.features.records import Histogram
 
 BLUE, VERMILLION = "#0072b2", "#d55e00"
 _FAINT = "rgba(128,128,128,.25)"
-_MAX_POINTS = 1500  # a trace; drawn as SVG, because WebGL would need a policy that allows eval
+_MAX_POINTS = 1500  # per trace: points are drawn as SVG, because WebGL would need a policy that allows eval
 
 
 def training_curve(tokens: Sequence[float], values: Sequence[float], name: str, percent: bool = False) -> str:
     """One logged quantity over training tokens, as HTML; the vertical axis goes from 0 to a round number.
 
-    The line is a picture (Streamlit's sanitiser drops inline SVG), the labels are text in the reader's colour.
+    The line is an image (Streamlit's sanitiser drops inline SVG); the labels are text and follow the page's colours.
     """
     top, span = _round_up(max(values)) if max(values) > 1e-9 else 1.0, max(tokens[-1] - tokens[0], 1)
     points = " ".join(
@@ -48,7 +48,7 @@ def training_curve(tokens: Sequence[float], values: Sequence[float], name: str, 
 
 
 def _round_up(value: float) -> float:
-    """The next of 1, 2, 4, 6, 8, 10 times a power of ten."""
+    """`value` rounded up to 1, 2, 4, 6, 8 or 10 times a power of ten."""
     power = 10.0 ** np.floor(np.log10(value))
     return float(next(step for step in (1, 2, 4, 6, 8, 10) if step * power >= value * (1 - 1e-9)) * power)
 
@@ -61,8 +61,8 @@ def _short(tokens: float) -> str:
 
 
 def value_histogram(histogram: Histogram, ends: Sequence[tuple[float, float]] = ()) -> go.Figure:
-    """The non-zero values of a feature in log bins, negative ones hatched and to the left of a gap, with the p99 and the
-    extreme value of each end marked."""
+    """Histogram of a feature's non-zero activations in log bins. Negative values are hatched and left of a gap; lines mark
+    the p99 and the maximum of each end."""
     edges, counts = histogram.edges, histogram.counts
     positions = _log_positions(edges, edges)
     hover = [f"{low:.3g} to {high:.3g}<br>{n:,} tokens" for low, high, n in zip(edges, edges[1:], counts, strict=False)]
@@ -93,8 +93,8 @@ def value_histogram(histogram: Histogram, ends: Sequence[tuple[float, float]] = 
 
 
 def _log_positions(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Where values stand on an axis of log magnitudes: negative ones mirrored, and, where `edges` have both signs, apart from
-    the positive ones by a quarter of a decade."""
+    """Positions of values on an axis of log magnitudes. Negative values are mirrored; where `edges` has both signs, a gap of
+    a quarter of a decade separates them from the positive ones."""
     both = edges[0] < 0 < edges[-1]
     start = np.log10(np.abs(edges).min()) - 0.125 if both else 0.0
     return np.sign(values) * (np.log10(np.abs(values)) - start)
@@ -110,7 +110,7 @@ def _signed_ticks(edges: np.ndarray) -> tuple[list[float], list[str]]:
 
 
 def density_histogram(density: np.ndarray, n_tokens: int) -> go.Figure:
-    """How often features fire, log scale, with those that never fired as a bar of their own (hatched)."""
+    """Histogram of feature densities on a log scale; features that never fired get a separate hatched bar."""
     fired = density > 0
     logs = np.log10(density[fired]) if fired.any() else np.zeros(0)
     lowest = np.floor(np.log10(1 / max(n_tokens, 10)))
@@ -136,7 +136,7 @@ def density_histogram(density: np.ndarray, n_tokens: int) -> go.Figure:
         x=[lowest - 0.6], y=[never], width=0.5, name="never fired", hovertext=[f"never fired<br>{never:,} features"],
         hoverinfo="text", marker={"color": VERMILLION, "pattern": hatched},
     )  # fmt: skip
-    figure.update_layout(barmode="overlay")  # side by side, the two would share one slot
+    figure.update_layout(barmode="overlay")  # with "group" the two bars would share one slot
     ticks = list(range(int(lowest), 1))
     figure.update_xaxes(
         title="share of tokens on which the feature fires",
@@ -176,7 +176,7 @@ def cosine_scatter(density: np.ndarray, cosine: np.ndarray, n_tokens: int, at_mo
 
 
 def _round_numbers(low: float, high: float) -> list[float]:
-    """1, 2, 5 a decade between two positive values."""
+    """1, 2 and 5 per decade between two positive values; powers of ten alone over more than four decades."""
     decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
     steps = (1, 2, 5) if len(decades) <= 4 else (1,)
     values = [step * 10.0**decade for decade in decades for step in steps]

@@ -1,4 +1,4 @@
-"""Rows of features as a table: a link to the feature, its numbers, what it promotes, its best example."""
+"""A table with one row per feature: link, metrics, the token it promotes most, and its strongest example."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _strip(store: FeatureStore, row: dict[str, Any]) -> str:
 
 
 def _bar(density: float, n_tokens: int) -> str:
-    """Density as text and as a bar on a log scale from one token to all."""
+    """Density as text and as a bar, on a log scale from one token to all tokens."""
     lowest = np.log10(1 / max(n_tokens, 10))
     width = 0.0 if density <= 0 else max(2.0, 100 * (1 - np.log10(density) / lowest))
     return f'<span class="sa-bar"><span>{percent(density)}</span><i><b style="width:{width:.0f}%"></b></i></span>'

@@ -1,4 +1,4 @@
-"""Entry script of the dashboard: Streamlit runs it on every interaction. Navigation only; pages lie beside it."""
+"""Entry script of the dashboard: Streamlit runs it on every interaction. Navigation only; the pages are in `page_*.py`."""
 
 import streamlit as st
 

@@ -1,4 +1,4 @@
-"""Dead features: those that never or almost never fired, with density and encoder-decoder cosine."""
+"""Dead features page: features that never or almost never fired, with density and encoder-decoder cosine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LIMITS = ["0", "1", "3", "10", "30", "100"]
 
 
 def show() -> None:
-    """The page."""
+    """Render the page."""
     store = state.store()
     st.title("Dead features")
     st.html(f'<p class="sa-sub">Features that never, or almost never, fired on the {state.counted(store)}.</p>')

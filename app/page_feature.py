@@ -1,4 +1,4 @@
-"""Feature: one feature's numbers, examples with highlighted tokens, value histogram and logits."""
+"""Feature page: one feature's metrics, examples with highlighted tokens, activation histogram and logits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from saelab.features.visible import chip_text
 
 
 def show() -> None:
-    """The page."""
+    """Render the page."""
     store = state.store()
     index = state.url_int("feature", state.default_feature(store), 0, store.d_sae - 1)
     st.session_state["feature"] = index
@@ -30,7 +30,7 @@ def show() -> None:
         st.info(state.plain(signs), icon=":material/swap_horiz:")
     if not feature.n_fired:
         st.info(
-            f"This feature fired on none of the {state.counted(store)}, so it has no examples.",
+            f"This feature did not fire on any of the {state.counted(store)}, so it has no examples.",
             icon=":material/bedtime:",
         )
     left, right = st.columns([5, 3], gap="large")
@@ -38,8 +38,8 @@ def show() -> None:
         st.subheader("Top examples")
         signs = " of that sign (blue: negative)" if feature.store.signed else ""
         st.caption(
-            f"The strongest one of each document. Background: activation as a share of the feature's maximum{signs}; "
-            "outlined: the peak. Point at a token, or move there with Tab, for its value."
+            f"The strongest example of each document. Background: activation relative to the feature's maximum{signs}; "
+            "outline: the peak. Hover over a token, or move to it with Tab, to see its activation."
         )
         st.html(feature_examples_html(feature))
         if len(feature.ends) > 1:
@@ -54,11 +54,11 @@ def _numbers(feature: Feature) -> None:
     values = "magnitudes at its dominant end" if feature.store.signed else "activations"
     entries = [
         ("Density", percent(feature.density), "Share of counted tokens on which the feature fires."),
-        ("Fired on", f"{feature.n_fired:,}", f"Of {feature.store.n_tokens:,} counted tokens."),
+        ("Fired on", f"{feature.n_fired:,}", f"Tokens, out of {feature.store.n_tokens:,} counted."),
         ("Mean", number(feature.mean), f"Mean of the non-zero {values}."),
-        ("p99", number(feature.p99), f"99th percentile of the non-zero {values}: the unit of steering."),
-        ("Max", number(feature.max), f"Largest of the {values}."),
-        ("Enc\u2013dec cosine", cosine(feature.cosine), "Cosine between the feature's encoder and decoder row."),
+        ("p99", number(feature.p99), f"99th percentile of the non-zero {values}: the unit of steering strengths."),
+        ("Max", number(feature.max), f"Maximum of the {values}."),
+        ("Enc\u2013dec cosine", cosine(feature.cosine), "Cosine similarity of the feature's encoder and decoder rows."),
     ]
     for column, (label, value, meaning) in zip(st.columns(len(entries)), entries, strict=True):
         column.metric(label, value, help=meaning)
@@ -67,7 +67,7 @@ def _numbers(feature: Feature) -> None:
 def _values(feature: Feature) -> None:
     st.subheader("Activations")
     if not len(feature.histogram.counts):
-        st.caption("No value: the feature never fired.")
+        st.caption("No activations: the feature never fired.")
         return
     ends = [(end.sign * end.p99, end.sign * end.max) for end in feature.ends]
     figure = charts.value_histogram(feature.histogram, ends)
@@ -82,7 +82,9 @@ def _logits(feature: Feature) -> None:
         st.caption("No direct path from this hook to the logits.")
         return
     end = " towards its negative end" if feature.sign == -1 else ""
-    st.caption(f"Direct effect of the decoder row, final norm gain folded in; change for one unit along it{end}.")
+    st.caption(
+        f"Direct effect of the decoder row with the final norm's gain folded in: logit change per unit along it{end}."
+    )
     for column, name, tokens in zip(st.columns(2), ("Promotes", "Suppresses"), logits, strict=True):
         column.html(f'<div class="sa-head">{name}</div>{_logit_rows(tokens)}')
 

@@ -1,4 +1,4 @@
-"""Features: the table of all features, sorted, filtered and paged in SQL; everything it shows is in the URL."""
+"""Features page: the table of all features, sorted, filtered and paged in SQL; the whole view is encoded in the URL."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _SHOWS = {
 
 
 def show() -> None:
-    """The page."""
+    """Render the page."""
     store = state.store()
     st.title("Features")
     sort = state.url_choice("sort", "density", list(_SORTS))
@@ -46,11 +46,11 @@ def show() -> None:
     count = store.count(where)
     ends = " (\u2212: mostly negative; magnitudes at that end)" if store.signed else ""
     st.html(
-        f'<p class="sa-sub" style="margin-top:.2rem">{count:,} of {store.d_sae:,} features. Numbers are over '
-        f"{state.counted(store)}; p99 and max over the tokens on which the feature fires{ends}.</p>"
+        f'<p class="sa-sub" style="margin-top:.2rem">{count:,} of {store.d_sae:,} features. Measured on '
+        f"{state.counted(store)}; p99 and max are over the tokens on which the feature fires{ends}.</p>"
     )
     if not count:
-        st.info("No feature lies in this range. Choose **All**.", icon=":material/filter_alt_off:")
+        st.info("No feature is in this range. Choose **All**.", icon=":material/filter_alt_off:")
         return
     pages = -(-count // PER_PAGE)
     page = state.url_int("page", 1, 1, pages)

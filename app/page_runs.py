@@ -1,4 +1,4 @@
-"""Runs: the report, the training curves and the settings of every SAE in the run."""
+"""Runs page: the report, the training curves and the settings of every SAE in the run."""
 
 from __future__ import annotations
 
@@ -21,21 +21,30 @@ _MAX_POINTS = 1000
 _CURVES = {
     "fvu": ("FVU (training)", False),
     "l0": ("L0", False),
-    "dead_fraction_train": ("Dead share (training)", True),
+    "dead_fraction_train": ("Dead fraction (training)", True),
 }
 _MEASURES = {
     "fvu": ("FVU", "Fraction of variance unexplained on held-out tokens; lower is better."),
-    "fvu_unmasked": ("FVU unmasked", "The same without the mask: a few huge rows decide it, for better or worse."),
-    "l0": ("L0", "Features that fire on a token, on average."),
-    "dead_fraction": ("Dead", "Share of features that never fired on the held-out tokens."),
-    "ce_loss_recovered": ("CE recovered", "Share of the model's loss kept when the SAE replaces the activations."),
-    "kl": ("KL", "Divergence of the model's predictions with the SAE in place, nats per token."),
+    "fvu_unmasked": (
+        "FVU unmasked",
+        "The same without the mask: a few rows of huge norm dominate it, for better or worse.",
+    ),
+    "l0": ("L0", "Mean number of features that fire on a token."),
+    "dead_fraction": ("Dead", "Fraction of features that never fired on the held-out tokens."),
+    "ce_loss_recovered": (
+        "CE recovered",
+        "Share of the cross-entropy loss added by zero ablation that the SAE's reconstruction recovers; 1 is perfect.",
+    ),
+    "kl": (
+        "KL",
+        "KL divergence of the model's predictions when the reconstruction replaces the activations, in nats per token.",
+    ),
 }
 _SHARES = {"dead_fraction", "ce_loss_recovered"}
 
 
 def show() -> None:
-    """The page."""
+    """Render the page."""
     st.title("Runs")
     found = state.saes()
     if len(found) > 1:
@@ -53,7 +62,7 @@ def _overview(found: list[SaeRun]) -> None:
         values = {label: report.get(key) for key, (label, _) in _MEASURES.items()}
         rows.append({"SAE": sae.name, "hook": report.get("hook_name"), **values, "tokens": report.get("n_tokens")})
     if rows:
-        st.dataframe(rows, hide_index=True, alt="Held-out numbers of every SAE in this run")
+        st.dataframe(rows, hide_index=True, alt="Held-out metrics of every SAE in this run")
 
 
 def _one(sae: SaeRun) -> None:
@@ -76,12 +85,14 @@ def _one(sae: SaeRun) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A JSON object; {} where there is none, with a warning where the file holds something else."""
+    """The JSON object in `path`; {} without the file, and {} with a warning where it does not hold an object."""
     try:
         value = read_json(path) if path.exists() else {}
         if isinstance(value, dict):
             return value
-        raise SaelabError(f"{path} holds a {type(value).__name__}, not an object: it was altered; make it anew.")
+        raise SaelabError(
+            f"{path} holds a {type(value).__name__}, expected an object: the file was altered; write it again."
+        )
     except SaelabError as error:
         st.warning(str(error))
         return {}
@@ -118,7 +129,7 @@ def _is_finite(line: dict[str, Any], key: str) -> bool:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Up to 1,000 evenly spread points of a metrics file, its first and its last among them; a torn line is passed over."""
+    """Up to 1,000 evenly spread points of a metrics file, first and last included; a truncated line is skipped."""
     if not path.exists():
         return []
     points = []
@@ -139,4 +150,6 @@ def _settings(config: dict[str, Any]) -> None:
             f"<dt>{html.escape(key)}</dt><dd>{html.escape(json.dumps(value, ensure_ascii=False))}</dd>"
             for key, value in flat.items()
         )
-        st.html(f'<dl class="sa-cfg">{items}</dl>' if items else "sae.json is not there yet: training goes on.")
+        st.html(
+            f'<dl class="sa-cfg">{items}</dl>' if items else "sae.json is not written yet: training is still running."
+        )

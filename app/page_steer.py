@@ -1,4 +1,4 @@
-"""Steer: add a feature to the model's activations and read default and steered text side by side, on one seed."""
+"""Steer page: add a feature to the model's activations and compare default and steered text from the same seed."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ MAX_PROMPT, MAX_TOKENS, MAX_STRENGTH = 8000, 512, 100.0
 
 
 def show() -> None:
-    """The page."""
+    """Render the page."""
     store = state.store()
     st.title("Steer")
     model = model_label(store.manifest["model"]["name"])
     left, right = st.columns([2, 3], gap="large")
     with left:
         feature, request = _controls(store)
-        st.caption(f"The first run loads {escape(model)}; it stays in memory until the dashboard ends.")
+        st.caption(f"The first run loads {escape(model)}; it stays in memory until the dashboard stops.")
     if request is not None:
         with right, state.friendly_errors():
             st.session_state["steered"] = _generate(store, feature, request)
@@ -38,7 +38,7 @@ def show() -> None:
 
 
 def _controls(store: FeatureStore) -> tuple[Feature, dict[str, Any] | None]:
-    """The feature and, when the button was pressed, what to generate."""
+    """The chosen feature and, when the button was pressed, the request to generate."""
     index = state.url_int("feature", state.default_feature(store), 0, store.d_sae - 1)
     st.session_state["feature"] = index
     strength = state.url_float("strength", 2.0, -MAX_STRENGTH, MAX_STRENGTH)
@@ -51,14 +51,16 @@ def _controls(store: FeatureStore) -> tuple[Feature, dict[str, Any] | None]:
     end = _choose_end(feature)
     if end is not None:
         st.caption(
-            f"{strength:g} \u00d7 p99 adds {number(strength * end.sign * end.p99)} "
-            f"to an activation of at {'most' if end.sign > 0 else 'least'} {number(end.sign * end.max)}."
+            f"{strength:g} \u00d7 p99 adds {number(strength * end.sign * end.p99)} to an activation whose "
+            f"{'maximum' if end.sign > 0 else 'minimum'} is {number(end.sign * end.max)}."
         )
     with st.form("steer", border=False):
         prompt = st.text_area("Prompt", "The weather today", max_chars=MAX_PROMPT, height=110)
         columns = st.columns(3)
         tokens = columns[0].number_input("New tokens", 1, MAX_TOKENS, 40)
-        temperature = columns[1].number_input("Temperature", 0.0, 5.0, 0.0, 0.1, help="0 takes the likeliest token.")
+        temperature = columns[1].number_input(
+            "Temperature", 0.0, 5.0, 0.0, 0.1, help="0 always takes the most likely token."
+        )
         seed = columns[2].number_input("Seed", 0, 2**31 - 1, 0)
         pressed = st.form_submit_button("Generate", type="primary", icon=":material/play_arrow:")
     request = {
@@ -73,7 +75,7 @@ def _controls(store: FeatureStore) -> tuple[Feature, dict[str, Any] | None]:
 
 
 def _choose_end(feature: Feature) -> End | None:
-    """The end that strengths count towards: of two the reader chooses, the dominant one first; None without a unit."""
+    """The end that positive strengths steer towards, chosen by the user where there are two; None for a feature with no ends."""
     if len(feature.ends) < 2:
         return feature.ends[0] if feature.ends else None
     ends = {end.name: end for end in feature.ends}
@@ -85,11 +87,11 @@ def _choose_end(feature: Feature) -> End | None:
 
 
 def check_request(feature: Feature, request: dict[str, Any]) -> None:
-    """Refuse what the widgets should not have let through. Raises `ValueError` naming the value and the fix."""
+    """Validate the request on the server, whatever the widgets allowed. Raises `ValueError` naming the value and the fix."""
     if not request["prompt"].strip():
-        raise ValueError("The prompt is empty: write a few words for the model to go on from.")
+        raise ValueError("The prompt is empty: write a few words for the model to continue.")
     if len(request["prompt"]) > MAX_PROMPT:
-        raise ValueError(f"The prompt has {len(request['prompt']):,} characters; at most {MAX_PROMPT:,} are taken.")
+        raise ValueError(f"The prompt has {len(request['prompt']):,} characters; shorten it to at most {MAX_PROMPT:,}.")
     if not 1 <= request["max_new_tokens"] <= MAX_TOKENS:
         raise ValueError(f"max_new_tokens={request['max_new_tokens']} must be between 1 and {MAX_TOKENS}.")
     if not math.isfinite(request["strength"]) or abs(request["strength"]) > MAX_STRENGTH:
@@ -113,7 +115,7 @@ def _generate(store: FeatureStore, feature: Feature, request: dict[str, Any]) ->
     with state.MODEL_LOCK:
         bar.progress(0.0, "Loading the model")
         lm = state.load_model(store.manifest["model"]["name"])
-        # Each step of the bar is a place where Streamlit may end this run: pressed again, the page begins anew.
+        # Streamlit may stop this run at each update of the bar: pressing the button again restarts the page.
         default = lm.generate(request["prompt"], **options, on_token=lambda n: bar.progress(n / total / 2, "Default"))
         with lm.steer(steered_end * request["strength"]):
             steered = lm.generate(
@@ -123,7 +125,7 @@ def _generate(store: FeatureStore, feature: Feature, request: dict[str, Any]) ->
     other = (
         None
         if lm.hash == store.manifest["model"]["hash"]
-        else "These are other weights than the features were collected with."
+        else "The loaded model's weights differ from those the features were collected with."
     )
     shown = f"{feature.feature} ({request['end']} end)" if len(feature.ends) > 1 else str(feature.feature)
     return request | {"feature": shown, "default": default, "steered": steered, "warning": other}
@@ -147,7 +149,7 @@ def _result() -> None:
 
 
 def _output(text: str, prompt: str) -> str:
-    """Model text is hostile too: escaped line by line, the prompt dimmed."""
+    """Generated text as HTML, escaped line by line because it is untrusted; the prompt is dimmed."""
     head, tail = (prompt, text[len(prompt) :]) if text.startswith(prompt) else ("", text)
     shown = [("<br>").join(escape(line) for line in part.split("\n")) for part in (head, tail)]
     return f'<div class="sa-out"><bdi><span class="sa-prompt">{shown[0]}</span>{shown[1]}</bdi></div>'

@@ -1,4 +1,4 @@
-"""`saelab dash RUN`: start Streamlit on 127.0.0.1 with the settings a local tool should have."""
+"""`saelab dash RUN`: start Streamlit on 127.0.0.1 with settings for a local tool."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ _OPTIONS = {
 def serve(run: str | Path, port: int = 8501, browser: bool = False) -> None:
     """Serve the dashboard of a RUN or one SAE folder until Ctrl-C; `browser` opens its first page.
 
-    Listens on 127.0.0.1 only. A port in use is passed over for the next free one, which is said. Raises `SaelabError`
-    when `run` holds no SAE, `ValueError` for a port outside 1024 to 65535.
+    Listens on 127.0.0.1 only. If the port is in use, takes the next free one and says so. Raises `SaelabError` when
+    `run` holds no SAE, `ValueError` for a port outside 1024 to 65535 or when no port nearby is free.
     """
     run = Path(run).resolve()
     find_saes(run)
     free = free_port(port)
     if free != port:
-        print(f"Port {port} is in use; taking {free}.")
-    print(f"The dashboard of {run} is at http://{ADDRESS}:{free} (Ctrl-C ends it)", flush=True)
+        print(f"Port {port} is in use; using {free} instead.")
+    print(f"The dashboard of {run} is at http://{ADDRESS}:{free} (Ctrl-C stops it)", flush=True)
     os.environ[RUN_VARIABLE] = str(run)
     import click
     from streamlit.web import cli
@@ -60,7 +60,7 @@ def arguments(port: int, browser: bool = False) -> list[str]:
 
 
 def free_port(port: int, attempts: int = 50) -> int:
-    """`port`, or the next one that nobody listens on. Raises `ValueError` when there is none nearby."""
+    """`port` or the next free one. Raises `ValueError` when none of `attempts` ports is free, or for one out of range."""
     if not 1024 <= port <= 65535:
         raise ValueError(f"port={port} must be between 1024 and 65535.")
     for candidate in range(port, min(port + attempts, 65536)):
@@ -71,4 +71,4 @@ def free_port(port: int, attempts: int = 50) -> int:
             except OSError:
                 continue
             return candidate
-    raise ValueError(f"Ports {port} to {port + attempts - 1} are all in use; give another --port.")
+    raise ValueError(f"Ports {port} to {port + attempts - 1} are all in use; choose another --port.")

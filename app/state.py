@@ -1,7 +1,7 @@
-"""What the pages share: the run fixed at start, the chosen SAE, its store, the URL, and the one language model.
+"""State shared by the pages: the run fixed at start, the chosen SAE, its store, the URL, and the one language model.
 
-The URL says what is looked at (`sae`, `feature`, `sort`, `page` ...) and is the only truth: a widget takes its value
-from it and writes it back. Text from the URL is looked up or parsed, never joined to a path.
+The URL (`sae`, `feature`, `sort`, `page` ...) is the single source of truth for the view: a widget takes its value from
+it and writes it back. Text from the URL is looked up or parsed, never joined to a path.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from saelab.features.render import model_label
 from saelab.features.schema import MANIFEST
 from saelab.runs import SaeRun, find_saes
 
-MODEL_LOCK = threading.Lock()  # one session generates at a time: two would share the cores, and both be slower
+MODEL_LOCK = threading.Lock()  # one session generates at a time: two would compete for the same cores
 
 
 @contextmanager
 def friendly_errors() -> Iterator[None]:
-    """Show what went wrong and the fix instead of a traceback."""
+    """Show an error's message, which says the fix, instead of a traceback."""
     try:
         yield
     except (SaelabError, ValueError) as error:
@@ -35,7 +35,7 @@ def friendly_errors() -> Iterator[None]:
 
 
 def plain(text: str) -> str:
-    """Text for a Markdown place, every mark escaped."""
+    """Text with every Markdown special character escaped."""
     return "".join(f"\\{char}" if char in r"\`*_{}[]()<>#+-.!|$~:" else char for char in text)
 
 
@@ -43,17 +43,17 @@ def run_folder() -> Path:
     """The run that `saelab dash` was given."""
     run = os.environ.get(RUN_VARIABLE)
     if not run:
-        raise SaelabError("The dashboard does not know its run: start it with `saelab dash RUN`.")
+        raise SaelabError("The dashboard was started without a run: start it with `saelab dash RUN`.")
     return Path(run)
 
 
 def saes() -> list[SaeRun]:
-    """Every SAE of the run."""
+    """Every SAE in the run."""
     return find_saes(run_folder())
 
 
 def chosen_sae() -> SaeRun:
-    """The SAE of the URL, else the one chosen before in this session, else the first."""
+    """The SAE named in the URL, else the one this session chose last, else the first."""
     found = {sae.name: sae for sae in saes()}
     name = url_choice("sae", st.session_state.get("sae_name", ""), ["", *found])
     sae = found.get(name) or next(iter(found.values()))
@@ -62,12 +62,12 @@ def chosen_sae() -> SaeRun:
 
 
 def store() -> FeatureStore:
-    """The open store of the chosen SAE; `StoreError` says how to make one."""
+    """The open feature store of the chosen SAE. Raises `StoreError`, which says how to make one, when there is none."""
     sae = chosen_sae()
     manifest = sae.features_dir / MANIFEST
     if not manifest.exists():
         raise StoreError(
-            f"No features were collected for {sae.name} yet. Run `saelab features {sae.sae_dir}` and reload this page."
+            f"No features have been collected for {sae.name} yet. Run `saelab features {sae.sae_dir}` and reload this page."
         )
     return _open_store(str(sae.features_dir), manifest.stat().st_mtime_ns)
 
@@ -86,14 +86,14 @@ def load_model(name: str) -> Any:
 
 
 def show_sidebar() -> None:
-    """SAE picker and a line that says what is looked at."""
+    """Show the SAE picker and a summary of the current run, SAE and store."""
     found, sae = saes(), chosen_sae()
     with st.sidebar:
         if len(found) > 1:
             st.session_state["sae_box"] = sae.name
             st.selectbox("SAE", [each.name for each in found], key="sae_box", on_change=_choose_sae)
         st.caption(f"Run **{plain(run_folder().name)}**")
-        with suppress(StoreError):  # the pages that need the store say what is wrong with it
+        with suppress(StoreError):  # the pages that need the store report the error
             manifest = store().manifest
             st.caption(
                 f"{plain(sae.name)} \u00b7 {manifest['sae']['hash'][:10]}  \n{plain(manifest['hook_name'])}  \n"
@@ -103,13 +103,13 @@ def show_sidebar() -> None:
 
 
 def counted(store: FeatureStore) -> str:
-    """How many tokens were counted, and of which documents."""
+    """Number of counted tokens and the split they come from, as text."""
     kind = {"held_out": "held-out tokens", "train": "training tokens"}.get(store.manifest["split"], "tokens")
     return f"{store.n_tokens:,} {kind}"
 
 
 def default_feature(store: FeatureStore) -> int:
-    """The feature this session looked at last, else one that fires on about a token in a hundred."""
+    """The feature this session viewed last, else the densest one at or below 1 %, else 0."""
     last = st.session_state.get("feature", -1)
     if 0 <= last < store.d_sae:
         return last
@@ -123,7 +123,7 @@ def _choose_sae() -> None:
 
 
 def url_int(name: str, default: int, low: int, high: int) -> int:
-    """An integer from the URL; a value that is none, or outside `low` to `high`, falls back with a notice."""
+    """An integer from the URL; anything else, or a value outside `low` to `high`, shows a notice and returns `default`."""
     text = st.query_params.get(name)
     if text is None:
         return default
@@ -138,7 +138,7 @@ def url_int(name: str, default: int, low: int, high: int) -> int:
 
 
 def url_float(name: str, default: float, low: float, high: float) -> float:
-    """As `url_int`, for a finite number."""
+    """As `url_int`, for a float."""
     text = st.query_params.get(name)
     if text is None:
         return default
@@ -153,7 +153,7 @@ def url_float(name: str, default: float, low: float, high: float) -> float:
 
 
 def url_choice(name: str, default: str, options: Sequence[str]) -> str:
-    """One of `options` from the URL, with the same fall-back."""
+    """One of `options` from the URL, with the same fallback."""
     text = st.query_params.get(name)
     if text is None or text in options:
         return text or default
@@ -165,19 +165,19 @@ def _notice(name: str, text: str, expected: str, default: Any) -> None:
     shown = plain(repr(text[:40]))
     meant = plain(expected)
     instead = f" Showing {plain(str(default))}." if default != "" else ""
-    st.warning(f"The address says {name} = {shown}; expected {meant}.{instead}", icon=":material/link_off:")
+    st.warning(f"The URL has {name} = {shown}; expected {meant}.{instead}", icon=":material/link_off:")
     del st.query_params[name]
 
 
 def bound(name: str, value: Any) -> dict[str, Any]:
-    """Arguments that tie a widget to the URL parameter `name`: it shows `value`, and a change goes to the URL."""
+    """Arguments that bind a widget to the URL parameter `name`: it shows `value` and writes changes back to the URL."""
     key = f"box_{name}"
     st.session_state[key] = value
     return {"key": key, "on_change": _write_url, "args": (name, key)}
 
 
 def show_pagination(pages: int, page: int) -> None:
-    """Page numbers bound to the URL; nothing where there is one page."""
+    """Show page numbers bound to the URL; nothing where there is only one page."""
     if pages > 1:
         key = f"box_page_{page}"  # st.pagination takes no value from session state without a warning
         st.pagination(pages, default=page, key=key, on_change=_write_url, args=("page", key))
@@ -186,11 +186,11 @@ def show_pagination(pages: int, page: int) -> None:
 def _write_url(name: str, key: str) -> None:
     st.query_params[name] = str(st.session_state[key])
     if name in ("sort", "order", "show", "fired"):
-        st.query_params.pop("page", None)  # another order, other pages
+        st.query_params.pop("page", None)  # page numbers are meaningless in another order
 
 
 def link(page: str, label: str, icon: str | None = None, **query: Any) -> None:
-    """A link to another page that keeps the SAE."""
+    """Show a link to another page that keeps the chosen SAE."""
     parameters = {name: str(value) for name, value in query.items()}
     if len(saes()) > 1:
         parameters["sae"] = chosen_sae().name

@@ -1,4 +1,4 @@
-"""The dashboard's style sheet, beside Streamlit's theme; colours are translucent, so they suit light and dark."""
+"""The dashboard's style sheet on top of Streamlit's theme; translucent colours work in light and dark mode."""
 
 from saelab.features.render import STYLE
 
@@ -36,7 +36,7 @@ padding:.9rem 1rem;line-height:1.6;min-height:7rem}
 
 PAGE_STYLE = f"<style>{STYLE}{_OWN}</style>"
 
-# Given as a picture: Streamlit would fetch a named icon from another host.
+# Inline SVG: Streamlit would fetch a named icon from another host.
 ICON = (
     '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><rect width="32" height="32" rx="6" fill="#0067a5"/>'
     '<path d="M7 23V19M13 23V9M19 23v-3M25 23v-9" stroke="#fff" stroke-width="3.4" stroke-linecap="round"/></svg>'

@@ -1,6 +1,6 @@
-"""Does steering do what a feature's logits say? Ten features by seed against random directions of the same norm.
+"""Does steering promote the tokens a feature's logits predict? Ten features against random directions of equal norm.
 
-Run: python examples/steering_effect.py [RUN]    (a RUN with features, runs/demo by default; a minute on two cores)
+Run: python examples/steering_effect.py [RUN]    (RUN holds features, runs/demo by default; about a minute on two cores)
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Train a ReLU SAE and a TopK SAE side by side on one read of a small cache, and compare them on held-out text.
+"""Train a ReLU SAE and a TopK SAE side by side on the same batches of a small cache; compare them on held-out text.
 
 Run: python examples/train_relu.py [RUN]    (about a minute on two cores)
 """

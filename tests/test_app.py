@@ -150,7 +150,7 @@ def _copy_with_dead_feature(run, folder):
 def test_bad_urls_fall_back_with_a_notice(open_page, page, query):
     app = open_page(page, **query)
     assert not app.exception and not app.error
-    assert "The address says" in app.warning[0].value
+    assert "The URL has" in app.warning[0].value
     assert next(iter(query)) not in app.query_params
 
 
@@ -186,7 +186,7 @@ def test_runs_bears_altered_files(tmp_path, open_page, hostile_run, file, conten
     (copy / file).write_text(content)
     app = open_page("runs", copy)
     assert not app.exception and not app.error
-    assert content != "[1]" or "holds a list, not an object" in app.warning[0].value
+    assert content != "[1]" or "holds a list, expected an object" in app.warning[0].value
 
 
 def test_several_saes_are_chosen_by_url(tmp_path, open_page, hostile_run):

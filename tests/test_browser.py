@@ -192,7 +192,7 @@ def test_deep_links_restore_every_page(page, hostile_run):
     page.get_by_text("Fired at most 100").first.wait_for()
     _screenshot(page, "dead")
     page.goto("/feature?feature=nonsense%3Cscript%3Ealert(1)%3C/script%3E")
-    page.get_by_text("The address says feature").wait_for()
+    page.get_by_text("The URL has feature").wait_for()
     page.goto("/")
     heading(page, "Runs")
     idle(page)

@@ -167,7 +167,7 @@ def test_what_is_read_is_what_is_stored_and_its_error_is_told(tmp_path, name, dt
     columns = ", columns in bfloat16: 11" if name == "int8" else ""
     assert f"{HOOK} {cache.storage_error(HOOK):.4%} of the variance{columns}" in said and f"shards, {name}" in said
     Stats(tmp_path / "cache").run()
-    assert f"lost in storage     {cache.storage_error(OTHER):.4%} of the variance{columns}\n" in capsys.readouterr().out
+    assert f"quantisation error  {cache.storage_error(OTHER):.4%} of the variance{columns}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("stop_at", [1, 23, 40])

@@ -159,7 +159,7 @@ def test_dash_serves_the_run(run: Path, monkeypatch):
     ("words", "message"),
     [
         (["harvst"], "unknown command 'harvst'; did you mean harvest?"),
-        (["xyz"], "unknown command 'xyz'; there are demo, harvest, train"),
+        (["xyz"], "unknown command 'xyz'; choose one of demo, harvest, train"),
         (["train", "no-such", "--d-sae", "8", "--k", "2", "--n-tokens", "2048"], "saelab harvest no-such --hook-name"),
         (["train", "no-such", "--d-sae", "10"], "no-such holds no cache"),
         (["eval", "no-such"], "no-such holds no SAE"),
@@ -210,8 +210,8 @@ def test_a_wrong_flag_or_value_is_exit_code_2(run: Path, capsys):
     ("words", "message"),
     [
         (["--variant", "jumpreu"], "unknown --variant 'jumpreu'; did you mean jumprelu?"),
-        (["--variant=zzz"], "unknown --variant 'zzz'; there are topk, "),
-        (["--variant", "jumprelu", "--k=32"], "--k is no flag of jumprelu (but of topk, batch_topk"),
+        (["--variant=zzz"], "unknown --variant 'zzz'; choose one of topk, "),
+        (["--variant", "jumprelu", "--k=32"], "--k is not a flag of jumprelu (but of topk, batch_topk"),
         (["--l1_coefficient", "5"], "saelab train --variant topk --help"),
     ],
 )
@@ -254,14 +254,14 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys, tmp_path):
         stopped = KeyboardInterrupt(kept) if kept else KeyboardInterrupt()
         monkeypatch.setattr(commands, "_find_saes", Mock(side_effect=stopped))
         assert main.main(["eval", str(tmp_path)]) == 130
-        said = f"Interrupted. {kept + '. ' if kept else ''}The same command again goes on from what is on disk.\n"
+        said = f"Interrupted. {kept + '. ' if kept else ''}Repeat the same command to resume from what is on disk.\n"
         assert capsys.readouterr().err == "\n" + said
 
 
 def test_sigterm_ends_a_command_as_ctrl_c_does(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(commands, "_find_saes", lambda run: os.kill(os.getpid(), signal.SIGTERM))
     assert main.main(["eval", str(tmp_path)]) == 130
-    assert "goes on from what is on disk" in capsys.readouterr().err
+    assert "resume from what is on disk" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 

@@ -132,7 +132,7 @@ def test_a_key_that_the_manifest_lacks_is_named(store, tmp_path, key):
     manifest = json.loads((tmp_path / "f" / schema.MANIFEST).read_text())
     del manifest[key]
     (tmp_path / "f" / schema.MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(StoreError, match=f"no feature manifest .'{key}'"):
+    with pytest.raises(StoreError, match=f"not a feature manifest .'{key}'"):
         FeatureStore(tmp_path / "f")
 
 
@@ -140,7 +140,7 @@ def test_a_manifest_of_another_kind_and_another_batch_size_are_refused(sae, tiny
     with pytest.raises(StoreError, match="batch_size: 5 -> 4"):
         _collect(sae, tiny_lm, store.folder, batch_size=4)
     (tmp_path / schema.MANIFEST).write_text("[1]")
-    with pytest.raises(StoreError, match="no feature manifest"):
+    with pytest.raises(StoreError, match="not a feature manifest"):
         _collect(sae, tiny_lm, tmp_path)
 
 
@@ -303,7 +303,7 @@ def test_bad_calls_name_the_value(sae, tiny_lm, tmp_path):
         _collect(TopKSAE(TopKConfig(d_sae=8, k=2), 31), tiny_lm, tmp_path / "a")
     with pytest.raises(ValueError, match="top_k=0"):
         _collect(sae, tiny_lm, tmp_path / "b", top_k=0)
-    with pytest.raises(ValueError, match="give texts"):
+    with pytest.raises(ValueError, match="pass texts"):
         saelab.collect_features(sae, tiny_lm, out_dir=tmp_path / "c")
     with pytest.raises(ValueError, match="no text|no token"):
         saelab.collect_features(sae, tiny_lm, ["a"], hook_name=HOOK, out_dir=tmp_path / "d", progress=False)
@@ -439,7 +439,7 @@ def test_a_feature_steers(hostile_run, tiny_lm):
 
 def test_a_missing_sae_folder_is_explained(hostile_run, tmp_path):
     moved = FeatureStore(shutil.copytree(hostile_run / "features", tmp_path / "alone" / "features"))
-    with pytest.raises(StoreError, match="give it with saelab.load_features"):
+    with pytest.raises(StoreError, match="pass it with saelab.load_features"):
         moved.feature(0).ablate()
 
 

@@ -143,7 +143,7 @@ def test_newlines_are_marked():
 
 
 def test_no_example_has_words_instead():
-    assert "fired on no counted token" in examples_html([], None)
+    assert "did not fire on any counted token" in examples_html([], None)
     empty = Histogram(np.zeros(1), np.zeros(0, dtype=np.int64))
     assert "never fired" in histogram_svg(empty)
 

@@ -251,7 +251,7 @@ def test_pages_show_both_ends(world, pattern, page, monkeypatch):
         assert ("A signed feature" in text) == bool(len(ends[-1]))
     elif feature.p99:
         assert f"adds {number(2 * feature.sign * feature.p99)}" in text
-        assert f"at {'most' if feature.sign == 1 else 'least'} {number(feature.sign * feature.max)}" in text
+        assert f"{'maximum' if feature.sign == 1 else 'minimum'} is {number(feature.sign * feature.max)}" in text
 
 
 @pytest.mark.parametrize("end, sign", [("", -1), ("negative", -1), ("positive", 1)])
@@ -338,7 +338,7 @@ def test_an_old_store_of_signed_features_opens_and_refuses_its_units():
     store = saelab.load_features(OLD / "abs_topk" / "features")
     feature = store.feature(store.table(limit=1)[0]["feature"])
     assert store.signed is None and feature.examples() and feature.histogram.counts.sum() == feature.n_fired
-    assert "before the two ends" in feature_card(feature) and "before the two ends" in repr(feature)
+    assert "mixed the two ends" in feature_card(feature) and "mixed the two ends" in repr(feature)
     for call in (
         lambda: feature * 2.0,
         lambda: feature.clamp(1.0, "max"),
@@ -346,11 +346,11 @@ def test_an_old_store_of_signed_features_opens_and_refuses_its_units():
         lambda: feature.negative,
         lambda: feature.examples(kind="bottom"),
     ):
-        with pytest.raises(SaelabError, match="Remove its folder and collect it anew"):
+        with pytest.raises(SaelabError, match="Remove its folder and collect it again"):
             call()
     assert feature.add(1.0, "raw").value == 1.0 and feature.ablate().value == 0.0 and feature.scale(2.0).value == 2.0
     request = {"prompt": "a", "strength": 1.0, "max_new_tokens": 1, "temperature": 0.0, "seed": 0}
-    with pytest.raises(ValueError, match="before the two ends"):
+    with pytest.raises(ValueError, match="mixed the two ends"):
         page_steer.check_request(feature, request)
 
 
@@ -379,5 +379,5 @@ def test_which_old_stores_are_trusted(world, tmp_path, variant, config, signed):
 def test_handles_of_an_end_count_raw_strength_towards_it(world):
     handle = FeatureHandle(world.sae, 2, HOOK, units={"p99": 3.0}, end=-1)
     assert handle.add(2.0, "raw").value == -2.0 and (handle * 2.0).value == -6.0
-    with pytest.raises(StoreError, match="no unit"):
+    with pytest.raises(StoreError, match="no steering unit"):
         _ = saelab.load_features(OLD / "abs_topk" / "features").feature(0).positive

@@ -234,11 +234,11 @@ def test_units_and_strengths_are_checked(feature):
             feature.scale(wrong)
     with pytest.raises(ValueError, match="not finite"):
         _ = FeatureHandle(feature.sae, 5, units={"p99": 10.0}) * 1e38  # 1e39 is beyond float32
-    with pytest.raises(ValueError, match="strength 'much' is no number"):
+    with pytest.raises(ValueError, match="strength 'much' is not a number"):
         feature.clamp("much")
-    with pytest.raises(ValueError, match="finite \\(seq,\\)"):
+    with pytest.raises(ValueError, match="finite values \\(seq,\\)"):
         feature.clamp(torch.tensor([1.0, math.nan]), unit="raw")
-    with pytest.raises(ValueError, match="finite \\(seq,\\)"):
+    with pytest.raises(ValueError, match="finite values \\(seq,\\)"):
         feature.clamp(torch.zeros(1, 2, 3), unit="raw")
 
 
@@ -246,7 +246,7 @@ def test_features_and_hooks_are_checked(tiny_lm, sae):
     for wrong in (-1, 64):
         with pytest.raises(ValueError, match=f"feature={wrong} .*0 to 63"):
             FeatureHandle(sae, wrong)
-    with pytest.raises(ValueError, match="give hook_name"):
+    with pytest.raises(ValueError, match="pass hook_name"):
         FeatureHandle(TopKSAE(TopKConfig(d_sae=64, k=8), d_in=32), 3)
     lost = FeatureHandle(sae, 3, hook_name="blocks.7.hook_resid_post").add(1.0, unit="raw")
     with pytest.raises(ValueError, match="blocks.7.hook_resid_post"), tiny_lm.steer(lost):
@@ -261,11 +261,11 @@ def test_features_and_hooks_are_checked(tiny_lm, sae):
 
 def test_too_few_clamp_values_are_refused(tiny_lm, feature):
     n = tiny_lm.to_ids(PROMPT).shape[1]
-    with pytest.raises(ValueError, match=f"positions 0 to {n - 2}, the model is at position {n - 1}"):
+    with pytest.raises(ValueError, match=f"positions 0 to {n - 2}, but the model is at position {n - 1}"):
         tiny_lm.run_with_edit(PROMPT, feature.clamp(torch.ones(n - 1), unit="raw"))
     with pytest.raises(ValueError, match=f"is at position {n};"), tiny_lm.steer(feature.clamp(torch.ones(n), "raw")):
         tiny_lm.generate(PROMPT, N_NEW)
-    with pytest.raises(ValueError, match="for 3 sequences, the model runs 1"):
+    with pytest.raises(ValueError, match="for a batch of 3, but the model runs a batch of 1"):
         tiny_lm.run_with_edit(PROMPT, feature.clamp(torch.ones(3, n), unit="raw"))
 
 
@@ -461,7 +461,7 @@ def test_what_needs_the_code_is_refused_where_a_hook_does_not_tell_it(kind):
         sae.provenance = replace(sae.provenance, origin={"hook_name": HOOK, "hook_name_out": "b"})
     handle = FeatureHandle(sae, 3)
     for edit in (handle.ablate, lambda: handle.scale(2.0), lambda: handle.clamp(1.0, "raw")):
-        with pytest.raises(ValueError, match=f"this {kind} does not read off .* alone: use add"):
+        with pytest.raises(ValueError, match=f"this {kind} cannot compute from .* alone: use add"):
             edit()
     same = TranscoderSAE(TranscoderConfig(8, 2), 4)  # y is x
     assert FeatureHandle(same, 3, HOOK).ablate()

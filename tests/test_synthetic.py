@@ -336,5 +336,5 @@ def test_ctrl_c_keeps_finished_rows(tmp_path):
     os.kill(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "goes on from what is on disk" in said
+    assert "resume from what is on disk" in said
     assert json.loads((tmp_path / "rows.json").read_text())["rows"]

@@ -1,1 +1,1 @@
-"""The command line: thin wrappers of the public calls."""
+"""The command line: thin wrappers around the public API."""

@@ -1,4 +1,4 @@
-"""`saelab bench` and `saelab sweep`: their arguments, and what is printed and drawn of their rows."""
+"""`saelab bench` and `saelab sweep`: their arguments, and the tables and plots they print and save."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from typing import Annotated, Any
 
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg, subcommand
 
-Seeds = Annotated[tuple[int, ...], arg(help="One run of everything a seed; tables give mean and spread.")]
+Seeds = Annotated[tuple[int, ...], arg(help="One full run per seed; tables give mean and standard deviation.")]
 
 
 @dataclass
 class Synthetic:
-    """Train every variant on data with known features, and hold the papers' claims against the numbers."""
+    """Train every variant on synthetic data with known features, and check the papers' claims against the results."""
 
-    out_dir: Annotated[Path, arg(help="Where rows and picture go; a finished row is not computed again.")] = Path(
+    out_dir: Annotated[Path, arg(help="Folder for rows and plot; finished rows are not computed again.")] = Path(
         "runs/synthetic"
     )
     seeds: Seeds = (0, 1, 2)
     data: Annotated[
-        tuple[str, ...], arg(help="Kinds of data: flat, zipf, mixed, signed, hierarchy, diffing, fsm; none is all.")
+        tuple[str, ...], arg(help="Kinds of data: flat, zipf, mixed, signed, hierarchy, diffing, fsm; by default all.")
     ] = ()
-    steps: Annotated[int | None, arg(help="Training steps of every SAE; None is each kind's own.")] = None
+    steps: Annotated[int | None, arg(help="Training steps per SAE; None uses the default of each kind of data.")] = None
 
     def run(self) -> None:
-        """Measure, then print tables and verdicts."""
+        """Run the benchmark, then print tables and verdicts."""
         from saelab.benchmarks.claims import check_all
         from saelab.benchmarks.synthetic import DATA, run_synthetic
         from saelab.benchmarks.tables import synthetic_picture, synthetic_tables
@@ -39,24 +39,25 @@ class Synthetic:
 
 @dataclass
 class Family:
-    """Train every variant on the activations of RUN, on one shared read, and measure each on held-out documents."""
+    """Train every variant on the activations of RUN in one shared read, and evaluate each on held-out documents."""
 
     run_folder: Annotated[Positional[Path], arg(metavar="RUN", help="Folder of the run, with its cache.")]
-    variants: Annotated[tuple[str, ...], arg(help="Kinds of SAE; none is all.")] = ()
+    variants: Annotated[tuple[str, ...], arg(help="SAE variants; by default all.")] = ()
     l0: Annotated[
-        tuple[int, ...], arg(help="Features a token: the first for all, the others for those that draw the curve.")
+        tuple[int, ...],
+        arg(help="Target L0: the first for every variant, the others for the variants on the FVU-L0 curve."),
     ] = (32, 16, 64)
-    d_sae: Annotated[int, arg(help="Number of features of each SAE.")] = 4096
-    steps: Annotated[int, arg(help="Training steps of every SAE.")] = 400
-    batch_size: Annotated[int, arg(help="Activations in a step.")] = 2048
+    d_sae: Annotated[int, arg(help="Number of features per SAE.")] = 4096
+    steps: Annotated[int, arg(help="Training steps per SAE.")] = 400
+    batch_size: Annotated[int, arg(help="Activations per step.")] = 2048
     seeds: Seeds = (0,)
-    eval_tokens: Annotated[int | None, arg(help="Held-out tokens to measure on; None is all.")] = None
-    hook_name: Annotated[str | None, arg(help="Site, where the cache holds several.")] = None
-    hook_name_out: Annotated[str | None, arg(help="Site that transcoders predict; None leaves them out.")] = None
-    out_dir: Annotated[Path | None, arg(help="Where rows, SAEs and picture go; None is RUN/family.")] = None
+    eval_tokens: Annotated[int | None, arg(help="Held-out tokens to evaluate on; None uses all.")] = None
+    hook_name: Annotated[str | None, arg(help="Hook to train on, if the cache holds several.")] = None
+    hook_name_out: Annotated[str | None, arg(help="Hook that transcoders predict; None skips transcoders.")] = None
+    out_dir: Annotated[Path | None, arg(help="Folder for rows, SAEs and plot; None is RUN/family.")] = None
 
     def run(self) -> None:
-        """Measure, then print the table and the comparisons."""
+        """Run the benchmark, then print the table and the comparisons."""
         from saelab.benchmarks.family import FamilyConfig, run_family
         from saelab.benchmarks.tables import comparisons, family_picture, family_tables
 
@@ -73,28 +74,28 @@ class Family:
 
 @dataclass
 class Large:
-    """Train large dictionaries on thousands of planted Zipf features; the dead share after every million tokens."""
+    """Train large dictionaries on thousands of planted Zipf features, reporting the dead fraction every million tokens."""
 
-    out_dir: Annotated[Path, arg(help="Where rows and SAEs go; the same call goes on where it was stopped.")] = Path(
+    out_dir: Annotated[Path, arg(help="Folder for rows and SAEs; the same command resumes an interrupted run.")] = Path(
         "runs/large"
     )
-    variants: Annotated[tuple[str, ...], arg(help="Kinds of SAE, trained one after the other.")] = (
+    variants: Annotated[tuple[str, ...], arg(help="SAE variants, trained one after the other.")] = (
         "topk",
         "batch_topk",
     )
     d_in: Annotated[int, arg(help="Width of the data.")] = 256
     n_features: Annotated[int, arg(help="Planted features.")] = 8192
-    n_active: Annotated[int, arg(help="Planted features that are active in a token, on average.")] = 24
-    d_sae: Annotated[int, arg(help="Number of features of each SAE.")] = 16_384
-    k: Annotated[int, arg(help="Features that fire on a token.")] = 32
-    n_tokens: Annotated[int, arg(help="Training tokens of every SAE.")] = 12_000_000
-    batch_size: Annotated[int, arg(help="Tokens in a step.")] = 2048
-    seed: Annotated[int, arg(help="Of features, tokens and weights.")] = 0
-    device: Annotated[str | None, arg(help="cpu, cuda, ...; None takes a GPU when there is one.")] = None
-    every: Annotated[int, arg(help="Tokens between lines.")] = 1_000_000
+    n_active: Annotated[int, arg(help="Mean number of planted features active per token.")] = 24
+    d_sae: Annotated[int, arg(help="Number of features per SAE.")] = 16_384
+    k: Annotated[int, arg(help="Features that fire per token.")] = 32
+    n_tokens: Annotated[int, arg(help="Training tokens per SAE.")] = 12_000_000
+    batch_size: Annotated[int, arg(help="Tokens per step.")] = 2048
+    seed: Annotated[int, arg(help="Seed of the planted features, tokens and weights.")] = 0
+    device: Annotated[str | None, arg(help="cpu, cuda, ...; None uses a GPU if there is one.")] = None
+    every: Annotated[int, arg(help="Tokens between progress lines.")] = 1_000_000
 
     def run(self) -> None:
-        """Train, with a line for every million tokens, then print the table."""
+        """Train, printing a line every `every` tokens, then print the table."""
         from dataclasses import fields
 
         from saelab.benchmarks.large import LargeConfig, run_large
@@ -103,7 +104,7 @@ class Large:
         config = LargeConfig(**{field.name: getattr(self, field.name) for field in fields(LargeConfig)})
         rows = run_large(config, self.out_dir, variants=self.variants, every=self.every)
         _show([large_table(rows)])
-        print(f"Rows are in {self.out_dir} (large.csv, large.json), the SAEs beside them")
+        print(f"Rows are in {self.out_dir} (large.csv, large.json), and the SAEs next to them")
 
 
 def _described(command: type, examples: str) -> str:
@@ -124,27 +125,29 @@ Bench = (
 
 
 def bench(what: OmitSubcommandPrefixes[OmitArgPrefixes[Bench]]) -> None:  # pyright: ignore[reportInvalidTypeArguments]
-    """Compare the variants: on data with known features, on the activations of RUN, or by how much of a large SAE dies."""
+    """Compare the variants: on data with known features, on the activations of RUN, or by dead features of large SAEs."""
     what.run()
 
 
 def sweep(
     run: Annotated[Positional[Path], arg(metavar="RUN", help="Folder of the run, with its cache.")],
-    n_tokens: Annotated[int, arg(help="Training tokens of every SAE.")],
-    variants: Annotated[tuple[str, ...], arg(help="Kinds of SAE.")] = ("topk",),
+    n_tokens: Annotated[int, arg(help="Training tokens per SAE.")],
+    variants: Annotated[tuple[str, ...], arg(help="SAE variants.")] = ("topk",),
     k: Annotated[
-        tuple[int, ...], arg(help="Features that fire on a token: k, or target_l0 of variants with a penalty.")
+        tuple[int, ...], arg(help="Features per token: k, or target_l0 for variants with a sparsity penalty.")
     ] = (32,),
     d_sae: Annotated[tuple[int, ...], arg(help="Numbers of features.")] = (4096,),
-    lr: Annotated[tuple[float | None, ...], arg(help="Learning rates; None is the variant's own.")] = (None,),
-    seeds: Annotated[tuple[int, ...], arg(help="Of weights and batches; the cache is read once a seed.")] = (0,),
-    batch_size: Annotated[int, arg(help="Activations in a step.")] = 2048,
-    eval_tokens: Annotated[int | None, arg(help="Held-out tokens to measure on; None is all.")] = None,
-    hook_name: Annotated[str | None, arg(help="Site, where the cache holds several.")] = None,
-    hook_name_out: Annotated[str | None, arg(help="Site that transcoders predict.")] = None,
-    out_dir: Annotated[Path | None, arg(help="Where SAEs and table go; None is RUN.")] = None,
+    lr: Annotated[tuple[float | None, ...], arg(help="Learning rates; None is the variant's default.")] = (None,),
+    seeds: Annotated[
+        tuple[int, ...], arg(help="Seeds of weights and batch order; the cache is read once per seed.")
+    ] = (0,),
+    batch_size: Annotated[int, arg(help="Activations per step.")] = 2048,
+    eval_tokens: Annotated[int | None, arg(help="Held-out tokens to evaluate on; None uses all.")] = None,
+    hook_name: Annotated[str | None, arg(help="Hook to train on, if the cache holds several.")] = None,
+    hook_name_out: Annotated[str | None, arg(help="Hook that transcoders predict.")] = None,
+    out_dir: Annotated[Path | None, arg(help="Folder for SAEs and table; None is RUN.")] = None,
 ) -> None:
-    """Train an SAE on RUN/cache for each combination of the lists, side by side, and measure all in one table."""
+    """Train an SAE on RUN/cache for each combination of the lists, side by side, and evaluate all in one table."""
     from saelab.benchmarks.sweep import SweepConfig, run_sweep
     from saelab.benchmarks.tables import sweep_table
     from saelab.distributed import is_main_process
@@ -156,7 +159,7 @@ def sweep(
     if not is_main_process():
         return
     _show([sweep_table(rows)])
-    print(f"The SAEs are in {home}, the table in {home / 'sweep.csv'} and {home / 'sweep.json'}")
+    print(f"The SAEs are in {home}, and the table in {home / 'sweep.csv'} and {home / 'sweep.json'}")
     print(f"Next: saelab dash {home}")
 
 
@@ -165,7 +168,7 @@ def _show(tables: Sequence[Any]) -> None:
 
     console = Console()
     if not console.is_terminal:
-        console = Console(width=200)  # a file has no width of its own
+        console = Console(width=200)  # output to a file has no terminal width
     for table in tables:
         console.print(table)
 
@@ -174,4 +177,4 @@ def _keep(out_dir: Path, picture: str) -> None:
     from saelab.files import atomic_write_text
 
     atomic_write_text(out_dir / "picture.svg", picture)
-    print(f"Rows and picture are in {out_dir} (rows.csv, rows.json, picture.svg)")
+    print(f"Rows and plot are in {out_dir} (rows.csv, rows.json, picture.svg)")

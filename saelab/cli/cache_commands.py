@@ -1,4 +1,4 @@
-"""`saelab cache`: what a cache holds, whether it is as it was written, and rebuilding what is not."""
+"""`saelab cache`: shows what a cache holds, verifies its files and rebuilds damaged ones."""
 
 from __future__ import annotations
 
@@ -11,23 +11,25 @@ from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg, 
 if TYPE_CHECKING:
     from saelab.activation_cache.reader import ActivationCache
 
-Folder = Annotated[Positional[Path], arg(metavar="RUN", help="Folder of the run, or of the cache itself.")]
+Folder = Annotated[Positional[Path], arg(metavar="RUN", help="Run folder, or the cache folder itself.")]
 
 
 @dataclass
 class Info:
-    """What the cache of RUN holds; of an unfinished one, how far it is."""
+    """Show what the cache of RUN holds, or the progress of an unfinished one."""
 
     run_folder: Folder
 
     def run(self) -> None:
-        """Print it."""
+        """Print the table."""
         from saelab.activation_cache import layout
         from saelab.activation_cache.journal import rows_on_disk
 
         folder = _folder(self.run_folder)
         if not (folder / layout.MANIFEST).exists() and (folder / layout.JOURNAL).exists():
-            print(f"{folder} is unfinished, {rows_on_disk(folder):,} rows are on disk: the same harvest again goes on.")
+            print(
+                f"{folder} is unfinished with {rows_on_disk(folder):,} rows on disk: repeat the same harvest to resume it."
+            )
             return
         cache = _open(self.run_folder)
         manifest, config = cache.manifest, cache.manifest["config"]
@@ -43,7 +45,7 @@ class Info:
                 "tokens": f"{manifest['n_tokens']:,} of {manifest['n_documents']:,} documents",
                 "masked": masked,
                 "contexts": f"{manifest['n_sequences']:,} of {config['ctx_len']} tokens",
-                "order": f"mixed by seed {config['seed']}" if config.get("shuffle", True) else "that of the texts",
+                "order": f"shuffled with seed {config['seed']}" if config.get("shuffle", True) else "as in the texts",
                 "size": layout.human_bytes(size),
                 "format": manifest["format_version"],
             }
@@ -52,27 +54,27 @@ class Info:
 
 @dataclass
 class Verify:
-    """Read every file of RUN's cache again; exit status 2 and the names of those that are not as they were written."""
+    """Check every file of RUN's cache against its SHA-256; names damaged files and exits with status 2."""
 
     run_folder: Folder
 
     def run(self) -> None:
-        """Raise `CacheError` or say that all is well."""
+        """Print that all files are intact. Raises `CacheError` naming those that are not."""
         cache = _open(self.run_folder)
         cache.verify(progress=True)
-        print(f"All {len(cache.files())} files of {cache.path} are as they were written.")
+        print(f"All {len(cache.files())} files of {cache.path} are intact.")
 
 
 @dataclass
 class Repair:
-    """Rebuild the damaged files of RUN's cache from its texts and its model, and no others."""
+    """Rebuild only the damaged files of RUN's cache, from its texts and its model."""
 
     run_folder: Folder
-    texts: Annotated[str | None, arg(help="Where the texts lie now; None is where they were.")] = None
-    column: Annotated[str, arg(help="Column of the texts that holds the text.")] = "text"
+    texts: Annotated[str | None, arg(help="Where the texts are now; None is where they were.")] = None
+    column: Annotated[str, arg(help="Column that holds the text.")] = "text"
 
     def run(self) -> None:
-        """Repair, and say what was rebuilt."""
+        """Repair, and print what was rebuilt."""
         from saelab.activation_cache.repair import repair
         from saelab.evaluation.heldout import own_texts
         from saelab.tokens import load_texts
@@ -83,18 +85,20 @@ class Repair:
         texts = load_texts(self.texts, column=self.column, chat=chat) if self.texts else own_texts(known, lm)
         rebuilt = repair(cache, lm, texts)
         for file, same in rebuilt.items():
-            print(f"{file}: rebuilt, {'byte for byte' if same else 'with other last bits (another torch or machine)'}")
+            print(
+                f"{file}: rebuilt, {'byte for byte' if same else 'up to rounding (another torch version or machine)'}"
+            )
         print(f"{len(rebuilt)} of {len(cache.files())} files of {cache.path} were damaged.")
 
 
 @dataclass
 class Stats:
-    """Norms and means of each hook in RUN's cache; shares are of the mean squared norm."""
+    """Show norms and means of each hook in RUN's cache; percentages are of the mean squared norm."""
 
     run_folder: Folder
 
     def run(self) -> None:
-        """Print one block a hook."""
+        """Print one block per hook."""
         cache = _open(self.run_folder)
         for hook in cache.hook_names:
             stats = cache.stats(hook)
@@ -131,19 +135,19 @@ Command = (
 
 
 def cache(what: OmitSubcommandPrefixes[OmitArgPrefixes[Command]]) -> None:  # pyright: ignore[reportInvalidTypeArguments]
-    """Look into the activation cache of RUN, check it, repair it."""
+    """Inspect, verify or repair the activation cache of RUN."""
     what.run()
 
 
 def _lost(cache: ActivationCache, hooks: list[str]) -> dict[str, str]:
-    """What a storage other than bfloat16 lost of these hooks, and the columns that int8 left in bfloat16."""
+    """Quantisation error of these hooks for a storage other than bfloat16, and the columns int8 keeps in bfloat16."""
     told: list[str] = []
     for hook in hooks if "storage" in cache.manifest else ():
         columns = cache.manifest["storage"]["outliers"].get(hook)
         beside = f", columns in bfloat16: {', '.join(map(str, columns))}" if columns else ""
         name = f"{hook} " if len(hooks) > 1 else ""
         told.append(f"{name}{cache.storage_error(hook):.4%} of the variance{beside}")
-    return {"lost in storage": "; ".join(told)} if told else {}
+    return {"quantisation error": "; ".join(told)} if told else {}
 
 
 def _folder(run: Path) -> Path:
@@ -157,7 +161,7 @@ def _open(run: Path) -> ActivationCache:
 
 
 def _model_of(cache: ActivationCache) -> Any:
-    """The model or models that a cache was harvested from, in the dtype of then."""
+    """The model or models that a cache was harvested from, in the dtype used then."""
     import torch
 
     from saelab.models import load_model

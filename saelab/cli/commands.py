@@ -1,4 +1,4 @@
-"""What each sub-command of `saelab` does: thin functions over the same calls as in Python.
+"""The sub-commands of `saelab`: thin functions around the public API.
 
 RUN is a folder with cache/, sae/ (or several sae-NAME/), features/ and report.json.
 """
@@ -23,27 +23,27 @@ if TYPE_CHECKING:
     from saelab.models import LanguageModel
     from saelab.saes import SAE
 
-Run = Annotated[Positional[Path], arg(metavar="RUN", help="Folder of the run, or one SAE folder in it.")]
-Model = Annotated[str, arg(help="smollm2, a Hugging Face id, or the folder of a model.")]
+Run = Annotated[Positional[Path], arg(metavar="RUN", help="Run folder; after training also one SAE folder in it.")]
+Model = Annotated[str, arg(help="smollm2, a Hugging Face id, or a model folder.")]
 OwnModel = Annotated[str | None, arg(help="Language model; None is the one the SAE was trained on.")]
 Dtype = Annotated[
-    Literal["bfloat16", "float32"] | None, arg(help="Of the language model; None is bfloat16 where that is fast.")
+    Literal["bfloat16", "float32"] | None, arg(help="dtype of the language model; None is bfloat16 where that is fast.")
 ]
 _SOURCES = "demo, concepts, a parquet, jsonl, csv or txt file, a save_to_disk folder, or a Hugging Face dataset id."
 Texts = Annotated[str, arg(help=_SOURCES)]
-_BOS = "Start every context with the BOS token (--no-prepend-bos: never); None is as the tokenizer does."
+_BOS = "Start every context with the BOS token (--no-prepend-bos: never); None follows the tokenizer."
 Bos = Annotated[bool | None, arg(metavar="", help=_BOS)]
-OwnTexts = Annotated[str | None, arg(help="Texts, as for harvest; None are those the SAE was trained on.")]
-Column = Annotated[str, arg(help="Column of the texts: of strings, or of token ids.")]
+OwnTexts = Annotated[str | None, arg(help="Texts, as for harvest; None uses those the SAE was trained on.")]
+Column = Annotated[str, arg(help="Column of the texts that holds strings or token ids.")]
 Documents = Literal["train", "held_out", "all"]
 Split = Annotated[
-    Documents | None, arg(help="Which documents; None is held_out of the SAE's own texts, all of any other.")
+    Documents | None, arg(help="Which documents; None is held_out for the SAE's own texts and all for others.")
 ]
 
 
 def harvest(
     run: Run,
-    hook_name: Annotated[tuple[str, ...], arg(help="One or more sites of the model.")],
+    hook_name: Annotated[tuple[str, ...], arg(help="One or more hook names of the model.")],
     n_tokens: Annotated[int, arg(help="Tokens to read.")],
     model: Model = "smollm2",
     texts: Texts = "demo",
@@ -53,16 +53,18 @@ def harvest(
     batch_size: Annotated[int, arg(help="Contexts per forward pass.")] = 16,
     seed: Annotated[int, arg(help="Seed of the shuffle.")] = 0,
     prepend_bos: Bos = None,
-    max_bytes: Annotated[int | None, arg(help="Refuse to make a cache that is larger.")] = None,
+    max_bytes: Annotated[int | None, arg(help="Refuse to build a larger cache.")] = None,
     dtype: Dtype = None,
     storage: Annotated[
-        Literal["bfloat16", "float16", "int8"], arg(help="Of the rows; int8 takes half the disk.")
+        Literal["bfloat16", "float16", "int8"], arg(help="Storage format of the rows; int8 takes half the disk.")
     ] = "bfloat16",
-    chat: Annotated[bool, arg(help="The column holds conversations: each by the chat template, read alone.")] = False,
-    block_contexts: Annotated[int | None, arg(help="Cut the work into blocks, for several processes.")] = None,
-    shuffle: Annotated[bool, arg(help="Mix the rows; without it they keep the order of the texts.")] = True,
+    chat: Annotated[
+        bool, arg(help="The column holds conversations: apply the chat template, one per context.")
+    ] = False,
+    block_contexts: Annotated[int | None, arg(help="Contexts per block of work, to split it among processes.")] = None,
+    shuffle: Annotated[bool, arg(help="Shuffle the rows; otherwise they keep the order of the texts.")] = True,
 ) -> None:
-    """Run a language model over texts and keep the activations of its hooks in RUN/cache."""
+    """Run a language model over texts and store the activations of its hooks in RUN/cache."""
     import saelab
     from saelab.distributed import is_main_process, set_local_device
 
@@ -81,7 +83,7 @@ def harvest(
 
 @dataclass(frozen=True)
 class StreamFlags:
-    """What `saelab train --stream` reads, as `harvest` would."""
+    """Flags of `saelab train --stream`, as those of `harvest`."""
 
     model: Model = "smollm2"
     texts: Texts = "demo"
@@ -103,7 +105,7 @@ def train(
     stream: tuple[str, ...] = (),
     reading: StreamFlags | None = None,
 ) -> None:
-    """Train an SAE on RUN/cache, or with --stream on what it harvests by the way; into RUN/sae, or RUN/sae-NAME with --name."""
+    """Train an SAE on RUN/cache, or harvest while training with --stream; writes RUN/sae, or RUN/sae-NAME with --name."""
     import saelab
     from saelab.distributed import is_main_process
 
@@ -138,18 +140,18 @@ def evaluate(
     texts: OwnTexts = None,
     column: Column = "text",
     split: Split = None,
-    json: Annotated[bool, arg(help="Print one JSON object on standard output and nothing else.")] = False,
-    allow_train: Annotated[bool, arg(help="Score documents that trained the SAE instead of refusing.")] = False,
-    n_tokens: Annotated[int | None, arg(help="Tokens to score at most; None is all of them.")] = None,
+    json: Annotated[bool, arg(help="Print only one JSON object on standard output.")] = False,
+    allow_train: Annotated[bool, arg(help="Score documents the SAE was trained on instead of refusing.")] = False,
+    n_tokens: Annotated[int | None, arg(help="Maximum number of tokens to score; None is all of them.")] = None,
     dtype: Dtype = None,
 ) -> None:
-    """Measure the SAEs of RUN on held-out text; each gets its report.json."""
+    """Evaluate the SAEs of RUN on held-out text; writes a report.json for each."""
     import saelab
 
     runs = _find_saes(run)
     if json and len(runs) > 1:
         names = ", ".join(str(found.sae_dir) for found in runs)
-        raise ValueError(f"--json prints one report and {run} holds {len(runs)} SAEs; name one of {names}")
+        raise ValueError(f"--json prints one report, but {run} holds {len(runs)} SAEs; name one of {names}")
     corpus = saelab.load_texts(texts, column=column) if texts else None
     options: dict[str, Any] = {"split": split, "allow_train": allow_train, "n_tokens": n_tokens}
     for found in runs:
@@ -170,10 +172,10 @@ def features(
     column: Column = "text",
     split: Split = None,
     n_tokens: Annotated[int | None, arg(help="Tokens to read; None is all of them.")] = None,
-    top_k: Annotated[int, arg(help="Examples kept of each feature.")] = 20,
+    top_k: Annotated[int, arg(help="Examples to keep per feature.")] = 20,
     dtype: Dtype = None,
 ) -> None:
-    """Collect the strongest examples, histogram and logits of every feature: what the dashboard shows."""
+    """Collect the strongest examples, histogram and logits of every feature for the dashboard."""
     import saelab
 
     corpus = saelab.load_texts(texts, column=column) if texts else None
@@ -197,34 +199,32 @@ def dash(
 
 def steer(
     run: Run,
-    feature: Annotated[int, arg(help="Its number in the dashboard.")],
-    prompt: Annotated[str, arg(help="Text to go on from.")] = "The weather today",
-    strength: Annotated[
-        float, arg(help="A factor for scale, unused by ablate; else in units of the feature's p99.")
-    ] = 2.0,
+    feature: Annotated[int, arg(help="Index of the feature, as in the dashboard.")],
+    prompt: Annotated[str, arg(help="Text to continue.")] = "The weather today",
+    strength: Annotated[float, arg(help="In units of the feature's p99; for scale a factor, unused by ablate.")] = 2.0,
     end: Annotated[
         Literal["dominant", "positive", "negative"],
         arg(
-            help="Of a signed feature (abs_topk): the end that strengths count towards, by default that it mostly fires with."
+            help="For a signed feature (abs_topk): the end that positive strengths steer towards; by default the dominant one."
         ),
     ] = "dominant",
     mode: Annotated[
         Literal["add", "clamp", "scale", "ablate"],
-        arg(help="Add it, clamp it to one strength, scale its own strength, or take it out."),
+        arg(help="Add to the feature's activation, clamp it, scale it, or set it to zero."),
     ] = "add",
     max_new_tokens: Annotated[int, arg(help="Tokens to generate.")] = 40,
-    temperature: Annotated[float, arg(help="0 takes the likeliest token each time.")] = 0.0,
+    temperature: Annotated[float, arg(help="0 always takes the most likely token.")] = 0.0,
     seed: Annotated[int, arg(help="Seed of the sampling.")] = 0,
     model: OwnModel = None,
     dtype: Dtype = None,
 ) -> None:
-    """Continue a prompt twice: as the model does by itself, and with one feature steered."""
+    """Continue a prompt twice: with the unsteered model, and with one feature steered."""
     import saelab
 
     found = _find_saes(run)
     if len(found) > 1:
         named = " or ".join(f"saelab steer {one.sae_dir}" for one in found)
-        raise ValueError(f"{run} holds {len(found)} SAEs, each with features of its own; say whose: {named}")
+        raise ValueError(f"{run} holds {len(found)} SAEs, each with its own features; choose one: {named}")
     store = saelab.load_features(run)
     chosen = store.feature(feature)
     steered = chosen if end == "dominant" else getattr(chosen, end)
@@ -252,14 +252,14 @@ def _load_model(model: str, dtype: str | None) -> LanguageModel:
 
 
 def _with_model(sae_dir: Path, model: str | None, dtype: str | None) -> tuple[SAE, Any]:
-    """The SAE, and the model (or models) whose activations it reads, on one device."""
+    """The SAE and the model (or models) whose activations it reads, on the same device."""
     import saelab
 
     sae = saelab.load_sae(sae_dir)
     known = sae.provenance.origin.get("models") or {"": sae.provenance.origin.get("model", {})}
     names = [model] if model else [one.get("name") for one in known.values()]
     if None in names:
-        raise ValueError("This SAE was trained on bare tensors, so it names no language model; give --model.")
+        raise ValueError("This SAE was trained on bare tensors and records no language model; give --model.")
     lms = [_load_model(name, dtype) for name in names]
     return sae.to(lms[0].device), lms if len(lms) > 1 else lms[0]
 

@@ -1,4 +1,4 @@
-"""`saelab demo`: from text to a trained, measured, browsable, steered SAE, with the calls of the README."""
+"""`saelab demo`: from text to a trained, evaluated, browsable and steered SAE, with the calls of the README."""
 
 from __future__ import annotations
 
@@ -17,26 +17,28 @@ _SHOWN = ("fvu", "explained_variance", "l0", "dead_fraction", "ce_loss", "ce_los
 
 
 def demo(
-    out_dir: Annotated[Path, arg(help="The run folder to make, or to go on with.")] = Path("runs/demo"),
-    model: Annotated[str, arg(help="smollm2, a Hugging Face id, or the folder of a model.")] = "smollm2",
+    out_dir: Annotated[Path, arg(help="Run folder to create or resume.")] = Path("runs/demo"),
+    model: Annotated[str, arg(help="smollm2, a Hugging Face id, or a model folder.")] = "smollm2",
     texts: Annotated[str, arg(help="demo, concepts, a file, or a Hugging Face dataset id.")] = "demo",
-    hook_name: Annotated[str, arg(help="Site of the model.")] = "blocks.14.hook_resid_post",
-    n_tokens: Annotated[int, arg(help="Tokens whose activations are kept.")] = 250_000,
-    train_tokens: Annotated[int, arg(help="Tokens to train on; the kept ones are repeated.")] = 2_000_000,
+    hook_name: Annotated[str, arg(help="Hook name of the model.")] = "blocks.14.hook_resid_post",
+    n_tokens: Annotated[int, arg(help="Tokens whose activations are stored.")] = 250_000,
+    train_tokens: Annotated[int, arg(help="Tokens to train on; the stored ones are repeated.")] = 2_000_000,
     d_sae: Annotated[int, arg(help="Number of features.")] = 4096,
-    k: Annotated[int, arg(help="Features that fire on a token.")] = 32,
-    eval_tokens: Annotated[int | None, arg(help="Held-out tokens to measure and collect on; None is all.")] = None,
+    k: Annotated[int, arg(help="Features that fire per token.")] = 32,
+    eval_tokens: Annotated[
+        int | None, arg(help="Held-out tokens to evaluate and collect features on; None uses all.")
+    ] = None,
     seed: Annotated[int, arg(help="Seed of the shuffle and of the weights.")] = 0,
     serve: Annotated[bool, arg(help="Serve the dashboard at the end.")] = True,
     port: Annotated[int, arg(help="Port of the dashboard.")] = 8501,
 ) -> None:
-    """Train an SAE of a small language model, measure it, look at its features, steer with one; every step is shown."""
+    """Train an SAE on a small language model, evaluate it, collect its features and steer with one, step by step."""
     import saelab
     from saelab import presets
 
     _say(1, f"Load the language model {model!r} and the texts {texts!r}")
     corpus, lm = saelab.load_texts(texts), saelab.load_model(model)
-    _say(2, f"Run the model over {n_tokens:,} tokens and keep the activations of {hook_name}: {out_dir / 'cache'}")
+    _say(2, f"Run the model over {n_tokens:,} tokens and store the activations of {hook_name}: {out_dir / 'cache'}")
     options: dict[str, Any] = {"ctx_len": min(256, lm.max_ctx), "seed": seed}
     cache = saelab.harvest(lm, corpus, [hook_name], n_tokens, out_dir / "cache", **options)
     _say(3, f"Train a TopK SAE with {d_sae:,} features, {k} per token, on {train_tokens:,} tokens: {out_dir / 'sae'}")
@@ -51,10 +53,10 @@ def demo(
 
 
 def _look_at(sae: SAE, lm: LanguageModel, out_dir: Path, eval_tokens: int | None) -> None:
-    """Measure a trained SAE, collect its features, steer with one."""
+    """Evaluate a trained SAE, collect its features, steer with one."""
     import saelab
 
-    _say(4, f"Measure it on documents it was not trained on: {out_dir / 'report.json'}")
+    _say(4, f"Evaluate it on documents it was not trained on: {out_dir / 'report.json'}")
     report = saelab.evaluate(sae, lm, n_tokens=eval_tokens, path=out_dir / "report.json")
     print("\n".join(f"   {name:<20}{_number(getattr(report, name))}" for name in _SHOWN))
     _say(5, f"Collect examples, histogram and logits of every feature: {out_dir / 'features'}")

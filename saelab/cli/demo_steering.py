@@ -1,8 +1,9 @@
-"""Which feature the demo steers with: one whose effect can be read, at a strength that keeps the text fluent.
+"""Chooses the feature that the demo steers with: one with a readable effect, at a strength that keeps the text fluent.
 
-Candidates fire on 1e-4 to 1e-2 of the tokens and promote everyday words. Each is tried at some strengths on a short text, which
-gets two marks: how much likelier its words became (in nats, mean over the text), and how likely the unsteered model finds the
-text. The greatest rise wins among the texts that stay nearly as likely as the model's own and do not go round in circles.
+Candidates fire on 1e-4 to 1e-2 of the tokens and promote everyday words. Each is tried at several strengths on a short text
+and scored twice: by the rise in log-probability of its words (in nats, mean over the text), and by the log-probability of
+the text under the unsteered model. The largest rise wins among texts that stay nearly as likely as the model's own and do
+not repeat themselves.
 """
 
 from __future__ import annotations
@@ -23,25 +24,25 @@ if TYPE_CHECKING:
 STRENGTHS = (1.0, 1.5)
 _CANDIDATES = 4
 _WORDS = 6
-_EVERYDAY = 3  # times that a word stands in the texts the features were counted on
-_MAX_LOSS = 1.0  # nats per token that the text may be less likely than the model's own
-_MIN_DISTINCT = 0.85  # share of different pairs of neighbouring tokens; less is a text that repeats itself
+_EVERYDAY = 3  # minimum count of a word in the texts the features were collected on
+_MAX_LOSS = 1.0  # nats per token by which the text may be less likely than the model's own
+_MIN_DISTINCT = 0.85  # fraction of distinct bigrams; below this the text repeats itself
 
 
 class Trial(NamedTuple):
-    """A feature at a strength, and what it does to a text."""
+    """A feature at one strength and its effect on a text."""
 
     feature: Feature
     strength: float
     rise: float
-    """Nats by which the feature's words become likelier, mean over the tokens."""
+    """Rise in log-probability of the feature's words, in nats, mean over the tokens."""
     log_prob: float
-    """Mean log-probability of the written tokens under the unsteered model."""
+    """Mean log-probability of the generated tokens under the unsteered model."""
     distinct: float
 
 
 def choose_steering(lm: LanguageModel, store: FeatureStore, prompt: str, n_tokens: int) -> Trial | None:
-    """The trial to show; None where no feature fired."""
+    """The trial to show; None when no feature fired."""
     candidates = _candidates(lm, store)
     unsteered = lm.generate_ids(prompt, n_tokens)
     floor = _mean_log_prob(lm, unsteered.ids, unsteered.n_prompt) - _MAX_LOSS
@@ -53,7 +54,7 @@ def choose_steering(lm: LanguageModel, store: FeatureStore, prompt: str, n_token
 
 
 def _candidates(lm: LanguageModel, store: FeatureStore) -> list[Feature]:
-    """Those that promote mostly everyday words, the greatest push on a logit first; where none does, any that fired."""
+    """Features that mostly promote everyday words, strongest push on a logit first; if there are none, any that fired."""
     rows = store.table(sort="p99", where={"density": (1e-4, 1e-2)}, limit=store.d_sae)
     counts = Counter(int(token) for i in range(store.manifest["n_sequences"]) for token in store.sequence(i))
     found: list[Feature] = []
@@ -70,7 +71,7 @@ def _candidates(lm: LanguageModel, store: FeatureStore) -> list[Feature]:
 
 
 def _push(feature: Feature) -> float:
-    """How much one p99 of it adds to the logit that it raises most."""
+    """How much steering with one p99 adds to the logit that the feature raises most."""
     promoted = feature.dominant_logits.positive[:1]
     return (feature.p99 or 0.0) * promoted[0][1] if promoted else 0.0
 
@@ -92,6 +93,6 @@ def _try(lm: LanguageModel, feature: Feature, strength: float, prompt: str, n_to
 
 
 def _mean_log_prob(lm: LanguageModel, ids: Int[Tensor, " n"], start: int) -> float:
-    """Of the tokens from `start` on, under the model as it stands."""
+    """Mean log-probability of the tokens from `start` on, in nats, under the model with its current edits."""
     log_probs = lm.logits(ids[None])[0, start - 1 : -1].float().cpu().log_softmax(-1)  # (n - start, vocab)
     return float(log_probs.gather(1, ids[start:, None]).mean())

@@ -1,4 +1,4 @@
-"""The `saelab` command line: which sub-command is meant, what its flags are, and errors as one line."""
+"""The `saelab` command line: dispatches sub-commands, builds their flags, and prints errors as one line."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from saelab.errors import SaelabError
 
 
 def _variant(args: Sequence[str]) -> str:
-    """The kind of SAE that `args` ask for. Raises `ValueError` for one that there is not, and for another one's flag."""
+    """The SAE variant that `args` ask for. Raises `ValueError` for an unknown variant or a flag of another variant."""
     from saelab.saes import VARIANTS
 
     words = [part for word in args for part in (word.split("=", 1) if word.startswith("--") else [word])]
@@ -33,14 +33,14 @@ def _variant(args: Sequence[str]) -> str:
     variant = chosen[-1] if chosen else "topk"
     if variant not in VARIANTS:
         close = difflib.get_close_matches(variant, VARIANTS, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(VARIANTS)}."
+        hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(VARIANTS)}."
         raise ValueError(f"unknown --variant {variant!r}; {hint}")
     flags = {name: _flags(one.Config) for name, one in VARIANTS.items()}
     for word in words:
         owners = [name for name in VARIANTS if word.replace("_", "-") in flags[name]]
         if owners and variant not in owners:
             raise ValueError(
-                f"{word} is no flag of {variant} (but of {', '.join(owners)}); {variant} has {', '.join(flags[variant])}: "
+                f"{word} is not a flag of {variant} (but of {', '.join(owners)}); {variant} has {', '.join(flags[variant])}: "
                 f"saelab train --variant {variant} --help"
             )
     return variant
@@ -51,21 +51,21 @@ def _flags(config: type) -> list[str]:
 
 
 def _train_arguments(args: Sequence[str]) -> type:
-    """A dataclass with the arguments of `train`: the fields of the variant's config and of `TrainConfig` are flags."""
+    """A dataclass of the arguments of `train`, with the fields of the variant's config and of `TrainConfig` as flags."""
     import saelab
 
     variant = _variant(args)
     optional = [
-        ("variant", Literal[tuple(saelab.VARIANTS)], "Kind of SAE; it decides which config flags there are.", "topk"),
+        ("variant", Literal[tuple(saelab.VARIANTS)], "SAE variant; determines which config flags exist.", "topk"),
         ("name", str | None, "Write to RUN/sae-NAME instead of RUN/sae.", None),
-        ("hook_name", str | None, "Site to train on, where there are several.", None),
+        ("hook_name", str | None, "Hook to train on, if the cache holds several.", None),
         (
             "stream",
             tuple[str, ...],
-            "Sites to harvest while training, without a cache; its flags: --stream --help.",
+            "Hooks to harvest while training, without a cache; for more flags see --stream --help.",
             (),
         ),
-        ("wandb_project", str | None, "Log to this project of Weights & Biases as well.", None),
+        ("wandb_project", str | None, "Also log to this Weights & Biases project.", None),
     ]
     fields: list[Any] = [
         ("run", Run),
@@ -81,25 +81,25 @@ def _streams(args: Sequence[str]) -> bool:
     return any(word.partition("=")[0] == "--stream" for word in args)
 
 
-# Flags of which neither leaves the choice to the tokenizer.
+# Aliases of a three-valued flag: without either the tokenizer decides.
 _YES_AND_NO = {"--prepend-bos": ["--prepend-bos", "True"], "--no-prepend-bos": ["--prepend-bos", "False"]}
-_EPILOG = "saelab COMMAND --help tells more. SAELAB_DEBUG=1 shows where an error came from."
+_EPILOG = "Run saelab COMMAND --help for details. SAELAB_DEBUG=1 shows the traceback of an error."
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run one command line; returns the exit code: 0, 2 for an error the user can mend, 130 after Ctrl-C."""
+    """Run one command line; returns the exit code: 0, 2 for an error the user can fix, 130 after Ctrl-C."""
     args = list(sys.argv[1:] if args is None else args)
-    debug, rank = bool(os.environ.get("SAELAB_DEBUG")), int(os.environ.get("RANK", "0"))  # of torchrun
+    debug, rank = bool(os.environ.get("SAELAB_DEBUG")), int(os.environ.get("RANK", "0"))  # set by torchrun
     try:
         with warnings.catch_warnings(), _sigterm_as_ctrl_c(), nullcontext() if rank else shown():
             if not debug:
                 warnings.showwarning = _show_warning if not rank else _silent
             return _run(args)
     except KeyboardInterrupt as stopped:
-        if rank:  # the first one tells what is kept
+        if rank:  # rank 0 says what was saved
             return 130
         kept = f"{stopped}. " if str(stopped) else ""
-        print(f"\nInterrupted. {kept}The same command again goes on from what is on disk.", file=sys.stderr)
+        print(f"\nInterrupted. {kept}Repeat the same command to resume from what is on disk.", file=sys.stderr)
         return 130
     except Exception as error:
         said = None if debug else explain(error)
@@ -110,18 +110,18 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def explain(error: Exception) -> str | None:
-    """One line for an error that the user can mend: ours, the system's, or another library's. None for a fault of saelab,
-    whose traceback is what helps.
+    """One line for an error the user can fix: from saelab, the system, or another library. None for a bug in saelab, which
+    needs its traceback.
     """
     if isinstance(error, ValueError | SaelabError) and not _is_foreign(error):
         return str(error)
     kind = type(error).__name__
     if isinstance(error, ImportError):
-        return f"{error}: install that package (pip install 'saelab[wandb,notebook]' brings the optional ones)."
+        return f"{error}: install that package (pip install 'saelab[wandb,notebook]' installs the optional ones)."
     if isinstance(error, OSError | MemoryError) or kind == "OutOfMemoryError":
-        return f"{kind}: {error}. Check the path, the space that is left on it, and the memory."
+        return f"{kind}: {error}. Check the path, free disk space and free memory."
     if _is_foreign(error):
-        return f"{_raised_in(error)} raised {kind}: {error}. SAELAB_DEBUG=1 shows where."
+        return f"{_raised_in(error)} raised {kind}: {error}. Set SAELAB_DEBUG=1 for the traceback."
     return None
 
 
@@ -130,14 +130,14 @@ def _is_foreign(error: Exception) -> bool:
 
 
 def _raised_in(error: Exception) -> str:
-    """The package whose code raised it; code of the standard library counts as its caller's."""
+    """The package whose code raised the error; standard-library frames count as their caller's."""
     packages = [frame.f_globals.get("__name__", "").partition(".")[0] for frame, _ in walk_tb(error.__traceback__)]
     return next((name for name in reversed(packages) if name not in sys.stdlib_module_names), "saelab")
 
 
 @contextmanager
 def _sigterm_as_ctrl_c() -> Iterator[None]:
-    """`kill`, and the end of a batch job, as Ctrl-C: what is begun is kept."""
+    """Treat SIGTERM (`kill`, the end of a batch job) as Ctrl-C, so that progress is saved."""
     free = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     if not free or threading.current_thread() is not threading.main_thread():
         yield
@@ -150,11 +150,11 @@ def _sigterm_as_ctrl_c() -> Iterator[None]:
 
 
 def _silent(*_: Any) -> None:
-    """Only rank 0 of a job speaks."""
+    """Show no warning: only rank 0 of a job prints."""
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
-    """A warning as one line, without the place in the code that a user cannot act on."""
+    """Print a warning as one line, without its source location, which a user cannot act on."""
     print(f"saelab: {category.__name__}:" if category is not UserWarning else "saelab:", message, file=sys.stderr)
 
 
@@ -173,7 +173,7 @@ def _run(args: list[str]) -> int:
     name, rest = args[0], [part for word in args[1:] for part in _YES_AND_NO.get(word, [word])]
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}."
+        hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(COMMANDS)}."
         raise ValueError(f"unknown command {name!r}; {hint}")
     function, examples = COMMANDS[name]
     description = f"{_summary(function)}\n\nExamples:\n" + "".join(f"  {line}\n" for line in examples.split("\n"))
@@ -185,7 +185,7 @@ def _run(args: list[str]) -> int:
             and rest
             and not any(word.startswith("-") for word in (rest[0], *{"-h", "--help"}.intersection(rest)))
         ):
-            check_has_cache(Path(rest[0]))  # before the flags, whose errors would hide that the run is missing
+            check_has_cache(Path(rest[0]))  # before parsing flags, whose errors would hide the missing run
         arguments = tyro.cli(_train_arguments(rest), **options)
         if needs_cache:
             check_has_cache(arguments.run)  # pyright: ignore[reportAttributeAccessIssue]

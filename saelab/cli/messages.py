@@ -1,5 +1,5 @@
-"""What the library logs, as the command line shows it: on standard output; on standard error where that holds JSON, and what
-is said of a model being loaded."""
+"""Shows the library's log on the command line: on standard output, or on standard error for model loading and where standard
+output is reserved for JSON."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ _LOG = logging.getLogger("saelab")
 
 
 class Shown(logging.Handler):
-    """Prints each message, as it is, to the stream that is current then."""
+    """Prints each message unformatted to the current `sys.stdout` or `sys.stderr`."""
 
     on_stderr = False
 
     def emit(self, record: logging.LogRecord) -> None:
-        """One line."""
+        """Print one message."""
         to_stderr = Shown.on_stderr or record.name == "saelab.models"
         print(record.getMessage(), file=sys.stderr if to_stderr else sys.stdout, flush=True)
 
 
 @contextmanager
 def shown() -> Iterator[None]:
-    """Show the library's messages inside a `with`; where they are shown already nothing changes."""
+    """Show the library's messages inside a `with` block; nested use has no effect."""
     if any(isinstance(handler, Shown) for handler in _LOG.handlers):
         yield
         return
@@ -40,7 +40,7 @@ def shown() -> Iterator[None]:
 
 @contextmanager
 def on_stderr() -> Iterator[None]:
-    """Inside a `with` standard output is left to others."""
+    """Send messages to standard error inside a `with` block."""
     Shown.on_stderr = True
     try:
         yield

@@ -1,1 +1,1 @@
-"""Edits of a model: what a feature or a direction builds, and `lm.steer` takes."""
+"""Model edits: what features and directions build for `lm.steer`."""

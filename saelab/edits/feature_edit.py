@@ -1,10 +1,10 @@
-"""Edits of one SAE feature, by delta-decode (algorithms: the decoded difference of the codes is added):
+"""Edits of one SAE feature that add the decoded change of its activation to the hook's activations:
 
     h' = h + (z' - z) W_dec / scale
 
-z is what the SAE itself encodes, so its error and all other features stay as they are and TopK never selects anew. A
-token whose code does not change keeps its bits. Position 0 (the attention sink, left out of training) and padding are
-left alone.
+z is the feature activation the SAE itself encodes, so its reconstruction error and all other features stay unchanged and
+TopK does not select again. A token whose z does not change keeps its bits. Position 0 (the attention sink, excluded from
+training) and padding are not edited.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ UNITS = ("p99", "max", "mean", "raw")
 
 @dataclass(frozen=True, eq=False)
 class FeatureEdit:
-    """What `lm.steer` takes: one feature, one change. Built by `FeatureHandle`; `value` is in code units."""
+    """An edit for `lm.steer`: one change of one feature, built by `FeatureHandle`. `value` is in raw feature-activation units."""
 
     hook_name: str
     sae: SAE
     feature: int
     mode: Literal["add", "clamp", "scale"]
     value: float | Tensor
-    """Added to the code, or what it becomes (a tensor holds one by absolute position), or its factor."""
+    """What is added to the feature activation, what it is clamped to (a tensor: by absolute position), or its factor."""
     where: str = "always"
-    """Every token, or only those on which the feature "fires", or is "positive" or "negative"."""
+    """Which tokens are edited: "always", or only where the feature "fires", is "positive" or is "negative"."""
     source: int = -1
-    """Which of a crosscoder's decoder rows is added."""
+    """Source whose decoder row is added, for a crosscoder."""
 
     @property
     def d_in(self) -> int:
@@ -53,7 +53,7 @@ class FeatureEdit:
     def apply(
         self, x: Float[Tensor, "batch seq d_in"], positions: Int[Tensor, "batch seq"]
     ) -> Float[Tensor, "batch seq d_in"]:
-        """The edited activations; `x` itself when no code changes. Raises `ValueError` for a position without value."""
+        """The edited activations; `x` itself when nothing changes. Raises `ValueError` for a position without a clamp value."""
         flat = x.reshape(-1, x.shape[-1])  # (batch * seq, d_in)
         rows = (positions > 0).flatten().nonzero().squeeze(1)
         change = self._change(flat, rows, positions)  # (n_rows) z' - z
@@ -84,31 +84,35 @@ class FeatureEdit:
         return torch.where(here, change, 0.0)
 
     def _targets(self, rows: Tensor, positions: Tensor) -> Float[Tensor, " n_rows"]:
-        """What a clamp sets the code of each row to."""
+        """The clamp value of each row."""
         if not isinstance(self.value, Tensor):
             return torch.full((len(rows),), float(self.value))
         batch, seq = positions.shape
         if self.value.ndim == 2 and self.value.shape[0] != batch:
-            raise ValueError(f"clamp values are for {self.value.shape[0]} sequences, the model runs {batch}.")
+            raise ValueError(
+                f"clamp values are for a batch of {self.value.shape[0]}, but the model runs a batch of {batch}; "
+                "give values (seq,) or (batch, seq) that match."
+            )
         where = positions.flatten()[rows].to(self.value.device)
         if len(where) and int(where.max()) >= self.value.shape[-1]:
             raise ValueError(
-                f"clamp values hold positions 0 to {self.value.shape[-1] - 1}, the model is at position "
-                f"{int(where.max())}; give one value for every token that will be read or generated."
+                f"clamp values cover positions 0 to {self.value.shape[-1] - 1}, but the model is at position "
+                f"{int(where.max())}; give one value for every token that is read or generated."
             )
         values = self.value if self.value.ndim == 2 else self.value.expand(batch, -1)
         return values[(rows // seq).to(values.device), where]
 
 
 class FeatureHandle:
-    """One feature of an SAE and the units its strength is measured in.
+    """One feature of an SAE and the units its strengths are measured in.
 
-    `units` maps "p99", "max", "mean" to activations (of the tokens on which the feature fires), negative where it mostly is;
-    `no_units` says why there are none. With `end` 1 or -1 they are magnitudes: every strength, a raw one too, counts towards
-    that sign, and edits of what the feature does itself act only where it has that sign. `hook_name` is by default the hook
-    the SAE was trained on; a transcoder's is the one it predicts, a crosscoder's the last of its sources. The code of those
-    two cannot be read off that hook alone: they can only be added to. Raises `ValueError` for a feature the SAE does not
-    have.
+    `units` maps "p99", "max" and "mean" to feature activations (over the tokens on which it fires), negative if its dominant
+    end is; `no_units` says why there are none. With `end` 1 or -1 they are magnitudes: positive strengths, raw ones too,
+    steer towards that sign, and scale, ablate and clamp where it fires act only where it has that sign.
+
+    `hook_name` defaults to the hook the SAE was trained on; for a transcoder to the one it predicts, for a crosscoder to
+    its last source. The feature activations of those two cannot be computed from that hook alone, so they support only
+    `add`. Raises `ValueError` for a feature the SAE does not have, or when no hook is known.
     """
 
     def __init__(
@@ -125,9 +129,9 @@ class FeatureHandle:
             raise ValueError(f"feature={feature} does not exist; this SAE has features 0 to {sae.d_sae - 1}.")
         hook_name, self.source = steered_hook(sae, hook_name)
         if hook_name is None:
-            raise ValueError("The SAE does not say which hook it was trained on; give hook_name=.")
+            raise ValueError("The SAE does not record the hook it was trained on; pass hook_name.")
         self.sae, self.feature = sae, int(feature)
-        self.hook_name = hook_name.rpartition("/")[2]  # "MODEL/HOOK" where several models were read
+        self.hook_name = hook_name.rpartition("/")[2]  # "MODEL/HOOK" for an SAE of several models
         self.units = dict(units or {})
         self.end, self.no_units = end, no_units
 
@@ -135,19 +139,21 @@ class FeatureHandle:
         return f"FeatureHandle(feature {self.feature} at {self.hook_name}, units {self.units})"
 
     def __mul__(self, strength: float) -> FeatureEdit:
-        """Add `strength` times the feature's p99 activation."""
+        """An edit that adds `strength` times the feature's p99 activation."""
         return self.add(strength)
 
     __rmul__ = __mul__
 
     def add(self, value: float, unit: str = "p99") -> FeatureEdit:
-        """Add `value`, in "p99", "max", "mean" or "raw" (code units), to the code of every token."""
+        """An edit that adds `value` in `unit` ("p99", "max", "mean", "raw") to the feature activation of every token."""
         return self._edit("add", finite(value) * self.unit(unit))
 
     def clamp(self, value: Any, unit: str = "p99", where: str = "always") -> FeatureEdit:
-        """Set the code to `value`: a number, or a tensor `(seq,)` or `(batch, seq)` with one by absolute position.
+        """An edit that sets the feature activation to `value`: a number, or a tensor `(seq,)` or `(batch, seq)` by absolute
+        position.
 
-        `where="fires"` leaves tokens alone on which the feature is silent.
+        `where="fires"` edits only tokens on which the feature fires. Raises `ValueError` for another `where`, an unknown
+        unit or values that are not finite, `SaelabError` for a missing unit.
         """
         if where not in ("always", "fires"):
             raise ValueError(f"where={where!r}; expected 'always' or 'fires'.")
@@ -155,17 +161,17 @@ class FeatureHandle:
         if isinstance(value, Tensor) and value.ndim:
             if value.ndim > 2 or not value.numel() or not bool(value.isfinite().all()):
                 raise ValueError(
-                    f"clamp values are {tuple(value.shape)}; expected finite (seq,) or (batch, seq), one a token."
+                    f"clamp values are {tuple(value.shape)}; expected finite values (seq,) or (batch, seq), one per token."
                 )
             return self._edit("clamp", value.detach().float() * factor, where)
         return self._edit("clamp", finite(value) * factor, where)
 
     def scale(self, factor: float) -> FeatureEdit:
-        """Multiply the code by `factor`: 1.0 changes nothing, 0.0 ablates."""
+        """An edit that multiplies the feature activation by `factor`: 1.0 changes nothing, 0.0 ablates."""
         return self._edit("scale", finite(factor), self._firing if self.end else "always")
 
     def ablate(self) -> FeatureEdit:
-        """Set the code to zero; tokens on which the feature is silent keep their bits."""
+        """An edit that sets the feature activation to zero; tokens on which the feature is silent keep their bits."""
         return self.scale(0.0)
 
     @property
@@ -173,14 +179,14 @@ class FeatureHandle:
         return {0: "fires", 1: "positive", -1: "negative"}[self.end]
 
     def unit(self, unit: str) -> float:
-        """One `unit` in code units. Raises `ValueError` for an unknown unit, `SaelabError` for one that is missing."""
+        """One `unit` as a raw feature activation. Raises `ValueError` for an unknown unit, `SaelabError` for a missing one."""
         if unit not in UNITS:
             raise ValueError(f"unit={unit!r} is unknown; expected one of {', '.join(UNITS)}.")
         size = 1.0 if unit == "raw" else self.units.get(unit)
         if size is None or not math.isfinite(size) or size == 0:
             why = self.no_units or (
-                "its store saw it never fire, or there is no store. Take a feature that fires from a store "
-                "(`load_features(...).feature(i)`), or give unit='raw'."
+                "it never fired in its store, or the handle has no store. Take a feature that fires from a store "
+                "(`load_features(...).feature(i)`), or use unit='raw'."
             )
             raise SaelabError(f"feature {self.feature} has no {unit} activation: {why}")
         return float(size) * (self.end or 1)
@@ -191,18 +197,18 @@ class FeatureHandle:
         value = value if isinstance(value, Tensor) else finite(value)
         if mode != "add" and needs_other_hooks(self.sae):
             raise ValueError(
-                f"{mode} needs the feature's code, which this {self.sae.variant} does not read off {self.hook_name} alone: "
-                "use add (feature * 2.0)."
+                f"{mode} needs the feature's activation, which this {self.sae.variant} cannot compute from {self.hook_name} "
+                "alone: use add (feature * 2.0)."
             )
         return FeatureEdit(self.hook_name, self.sae, self.feature, mode, value, where, self.source)
 
 
 def finite(value: Any) -> float:
-    """`value` as a number that is finite in float32 too. Raises `ValueError` otherwise."""
+    """`value` as a float that is finite in float32. Raises `ValueError` otherwise."""
     try:
         number = float(value)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"strength {value!r} is no number.") from error
+        raise ValueError(f"strength {value!r} is not a number; give one such as 2.0.") from error
     if not abs(number) <= torch.finfo(torch.float32).max:
-        raise ValueError(f"strength {value!r} is not finite; give an ordinary number, such as 2.0.")
+        raise ValueError(f"strength {value!r} is not finite in float32; give a number such as 2.0.")
     return number

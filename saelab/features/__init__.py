@@ -1,6 +1,6 @@
-"""One pass over held-out tokens, a store of what every feature does, and the HTML of a feature.
+"""Feature stores: one pass over held-out tokens collects them; each feature is then browsed, rendered as HTML or steered.
 
-Browsing a store imports no torch: `collect_features` is loaded when first used.
+Browsing a store does not import torch: `collect_features` is loaded on first use.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,9 +1,9 @@
-"""What the collector remembers of every feature while tokens stream by; only non-zero values ever reach it.
+"""Streaming statistics of every feature, updated batch by batch from its non-zero activations.
 
-The state is bounded: its size depends on the number of features, not of tokens. Counts, sums, maxima, histogram and
-top examples are exact. So is p99 while at most `MAX_VALUES` values were seen in all; after that a feature keeps the
-values at `MAX_VALUES / (2 d_sae)` of its tokens (at least 256), those with the smallest hash, a uniform sample:
-with 256 values the sample's p99 lies between the true 98th and 99.8th percentile in two cases of three.
+Memory is bounded: it grows with the number of features, not of tokens. Counts, sums, maxima, histogram and top examples
+are exact. So is p99 while at most `MAX_VALUES` values have been seen in all; beyond that a feature keeps its values on
+`MAX_VALUES / (2 d_sae)` of its tokens (at least 256), those with the smallest hash, which is a uniform sample: with
+256 values the sample's p99 lies between the true 98th and 99.8th percentile in two cases out of three.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Entries(NamedTuple):
 
     features: Int[Tensor, " nnz"]
     tokens: Int[Tensor, " nnz"]
-    """Token number in the whole pass: sequence * ctx_len + position."""
+    """Token number in the whole pass: context * ctx_len + position."""
     docs: Int[Tensor, " nnz"]
     values: Float[Tensor, " nnz"]
 
@@ -36,13 +36,13 @@ class Entries(NamedTuple):
 
 
 def sorted_entries(feature_acts: SparseActs, tokens: Int[Tensor, " batch"], docs: Int[Tensor, " batch"]) -> Entries:
-    """The feature activations of the kept rows, with their token numbers (ascending) and document numbers."""
+    """Sort the feature activations of the kept rows by feature; `tokens` (ascending) and `docs` number those rows."""
     order, rows, _ = feature_acts.by_feature
     return Entries(feature_acts.features[order], tokens[rows], docs[rows], feature_acts.values[order].float())
 
 
 class Accumulator:
-    """Running state of `d_sae` features that are never negative; `signed.py` holds one for each end of those that are."""
+    """Running statistics of `d_sae` features with positive values only; `signed.py` holds one for each end of signed features."""
 
     def __init__(self, d_sae: int, ctx_len: int, top_k: int) -> None:
         self.d_sae, self.ctx_len, self.top_k = d_sae, ctx_len, top_k
@@ -74,7 +74,7 @@ class Accumulator:
         self.total.index_add_(0, features, values.double())
         self.total_square.index_add_(0, features, values.double().square())
         self.maximum.scatter_reduce_(0, features, values, "amax")
-        # Exponent and the two leading mantissa bits of a float32: four exact bins an octave.
+        # Exponent and the two leading mantissa bits of a float32: four exact bins per octave.
         bins = (values.abs().view(torch.int32) >> 21) - BINS_PER_OCTAVE * (127 + LOWEST_OCTAVE)
         flat = features * N_BINS + bins.clamp(0, N_BINS - 1)
         self.histogram.view(-1).index_add_(0, flat, torch.ones_like(bins))
@@ -90,7 +90,7 @@ class Accumulator:
             self._sampled = len(kept)
 
     def _keep_top(self, entries: Entries, around: Entries) -> None:
-        """Merge the batch into the top-K lists, one example a document, the earlier token where values are equal."""
+        """Merge the batch into the top-k lists: one example per document; the earlier token wins a tie."""
         found = (entries.values > self.top_value[entries.features, -1]).nonzero().squeeze(1)
         if not len(found):
             return
@@ -116,7 +116,7 @@ class Accumulator:
         self.top_window[chosen.features, rank] = windows
 
     def _windows(self, entries: Entries, peaks: Entries) -> Float[Tensor, "n window"]:
-        """Values of each peak's feature from 32 tokens before it to 16 after, within its context."""
+        """Values of each peak's feature from 32 tokens before the peak to 16 after it, within its context."""
         first = int(entries.tokens.min())
         span = int(entries.tokens.max()) - first + 1
         keys = entries.features * span + entries.tokens - first  # ascending
@@ -134,8 +134,8 @@ class Accumulator:
         return windows
 
     def quantile(self, q: float) -> tuple[Float[Tensor, " d_sae"], Tensor]:
-        """Per feature the `q` quantile (linear between neighbours) of the values kept, NaN without any, and whether all
-        values were kept."""
+        """The `q` quantile of each feature's kept values (linear interpolation; NaN without any), and whether all its values
+        were kept."""
         result = torch.full((self.d_sae,), torch.nan, dtype=torch.float64)
         if not self._sampled:
             return result, torch.ones(self.d_sae, dtype=torch.bool)
@@ -165,13 +165,13 @@ def _shift(x: Tensor, bits: int) -> Tensor:
 
 
 def _sort_by(first: Tensor, second: Tensor) -> Tensor:
-    """Order by `first`, then `second`; equal pairs stay in place."""
+    """Indices that sort by `first`, then `second`; stable."""
     order = torch.argsort(second, stable=True)
     return order[torch.argsort(first[order], stable=True)]
 
 
 def _rank(groups: Tensor) -> Tensor:
-    """Position of each element in its run of equal, neighbouring `groups`."""
+    """Position of each element within its run of equal consecutive `groups`."""
     index = torch.arange(len(groups))
     starts = torch.ones(len(groups), dtype=torch.bool)
     starts[1:] = groups[1:] != groups[:-1]
@@ -179,7 +179,7 @@ def _rank(groups: Tensor) -> Tensor:
 
 
 def _first_of_each(features: Tensor, docs: Tensor) -> Tensor:
-    """Indices, ascending, of the first element of every (feature, document) pair."""
+    """Ascending indices of the first element of every (feature, document) pair."""
     order = _sort_by(features, docs)
     key = features[order] * (docs.max() + 1) + docs[order]
     return order[_rank(key) == 0].sort().values

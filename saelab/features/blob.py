@@ -1,6 +1,6 @@
-"""Arrays in one SQLite blob: `SLB`, a version byte, then zlib of header length, JSON header, raw bytes.
+"""Packs arrays into one SQLite blob: `SLB`, a version byte, then zlib of header length, JSON header, raw bytes.
 
-The header names every array with its dtype and shape, so a reader needs nothing but this page; nothing is pickled.
+The header gives the name, dtype and shape of every array, so a blob can be read without any other file; no pickle.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _DTYPES = {"<f4", "<f8", "<i4", "<i8", "|u1"}
 
 
 def pack_arrays(arrays: Mapping[str, np.ndarray]) -> bytes:
-    """Arrays of float32/64, int32/64 or uint8 to one compressed, self-described blob."""
+    """Pack arrays of float32/64, int32/64 or uint8 into one compressed, self-describing blob."""
     ready = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     header = {name: [array.dtype.str, list(array.shape)] for name, array in ready.items()}
     text = json.dumps(header).encode()
@@ -28,16 +28,16 @@ def pack_arrays(arrays: Mapping[str, np.ndarray]) -> bytes:
 
 
 def unpack_arrays(data: bytes) -> dict[str, np.ndarray]:
-    """The arrays of a blob written by `pack_arrays`; a damaged blob, or one of another version, is a `StoreError`."""
+    """The arrays of a blob written by `pack_arrays`. Raises `StoreError` for a damaged blob or one of another version."""
     if data[:4] != _MAGIC:
-        raise StoreError(f"A stored blob starts with {data[:4]!r}, expected {_MAGIC!r}: collect the features anew.")
+        raise StoreError(f"A stored blob starts with {data[:4]!r}, expected {_MAGIC!r}: collect the features again.")
     try:
         body = zlib.decompress(data[4:])
         (length,) = struct.unpack_from("<I", body)
         header = json.loads(body[4 : 4 + length])
         return _read_arrays(body, 4 + length, header)
     except (zlib.error, struct.error, ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"A stored blob is damaged ({error}): collect the features anew.") from error
+        raise StoreError(f"A stored blob is damaged ({error}): collect the features again.") from error
 
 
 def _read_arrays(body: bytes, offset: int, header: dict) -> dict[str, np.ndarray]:

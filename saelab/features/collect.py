@@ -50,11 +50,11 @@ def collect_features(
     top_k: int = 20,
     progress: bool = True,
 ) -> FeatureStore:
-    """Collect what every feature does into `out_dir`, and open the store.
+    """Collect statistics, top examples and logits of every feature into a store in `out_dir`, and open it.
 
-    `texts` None is the SAE's own source. Of that the held-out tenth is read, of any other text all; `split` overrides.
-    Packing, mask and counts are those of `saelab.evaluate`. `n_tokens` stops after so many tokens (whole contexts);
-    a feature keeps `top_k` examples. The same call on a finished store returns at once. `lm` and `hook_name`: as there.
+    `texts=None` reads the held-out tenth of the SAE's own text source; other texts are read whole; `split` overrides
+    both. Packing, mask, `lm` and `hook_name` are as in `saelab.evaluate`. `n_tokens` stops after that many tokens (whole
+    contexts); `top_k` examples are kept per feature. A finished store is returned at once by the same call.
 
     Raises `ValueError` when the SAE does not fit the model, when no token is left, or when `out_dir` holds something
     else; `StoreError` when it holds a store made with other arguments, naming them.
@@ -82,7 +82,7 @@ def _source(sae: SAE, lm: LanguageModel, texts: Any) -> Texts:
     if texts is None:
         texts = sae.provenance.origin.get("texts")
         if texts is None:
-            raise ValueError("This SAE does not name its text source (it was trained on bare tensors): give texts.")
+            raise ValueError("This SAE has no text source (it was trained on bare tensors): pass texts.")
         return load_texts(texts, chat=lm)
     return load_texts(texts)
 
@@ -95,7 +95,7 @@ def _request(
     hook_name: str | Sequence[str] | None,
     ctx_len: int | None,
 ) -> dict[str, Any]:
-    """What makes two stores the same, beside the numbers a caller gives."""
+    """What identifies a store, apart from the numeric arguments of the call."""
     return {
         "sae_hash": sae.hash,
         "model_hash": lm.hash,
@@ -115,7 +115,7 @@ def _refuse_other_request(out_dir: Path, request: dict[str, Any]) -> None:
     if different:
         raise StoreError(
             f"{out_dir} holds a feature store made with other arguments ({'; '.join(different)}). Use the same ones, or "
-            "remove that folder; in Python another out_dir does as well."
+            "remove that folder; in Python you can also choose another out_dir."
         )
 
 
@@ -137,23 +137,23 @@ def _run(sae: SAE, stream: ScoreStream, top_k: int, progress: bool) -> SignedAcc
             state.update(feature_acts, number[where], tokens.doc.flatten()[where])
             bar.update(int((tokens.doc >= 0).sum()))
     if not stream.n_tokens:
-        raise ValueError(f"No token of {stream.texts.name} is left under the mask: {stream.n_masked}. Give more text.")
+        raise ValueError(f"The mask leaves no token of {stream.texts.name}: {stream.n_masked}. Give more text.")
     return state
 
 
 @torch.inference_mode()
 def _top_logits(sae: SAE, lm: LanguageModel, hook_name: str) -> dict[str, Tensor] | None:
-    """Ids and values of the tokens each decoder row promotes and suppresses most; None off the residual stream.
+    """Ids and logit changes of the tokens each decoder row promotes and suppresses most; None off the residual stream.
 
-    The values are the logit change of one unit along the decoder row, its direct effect: `logit_weights @ W_dec[f]`.
-    A crosscoder's row is that of its last source. Warns where the model's logits do not follow its unembedding.
+    The logit change is the direct effect of one unit along the decoder row: `logit_weights @ W_dec[f]`. A crosscoder's
+    row is that of its last source. Warns, and returns None, where the logits do not follow from the unembedding.
     """
     if not writes_to_residual(hook_name):
         return None
     try:
         unembed = locate(lm, hook_name)[0].logit_weights().float().cpu()  # (vocab, d_model)
     except ModelError as error:
-        warnings.warn(f"The store will not say what features promote. {error}", stacklevel=3)
+        warnings.warn(f"The store will hold no logits, so it cannot show what features promote. {error}", stacklevel=3)
         return None
     decoder, _ = sae.decoder()
     if unembed.shape[1] != decoder.shape[1]:
@@ -172,7 +172,7 @@ def _extremes(
 
 
 def _cosine(sae: SAE) -> Float[Tensor, " d_sae"]:
-    """Cosine between each feature's encoder and decoder row (of all sources together); NaN between spaces of two widths."""
+    """Cosine between each feature's encoder and decoder rows (all sources concatenated); NaN where their widths differ."""
     encoder, decoder = (W.detach().float().transpose(0, -2).flatten(1) for W in (sae.W_enc, sae.W_dec))
     if encoder.shape != decoder.shape:
         return torch.full((sae.d_sae,), torch.nan)
@@ -207,16 +207,16 @@ def _manifest(sae: SAE, stream: ScoreStream, state: SignedAccumulator, out_dir: 
 
 
 def _check_replaceable(out_dir: Path) -> None:
-    """Raise `SaelabError` now, not after a pass over all tokens, where `out_dir` cannot be replaced by another folder."""
+    """Raise `SaelabError` before the pass over all tokens when `out_dir` cannot be replaced by the finished folder."""
     if out_dir == Path.cwd():
-        raise SaelabError(f"{out_dir} is the folder you are in, which cannot be replaced: give a new folder inside it.")
+        raise SaelabError(f"{out_dir} is the current directory, which cannot be replaced: give a new folder inside it.")
     with _finished_folder(out_dir):
-        pass  # an empty one
+        pass  # try it with an empty folder
 
 
 @contextmanager
 def _finished_folder(out_dir: Path) -> Iterator[Path]:
-    """A hidden folder beside `out_dir` to build in; on a clean exit it takes `out_dir`'s place (which is empty)."""
+    """A hidden folder next to `out_dir` to build in; on a clean exit it replaces `out_dir`, which is empty."""
     building = temporary_path(out_dir)
     with writing(out_dir):
         remove_leftovers(out_dir.parent, out_dir.name)

@@ -1,7 +1,7 @@
-"""One end of a feature: the tokens on which it is positive, or those on which it is negative.
+"""One end of a feature: its positive activations, or its negative ones.
 
-Most SAEs have features that are never negative, with one end; a signed feature (AbsTopK, signed matching pursuit) is an axis
-with two. Each end has numbers, examples and a unit of its own, counted in magnitudes.
+In most SAEs features are never negative and have one end; a signed feature (AbsTopK, signed matching pursuit) is an axis
+with two. Each end has its own metrics, examples and steering units, measured on magnitudes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from saelab.features.records import Example, Histogram, Logits
 
 
 class Steerable:
-    """What can be given to `lm.steer`, once multiplied."""
+    """Builds edits for `lm.steer`, by `feature * strength` or by name."""
 
     @property
     def handle(self) -> Any:
@@ -22,7 +22,7 @@ class Steerable:
 
     def __mul__(self, strength: float) -> Any:
         """An edit that adds `strength` times p99: `with lm.steer(feature * 2.0)`. Positive strengths push towards the
-        dominant end, or the one that was chosen."""
+        dominant end of a feature, or towards the end this object is."""
         return self.handle * strength
 
     __rmul__ = __mul__
@@ -32,7 +32,7 @@ class Steerable:
         return self.handle.add(value, unit=unit)
 
     def clamp(self, value: Any, unit: str = "p99", where: str = "always") -> Any:
-        """An edit that sets the activation to `value`, everywhere or where it "fires"."""
+        """An edit that sets the activation to `value` on every token, or with `where="fires"` only where the feature fires."""
         return self.handle.clamp(value, unit=unit, where=where)
 
     def scale(self, factor: float) -> Any:
@@ -45,8 +45,8 @@ class Steerable:
 
 
 class End(Steerable):
-    """`feature.positive` or `feature.negative`. `mean`, `std`, `p99` and `max` are of the magnitudes at this end; edits count
-    towards it, and `scale`, `ablate` and `clamp(where="fires")` leave the other end alone."""
+    """`feature.positive` or `feature.negative`. `mean`, `std`, `p99` and `max` are over the magnitudes at this end. Positive
+    strengths steer towards it; `scale`, `ablate` and `clamp(where="fires")` leave the other end alone."""
 
     def __init__(self, store: StoreReader, feature: int, row: dict[str, Any]) -> None:
         self.store, self.feature = store, feature
@@ -64,17 +64,17 @@ class End(Steerable):
         return "positive" if self.sign > 0 else "negative"
 
     def examples(self, limit: int | None = None) -> list[Example]:
-        """The strongest examples at this end, one a document, strongest first."""
+        """The strongest examples at this end, one per document, strongest first."""
         return self.store.examples(self.feature, self.sign, limit)
 
     @property
     def histogram(self) -> Histogram:
-        """Of the magnitudes."""
+        """Log-histogram of the magnitudes."""
         return self.store.histogram(self.feature, self.sign)
 
     @property
     def top_logits(self) -> Logits:
-        """Tokens that the feature promotes and suppresses most where it fires at this end, by one unit of magnitude."""
+        """Tokens that the feature promotes and suppresses most at this end, per unit of magnitude."""
         logits = self.store.logits(self.feature)
         return logits if self.sign > 0 else logits.mirrored()
 

@@ -1,4 +1,4 @@
-"""One feature of a store: its numbers and examples to look at, and the same object to steer with."""
+"""One feature of a store: its metrics and examples, and the same object to steer with."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from saelab.features.render import feature_card, feature_text
 
 
 class Feature(Steerable):
-    """A feature as `store.feature(i)` gives it; a card in a notebook, an edit when multiplied.
+    """A feature, as `store.feature(i)` returns it: rendered as a card in a notebook, an edit when multiplied.
 
-    Numbers are taken over the counted tokens: `n_fired` and `density` (share of tokens with a non-zero value); and over the
-    magnitudes at its dominant end, the sign it mostly fires with: `mean`, `std`, `p99`, `max` (None when it never fired).
-    `sign` is 1 or -1, that end; `positive` and `negative` are the two. `cosine`: encoder to decoder row.
+    `n_fired` and `density` are the number and the share of counted tokens with a non-zero activation. `mean`, `std`, `p99`
+    and `max` (None when it never fired) are over the magnitudes at the dominant end, the sign it fires with most often:
+    `sign`, 1 or -1. `positive` and `negative` are the two ends. `cosine` is between the encoder and decoder rows.
     """
 
     def __init__(self, store: StoreReader, row: dict[str, Any]) -> None:
@@ -39,20 +39,20 @@ class Feature(Steerable):
 
     @property
     def ends(self) -> tuple[End, ...]:
-        """The ends on which it fired, the dominant one first."""
+        """The ends at which it fired, the dominant one first."""
         if self._ends is None:
             self._ends = tuple(End(self.store, self.feature, row) for row in self.store.ends(self.feature))
         return self._ends
 
     @property
     def positive(self) -> End:
-        """Where it is positive: `feature.positive * 2.0` steers there, whichever end dominates. `SaelabError` where it never
-        was."""
+        """The positive end: `feature.positive * 2.0` steers towards it even if the negative end dominates. Raises `SaelabError`
+        when the feature was never positive."""
         return self._end(1)
 
     @property
     def negative(self) -> End:
-        """Where it is negative, likewise."""
+        """The negative end, likewise."""
         return self._end(-1)
 
     def _end(self, sign: int) -> End:
@@ -65,7 +65,7 @@ class Feature(Steerable):
         instead = f"use feature.{others}" if self.ends else "choose a feature that fires"
         raise SaelabError(
             f"Feature {self.feature} never fired at its {name} end on the {self.store.n_tokens:,} counted tokens, so that end "
-            f"has no examples and no unit: {instead}."
+            f"has no examples and no steering unit: {instead}."
         )
 
     @property
@@ -74,9 +74,10 @@ class Feature(Steerable):
         return self.top_logits.mirrored() if self.sign == -1 else self.top_logits
 
     def examples(self, limit: int | None = None, *, kind: str = "top") -> list[Example]:
-        """The strongest examples, one a document, strongest first; all that are stored, or `limit` of them.
+        """The strongest examples, one per document, strongest first: all that are stored, or `limit` of them.
 
-        "top" are those of the dominant end, "bottom" those of the other; [] where it never fired.
+        `kind="top"` is the dominant end, "bottom" the other one; [] where the feature never fired. Raises `ValueError` for
+        another kind, `StoreError` for "bottom" in a store that mixed the signs.
         """
         if kind not in ("top", "bottom"):
             raise ValueError(f"kind={kind!r} is unknown; expected 'top' or 'bottom'.")
@@ -87,7 +88,7 @@ class Feature(Steerable):
 
     @property
     def histogram(self) -> Histogram:
-        """Exact log-histogram of the values; empty when the feature never fired."""
+        """Exact log-histogram of the non-zero activations; empty when the feature never fired."""
         if self.store.signed is None:
             return self.store.histogram(self.feature)
         shown = [end.histogram if end.sign > 0 else end.histogram.mirrored() for end in self.ends]
@@ -99,8 +100,8 @@ class Feature(Steerable):
 
     @property
     def top_logits(self) -> Logits:
-        """Tokens that one unit along the decoder row promotes and suppresses most; empty off the residual stream. Of the ends
-        see `end.top_logits`."""
+        """Tokens that one unit along the decoder row promotes and suppresses most; empty off the residual stream. For
+        each end see `end.top_logits`."""
         return self.store.logits(self.feature)
 
     @property

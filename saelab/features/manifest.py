@@ -1,4 +1,4 @@
-"""The manifest of a feature store: read, checked, and asked whether features of either sign were told apart."""
+"""Reads and checks the manifest of a feature store, and tells whether it keeps both ends of signed features apart."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from saelab.errors import SaelabError, StoreError
 from saelab.features import schema
 from saelab.files import read_json
 
-COLLECT_AGAIN = "Collect it anew with saelab.collect_features(...) or `saelab features RUN`."
+COLLECT_AGAIN = "Collect it again with saelab.collect_features(...) or `saelab features RUN`."
 SIGNS_MIXED = (
-    "this store was collected before the two ends of signed features were told apart, so it has no unit, maximum or examples "
-    "of either end. Remove its folder and collect it anew with saelab.collect_features(...) or `saelab features RUN`; or "
-    "steer in unit='raw'."
+    "this store was collected by an earlier saelab that mixed the two ends of signed features, so it has no steering unit, "
+    "maximum or examples for either end. Remove its folder and collect it again with saelab.collect_features(...) or "
+    "`saelab features RUN`; or steer in unit='raw'."
 )
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of the store in `folder`, whose files are there in full size. Raises `StoreError` otherwise."""
+    """The manifest of the store in `folder`. Raises `StoreError` when it is missing, not readable by this version, or when a
+    file it lists is missing or truncated."""
     path = folder / schema.MANIFEST
     if not path.exists():
         raise StoreError(f"{folder} holds no feature store ({schema.MANIFEST} is missing). {COLLECT_AGAIN}")
@@ -41,15 +42,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except StoreError:
         raise
     except (SaelabError, KeyError, TypeError, AttributeError) as error:
-        raise StoreError(f"{path} is no feature manifest ({error}). {COLLECT_AGAIN}") from error
+        raise StoreError(f"{path} is not a feature manifest ({error}). {COLLECT_AGAIN}") from error
     return manifest
 
 
 def signed_features(manifest: dict[str, Any], config: dict[str, Any] | None) -> bool | None:
-    """Whether features were negative anywhere; None where values of both signs were thrown together.
+    """Whether any feature activation was negative; None where values of both signs were mixed.
 
-    Stores from before there was that key took quantiles and examples of the signed value, which is right only for an SAE
-    whose feature activations are never negative. `config` is the SAE's, where it is known.
+    Stores older than the "signed" key took quantiles and examples of the signed value, which is right only for an SAE whose
+    feature activations are never negative. `config` is the SAE's, if known.
     """
     if "signed" in manifest:
         return manifest["signed"]

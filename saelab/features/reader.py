@@ -1,6 +1,6 @@
-"""Reading the files of a feature store: SQLite opened read-only, tokens memory-mapped; neither torch nor a tokenizer is needed.
+"""Reads the files of a feature store: SQLite opened read-only, tokens memory-mapped; needs neither torch nor a tokenizer.
 
-`schema.py` tells the files and columns; what they say of a feature comes out as `records.py`.
+`schema.py` describes the files and columns; the reader returns the records of `records.py`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class StoreReader:
     """An open store. `manifest` is the content of manifest.json."""
 
     def __init__(self, folder: str | Path, sae: SAE | None = None) -> None:
-        """Open the store in `folder`. Raises `StoreError` when it is missing, damaged, or of a newer version."""
+        """Open the store in `folder`. Raises `StoreError` when it is missing, damaged, of a newer version, or of another SAE
+        than `sae`."""
         self.folder = Path(folder)
         self.manifest: dict[str, Any] = read_manifest(self.folder)
         self.verify()
@@ -45,27 +46,29 @@ class StoreReader:
             self._sae = self._checked(sae)
         (rows,) = self._query("SELECT count(*) FROM feature")[0]
         if rows != self.d_sae:
-            raise StoreError(f"{self._database} holds {rows} features, its manifest says {self.d_sae}. {COLLECT_AGAIN}")
+            raise StoreError(
+                f"{self._database} holds {rows} features, but its manifest says {self.d_sae}. {COLLECT_AGAIN}"
+            )
 
     @property
     def d_sae(self) -> int:
-        """How many features there are, silent ones included."""
+        """Number of features, including those that never fired."""
         return self.manifest["sae"]["d_sae"]
 
     @property
     def n_tokens(self) -> int:
-        """Tokens that were counted: those the mask kept."""
+        """Number of counted tokens: those the mask kept."""
         return self.manifest["n_tokens"]
 
     @property
     def hook_name(self) -> str:
-        """The model site that features are steered at: where the SAE writes, of several sites the last."""
+        """The hook that features are steered at: the SAE's output hook, the last one if it has several."""
         return self.manifest["hook_name"]
 
     @cached_property
     def signed(self) -> bool | None:
-        """Whether features were negative anywhere. None in a store of an earlier version whose SAE has negative values: its
-        quantiles and examples are those of the signed value, and there is no unit to steer by."""
+        """Whether any feature activation was negative. None in a store by an earlier version whose SAE may have negative
+        values: its quantiles and examples are of the signed value, so it has no steering units."""
         config = None if self._sae is None else asdict(self._sae.config)
         if config is None and "signed" not in self.manifest and self.sae_folder is not None:
             with suppress(SaelabError, KeyError, TypeError):
@@ -73,13 +76,13 @@ class StoreReader:
         return signed_features(self.manifest, config)
 
     def arrays(self, feature: int, kind: str) -> dict[str, np.ndarray]:
-        """The stored arrays of one kind ("logits", or as `schema.blob_kind` says); {} where there are none."""
+        """The stored arrays of one kind ("logits", or a kind from `schema.blob_kind`); {} where there are none."""
         rows = self._query("SELECT data FROM blob WHERE feature = ? AND kind = ?", [feature, kind])
         return unpack_arrays(rows[0][0]) if rows else {}
 
     def ends(self, feature: int) -> list[dict[str, Any]]:
-        """What is known of each end (sign) that a feature fires with, a dict a row with `schema.END_COLUMNS`, the dominant
-        one first; [] in a store that threw the signs together."""
+        """One dict with the keys `schema.END_COLUMNS` for each end (sign) that a feature fires at, the dominant one first; []
+        in a store that mixed the signs."""
         if self.signed is None:
             return []
         (row,) = self._rows("WHERE feature = ?", [feature])
@@ -91,15 +94,15 @@ class StoreReader:
         return sorted(rows, key=lambda end: end["sign"] != row["sign"])
 
     def examples(self, feature: int, sign: int, limit: int | None = None) -> list[Example]:
-        """The strongest examples at one end, one a document, strongest first; all that are stored, or `limit` of them."""
+        """The strongest examples at one end, one per document, strongest first: all that are stored, or `limit` of them."""
         if limit is not None and limit < 0:
-            raise ValueError(f"limit={limit} is negative.")
+            raise ValueError(f"limit={limit} is negative; give 0 or more, or None for all.")
         arrays = self.arrays(feature, schema.blob_kind("examples", sign))
         count = len(arrays.get("value", ()))
         return [self._example(arrays, i) for i in range(count if limit is None else min(limit, count))]
 
     def histogram(self, feature: int, sign: int = 1) -> Histogram:
-        """Of the magnitudes at one end; empty where it never fired."""
+        """Log-histogram of the magnitudes at one end; empty where the feature never fired."""
         arrays = self.arrays(feature, schema.blob_kind("histogram", sign))
         if not arrays:
             return Histogram(np.zeros(1), np.zeros(0, dtype=np.int64))
@@ -136,7 +139,7 @@ class StoreReader:
         )
 
     def pieces(self, ids: Iterable[int]) -> list[bytes]:
-        """The bytes of tokens, from the store's own table."""
+        """The bytes of each token, from the store's own table."""
         ids = list(ids)
         for index in set(ids) - self._pieces.keys():
             rows = self._query("SELECT bytes FROM token WHERE id = ?", [index])
@@ -144,7 +147,7 @@ class StoreReader:
         return [self._pieces[index] for index in ids]
 
     def sequence(self, index: int) -> np.ndarray:
-        """Token ids `(ctx_len,)` of one packed sequence."""
+        """Token ids `(ctx_len,)` of one packed context."""
         if self._tokens is None:
             from safetensors import safe_open
 
@@ -157,14 +160,14 @@ class StoreReader:
 
     @property
     def sae(self) -> SAE:
-        """The SAE the store was collected from, loaded on first use; `StoreError` when it is gone or another one."""
+        """The SAE the store was collected from, loaded on first use. Raises `StoreError` when it is gone or has changed."""
         if self._sae is None:
             from saelab.interop import load_sae
 
             folder = self.sae_folder
             if folder is None or not folder.is_dir():
                 raise StoreError(
-                    f"The SAE of {self.folder} is not at {folder}; give it with saelab.load_features(folder, sae=sae)."
+                    f"The SAE of {self.folder} is not at {folder}; pass it with saelab.load_features(folder, sae=sae)."
                 )
             self._sae = self._checked(load_sae(folder))
         return self._sae
@@ -176,20 +179,20 @@ class StoreReader:
         return None if folder is None else (self.folder / folder).resolve()
 
     def verify(self) -> None:
-        """Compare every file with the SHA-256 of the manifest, as opening does; `StoreError` names one that differs."""
+        """Compare every file with its SHA-256 in the manifest, as opening does. Raises `StoreError` naming one that differs."""
         from saelab.files import sha256_file
 
         for name, entry in self.manifest["files"].items():
             if sha256_file(self.folder / name) != entry["sha256"]:
                 raise StoreError(
-                    f"{self.folder / name} was altered: its SHA-256 is not the manifest's. {COLLECT_AGAIN}"
+                    f"{self.folder / name} was altered: its SHA-256 differs from the manifest. {COLLECT_AGAIN}"
                 )
 
     def _checked(self, sae: SAE) -> SAE:
         expected = self.manifest["sae"]["hash"]
         if sae.hash != expected:
             raise StoreError(
-                f"{self.folder} was collected from the SAE {expected[:12]}, this one is {sae.hash[:12]}. {COLLECT_AGAIN}"
+                f"{self.folder} was collected from SAE {expected[:12]}, but this SAE is {sae.hash[:12]}. {COLLECT_AGAIN}"
             )
         return sae
 
@@ -212,14 +215,14 @@ class StoreReader:
             raise StoreError(f"{self._database} cannot be read ({error}). {COLLECT_AGAIN}") from error
 
     def _connection(self) -> sqlite3.Connection:
-        """One read-only connection per thread: SQLite connections do not travel between threads."""
+        """One read-only connection per thread: SQLite connections cannot be shared between threads."""
         if not hasattr(self._local, "opened"):
             self._local.opened = _Opened(f"file:{quote(str(self._database.resolve()))}?mode=ro")
         return self._local.opened.connection
 
 
 class _Opened:
-    """A connection that closes when its thread or its store ends."""
+    """A connection that closes when its thread ends or its store is deleted."""
 
     def __init__(self, address: str) -> None:
         self.connection = sqlite3.connect(address, uri=True, check_same_thread=False)

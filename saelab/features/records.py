@@ -1,4 +1,4 @@
-"""What a store says of a feature, as plain records; `reader.py` makes them, `render.py` draws them."""
+"""Plain records of what a store holds on a feature: `reader.py` returns them, `render.py` draws them."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from saelab.features.token_text import display_groups
 
 
 class Histogram(NamedTuple):
-    """Exact counts of the non-zero values in log bins, four an octave."""
+    """Exact counts of non-zero values in log bins, four per octave."""
 
     edges: np.ndarray
-    """`(n + 1,)` float64, ascending; of a feature with two ends one empty bin lies across zero"""
+    """`(n + 1,)` float64, ascending; for a feature with two ends, one empty bin spans zero"""
     counts: np.ndarray
     """`(n,)` int64; the outermost bins are not empty"""
 
     def mirrored(self) -> Histogram:
-        """Of the negated values."""
+        """The histogram of the negated values."""
         return Histogram(-self.edges[::-1], self.counts[::-1])
 
 
 class Logits(NamedTuple):
-    """Tokens that one unit of activation moves most: the direct effect on the logits, final norm gain folded in."""
+    """Tokens whose logits one unit of activation changes most: its direct effect, with the final norm's gain folded in."""
 
     positive: list[tuple[str, float]]
     negative: list[tuple[str, float]]
 
     def mirrored(self) -> Logits:
-        """Of one unit of negative activation."""
+        """The logits per unit of negative activation."""
         return Logits(*([(token, -value) for token, value in side] for side in (self.negative, self.positive)))
 
 
 @dataclass(frozen=True)
 class Example:
-    """A stretch of one held-out document around a token on which the feature fires strongly.
+    """A window of one context around a token on which the feature fires strongly.
 
-    `value` is the activation at the peak (negative at a feature's negative end), `values[i]` the one on token `token_ids[i]`
-    (0 where it is silent or masked), `peak` the index of the peak in these lists; `pieces` are the tokens' bytes. `document`,
-    `sequence` and `position` say where the peak lies in the pass.
+    `value` is the feature's activation at the peak (negative at its negative end), `values[i]` that on token `token_ids[i]`
+    (0 where it is silent or masked), `peak` the index of the peak in these tuples; `pieces` are the tokens' bytes.
+    `document`, `sequence` (the number of the context) and `position` locate the peak in the pass.
     """
 
     value: float
@@ -61,7 +61,7 @@ class Example:
 
 @runtime_checkable
 class EndNumbers(Protocol):
-    """One end of a feature: the sign it fires with there, and its numbers over the magnitudes."""
+    """One end of a feature: its sign, and its metrics over the magnitudes."""
 
     n_fired: int
     p99: float
@@ -75,7 +75,7 @@ class EndNumbers(Protocol):
 
 @runtime_checkable
 class FeatureNumbers(Protocol):
-    """What a card shows of a feature (`feature.Feature`)."""
+    """The interface of `feature.Feature` that a card renders."""
 
     feature: int
     hook_name: str

@@ -1,7 +1,7 @@
-"""HTML of a feature: examples with highlighted tokens, and the card a notebook shows.
+"""Renders a feature as HTML: examples with highlighted tokens, and the notebook card.
 
-Token text comes from the web and is hostile until escaped: it reaches the page through `visible.py` only. No script, no other
-host.
+Token text comes from the web and is untrusted: it reaches the page only through the escaping of `visible.py`. The HTML has
+no script and loads nothing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ text-decoration:underline;text-underline-offset:3px}
 
 
 def feature_examples_html(feature: FeatureNumbers, limit: int | None = None, kind: str = "top") -> str:
-    """Examples of one end of a feature; each token's highlight is scaled to the largest magnitude at its own end."""
+    """HTML of the examples at one end of a feature; highlights are relative to the largest magnitude of the same sign."""
     largest = {end.sign: end.max for end in feature.ends}
     return examples_html(feature.examples(limit, kind=kind), largest.get(1, feature.max), largest.get(-1), kind)
 
@@ -42,10 +42,10 @@ def feature_examples_html(feature: FeatureNumbers, limit: int | None = None, kin
 def examples_html(
     examples: Sequence[Example], maximum: float | None, negative: float | None = None, kind: str = "top"
 ) -> str:
-    """One block for a list of examples; highlights are shares of `maximum`, the feature's largest value, and of `negative`,
-    the largest magnitude of its negative values (None: `maximum`)."""
+    """One HTML block for a list of examples; highlights are relative to `maximum`, the feature's largest value, and for
+    negative values to `negative`, their largest magnitude (None: `maximum`)."""
     if not examples:
-        return '<div class="sl">No example: the feature fired on no counted token.</div>'
+        return '<div class="sl">No examples: the feature did not fire on any counted token.</div>'
     scale = _Scale(maximum, negative)
     rows = "".join(_example_row(example, scale) for example in examples)
     return f'<div class="sl" role="list" aria-label="{kind.capitalize()} examples">{rows}</div>'
@@ -56,7 +56,7 @@ class _Scale(NamedTuple):
     negative: float | None
 
     def share(self, value: float) -> float:
-        """Magnitude as a share of the largest at the same end, at most 1."""
+        """Magnitude relative to the largest at the same end, at most 1."""
         largest = abs((self.negative if value < 0 else None) or self.positive or 0.0)
         return min(1.0, abs(value) / largest) if largest else float(value != 0)
 
@@ -71,7 +71,7 @@ def _example_row(example: Example, scale: _Scale) -> str:
 
 
 def _example_text(example: Example, scale: _Scale) -> str:
-    """The tokens of one example; a run of silent tokens is one stretch of plain text."""
+    """The tokens of one example; a run of tokens without activation becomes plain text."""
     parts, silent = [], ""
     for group in display_groups(example.pieces):
         if any(example.values[group.start : group.stop]) or group.start <= example.peak < group.stop:
@@ -103,7 +103,7 @@ def _group_html(example: Example, group: Group, scale: _Scale) -> str:
 
 
 def number(value: float | None) -> str:
-    """A metric in three significant digits; an en dash where there is none."""
+    """A metric to three significant digits; an en dash for None."""
     if value is None:
         return "\u2013"
     if value and abs(value) < 1e-3:
@@ -112,17 +112,17 @@ def number(value: float | None) -> str:
 
 
 def model_label(name: str) -> str:
-    """A model's name without the folders it lies in."""
+    """A model's name; of a local path, its last component."""
     return name.rstrip("/").rpartition("/")[2] if name.startswith("/") else name
 
 
 def cosine(value: float | None) -> str:
-    """A cosine in two decimals."""
+    """A cosine to two decimals; an en dash for None."""
     return "\u2013" if value is None else f"{value:.2f}"
 
 
 def percent(value: float | None) -> str:
-    """A share in per cent, small ones with enough digits to differ."""
+    """A fraction in per cent, with more digits below 1 %; an en dash for None."""
     if value is None:
         return "\u2013"
     return "0%" if value == 0 else f"{value:.3%}" if value < 0.01 else f"{value:.2%}"
@@ -147,7 +147,7 @@ font-family:system-ui,sans-serif;background:#fff;color:#1f2328}
 
 
 def feature_card(feature: FeatureNumbers, n_examples: int = 10) -> str:
-    """A self-contained card for a notebook: inline style, no script, follows the reader's colour scheme."""
+    """A self-contained notebook card: inline style, no script; follows the browser's light or dark mode."""
     stats = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in _stats(feature))
     promoted, suppressed = feature.dominant_logits
     model = model_label(feature.store.manifest["model"]["name"])
@@ -167,9 +167,9 @@ def feature_card(feature: FeatureNumbers, n_examples: int = 10) -> str:
 
 
 def signs_text(feature: FeatureNumbers) -> str:
-    """What to know about the signs of a feature; "" for one that is never negative."""
+    """A note on the signs of a feature; "" for one that is never negative."""
     if feature.store.signed is None:
-        return f"Numbers and examples are of the signed value: {SIGNS_MIXED}"
+        return f"Metrics and examples are of the signed value: {SIGNS_MIXED}"
     if feature.sign in (None, 1) and len(feature.ends) < 2:
         return ""
     shares = ", ".join(
@@ -177,7 +177,7 @@ def signs_text(feature: FeatureNumbers) -> str:
         for end in feature.ends
     )
     return (
-        f"A signed feature: {shares}. Mean, p99, max and what it promotes are those of its {feature.ends[0].name} end, "
+        f"A signed feature: {shares}. Mean, p99, max and promoted tokens are those of its {feature.ends[0].name} end, "
         "towards which positive strengths steer."
     )
 
@@ -194,7 +194,7 @@ def _stats(feature: FeatureNumbers) -> list[tuple[str, str]]:
 
 
 def chips_html(tokens: Sequence[tuple[str, float]]) -> str:
-    """Tokens with their logit change, as a row of chips."""
+    """Tokens with their logit changes, as a row of chips."""
     if not tokens:
         return '<div class="sl-sub">No direct path to the logits from this hook.</div>'
     chips = "".join(
@@ -207,14 +207,14 @@ def histogram_svg(histogram: Histogram, width: int = 480, height: int = 70) -> s
     """The log-histogram as inline SVG, with its range and largest count as text."""
     counts = histogram.counts
     if not len(counts):
-        return '<div class="sl-sub">No value: the feature never fired.</div>'
+        return '<div class="sl-sub">No activations: the feature never fired.</div>'
     step, tallest = width / len(counts), counts.max()
     bars = "".join(
         f'<rect x="{i * step:.1f}" y="{height - height * count / tallest:.1f}" width="{max(1.0, step - 1):.1f}" '
         f'height="{height * count / tallest:.1f}"{_fill(edge)}/>'
         for i, (count, edge) in enumerate(zip(counts, histogram.edges[1:], strict=True))
     )
-    label = f"{number(histogram.edges[0])} to {number(histogram.edges[-1])}, at most {tallest:,} a bin"
+    label = f"{number(histogram.edges[0])} to {number(histogram.edges[-1])}, at most {tallest:,} per bin"
     return (
         f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
         f'aria-label="Histogram: {label}" '
@@ -227,7 +227,7 @@ def _fill(right_edge: float) -> str:
 
 
 def feature_text(feature: FeatureNumbers) -> str:
-    """The feature in a terminal: numbers, promoted tokens, three examples with the peak in brackets."""
+    """The feature as text for a terminal: metrics, promoted tokens, and three examples per end with the peak in brackets."""
     lines = [f"Feature {feature.feature} of {feature.hook_name}"]
     lines.append("  " + ", ".join(f"{name} {value}" for name, value in _stats(feature)))
     if signs := signs_text(feature):

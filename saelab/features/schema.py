@@ -1,10 +1,10 @@
-"""The files of a feature store and the columns of its table; `writer.py` fills them, `store.py` reads them."""
+"""The files of a feature store and the columns of its tables; `writer.py` writes them, `reader.py` reads them."""
 
 from __future__ import annotations
 
 FORMAT = "saelab features"
 VERSION, UNSIGNED_VERSION = 2, 1
-"""A store in which no activation is negative is written as version 1, which has no `feature_end` and no column "sign"."""
+"""A store without negative activations is written as version 1, which has no table `feature_end` and no column "sign"."""
 MANIFEST, DATABASE, TOKENS = "manifest.json", "store.sqlite", "tokens.safetensors"
 
 WINDOW_LEFT, WINDOW_RIGHT = 32, 16
@@ -24,7 +24,7 @@ COLUMNS = {
     "top_logit": "token id that the feature promotes most at that end",
     "p99_exact": "1 when p99 was read off every value, 0 when off a uniform sample",
 }
-"""The dominant end of a feature is the sign it mostly fires with; one that is never negative has the positive end only."""
+"""The dominant end of a feature is the sign it fires with most often; a feature that is never negative has only one end."""
 END_COLUMNS = ("sign", "n_fired", "mean", "std", "p99", "max", "p99_exact")
 SORTABLE = ("feature", "n_fired", "density", "mean", "std", "p99", "max", "cosine")
 
@@ -47,12 +47,12 @@ INDEXES = [f'CREATE INDEX feature_{name} ON feature ("{name}", feature)' for nam
 
 
 def blob_kind(kind: str, sign: int) -> str:
-    """The `kind` under which the "examples" or "histogram" of one end are kept."""
+    """The `kind` under which the "examples" or "histogram" of one end are stored."""
     return kind if sign > 0 else f"{kind}_negative"
 
 
 def bin_edges() -> list[float]:
-    """The N_BINS + 1 edges of the log-histogram: every power of two from 2^-24 to 2^24, in quarters of mantissa."""
+    """The N_BINS + 1 edges of the log-histogram: from 2^-24 to 2^24, each octave split into four at equal mantissa steps."""
     mantissas = [1 + step / BINS_PER_OCTAVE for step in range(BINS_PER_OCTAVE)]
     edges = [m * 2.0 ** (LOWEST_OCTAVE + octave) for octave in range(OCTAVES) for m in mantissas]
     return [*edges, 2.0 ** (LOWEST_OCTAVE + OCTAVES)]

@@ -1,7 +1,7 @@
-"""The two ends of every feature while tokens stream by: where its activation is positive, and where it is negative.
+"""Streaming statistics of both ends of every feature: its positive and its negative activations.
 
-Each end is counted by magnitude in an `Accumulator` of its own; the negative one exists once a negative value came, so
-that SAEs without any pay nothing.
+Each end has its own `Accumulator` of magnitudes; the negative one is created at the first negative value, so SAEs
+without any pay nothing for it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from saelab.kernels.sparse_acts import SparseActs
 
 
 class SignedAccumulator:
-    """Running state of `d_sae` features with either sign; `update` takes one batch."""
+    """Running statistics of `d_sae` features with values of either sign; `update` adds one batch."""
 
     def __init__(self, d_sae: int, ctx_len: int, top_k: int) -> None:
         self._size = self.d_sae, self.ctx_len, self.top_k = d_sae, ctx_len, top_k
@@ -42,12 +42,12 @@ class SignedAccumulator:
 
     @property
     def n_fired(self) -> Int[Tensor, " d_sae"]:
-        """Tokens with a non-zero value."""
+        """Number of tokens with a non-zero value, per feature."""
         return torch.stack([end.n_fired for end in self.ends.values()]).sum(0)
 
     @property
     def sign(self) -> Int[Tensor, " d_sae"]:
-        """1 or -1: the end on which a feature fires more often, of equal ones that with the greater sum."""
+        """1 or -1 per feature: the end at which it fires more often; ties go to the greater sum of magnitudes."""
         if self.negative is None:
             return torch.ones(self.d_sae, dtype=torch.int64)
         up, down = self.positive, self.negative

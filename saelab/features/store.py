@@ -1,4 +1,4 @@
-"""`FeatureStore`: every feature of an SAE as a table, and one of them to look at and to steer with."""
+"""`FeatureStore`: every feature of an SAE as a table, and single features to inspect and steer with."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from saelab.saes import SAE
 
 Bounds = Mapping[str, tuple[float | int | None, float | int | None]]
-"""Inclusive (lowest, highest) by column, None for open."""
+"""Inclusive (lowest, highest) bounds by column, None for open."""
 
 
 class FeatureStore(StoreReader):
-    """What one pass over held-out tokens found out about every feature of an SAE. Open one with `load_features`.
+    """Statistics and examples of every feature of an SAE from one pass over held-out tokens. Open it with `load_features`.
 
-    `manifest` is the content of manifest.json: hashes, text source and split, mask and counts, `n_tokens` counted.
+    `manifest` is the content of manifest.json: hashes, text source and split, mask, and counts such as `n_tokens`.
     """
 
     def __len__(self) -> int:
@@ -56,8 +56,8 @@ class FeatureStore(StoreReader):
         limit: int = 50,
         offset: int = 0,
     ) -> list[dict[str, Any]]:
-        """One page of the feature table, a dict a row with the keys of `schema.COLUMNS` and "sign" (of the dominant
-        end, None where a feature never fired); empty metrics sort last.
+        """One page of the feature table: one dict per row with the keys of `schema.COLUMNS` and "sign" (of the dominant
+        end, None where a feature never fired). Missing metrics sort last.
 
         `where` gives inclusive (lowest, highest) bounds by column, None for open: `{"density": (1e-4, None)}`.
         Raises `ValueError` for an unknown column or a negative `limit` or `offset`.
@@ -71,7 +71,7 @@ class FeatureStore(StoreReader):
         return self._rows(tail, [*values, limit, offset])
 
     def count(self, where: Bounds | None = None) -> int:
-        """How many features lie within the bounds of `where` (see `table`)."""
+        """Number of features within the bounds of `where` (see `table`)."""
         clause, values = _where(where)
         return self._query(f"SELECT count(*) FROM feature {clause}", values)[0][0]
 
@@ -83,10 +83,10 @@ class FeatureStore(StoreReader):
 
 
 def load_features(path: str | Path, sae: SAE | None = None) -> FeatureStore:
-    """Open the feature store in a feature folder, in a RUN, or of one SAE folder in a RUN.
+    """Open a feature store, given its folder, a RUN, or one SAE folder in a RUN.
 
-    `sae` saves loading it from disk when a feature is used to steer; it must be the one the store was collected from.
-    Raises `StoreError` when there is no readable store, `ValueError` when a RUN holds several.
+    Pass `sae` to steer without loading it from disk; it must be the SAE the store was collected from.
+    Raises `StoreError` when there is no readable store or it is of another SAE, `ValueError` when a RUN holds several.
     """
     path = Path(path)
     if (path / schema.MANIFEST).exists() or not path.is_dir():

@@ -1,8 +1,8 @@
-"""Token ids to bytes, and runs of tokens to text that is byte-exact.
+"""Maps token ids to bytes, and runs of tokens to byte-exact text.
 
-A byte-level tokenizer may cut one CJK character or emoji into several tokens. Decoding each token alone shows
-garbage, so the store keeps the bytes of each token, and `display_groups` joins neighbours until they are
-whole characters.
+A byte-level tokenizer may split one CJK character or emoji into several tokens. Decoding each token alone shows
+garbage, so the store keeps the bytes of each token, and `display_groups` joins neighbours until they form whole
+characters.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _NEIGHBOURS = "a", "b"
 
 
 class Group(NamedTuple):
-    """A run of tokens shown as one piece of text: `text` comes from tokens `start` to `stop - 1`."""
+    """A run of tokens shown as one piece of text: `text` is that of tokens `start` to `stop - 1`."""
 
     start: int
     stop: int
@@ -26,11 +26,11 @@ class Group(NamedTuple):
 
 
 def token_bytes(tokenizer: Any, ids: Iterable[int]) -> dict[int, bytes]:
-    """The bytes that each token id stands for, in a Hugging Face tokenizer.
+    """The bytes of each token id of a Hugging Face tokenizer.
 
-    Its own decoder is asked, between two other tokens, how a vocabulary spells bytes and spaces: byte-level BPE,
-    SentencePiece with or without byte fallback, WordPiece, word endings. Special tokens are shown as they are written.
-    Without a tokenizer tokens are shown by their ids.
+    Decodes each piece between two other tokens, to find out how the vocabulary spells bytes and spaces: byte-level BPE,
+    SentencePiece with or without byte fallback, WordPiece, word endings. Special tokens keep their written form. Without a
+    tokenizer a token is shown as its id.
     """
     if tokenizer is None:
         return {index: f"<|{index}|>".encode() for index in ids}
@@ -49,7 +49,7 @@ def token_bytes(tokenizer: Any, ids: Iterable[int]) -> dict[int, bytes]:
 
 
 class _Speller:
-    """Undoes the spelling a vocabulary uses, as its decoder does in the middle of a text."""
+    """Turns vocabulary pieces back into bytes, as the tokenizer's decoder does in the middle of a text."""
 
     def __init__(self, decode: Callable[[list[str]], str]) -> None:
         self._decode = decode
@@ -60,7 +60,7 @@ class _Speller:
         self._byte_fallback = self._between("<0x41>") == "A"
 
     def _between(self, piece: str) -> str | None:
-        """The text of `piece` between two others; None where the decoder merges them."""
+        """The text of `piece` between two other tokens; None where the decoder merges them."""
         left, right = _NEIGHBOURS
         text = self._decode([left, piece, right])
         if not text.startswith(self._before) or not text.endswith(self._after):
@@ -78,7 +78,7 @@ class _Speller:
 
 @cache
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte, inverted."""
+    """GPT-2's printable character for each byte, inverted."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     alphabet = {chr(byte): byte for byte in printable}
@@ -86,7 +86,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 def display_groups(pieces: Sequence[bytes]) -> list[Group]:
-    """Join tokens until their bytes are whole UTF-8 characters; bytes that never become one are shown as `\\xe4`."""
+    """Join tokens until their bytes form whole UTF-8 characters; invalid bytes are shown as `\\xe4`."""
     groups: list[Group] = []
     start = 0
     while start < len(pieces):
@@ -103,7 +103,7 @@ def _next_group(pieces: Sequence[bytes], start: int) -> tuple[int, str]:
         try:
             text += decoder.decode(pieces[stop])
         except UnicodeDecodeError:
-            broken_from = max(stop, start + 1)  # what came before cannot be completed: show it escaped, go on here
+            broken_from = max(stop, start + 1)  # the earlier bytes cannot be completed: escape them and continue here
             return broken_from, _escaped(pieces[start:broken_from])
         if not decoder.getstate()[0]:
             return stop + 1, text
@@ -115,7 +115,7 @@ def _escaped(pieces: Sequence[bytes]) -> str:
 
 
 def trim_to_characters(pieces: Sequence[bytes], keep: int) -> tuple[int, int]:
-    """The part `(start, stop)` of a window that cuts no character at either edge; token `keep` always stays inside."""
+    """The range `(start, stop)` of a window that splits no character at either edge; token `keep` always stays inside."""
     start, stop = 0, len(pieces)
     while start < keep and pieces[start] and 0x80 <= pieces[start][0] < 0xC0:
         start += 1

@@ -1,7 +1,7 @@
-"""One rule for text of tokens, wherever it is shown: nothing in it is invisible, reorders its surroundings, or is markup.
+"""Makes token text safe to display: no invisible characters, no bidirectional overrides, no markup.
 
-Plain spaces between words stay spaces; a token alone (`chip_text`) shows them as dots. A combining mark keeps its base and
-gets a dotted circle where it has none.
+Spaces between words stay spaces; a single token (`chip_text`) shows them as dots. A combining mark without a base gets a
+dotted circle.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _GLYPHS = {
     "\ufeff": "\u27e8BOM\u27e9",
 }
 _HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs")
-# Letters, marks and symbols that Unicode calls ignorable, or that are drawn as nothing: fillers, joiners, variation
+# Letters, marks and symbols that Unicode calls default-ignorable or that render as nothing: fillers, joiners, variation
 # selectors, a blank Braille cell, a null notehead, the object replacement character.
 _BLANK = frozenset(
     "\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0\ufffc\U0001d159\U00016fe4"
@@ -30,7 +30,7 @@ _BLANK = frozenset(
 
 
 def visible(text: str) -> str:
-    """`text` with every character that would be invisible, or would reorder others, replaced by a glyph or its code."""
+    """`text` with every character that is invisible or reorders others replaced by a glyph or its code point."""
     shown, has_base = [], False
     for char in text:
         glyph = _glyph(char)
@@ -43,7 +43,7 @@ def visible(text: str) -> str:
 
 
 def _glyph(char: str) -> str | None:
-    """What stands for a character that would not be seen; None for one that is."""
+    """The replacement for an invisible character; None for a visible one."""
     if char in _GLYPHS:
         return _GLYPHS[char]
     if ord(char) < 0x20:
@@ -54,10 +54,10 @@ def _glyph(char: str) -> str | None:
 
 
 def escape(text: str) -> str:
-    """`visible` text, safe between tags and inside a quoted attribute."""
+    """`visible(text)`, HTML-escaped for use between tags or inside a quoted attribute."""
     return html.escape(visible(text), quote=True)
 
 
 def chip_text(text: str) -> str:
-    """A token that stands alone, likewise, with its spaces as dots."""
+    """`escape(text)` for a token shown on its own, with spaces as dots."""
     return escape(text).replace(" ", SPACE)

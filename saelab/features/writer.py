@@ -1,4 +1,4 @@
-"""Writes the files of a feature store into a folder that nobody sees yet; the manifest last."""
+"""Writes the files of a feature store into a hidden build folder; the manifest last."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def write_store(
     cosine: Tensor,
     stream: ScoreStream,
 ) -> None:
-    """Write tokens, database and manifest (completed with format, version and file hashes) into `folder`."""
+    """Write tokens, database and manifest (with format, version and file hashes added) into `folder`. Raises `SaelabError` when
+    the database cannot be written."""
     ids = torch.cat([batch.ids for batch in stream.batches]).int()
     docs = torch.cat([batch.doc for batch in stream.batches]).int()
     atomic_save_safetensors(folder / schema.TOKENS, {"ids": ids, "doc": docs})
@@ -61,7 +62,7 @@ def write_store(
 def _write_database(path: Path, ddl: list[str], tables: list[tuple[str, int, Iterator[Row]]]) -> None:
     try:
         with closing(sqlite3.connect(path)) as database:
-            database.execute("PRAGMA journal_mode = OFF")  # nobody reads the file before it is whole
+            database.execute("PRAGMA journal_mode = OFF")  # no reader opens the file before it is complete
             database.execute("PRAGMA synchronous = OFF")
             for statement in ddl:
                 database.execute(statement)
@@ -72,7 +73,7 @@ def _write_database(path: Path, ddl: list[str], tables: list[tuple[str, int, Ite
             database.commit()
     except sqlite3.OperationalError as error:
         raise SaelabError(
-            f"The feature store could not be written ({error}): make room on the disk and repeat the same call."
+            f"The feature store could not be written ({error}): free disk space and repeat the same call."
         ) from error
     with path.open("rb+") as file:
         os.fsync(file.fileno())
@@ -81,7 +82,7 @@ def _write_database(path: Path, ddl: list[str], tables: list[tuple[str, int, Ite
 def _feature_rows(
     state: SignedAccumulator, n_tokens: int, logits: dict[str, Tensor] | None, cosine: Tensor, ids: Tensor
 ) -> Iterator[Row]:
-    """Rows in the order of `schema.COLUMNS`; metrics of a feature that never fired are NULL."""
+    """Rows in the order of `schema.COLUMNS` (and "sign"); metrics of a feature that never fired are NULL."""
     ends = [_metrics(end) + [ids.flatten()[end.top_token[:, 0]]] for end in state.ends.values()]
     below, last = state.sign < 0, len(ends) - 1
     _, mean, spread, p99, largest, exact, peak = (
@@ -130,7 +131,7 @@ def _blob_rows(state: SignedAccumulator, logits: dict[str, Tensor] | None) -> It
 
 
 def _end_blobs(feature: int, sign: int, end: Accumulator) -> Iterator[Row]:
-    """Examples, with their values as the SAE gives them, and the histogram of magnitudes."""
+    """Examples, with their signed values, and the histogram of magnitudes."""
     value, token = end.top_value[feature].numpy(), end.top_token[feature].numpy()
     here = np.isfinite(value)
     examples = {

@@ -1,4 +1,4 @@
-"""Reading and writing SAEs: saelab's own folders; a foreign format gets a file of its own here when it is built."""
+"""Loads and saves SAEs: saelab's own folders for now; each foreign format will be one file here."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def save_sae(
     format: str = "saelab",
     golden_inputs: Float[Tensor, "n *sources d_in"] | None = None,
 ) -> Path:
-    """Write an SAE into `folder`, which `load_sae` reads and every command takes; gives the folder.
+    """Save an SAE to `folder`, which `load_sae` and every command read; returns the folder.
 
-    `golden_inputs` are raw activations (at least one row, in the units that the SAE was trained on): 64 of them are kept with
-    their feature activations, which loading computes again. Without them random inputs around the SAE's centre serve.
+    `golden_inputs` are raw activations (at least one row, in the units the SAE was trained on): 64 of them are stored with
+    their feature activations, which loading checks. By default they are random inputs around the SAE's centre.
     Raises `ValueError` for an unknown format.
     """
     if format not in _WRITERS:

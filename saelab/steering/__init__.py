@@ -1,4 +1,4 @@
-"""Steering: change one feature, or add a direction, while the model runs. Give what these build to `lm.steer`."""
+"""Steering: edits that change one feature or add a direction while the model runs; pass them to `lm.steer`."""
 
 from saelab.edits.feature_edit import FeatureEdit, FeatureHandle
 from saelab.steering.effect_table import NEUTRAL_PROMPTS, EffectTable, effect_table

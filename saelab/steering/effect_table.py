@@ -1,4 +1,4 @@
-"""Does steering with a feature do what its logits promise? A table that compares it with random directions."""
+"""Tests whether steering with a feature promotes the tokens its logits predict, against random directions of equal norm."""
 
 from __future__ import annotations
 
@@ -41,19 +41,19 @@ NEUTRAL_PROMPTS = (
     "The letter began with the words",
 )
 DENSITY = (1e-4, 1e-2)
-"""Features drawn from a store fire on this share of its tokens."""
+"""Range of densities from which features of a store are drawn."""
 N_PROMOTED = 10
 
 
 class Effect(NamedTuple):
-    """What steering with one feature did: rises of the mean log-probability of the tokens it promotes, in nats."""
+    """The effect of steering with one feature: the rise in mean log-probability of the tokens it promotes, in nats."""
 
     feature: int
     promoted: tuple[str, ...]
-    """The tokens with the largest logits along its decoder row, against it where the feature is mostly negative."""
+    """The tokens with the largest logits along its decoder row (along minus the row if its dominant end is negative)."""
     rise: float
     random_mean: float
-    """Mean rise under random directions of the same norm."""
+    """Mean rise with random directions of the same norm."""
     random_max: float
 
     @property
@@ -66,7 +66,7 @@ class Effect(NamedTuple):
 
 
 class EffectTable(NamedTuple):
-    """The rows, and the setting they were measured in."""
+    """The measured effects and the settings they were measured with."""
 
     rows: tuple[Effect, ...]
     strength: float
@@ -75,11 +75,11 @@ class EffectTable(NamedTuple):
 
     @property
     def failures(self) -> list[int]:
-        """Features that did not beat the mean of the random directions."""
+        """Features whose rise is not above the mean of the random directions."""
         return [row.feature for row in self.rows if not row.beats_mean]
 
     def show(self, console: Console | None = None) -> None:
-        """Print the table, both comparisons, and the failures by name."""
+        """Print the table, both comparisons, and the failing features."""
         console = console or Console()
         table = Table(
             title=f"+{self.strength:g} p99 on {self.n_prompts} prompts: rise of mean log-probability (last position) "
@@ -111,11 +111,11 @@ def effect_table(
     seed: int = 0,
     show: bool = True,
 ) -> EffectTable:
-    """Steer `lm` with `strength` p99 of each feature on `prompts`, and with random directions of the same norm.
+    """Steer `lm` on `prompts` with `strength` times the p99 of each feature, and with random directions of the same norm.
 
-    From a feature store `n_features` are drawn by `seed` among those with a density in `DENSITY`; a list of features
-    (or `FeatureHandle`) is taken as it is. Raises `ValueError` at hooks that do not write to the residual stream, where a decoder
-    row has no logits, and when a store has too few such features.
+    From a feature store, `n_features` features with a density in `DENSITY` are drawn with `seed`; a list of features (or
+    `FeatureHandle`s) is used as given. Raises `ValueError` for a hook that does not write to the residual stream, where a
+    decoder row has no logits, and when a store has too few such features.
     """
     handles = _handles(store_or_handles, n_features, seed)
     generator = torch.Generator().manual_seed(seed)
@@ -150,7 +150,7 @@ def _effect(
     row = decoder[handle.feature].detach().float().cpu()
     if not writes_to_residual(handle.hook_name) or len(row) != weights.shape[1]:
         raise ValueError(
-            f"{handle.hook_name} does not write to the residual stream; its features have no logits to compare."
+            f"{handle.hook_name} does not write to the residual stream, so its features have no logits to compare with."
         )
     unit = handle.unit("p99")
     promoted = (weights @ row * math.copysign(1.0, unit)).topk(N_PROMOTED).indices
@@ -169,7 +169,7 @@ def _effect(
 
 
 def _handles(store_or_handles: Any, n_features: int, seed: int) -> list[FeatureHandle]:
-    """Handles of the features to try: drawn from a store by seed, or those given."""
+    """Handles of the features to test: drawn from a store with `seed`, or those given."""
     if not hasattr(store_or_handles, "table"):
         return [getattr(feature, "handle", feature) for feature in store_or_handles]
     store = store_or_handles

@@ -1,4 +1,4 @@
-"""Steering with a plain vector: add it to the activations, or take its direction out of them."""
+"""Steering with a plain vector: add it to the activations, or project its direction out of them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _BATCH = 16
 
 @dataclass(frozen=True, eq=False)
 class VectorEdit:
-    """What `lm.steer` takes. `raw` adds `strength * vector`; `resid_norm` adds, at every token, `strength` times the
-    activation's own norm along the vector; `ablate` projects the vector's direction out.
+    """An edit for `lm.steer`. `raw` adds `strength * vector`; `resid_norm` adds, at every token, the unit vector times
+    `strength` times the norm of the activation; `ablate` projects the vector's direction out.
 
-    Position 0 (the attention sink) and padding are left alone.
+    Position 0 (the attention sink) and padding are not edited.
     """
 
     hook_name: str
@@ -38,11 +38,11 @@ class VectorEdit:
     def apply(
         self, x: Float[Tensor, "batch seq d_in"], positions: Int[Tensor, "batch seq"]
     ) -> Float[Tensor, "batch seq d_in"]:
-        """The edited activations, computed in fp32."""
+        """The edited activations, in the dtype of `x`, computed in fp32."""
         if self.mode != "ablate" and self.strength == 0:
             return x
         vector, wide = self.vector.to(x.device), x.float()
-        unit = (vector.double() / vector.double().norm()).float()  # its square may be too large for fp32, or too small
+        unit = (vector.double() / vector.double().norm()).float()  # its square may overflow or underflow fp32
         if self.mode == "raw":
             change = self.strength * vector.expand_as(wide)
         elif self.mode == "resid_norm":
@@ -53,7 +53,7 @@ class VectorEdit:
 
 
 class Direction:
-    """A vector `(d_in,)` at a hook. Raises `ValueError` when it is not one finite, non-zero vector."""
+    """A vector `(d_in,)` at a hook. Raises `ValueError` unless it is a single finite, non-zero vector."""
 
     def __init__(self, vector: Tensor, hook_name: str):
         vector = torch.as_tensor(vector).detach().float()
@@ -65,24 +65,26 @@ class Direction:
         return f"Direction(d_in {self.vector.numel()}, norm {self.vector.norm():.3g}, at {self.hook_name})"
 
     def __mul__(self, strength: float) -> VectorEdit:
-        """Add `strength` times the vector."""
+        """An edit that adds `strength` times the vector."""
         return self.add(strength)
 
     __rmul__ = __mul__
 
     def add(self, value: float, unit: str = "raw") -> VectorEdit:
-        """Add `value` times the vector as it is, or ("resid_norm") times the norm of each activation along it."""
+        """An edit that adds `value` times the vector, or with `unit="resid_norm"` the unit vector times `value` times each
+        activation's norm. Raises `ValueError` for another unit or a value that is not finite."""
         if unit not in ("raw", "resid_norm"):
             raise ValueError(f"unit={unit!r} is unknown; expected 'raw' or 'resid_norm'.")
         return VectorEdit(self.hook_name, self.vector, unit, finite(value))
 
     def ablate(self) -> VectorEdit:
-        """Project the direction out: nothing of the activations lies along it afterwards."""
+        """An edit that projects the direction out: edited activations have no component along it."""
         return VectorEdit(self.hook_name, self.vector, "ablate")
 
 
 def diff_means(lm: LanguageModel, pos: Sequence[str], neg: Sequence[str], hook_name: str) -> Direction:
-    """Mean activation over the tokens of the texts `pos` minus that over `neg`, position 0 and special tokens left out.
+    """Difference of means: the mean activation over the tokens of `pos` minus that of `neg`, without position 0 and special
+    tokens.
 
     Raises `ValueError` when a side has no texts or no tokens left, or for an unknown hook.
     """
@@ -101,5 +103,5 @@ def _mean(lm: LanguageModel, texts: Sequence[str], hook_name: str, side: str) ->
         total += x[kept].double().sum(0)
         count += int(kept.sum())
     if count == 0:
-        raise ValueError(f"{side} holds {len(texts)} texts and no token to average; give texts of two tokens or more.")
+        raise ValueError(f"{side} holds {len(texts)} texts and no token to average; give texts of at least two tokens.")
     return (total / count).float()
