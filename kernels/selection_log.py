@@ -1,4 +1,4 @@
-"""Counts of what the selections did: how many candidates they looked at, how many rows were certified or done anew."""
+"""Counters of the selections: how many candidates were evaluated, how many rows were certified or selected again."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import asdict, dataclass
 
 @dataclass
 class SelectionLog:
-    """Totals since `reset`. Every row is either certified or recomputed."""
+    """Totals since `reset`. Every row (for `encode_feature_topk`: feature) is either certified or recomputed."""
 
     rows: int = 0
     candidates: int = 0
     """Pairs whose exact value was computed."""
     certified: int = 0
-    """Rows whose selection the bound proves complete."""
+    """Rows whose selection the error bound proves complete."""
     recomputed: int = 0
-    """Rows selected again in working precision, where the bound is rigorous from the start."""
+    """Rows that fell back to a second screen, with their k-th value as the floor."""
 
     def add(self, rows: int, candidates: int, certified: int, recomputed: int) -> None:
         self.rows += rows

@@ -1,4 +1,4 @@
-"""Reference of `encode_threshold`: dense pre-activations, kept where above the threshold."""
+"""Reference implementation of `encode_threshold`: dense pre-activations, kept where above the threshold."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ def encode_threshold(
     threshold: float | Float[Tensor, ""] | Float[Tensor, " d_sae"] = 0.0,
     band: float = 0.0,
 ) -> Float[Tensor, "batch d_sae"]:
-    """The dense code `(batch, d_sae)`: `u` where `u > threshold - band`, else 0."""
+    """Dense feature activations: the pre-activation `u` where `u > threshold - band`, else 0."""
     pre_acts = x @ W_enc.T + b_enc
     return torch.where(pre_acts > threshold - band, pre_acts, 0)

@@ -1,4 +1,4 @@
-"""Reference of `jump_relu`: the step and its straight-through slopes, as autograd makes them of plain products."""
+"""Reference implementation of `jump_relu`: the step and its straight-through slopes, differentiated by autograd."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 def jump_relu(
     u: Float[Tensor, " nnz"], theta: Float[Tensor, " nnz"], bandwidth: float, ste_to_input: bool = False
 ) -> tuple[Float[Tensor, " nnz"], Float[Tensor, " nnz"]]:
-    """`u H(u - theta)` and `H(u - theta)` of pairs; in the window H has the slope 1 / bandwidth in `u - theta`."""
+    """`u H(u - theta)` and `H(u - theta)` per pair; inside the window H has slope 1 / bandwidth in `u - theta`."""
     on = (u > theta).to(u.dtype)
     window = ((u - theta).abs() < bandwidth / 2).to(u.dtype) / bandwidth
     distance = (u if ste_to_input else u.detach()) - theta

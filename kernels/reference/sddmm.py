@@ -1,4 +1,4 @@
-"""Reference of `sddmm`: gather and multiply."""
+"""Reference implementation of `sddmm`: gather, multiply, sum."""
 
 from __future__ import annotations
 

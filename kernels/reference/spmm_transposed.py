@@ -1,4 +1,4 @@
-"""Reference of `spmm_transposed`: a dense transposed product."""
+"""Reference implementation of `spmm_transposed`: a dense transposed product."""
 
 from __future__ import annotations
 
