@@ -86,9 +86,7 @@ def main(settings: Settings) -> int:
             k,
         )
         _judge_batch(counts.setdefault("batch_topk", Count()), encode_batch_topk(x, *weights, k * len(x)), exact, k)
-        threshold = threshold or float(
-            exact.flatten().topk(k * len(x)).values[-1]
-        )  # from the first batch, used for all
+        threshold = threshold or float(exact.flatten().topk(k * len(x)).values[-1])  # from the first batch
         feature_acts = encode_threshold(x, *weights, threshold)
         _judge_threshold(counts.setdefault("threshold", Count()), feature_acts, exact, threshold)
         m = max(1, k * len(x) // sae.d_sae)

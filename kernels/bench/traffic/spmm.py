@@ -33,8 +33,6 @@ def _spec(name: str, shape: Shape) -> KernelSpec:
         "*fp32 *i64 *i64 *fp32 *fp32 *fp32 *fp32 *fp32 i32 i32",
         {"PAIRS": kernel._TILE // columns, "COLUMNS": columns},
         kernel._WARPS,
-        dense
-        + feature_acts
-        + 4 * batch,  # also the minimum for any cache that holds the feature activations and a narrow tile
+        dense + feature_acts + 4 * batch,  # also the minimum if the cache holds the activations and a narrow tile
         hbm_bytes,
     )
