@@ -1,4 +1,4 @@
-"""Candidates: few pairs among which everything that a selection wants must be, found by a screen, chunk by chunk."""
+"""Find candidates: the few (row, feature) pairs that can be in a selection, screened chunk by chunk."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from saelab.kernels.search import Candidates, Operands
 from saelab.kernels.sparse_acts import offsets_of
 
 MIN_BF16_ROWS = 64
-"""Under so many rows, turning the weights into bfloat16 costs more than it saves."""
+"""With fewer rows, rounding the weights to bfloat16 costs more than it saves."""
 
 
 def build_operands(x: Tensor, W: Tensor, bias: Tensor, magnitude: bool = False) -> Operands:
-    """bfloat16 operands where they are fast and worth it, working precision elsewhere."""
+    """Operands of the screen: bfloat16 where that is faster, else in the precision of `x`."""
     worth_it = x.dtype == torch.float32 and x.shape[0] >= MIN_BF16_ROWS and fast_bf16(x.device)
     return bf16_operands(x, W, bias, magnitude) if worth_it else working_operands(x, W, bias)
 
@@ -26,14 +26,14 @@ def build_operands(x: Tensor, W: Tensor, bias: Tensor, magnitude: bool = False) 
 def find_candidates(
     operands: Operands, search: Callable[[Any, slice], Candidates], magnitude: bool = False, min_groups: int = 1
 ) -> Candidates:
-    """Screen all rows, chunk by chunk; `search(screen, rows)` asks a chunk's screen for its pairs."""
+    """Screen all rows, chunk by chunk; `search(screen, rows)` returns the candidates of one chunk from its screen."""
     found = [search(screen, rows) for rows, screen in screens(operands, magnitude, min_groups)]
     offsets = offsets_of(torch.cat([part.offsets.diff() for part in found]))
     return Candidates(torch.cat([part.features for part in found]), offsets, torch.cat([part.bound for part in found]))
 
 
 def screens(operands: Operands, magnitude: bool, min_groups: int) -> Iterator[tuple[slice, Any]]:
-    """A screen for each chunk of rows (one, empty, for no rows)."""
+    """A screen for each chunk of rows; without rows, a single empty one."""
     a, b = operands.a, operands.b
     code = backend(a)
     step = code.rows_at_once(b.shape[0], a.dtype)

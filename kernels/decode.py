@@ -1,5 +1,5 @@
-"""`decode`: sparse codes times the decoder, `x_hat = S @ W_dec + b_dec`, gathering only the rows that fire; and
-`decode_error`, the same with the loss: bias, target and squares are taken in while the sums are at hand."""
+"""`decode`: `x_hat = S @ W_dec + b_dec` from sparse feature activations `S`, gathering only the rows that fire; and
+`decode_error`, the squared error of `x_hat`, with bias, target and squares fused into the same pass."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from saelab.kernels.sparse_acts import SparseActs
 
 
 class Decode(Function):
-    """Gradients: `dvalues = <g, W_dec[f]>` at the firing pairs, `dW_dec = S.T @ g`."""
+    """Autograd function of `decode`. Gradients: `dvalues = <g, W_dec[f]>` at the active pairs, `dW_dec = S.T @ g`."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, W_dec: Tensor, feature_acts: SparseActs) -> Tensor:
@@ -34,7 +34,7 @@ class Decode(Function):
 
 
 class DecodeError(Function):
-    """`sum |x_hat - target|^2` and `x_hat - target`, of which only the first has a gradient: `g = 2 (x_hat - target)`."""
+    """`sum |x_hat - target|^2` and `x_hat - target`; only the first is differentiable, with `g = 2 (x_hat - target)`."""
 
     @staticmethod
     def forward(
@@ -56,10 +56,10 @@ class DecodeError(Function):
 
 
 def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Of the values and of `W_dec`, from the gradient of `x_hat`."""
+    """Gradients with respect to the values and `W_dec`, from the gradient `g (batch, d_in)` of `x_hat`."""
     values, W_dec = ctx.saved_tensors[:2]
     feature_acts, to_values = ctx.feature_acts, None
-    if ctx.needs_input_grad[0]:  # by feature, in the order that the weight gradients need anyway
+    if ctx.needs_input_grad[0]:  # in order of features, which the weight gradient needs anyway
         order, rows, offsets = feature_acts.by_feature
         to_values = torch.empty_like(values).index_copy_(0, order, sddmm(W_dec, g, rows, offsets))
     return to_values, spmm_transposed(feature_acts, values, g) if ctx.needs_input_grad[1] else None
@@ -70,9 +70,10 @@ def decode(
     W_dec: Float[Tensor, "d_sae *sources d_in"],
     b_dec: Float[Tensor, "*sources d_in"] | None = None,
 ) -> Float[Tensor, "batch *sources d_in"]:
-    """`x_hat = S @ W_dec + b_dec`; differentiable in the codes' values, `W_dec` and `b_dec`.
+    """`x_hat = S @ W_dec + b_dec`; differentiable with respect to the values of `feature_acts`, `W_dec` and `b_dec`.
 
-    A crosscoder's `W_dec` has an axis for its sources after the features; one pass over the codes decodes them all.
+    A crosscoder's `W_dec` has a source axis after the feature axis; all sources are decoded in one pass. Raises
+    `ValueError` unless `feature_acts` is a `SparseActs` of `d_sae` features.
     """
     check_feature_acts(feature_acts, W_dec.shape[0])
     values, W_dec, b_dec = widened(feature_acts.values, W_dec, b_dec)
@@ -91,7 +92,7 @@ def decode_error(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "batch *sources d_in"]]:
     """`sum |x_hat - target|^2` over the batch, and `x_hat - target`, detached; `x_hat` as in `decode`.
 
-    Differentiable in the codes' values, `W_dec`, `b_dec` and `target`.
+    Differentiable with respect to the values of `feature_acts`, `W_dec`, `b_dec` and `target`.
     """
     if backend_name(W_dec) == "reference":
         residual = decode(feature_acts, W_dec, b_dec) - target
@@ -104,13 +105,13 @@ def decode_error(
 
 
 def check_feature_acts(feature_acts: object, d_sae: int) -> None:
-    """Raises `ValueError` for anything that is no `SparseActs` of `d_sae` features."""
+    """Raise `ValueError` unless `feature_acts` is a `SparseActs` of `d_sae` features."""
     if not isinstance(feature_acts, SparseActs):
         raise ValueError(
-            f"What is decoded is the SparseActs that encode gives, got {type(feature_acts).__name__}: of a dense tensor "
-            "(batch, d_sae) make them with saelab.kernels.sparse_acts.SparseActs.from_dense(tensor)."
+            f"decode takes the SparseActs that encode returns, got {type(feature_acts).__name__}. Convert a dense tensor "
+            "(batch, d_sae) with saelab.kernels.sparse_acts.SparseActs.from_dense(tensor)."
         )
     if feature_acts.d_sae != d_sae:
         raise ValueError(
-            f"These codes are of {feature_acts.d_sae} features, the decoder has {d_sae}: take the SAE that made them."
+            f"feature_acts has d_sae={feature_acts.d_sae}, but the decoder has d_sae={d_sae}. Decode with the SAE that encoded."
         )

@@ -1,7 +1,7 @@
-"""Which code runs an op: Triton on a GPU, PyTorch elsewhere. Decided by the device, forced by `SAELAB_KERNELS`.
+"""Choose the backend of an op: Triton on a GPU, PyTorch elsewhere, unless `SAELAB_KERNELS` says otherwise.
 
-`SAELAB_KERNELS=auto` (the default), `torch`, `triton` or `reference`; it is read when the first op runs. Under
-`reference` every op is the dense formula of `kernels/reference`, and its gradient is autograd's. Triton is imported only
+`SAELAB_KERNELS` is `auto` (the default), `torch`, `triton` or `reference`, and is read when the first op runs. With
+`reference` every op is the dense formula of `kernels/reference`, differentiated by autograd. Triton is imported only
 where it is used.
 """
 
@@ -23,49 +23,49 @@ _bf16_off: list[bool] = []
 
 
 class Backend(NamedTuple):
-    """The primitives that every op is made of; the same signatures everywhere, no gradient."""
+    """The primitives that every op is built from: the same signatures in every backend, without gradients."""
 
     name: str
     Screen: Callable[..., Any]
-    """Upper bounds of all scores of some rows, and the pairs that reach a floor (`kernels/torch_backend/screen.py`)."""
+    """Upper bounds of all scores of a chunk of rows, and the pairs that reach a floor (`kernels/torch_backend/screen.py`)."""
     rows_at_once: Callable[[int, torch.dtype], int]
-    """How many rows one screen may take."""
+    """`(n_columns, dtype)`: how many rows one screen may hold."""
     sddmm: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-    """`(x, W, features, offsets)`: `<x[row], W[feature]>` at the pairs, each by itself."""
+    """`(x, W, features, offsets)`: `<x[row], W[feature]>` at the pairs, each independent of the others."""
     spmm: Callable[..., Tensor]
     """`(values, features, offsets, W)`: weighted sums of rows of W."""
     spmm_residual: Callable[..., tuple[Tensor, Tensor]]
-    """`(values, features, offsets, W, bias, target)`: the same plus bias less target, and the squared norm of that."""
+    """`(values, features, offsets, W, bias, target)`: `spmm + bias - target`, and its squared norm."""
     spmm_transposed: Callable[..., Tensor]
     """`(feature_acts, values, g)`: `S.T @ g`."""
     bias_gradient: Callable[..., Tensor]
-    """`(feature_acts, values)`: the sum at each feature."""
+    """`(feature_acts, values)`: the sum of the values at each feature."""
     round_rows: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-    """`(W, low)`: W rounded into `low`; each row's norm, and that of what it lost."""
+    """`(W, low)`: write W, rounded, into `low`; the norm of each row and of its rounding error."""
     project_: Callable[[Tensor, Tensor], None]
-    """`(gradient, W)`: take out each row's part along the row of W."""
+    """`(gradient, W)`: remove from each row of the gradient its component along the row of W."""
     unit_norm_: Callable[[Tensor], None]
-    """`(W)`: rows to norm 1."""
+    """`(W)`: scale each row to norm 1."""
 
 
 def backend(tensor: Tensor) -> Backend:
-    """The code for a tensor. Raises `ValueError` when `SAELAB_KERNELS` says something unknown.
+    """The backend for a tensor. Raises `ValueError` for an unknown value of `SAELAB_KERNELS`.
 
-    Triton computes in float32: float64, for checking, always goes through PyTorch.
+    Triton computes in float32, so float64 (used for checks) falls back to PyTorch.
     """
     name = backend_name(tensor)
     return _load("torch" if name == "triton" and tensor.dtype == torch.float64 else name)
 
 
 def backend_name(tensor: Tensor) -> str:
-    """ "torch", "triton" or "reference"."""
+    """The backend asked for: "torch", "triton" or "reference". Raises `ValueError` as `backend` does."""
     name = _forced[-1] if _forced else _chosen()
     return name if name != "auto" else ("triton" if tensor.device.type == "cuda" else "torch")
 
 
 @contextmanager
 def using(name: str) -> Iterator[None]:
-    """Force a backend inside a `with`."""
+    """Context manager that forces a backend. Raises `ValueError` for an unknown name."""
     _forced.append(_checked(name))
     try:
         yield
@@ -113,7 +113,7 @@ def _load(name: str) -> Backend:
 
 @contextmanager
 def without_bf16() -> Iterator[None]:
-    """Inside a `with` every device counts as one without units for bfloat16."""
+    """Context manager under which no device counts as having fast bfloat16."""
     _bf16_off.append(True)
     try:
         yield
@@ -122,7 +122,7 @@ def without_bf16() -> Iterator[None]:
 
 
 def fast_bf16(device: torch.device | str) -> bool:
-    """Has this device units for bfloat16 products, and may they be used?"""
+    """Whether the device has hardware bfloat16 products and `without_bf16` is not active."""
     return not _bf16_off and _has_fast_bf16(torch.device(device))
 
 

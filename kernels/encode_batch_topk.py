@@ -1,8 +1,8 @@
-"""`encode_batch_topk`: the `n_kept` best pre-activations of a whole batch (BatchTopK, Mutual Choice).
+"""`encode_batch_topk`: the `n_kept` largest pre-activations of a whole batch (BatchTopK, Mutual Choice).
 
-The same steps as in `encode_topk` with one floor for all rows: among all group maxima of the batch, the `n_kept`-th is
-a lower bound of the `n_kept`-th best score. Where other processes hold pairs of the same batch, each takes its part of
-`n_kept` for that, and the lowest of their floors is one for all.
+The same steps as `encode_topk`, with one floor for all rows: the `n_kept`-th largest of the batch's group maxima is a
+lower bound of its `n_kept`-th best score. When the batch is spread over ranks, each rank uses its share of `n_kept` to
+find a floor, and all of them use the lowest.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from saelab.kernels.sparse_acts import SparseActs
 
 @runtime_checkable
 class GlobalPairs(Protocol):
-    """The pairs of several processes (`saelab.distributed.global_topk`)."""
+    """The (row, feature) pairs of several ranks (`saelab.distributed.global_topk`)."""
 
     @property
     def size(self) -> int:
-        """Processes that hold pairs."""
+        """Number of ranks."""
         ...
 
     def all_reduce_min(self, x: Tensor) -> Tensor:
-        """Elementwise minimum over them."""
+        """Elementwise minimum over the ranks."""
         ...
 
     def every(self, flag: bool, device: torch.device) -> bool:
-        """Whether the flag is set in all of them."""
+        """Whether the flag is set on every rank."""
         ...
 
     def keep(
         self, scores: Float[Tensor, " m"], rows: Int[Tensor, " m"], features: Int[Tensor, " m"], n: int
     ) -> tuple[Int[Tensor, " kept"], Float[Tensor, " 1"]]:
-        """Positions of this process's scores among the n best of all, and the last of those."""
+        """Positions of this rank's scores that are among the n best of all ranks, and the n-th best score."""
         ...
 
 
@@ -61,11 +61,12 @@ def encode_batch_topk(
     center: Float[Tensor, " d_in"] | None = None,
     global_pairs: GlobalPairs | None = None,
 ) -> SparseActs:
-    """`u = (x - center) @ W_enc.T + b_enc`; of the whole batch keep the `n_kept` pairs of largest score, if positive
-    (Bussmann et al. 2024, "BatchTopK", eq. 4; Mutual Choice of Ayonrinde 2024). Scores as in `encode_topk`.
+    """`u = (x - center) @ W_enc.T + b_enc`; keep the `n_kept` pairs of the batch with the largest score, if positive
+    (Bussmann et al. 2024, "BatchTopK", eq. 4; Mutual Choice of Ayonrinde 2024). Scores are as in `encode_topk`.
 
-    Ties at the last place go to the earlier row, then the lower id. Differentiable through the kept values. With a
-    `global_pairs` the batch is that of all its processes, and what comes back are those of the kept pairs that are here.
+    Ties at the last place go to the earlier row, then to the lower feature id. Differentiable through the kept values.
+    With `global_pairs` the batch is that of all ranks, and the kept pairs of this rank are returned. Raises `ValueError`
+    for an unknown score, for `norms` that do not match it, and (without `global_pairs`) for an `n_kept` out of range.
     """
     check_score(score, norms)
     if global_pairs is None and not 0 <= n_kept <= x.shape[0] * W_enc.shape[0]:
@@ -83,7 +84,7 @@ def encode_batch_topk(
 def _among(
     feature_acts: SparseActs, n_kept: int, score: str, norms: Tensor | None, global_pairs: GlobalPairs
 ) -> SparseActs:
-    """Those of this process's best codes that are among the best of all."""
+    """The entries of `feature_acts`, this rank's best, that are also among the best of all ranks."""
     scores = score_of(feature_acts.values.detach(), feature_acts.features, score, norms)
     kept = torch.zeros(feature_acts.nnz, dtype=torch.bool, device=scores.device)
     kept[global_pairs.keep(scores, feature_acts.rows, feature_acts.features, n_kept)[0]] = True
@@ -107,7 +108,7 @@ def _select(
     feature_acts, kth = keep(found)
     n_candidates, certified = found.features.numel(), bool(found.completes(kth).all())
     certified = certified if global_pairs is None else global_pairs.every(certified, x.device)
-    if not certified:  # what was found is a lower bound of the best: now the floor is exact
+    if not certified:  # this n-th score is a lower bound of the true one: as a floor it cannot miss a pair
         found = search(lambda screen, rows: screen.pairs_above(kth - operands.error_bound[rows]))
         feature_acts, n_candidates = keep(found)[0], n_candidates + found.features.numel()
     note_selection(len(x), n_candidates, len(x) * certified)
@@ -124,7 +125,7 @@ def _keep(
     norms: Tensor | None,
     global_pairs: GlobalPairs | None,
 ) -> tuple[SparseActs, Tensor]:
-    """The best `n_kept` candidates by their exact values, and the last score `(1)` (0 where fewer are positive)."""
+    """The best `n_kept` candidates by exact value, and the `n_kept`-th score `(1)`: 0 if fewer are positive."""
     values = sddmm(x, W, found.features, found.offsets) + bias[found.features]
     scores = score_of(values, found.features, score, norms)
     if global_pairs is None:

@@ -1,7 +1,7 @@
-"""`encode_feature_topk`: for every feature the tokens of the batch where it is strongest (Feature Choice).
+"""`encode_feature_topk`: for every feature, the tokens of the batch on which it is strongest (Feature Choice).
 
-`encode_topk` with rows and columns exchanged: the screen's rows are features, its columns tokens, and each feature has
-its own number of places.
+`encode_topk` with rows and columns exchanged: the rows of the screen are features, its columns are tokens, and each
+feature has its own capacity.
 """
 
 from __future__ import annotations
@@ -33,11 +33,13 @@ def encode_feature_topk(
     center: Float[Tensor, " d_in"] | None = None,
 ) -> SparseActs:
     """`u = (x - center) @ W_enc.T + b_enc`; feature i keeps its `capacity[i]` largest `u` over the batch, if positive
-    (Ayonrinde 2024, arXiv 2411.02124, Feature Choice). Ties go to the earlier token. Differentiable as `encode_topk`.
+    (Ayonrinde 2024, arXiv 2411.02124, Feature Choice). Ties go to the earlier token. Differentiable like `encode_topk`.
+
+    Raises `ValueError` for a capacity below 0 or above the batch size.
     """
     if int(capacity.min()) < 0 or int(capacity.max()) > len(x):
         raise ValueError(
-            f"places run from {int(capacity.min())} to {int(capacity.max())}; allowed is 0 to batch={len(x)}."
+            f"capacity ranges from {int(capacity.min())} to {int(capacity.max())}; it must be between 0 and batch={len(x)}."
         )
     x, W_enc, b_enc, center = widened(x, W_enc, b_enc, center)
     if backend_name(x) == "reference":
@@ -57,7 +59,7 @@ def _select(x: Tensor, W: Tensor, bias: Tensor, capacity: Tensor) -> SparseActs:
     features, tokens, values, kth = _keep(found, x, W, bias, capacity)
     certified = found.completes(kth) | (capacity == 0)
     uncertified, n_candidates = flatnonzero(~certified), found.features.numel()
-    if len(uncertified):  # what was found for them is a lower bound of their best: now the floor is exact
+    if len(uncertified):  # their last kept value is a lower bound: as a floor it misses no pair
         part = operands.select_rows(uncertified)
         found = search(part, lambda screen, rows: screen.pairs_above(kth[uncertified][rows] - part.error_bound[rows]))
         again = _keep(found, x, W[uncertified], bias[uncertified], capacity[uncertified])
@@ -73,7 +75,7 @@ def _select(x: Tensor, W: Tensor, bias: Tensor, capacity: Tensor) -> SparseActs:
 def _keep(
     found: Candidates, x: Tensor, W: Tensor, bias: Tensor, capacity: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Features, tokens and exact values of the pairs that stay, and each feature's last score (0: it has places left)."""
+    """Features, tokens and exact values of the kept pairs, and each feature's last kept value (0: capacity is left over)."""
     features = torch.repeat_interleave(found.offsets.diff(), output_size=found.features.numel())
     values = sddmm(W, x, found.features, found.offsets) + bias[features]
     kept, kth = keep_largest(values, found.offsets, capacity)
@@ -81,7 +83,7 @@ def _keep(
 
 
 def _best_pairs(screen: Any, capacity: Tensor, margin: Tensor) -> Candidates:
-    """Pairs not more than `margin` under each row's `capacity`-th largest group maximum; none for a row without places."""
+    """Pairs at most `margin` below each row's `capacity`-th largest group maximum; none for a row of capacity 0."""
     ranked = screen.maxima.sort(dim=1, descending=True).values
     kth = ranked.gather(1, (capacity[:, None] - 1).clamp_min(0)).squeeze(1)
     return screen.pairs_above((kth - margin).masked_fill(capacity == 0, torch.inf))

@@ -1,7 +1,7 @@
-"""`encode_threshold`: every pre-activation strictly above a threshold: ReLU (0), JumpReLU, BatchTopK at inference.
+"""`encode_threshold`: every pre-activation strictly above a threshold. Used by ReLU (0), JumpReLU, BatchTopK at inference.
 
-As in `encode_topk` a screen finds the candidates and the pair-wise value decides and is kept; here the floor is known
-from the start, so every row is certified.
+As in `encode_topk`, a screen finds the candidates, and the value recomputed pair by pair decides and is returned. The
+floor is known from the start, so every row is certified.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ def encode_threshold(
     band: float = 0.0,
     center: Float[Tensor, " d_in"] | None = None,
 ) -> SparseActs:
-    """`u = (x - center) @ W_enc.T + b_enc`, keep `u` where `u > threshold - band` (one threshold, or one for each feature).
+    """`u = (x - center) @ W_enc.T + b_enc`; keep `u` where `u > threshold - band` (one threshold, or one per feature).
 
-    With `band` half the bandwidth of a straight-through estimator the pairs just under the threshold come along: all
-    that its gradient can touch (`jump_relu`). Differentiable in `x`, `W_enc`, `b_enc` and `center` through the kept values.
-    A row's code is the same alone and in any batch, bit for bit.
+    A `band` of half the bandwidth of a straight-through estimator also keeps the pairs just below the threshold, which
+    its gradient reaches (`jump_relu`). Differentiable with respect to `x`, `W_enc`, `b_enc` and `center` through the kept
+    values. Zeros are not stored. A row's result is bit-identical alone and in any batch.
     """
     x, W_enc, b_enc, center = widened(x, W_enc, b_enc, center)
     if backend_name(x) == "reference":
@@ -48,7 +48,7 @@ def encode_threshold(
 
 def _select(x: Tensor, W: Tensor, bias: Tensor, floor: Tensor) -> SparseActs:
     reachable = floor.expand(len(bias)) < torch.inf
-    if not bool(reachable.all()):  # beside an infinite score the error bounds of all others would be infinite
+    if not bool(reachable.all()):  # an infinite threshold would make the error bounds of all features infinite
         features = flatnonzero(reachable)
         if not len(features):
             return SparseActs(x.new_zeros(0), features, features.new_zeros(len(x) + 1), W.shape[0])

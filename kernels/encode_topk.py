@@ -1,8 +1,8 @@
-"""`encode_topk`: the k best pre-activations of each row, exactly.
+"""`encode_topk`: the k largest pre-activations of each row, selected exactly.
 
-A screen finds candidates (`candidates.py`), their values are computed anew pair by pair (`sddmm`), and the
-selection is made among those. A row is certified when its k-th value is not under the bound of all other pairs. The
-few others are screened again with that k-th value as the floor: then nothing can be missed. Ties go to the lowest id.
+A screen finds candidates (`candidates.py`), their values are recomputed pair by pair (`sddmm`), and the selection is made
+among those. A row is certified when its k-th value is at least the upper bound of every other pair. The few uncertified
+rows are screened again with that k-th value as the floor, which cannot miss a pair. Ties go to the lowest feature id.
 """
 
 from __future__ import annotations
@@ -36,11 +36,12 @@ def encode_topk(
     norms: Float[Tensor, " d_sae"] | None = None,
     center: Float[Tensor, " d_in"] | None = None,
 ) -> SparseActs:
-    """`u = (x - center) @ W_enc.T + b_enc`; of each row keep the k pairs of largest score, if positive (zeros are not stored).
+    """`u = (x - center) @ W_enc.T + b_enc`; of each row keep the k pairs with the largest score, if positive.
 
-    The score is `u` ("value": Gao et al. 2024, eq. 1, ReLU included), `|u|` ("magnitude", the sign is kept) or `u`
-    times `norms`, which then holds the decoder's row norms ("decoder_norm"). Differentiable in `x`, `W_enc`,
-    `b_enc` and `center` through the kept values. A row's code is the same alone and in any batch, bit for bit.
+    The score is `u` ("value": Gao et al. 2024, eq. 1, with ReLU), `|u|` ("magnitude"; the stored value keeps its sign) or
+    `u` times `norms`, the decoder's row norms ("decoder_norm"). Differentiable with respect to `x`, `W_enc`, `b_enc` and
+    `center` through the kept values. A row's result is bit-identical alone and in any batch. Raises `ValueError` for an
+    unknown score, and for `norms` that do not match it.
     """
     check_score(score, norms)
     x, W_enc, b_enc, norms, center = widened(x, W_enc, b_enc, norms, center)
@@ -53,11 +54,11 @@ def encode_topk(
 
 
 def check_score(score: str, norms: Tensor | None) -> None:
-    """Raises `ValueError` for an unknown score or norms that are missing."""
+    """Raise `ValueError` for an unknown score, and for `norms` without "decoder_norm" or the reverse."""
     if score not in SCORES:
         raise ValueError(f"score={score!r} must be one of {', '.join(SCORES)}.")
     if (norms is None) == (score == "decoder_norm"):
-        raise ValueError(f"score={score!r}: give `norms` with 'decoder_norm', and only then.")
+        raise ValueError(f"score={score!r}: `norms` must be given with score='decoder_norm', and only with it.")
 
 
 def _select(x: Tensor, W: Tensor, bias: Tensor, k: int, score: str, norms: Tensor | None) -> SparseActs:
@@ -69,7 +70,7 @@ def _select(x: Tensor, W: Tensor, bias: Tensor, k: int, score: str, norms: Tenso
     feature_acts, kth = keep(found, x)
     uncertified = flatnonzero(~found.completes(kth))
     n_candidates = found.features.numel()
-    if len(uncertified):  # what was found for them is a lower bound of the best k: now the floor is exact
+    if len(uncertified):  # their k-th value is a lower bound of the true one: as a floor it misses no pair
         part = operands.select_rows(uncertified)
         found = search(part, lambda screen, rows: screen.pairs_above(kth[uncertified][rows] - part.error_bound[rows]))
         again, _ = keep(found, x[uncertified])
@@ -84,14 +85,14 @@ def _select(x: Tensor, W: Tensor, bias: Tensor, k: int, score: str, norms: Tenso
 def _keep(
     found: Candidates, x: Tensor, W: Tensor, bias: Tensor, k: int, score: str, norms: Tensor | None
 ) -> tuple[SparseActs, Tensor]:
-    """The best k candidates of each row by their exact values, and the k-th score (0 where fewer are positive)."""
+    """The best k candidates of each row by exact value, and the k-th score (0 where fewer are positive)."""
     values = sddmm(x, W, found.features, found.offsets) + bias[found.features]
     kept, kth = keep_largest(score_of(values, found.features, score, norms), found.offsets, k)
     return SparseActs(values[kept], found.features[kept], count_before(kept, found.offsets), W.shape[0]), kth
 
 
 def score_of(values: Tensor, features: Tensor, score: str, norms: Tensor | None) -> Tensor:
-    """What pairs are ranked by."""
+    """The score by which pairs are ranked."""
     if norms is not None:
         return values * norms[features]
     return values.abs() if score == "magnitude" else values

@@ -1,8 +1,8 @@
-"""`jump_relu`: `z = u * H(u - theta)` on sparse pre-activations, with the rectangle straight-through gradient.
+"""`jump_relu`: `z = u * H(u - theta)` on sparse pre-activations, with a rectangular-kernel straight-through gradient.
 
 Rajamanoharan et al. 2024 ("Jumping Ahead"), eqs. 11 and 12: `dz/du = H(u - theta)`, and for the threshold
-`dz/dtheta = -(theta / eps) K((u - theta) / eps)`, `dH/dtheta = -(1 / eps) K((u - theta) / eps)`, K the unit rectangle.
-The window lies around the *pre-activation*, so codes must come with their band: `encode_threshold(..., band=eps / 2)`.
+`dz/dtheta = -(theta / eps) K((u - theta) / eps)`, `dH/dtheta = -(1 / eps) K((u - theta) / eps)`, where K is the unit rectangle.
+The window depends on the *pre-activation*, so the input must include the band: `encode_threshold(..., band=eps / 2)`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from saelab.kernels.sparse_acts import SparseActs
 
 
 class JumpReLU(Function):
-    """Values and step function of the pairs; both carry the threshold's gradient."""
+    """Autograd function of `jump_relu`: value and step function of each pair; both have a gradient to the threshold."""
 
     @staticmethod
     def forward(
@@ -47,10 +47,10 @@ class JumpReLU(Function):
 def jump_relu(
     feature_acts: SparseActs, theta: Float[Tensor, " d_sae"], bandwidth: float, ste_to_input: bool = False
 ) -> tuple[SparseActs, Float[Tensor, " nnz"]]:
-    """Codes of the pre-activations `feature_acts`, and the step function `H(u - theta)` of every pair (its sum is the L0).
+    """Feature activations from the pre-activations `feature_acts`, and `H(u - theta)` of every pair (its sum is the L0).
 
-    Pairs inside the band but not above their threshold are stored with value 0, so that the gradient passes them. With
-    `ste_to_input` the step has its slope in u as in theta, which it is a function of the difference of.
+    Pairs inside the band but not above their threshold are stored with value 0, so that the gradient can reach them. With
+    `ste_to_input` the step's straight-through slope also applies to u, since the step depends on `u - theta`.
     """
     u, theta = widened(feature_acts.values, theta)
     if backend_name(u) == "reference":

@@ -1,4 +1,4 @@
-"""Half precision is a way to store weights and rows, not to compute: ops widen it, and answer in float32."""
+"""Widen half-precision operands: they are a storage format only; ops compute and return at least float32."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ from torch import Tensor
 
 
 def widened(*tensors: Tensor | None) -> Any:
-    """The tensors in one dtype, the widest among theirs and at least float32; where they are that already, themselves."""
+    """The tensors in their common promoted dtype, at least float32; a tensor that already has it is returned as is."""
     dtype = reduce(torch.promote_types, (t.dtype for t in tensors if t is not None), torch.float32)
     return tuple(None if t is None else t.to(dtype) for t in tensors)

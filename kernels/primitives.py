@@ -1,11 +1,11 @@
-"""The primitives that every op is made of, without gradients: `sddmm`, `spmm`, `spmm_transposed`, and two passes over rows.
+"""The primitives that every op is built from, without gradients: `sddmm`, `spmm`, `spmm_transposed`, and two row-wise passes.
 
-`sddmm`, `x @ W.T` at chosen pairs, one pair at a time: a value depends on its row and its feature alone, bit for bit, alone, in
-a batch, in cached generation. Every value that leaves an encoder comes from here; a dense product only finds candidates.
+`sddmm` is `x @ W.T` at chosen pairs. A value depends on its row and its feature alone, so it is bit-identical whether the row
+is encoded alone, in a batch or in cached generation. Every value that an encoder returns comes from here; dense products
+only find candidates.
 
-`spmm`, `S @ W`: decoding. `spmm_transposed`, `S.T @ g`: the gradient of both weight matrices; it walks the entries in the
-order of features that is made once a step (`SparseActs.by_feature`). Each sum of both has one fixed order: no atomics, the
-same bits on every run.
+`spmm` is `S @ W` (decoding). `spmm_transposed` is `S.T @ g`, the gradient of both weight matrices; it uses the sort by feature
+that is made once per step (`SparseActs.by_feature`). Both sum in a fixed order without atomics: the same bits on every run.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def spmm(
     offsets: Int[Tensor, " bags_plus_1"],
     W: Float[Tensor, "n_rows width"],
 ) -> Float[Tensor, "bags width"]:
-    """`out[i] = sum over entries j of bag i of values[j] * W[rows[j]]`; an empty bag gives zeros. No gradient."""
+    """`out[i] = sum over entries j of bag i of values[j] * W[rows[j]]`; zeros for an empty bag. No gradient."""
     return backend(W).spmm(values.detach(), rows, offsets, W.detach())
 
 
@@ -50,7 +50,7 @@ def spmm_residual(
     bias: Float[Tensor, " width"] | None,
     target: Float[Tensor, "bags width"],
 ) -> tuple[Float[Tensor, "bags width"], Float[Tensor, ""]]:
-    """`spmm + bias - target` and its squared norm, made where the sums are. No gradient."""
+    """`spmm + bias - target` and its squared norm, in one pass. No gradient."""
     bias = None if bias is None else bias.detach()
     return backend(W).spmm_residual(values.detach(), rows, offsets, W.detach(), bias, target.detach())
 
@@ -71,7 +71,7 @@ def bias_gradient(feature_acts: SparseActs, values: Float[Tensor, " nnz"]) -> Fl
 
 @torch.no_grad()
 def project_(gradient: Float[Tensor, "d_sae d_in"], W: Float[Tensor, "d_sae d_in"]) -> None:
-    """Remove the part of each row's gradient along that row; the rows of `W` have unit norm."""
+    """In place: remove from each row of the gradient its component along the row of `W`, which has unit norm."""
     wide, rows = widened(gradient, W.detach())
     backend(wide).project_(wide, rows)
     if wide is not gradient:
@@ -80,7 +80,7 @@ def project_(gradient: Float[Tensor, "d_sae d_in"], W: Float[Tensor, "d_sae d_in
 
 @torch.no_grad()
 def unit_norm_(W: Float[Tensor, "d_sae d_in"]) -> None:
-    """Scale each row to norm 1; a row of zeros stays."""
+    """In place: scale each row to norm 1; a row of zeros stays zero."""
     (wide,) = widened(W)
     backend(wide).unit_norm_(wide)
     if wide is not W:

@@ -1,4 +1,4 @@
-"""Selection within rows of unequal length (CSR). On a CPU numpy selects, finds and sorts several times faster than torch."""
+"""Selection within rows of unequal length (CSR). On a CPU it uses numpy: several times faster than torch at this."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor
 from saelab.kernels.torch_backend.halves import in_halves
 
 _INT32 = np.iinfo(np.int32).max
-_MAX_PADDING = 8  # how much larger than its entries a padded table may be
+_MAX_PADDING = 8  # a padded table may have this many times as many elements as there are entries
 
 
 def kth_largest(values: Num[Tensor, "rows n"], k: int) -> Num[Tensor, " rows"]:
-    """Each row's k-th largest value, by selection and not by sorting."""
+    """Each row's k-th largest value, by selection rather than sorting."""
     return largest(values, k)[:, 0].clone()
 
 
 def largest(values: Num[Tensor, "rows n"], k: int) -> Num[Tensor, "rows k"]:
-    """Each row's k largest values, the k-th first, the others in any order."""
+    """Each row's k largest values: the k-th largest first, the others in any order."""
     if values.device.type != "cpu":
         return values.topk(k, dim=1).values.flip(1)
     at, table = values.shape[1] - k, values.numpy()
@@ -27,19 +27,19 @@ def largest(values: Num[Tensor, "rows n"], k: int) -> Num[Tensor, "rows k"]:
 
 
 def flatnonzero(mask: Bool[Tensor, ...]) -> Int[Tensor, " n"]:
-    """Flat positions of what is true."""
+    """Flat positions of the true entries, ascending."""
     if mask.device.type != "cpu":
         return mask.reshape(-1).nonzero().squeeze(1)
     return torch.from_numpy(np.flatnonzero(mask.numpy()))
 
 
 def sort(keys: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
-    """The keys sorted."""
+    """The keys in ascending order."""
     return torch.from_numpy(_sorted(keys.numpy()).astype(np.int64)) if keys.device.type == "cpu" else keys.sort().values
 
 
 def stable_argsort(ids: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
-    """The permutation that sorts `ids`, equal ones in their order."""
+    """The permutation that sorts `ids`, stable for equal ids."""
     n = ids.numel()
     if ids.device.type != "cpu" or not n:
         return torch.argsort(ids, stable=True)
@@ -51,22 +51,22 @@ def stable_argsort(ids: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
 
 
 def _sorted(keys: np.ndarray, largest: int | None = None) -> np.ndarray:
-    """numpy sorts 32-bit numbers several times faster than wider ones, and most keys fit."""
+    """The keys sorted, as 32-bit integers if they fit: numpy sorts those several times faster."""
     largest = int(keys.max(initial=0)) if largest is None else largest
     return np.sort(keys.astype(np.int32 if largest <= _INT32 else np.int64, copy=False))
 
 
 def count_before(positions: Int[Tensor, " n"], offsets: Int[Tensor, " rows_plus_1"]) -> Int[Tensor, " rows_plus_1"]:
-    """Offsets of the rows when only the entries at `positions` (ascending) stay."""
+    """Row offsets after only the entries at `positions` (ascending) are kept."""
     return torch.searchsorted(positions, offsets)
 
 
 def keep_largest(
     scores: Float[Tensor, " nnz"], offsets: Int[Tensor, " rows_plus_1"], k: int | Int[Tensor, " rows"]
 ) -> tuple[Int[Tensor, " kept"], Float[Tensor, " rows"]]:
-    """Positions (ascending) of each row's k largest positive scores, ties to the earliest, and the k-th of them.
+    """Positions (ascending) of each row's k largest positive scores, ties to the earliest, and the k-th largest score.
 
-    k is one number, or one for each row. A row with fewer than k positive scores keeps those, and its k-th is 0.
+    k is one number, or one per row. A row with fewer than k positive scores keeps all of them, and its k-th score is 0.
     """
     counts = offsets.diff()
     rows = torch.repeat_interleave(counts, output_size=scores.numel())
@@ -87,7 +87,7 @@ def keep_largest(
 
 
 def _keep_by_sorting(scores: Tensor, rows: Tensor, k: int | Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
-    """The same where rows are so uneven that a padded table would be mostly padding, or k differs."""
+    """`keep_largest` by sorting, for rows so uneven that a padded table would be mostly padding, and for one k per row."""
     each = k[rows] if isinstance(k, Tensor) else k
     rank = _rank(scores, rows)
     last = (rank == each - 1).nonzero().squeeze(1)
@@ -96,7 +96,7 @@ def _keep_by_sorting(scores: Tensor, rows: Tensor, k: int | Tensor, n_rows: int)
 
 
 def _rank(scores: Tensor, rows: Tensor) -> Tensor:
-    """Place of each entry in its row, the largest first, ties by position; rows ascend."""
+    """Rank of each entry in its row, 0 for the largest, ties by position; `rows` ascend."""
     order = torch.argsort(scores, descending=True, stable=True)
     order = order[torch.argsort(rows[order], stable=True)]
     first = torch.searchsorted(rows, rows, right=False)

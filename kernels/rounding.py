@@ -1,12 +1,12 @@
-"""How wrong a cheap product can be, rigorously: what makes the selection exact.
+"""Rigorous error bounds of the screen's dense product: the reason that the selection is exact.
 
-A dense product of `x` and `W` only finds candidates, and every score it gives is turned into an upper bound. In working
-precision the error has the classical bound (Higham 2002, eq. 3.5). In bfloat16 (x~, W~) the rounding errors are measured,
-and `r` is the largest `|w - w~| / |w|`:
+The dense product of `x` and `W` only finds candidates, and each of its scores is turned into an upper bound. In working
+precision the error has the classical bound (Higham 2002, eq. 3.5). In bfloat16 (x~, W~) the rounding errors are measured;
+with `r` the largest `|w - w~| / |w|` over the rows of `W`,
 
     |x~ . w~ - x . w|  <=  |x - x~| |w| + |x~| |w - w~| + gamma |x~| |w|  <=  (|x - x~| + (r + gamma) |x~|) |w|  =  c |w|
 
-Two factors of one more column, c and |w|, add it to each score inside the product; two more carry the bias.
+One extra column of the operands, c times |w|, adds this bound to each score inside the product; two more carry the bias.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from saelab.kernels.search import MARGIN, Operands, gamma, largest_of
 from saelab.kernels.workspace import WORKSPACE
 
 _STEP = 2.0**-8  # largest relative error of one rounding to bfloat16
-_TILE = 32  # the operands are as wide as whole tiles: d_in, bias (2), bound (1), zeros
+_TILE = 32  # operands are padded to whole tiles: d_in columns, bias (2), bound (1), zeros
 
 
 def working_operands(x: Tensor, W: Tensor, bias: Tensor) -> Operands:
-    """The product in the precision of `x`; its rounding and that of the exact pair are both in the error_bound."""
+    """Operands in the precision of `x`; the error bound covers the rounding of the product and of the exact pair."""
     c = 2 * gamma(x.shape[1] + 3, x.dtype) * torch.linalg.vector_norm(x, dim=1).hypot(x.new_ones(()))
     lengths = torch.linalg.vector_norm(W, dim=1).hypot(bias)
     error_bound = c * largest_of(lengths)
@@ -31,7 +31,7 @@ def working_operands(x: Tensor, W: Tensor, bias: Tensor) -> Operands:
 
 
 def bf16_operands(x: Tensor, W: Tensor, bias: Tensor, magnitude: bool) -> Operands:
-    """The product in bfloat16. For magnitudes the bound cannot be added inside (a sign is in the way): it is the error_bound."""
+    """Operands in bfloat16. For magnitudes the bound cannot be a column, as scores may be negative: it is `error_bound`."""
     d_in = x.shape[1]
     width = -(-(d_in + 3) // _TILE) * _TILE
     a = WORKSPACE.take("bf16 rows", (len(x), width), torch.bfloat16, x.device)
@@ -54,5 +54,5 @@ def bf16_operands(x: Tensor, W: Tensor, bias: Tensor, magnitude: bool) -> Operan
 
 
 def _rounded_up(values: Tensor) -> Tensor:
-    """The nearest bfloat16 numbers that are not below `values`."""
+    """bfloat16 numbers that are not below `values`."""
     return (values + _STEP * values.abs()).to(torch.bfloat16)

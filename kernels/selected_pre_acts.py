@@ -1,6 +1,6 @@
-"""`selected_pre_acts`: pre-activations at the pairs that a selection kept, with their sparse gradients.
+"""`selected_pre_acts`: make the pre-activations that a selection kept differentiable, with sparse gradients.
 
-Every encoder is a selection (no gradient) followed by this: the gradient reaches only the rows of `W_enc` that fired.
+Every encoder is a selection (no gradient) followed by this op: the gradient reaches only the rows of `W_enc` that fired.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from saelab.kernels.sparse_acts import SparseActs
 
 
 class SelectedPreActs(Function):
-    """`values[j] = <x[row] - center, W_enc[f]> + b_enc[f]`, computed by the selection; here they get their gradient.
+    """Autograd function of `values[j] = <x[row] - center, W_enc[f]> + b_enc[f]`, which the selection has computed.
 
-    The centre's gradient is summed over the batch first, `-(db_enc @ W_enc)`: one vector instead of a row a token.
+    The gradient of `center` is `-(db_enc @ W_enc)`, summed over the batch first: one vector instead of one row per token.
     """
 
     @staticmethod
@@ -60,7 +60,7 @@ def selected_pre_acts(
 ) -> SparseActs:
     """`feature_acts` (values computed without a graph) as a differentiable function of `x`, `W_enc`, `b_enc` and `center`.
 
-    `centered` is `x - center` where there is a centre.
+    `centered` is `x - center`; None stands for `x`, without a `center`.
     """
     centered = x if centered is None else centered
     values = SelectedPreActs.apply(x, W_enc, b_enc, center, feature_acts, centered.detach())

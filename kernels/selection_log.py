@@ -1,4 +1,4 @@
-"""Counts of what the selections did: how many candidates they looked at, how many rows were certified or recomputed."""
+"""Counters of the selections: how many candidates were evaluated, how many rows were certified or selected again."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass
 class SelectionLog:
-    """Totals of one `log_selections` block. Every row is either certified or recomputed."""
+    """Totals of one `log_selections` block. Every row (for `encode_feature_topk`: feature) is either certified or recomputed."""
 
     rows: int = 0
     candidates: int = 0
@@ -17,7 +17,7 @@ class SelectionLog:
     certified: int = 0
     """Rows whose selection the error bound proves complete."""
     recomputed: int = 0
-    """Rows selected again in working precision, where the bound is rigorous from the start."""
+    """Rows that fell back to a second screen, with their k-th value as the floor."""
 
 
 _open: list[SelectionLog] = []

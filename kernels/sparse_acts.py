@@ -1,4 +1,4 @@
-"""`SparseActs`: the codes of a batch as values, feature ids and row offsets (CSR), and its transpose by feature."""
+"""`SparseActs`: the feature activations of a batch as values, feature ids and row offsets (CSR), and their transpose."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from saelab.kernels.ragged import stable_argsort
 
 
 class ByFeature(NamedTuple):
-    """The entries of a `SparseActs` sorted by feature: what a weight gradient walks through."""
+    """The entries of a `SparseActs` sorted by feature, for the weight gradients."""
 
     order: Tensor
-    """(nnz) position of each entry in the row-wise arrays."""
+    """(nnz) position of each entry in the row-wise arrays, sorted by feature."""
     rows: Tensor
     """(nnz) batch row of each entry."""
     offsets: Tensor
-    """(d_sae + 1) where each feature's entries begin."""
+    """(d_sae + 1) where the entries of each feature begin."""
 
 
 @dataclass
 class SparseActs:
-    """Feature activations of a batch; only the non-zero ones are stored.
+    """Feature activations of a batch in CSR form; only the selected entries are stored.
 
-    Within a row the feature ids ascend strictly. `values` carries the gradient; ids and offsets never do.
+    Within a row the feature ids ascend strictly. Gradients flow through `values` only.
     """
 
     values: Float[Tensor, " nnz"]
@@ -35,7 +35,7 @@ class SparseActs:
     offsets: Int[Tensor, " batch_plus_1"]
     d_sae: int
     _derived: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
-    """What was derived from ids and offsets, shared by all codes of one pattern: a step sorts them once."""
+    """Cache of what is derived from ids and offsets, shared by all `SparseActs` of one pattern: a step sorts them once."""
 
     @property
     def batch(self) -> int:
@@ -59,7 +59,7 @@ class SparseActs:
 
     @property
     def by_feature(self) -> ByFeature:
-        """The transpose, sorted stably so that its order is the same on every run."""
+        """The entries sorted by feature, stably, so that their order is the same on every run."""
         if "by_feature" not in self._derived:
             order = stable_argsort(self.features)
             offsets = offsets_of(torch.bincount(self.features, minlength=self.d_sae))
@@ -71,7 +71,7 @@ class SparseActs:
         return SparseActs(values, self.features, self.offsets, self.d_sae, self._derived)
 
     def detach(self) -> SparseActs:
-        """The same codes, cut from the graph."""
+        """The same feature activations, detached from the graph."""
         return self.with_values(self.values.detach())
 
     def to_dense(self) -> Float[Tensor, "batch d_sae"]:
@@ -84,7 +84,7 @@ class SparseActs:
         return self.values.new_zeros(self.batch).index_put((self.rows[here],), self.values[here])
 
     def select_rows(self, index: Tensor) -> SparseActs:
-        """Keep some rows: a boolean mask or row ids `(n)`, in that order."""
+        """The rows chosen by a boolean mask `(batch)`, or by row ids `(n)` in the order given."""
         index = index.to(self.features.device)
         ids = index.nonzero().squeeze(1) if index.dtype == torch.bool else index
         counts = self.counts[ids]
@@ -94,15 +94,15 @@ class SparseActs:
         return SparseActs(self.values[entries], self.features[entries], offsets, self.d_sae)
 
     def below(self, n_features: int) -> SparseActs:
-        """The codes of the first `n_features` features alone, at the same width."""
+        """The entries of the first `n_features` features; `d_sae` stays the same."""
         return self.where(self.features < n_features)
 
     def where(self, here: Bool[Tensor, " nnz"]) -> SparseActs:
-        """The entries at which `here` is true."""
+        """The entries where `here` is true."""
         return SparseActs(self.values[here], self.features[here], self._offsets_where(here), self.d_sae)
 
     def split_features(self, sizes: list[int]) -> list[SparseActs]:
-        """The codes of consecutive groups of features, each numbered from 0."""
+        """Split into consecutive groups of features of these sizes; the ids of each group start at 0."""
         parts, start = [], 0
         for size in sizes:
             here = (self.features >= start) & (self.features < start + size)
@@ -115,14 +115,14 @@ class SparseActs:
 
     @classmethod
     def from_dense(cls, dense: Float[Tensor, "batch d_sae"]) -> SparseActs:
-        """The non-zero entries of a dense code."""
+        """The non-zero entries of dense feature activations."""
         rows, features = dense.nonzero(as_tuple=True)
         counts = torch.bincount(rows, minlength=dense.shape[0])
         return cls(dense[rows, features], features, offsets_of(counts), dense.shape[1])
 
 
 def replace_rows(feature_acts: SparseActs, rows: Int[Tensor, " n"], by: SparseActs) -> SparseActs:
-    """The code with its `rows` taken from `by`, in order."""
+    """`feature_acts` with the rows `rows[i]` replaced by row i of `by`."""
     values, features, counts = (
         torch.cat([getattr(feature_acts, name), getattr(by, name)]) for name in ("values", "features", "counts")
     )
@@ -132,5 +132,5 @@ def replace_rows(feature_acts: SparseActs, rows: Int[Tensor, " n"], by: SparseAc
 
 
 def offsets_of(counts: Int[Tensor, " n"]) -> Int[Tensor, " n_plus_1"]:
-    """Running totals of `counts`, from 0."""
+    """CSR offsets of these counts: their running totals, starting at 0."""
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])

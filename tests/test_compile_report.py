@@ -88,7 +88,7 @@ with tempfile.TemporaryDirectory() as folder:
 def test_a_tile_that_is_too_large_is_reported():
     nvidia, amd = run_compiled("-c", SPOILED).splitlines()
     for problems in (nvidia, amd):
-        assert int(problems.split(" spills")[0]) > 0 and "times the least bytes" in problems
+        assert int(problems.split(" spills")[0]) > 0 and "times the minimum bytes" in problems
 
 
 def test_interpreted_kernels_are_refused():

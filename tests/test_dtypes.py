@@ -95,7 +95,7 @@ def test_a_dtype_that_weights_cannot_have_is_refused(name):
 def test_what_is_no_code_of_this_sae_is_not_decoded(name, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for users
     sae, acts = built(name), SparseActs.from_dense(torch.ones(3, D_SAE + 1))
-    with pytest.raises(ValueError, match=r"SparseActs that encode gives, got Tensor.*from_dense"):
+    with pytest.raises(ValueError, match=r"SparseActs that encode returns, got Tensor.*from_dense"):
         sae.decode(acts.to_dense())
-    with pytest.raises(ValueError, match=f"{D_SAE + 1} features, the decoder has {D_SAE}"):
+    with pytest.raises(ValueError, match=f"d_sae={D_SAE + 1}, but the decoder has d_sae={D_SAE}"):
         sae.decode(acts)

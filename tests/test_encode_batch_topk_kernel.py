@@ -125,7 +125,7 @@ def test_bad_budgets_are_refused():
     x, W_enc, b_enc = make(5, 4, 17)
     with pytest.raises(ValueError, match="n_kept=86 must be between 0 and"):
         batch_topk(x, W_enc, b_enc, 86)
-    with pytest.raises(ValueError, match="places run from 0 to 6"):
+    with pytest.raises(ValueError, match="capacity ranges from 0 to 6"):
         feature_topk(x, W_enc, b_enc, torch.tensor([6] + [0] * 16))
 
 

@@ -104,7 +104,7 @@ def test_other_settings_are_refused_naming_the_difference(run, rows):
 
 
 def test_what_cannot_be_compared_is_refused(run):
-    with pytest.raises(ValueError, match="variants holds 'topkk'; there are topk, "):
+    with pytest.raises(ValueError, match="variants contains 'topkk', which is unknown; choose from topk, "):
         run_family(run, CONFIG, variants=("topkk",))
     with pytest.raises(ValueError, match="l0 is empty"):
         run_family(run, CONFIG, l0=())
@@ -126,7 +126,7 @@ def test_other_targets_come_where_the_cache_has_what_they_need():
     }
     alone = family._configs(None, FamilyConfig(64), (4,), n_hooks=1)
     assert {name for name, _ in alone} == set(VARIANTS) - {"crosscoder", "transcoder", "skip_transcoder"}
-    for name, needs in (("crosscoder", "a cache of two hooks"), ("transcoder", "hook_name_out")):
+    for name, needs in (("crosscoder", "a cache with at least two hooks"), ("transcoder", "hook_name_out")):
         with pytest.raises(ValueError, match=f"'{name}', which needs {needs}"):
             family._configs([name], FamilyConfig(64), (4,), n_hooks=1)
 
@@ -211,8 +211,8 @@ def line(variant, seed, fvu, level=32, as_asked=True, table="sae"):
 
 def test_one_wins_where_it_does_so_on_every_seed_at_equal_l0():
     won = [line("topk", 0, 0.2), line("batch_topk", 0, 0.1), line("topk", 1, 0.4), line("batch_topk", 1, 0.3)]
-    numbers = "FVU 0.2000 ± 0.1414 against 0.3000 ± 0.1414, held-out L0 32.0 ± 0.0 and 32.0 ± 0.0"
-    assert comparisons(won) == [f"batch_topk against topk at L0 32: {numbers}, seeds 0, 1: wins"]
+    numbers = "FVU 0.2000 ± 0.1414 vs 0.3000 ± 0.1414, held-out L0 32.0 ± 0.0 and 32.0 ± 0.0"
+    assert comparisons(won) == [f"batch_topk vs topk at L0 32: {numbers}, seeds 0, 1: wins"]
     assert comparisons([*won[:3], line("batch_topk", 1, 0.5)])[0].endswith(": undecided")
     assert comparisons([line("topk", 0, 0.1), line("batch_topk", 0, 0.2)])[0].endswith(": loses")
     off = [*won[:3], line("batch_topk", 1, 0.3, as_asked=False)]
@@ -223,11 +223,11 @@ def test_one_wins_where_it_does_so_on_every_seed_at_equal_l0():
 def test_every_variant_stands_against_the_relu_of_nearest_l0():
     found = [line("relu", 0, 0.3), line("relu", 0, 0.4, 16), line("gated", 0, 0.35), line("topk", 0, 0.2, 16)]
     said = comparisons(found)
-    assert [text.partition(":")[0] for text in said] == ["gated against relu at L0 32", "topk against relu at L0 16"]
+    assert [text.partition(":")[0] for text in said] == ["gated vs relu at L0 32", "topk vs relu at L0 16"]
     assert said[0].endswith("loses") and said[1].endswith("wins")
     assert comparisons([line("relu", 0, 0.3), line("topk", 1, 0.3)]) == []
     assert comparisons([line("topk", 0, 0.1), line("abs_topk", 0, 0.2)])[0].endswith(
-        ": loses, where its paper says that it wins: not held"
+        ": loses, although its paper claims that it wins: not held"
     )
 
 
@@ -250,7 +250,7 @@ def test_the_command_prints_table_and_comparisons_and_says_where(run, rows, caps
     assert main.main([*words, "--l0", "4", "2", "--variants", *OPTIONS["variants"]]) == 0
     said = capsys.readouterr().out
     assert "mutual_choice" in said and "CE recovered" in said
-    assert "batch_topk against topk at L0 4: FVU" in said and "batch_topk against topk at L0 2: FVU" in said
+    assert "batch_topk vs topk at L0 4: FVU" in said and "batch_topk vs topk at L0 2: FVU" in said
     assert str(run / "family") in said.splitlines()[-1]
     assert (run / "family" / "picture.svg").exists()
 

@@ -56,8 +56,8 @@ def test_growth_is_told_from_8192_on():
         ]
     ]
     assert bench_step.growth([*rows, {"provider": "dense", "shape": "2048x576x8192x32", "median": 1.0}]) == [
-        "k 32: d_sae 8192 to 16384, 2 times; time 1.50 times: no faster than linearly",
-        "k 64: d_sae 8192 to 16384, 2 times; time 2.10 times: FASTER THAN LINEARLY",
+        "k 32: d_sae 8192 to 16384 (2x), time 1.50x: at most linear",
+        "k 64: d_sae 8192 to 16384 (2x), time 2.10x: MORE THAN LINEAR",
     ]
 
 
@@ -102,11 +102,11 @@ def test_peers_have_rows_or_a_reason(tmp_path, capsys, monkeypatch):
     assert float(rows[1]["ratio"]) > 0 and float(rows[1]["ratio_q20"]) <= float(rows[1]["ratio_q80"])
     assert float(rows[1]["median"]) > 0 and not rows[0]["ratio"]
     assert sorted(err.splitlines()) == [
-        "peers: absent left out: KeyError: 'absent'",
-        "peers: dies left out: its process ended with status 9: out of memory",
-        "peers: nan left out: ArithmeticError: the loss is nan",
-        "peers: raises left out: ValueError: no such batch",
-        "peers: stuck left out: its loss went from 1 to 1 in 21 steps",
+        "peers: absent skipped: KeyError: 'absent'",
+        "peers: dies skipped: its process exited with status 9: out of memory",
+        "peers: nan skipped: ArithmeticError: the loss is nan",
+        "peers: raises skipped: ValueError: no such batch",
+        "peers: stuck skipped: its loss went from 1 to 1 in 21 steps",
     ]
 
 
@@ -120,7 +120,7 @@ def test_a_peer_that_pip_refuses_is_named(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(peers, "_run", run)
     assert list(peers.install(tmp_path)) == ["sae-lens", "dictionary-learning", "eai-sparsify"]
-    assert capsys.readouterr().err.splitlines()[1:] == ["peers: overcomplete left out: ERROR: no such wheel"]
+    assert capsys.readouterr().err.splitlines()[1:] == ["peers: overcomplete skipped: ERROR: no such wheel"]
     assert all(command[-2].startswith("torch==") for command in calls if command[-1] in peers.PEERS)
     del calls[:]
     assert len(peers.install(tmp_path)) == 3

@@ -134,7 +134,7 @@ def test_other_settings_before_the_first_row_are_refused_with_the_flag_of_a_swee
         for_now.setattr(Run, "train_step", stop_at(1, Run.train_step))
         run_sweep(run, CONFIG, lm=tiny_lm, progress=False, **lists)
     assert not (run / "sweep.json").exists()
-    with pytest.raises(SaelabError, match="n_tokens: 2000 -> 2200.* to go on, or give another --out-dir[.]$"):
+    with pytest.raises(SaelabError, match="n_tokens: 2000 -> 2200.* to resume it, or give another --out-dir[.]$"):
         run_sweep(run, SweepConfig(2_200, 200, 200), lm=tiny_lm, progress=False, **lists)
 
 
@@ -147,7 +147,7 @@ def test_the_command_prints_one_table_and_says_where(run, tmp_path, capsys):
     more = ["--variants", "topk", "batch_topk", "--lr", "None", "1e-3", "--eval-tokens", "300", "--out-dir", str(out)]
     assert main.main(words(run, *more)) == 0
     said = capsys.readouterr().out
-    assert said.count("L0 asked") == 1 and "4 SAEs" in said and "0.001" in said and "own" in said
+    assert said.count("target L0") == 1 and "4 SAEs" in said and "0.001" in said and "default" in said
     assert str(out / "sweep.csv") in said and str(out / "sweep.json") in said
     assert len(json.loads((out / "sweep.json").read_text(encoding="utf-8"))["rows"]) == 4
     assert {path.name for path in run.iterdir()} == {"cache"}
@@ -163,8 +163,8 @@ def test_the_command_prints_one_table_and_says_where(run, tmp_path, capsys):
         (["--lr", "-1e-3"], "lr=-0.001 must be a positive number"),
         (["--k", "4", "49"], "k=49 "),
         (["--variants", "topk", "relu", "--k", "49"], "=49 "),
-        (["--variants", "topkk"], "variants holds 'topkk'; there are topk, "),
-        (["--variants", "sparseless"], "variants holds 'sparseless', which has neither k nor target_l0"),
+        (["--variants", "topkk"], "variants contains 'topkk', which is unknown; choose from topk, "),
+        (["--variants", "sparseless"], "variants contains 'sparseless', which has neither k nor target_l0"),
         (["--variants", "transcoder", "--hook-name-out", "nowhere"], "hook_name_out='nowhere' is not in the cache"),
         (["--hook-name", "nowhere"], "hook_name='nowhere' is not in the cache"),
         (["--eval-tokens", "0"], "eval_tokens=0 must be at least 1."),

@@ -147,7 +147,7 @@ def test_a_claim_is_held_only_when_every_seed_says_so():
     bad = [*good[:3], row("b", 1, 0.3)]
     assert not check(CLAIM, bad).held
     assert str(check(CLAIM, bad)).startswith("not held  A is better")
-    assert "seed 1: 0.3 against 0.3" in str(check(CLAIM, bad))
+    assert "seed 1: 0.3 vs 0.3" in str(check(CLAIM, bad))
     assert not check(replace(CLAIM, below=False), good).held
     assert check(replace(CLAIM, below=False), [row("a", 0, 2), row("b", 0, 1)]).held
 
@@ -173,7 +173,7 @@ def test_a_claim_without_both_sides_is_not_run_and_one_without_a_number_not_held
     assert str(check(CLAIM, [row("a", 0, 0.1), row("b", 1, 0.2), row("b", 0, 0.2, data="zipf")])).startswith("not run")
     verdict = check(CLAIM, [row("a", 0, 0.1), {**row("b", 0, 0.0), "fvu": None}])
     assert verdict.pairs and not verdict.held
-    assert "0.1 against none" in str(verdict)
+    assert "0.1 vs none" in str(verdict)
 
 
 def test_claims_name_runs_that_exist():
@@ -298,7 +298,7 @@ def test_pictures_place_and_escape():
     (x1, y1), (x2, y2) = (map(float, point.split(",")) for point in points[0])
     (x3, y3) = map(float, points[1][0].split(","))
     assert x1 < x3 < x2 and y1 < y3 < y2  # more features to the right, a lower FVU further down
-    with pytest.raises(ValueError, match="no point"):
+    with pytest.raises(ValueError, match="no points"):
         curves({"t": []}, "x", "y")
 
 

@@ -1,12 +1,12 @@
-"""How much faster is a whole TopK training step than plain dense PyTorch? `python -m saelab.kernels.bench.bench_step`.
+"""Time a whole TopK training step against plain dense PyTorch: `python -m saelab.kernels.bench.bench_step`.
 
-A step is loss, backward, projection, clip, Adam, unit norms, dead counters and the numbers of a log line, on the same
-batches in one process; the two take turns. The selection's margin (candidates a row beyond k), certified and
-recomputed shares stand beside the times. Before a size is timed its codes are compared with float64: no speed is printed
-for an op that is wrong. The data are the activations of a cache (`--cache`), or draws with a decaying spectrum.
+A step is loss, backward, projection, gradient clipping, Adam, unit norms, dead counters and the numbers of a log line. Both
+steps alternate on the same batches in one process. Each row also has the selection's margin (candidates per row beyond k)
+and the fractions of certified and recomputed rows. Before a size is timed, its selection is compared with float64, so no
+time is printed for a wrong op. The data are activations of a cache (`--cache`), or random rows with a decaying spectrum.
 
-With `--peers` four other libraries take their turn with their own step (`peers.py`, `peer_worker.py`), each in a process
-that sleeps between its turns. Their `ratio` is their time over ours; for the row of saelab it is the dense step's over ours.
+With `--peers` four other libraries alternate too, each with its own step (`peers.py`, `peer_worker.py`) in a process that is
+idle between its steps. Their `ratio` is their time over ours; in saelab's row it is the dense step's time over ours.
 """
 
 from __future__ import annotations
@@ -41,42 +41,42 @@ from saelab.training.optimizer import apply_step
 
 @dataclass(frozen=True)
 class Settings:
-    """What is timed."""
+    """Settings of the benchmark."""
 
     d_sae: tuple[int, ...] = (4096, 8192, 16384, 32768, 65536, 131072)
     """Dictionary sizes."""
     k: tuple[int, ...] = (32,)
-    """Features a token; every size is run with every k."""
+    """Features per token; every d_sae is run with every k."""
     d_in: int = 576
-    """Width of the activations (ignored with a cache)."""
+    """Width of the activations; ignored with --cache."""
     batch_size: int = 2048
-    """Tokens a step."""
+    """Tokens per step."""
     pairs: int = 7
-    """Timed steps of each, in turns."""
+    """Timed steps of each implementation, which alternate."""
     warmup: int = 20
-    """Steps before, so that the dictionary is no longer random."""
+    """Untimed steps first, so that the dictionary is no longer random."""
     cache: Path | None = None
-    """An activation cache to take the batches from, for instance runs/demo/cache."""
+    """Activation cache to read the batches from, for example runs/demo/cache."""
     dense_limit: int = 32768
-    """Largest d_sae at which the dense step and peers are run as well (they need (batch, d_sae) tensors, three or more)."""
+    """Largest d_sae at which the dense step and the peers also run (they need three or more (batch, d_sae) tensors)."""
     tf32: bool = False
-    """Let the dense step's products round to TF32 on a GPU (10 bits of mantissa): faster, and another selection."""
+    """Run the dense step's products in TF32 on a GPU (10 mantissa bits): faster, but its selection differs."""
     peers: bool = False
-    """Also sae-lens, dictionary-learning, eai-sparsify and overcomplete; pip fetches them the first time (gigabytes)."""
+    """Also time sae-lens, dictionary-learning, eai-sparsify and overcomplete; the first call installs them (gigabytes)."""
     peers_venv: Path | None = None
-    """Their virtual environment; None is peers/ in the folder of SAELAB_CACHE."""
+    """Virtual environment of the peers; None uses peers/ in the SAELAB_CACHE folder."""
     out: Path | None = None
-    """Folder for step.csv and step.json; None prints only."""
+    """Folder for step.csv and step.json; None only prints."""
     bf16: bool = True
-    """Screens in bfloat16 where the machine has units for it; --no-bf16 for float32."""
+    """Screen in bfloat16 where the hardware supports it; --no-bf16 screens in float32."""
     device: str = field(default_factory=default_device)
-    """Where the steps run. Rows from a GPU are also added to kernels/bench/results.csv."""
+    """Device of the steps. Rows from a GPU are also appended to kernels/bench/results.csv."""
     floor: dict[int, float] = field(default_factory=dict)
-    """Smallest allowed ratio for a d_sae; the exit status says whether it held."""
+    """Smallest allowed ratio per d_sae; the exit status is 1 if a ratio is below it."""
 
 
 class SparseTopK:
-    """A step of `saelab.train`, without its data and files."""
+    """The training step of `saelab.train`, without its data and files."""
 
     def __init__(self, d_in: int, d_sae: int, k: int, device: str = "cpu") -> None:
         self.sae = TopKSAE(TopKConfig(d_sae=d_sae, k=k), d_in).to(device)
@@ -92,10 +92,10 @@ class SparseTopK:
 
 
 def main(settings: Settings) -> int:
-    """Time every size; gives 1 when a floor was not reached."""
+    """Time every size; returns 1 if a ratio is below its floor, else 0."""
     if settings.peers and settings.device != "cpu":
         raise ValueError(
-            f"device={settings.device!r} with --peers: the other libraries' steps run on a CPU; add --device cpu."
+            f"device={settings.device!r} cannot be used with --peers, whose steps run on a CPU; add --device cpu."
         )
     keep_freed_memory()
     others = peers.install(settings.peers_venv or cache_folder() / "peers") if settings.peers else {}
@@ -122,15 +122,15 @@ def main(settings: Settings) -> int:
 
 
 def growth(rows: list[dict[str, Any]]) -> list[str]:
-    """How our step's time grows with d_sae: against the smallest size from 8192 on, for each k."""
+    """How the time of our step scales with d_sae, relative to the smallest d_sae of at least 8192, for each k."""
     ours = [(*map(int, row["shape"].split("x")[2:]), row["median"]) for row in rows if row["provider"] == "saelab"]
     lines = []
     for k in sorted({k for _, k, _ in ours}):
         sizes = sorted((d_sae, ms) for d_sae, other, ms in ours if other == k and d_sae >= 8192)
         for d_sae, ms in sizes[1:]:
             larger, longer = d_sae / sizes[0][0], ms / sizes[0][1]
-            verdict = "no faster than linearly" if longer <= larger else "FASTER THAN LINEARLY"
-            lines.append(f"k {k}: d_sae {sizes[0][0]} to {d_sae}, {larger:g} times; time {longer:.2f} times: {verdict}")
+            verdict = "at most linear" if longer <= larger else "MORE THAN LINEAR"
+            lines.append(f"k {k}: d_sae {sizes[0][0]} to {d_sae} ({larger:g}x), time {longer:.2f}x: {verdict}")
     return lines
 
 
@@ -192,24 +192,26 @@ def _rows(
 
 
 def _screen_of(settings: Settings) -> str:
-    """Weights and sums are float32; what finds the candidates is said beside."""
+    """The `dtype` column: weights and sums are float32; in parentheses the dtype of the screen, if another."""
     return "float32 (bf16 screen)" if settings.bf16 and fast_bf16(settings.device) else "float32"
 
 
 def _ratio(theirs: list[float], ours: list[float]) -> dict[str, float]:
-    """Their time over ours, turn by turn."""
+    """Their time over ours, paired step by step."""
     each = quantiles([b / a for a, b in zip(ours, theirs, strict=True)], scale=1)
     return {"ratio": each["median"], "ratio_q20": each["q20"], "ratio_q80": each["q80"]}
 
 
 def _check_selection(sae: TopKSAE, x: Tensor, k: int) -> None:
-    """The selection of 64 rows against float64; raises `AssertionError` on a difference beyond rounding."""
+    """Compare the selection of 64 rows with float64; raise `AssertionError` on a difference beyond rounding."""
     with torch.no_grad():
         feature_acts = sae.encode(x)
         centered = (sae.normalize(x[:64]) - sae.b_dec).double()
         want = encode_topk(centered, sae.W_enc.double(), sae.b_enc.double(), k)
         got = feature_acts.select_rows(torch.arange(64, device=x.device)).to_dense()
-    assert torch.allclose(got.double(), want, atol=1e-4), "encode_topk is wrong here; nothing is timed"
+    assert torch.allclose(got.double(), want, atol=1e-4), (
+        "encode_topk differs from float64 on this machine; nothing is timed"
+    )
 
 
 def _batches(settings: Settings) -> Iterator[Tensor]:
@@ -236,7 +238,7 @@ def _rows_of_data(settings: Settings) -> Iterator[Tensor]:
 
 
 def _timed(step: Callable[[Tensor], Any], x: Tensor) -> float:
-    """Seconds of one step; a GPU is waited for."""
+    """Seconds of one step, including the GPU's work."""
     start = time.perf_counter()
     step(x)
     if x.is_cuda:

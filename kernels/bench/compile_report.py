@@ -1,9 +1,9 @@
-"""Compile every Triton kernel for four kinds of GPU, without one, and print what the compilers made of it.
+"""Compile every Triton kernel for four GPU targets, without a GPU, and report the resources that it uses.
 
 `python -m saelab.kernels.bench.compile_report [--json]`: registers, spills, shared memory against the target's limit,
-tensor-core instructions, and modelled device-memory bytes (`traffic/hbm_model.py`) over the least possible at that cache size.
-Nothing runs and nothing is timed. A row is `ok` when nothing spills, the shared memory suffices, a product uses the
-tensor cores with a tile of at least 64 x 64, and the modelled bytes are at most 1.3 times the least.
+tensor-core instructions, and modelled device-memory bytes (`traffic/hbm_model.py`) over the minimum at that cache size.
+Nothing runs and nothing is timed. A row is `ok` if nothing spills, the shared memory suffices, a product uses the tensor
+cores with a tile of at least 64 x 64, and the modelled bytes are at most 1.3 times the minimum.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _TENSOR_CORE = {
 
 @dataclass(frozen=True)
 class Row:
-    """What one kernel became on one target. Bytes are bytes; `stack` may be used without any register being spilled."""
+    """One kernel compiled for one target. Sizes are in bytes; `stack` can be non-zero without any spilled register."""
 
     kernel: str
     target: str
@@ -63,18 +63,20 @@ class Row:
 
 
 def report() -> list[Row]:
-    """One row per kernel, shape and target. Needs TRITON_INTERPRET unset."""
+    """One row per kernel, shape and target. Raises `ValueError` if TRITON_INTERPRET is set."""
     from saelab.kernels.triton_backend import launch
 
     if launch.INTERPRETED:
-        raise ValueError("the kernels are compiled only when TRITON_INTERPRET is not set; unset it")
+        raise ValueError(
+            "TRITON_INTERPRET is set, so Triton interprets the kernels and does not compile them; unset it."
+        )
     modules = [importlib.import_module(f"saelab.kernels.bench.traffic.{name}") for name in MODULES]
     specs = [spec for module in modules for spec in module.production_specs()]
     return [judge(spec, target, compile_spec(spec, target)) for spec in specs for target in spec.targets]
 
 
 def compile_spec(spec: Any, target: str) -> Any:
-    """The compiled kernel; pointers count as aligned to 16 bytes, as torch allocates them."""
+    """The compiled kernel; pointers are declared 16-byte aligned, as torch allocates them."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -89,7 +91,7 @@ def compile_spec(spec: Any, target: str) -> Any:
 
 
 def judge(spec: Any, target: str, compiled: Any) -> Row:
-    """The report's row of a compiled kernel."""
+    """The row of the report for a compiled kernel."""
     from saelab.kernels.triton_backend import launch
 
     language = "amdgcn" if target.startswith("gfx") else "ptx"
@@ -117,12 +119,12 @@ def judge(spec: Any, target: str, compiled: Any) -> Row:
 
 
 def problems_of(row: Row, tile: tuple[int, int], tensor_cores: bool) -> list[str]:
-    """What keeps a row from being ok, in words."""
+    """The reasons why a row is not ok, as text."""
     found = {
         f"{row.spills} spills": row.spills > 0,
-        f"{row.shared} bytes of shared memory, {row.shared_limit} exist": row.shared > row.shared_limit,
-        f"{row.hbm_ratio:.2f} times the least bytes": row.hbm_ratio > HBM_LIMIT,
-        "fewer bytes than the least": row.hbm_bytes < row.least_bytes,
+        f"{row.shared} bytes of shared memory, the limit is {row.shared_limit}": row.shared > row.shared_limit,
+        f"{row.hbm_ratio:.2f} times the minimum bytes": row.hbm_ratio > HBM_LIMIT,
+        "fewer bytes than the minimum": row.hbm_bytes < row.least_bytes,
         "no tensor-core instruction": tensor_cores and row.n_tensor_core == 0,
         f"a tile of {row.tile}, smaller than 64x64": tensor_cores and min(tile) < 64,
     }
@@ -130,19 +132,21 @@ def problems_of(row: Row, tile: tuple[int, int], tensor_cores: bool) -> list[str
 
 
 def amdgcn_usage(asm: dict[str, str]) -> tuple[int, int, int]:
-    """(vector registers, scratch bytes, spilled registers) from the metadata at the end of amdgcn text."""
+    """(vector registers, scratch bytes, spilled registers) from the metadata at the end of amdgcn assembly."""
     names = ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count", "sgpr_spill_count")
     found = [re.search(rf"^\s*\.{name}:\s+(\d+)", asm["amdgcn"], re.MULTILINE) for name in names]
     if None in found:
-        raise RuntimeError("the amdgcn text has no kernel metadata")
+        raise RuntimeError(
+            "The amdgcn assembly has no kernel metadata; this version of Triton may print it differently."
+        )
     vgprs, scratch, vgpr_spills, sgpr_spills = (int(match[1]) for match in found if match)
     return vgprs, scratch, vgpr_spills + sgpr_spills
 
 
 def cubin_usage(asm: dict[str, Any]) -> tuple[int, int, int]:
-    """(registers, stack bytes, local-memory instructions) of a cubin, read by the cuobjdump of triton's wheel.
+    """(registers, stack bytes, local-memory instructions) of a cubin, from the cuobjdump in triton's wheel.
 
-    Registers are spilled to the stack, so that a kernel without one is not disassembled, which takes as long as compiling.
+    Registers are spilled to the stack, so a kernel without one is not disassembled (that takes as long as compiling).
     """
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
@@ -183,9 +187,9 @@ def table(rows: list[Row]) -> str:
 
 
 def main() -> int:
-    """Print the report; 1 when a row is not ok."""
+    """Print the report; returns 1 if a row is not ok, else 0."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--json", action="store_true", help="one JSON list instead of a table")
+    parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder

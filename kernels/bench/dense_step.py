@@ -1,4 +1,4 @@
-"""The step that everybody writes first: two dense matrix products, `topk`, `scatter`, autograd, fused Adam."""
+"""The baseline of `bench_step`: the obvious dense step of two matrix products, `topk`, `scatter`, autograd, fused Adam."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 
 class DenseTopK:
-    """A TopK SAE in plain PyTorch with the same loss, projection, clip, unit norms, counters and log values as ours.
+    """A TopK SAE in plain PyTorch with the same loss, projection, clipping, unit norms, counters and log values as ours.
 
-    With `tf32` a GPU's products round their operands to 10 bits, which is several times faster and no longer exact.
+    With `tf32` a GPU's products round their operands to 10 mantissa bits: several times faster, but no longer exact.
     """
 
     def __init__(self, d_in: int, d_sae: int, k: int, device: str = "cpu", tf32: bool = False) -> None:

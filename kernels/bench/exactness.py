@@ -1,8 +1,9 @@
-"""Does every kind of selection choose what float64 would? `python -m saelab.kernels.bench.exactness RUN`, real tokens.
+"""Check every selection against float64 on the activations of a RUN: `python -m saelab.kernels.bench.exactness RUN`.
 
-Two correct float32 sums differ in their last bits, so a row may differ whose last score taken and first one left lie
-within 2e-6 of each other (for one threshold over all rows: whose nearest score lies so near to it). In all other rows the
-sets must be equal; exit status 1 if one is not. Printed beside: the rows whose gap is under 1e-5.
+Correct float32 sums can differ in their last bits, so a row is not judged if its last kept and first rejected score are
+within a relative gap of 2e-6 (for one threshold over all rows: if a score is that close to it). In all other rows the sets
+must be equal. The exit status is 1 if one is not, or if 100 or more rows of a selection are too close to be judged. The
+number of rows whose gap is under 1e-5 is also printed.
 """
 
 from __future__ import annotations
@@ -30,32 +31,32 @@ GAP = 2e-6
 
 @dataclass(frozen=True)
 class Settings:
-    """What is checked."""
+    """Settings of the check."""
 
     run: tyro.conf.Positional[Path]
-    """A RUN with a cache and an SAE, for instance runs/demo."""
+    """A RUN with a cache and an SAE, for example runs/demo."""
     n_tokens: int = 100_000
-    """Tokens of its cache."""
+    """Tokens of the cache to check."""
     batch_size: int = 2048
     """Tokens encoded at once."""
     k: int | None = None
-    """Features a token; None is the SAE's own."""
+    """Features per token; None uses the k of the SAE."""
 
 
 @dataclass
 class Count:
-    """Rows (for Feature Choice: columns) of one selection."""
+    """Counts of rows (for Feature Choice: features) of one selection."""
 
     rows: int = 0
     close: int = 0
-    """Those whose gap is under 2e-6: not judged."""
+    """Rows whose gap is at most 2e-6, which are not judged."""
     under_1e_5: int = 0
-    """Those whose gap is under 1e-5."""
+    """Rows whose gap is at most 1e-5."""
     different: int = 0
-    """Those that differ without being close."""
+    """Rows that differ without being close."""
 
     def add(self, kept: Tensor, last: Tensor, following: Tensor, wanted: Tensor) -> None:
-        """`kept` and `wanted (rows, n)` as masks, `last` and `following (rows)` as scores."""
+        """`kept` and `wanted (rows, n)` are masks; `last` and `following (rows)` the last kept and first rejected score."""
         gap = torch.where(last > 0, (last - following) / last, 1.0)
         close = gap <= GAP
         self.under_1e_5 += int((gap <= 1e-5).sum())
@@ -65,7 +66,7 @@ class Count:
 
 
 def main(settings: Settings) -> int:
-    """Print one JSON line a selection; gives 1 when a set was wrong."""
+    """Print one JSON line per selection; returns 1 if a set was wrong or too many rows were close, else 0."""
     sae = saelab.load_sae(settings.run / "sae" if (settings.run / "sae").exists() else settings.run)
     weights = sae.W_enc.detach(), sae.b_enc.detach()
     norms = sae.W_dec.detach().norm(dim=1) * torch.linspace(0.5, 2, sae.d_sae)
@@ -116,7 +117,7 @@ def _judge(count: Count, feature_acts: SparseActs, scores: Tensor, k: int, trans
 
 
 def _judge_batch(count: Count, feature_acts: SparseActs, scores: Tensor, k: int) -> None:
-    """One threshold for the batch: a row is close when one of its scores lies at it."""
+    """One threshold for the batch; a row is close if one of its scores is close to it."""
     best = scores.flatten().topk(k * len(scores) + 1).values
     _judge_threshold(count, feature_acts, scores, float((best[-1] + best[-2]) / 2))
 

@@ -1,7 +1,7 @@
-"""How much memory does a step need beyond the weights? `python -m saelab.kernels.bench.memory`, in a fresh process.
+"""Measure the memory of a training step beyond the weights: `python -m saelab.kernels.bench.memory`, in a fresh process.
 
-Peak resident memory of five steps, less the bytes of the fp32 parameters, their gradients and Adam's moments, above what
-is resident after the imports. Dense pre-activations alone would be `batch * d_sae * 4` bytes, once each way.
+This is the peak resident memory of a few steps minus what is resident after the imports and minus the fp32 parameters, their
+gradients and Adam's moments. Dense pre-activations alone would take `batch * d_sae * 4` bytes, and as much for their gradient.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Settings:
-    """The step that is measured."""
+    """Sizes of the step, and the limit."""
 
     d_sae: int = 131072
     d_in: int = 576
@@ -29,11 +29,11 @@ class Settings:
     batch_size: int = 2048
     steps: int = 5
     limit_mib: float = 300.0
-    """More than this gives exit status 1."""
+    """The exit status is 1 above this."""
 
 
 def main(settings: Settings) -> int:
-    """Print one JSON object; gives 1 above the limit."""
+    """Print one JSON object; returns 1 above the limit, else 0."""
     before = _resident()
     step = SparseTopK(settings.d_in, settings.d_sae, settings.k)
     generator = torch.Generator().manual_seed(0)
@@ -52,7 +52,7 @@ def main(settings: Settings) -> int:
 
 
 def _resident() -> int:
-    """Bytes resident now."""
+    """Resident memory of this process, in bytes."""
     status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmRSS"))
 

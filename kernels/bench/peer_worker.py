@@ -1,11 +1,12 @@
-"""One peer library's TopK training step in a process of its own; `saelab.kernels.bench.peers` starts it and talks to it.
+"""Worker process that runs one peer library's TopK training step, started by `saelab.kernels.bench.peers`.
 
-One JSON object a line, both ways. First comes the shape: `{"d_in", "d_sae", "k", "batch", "threads", "path"}`; the answer
-is `{"version"}`. Then each `{"step": true}` takes the batch that lies in the file `path` (raw float32), is timed here, and
-is answered by `{"seconds", "loss"}`. `{"error"}` is the last answer of a peer that raised. Imports torch and the peer only.
+The protocol is one JSON object per line, in both directions. The first request is the shape, `{"d_in", "d_sae", "k", "batch",
+"threads", "path"}`, and is answered by `{"version"}`. Each following `{"step": true}` runs and times one step on the batch in
+the file `path` (raw float32) and is answered by `{"seconds", "loss"}`. A peer that raises answers `{"error"}` and exits. Only
+torch and the peer are imported.
 
-Where a library has a method or function that trains on one batch, that is what runs. All else is left at the library's
-default: learning rate, schedule, clip, auxiliary loss, how a step is counted.
+If a library has a method or function that trains on one batch, that is what runs. Everything else is the library's default:
+learning rate, schedule, clipping, auxiliary loss, step counting.
 """
 
 import importlib.metadata
@@ -20,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 MANY = 10**6
-"""Steps that a run would have: the end of a learning rate's schedule is never reached."""
+"""Length of the run in steps, so long that the end of a learning rate schedule is never reached."""
 
 
 class Plain:
-    """A TopK SAE of ten lines with Adam. No library: it is here to test the pipe."""
+    """A minimal TopK SAE with Adam; no library, used to test the protocol."""
 
     version = torch.__version__
 
@@ -43,10 +44,10 @@ class Plain:
 
 
 class SaeLens:
-    """`SAETrainer.step` on a `TopKTrainingSAE`, and the step count that `SAETrainer.fit` adds.
+    """`SAETrainer.step` on a `TopKTrainingSAE`, and the step counter of `SAETrainer.fit`.
 
-    Forward, squared error, AuxK once a feature is dead (1,000 steps), firing counters, backward, clip to norm 1, Adam,
-    schedulers. The decoder is not normalised: by default activations are rescaled by its norms. Nothing is logged.
+    Forward, squared error, AuxK once a feature is dead (1,000 steps), firing counters, backward, clipping to norm 1, Adam,
+    schedulers. The decoder is not normalised; by default activations are rescaled by its norms. Nothing is logged.
     """
 
     def __init__(self, d_in: int, d_sae: int, k: int, batch: int) -> None:
@@ -71,7 +72,7 @@ class DictionaryLearning:
     """`TopKTrainer.update`.
 
     Forward, squared error, AuxK once a feature is dead (10 million tokens), firing counters, backward, projection of the
-    decoder's gradient, clip to norm 1, Adam, scheduler, unit norms. Its first step sets `b_dec` to a geometric median.
+    decoder's gradient, clipping to norm 1, Adam, scheduler, unit norms. The first step sets `b_dec` to a geometric median.
     """
 
     def __init__(self, d_in: int, d_sae: int, k: int, batch: int) -> None:
@@ -89,17 +90,15 @@ class DictionaryLearning:
 
 
 class Sparsify:
-    """The steps of `Trainer.fit` for one SAE, written out: `fit` itself needs a language model and gives no batch away.
+    """The step of `Trainer.fit` for one SAE, written out: `fit` itself needs a language model and does not accept batches.
 
     In its order: `b_dec` from the first batch, unit norms, total variance, `SparseCoder.forward`, fired mask, FVU,
     backward (AuxK has weight 0 by default), projection of the decoder's gradient, schedule-free signum, token counts.
-    Left out: what `fit` does with hooks, token masks and files. Its bfloat16 autocast is for CUDA only.
+    Omitted: what `fit` does with hooks, token masks and files, and its bfloat16 autocast, which is for CUDA only.
     """
 
     def __init__(self, d_in: int, d_sae: int, k: int, batch: int) -> None:
-        os.environ["SPARSIFY_DISABLE_TRITON"] = (
-            "1"  # its Triton decoder takes CUDA tensors only, and is chosen at import
-        )
+        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # its Triton decoder, chosen at import, takes CUDA tensors only
         from schedulefree import ScheduleFreeWrapper  # pyright: ignore[reportMissingImports]
         from sparsify import SparseCoder, SparseCoderConfig  # pyright: ignore[reportMissingImports]
         from sparsify.sign_sgd import SignSGD  # pyright: ignore[reportMissingImports]
@@ -134,12 +133,12 @@ class Sparsify:
 class Overcomplete:
     """`train_sae` with a data loader of one batch, on a `TopKSAE`, with the loss and optimiser of the library's README.
 
-    Forward, mean squared error (AuxK is a choice there, no default), dead code tracker, backward, clip to norm 1, Adam, R2,
-    L0 and loss for its log (`monitoring=1`, the default); the decoder's unit norms are restored in each forward.
+    Forward, mean squared error (AuxK is optional there, not the default), dead code tracker, backward, clipping to norm 1,
+    Adam, R2, L0 and loss for its log (`monitoring=1`, the default); each forward pass renormalises the decoder.
     """
 
     def __init__(self, d_in: int, d_sae: int, k: int, batch: int) -> None:
-        # The package's own __init__ imports plots and image models: 0.3.0 fails there beside matplotlib 3.9 and later.
+        # The package's own __init__ imports plots and image models, which fails in 0.3.0 with matplotlib 3.9 and later.
         spec = importlib.util.find_spec("overcomplete")
         if spec is None:
             raise ModuleNotFoundError("No module named 'overcomplete'")
@@ -168,7 +167,7 @@ PEERS = {
 
 
 def main(name: str) -> None:
-    """Serve until the input ends. What a library prints goes to stderr, so that nothing stands between the answers."""
+    """Serve until stdin closes. Output of the library is redirected to stderr, so that stdout holds only answers."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     try:

@@ -1,8 +1,8 @@
-"""Other SAE libraries beside ours: a virtual environment of their own, and one idle worker process for each.
+"""Run other SAE libraries for `bench_step --peers`: one virtual environment for all, one worker process for each.
 
-Only `bench_step --peers` comes here. saelab depends on none of them: pip puts them into a folder, once, with the torch
-that this process runs, and they are spoken to through pipes (`peer_worker.py`). A peer that cannot be installed, raises,
-dies or does not learn is named on stderr with the reason and has no row: a failure is never a time.
+saelab depends on none of them: pip installs them into a folder, once, with the torch version of this process, and the
+workers are driven through pipes (`peer_worker.py`). A peer that cannot be installed, raises, dies or does not learn is
+reported on stderr with the reason and gets no row: a failure never appears as a time.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ PEERS = ("sae-lens", "dictionary-learning", "eai-sparsify", "overcomplete")
 """Names on PyPI."""
 WORKER = Path(__file__).with_name("peer_worker.py")
 LEARNS_AFTER = 20
-"""Steps after which a peer's loss on its first batch has to be lower than it was."""
+"""Steps after which a peer's loss on its first batch must be lower than at first."""
 
 
 class PeerError(Exception):
-    """Why a peer is left out, in one line."""
+    """The reason why a peer is skipped, in one line."""
 
 
 def install(folder: Path) -> dict[str, list[str]]:
-    """The worker's command for every peer that is installed under `folder`; what is missing is fetched by pip first."""
+    """The worker command of every peer installed in `folder`; installs missing peers with pip first."""
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     pin, listed = f"torch=={importlib.metadata.version('torch')}", folder / "peers.json"
     there = json.loads(listed.read_text(encoding="utf-8")) if listed.exists() else []
@@ -65,8 +65,8 @@ def _installed(python: Path, pin: str, name: str) -> bool:
 
 
 def _drop_foreign_torchvision(python: Path) -> None:
-    """Some peers require torchvision. Built for another torch (CUDA beside CPU) it breaks transformers' imports; no step
-    of a peer needs it."""
+    """Uninstall torchvision if it cannot be imported. Some peers require it, but no step needs it, and a build for another
+    torch (CUDA next to CPU) breaks the imports of transformers."""
     try:
         _run(str(python), "-I", "-c", "import torchvision")
     except PeerError:
@@ -86,11 +86,11 @@ def _run(*command: str) -> None:
 
 
 def _leave_out(name: str, error: PeerError) -> None:
-    print(f"peers: {name} left out: {error}", file=sys.stderr, flush=True)
+    print(f"peers: {name} skipped: {error}", file=sys.stderr, flush=True)
 
 
 class Peers:
-    """The peers at one shape. They run only inside `step`, in turn; one that fails leaves, with the times it had."""
+    """The peers at one shape. They run only inside `step`, one after the other; one that fails is dropped with its times."""
 
     def __init__(self, commands: Mapping[str, Sequence[str]], first: Tensor, d_sae: int, k: int) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="saelab-peers-")
@@ -110,7 +110,7 @@ class Peers:
         self._folder.cleanup()
 
     def step(self, x: Tensor, timed: bool = False) -> None:
-        """One step of each on this batch."""
+        """One step of each peer on this batch; `timed` records the seconds."""
         if self._workers:
             self._batch.write_bytes(x.contiguous().numpy().data)
         for name in list(self._workers):
@@ -121,7 +121,7 @@ class Peers:
                 worker.seconds += [answer["seconds"]] if timed else []
 
     def check_learning(self, first: Tensor) -> None:
-        """One more step on the batch of the first step: a peer whose loss is no lower than then leaves."""
+        """One more step on the batch of the first step; drops peers whose loss is not lower than it was then."""
         self.step(first)
         for name, worker in list(self._workers.items()):
             before, after, steps = worker.losses[0], worker.losses[-1], len(worker.losses) - 1
@@ -129,7 +129,7 @@ class Peers:
                 self._leave(name, PeerError(f"its loss went from {before:.4g} to {after:.4g} in {steps} steps"))
 
     def seconds(self) -> dict[str, list[float]]:
-        """The timed steps of those that did not fail, under name and version."""
+        """Seconds of the timed steps of every remaining peer, by name and version."""
         return {f"{name} {worker.version}": worker.seconds for name, worker in self._workers.items()}
 
     def _ask(self, name: str, message: dict[str, Any]) -> dict[str, Any] | None:
@@ -145,7 +145,7 @@ class Peers:
 
 
 class _Worker:
-    """A process, its pipes, and what it has answered."""
+    """A worker process, its pipes and its answers."""
 
     def __init__(self, command: Sequence[str]) -> None:
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the process)
@@ -158,7 +158,7 @@ class _Worker:
 
     def ask(self, message: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None and self._process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):  # a process that is gone gives no answer
+        with contextlib.suppress(BrokenPipeError):  # if the process has exited, there is no answer below
             self._process.stdin.write(json.dumps(message) + "\n")
             self._process.stdin.flush()
         line = self._process.stdout.readline()
@@ -174,10 +174,10 @@ class _Worker:
         status = self._process.wait()
         self._log.seek(0)
         lines = [line for line in self._log.read().decode(errors="replace").splitlines() if line.strip()]
-        return f"its process ended with status {status}" + (f": {lines[-1].strip()}" if lines else "")
+        return f"its process exited with status {status}" + (f": {lines[-1].strip()}" if lines else "")
 
     def close(self) -> None:
-        """Ends the process: no more input is its sign to stop."""
+        """End the process by closing its input; kill it after 10 seconds."""
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
             with contextlib.suppress(BrokenPipeError):

@@ -1,4 +1,4 @@
-"""What a row of a bench's CSV holds, and the name of the machine in it."""
+"""Rows of the kernel benchmarks' CSV files: columns, quantiles and the name of the machine."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ COLUMNS = (
     *("op", "shape", "dtype", "provider", "median", "q20", "q80", "ratio", "ratio_q20", "ratio_q80"),
     *("margin", "certified", "recomputed", "hardware"),
 )
-"""Times in milliseconds; ratio: the baseline's time over this one's, of pairs of neighbouring steps. A peer
-library's row has it the same way round: its time over ours."""
+"""Times are in milliseconds. `ratio` is over pairs of neighbouring steps: in saelab's row the dense step's time over ours,
+in the row of a peer library its time over ours."""
 
 
 RESULTS = Path(__file__).with_name("results.csv")
-"""What was measured on GPUs. No GPU speed is claimed without its row here."""
+"""Measurements on GPUs; every GPU speed that the documentation claims has its row here."""
 
 
 def default_device() -> str:
-    """ "cuda" where there is one, else "cpu"."""
+    """The device "cuda" if available, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def quantiles(values: list[float], scale: float = 1e3) -> dict[str, float]:
-    """Median, 20 % and 80 % quantile, rounded; seconds become milliseconds."""
+    """Median, 20 % and 80 % quantile, rounded; the default `scale` converts seconds to milliseconds."""
     points = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64))
     return dict(zip(("median", "q20", "q80"), (round(float(p) * scale, 3) for p in points), strict=True))
 
 
 @cache
 def hardware() -> str:
-    """The GPU's name, or the CPU's with its threads and units; torch's version."""
+    """Name of the GPU, or of the CPU with threads and vector units; version of torch."""
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()} torch {torch.__version__}"
     found = torch.cpu.get_capabilities()
@@ -51,7 +51,7 @@ def _cpu_name() -> str:
 
 
 def append_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Add rows to a CSV file, with a header if it is new."""
+    """Append rows to a CSV file, with a header if it is new."""
     new = not path.exists()
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="")

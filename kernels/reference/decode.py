@@ -1,4 +1,4 @@
-"""Reference of `decode`: a dense product."""
+"""Reference implementation of `decode`: a dense product."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reference of `encode_batch_topk`: dense pre-activations, one sort over the batch, keep."""
+"""Reference implementation of `encode_batch_topk`: dense pre-activations and one sort over the batch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def encode_batch_topk(
     norms: Float[Tensor, " d_sae"] | None = None,
     center: Float[Tensor, " d_in"] | None = None,
 ) -> Float[Tensor, "batch d_sae"]:
-    """The dense code: the batch's `n_kept` largest scores as far as positive, ties to the earlier row and lower id."""
+    """Dense feature activations: the batch's `n_kept` largest positive scores, ties to the earlier row and lower id."""
     pre_acts = (x if center is None else x - center) @ W_enc.T + b_enc
     scores = scores_of(pre_acts, score, norms).flatten()
     kept = scores.sort(descending=True, stable=True).indices[:n_kept]

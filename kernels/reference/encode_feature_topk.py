@@ -1,4 +1,4 @@
-"""Reference of `encode_feature_topk`: dense pre-activations, one sort a column, keep."""
+"""Reference implementation of `encode_feature_topk`: dense pre-activations and one sort per column."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def encode_feature_topk(
     capacity: Int[Tensor, " d_sae"],
     center: Float[Tensor, " d_in"] | None = None,
 ) -> Float[Tensor, "batch d_sae"]:
-    """The dense code: of column i the `capacity[i]` largest pre-activations as far as positive, ties to the earlier row."""
+    """Dense feature activations: the `capacity[i]` largest positive pre-activations of column i, ties to the earlier row."""
     pre_acts = (x if center is None else x - center) @ W_enc.T + b_enc
     order = pre_acts.sort(dim=0, descending=True, stable=True).indices
     rank = torch.empty_like(order).scatter(0, order, torch.arange(len(x), device=x.device)[:, None].expand_as(order))

@@ -1,4 +1,4 @@
-"""Reference of `encode_threshold`: dense pre-activations, kept where above the threshold."""
+"""Reference implementation of `encode_threshold`: dense pre-activations, kept where above the threshold."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ def encode_threshold(
     band: float = 0.0,
     center: Float[Tensor, " d_in"] | None = None,
 ) -> Float[Tensor, "batch d_sae"]:
-    """The dense code `(batch, d_sae)`: `u` where `u > threshold - band`, else 0."""
+    """Dense feature activations: the pre-activation `u` where `u > threshold - band`, else 0."""
     pre_acts = (x if center is None else x - center) @ W_enc.T + b_enc
     return torch.where(pre_acts > threshold - band, pre_acts, 0)

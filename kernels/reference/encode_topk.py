@@ -1,4 +1,4 @@
-"""Reference of `encode_topk`: dense pre-activations, sort, keep. The specification, in plain PyTorch."""
+"""Reference implementation of `encode_topk`, its specification: dense pre-activations and one sort per row."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def encode_topk(
     norms: Float[Tensor, " d_sae"] | None = None,
     center: Float[Tensor, " d_in"] | None = None,
 ) -> Float[Tensor, "batch d_sae"]:
-    """The dense code `(batch, d_sae)`: each row's k largest scores as far as positive, ties to the lowest id."""
+    """Dense feature activations: the k largest positive scores of each row, ties to the lowest id."""
     pre_acts = (x if center is None else x - center) @ W_enc.T + b_enc
     scores = scores_of(pre_acts, score, norms)
     kept = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
@@ -25,7 +25,7 @@ def encode_topk(
 
 
 def scores_of(pre_acts: Tensor, score: str, norms: Tensor | None) -> Tensor:
-    """ "value", "magnitude" or "decoder_norm"."""
+    """The scores that pairs are ranked by; `score` is "value", "magnitude" or "decoder_norm"."""
     if score == "magnitude":
         return pre_acts.abs()
     return pre_acts if norms is None else pre_acts * norms

@@ -1,4 +1,4 @@
-"""Reference of `jump_relu`: the step and its straight-through slopes, as autograd makes them of plain products."""
+"""Reference implementation of `jump_relu`: the step and its straight-through slopes, differentiated by autograd."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""References of the primitives that a `Backend` is made of: dense products, in their signatures. Nothing is screened here:
-the reference encoders look at every pair."""
+"""Reference implementation of the primitives of a `Backend`: dense products with the same signatures. There is no screen,
+as the reference encoders evaluate every pair."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from saelab.kernels.sparse_acts import SparseActs
 
 
 class Screen:
-    """Not to be had: a dense encoder needs no candidates."""
+    """Not available: a dense encoder needs no candidates."""
 
     def __init__(self, *args: object) -> None:
         raise AssertionError("the reference encoders do not screen")
 
 
 def rows_at_once(n_columns: int, dtype: torch.dtype) -> int:
-    """As `Screen`."""
+    """Not available, like `Screen`."""
     raise AssertionError("the reference encoders do not screen")
 
 
@@ -27,7 +27,7 @@ def sddmm(x: Tensor, W: Tensor, features: Tensor, offsets: Tensor) -> Tensor:
 
 
 def spmm(values: Tensor, features: Tensor, offsets: Tensor, W: Tensor) -> Tensor:
-    """A dense matrix of the weights, times W."""
+    """A dense matrix of the values, times W."""
     dense = values.new_zeros(len(offsets) - 1, len(W))
     dense.index_put_((torch.repeat_interleave(offsets.diff()), features), values, accumulate=True)
     return dense @ W
@@ -47,21 +47,21 @@ def spmm_transposed(feature_acts: SparseActs, values: Tensor, g: Tensor) -> Tens
 
 
 def bias_gradient(feature_acts: SparseActs, values: Tensor) -> Tensor:
-    """The columns' sums."""
+    """The sum of each column."""
     return feature_acts.with_values(values).to_dense().sum(0)
 
 
 def round_rows(W: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
-    """W rounded into `low`; each row's norm, and that of what it lost."""
+    """Write W, rounded, into `low`; the norm of each row and of its rounding error."""
     rounded = low[:, : W.shape[1]].copy_(W)
     return W.norm(dim=1), (rounded.to(W) - W).norm(dim=1)
 
 
 def project_(gradient: Tensor, W: Tensor) -> None:
-    """Take out each row's part along the row of W."""
+    """Remove from each row of the gradient its component along the row of W."""
     gradient -= (gradient * W).sum(1, keepdim=True) * W
 
 
 def unit_norm_(W: Tensor) -> None:
-    """Rows to norm 1; a row of zeros stays."""
+    """Scale each row to norm 1; a row of zeros stays zero."""
     W /= W.norm(dim=1, keepdim=True).clamp_min(torch.finfo(W.dtype).eps)

@@ -1,6 +1,6 @@
-"""Where a large table reaches its row's floor, when few entries do: compare, pack to bits, and look at non-zero words.
+"""Find the few entries of a large table that reach their row's floor: compare, pack to bits, scan the non-zero words.
 
-numpy compares small integers and packs bits at the speed of memory, where `torch.nonzero` walks byte by byte.
+numpy compares small integers and packs bits at memory bandwidth, whereas `torch.nonzero` scans byte by byte.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _INT32 = np.iinfo(np.int32).max
 
 
 def flatnonzero_at_least(table: Tensor, floor: Tensor) -> Int[Tensor, " n"]:
-    """Flat positions, ascending, of the entries of `table (rows, 64 * n)` that are `floor (rows)` or more."""
+    """Flat positions, ascending, of the entries of `table (rows, 64 * n)` that are at least `floor (rows)`."""
     if table.device.type != "cpu":
         return (table >= floor[:, None]).view(-1).nonzero().squeeze(1)
     rows, columns = table.shape
@@ -33,7 +33,7 @@ def flatnonzero_at_least(table: Tensor, floor: Tensor) -> Int[Tensor, " n"]:
 
 
 def _pack(values: np.ndarray, floors: np.ndarray, words: np.ndarray) -> None:
-    """One bit an entry, a few rows at a time, so that the comparison stays in the cache."""
+    """Write one bit per entry into `words`, a few rows at a time so that the comparison stays in the cache."""
     room = np.empty((min(_CHUNK_ROWS, len(values)), values.shape[1]), bool)
     for start in range(0, len(values), _CHUNK_ROWS):
         rows = slice(start, start + _CHUNK_ROWS)
@@ -42,7 +42,7 @@ def _pack(values: np.ndarray, floors: np.ndarray, words: np.ndarray) -> None:
 
 
 def _set_bits(words: np.ndarray, first: int, n_bits: int) -> np.ndarray:
-    """Positions, from `first` on, of all set bits: the lowest of every word, then the next of those that have one, sorted."""
+    """Positions of all set bits, counted from `first`, sorted: in rounds, each takes the lowest remaining bit of every word."""
     words_at = np.flatnonzero(words != 0)
     left = words[words_at]
     narrow = np.int32 if n_bits <= _INT32 else np.int64  # sorts many times faster

@@ -1,4 +1,4 @@
-"""numpy on two threads: it leaves the interpreter lock alone while it compares, selects and sorts."""
+"""Run numpy on two threads: it releases the GIL while it compares, selects and sorts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MANY = 128
 
 
 def in_halves(n_rows: int, work: Callable[[slice], np.ndarray]) -> np.ndarray:
-    """What `work` makes of each half of the rows, one after the other; few rows are not worth waking a thread."""
+    """The results of `work` for both halves of the rows, concatenated; few rows are not worth waking a thread."""
     if n_rows < _MANY:
         return work(slice(0, n_rows))
     edges = [n_rows * part // _N_HALVES for part in range(_N_HALVES + 1)]

@@ -1,5 +1,5 @@
-"""Row-wise upkeep of a dictionary in PyTorch, a few rows at a time: each is read from memory once and no temporary is as
-large as the dictionary."""
+"""Row-wise passes over a weight matrix in PyTorch: rounding, projection, unit norm. They take a few rows at a time, so that
+each row is read from memory once and no temporary is as large as the matrix."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ROWS = 512
 
 
 def round_rows(W: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
-    """Write `W`, rounded, in the first columns of `low`; the norm of each row, and of what it lost."""
+    """Write `W`, rounded, into the first columns of `low`; the norm of each row and of its rounding error."""
     norms, errors = torch.empty(2, len(W), dtype=W.dtype, device=W.device)
     room = WORKSPACE.take("rounding", (min(_ROWS, len(W)), W.shape[1]), W.dtype, W.device)
     for start in range(0, len(W), _ROWS):
@@ -26,19 +26,19 @@ def round_rows(W: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def project_(gradient: Tensor, W: Tensor) -> None:
-    """Remove the part of each row's gradient along that row."""
+    """In place: remove from each row of the gradient its component along the row of `W`."""
     for g, w in zip(gradient.split(_ROWS), W.split(_ROWS), strict=True):
         g.addcmul_(row_dots(g, w)[:, None], w, value=-1)
 
 
 def unit_norm_(W: Tensor) -> None:
-    """Scale each row to norm 1; a row of zeros stays."""
+    """In place: scale each row to norm 1; a row of zeros stays zero."""
     for w in W.split(_ROWS):
         w *= row_dots(w, w).sqrt_().clamp_min_(torch.finfo(W.dtype).eps).reciprocal_()[:, None]
 
 
 def row_dots(a: Tensor, b: Tensor) -> Tensor:
-    """`<a[i], b[i]>` of up to `_ROWS` rows; the gather-dot takes half the time of multiplying and summing."""
+    """`<a[i], b[i]>` for up to `_ROWS` rows; the gather-dot takes half the time of `(a * b).sum(1)`."""
     ids = _ids(a.device)[: len(a)]
     return pairs(a, b, ids, ids)
 

@@ -1,9 +1,9 @@
-"""The screen in PyTorch: upper bounds of all scores of some rows, a block of features at a time in one reused buffer, and
-the pairs that reach a floor.
+"""The screen in PyTorch: upper bounds of all scores of a chunk of rows, a block of features at a time in one reused
+buffer, and the pairs that reach a floor.
 
-In each block the features fall into groups, feature j into group `j % n_groups`. The k groups with the largest maxima
-hold at least k entries as large as the k-th of these maxima, so that one is a lower bound of the k-th largest entry,
-found among few numbers. It holds for the first blocks alone and rises with each, so that each is multiplied once.
+In each block the features form groups, feature j in group `j % n_groups`. At least k entries are as large as the k-th
+largest group maximum, so it is a lower bound of the k-th largest entry, found among few numbers. The bound holds after
+any number of blocks and only rises, so each block is multiplied once.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ _WORD = 64
 
 
 def rows_at_once(n_columns: int, dtype: torch.dtype) -> int:
-    """How many rows a screen may take: as many as fill its 32 MiB with all columns, or with a block of them."""
+    """How many rows a screen may hold: as many as fit its 32 MiB buffer with all columns, but at least `_ROWS`."""
     return max(_ROWS, _BUFFER_BYTES // (max(n_columns, 1) * dtype.itemsize))
 
 
 class Screen:
-    """Entries `a @ b.T + bias` (or their magnitudes) of one chunk of rows; valid until the next screen is made."""
+    """The screen of one chunk of rows: entries `a @ b.T + bias` or their magnitudes; valid until the next screen is made."""
 
     def __init__(self, operands: Operands, magnitude: bool = False, min_groups: int = 1) -> None:
         self._operands, self._magnitude, self._min_groups = operands, magnitude, min_groups
-        # Positive bfloat16 numbers are ordered as their bits are, and integers are compared many times faster.
+        # Positive bfloat16 numbers have the same order as their bits, and integers are compared many times faster.
         self._is_bits = operands.a.dtype == torch.bfloat16
         self._rows, columns = operands.a.shape[0], operands.b.shape[0]
         fitting = _BUFFER_BYTES // (max(self._rows, 1) * operands.a.dtype.itemsize)
@@ -48,11 +48,11 @@ class Screen:
 
     @property
     def maxima(self) -> Float[Tensor, "rows n_groups"]:
-        """A lower bound of each group's largest entry, as far as it is positive (others are any number that is not)."""
+        """A lower bound of each group's largest entry, if that is positive (else an arbitrary number that is not)."""
         return torch.cat([self._lowered(self._maxima(table)).clone() for _, table in self._tables()], 1)
 
     def best_pairs(self, k: int, margin: Float[Tensor, " rows"]) -> Candidates:
-        """Every pair not more than `margin` under a lower bound of its row's k-th largest entry (k at most `d_sae`)."""
+        """Every pair at most `margin` below a lower bound of its row's k-th largest entry (k at most `d_sae`)."""
         best: list[Tensor] = []
 
         def floor_with(table: Tensor) -> Tensor:
@@ -68,11 +68,11 @@ class Screen:
         return self._pairs(floor_with)
 
     def pairs_above(self, floor: Float[Tensor, " rows"]) -> Candidates:
-        """Every pair whose entry is `floor` or more. In bfloat16 floors are positive."""
+        """Every pair whose entry is at least `floor`; in bfloat16 the floor is raised to `TINY`."""
         return self._pairs(lambda _: floor)
 
     def _pairs(self, floor_with: Callable[[Tensor], Tensor]) -> Candidates:
-        """The pairs that reach the last floor; floors do not fall from block to block."""
+        """The pairs that reach the floor of the last block; the floor never falls from block to block."""
         keys: list[Tensor] = []
         entries: list[Tensor] = []
         floor = floors = self._operands.error_bound
@@ -94,7 +94,7 @@ class Screen:
         return Candidates(found % self._width, offsets, floor + self._operands.error_bound)
 
     def _tables(self) -> Iterator[tuple[int, Tensor]]:
-        """First feature and entries of each block; the only block is multiplied once."""
+        """First feature and entries of each block; a single block is multiplied once and kept."""
         for start in self._starts:
             table = self._multiplied(start) if self._only is None else self._only
             if len(self._starts) == 1:
@@ -116,7 +116,7 @@ class Screen:
         return buffer.view(torch.int16) if self._is_bits else buffer
 
     def _maxima(self, table: Tensor) -> Tensor:
-        """Of groups of `_MEMBERS`, or the entries themselves where there would be too few groups."""
+        """Maxima of groups of `_MEMBERS`, or the entries themselves if there would be too few groups."""
         rows, columns = table.shape
         if columns < 4 * _MEMBERS * self._min_groups:
             return table
@@ -125,11 +125,11 @@ class Screen:
         return torch.amax(table.view(rows, _MEMBERS, n_groups), 1, out=out)
 
     def _lowered(self, values: Tensor) -> Tensor:
-        """What an entry is at least, its own rounding taken off."""
+        """Lower bounds of entries, allowing for the rounding of the stored product."""
         return values.view(torch.bfloat16).float() * (1 - _STEP / 2) if self._is_bits else values
 
     def _lowest_entry(self, floor: Tensor) -> Tensor:
-        """The floor as entries are stored, lowered by what the product's rounding may have taken off one."""
+        """The floor in the format of the entries, lowered by what rounding may have taken off an entry."""
         return (floor * (1 - _STEP)).to(torch.bfloat16).view(torch.int16) if self._is_bits else floor
 
 

@@ -1,4 +1,4 @@
-"""The gather-dot in PyTorch: what the gradient of `embedding_bag` in its weights computes, pair by pair."""
+"""`sddmm` (gather-dot) in PyTorch: the gradient of `embedding_bag` with respect to its per-sample weights."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _CACHE_BYTES = 1 << 21
 def sddmm(x: Tensor, W: Tensor, features: Tensor, offsets: Tensor) -> Tensor:
     """`values[j] = <x[row of j], W[features[j]]>`.
 
-    Many pairs of a `W` larger than `x` are walked by feature: the rows gathered are then those of the smaller matrix. It
-    is cut into parts that a core's cache holds, and each row of `W` is read once a part. A pair has the same bits either
-    way. Raises `IndexError` for an id out of range.
+    If there are many pairs and `W` has more rows than `x`, they are processed by feature, so that the gathered rows are
+    those of the smaller matrix. `x` is cut into parts that fit a core's cache, and each row of `W` is read once per part.
+    A pair's bits are the same either way. Raises `IndexError` for an id out of range or offsets that do not fit.
     """
     n = features.numel()
     if n == 0:
@@ -26,21 +26,25 @@ def sddmm(x: Tensor, W: Tensor, features: Tensor, offsets: Tensor) -> Tensor:
     lowest, highest = features.aminmax()
     if int(lowest) < 0 or int(highest) >= W.shape[0] or int(offsets[-1]) != n:
         raise IndexError(
-            f"Feature ids {int(lowest)} to {int(highest)} at {n} of {int(offsets[-1])} pairs; W has {len(W)} rows."
+            f"Feature ids range from {int(lowest)} to {int(highest)}, but W has {len(W)} rows; features has {n} entries, "
+            f"offsets end at {int(offsets[-1])}."
         )
     rows = torch.repeat_interleave(offsets.diff(), output_size=n)
     if n < _MANY or W.shape[0] <= x.shape[0]:
         return pairs(x, W, rows, features)
     parts = min(-(-x.numel() * x.element_size() // _CACHE_BYTES), n // (2 * W.shape[0]))
     part_rows = -(-x.shape[0] // max(parts, 1))
-    edges = [*offsets[:-1:part_rows].tolist(), n]  # entries ascend by row: a part of the rows is a run of them
+    edges = [
+        *offsets[:-1:part_rows].tolist(),
+        n,
+    ]  # entries ascend by row, so a part of the rows is a contiguous run of entries
     order = torch.cat([start + stable_argsort(features[start:end]) for start, end in pairwise(edges)])
     by_feature = pairs(W, x, features.int()[order], rows.int()[order])
     return torch.empty_like(by_feature).index_copy_(0, order, by_feature)
 
 
 def pairs(x: Tensor, W: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """`<x[rows[j]], W[columns[j]]>`, ids in range; torch names it after the bags whose weights these dots are gradients of."""
+    """`<x[rows[j]], W[columns[j]]>` for ids in range: in torch, the gradient of a bag's per-sample weights."""
     rows, columns = rows.int(), columns.int()
     offsets = rows.new_zeros(1)  # not read: `rows` says which bag
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(x, W, columns, offsets, rows, 0, -1)

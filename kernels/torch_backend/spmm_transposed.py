@@ -1,4 +1,4 @@
-"""The weight gradients in PyTorch: bag sums over the entries of each feature."""
+"""`spmm_transposed` in PyTorch: the weight gradients as `embedding_bag` sums over the entries of each feature."""
 
 from __future__ import annotations
 
@@ -19,6 +19,6 @@ def bias_gradient(feature_acts: SparseActs, values: Tensor) -> Tensor:
     if values.device.type == "cpu":
         return values.new_zeros(feature_acts.d_sae).index_add_(
             0, feature_acts.features, values
-        )  # one thread, one order
+        )  # single-threaded, so the order is fixed
     order, _, offsets = feature_acts.by_feature
     return spmm(values[order], order.new_zeros(order.numel()), offsets, values.new_ones(1, 1)).squeeze(1)

@@ -1,5 +1,5 @@
-"""The Triton path of `saelab.kernels`. Imported only by the dispatch code, and only when the Triton path is chosen.
+"""The Triton backend of `saelab.kernels`. `kernels/dispatch.py` imports it only when it is chosen.
 
-Kernels carry `@no_type_check`: the tests check annotations by wrapping every function, and Triton must see the function
-itself.
+Kernels carry `@no_type_check` because the tests check annotations by wrapping every function, and Triton needs the
+unwrapped one.
 """

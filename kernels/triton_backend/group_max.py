@@ -1,10 +1,10 @@
 """Group maxima of a product: `maxima[row, group] = max over the group's features of (a @ b.T)[row, feature]`.
 
-A tensor-core product whose epilogue keeps one fp32 number per row and group, so that `(rows, d_sae)` never exists.
-Groups are strided: feature j belongs to group `j % n_groups`, so that similar neighbours land in different groups.
+A tensor-core product whose epilogue keeps one fp32 number per row and group: `(rows, d_sae)` is never materialised.
+Groups are strided (feature j belongs to group `j % n_groups`), so that similar neighbours fall into different groups.
 
-Launch order: `a` is cut into super-blocks of rows that fit the last-level cache, one launch each. Within a launch the
-row block is the fastest grid axis, so the programs that run together share a few tiles of `b` and the whole super-block:
+Launch order: `a` is cut into super-blocks of rows that fit the last-level cache, with one launch each. Within a launch the
+row block is the fastest grid axis, so concurrent programs share a few tiles of `b` and the whole super-block:
 `a` is read from device memory once, `b` once per super-block, and 4 bytes are written per row and group.
 """
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from saelab.kernels.triton_backend import launch
 from saelab.kernels.triton_backend.launch import Tile
 
-# Tiles without spills on each target: the compile report (docs/kernels.md) shows it.
+# Tiles that compile without spills on each target, according to the compile report (docs/kernels.md).
 TILES = {
     "sm_80": Tile(128, 128, 64, num_warps=8, num_stages=3),
     "sm_90": Tile(128, 256, 64, num_warps=8, num_stages=3),
@@ -50,7 +50,7 @@ def tile_product(
         k = start + tl.arange(0, BLOCK_K)
         a = tl.load(a_rows[:, None] + k[None, :], mask=a_mask[:, None] & (k < K)[None, :], other=0.0)
         b = tl.load(b_rows[None, :] + k[:, None], mask=b_mask[None, :] & (k < K)[:, None], other=0.0)
-        if WIDEN:  # the interpreter would multiply the bit patterns of bf16
+        if WIDEN:  # the interpreter would multiply the bit patterns of bf16 numbers
             a, b = a.to(tl.float32), b.to(tl.float32)
         acc = tl.dot(a, b, acc, input_precision="ieee")
     return acc
@@ -59,7 +59,7 @@ def tile_product(
 @triton.jit
 @no_type_check
 def absolute(u):
-    """`|u|`. Not `tl.abs`: with it Triton 3.6 gave zeros on an H100 after a product of 3 to 5 tiles along K."""
+    """`|u|`. Avoids `tl.abs`, with which Triton 3.6 returned zeros on an H100 after a product of 3 to 5 tiles along K."""
     return tl.maximum(u, -u)
 
 
@@ -101,7 +101,7 @@ def _group_max_fwd_kernel(
 
 
 def constexprs(K: int, d_sae: int, n_groups: int, magnitude: bool, tile: Tile, itemsize: int) -> dict[str, int]:
-    """The compile-time arguments: a model's shape, but never the number of rows, which may differ in every batch."""
+    """The compile-time arguments: the shape of the model, but not the number of rows, which may differ from batch to batch."""
     members = launch.ceil_div(d_sae, n_groups)
     block_members = min(1 << (members - 1).bit_length(), 64, tile.columns)
     return {
@@ -120,7 +120,7 @@ def constexprs(K: int, d_sae: int, n_groups: int, magnitude: bool, tile: Tile, i
 def group_max(
     a: Float[Tensor, "rows K"], b: Float[Tensor, "d_sae K"], n_groups: int, magnitude: bool = False
 ) -> Float[Tensor, "rows n_groups"]:
-    """The fp32 maximum of `a @ b.T` (or of its absolute value) over each strided group; absent members are -inf.
+    """The fp32 maximum of `a @ b.T` (or of its absolute value) over each strided group; members beyond d_sae count as -inf.
 
     `a` and `b` are contiguous, both bf16 or both fp32.
     """
@@ -137,5 +137,5 @@ def group_max(
 
 
 def tile_of(target: str, itemsize: int) -> Tile:
-    """The tile for bf16 or fp32 operands; exact fp32 products leave the tensor cores of NVIDIA's chips and need registers."""
+    """The tile for bf16 or fp32 operands; on NVIDIA GPUs exact fp32 products run outside the tensor cores and need registers."""
     return TILES["sm_80"] if itemsize == 4 and target.startswith("sm_") else TILES[target]

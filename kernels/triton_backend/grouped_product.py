@@ -1,11 +1,11 @@
-"""Chosen (row, group) pairs of a product, recomputed: which members of the group reach the row's floor.
+"""Recompute chosen (row, group) pairs of a product, to find which members of the group reach the row's floor.
 
-A grouped GEMM, as in a mixture of experts: the pairs come sorted by group, a tile takes up to BLOCK_M rows of one group,
-gathered by id, times the group's members. Not the scores leave the kernel but one bit each: a 32-bit word for 32 members
-of a pair, member `32 w + i` in bit i of word w.
+A grouped GEMM, as in a mixture of experts: the pairs are sorted by group, and a tile multiplies up to BLOCK_M rows of one
+group, gathered by id, with the members of the group. The kernel writes one bit per score instead of the scores: bit i of
+word w of a pair stands for member `32 w + i`.
 
-Launch order: a caller passes the pairs of one super-block of rows, which stays in the last-level cache and is gathered
-from there; within a launch the groups follow one another, so that `b` is read from device memory once per super-block,
+Launch order: the caller passes the pairs of one super-block of rows, which stays in the last-level cache and is gathered
+from there. Within a launch the groups are processed in order, so that `b` is read from device memory once per super-block,
 however many tiles a group has.
 """
 
@@ -23,7 +23,7 @@ from saelab.kernels.triton_backend import launch
 from saelab.kernels.triton_backend.group_max import absolute, tile_product
 from saelab.kernels.triton_backend.launch import Tile
 
-# About 100 rows of a super-block take part in a group: small tiles waste few rows.
+# About 100 rows of a super-block belong to each group: small tiles waste few of their rows.
 TILES = {
     "sm_80": Tile(64, 64, 64, num_warps=4, num_stages=3),
     "sm_90": Tile(64, 64, 64, num_warps=4, num_stages=4),
@@ -68,7 +68,9 @@ def _grouped_product_fwd_kernel(
         u = absolute(u)
     hit = ((u >= floor[:, None]) & present[None, :]).to(tl.int32)
     bit = hit << (tl.arange(0, BLOCK_N) % 32)[None, :]
-    words = tl.sum(tl.reshape(bit, (BLOCK_M, BLOCK_W, 32)), axis=2)  # distinct bits: their sum is their union
+    words = tl.sum(
+        tl.reshape(bit, (BLOCK_M, BLOCK_W, 32)), axis=2
+    )  # the bits are distinct, so their sum is their bitwise or
     word = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
     tl.store(masks_ptr + pair[:, None] * WORDS + word[None, :], words, mask=taken[:, None] & (word < WORDS)[None, :])
 
@@ -82,9 +84,9 @@ def grouped_product(
     n_groups: int,
     magnitude: bool = False,
 ) -> Int[Tensor, "n_pairs words"]:
-    """32-bit hit masks of (row, group) pairs, sorted by group: bit i of word w says `u >= floor[row]` of member 32 w + i.
+    """32-bit hit masks of (row, group) pairs, sorted by group: bit i of word w is `u >= floor[row]` for member 32 w + i.
 
-    `u` is `a @ b.T` (or its absolute value), member m of a group is feature `group + m * n_groups`. Operands as in
+    `u` is `a @ b.T` (or its absolute value); member m of a group is feature `group + m * n_groups`. Operands as in
     `group_max`; members that do not exist never hit.
     """
     n_pairs, K = pair_rows.numel(), a.shape[1]
@@ -113,7 +115,7 @@ def grouped_product(
 
 
 def _tiles_of(pair_groups: Tensor, n_groups: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Cut each group's run of pairs into tiles of at most `block`: the tiles' groups, first pairs and ends, int32."""
+    """Cut each group's run of pairs into tiles of at most `block`; group, first pair and end of each tile, int32."""
     ends = torch.searchsorted(pair_groups, torch.arange(n_groups, device=pair_groups.device), right=True)
     counts = ends.diff(prepend=ends.new_zeros(1))
     tiles = (counts + block - 1) // block
@@ -123,7 +125,7 @@ def _tiles_of(pair_groups: Tensor, n_groups: int, block: int) -> tuple[Tensor, T
 
 
 def constexprs(K: int, d_sae: int, n_groups: int, magnitude: bool, tile: Tile, itemsize: int) -> dict[str, int]:
-    """The compile-time arguments: a model's shape, but never the number of rows or pairs."""
+    """The compile-time arguments: the shape of the model, but not the number of rows or pairs."""
     return {
         "K": K,
         "D_SAE": d_sae,

@@ -1,4 +1,4 @@
-"""What every Triton kernel of this folder shares: targets, tiles, the last-level cache, and the one place that launches."""
+"""Shared by all Triton kernels here: targets, tiles, last-level cache sizes, and the only function that launches a kernel."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from torch import Tensor
 from triton import knobs
 
 INTERPRETED = bool(knobs.runtime.interpret)
-"""Kernels run in numpy on CPU tensors (TRITON_INTERPRET=1, read when triton is imported)."""
+"""Whether Triton's interpreter runs the kernels, on CPU tensors (TRITON_INTERPRET=1, read when triton is imported)."""
 
 SMALL_TILES = "interpreter"
-"""The target whose tiles are tiny, so that the interpreter crosses tile borders at test shapes."""
+"""The target with tiny tiles, so that test shapes span several tiles in the interpreter."""
 
 CACHE_MIB = {"sm_80": 40, "sm_90": 50, "sm_100": 126, "gfx942": 256, SMALL_TILES: 1}
-"""Last-level cache: L2 of A100, H100 and B200, Infinity Cache of MI300X."""
+"""Last-level cache in MiB: L2 of A100, H100 and B200, Infinity Cache of MI300X."""
 
 CACHE_SHARE = 0.8
-"""Part of the cache that a launch order may count on; the rest holds what streams through."""
+"""Fraction of the cache that a launch order may rely on; the rest is left for streamed data."""
 
 PART_BLOCK = 128
-"""Super-blocks of rows are multiples of this: whole row tiles of every target."""
+"""Super-blocks have a multiple of this many rows: whole row tiles on every target."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Output tile `rows x columns` of a product, its step along K for 2-byte operands, and how it is compiled."""
+    """Output tile `rows x columns` of a product, its step `depth` along K for 2-byte operands, and its compile options."""
 
     rows: int
     columns: int
@@ -37,16 +37,16 @@ class Tile:
 
     @property
     def options(self) -> dict[str, int]:
-        """How Triton compiles a kernel with this tile."""
+        """Triton's compile options for a kernel with this tile."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
     def depth_of(self, itemsize: int) -> int:
-        """The step along K at `itemsize` bytes an element: always the same shared memory."""
+        """The step along K for `itemsize` bytes per element, such that the shared memory used stays the same."""
         return self.depth * 2 // itemsize
 
 
 def target_of(device: torch.device) -> str:
-    """The name, among `CACHE_MIB`, of the target whose tiles fit a device."""
+    """The target of a device, a key of `CACHE_MIB`. Raises `ValueError` for a CPU outside the interpreter, and below sm_80."""
     if device.type == "cpu":
         if not INTERPRETED:
             raise ValueError("Triton kernels take CPU tensors only in interpreter mode (TRITON_INTERPRET=1).")
@@ -56,16 +56,16 @@ def target_of(device: torch.device) -> str:
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         raise ValueError(f"compute capability {major}.{minor} has no bf16 tensor cores; 8.0 or newer is needed")
-    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")  # consumer chips of any year have sm_80's kind of memory
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")  # consumer GPUs of every generation use the tiles of sm_80
 
 
 def usable_cache(target: str) -> int:
-    """Bytes of the last-level cache that a launch order may count on."""
+    """Bytes of the last-level cache that a launch order may rely on."""
     return int(CACHE_MIB[target] * 2**20 * CACHE_SHARE)
 
 
 def ceil_div(total: int, size: int) -> int:
-    """How many pieces of `size` cover `total`."""
+    """`total / size`, rounded up."""
     return -(-total // size)
 
 
@@ -80,10 +80,10 @@ def resident_parts(rows: int, row_bytes: int, cache: int) -> list[slice]:
 
 
 def packed(tensor: Tensor) -> Tensor:
-    """The tensor, contiguous and 16-byte aligned; itself where it already is.
+    """The tensor, contiguous and 16-byte aligned; not copied if it already is.
 
-    Triton lays a tile out over threads by the strides and alignments it is promised, and the layout decides the order
-    of a sum. Packed operands leave the shape alone to decide it: a row has the same bits wherever it came from.
+    Triton chooses the thread layout of a tile by the known strides and alignment, and the layout determines the order of
+    a sum. With packed operands it depends on the shape only, so a row has the same bits wherever it is stored.
     """
     assert tensor.dtype != torch.float64, "the Triton kernels compute in fp32"
     tensor = tensor.contiguous()
@@ -91,9 +91,9 @@ def packed(tensor: Tensor) -> Tensor:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, **constexprs: int) -> None:
-    """Run `kernel` on the device of its first tensor, which need not be the current one; an empty grid runs nothing.
+    """Run `kernel` on the device of its first tensor, which need not be the current one; does nothing for an empty grid.
 
-    The only place that launches: Triton itself takes the current device, and would run on GPU 0 what lies on GPU 1.
+    All launches go through here: Triton itself uses the current device, and would run on GPU 0 with tensors of GPU 1.
     """
     if all(grid):
         with torch.cuda.device_of(args[0]):

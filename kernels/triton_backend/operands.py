@@ -1,4 +1,4 @@
-"""The screen of `kernels/torch_backend/screen.py` on the Triton path: the same questions, answered from group maxima alone."""
+"""The screen of the Triton backend, with the interface of `kernels/torch_backend/screen.py`; stores only group maxima."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _MAXIMA = 1 << 28
 
 
 def rows_at_once(n_columns: int, dtype: torch.dtype) -> int:
-    """How many rows a screen may take, so that its maxima stay under 1 GiB."""
+    """How many rows a screen may hold, so that its maxima take at most 1 GiB."""
     return max(1, _MAXIMA // max(1, -(-n_columns // _MEMBERS)))
 
 
 class Screen:
-    """Group maxima of `a @ b.T + bias` and the pairs that reach a floor."""
+    """The screen of one chunk of rows: group maxima of `a @ b.T + bias`, and the pairs that reach a floor."""
 
     def __init__(self, operands: Operands, magnitude: bool = False, min_groups: int = 1) -> None:
         a, b = _with_bias(operands)
@@ -33,20 +33,20 @@ class Screen:
         return self._groups.maxima
 
     def best_pairs(self, k: int, margin: Float[Tensor, " rows"]) -> Candidates:
-        """Every pair not more than `margin` under the row's k-th largest group maximum."""
+        """Every pair at most `margin` below the row's k-th largest group maximum."""
         return self.pairs_above(self.maxima.topk(k, dim=1, sorted=False).values.amin(1) - margin)
 
     def pairs_above(self, floor: Float[Tensor, " rows"]) -> Candidates:
-        """Every pair whose entry is `floor` or more. In bfloat16 floors are positive."""
+        """Every pair whose entry is at least `floor`; in bfloat16 the floor is raised to `TINY`."""
         floor = floor.clamp_min(TINY) if self._is_bf16 else floor
         return Candidates(*self._groups.pairs_above(floor), floor + self._error_bound)
 
 
 def _with_bias(operands: Operands) -> tuple[Tensor, Tensor]:
-    """Operands whose product holds the bias: one more column of each."""
+    """Operands whose product includes the bias, as one more column of each."""
     a, b, bias = operands.a, operands.b, operands.bias
     if bias is None:
         return a, b
-    if bias.ndim == 2:  # one bias a row
+    if bias.ndim == 2:  # one bias per row
         return torch.cat([a, bias], 1), torch.cat([b, b.new_ones(len(b), 1)], 1)
     return torch.cat([a, a.new_ones(len(a), 1)], 1), torch.cat([b, bias[:, None]], 1)

@@ -1,7 +1,7 @@
-"""Row by row over a weight matrix: rounding to bfloat16 with norms, the projection of the decoder's gradient, unit norm.
+"""Row-wise passes over a weight matrix: rounding to bfloat16 with norms, projection of the decoder's gradient, unit norm.
 
-One program walks one row in blocks of columns. A row's second pass finds its few KB still in the cache, so every
-operand is read from memory once and every result written once: the launch order cannot be improved on.
+One program processes one row in blocks of columns. In the second pass over a row its few KB are still cached, so every
+operand is read from device memory once and every result is written once: the least possible traffic.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _WARPS = 4
 @triton.jit
 @no_type_check
 def _row_dot(a_ptr, b_ptr, start, d_in, BLOCK: tl.constexpr):
-    """`<a, b>` of the `d_in` elements from `start` on: BLOCK running sums, then one sum over them."""
+    """`<a, b>` over the `d_in` elements from `start`: BLOCK running sums, then one sum over them."""
     total = tl.zeros([BLOCK], tl.float32)
     for first in range(0, d_in, BLOCK):
         columns = first + tl.arange(0, BLOCK)
@@ -77,7 +77,7 @@ def _unit_norm_kernel(W_ptr, d_in, eps, BLOCK: tl.constexpr):
 def round_rows(
     W: Float[Tensor, "m d_in"], low: Float[Tensor, "m width"]
 ) -> tuple[Float[Tensor, " m"], Float[Tensor, " m"]]:
-    """Write `W`, rounded, in the first `d_in` columns of `low` (bf16); the norm of each row, and of what it lost."""
+    """Write `W`, rounded, into the first `d_in` columns of `low` (bf16); the norm of each row and of its rounding error."""
     norms, errors = torch.empty(2, W.shape[0], dtype=torch.float32, device=W.device)
     sizes = (W.shape[1], low.stride(0))
     launch(_round_rows_kernel, (W.shape[0],), packed(W), low, norms, errors, *sizes, BLOCK=_BLOCK, num_warps=_WARPS)
@@ -85,7 +85,7 @@ def round_rows(
 
 
 def project_(gradient: Float[Tensor, "m d_in"], W: Float[Tensor, "m d_in"]) -> None:
-    """In place, per row: `gradient -= <gradient, W> W`, the part along the row `W` (whose norm is 1) taken out."""
+    """In place, per row: `gradient -= <gradient, W> W`, which removes the component along the unit-norm row of `W`."""
     _check_in_place(gradient)
     launch(_project_kernel, (W.shape[0],), gradient, packed(W), W.shape[1], BLOCK=_BLOCK, num_warps=_WARPS)
 

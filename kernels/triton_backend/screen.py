@@ -1,8 +1,8 @@
-"""`Screen`: upper bounds of all scores, of which only group maxima are kept; the pairs above a floor are found again.
+"""`Screen`: upper bounds of all scores, of which only group maxima are stored; pairs above a floor are recomputed.
 
-Exact by a lemma: the k groups with the largest maxima hold all of a row's top k, since an element that reaches the k-th
-value lifts its group's maximum there too, and at most k groups get that far. So `maxima` give a floor, and only the
-(row, group) pairs whose maximum reaches it are multiplied a second time, about k of n_groups.
+This is exact because the k groups with the largest maxima contain all of a row's top k: a group with an element that
+reaches the k-th value has a maximum that does too, and there are at most k such groups. So `maxima` determine a floor, and
+only the (row, group) pairs whose maximum reaches it, about k of n_groups, are multiplied a second time.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from saelab.kernels.triton_backend.grouped_product import grouped_product
 
 
 class Screen:
-    """Upper bounds `u = a @ b.T` of all scores, kept only as group maxima; the group of feature j is `j % n_groups`.
+    """Upper bounds `u = a @ b.T` of all scores, stored only as group maxima; feature j belongs to group `j % n_groups`.
 
-    `a` and `b` are both bf16 or both fp32, summed in fp32. The two passes may sum in another order: whoever chooses a
-    floor from `maxima` leaves room for an fp32 product's rounding, as for that of the scores themselves.
-    Rows of a multiple of 8 elements (16 bytes) load fastest.
+    `a` and `b` are both bf16 or both fp32, summed in fp32. The two passes may sum in a different order, so a floor chosen
+    from `maxima` needs a margin for the rounding of an fp32 product, as for that of the scores themselves.
+    Rows load fastest if their length is a multiple of 8 elements (16 bytes in bf16). Raises `ValueError` for operands that
+    do not match and for `n_groups` below 1.
     """
 
     maxima: Float[Tensor, "rows n_groups"]
-    """fp32 maximum of u (or |u|) over each group's features; members that do not exist count as -inf."""
+    """fp32 maximum of u (or |u|) over the features of each group; members beyond d_sae count as -inf."""
 
     def __init__(
         self, a: Float[Tensor, "rows K"], b: Float[Tensor, "d_sae K"], n_groups: int, magnitude: bool = False
@@ -41,7 +42,7 @@ class Screen:
         self.maxima = group_max(self._a, self._b, n_groups, magnitude)
 
     def pairs_above(self, floor: Float[Tensor, " rows"]) -> tuple[Int[Tensor, " nnz"], Int[Tensor, " rows_plus_1"]]:
-        """Every feature with `u >= floor[row]`: `features (nnz)`, ascending within each row, and `offsets (rows + 1)`."""
+        """All features with `u >= floor[row]`: `features (nnz)`, ascending within each row, and `offsets (rows + 1)`."""
         rows, d_sae = self.maxima.shape[0], self._b.shape[0]
         if floor.shape != (rows,):
             raise ValueError(f"floor must have shape ({rows},), got {tuple(floor.shape)}")
@@ -54,7 +55,7 @@ class Screen:
         return keys % d_sae, torch.searchsorted(keys, borders)
 
     def _keys_of_part(self, floor: Tensor, part: slice) -> Tensor:
-        """`row * d_sae + feature` of one super-block's pairs, ascending: one integer sort puts rows and features in order."""
+        """`row * d_sae + feature` of the pairs of one super-block, ascending: one integer sort orders rows and features."""
         n_groups, d_sae = self.maxima.shape[1], self._b.shape[0]
         reached = self.maxima[part] >= floor[part, None]  # (rows of the part, n_groups)
         groups, rows = reached.T.nonzero(as_tuple=True)  # by group, then by row
@@ -65,7 +66,7 @@ class Screen:
 
 
 def _set_bits(masks: Int[Tensor, "n_pairs words"]) -> tuple[Int[Tensor, " n_set"], Int[Tensor, " n_set"]]:
-    """(pair, bit) of every set bit, through the non-zero bytes, so that no tensor has more than 8 elements per set bit."""
+    """(pair, bit) of every set bit, found via the non-zero bytes so that no tensor has more than 8 elements per set bit."""
     octets = masks.view(torch.uint8)  # little-endian: byte i of a row holds bits 8 i to 8 i + 7
     pairs, bytes_at = octets.nonzero(as_tuple=True)
     bits = torch.arange(8, device=masks.device, dtype=torch.uint8)

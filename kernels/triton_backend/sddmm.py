@@ -1,9 +1,9 @@
-"""`sddmm` in Triton: `<x[row], W[feature]>` at chosen pairs, each by the same sums in the same order.
+"""`sddmm` in Triton: `<x[row], W[feature]>` at chosen pairs, each summed in the same fixed order.
 
-Launch order: d_in is cut into tiles of 256 columns, the slowest grid axis, and within a tile the pairs are walked by
-feature. So a tile of `x` (8 MB at batch 8192) stays in the cache and `W` streams past it once; gathered row by row, a
-large `W` would be read k * batch / d_sae times. Each tile leaves one partial sum a pair, which a second kernel adds up.
-A pair's arithmetic does not know its neighbours: alone, in a batch, at any position, its value has the same bits.
+Launch order: d_in is cut into tiles of 256 columns, the slowest grid axis, and within a tile the pairs are processed by
+feature. So a tile of `x` (8 MB at batch 8192) stays in the cache while `W` streams through once; gathered row by row, a
+large `W` would be read k * batch / d_sae times. Each tile writes one partial sum per pair, and a second kernel adds them.
+The arithmetic of a pair is independent of the others: its value has the same bits alone, in a batch and at any position.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from saelab.kernels.triton_backend.launch import ceil_div, launch, packed
 
 CACHE_BYTES = 24 << 20
-"""What may be counted on to stay in the last-level cache: the smallest target's 40 MB, less what streams past."""
+"""Bytes that can be relied on to stay in the last-level cache: the smallest target's 40 MB minus streamed data."""
 _PAIRS = 16
 _COLUMNS = 256
 _SUM_BLOCK = 1024

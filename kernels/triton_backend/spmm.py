@@ -1,9 +1,9 @@
-"""`spmm` in Triton: each row's weighted sum of the rows of `W` that fire, with bias, target and loss in its epilogue.
+"""`spmm` in Triton: each row's weighted sum of the rows of `W` that fire, with bias, target and loss in the epilogue.
 
 Launch order: d_in is cut into tiles, the slowest grid axis, just wide enough that a tile of `W` stays in the cache (32
-fp32 columns, 17 MB, at d_sae 131072). Within a tile the batch's rows are walked in order: each gathers from the cache,
-so `W` is read from memory once, where whole rows would be read k * batch / d_sae times. The ids and values (6 MB) are
-few enough to stay in the cache beside the tile. Every output element is one sum in a fixed order, written once.
+fp32 columns, 17 MB, at d_sae 131072). Within a tile the rows of the batch are processed in order and gather from the
+cache, so `W` is read from memory once; whole rows would be read k * batch / d_sae times. The ids and values (6 MB) also
+fit in the cache beside the tile. Every output element is one sum in a fixed order, written once.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from saelab.kernels.triton_backend.launch import (
 from saelab.kernels.triton_backend.sddmm import CACHE_BYTES, sum_slices
 
 _TILE = 2048
-"""Elements of `W` that a program gathers at a time: fewer pairs of a wider tile, or more of a narrower one."""
+"""Elements of `W` that a program gathers at a time: the wider the tile, the fewer pairs."""
 _WARPS = 2
 
 
@@ -98,7 +98,7 @@ def spmm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`out[i] = sum over entries j of row i of values[j] * W[features[j]], + bias - target[i]`; `W` fp32 or bf16.
 
-    With `squares` also each row's `|out[i]|^2 (batch)`: of a reconstruction less its target, that is the loss.
+    With `squares` also returns each row's `|out[i]|^2 (batch)`: with a target, the squared error of the reconstruction.
     """
     n_rows, d_in = offsets.numel() - 1, W.shape[1]
     columns = _columns(W.shape[0], d_in, W.element_size())
@@ -139,7 +139,7 @@ def spmm_residual(
 
 
 def _columns(d_sae: int, d_in: int, element_size: int) -> int:
-    """The widest tile, 32 to 256 columns, of which `d_sae` rows fit the cache. Independent of the batch, as bits are."""
+    """The widest tile, 32 to 256 columns, of which `d_sae` rows fit the cache. Independent of the batch, so bits are too."""
     columns = 256
     while columns > 32 and (d_sae * columns * element_size > CACHE_BYTES or columns >= 2 * d_in):
         columns //= 2

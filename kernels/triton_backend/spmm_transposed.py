@@ -1,9 +1,10 @@
-"""`spmm_transposed` in Triton: `S.T @ g`, each feature's row one sum over its entries in a fixed order; no atomics.
+"""`spmm_transposed` in Triton: `S.T @ g`, where each feature's row is summed in a fixed order, without atomics.
 
 Launch order: d_in is cut into tiles of 256 columns, the slowest grid axis, so that a tile of `g` (8 MB at batch 8192)
-stays in the cache while each entry gathers from it; the gradient, by far the larger, is written once and never read.
-A feature's first 128 entries make its row. Those beyond, as of a feature that fires on every token, are cut into extra
-chunks of 128, each a program of its own that writes a partial row; a second kernel adds those up, in order.
+stays in the cache while entries gather from it. The much larger result is written once; only rows with extra chunks are
+read back.
+A feature's first 128 entries are summed into its row. Further entries, as of a feature that fires on every token, are cut
+into extra chunks of 128; each has its own program, which writes a partial row, and a second kernel adds them in order.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from saelab.kernels.sparse_acts import SparseActs, offsets_of
 from saelab.kernels.triton_backend.launch import ceil_div, launch, packed
 
 CHUNK = 128
-"""Entries that one program adds up, at most."""
+"""Maximum number of entries that one program sums."""
 _PAIRS = 8
 _COLUMNS = 256
 _BIAS_BLOCK = 128
@@ -58,13 +59,13 @@ def _spmm_transposed_kernel(
     PAIRS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Programs below `n_features` make the rows, from first chunks; those above make partial rows, from extra ones."""
+    """Programs below `n_features` sum the first chunks into rows; the others sum extra chunks into partial rows."""
     program = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     extra = program - n_features  # negative for a first chunk
     is_extra = extra >= 0
     feature = tl.where(is_extra, tl.load(owners_ptr + extra, mask=is_extra, other=0), program)
-    if feature >= n_features:  # there are fewer extra chunks than there might have been
+    if feature >= n_features:  # fewer extra chunks than slots
         return
     chunk = tl.where(is_extra, 1 + extra - tl.load(extra_offsets_ptr + feature), 0)
     to_ptr = out_ptr + feature * d_in
@@ -142,8 +143,8 @@ def spmm_transposed(
 def _extra_chunks(offsets: Tensor, nnz: int) -> tuple[Tensor, Tensor]:
     """The feature of each extra chunk, and where each feature's extra chunks begin.
 
-    There are `nnz // CHUNK` places for them, the most that there can be, so that nobody waits for a count from the GPU;
-    a place without a chunk belongs to the feature behind the last.
+    There are `nnz // CHUNK` slots, the maximum possible number, which avoids waiting for a count from the GPU; an unused
+    slot is assigned to the feature id `d_sae`, past the last feature.
     """
     extra_offsets = offsets_of((offsets.diff() - 1).clamp_min(0) // CHUNK)
     chunks = torch.arange(nnz // CHUNK, device=offsets.device)
@@ -151,7 +152,7 @@ def _extra_chunks(offsets: Tensor, nnz: int) -> tuple[Tensor, Tensor]:
 
 
 def bias_gradient(feature_acts: SparseActs, values: Float[Tensor, " nnz"]) -> Float[Tensor, " d_sae"]:
-    """`out[f] = sum of the values at feature f`, in fp32 and in a fixed order."""
+    """`out[f] = sum of the values at feature f`, in fp32, summed in a fixed order."""
     order, _, offsets = feature_acts.by_feature
     out = torch.empty(feature_acts.d_sae, dtype=torch.float32, device=values.device)
     launch(

@@ -1,1 +1,1 @@
-"""What the variants do side by side: on data whose features are known, and on a model's activations."""
+"""Benchmarks that compare the SAE variants, on synthetic data with known features and on a model's activations."""

@@ -1,7 +1,7 @@
-"""What the papers say of their variants, as directions between two numbers that a benchmark measured.
+"""Claims of the papers about their variants, each as a comparison of two numbers that a benchmark measures.
 
-A claim is held when the direction is right on every seed. Nothing is tuned towards that: a claim that is not held here is
-printed as such, with the numbers.
+A claim is held if the comparison goes its way on every seed. Nothing is tuned to achieve that: a claim that is not held
+is printed as such, with the numbers.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import NamedTuple
 from saelab.benchmarks.results import Row
 
 SAME_L0 = 1.05
-"""Two L0 are called equal up to this factor."""
+"""L0 counts as equal up to this factor."""
 
 
 class Side(NamedTuple):
-    """One number of a row."""
+    """One side of a comparison: a measure of an SAE."""
 
     sae: str
     measure: str
@@ -25,7 +25,7 @@ class Side(NamedTuple):
 
 @dataclass(frozen=True)
 class Claim:
-    """`left` is below `times` times `right` (or above that) on the data of that name; `right` may be a number."""
+    """On `data`, `left` is below (or, with `below=False`, above) `times * right`; `right` may be a number."""
 
     text: str
     data: str
@@ -34,11 +34,11 @@ class Claim:
     below: bool = True
     times: float = 1.0
     at_equal_l0: bool = False
-    """Then `left` may not have a higher L0 than `right` either, beyond 5 %."""
+    """Also require that the L0 of `left` is at most 5 % above that of `right`."""
 
 
 class Pair(NamedTuple):
-    """Both numbers of a claim on one seed, and whether the claim is right about them."""
+    """Both numbers of a claim on one seed, and whether the claim holds for them."""
 
     seed: int
     left: float | None
@@ -48,7 +48,7 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a claim."""
+    """The outcome of a claim."""
 
     claim: Claim
     pairs: tuple[Pair, ...]
@@ -60,7 +60,7 @@ class Verdict:
     def __str__(self) -> str:
         claim, sign = self.claim, "<" if self.claim.below else ">"
         numbers = ", ".join(
-            f"seed {pair.seed}: {_number(pair.left)} {sign if pair.held else 'against'} {_number(pair.right)}"
+            f"seed {pair.seed}: {_number(pair.left)} {sign if pair.held else 'vs'} {_number(pair.right)}"
             for pair in self.pairs
         )
         word = "held" if self.held else "not held" if self.pairs else "not run"
@@ -74,7 +74,7 @@ def _side(side: Side | float) -> str:
 
 
 def check(claim: Claim, rows: Iterable[Row]) -> Verdict:
-    """Hold a claim against the rows of a bench; without rows of both sides it has no pairs."""
+    """Check a claim on the rows of a benchmark; a seed without rows of both sides has no pair."""
     found = {(row["sae"], row["seed"]): row for row in rows if row["data"] == claim.data}
     seeds = sorted({seed for _, seed in found})
     against = claim.right.sae if isinstance(claim.right, Side) else claim.left.sae
@@ -83,14 +83,14 @@ def check(claim: Claim, rows: Iterable[Row]) -> Verdict:
 
 
 def check_all(rows: Sequence[Row]) -> list[Verdict]:
-    """All of `CLAIMS`."""
+    """Check all of `CLAIMS`."""
     return [check(claim, rows) for claim in CLAIMS]
 
 
 def _pair(claim: Claim, seed: int, left_row: Row, right_row: Row) -> Pair:
     left = left_row.get(claim.left.measure)
     right = right_row.get(claim.right.measure) if isinstance(claim.right, Side) else claim.right
-    if left is None or right is None:  # nothing to measure, say no false exclusive to flag
+    if left is None or right is None:  # not measurable, for example the flagged share of no false exclusives
         return Pair(seed, left, right, False)
     held = left < claim.times * right if claim.below else left > claim.times * right
     if claim.at_equal_l0 and left_row["l0"] > SAME_L0 * right_row["l0"]:
@@ -103,20 +103,20 @@ def _number(value: float | None) -> str:
 
 
 def _choice(sae: str, name: str) -> list[Claim]:
-    """What is said of Mutual and Feature Choice, against TopK."""
+    """Claims about Mutual Choice and Feature Choice relative to TopK."""
 
     def claim(text: str, data: str, measure: str, at_equal_l0: bool) -> Claim:
         return Claim(f"{name} {text}", data, Side(sae, measure), Side("topk", measure), at_equal_l0=at_equal_l0)
 
     return [
-        claim("rebuilds uneven tokens better than TopK at equal L0", "mixed", "fvu", True),
-        claim("rebuilds Zipf features better than TopK at equal L0", "zipf", "fvu", True),
+        claim("reconstructs tokens of unequal complexity better than TopK at equal L0", "mixed", "fvu", True),
+        claim("reconstructs Zipf features better than TopK at equal L0", "zipf", "fvu", True),
         claim("has fewer dead features than TopK", "zipf", "dead_fraction", False),
     ]
 
 
 def _aux(sae: str, with_zipf: str, without: str) -> list[Claim]:
-    """What is said of aux_zipf, against no aux loss."""
+    """Claims about aux_zipf relative to no auxiliary loss."""
     sides = {name: (Side(with_zipf, name), Side(without, name)) for name in ("under_used", "mmcs_rare")}
     return [
         Claim(f"aux_zipf leaves fewer features of {sae} under-used", "zipf", *sides["under_used"]),
@@ -137,16 +137,16 @@ CLAIMS = [
         Side("topk", "recovered"),
         below=False,
     ),
-    Claim("AbsTopK needs fewer features an axis", "signed", Side("abs_topk", "copies"), Side("topk", "copies")),
+    Claim("AbsTopK needs fewer features per axis", "signed", Side("abs_topk", "copies"), Side("topk", "copies")),
     Claim(
-        "AbsTopK rebuilds signed features better",
+        "AbsTopK reconstructs signed features better",
         "signed",
         Side("abs_topk", "fvu"),
         Side("topk", "fvu"),
         at_equal_l0=True,
     ),
     Claim(
-        "Matching pursuit rebuilds a hierarchy better than TopK at equal L0",
+        "Matching pursuit reconstructs a hierarchy better than TopK at equal L0",
         "hierarchy",
         Side("matching_pursuit", "fvu"),
         Side("topk", "fvu"),

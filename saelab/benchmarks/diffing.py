@@ -1,5 +1,5 @@
-"""Which features of a two-model crosscoder are called one model's own, which truly are, and what Latent Scaling says of them
-(Minder et al. 2025, arXiv 2504.02922, section 3; the measures themselves stand in `evaluation/crosscoder.py`).
+"""Which features of a two-model crosscoder are classified as exclusive to one model, which truly are, and which of them
+Latent Scaling flags (Minder et al. 2025, arXiv 2504.02922, section 3; the measures are in `evaluation/crosscoder.py`).
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from saelab.saes import CrosscoderSAE
 
 EXCLUSIVE = 0.9
 NU_EPS, NU_R = 0.2, 0.5
-"""From these ratios on, of either sign, an exclusive feature counts as an artefact (their section 3.1)."""
+"""An exclusive feature is an artefact if the magnitude of one of its ratios is at least this (their section 3.1)."""
 
 
 def own_ratios(
     sae: CrosscoderSAE, x: Float[Tensor, "n 2 d_in"]
 ) -> tuple[Float[Tensor, " d_sae"], Float[Tensor, " d_sae"]]:
-    """`nu_eps`, `nu_r` of each feature, b being the model in which its decoder is longer; NaN where it never fires."""
+    """`nu_eps` and `nu_r` of each feature, for the model b with the larger decoder norm; NaN if it never fires."""
     of_first, of_second = (latent_scaling(sae, [x], 1 - b, b) for b in (0, 1))
     second = compare_decoders(sae).delta > 0.5
     return (
@@ -36,9 +36,9 @@ def exclusives(
     nu_eps: Float[Tensor, " d_sae"],
     nu_r: Float[Tensor, " d_sae"],
 ) -> dict[str, float | None]:
-    """`exclusives`: learned features that fire and are called exclusive to a model (`delta` over 0.9 or under 0.1);
-    `false_exclusives`: those whose nearest planted feature the other model has too; `flagged_false`, `flagged_true`: the
-    share that Latent Scaling calls artefacts among the false and among the others (None without any)."""
+    """`exclusives`: number of learned features that fire and are exclusive to one model by `delta` (above 0.9 or below 0.1);
+    `false_exclusives`: those whose nearest planted feature is also in the other model; `flagged_false`, `flagged_true`: the
+    fraction of false and of true exclusives that Latent Scaling flags as artefacts (None if there are none)."""
     called = ((delta > EXCLUSIVE) | (delta < 1 - EXCLUSIVE)) & nu_eps.isfinite()
     side = (delta > 0.5).long()
     nearest = torch.stack([cosines(features[:, s], decoder[:, s]).argmax(0) for s in (0, 1)], 1)

@@ -1,5 +1,5 @@
-"""`run_family`: all variants on a model's cached activations, trained side by side on one shared read, measured on
-documents that none of them saw."""
+"""`run_family`: train all variants side by side on one shared read of a model's cached activations, and evaluate them on
+held-out documents."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ from saelab.saes import SAE, VARIANTS
 from saelab.training import TrainConfig, train
 
 ALL_L0 = ("topk", "batch_topk", "jumprelu", "relu")
-"""Variants that are trained at every L0; the others at the first alone."""
+"""Variants that are trained at every L0; the others only at the first."""
 TABLES = {
     "crosscoder": "crosscoder",
     "transcoder": "transcoder",
     "skip_transcoder": "transcoder",
     "codebook": "codebook",
 }
-"""Variants whose target or code is another, and the table of their own that they stand in; all others are in "sae"."""
+"""Table of each variant whose target or encoding is not comparable with the rest; all other variants are in "sae"."""
 KEYS = ("variant", "target_l0", "seed")
 
 
 @dataclass(frozen=True)
 class FamilyConfig:
-    """What all rows of a family bench have in common."""
+    """Settings shared by all rows of a family benchmark."""
 
     d_sae: int = 4096
     """Features of every SAE."""
     steps: int = 400
     """Training steps of every SAE."""
     batch_size: int = 2048
-    """Activations in a step."""
+    """Activations per step."""
     eval_tokens: int | None = None
-    """Held-out tokens to measure on; None is all."""
+    """Held-out tokens to evaluate on; None uses all."""
     hook_name: str | None = None
-    """Site, where the cache holds several."""
+    """Hook to train on, if the cache holds several."""
     hook_name_out: str | None = None
-    """Site of the cache that transcoders predict; None leaves them out."""
+    """Hook of the cache that transcoders predict; None skips the transcoders."""
 
 
 def run_family(
@@ -62,15 +62,16 @@ def run_family(
     lm: LanguageModel | None = None,
     progress: bool = True,
 ) -> list[Row]:
-    """Train all `variants` (None: every one that can be asked for an L0) on RUN/cache and measure each; one row each.
+    """Train all `variants` (None: every variant with a settable L0) on RUN/cache and evaluate each; one row per SAE.
 
-    Gives all rows of `out_dir`, those of earlier calls too.
+    Returns all rows of `out_dir`, including those of earlier calls.
 
-    All are trained at the first of `l0`, topk, batch_topk, jumprelu and relu at the others too; a codebook with the `k` of its
-    defaults, a crosscoder on all hooks of the cache where it holds several. `out_dir` is RUN/family
-    unless given: `rows.json` and `rows.csv` grow row by row, each seed's SAEs and reports lie in `seed-N/` (a RUN for the
-    dashboard), and the same call goes on where it was stopped, in the middle of training too. `lm` None is the model that
-    the cache names. Raises `ValueError` for a variant that there is not or that cannot be trained so, and without seeds.
+    All variants are trained at the first of `l0`; topk, batch_topk, jumprelu and relu also at the others. A codebook keeps its
+    default `k`; a crosscoder reads all hooks of the cache and is skipped if there is only one. `out_dir` defaults to
+    RUN/family: `rows.json` and `rows.csv` grow row by row, and `seed-N/` (a RUN for the dashboard) holds each seed's SAEs and
+    reports. The same call resumes where it was interrupted, also in the middle of training. `lm` defaults to the model that
+    the cache names. Raises `ValueError` for a variant that is unknown or cannot be trained this way, for an empty `l0` and
+    for empty `seeds`.
     """
     if not seeds:
         raise ValueError("seeds is empty: give at least one.")
@@ -91,30 +92,30 @@ def run_family(
 def _configs(
     variants: Sequence[str] | None, config: FamilyConfig, l0: Sequence[int], n_hooks: int
 ) -> dict[tuple[str, int], Any]:
-    """(variant, L0): its config."""
+    """The config of each (variant, L0)."""
     if not l0:
-        raise ValueError("l0 is empty: give at least one number of features that fire on a token.")
+        raise ValueError("l0 is empty: give at least one number of active features per token.")
     check_variants(variants or ())
     for name in variants or ():
         if _config(name, config, l0[0], n_hooks) is None:
-            raise ValueError(f"variants holds {name!r}, which {_NEEDS.get(name, 'cannot be asked for an L0')}.")
+            raise ValueError(f"variants contains {name!r}, which {_NEEDS.get(name, 'has no setting for its L0')}.")
     wanted = [(name, level) for name in variants or VARIANTS for level in (l0 if name in ALL_L0 else l0[:1])]
     configs = {(name, level): _config(name, config, level, n_hooks) for name, level in wanted}
     return {(name, getattr(one, "k", level)): one for (name, level), one in configs.items() if one is not None}
 
 
 _NEEDS = {
-    "crosscoder": "needs a cache of two hooks or more",
-    **dict.fromkeys(("transcoder", "skip_transcoder"), "needs hook_name_out, a second hook of the cache"),
+    "crosscoder": "needs a cache with at least two hooks",
+    **dict.fromkeys(("transcoder", "skip_transcoder"), "needs hook_name_out: a second hook of the cache"),
 }
 
 
 def _config(variant: str, config: FamilyConfig, level: int, n_hooks: int) -> Any:
-    """None where it cannot be trained on this cache."""
+    """The config of a variant at an L0; None if it cannot be trained on this cache."""
     table = TABLES.get(variant, "sae")
     if (table == "crosscoder" and n_hooks < 2) or (table == "transcoder" and config.hook_name_out is None):
         return None
-    if table == "codebook":  # its k codes have no values: k is another thing than L0
+    if table == "codebook":  # its codes have no values, so its k is not comparable with an L0
         return VARIANTS[variant].Config(d_sae=config.d_sae)
     preset = VARIANTS[variant].preset(config.steps * config.batch_size)
     return at_l0(variant, config.d_sae, level, hook_name_out=config.hook_name_out, **preset)
@@ -130,7 +131,7 @@ def _run_seed(
     lm: LanguageModel,
     progress: bool,
 ) -> None:
-    """Train all SAEs of one seed on one read, then measure one after another."""
+    """Train all SAEs of one seed on one read of the cache, then evaluate them one by one."""
     training = TrainConfig(
         n_tokens=config.steps * config.batch_size,
         batch_size=config.batch_size,

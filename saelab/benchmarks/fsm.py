@@ -1,14 +1,14 @@
-"""Does a model with codebooks learn a finite-state machine, do its codes stand for states, and do they steer it?
+"""Codebook benchmark on a finite-state machine: does the model learn it, do codes represent states, and do they steer?
 
-A small transformer is trained from nothing on the machine's texts; a copy of it goes on for as many steps with codebooks
-(k = 1) at the heads and the MLP of each layer. Then, on fresh texts:
+A small transformer is trained from scratch on texts of the machine; a copy of it is trained for as many further steps with
+codebooks (k = 1) at the heads and the MLP of each layer. Then, on fresh texts:
 
-- first-transition accuracy: of the next states sampled after a random walk, the share that an edge leads to;
-- purity of a state: the share of its tokens (last digits) whose code stands for it, where a code stands for the state that
-  it was kept on most often in other texts; the mean over states, at the hook that was best among those other texts;
-- steering: all codes of a token are forced to those most common for another state; Jensen-Shannon divergence between the
-  next-token distribution and the true one of that state, before and after; and the share of whole next states that an edge
-  leads to from there (digits after the first are written looking back at digits that nobody changed).
+- first-transition accuracy: fraction of the next states sampled after a random walk that are reachable by an edge;
+- purity of a state: fraction of its tokens (last digits) whose code represents it. A code represents the state on which it
+  was active most often in other texts. Reported is the mean over states, at the hook that was best on those other texts;
+- steering: all codes of a token are forced to the most common ones of another state. Reported are the Jensen-Shannon
+  divergence between the next-token distribution and the true one of that state, before and after, and the fraction of whole
+  next states that an edge leads to from there (later digits are generated with attention to the unchanged earlier digits).
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from saelab.models.tiny import build_tiny_llama
 from saelab.saes.codebook import CodebookConfig, Inserted, finetune, insert
 
 ACCURACY, PURITY, JS_SHARE, FORCED = 0.95, 0.9, 0.5, 0.5
-"""What the claims ask for: of the bare model's accuracy; of purity; of the divergence without forcing, at most; of the accuracy
-without forcing."""
+"""Thresholds of the claims: minimum fraction of the bare model's accuracy; minimum purity; maximum fraction of the divergence
+without forcing; minimum fraction of the accuracy without forcing."""
 
 
 @dataclass(frozen=True)
 class FSMResult:
-    """What `run_fsm` measured."""
+    """Results of `run_fsm`; divergences are in bits."""
 
     seed: int
     n_states: int
@@ -44,28 +44,28 @@ class FSMResult:
     loss: float
     """Mean of the last 50 training losses, with codebooks."""
     loss_bare: float
-    """The same without."""
+    """The same without codebooks."""
     accuracy: float
     """First-transition accuracy with codebooks."""
     accuracy_bare: float
-    """The same without."""
+    """The same without codebooks."""
     accuracy_chance: float
-    """Of uniform digits."""
+    """Accuracy of uniformly random digits."""
     purity: float
     """Mean over states, at `purity_hook`."""
     purity_hook: str
     purities: dict[str, float]
-    """At every hook; a hook with heads counts the tuple of its codes as one."""
+    """Purity at every hook; at a hook with heads the tuple of their codes counts as one code."""
     purity_chance: float
-    """The same with the states of the tokens shuffled."""
+    """Purity with the states of the tokens shuffled."""
     js_before: float
-    """In bits, against the state to be reached, with nothing forced."""
+    """Divergence from the target state's true next-token distribution, with nothing forced."""
     js_forced: float
-    """With its codes forced at every hook."""
+    """The same with the codes of the target state forced at every hook."""
     js_own: float
-    """The model's own distribution on that state, nothing forced: what forcing can reach."""
+    """The same on texts that do end in the target state, with nothing forced: the best that forcing can reach."""
     accuracy_forced: float
-    """Of the next states sampled after forcing, the share that an edge leads to from the state forced."""
+    """Fraction of the next states sampled after forcing that an edge leads to from the target state."""
 
     @property
     def claims(self) -> list[tuple[str, bool]]:
@@ -87,7 +87,7 @@ class FSMResult:
         ]
 
     def __str__(self) -> str:
-        """A table: numbers, then claims."""
+        """A table of the numbers, then the claims."""
         rows = [(f.name, getattr(self, f.name)) for f in fields(self) if f.name != "purities"]
         rows += [(f"purity at {name}", value) for name, value in self.purities.items()]
         lines = [f"{name:32} {value:.4f}" if isinstance(value, float) else f"{name:32} {value}" for name, value in rows]
@@ -109,13 +109,13 @@ def run_fsm(
     lr: float = 3e-3,
     progress: bool = True,
 ) -> FSMResult:
-    """Train the bare model, then with codebooks, and measure.
+    """Train the bare model, then a copy of it with codebooks, and measure both.
 
-    `config` is for every hook (its codes are shared out among heads) and has k = 1: `ValueError` otherwise.
+    `config` applies to every hook (its codes are divided among the heads). Raises `ValueError` unless it has k = 1.
     """
     config = config or CodebookConfig(d_sae=1000, k=1)
     if config.k != 1:
-        raise ValueError(f"k={config.k}: a state is forced by one code for each group; give k=1.")
+        raise ValueError(f"config has k={config.k}, but a state is forced by one code per group; use k=1.")
     machine = Machine.random(n_states, n_edges, seed)
     texts = machine.write(machine.walks(max(4 * batch_size, 20_000), walk_length, seed + 1))
     hooks = [f"blocks.{i}.{site}" for i in range(n_layers) for site in ("attn.hook_z", "hook_mlp_out")]
@@ -132,16 +132,16 @@ def run_fsm(
 
 
 def _last(losses: list[float], n: int = 50) -> float:
-    """Mean of the last losses of a training."""
+    """Mean of the last `n` training losses."""
     return sum(losses[-n:]) / len(losses[-n:])
 
 
 def measure(lm: LanguageModel, inserted: Inserted, machine: Machine, seed: int) -> dict[str, Any]:
-    """Accuracy, purity and steering of a model with its codebooks in."""
+    """Accuracy, purity and steering of a model with its codebooks inserted."""
     fit, test = machine.walks(1000, 8, seed), machine.walks(1000, 8, seed + 1)
     codes_fit, codes_test = state_codes(inserted, machine, fit), state_codes(inserted, machine, test)
     states_fit, states_test = fit.flatten(), test.flatten()
-    half = len(states_fit) // 2  # a hook is chosen on texts that its codes were not named on
+    half = len(states_fit) // 2  # the hook is chosen on texts other than those that assign states to its codes
     halves = ((ids[:half], states_fit[:half], ids[half:], states_fit[half:]) for ids in codes_fit.values())
     known = dict(zip(codes_fit, (purity(*each) for each in halves), strict=True))
     purities = {name: purity(codes_fit[name], states_fit, ids, states_test) for name, ids in codes_test.items()}
@@ -159,13 +159,13 @@ def measure(lm: LanguageModel, inserted: Inserted, machine: Machine, seed: int) 
 
 
 def state_codes(inserted: Inserted, machine: Machine, walks: Int[Tensor, "n length"]) -> dict[str, Tensor]:
-    """Hook name -> codes `(n * length, kept)` on the last digit of each state."""
+    """Codes `(n * length, kept)` on the last digit of each state, by hook name."""
     last = slice(machine.n_digits, None, machine.n_digits)
     return {name: ids[:, last].flatten(0, 1) for name, ids in inserted.codes(machine.write(walks)).items()}
 
 
 def purity(codes_fit: Tensor, states_fit: Tensor, codes: Tensor, states: Tensor) -> float:
-    """Mean over states of the share of tokens whose set of codes stands for their state; an unknown set stands for none."""
+    """Mean over states of the fraction of tokens whose set of codes represents their state; an unseen set represents none."""
     sets, of = torch.cat([codes_fit, codes]).unique(dim=0, return_inverse=True)
     n_states = int(torch.cat([states_fit, states]).max()) + 1
     counts = torch.bincount(of[: len(codes_fit)] * n_states + states_fit, minlength=len(sets) * n_states)
@@ -176,20 +176,20 @@ def purity(codes_fit: Tensor, states_fit: Tensor, codes: Tensor, states: Tensor)
 
 
 def transition_accuracy(lm: LanguageModel, machine: Machine, walks: Int[Tensor, "n length"], seed: int) -> float:
-    """Share of sampled next states that an edge of the machine leads to."""
+    """Fraction of sampled next states that an edge of the machine leads to."""
     states = sample_next(lm, machine, machine.write(walks), seed)
     return allowed_share(machine, walks[:, -1], states)
 
 
 def allowed_share(machine: Machine, before: Int[Tensor, " n"], after: Int[Tensor, " n"]) -> float:
-    """Of these pairs, the share with an edge; -1 is no state."""
+    """Fraction of these pairs with an edge; -1 stands for an invalid state."""
     return (machine.allowed[before, after.clamp_min(0)] & (after >= 0)).float().mean().item()
 
 
 def sample_next(
     lm: LanguageModel, machine: Machine, ids: Int[Tensor, "n seq"], seed: int, edits: list[Any] | None = None
 ) -> Int[Tensor, " n"]:
-    """The state after each text, its digits sampled one by one (-1: no state)."""
+    """The state after each text, sampled digit by digit (-1: invalid)."""
     generator, start = torch.Generator().manual_seed(seed), ids.shape[1]
     with lm.steer(*edits) if edits else nullcontext():
         for _ in range(machine.n_digits):
@@ -201,7 +201,7 @@ def sample_next(
 def steering(
     lm: LanguageModel, inserted: Inserted, machine: Machine, codes: dict[str, Tensor], states: Tensor, seed: int
 ) -> dict[str, float]:
-    """Force the codes of each state in turn on the last token of texts that end in other states."""
+    """Force the codes of each state in turn on the last token of texts that end in other states; means over all of them."""
     walks = machine.walks(16 * machine.n_states, 4, seed + 3)
     truth, sums, n = machine.next_digit(), torch.zeros(4), 0
     for target in range(machine.n_states):
@@ -225,7 +225,7 @@ def steering(
 
 
 def _forcing(inserted: Inserted, codes: dict[str, Tensor], here: Tensor, position: int) -> list[Any]:
-    """Edits that force, at every hook and slot, the code that is most common on the tokens `here`."""
+    """Edits that force the most common code on the tokens `here`, at every hook and slot."""
     return [
         inserted.force(name, int(column.mode().values), position)
         for name, ids in codes.items()

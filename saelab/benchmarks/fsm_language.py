@@ -1,5 +1,5 @@
-"""The language of a random finite-state machine (after TokFSM, Tamkin et al. 2023): a text is BOS and a random walk, each
-state written as a number in base 10 with as many digits as the largest needs; every edge out of a state is equally likely.
+"""The language of a random finite-state machine (after TokFSM, Tamkin et al. 2023): a text is BOS and a random walk, with
+each state written as a zero-padded decimal number; every edge out of a state is equally likely.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ D_VOCAB = 11
 
 @dataclass(frozen=True, eq=False)
 class Machine:
-    """`edges (n_states, n_edges)`: where each state can go."""
+    """A finite-state machine; `edges (n_states, n_edges)` are the successors of each state."""
 
     edges: Int[Tensor, "n_states n_edges"]
 
     @classmethod
     def random(cls, n_states: int = 50, n_edges: int = 10, seed: int = 0) -> Machine:
-        """Distinct successors for each state, drawn uniformly. Raises `ValueError` for more edges than states."""
+        """Draw distinct successors for each state, uniformly. Raises `ValueError` for more edges than states."""
         check_integer("n_states", n_states, 2)
         check_integer("n_edges", n_edges, 1, n_states)
         generator = torch.Generator().manual_seed(seed)
@@ -42,7 +42,7 @@ class Machine:
 
     @property
     def allowed(self) -> Bool[Tensor, "n_states n_states"]:
-        """Whether there is an edge from row to column."""
+        """Whether there is an edge from the row's state to the column's state."""
         return torch.zeros(self.n_states, self.n_states, dtype=torch.bool).scatter(1, self.edges, True)
 
     def walks(self, n: int, length: int, seed: int) -> Int[Tensor, "n length"]:
@@ -55,26 +55,26 @@ class Machine:
         return torch.stack(states, 1)
 
     def write(self, walks: Int[Tensor, "n length"]) -> Int[Tensor, "n tokens"]:
-        """BOS and the digits: `1 + n_digits * length` tokens; the last digit of step i is token `n_digits * (i + 1)`."""
+        """Token ids: BOS and the digits, `1 + n_digits * length` in all; the last digit of step i is at `n_digits * (i + 1)`."""
         powers = 10 ** torch.arange(self.n_digits - 1, -1, -1)
         digits = (walks[..., None] // powers % 10).flatten(1)
         return torch.cat([digits.new_full((len(walks), 1), BOS), digits], 1)
 
     def read(self, digits: Int[Tensor, "n n_digits"]) -> Int[Tensor, " n"]:
-        """States from their digits; -1 for what is no state."""
+        """States from their digits; -1 for digits that are not a state."""
         powers = 10 ** torch.arange(self.n_digits - 1, -1, -1)
         states = (digits * powers).sum(1)
         return states.where((digits < 10).all(1) & (states < self.n_states), -1)
 
     def next_digit(self) -> Float[Tensor, "n_states vocab"]:
-        """The true distribution of the token after each state: the first digit of a successor."""
+        """The true next-token distribution after each state, over the first digit of its successors."""
         first = self.edges // 10 ** (self.n_digits - 1)
         counts = torch.zeros(self.n_states, D_VOCAB).scatter_add(1, first, torch.ones(first.shape))
         return counts / self.edges.shape[1]
 
 
 def js_divergence(p: Float[Tensor, "n vocab"], q: Float[Tensor, "n vocab"]) -> Float[Tensor, " n"]:
-    """Jensen-Shannon divergence of each pair of rows, in bits: 0 for equal ones, 1 for disjoint ones."""
+    """Jensen-Shannon divergence of each pair of rows, in bits: 0 if equal, 1 if disjoint."""
     middle = ((p + q) / 2).clamp_min(1e-30)
     to_p, to_q = (torch.xlogy(r, r / middle).sum(1) for r in (p, q))
     return (to_p + to_q) / (2 * math.log(2))

@@ -1,5 +1,5 @@
-"""`run_large`: does a large dictionary die? Thousands of planted features with Zipf frequencies, in superposition, and the
-share of the dictionary that is silent after every million tokens."""
+"""`run_large`: how many features of a large dictionary die? The data are thousands of planted features with Zipf frequencies,
+in superposition; the dead fraction of the dictionary is reported every million tokens."""
 
 from __future__ import annotations
 
@@ -34,26 +34,26 @@ FOUND = 0.9
 
 @dataclass(frozen=True)
 class LargeConfig:
-    """Sizes of the data and of the SAEs; the defaults take 2 cores under an hour for two variants."""
+    """Sizes of the data and of the SAEs; with the defaults, two variants take under an hour on 2 cores."""
 
     d_in: int = 256
-    """Width of a row."""
+    """Width of the data."""
     n_features: int = 8192
     """Planted features."""
     n_active: int = 24
-    """Of which are active in a token, on average."""
+    """Mean number of planted features that are active in a token."""
     d_sae: int = 16_384
     """Features of each SAE."""
     k: int = 32
-    """Features that fire on a token."""
+    """Active features per token."""
     n_tokens: int = 12_000_000
     """Training tokens."""
     batch_size: int = 2048
-    """Tokens in a step."""
+    """Tokens per step."""
     seed: int = 0
-    """Of features, tokens and weights."""
+    """Seed of features, tokens and weights."""
     device: str | None = None
-    """Where data is made and SAEs are trained; None takes a GPU when there is one."""
+    """Device for data and training; None uses a GPU if there is one."""
 
     def __post_init__(self) -> None:
         for name in ("d_in", "n_features", "n_active", "d_sae", "k", "n_tokens", "batch_size"):
@@ -63,10 +63,10 @@ class LargeConfig:
 
 
 class ZipfRows:
-    """Rows `sum_i z_i f_i` of random unit features; feature r is drawn in proportion to 1 / r.
+    """Rows `sum_i z_i f_i` of random unit features; feature r is drawn with probability proportional to 1 / r.
 
-    A token is as many draws as make `n_active` different features on average. Only what is active is ever touched: a
-    token costs as much whatever `n_features` is.
+    The number of draws per token is such that `n_active` distinct features are active on average. Only active features are
+    touched, so the cost of a token is independent of `n_features`.
     """
 
     def __init__(self, config: LargeConfig, device: torch.device) -> None:
@@ -80,7 +80,7 @@ class ZipfRows:
         self._until = share.cumsum(0).float().to(device)
 
     def rows(self, n: int, generator: Generator) -> Float[Tensor, "n d_in"]:
-        """n tokens."""
+        """n random tokens."""
         many = int(self.draws) + (torch.rand(n, device=self.device, generator=generator) < self.draws % 1)
         token = torch.arange(n, device=self.device).repeat_interleave(many)
         drawn = torch.rand(len(token), device=self.device, generator=generator)
@@ -93,19 +93,19 @@ class ZipfRows:
         return decode(SparseActs(values, feature, offsets, len(self.features)), self.features)
 
     def stream(self, seed: int) -> Iterator[Float[Tensor, "chunk d_in"]]:
-        """Endless fresh tokens."""
+        """An endless stream of fresh tokens."""
         generator = torch.Generator(self.device).manual_seed(TOKENS + seed)
         while True:
             yield self.rows(CHUNK, generator)
 
     def held_out(self, n: int, seed: int) -> Iterator[Float[Tensor, "chunk d_in"]]:
-        """At least n tokens that no stream holds."""
+        """At least n tokens that are in no stream."""
         generator = torch.Generator(self.device).manual_seed(HELD_OUT + seed)
         return (self.rows(CHUNK, generator) for _ in range(0, n, CHUNK))
 
 
 def _draws(share: Tensor, n_active: int) -> float:
-    """How many draws make `n_active` different features on average: bisection, as their number grows with the draws."""
+    """Number of draws that yields `n_active` distinct features on average, by bisection (it is monotone in the draws)."""
     low, high = 0.0, float(n_active)
     while float((1 - (1 - share) ** high).sum()) < n_active:
         high *= 2
@@ -124,14 +124,14 @@ def run_large(
     progress: bool = True,
     say: Callable[[str], None] = print,
 ) -> list[Row]:
-    """Train each variant, one after the other; one row for every `every` tokens and a last one of held-out measures.
+    """Train the variants one after the other; one row per `every` tokens and a last one of held-out measures.
 
-    Rows are told to `say` as they come and kept in `out_dir` (`large.json`, `large.csv`) beside the SAEs (`sae-VARIANT`).
-    The same call goes on where it was stopped, from the last checkpoint. Raises `ValueError` for an unknown variant.
+    Each row is passed to `say` as a line of text, and stored in `out_dir` (`large.json`, `large.csv`) beside the SAEs
+    (`sae-VARIANT`). The same call resumes from the last checkpoint. Raises `ValueError` for an unknown variant.
     """
     check_variants(variants)
     configs = {name: at_l0(name, config.d_sae, config.k) for name in variants}
-    n_tokens = -(-config.n_tokens // config.batch_size) * config.batch_size  # to the last mark
+    n_tokens = -(-config.n_tokens // config.batch_size) * config.batch_size  # whole steps
     training = TrainConfig(n_tokens, config.batch_size, seed=config.seed, device=config.device, checkpoint_every=500)
     data = ZipfRows(config, device_of(training))
     settings = dataclasses.asdict(config) | {"every": every}
@@ -150,7 +150,7 @@ def run_large(
 
 
 class _Teller:
-    """Says a line for each mark that training passes."""
+    """Reports a line for every `every` tokens of training."""
 
     def __init__(self, folder: Path, name: str, every: int, say: Callable[[str], None]) -> None:
         self.folder, self.name, self.every, self.say = folder, name, every, say
@@ -163,14 +163,14 @@ class _Teller:
                 self.told.add(tokens)
 
     def between(self, chunks: Iterator[Tensor]) -> Iterator[Tensor]:
-        """The chunks, with what there is to say between them."""
+        """Yield the chunks, reporting new lines of the log before each."""
         for chunk in chunks:
             self.tell()
             yield chunk
 
 
 def _marks(folder: Path, every: int) -> dict[int, Row]:
-    """The first line of the log from each multiple of `every` tokens on."""
+    """The first line of the log at or after each multiple of `every` tokens."""
     marks: dict[int, Row] = {}
     for line in read_lines(folder / "metrics.jsonl"):
         marks.setdefault(line["tokens"] // every * every, line)
@@ -189,8 +189,8 @@ def _line(row: Row) -> str:
 
 @torch.no_grad()
 def held_out_row(sae: SAE, data: ZipfRows, config: LargeConfig) -> Row:
-    """FVU, L0 and dead share on `HELD_OUT_ROWS` fresh rows, and how many planted features have a learned one within a cosine of
-    `FOUND`: of the commonest tenth, of the rarest half, of all."""
+    """FVU, L0 and dead fraction on `HELD_OUT_ROWS` fresh rows, and the fraction of planted features with a cosine above `FOUND`
+    to a learned one: of all, of the most common tenth, of the rarest half."""
     measures = Reconstruction(sae)
     for x in data.held_out(HELD_OUT_ROWS, config.seed):
         measures.add(x, sae(x))

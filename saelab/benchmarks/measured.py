@@ -1,4 +1,4 @@
-"""What a bench says of an SAE that was trained on the activations of a model: quality on held-out documents, and speed."""
+"""The measurements of an SAE trained on a model's activations: quality on held-out documents, and training speed."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ MEASURES = ("fvu", "l0", "ce_loss_recovered", "dead_fraction")
 
 
 def measure(sae: SAE, lm: LanguageModel, level: int, eval_tokens: int | None, home: Path) -> dict[str, Any]:
-    """The columns of a row; `level` is the L0 that was asked for, `home` the folder of the bench.
+    """The columns of a row; `level` is the requested L0, `home` the folder of the benchmark.
 
-    `wall_seconds` are of its own steps and its own measuring; reading is shared by all, and the model's activations on
-    held-out text are in the first row's.
+    `wall_seconds` covers the SAE's own training steps and its evaluation. It excludes reading the cache, which all SAEs
+    share; the model's forward pass on held-out text counts towards the first row only.
     """
     assert sae.provenance.folder is not None
     start = time.perf_counter()

@@ -1,9 +1,9 @@
-"""Data whose features are known, so that one can see which of them an SAE finds:
+"""Synthetic data with known features, to measure which of them an SAE recovers:
 
     x = sum_i z_i f_i + noise,   |f_i| = 1,   z_i = |N(1, 1/4)| where feature i is active, else 0
 
-Kinds differ in which features are active together: equally often or by Zipf's law, as many in every token or not, with
-both signs, as children of a parent, or with other strengths in a second model (then x is (n_sources, d_in)).
+The kinds of data differ in which features are active: with equal or Zipf frequencies, equally many in every token or not,
+with both signs, as children of a parent, or with other strengths in a second model (then x is (n_sources, d_in)).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch.nn.functional import normalize
 
 FeatureActs = Float[Tensor, "n n_features"]
 FEATURES, TOKENS, HELD_OUT = (n * 2**30 for n in (1, 2, 3))
-"""Added to a seed: an SAE's first weights, the features, the tokens and the held-out tokens share no random numbers (a
-generator knows the lowest 32 bits of its seed only)."""
+"""Offsets added to a seed, so that an SAE's initial weights, the features, the tokens and the held-out tokens share no random
+numbers (a generator uses only the lowest 32 bits of its seed)."""
 SPREAD = 0.25
 HARD, HARD_SHARE = 6, 0.4
 WEAK = 0.3
@@ -27,29 +27,29 @@ WEAK = 0.3
 
 @dataclass(frozen=True)
 class Planted:
-    """Known features and how tokens are made of them."""
+    """Known features, and how tokens are sampled from them."""
 
     features: Float[Tensor, " n_features *d"]
     """(n_features, d_in), or (n_features, n_sources, d_in) with each source's own strength."""
     sample: Callable[[int, Generator], FeatureActs]
-    """The codes of n tokens."""
+    """The true feature activations of n tokens."""
     groups: dict[str, slice] = field(default_factory=dict)
-    """Features that are looked at by themselves, by name."""
+    """Groups of features that are also measured separately, by name."""
     noise: float = 0.0
 
     def rows(self, n: int, generator: Generator) -> Float[Tensor, " n *d"]:
-        """n tokens."""
+        """n random tokens."""
         x = torch.tensordot(self.sample(n, generator), self.features, 1)
         return x + self.noise * torch.randn(x.shape, generator=generator) if self.noise else x
 
     def stream(self, seed: int, chunk: int = 8192) -> Iterator[Float[Tensor, " chunk *d"]]:
-        """Endless fresh tokens for `saelab.train`, `chunk` at a time."""
+        """An endless stream of fresh tokens for `saelab.train`, `chunk` at a time."""
         generator = torch.Generator().manual_seed(TOKENS + seed)
         while True:
             yield self.rows(chunk, generator)
 
     def held_out(self, n: int, seed: int) -> Float[Tensor, " n *d"]:
-        """Tokens that no stream holds."""
+        """n tokens that are in no stream."""
         return self.rows(n, torch.Generator().manual_seed(HELD_OUT + seed))
 
 
@@ -64,8 +64,8 @@ def superposition(
 ) -> Planted:
     """Twice as many features as dimensions, `n_active` in each token.
 
-    `zipf`: feature r is drawn in proportion to 1 / r. `mixed`: three tokens of five hold one feature, the others six.
-    `signed`: each activation has a random sign.
+    `zipf`: feature r is drawn with probability proportional to 1 / r. `mixed`: one active feature in 60 % of the tokens, six
+    in the others. `signed`: each activation has a random sign.
     """
     n_features = n_features or 2 * d_in
     weights = 1 / torch.arange(1, n_features + 1) if zipf else torch.ones(n_features)
@@ -87,9 +87,9 @@ def superposition(
 
 
 def hierarchy(seed: int = 0, d_in: int = 24, n_parents: int = 8, n_children: int = 4) -> Planted:
-    """Two levels: a token holds one of the orthonormal parents and, three times in four, one of its children.
+    """Two levels: a token has one of the orthonormal parents and, with probability 3/4, one of its children.
 
-    Children exclude each other, and each is orthogonal to its parent; child c of parent p is feature
+    Siblings are mutually exclusive, and each child is orthogonal to its parent; child c of parent p is feature
     `n_parents + p * n_children + c`.
     """
     generator = torch.Generator().manual_seed(FEATURES + seed)
@@ -112,8 +112,8 @@ def hierarchy(seed: int = 0, d_in: int = 24, n_parents: int = 8, n_children: int
 
 
 def diffing(seed: int = 0, d_in: int = 24, n_shared: int = 24, n_each: int = 4) -> Planted:
-    """Two models that read the same tokens: features shared by both, in the first or the second alone, and weak (0.3) in
-    the first. A feature has one direction in both."""
+    """Two models that read the same tokens: features are shared, only in the first, only in the second, or weak (0.3) in the
+    first. A feature has the same direction in both models."""
     strengths = {
         "shared": (1.0, 1.0),
         "only_first": (1.0, 0.0),
@@ -136,7 +136,7 @@ def diffing(seed: int = 0, d_in: int = 24, n_shared: int = 24, n_each: int = 4) 
 def low_coherence(
     n_features: int, d_in: int, seed: int, limit: float = 0.2, steps: int = 500
 ) -> Float[Tensor, "n_features d_in"]:
-    """Unit rows that are pushed apart where their cosine is beyond `limit`."""
+    """Random unit rows, pushed apart where the magnitude of their cosine exceeds `limit`."""
     generator = torch.Generator().manual_seed(FEATURES + seed)
     rows = normalize(torch.randn(n_features, d_in, generator=generator), dim=1)
     for _ in range(steps):
@@ -147,9 +147,9 @@ def low_coherence(
 
 
 def _active(counts: Int[Tensor, " n"], weights: Float[Tensor, " n_features"], generator: Generator) -> FeatureActs:
-    """1 where a feature is active: `counts` different ones a token, drawn one after another in proportion to `weights`."""
+    """1 where a feature is active: `counts` distinct ones per token, drawn without replacement in proportion to `weights`."""
     uniform = torch.rand(len(counts), len(weights), generator=generator)
-    order = (weights.log() - (-uniform.log()).log()).argsort(dim=1, descending=True)  # Gumbel: the same draw at once
+    order = (weights.log() - (-uniform.log()).log()).argsort(dim=1, descending=True)  # Gumbel top-k: all at once
     chosen = (torch.arange(len(weights)) < counts[:, None]).float()
     return torch.zeros_like(uniform).scatter(1, order, chosen)
 

@@ -1,4 +1,4 @@
-"""How many planted features a dictionary holds: cosines between what is true and what was learned."""
+"""How many planted features a dictionary recovers, by cosines between true and learned features."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FOUND = 0.9
 def cosines(
     features: Float[Tensor, "n_features d_in"], learned: Float[Tensor, "d_sae d_in"], signed: bool = False
 ) -> Float[Tensor, "n_features d_sae"]:
-    """Cosine of each true feature with each learned one; with `signed` its magnitude, as an axis has no direction."""
+    """Cosine of each true feature with each learned one; with `signed` its magnitude, as an axis has no sign."""
     cosine = normalize(features, dim=1) @ normalize(learned, dim=1).T
     return cosine.abs() if signed else cosine
 
@@ -26,8 +26,8 @@ def recovery(
     signed: bool = False,
     groups: Mapping[str, slice] | None = None,
 ) -> dict[str, float]:
-    """`mmcs` (mean over true features of the largest cosine), `recovered` (share of them with a cosine above 0.9),
-    `copies` (learned features above 0.9 for each true one that was recovered; 0 where none was), and `mmcs_GROUP`,
+    """`mmcs` (mean over true features of the largest cosine), `recovered` (fraction of them with a cosine above 0.9),
+    `copies` (learned features above 0.9 per recovered true one; 0 if none is recovered), and `mmcs_GROUP`,
     `recovered_GROUP`."""
     cosine = cosines(features, learned, signed)
     best = cosine.amax(1)

@@ -1,5 +1,5 @@
-"""The rows of a benchmark on disk: `STEM.json` and `STEM.csv` are written whole after each row, so a bench that is killed
-has lost the row it was at and no other, and the same call goes on there."""
+"""The rows of a benchmark on disk: `STEM.json` and `STEM.csv` are rewritten after each row, so a benchmark that is killed
+loses only the current row, and the same call resumes there."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from saelab.saes.step import RULES
 Row = dict[str, Any]
 Order = Callable[[Row], Any]
 
-# Of settings that the first version did not keep: it trained by rules 1, with the model that was at hand.
+# Values of settings that the first version did not store: it trained by rules 1, and its model is unknown.
 _ABSENT = {"rules": 1, "rows_of": ANY, "model": ANY}
 
 
 class Rows:
-    """`settings` are what all rows have in common; `keys` name the columns that tell rows apart; `order` is what rows are
-    sorted by, None keeps them as they came."""
+    """The rows of a benchmark. `settings` are shared by all rows; `keys` name the columns that identify a row; `order` is the
+    sort key of the rows (None: order of insertion). Raises `SaelabError` if the file is foreign or has other settings."""
 
     def __init__(
         self,
@@ -44,21 +44,21 @@ class Rows:
     def _read(self, path: Path) -> list[Row]:
         saved = read_json(path)
         if not isinstance(saved, dict) or not isinstance(saved.get("rows"), list):
-            raise SaelabError(f"{path} is not what a bench wrote there: move it away, or give another --out-dir.")
+            raise SaelabError(f"{path} was not written by a benchmark. Move it away, or give another --out-dir.")
         different = differences(saved.get("settings") or {}, self.settings, _ABSENT)
         if different:
             raise SaelabError(
-                f"{path.parent} holds a bench with other settings ({'; '.join(different)}). Use the same to go on, or "
-                "give another --out-dir."
+                f"{path.parent} holds a benchmark with other settings ({'; '.join(different)}). Use the same settings to "
+                "resume it, or give another --out-dir."
             )
         return saved["rows"]
 
     def find(self, **key: Any) -> Row | None:
-        """The finished row of that key, or None."""
+        """The finished row with this key, or None."""
         return next((row for row in self.rows if self._key(row) == self._key(key)), None)
 
     def get(self, compute: Callable[[], Mapping[str, Any]], **key: Any) -> Row:
-        """The row of that key: from the file where it is finished, else computed and kept."""
+        """The row with this key: the stored one if it is finished, else computed and stored."""
         row = self.find(**key)
         if row is None:
             row = {**key, **compute()}
@@ -85,17 +85,19 @@ def open_rows(
     stem: str = "rows",
     order: Order | None = None,
 ) -> Iterator[Rows]:
-    """The rows of a bench in `folder` (None: kept in memory only), which no other process may add to meanwhile."""
+    """The rows of a benchmark in `folder` (None: in memory only), locked against other processes (`SaelabError`)."""
     if folder is None:
         yield Rows(None, settings, keys, order=order)
         return
     folder = Path(folder)
-    with locked(folder, f"Another process is at the bench in {folder}: wait for it, or give another --out-dir."):
+    with locked(
+        folder, f"Another process is running the benchmark in {folder}. Wait for it, or give another --out-dir."
+    ):
         yield Rows(folder, settings, keys, stem, order)
 
 
 def to_csv(rows: Sequence[Row]) -> str:
-    """One line a row under all columns that any of them has, in order of appearance."""
+    """CSV text with one line per row and the union of their columns, in order of appearance."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -105,7 +107,7 @@ def to_csv(rows: Sequence[Row]) -> str:
 
 
 def spread(values: Iterable[float | None], digits: int = 3) -> str:
-    """Mean over seeds and, from two on, their standard deviation: "0.123 ± 0.004"; "-" for none."""
+    """Mean over seeds with, from two seeds on, the standard deviation: "0.123 ± 0.004"; "-" without values."""
     known = [value for value in values if value is not None]
     if not known:
         return "-"

@@ -1,4 +1,4 @@
-"""Pictures of benchmark rows as SVG text: they need no script, and a README shows them. Okabe and Ito's colours."""
+"""Plots of benchmark rows as SVG text, which a README can show without scripts. Colours of Okabe and Ito."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Points = Sequence[tuple[float, float]]
 
 
 def dot_plot(blocks: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]], panels: Sequence[str]) -> str:
-    """`blocks[block][label][panel]` are a measure's values over the seeds: a dot each, and a stroke at their mean.
+    """`blocks[block][label][panel]` are the values of a measure over the seeds: one dot each, and a stroke at their mean.
 
-    One line a label, one panel a measure; a panel's axis goes from 0 to its block's largest value.
+    There is one line per label and one panel per measure; the axis of a panel runs from 0 to the largest value of the block.
     """
     height = 30 + sum(_ROW * (len(labels) + 2) for labels in blocks.values())
     width = _LABELS + len(panels) * (_PANEL + 30)
@@ -50,10 +50,10 @@ def _dots(values: Mapping[str, Sequence[float]], left: float, top: float) -> lis
 
 
 def curves(series: Mapping[str, Points], x_name: str, y_name: str) -> str:
-    """Points `(x, y)` of each series joined by a line, both axes logarithmic, with a legend beside them."""
+    """The points `(x, y)` of each series joined by a line, on log-log axes with a legend. Raises `ValueError` without points."""
     points = [point for row in series.values() for point in row]
     if not points:
-        raise ValueError("There is no point to draw: give at least one series with one.")
+        raise ValueError("There are no points to draw: give at least one series with a point.")
     width, height, left, top = 520, 340, 64, 16
     x_low, x_high = _around([x for x, _ in points])
     y_low, y_high = _around([y for _, y in points])
@@ -80,13 +80,13 @@ def curves(series: Mapping[str, Points], x_name: str, y_name: str) -> str:
 
 
 def _around(values: Sequence[float]) -> tuple[float, float]:
-    """A range with room on both sides of positive values."""
+    """A range with a margin on both sides of positive values."""
     low, high = max(min(values), 1e-6), max(*values, 1e-6)
     return low / 1.15, high * 1.15
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers between two positive ones: powers of two, or 1, 2, 5 a decade where those are too many."""
+    """Tick positions in a positive range: powers of two within 1 to 512, else 1, 1.5, 2, 3, 5, 7 per decade."""
     powers = [2.0**n for n in range(math.floor(math.log2(low)), math.ceil(math.log2(high)) + 1)]
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     steps = powers if low >= 1 and high <= 512 else [step * 10.0**n for n in decades for step in (1, 1.5, 2, 3, 5, 7)]

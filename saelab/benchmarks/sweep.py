@@ -1,5 +1,5 @@
-"""`run_sweep`: SAEs over lists of variants, widths, L0, learning rates and seeds; those of one seed are trained on one read
-of the cache, each is measured on documents that none of them saw."""
+"""`run_sweep`: train SAEs for all combinations of variants, widths, L0, learning rates and seeds, with one read of the cache
+per seed, and evaluate each on held-out documents."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ from saelab.training.loop import folder_name
 from saelab.validation import check_integer
 
 KEYS = ("variant", "d_sae", "target_l0", "lr", "seed")
-"""The swept columns; `target_l0` is the L0 asked for, by `k` or by the config's field of that name."""
+"""The swept columns; `target_l0` is the requested L0, set by `k` or by the config's `target_l0`."""
 
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """What all SAEs of a sweep have in common."""
+    """Settings shared by all SAEs of a sweep."""
 
     n_tokens: int
     """Training tokens of every SAE."""
     batch_size: int = 2048
-    """Activations in a step."""
+    """Activations per step."""
     eval_tokens: int | None = None
-    """Held-out tokens to measure on; None is all."""
+    """Held-out tokens to evaluate on; None uses all."""
     hook_name: str | None = None
-    """Site, where the cache holds several."""
+    """Hook to train on, if the cache holds several."""
     hook_name_out: str | None = None
-    """Site of the cache that transcoders predict."""
+    """Hook of the cache that transcoders predict."""
 
     def __post_init__(self) -> None:
-        if self.eval_tokens is not None:  # else it would be refused after training
+        if self.eval_tokens is not None:  # otherwise it would be rejected only after training
             check_integer("eval_tokens", self.eval_tokens, 1)
 
 
@@ -71,13 +71,13 @@ def run_sweep(
     progress: bool = True,
     **lists: Sequence[Any],
 ) -> list[Row]:
-    """Train an SAE for each combination of `lists` (as of `sweep_points`) on RUN/cache and measure each; one row each.
+    """Train an SAE for each combination of `lists` (see `sweep_points`) on RUN/cache and evaluate it; one row per SAE.
 
-    Gives all rows of `out_dir`, those of earlier calls too, by variant, L0 asked and FVU. `out_dir` is RUN unless given:
-    `sweep.json` and `sweep.csv` grow row by row beside the SAEs and their reports, and the same call goes on where it was
-    stopped, in the middle of training too. `lm` None is the model that the cache names. Under `torchrun` each process
-    trains its share of the SAEs, none talks to another; the first measures all, the others return no rows. Raises
-    `ValueError` before anything is written for a list that is empty and for what cannot be trained.
+    Returns all rows of `out_dir`, including those of earlier calls, sorted by variant, requested L0 and FVU. `out_dir`
+    defaults to RUN: `sweep.json` and `sweep.csv` grow row by row beside the SAEs and their reports, and the same call resumes
+    where it was interrupted, also in the middle of training. `lm` defaults to the model that the cache names. Under `torchrun`
+    each rank trains its share of the SAEs without communication; rank 0 evaluates all, the others return no rows. Raises
+    `ValueError`, before anything is written, for an empty list and for an SAE that cannot be trained.
     """
     cache = ActivationCache(Path(run) / "cache")
     points = sweep_points(config, **lists)
@@ -110,9 +110,9 @@ def sweep_points(
     lr: Sequence[float | None] = (None,),
     seeds: Sequence[int] = (0,),
 ) -> list[Point]:
-    """Every combination once. `k` is `target_l0` for variants with a penalty; lr None is the variant's own.
+    """Every combination once. `k` sets `target_l0` for variants with a penalty; an `lr` of None is the variant's default.
 
-    Raises `ValueError` for an empty list, and for what a config refuses.
+    Raises `ValueError` for an empty list, an unknown variant, and values that a config rejects.
     """
     lists = {"variants": variants, "d_sae": d_sae, "k": k, "lr": lr, "seeds": seeds}
     for name, values in lists.items():
@@ -124,26 +124,26 @@ def sweep_points(
         key: Row = dict(zip(KEYS, values, strict=True))
         sae = at_l0(key["variant"], key["d_sae"], key["target_l0"], hook_name_out=config.hook_name_out)
         if sae is None:
-            raise ValueError(f"variants holds {key['variant']!r}, which has neither k nor target_l0 to sweep over.")
+            raise ValueError(f"variants contains {key['variant']!r}, which has neither k nor target_l0 to sweep over.")
         training = TrainConfig(config.n_tokens, config.batch_size, lr=key["lr"], seed=key["seed"])
         points.append(Point(key, sae, training))
     return points
 
 
 def _origin(points: Sequence[Point], cache: ActivationCache, hook_name: str | None) -> dict[str, Any]:
-    """Where the activations come from. Raises `ValueError` for an SAE that this cache does not fit."""
+    """Origin of the activations. Raises `ValueError` for an SAE that cannot be trained on this cache."""
     source = open_data(cache, hook_name)
     one_each = {point.key["variant"]: point.config for point in points}
     origins = [source.view(VARIANTS[variant], config).origin for variant, config in one_each.items()]
     if any("models" in origin for origin in origins) or len({origin["model"]["name"] for origin in origins}) > 1:
         raise ValueError(
-            "A sweep measures its SAEs with one language model, and these read several: train each (saelab train)."
+            "A sweep evaluates its SAEs on one language model, but these read several. Train each with `saelab train` instead."
         )
     return origins[0]
 
 
 def _by_seed(rows: Rows, points: Sequence[Point]) -> list[list[Point]]:
-    """Those that have no row yet; the SAEs of one seed share a read."""
+    """The points without a row, grouped by seed: the SAEs of one seed share a read of the cache."""
     left = [point for point in points if rows.find(**point.key) is None]
     seeds = dict.fromkeys(point.train.seed for point in left)
     return [[point for point in left if point.train.seed == seed] for seed in seeds]
@@ -158,7 +158,7 @@ def _run_seed(
     lm: LanguageModel,
     progress: bool,
 ) -> None:
-    """Train `mine` of these SAEs on one read, wait for those of other processes, then measure one after another."""
+    """Train this rank's SAEs (`mine`) on one read, wait for those of the other ranks, then evaluate all one by one."""
     home = rows.folder
     assert home is not None
     _train([point for point in points if point in mine], cache, config, home, progress)
@@ -175,16 +175,16 @@ def _run_seed(
 def _train(
     points: Sequence[Point], cache: ActivationCache, config: SweepConfig, home: Path, progress: bool
 ) -> list[SAE]:
-    """These SAEs on one read; those that are finished come back at once."""
+    """Train these SAEs on one read of the cache; finished ones are loaded."""
     if not points:
         return []
     configs, trains = [point.config for point in points], [point.train for point in points]
     try:
         return train(configs, cache, trains, home, hook_name=config.hook_name, progress=progress)
-    except AnotherRunError as error:  # of a sweep with other settings, stopped before its first row
+    except AnotherRunError as error:  # from a sweep with other settings, interrupted before its first row
         raise TrainingError(f"{error.found}give another --out-dir.") from error
 
 
 def _order(row: Row) -> tuple[Any, ...]:
-    """By variant, L0 asked and FVU; what has no FVU comes last."""
+    """Sort key of rows: variant, requested L0 and FVU; rows without an FVU come last."""
     return row["variant"], row["target_l0"], row["fvu"] is None, row["fvu"]

@@ -1,5 +1,4 @@
-"""`run_synthetic`: every variant on data with known features, small enough for seconds a run, and the papers' claims held
-against what comes out."""
+"""`run_synthetic`: train and measure every variant on small synthetic data with known features, seconds to minutes per SAE."""
 
 from __future__ import annotations
 
@@ -34,13 +33,13 @@ BATCH = 512
 HELD_OUT_ROWS = 32 * BATCH
 KEYS = ("data", "sae", "seed")
 
-# Label: the variant, and what differs from its defaults.
+# By label: the variant, and the options that differ from its defaults.
 SAES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in VARIANTS},
     "topk, no aux": ("topk", {"auxk_alpha": 0.0}),
     "topk, aux_zipf": ("topk", {"aux": "aux_zipf"}),
     "mutual_choice, no aux": ("mutual_choice", {"auxk_alpha": 0.0}),
-    "crosscoder, L1": ("crosscoder", {"sparsity": "l1", "l1_coefficient": 1.2}),  # if it knows no target_l0
+    "crosscoder, L1": ("crosscoder", {"sparsity": "l1", "l1_coefficient": 1.2}),  # used if it has no target_l0
     "crosscoder, BatchTopK": ("crosscoder", {"sparsity": "batch_topk"}),
 }
 _CHOICES = ("topk", "batch_topk", "mutual_choice", "feature_choice")
@@ -49,7 +48,7 @@ _AUX = ("topk, no aux", "topk, aux_zipf", "mutual_choice, no aux")
 
 @dataclass(frozen=True)
 class Kind:
-    """Data, the SAEs that see it, and how many features and active ones they get."""
+    """A kind of data, the SAEs trained on it, and their size and L0."""
 
     planted: Callable[[int], Planted]
     saes: tuple[str, ...]
@@ -68,7 +67,7 @@ KINDS: dict[str, Kind] = {
     "diffing": Kind(diffing, ("crosscoder, L1", "crosscoder, BatchTopK"), 48, 3, 3000),
 }
 FSM = "fsm"
-"""Texts of a finite-state machine and a model with codebooks in it (`fsm.py`): nothing is planted there."""
+"""A language model with codebooks on texts of a finite-state machine (`fsm.py`); it has no planted features."""
 DATA = (*KINDS, FSM)
 
 
@@ -80,10 +79,10 @@ def run_synthetic(
     n_steps: int | None = None,
     progress: bool = True,
 ) -> list[Row]:
-    """Train and measure every variant that is there on every kind of `data`, once a seed; one row each.
+    """Train and measure every available variant on every kind of `data`, once per seed; one row each.
 
-    With `out_dir` a finished row is kept there at once (`rows.json`, `rows.csv`) and never computed again. `n_steps`
-    replaces each kind's own number of steps. Raises `ValueError` for a kind that there is not, and without seeds.
+    With `out_dir` each row is stored as soon as it is finished (`rows.json`, `rows.csv`) and not computed again. `n_steps`
+    overrides the number of steps of every kind. Raises `ValueError` for an unknown kind of data and for empty `seeds`.
     """
     if not seeds:
         raise ValueError("seeds is empty: give at least one.")
@@ -96,10 +95,10 @@ def run_synthetic(
 
 
 def at_l0(variant: str, d_sae: int, l0: int, **options: Any) -> Any:
-    """The config of a variant with `l0` features a token: `k`, or `target_l0` where a penalty makes codes sparse.
+    """The config of a variant with `l0` features per token, set by `k`, or by `target_l0` if a penalty enforces sparsity.
 
-    None where there is no such variant, or it cannot be asked for an L0 and `l1_coefficient` is not given. Options that its
-    config does not know are left out.
+    None if there is no such variant, or if its config lacks that field and `l1_coefficient` is not given. Options that the
+    config does not have are ignored.
     """
     if variant not in VARIANTS:
         return None
@@ -113,21 +112,21 @@ def at_l0(variant: str, d_sae: int, l0: int, **options: Any) -> Any:
 
 
 def check_variants(names: Sequence[str]) -> None:
-    """Raise `ValueError` for a variant that there is not."""
+    """Raise `ValueError` for an unknown variant."""
     for name in names:
         if name not in VARIANTS:
-            raise ValueError(f"variants holds {name!r}; there are {', '.join(VARIANTS)}.")
+            raise ValueError(f"variants contains {name!r}, which is unknown; choose from {', '.join(VARIANTS)}.")
 
 
 def _labels(data: str) -> list[str]:
-    """The SAEs of a kind of data whose variants are there."""
+    """The labels of the SAEs for a kind of data, as far as their variants are available."""
     if data == FSM:
         return ["codebook"] if "codebook" in VARIANTS and find_spec("saelab.benchmarks.fsm") else []
     return [label for label in KINDS[data].saes if _config(data, label) is not None]
 
 
 def _config(data: str, label: str) -> Any:
-    """The planted zero is the data's own, so nothing is centred; None where the variant is not there."""
+    """The config of an SAE, or None if its variant is not available. Planted data have their true origin at 0: no centring."""
     variant, options = SAES.get(label, (label, {}))
     return at_l0(variant, KINDS[data].d_sae, KINDS[data].l0, normalize="scale", **options)
 
@@ -154,7 +153,7 @@ def _measure_one(data: str, label: str, seed: int, n_steps: int | None) -> dict[
 
 
 def _measure_fsm(seed: int, n_steps: int | None) -> dict[str, Any]:
-    """The numbers and names that the finite-state machine's own bench gives."""
+    """The numbers and strings among the results of the finite-state machine benchmark."""
     run_fsm: Any = import_module("saelab.benchmarks.fsm").run_fsm
     start = time.perf_counter()
     result = run_fsm(seed=seed, progress=False, **({"n_steps": n_steps} if n_steps else {}))
@@ -164,9 +163,10 @@ def _measure_fsm(seed: int, n_steps: int | None) -> dict[str, Any]:
 
 @torch.no_grad()
 def measure(sae: SAE, planted: Planted, x: Tensor, kind: Kind) -> dict[str, float | None]:
-    """The columns of a row: what was found of the planted features, and what codes and reconstruction are on `x`.
+    """The columns of a row: recovery of the planted features, and sparsity and reconstruction on `x`.
 
-    `..._batch` are codes as training selects them; the others stand alone, by thresholds where the variant has them.
+    The columns `..._batch` use the batch-wise selection of training; the others encode each token independently, by
+    thresholds if the variant has them.
     """
     output, decoder = sae(x), dictionary(sae)
     found = recovery(planted.features.flatten(1), decoder.flatten(1), kind.signed, planted.groups)
@@ -184,13 +184,13 @@ def measure(sae: SAE, planted: Planted, x: Tensor, kind: Kind) -> dict[str, floa
 
 
 def dictionary(sae: SAE) -> Tensor:
-    """What one unit of each feature adds to a reconstruction, in the units of the data: `(d_sae, *d)`."""
+    """What a unit activation of each feature adds to the reconstruction, in the units of the data: `(d_sae, *d)`."""
     ones = SparseActs.from_dense(torch.eye(sae.d_sae))
     return sae.decode(ones) - sae.decode(SparseActs.from_dense(torch.zeros(1, sae.d_sae)))
 
 
 def _by_batch(sae: ThresholdSAE, x: Tensor) -> Mapping[str, float | None]:
-    """FVU and L0 with the selection of training, batch by batch, on a copy whose thresholds may move."""
+    """FVU and L0 with the batch-wise selection of training, on a copy because it updates the thresholds."""
     sae, info = copy.deepcopy(sae), StepInfo(torch.zeros(sae.d_sae, dtype=torch.bool), 1, 1)
     feature_acts = [sae.select(sae.normalize(part), info) for part in x.split(BATCH)]
     x_hat = torch.cat([sae.decode(feature_acts) for feature_acts in feature_acts])

@@ -1,4 +1,4 @@
-"""What a bench prints and draws of its rows: tables of means over seeds, comparisons, pictures."""
+"""Tables of means over seeds, comparisons and plots of benchmark rows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SYNTHETIC = {
     "under_used": "under-used",
     "seconds": "seconds",
 }
-"""Columns of the main table; those that only one kind of data has follow."""
+"""Columns of the main table; columns that only one kind of data has come after them."""
 _DRAWN = {"recovered": "recovered share", "fvu": "FVU", "dead_fraction": "dead share"}
 FAMILY = {
     "fvu": "FVU",
@@ -35,7 +35,7 @@ _KEYS = ("data", "sae", "seed", "variant", "target_l0")
 
 
 def synthetic_tables(rows: Sequence[Row]) -> list[Any]:
-    """One rich table a kind of data: mean and standard deviation over the seeds."""
+    """One rich table per kind of data: mean and standard deviation over the seeds."""
     return [_synthetic_table(kind, [row for row in rows if row["data"] == kind]) for kind in _distinct(rows, "data")]
 
 
@@ -53,7 +53,7 @@ def _synthetic_table(kind: str, rows: Sequence[Row]) -> Any:
 
 
 def synthetic_picture(rows: Sequence[Row]) -> str:
-    """SVG: recovered share, FVU and dead share of each SAE on each kind of planted data, a dot a seed."""
+    """SVG: recovered fraction, FVU and dead fraction of each SAE on each kind of planted data, one dot per seed."""
     rows = [row for row in rows if "recovered" in row]
     blocks = {
         kind: {
@@ -69,24 +69,24 @@ def synthetic_picture(rows: Sequence[Row]) -> str:
 
 
 def family_tables(rows: Sequence[Row]) -> list[Any]:
-    """One rich table for the SAEs, and one for each kind that rebuilds something else: mean and deviation over the seeds."""
+    """One rich table for the SAEs, and one per kind with another target: mean and standard deviation over the seeds."""
     names = _distinct(rows, "table")
     return [_family_table(name, [row for row in rows if row["table"] == name]) for name in names]
 
 
 def _family_table(name: str, rows: Sequence[Row]) -> Any:
-    columns = {"variant": "variant", "target_l0": "L0 asked"}
+    columns = {"variant": "variant", "target_l0": "target L0"}
     return _measured_table(f"{name}, {len(_distinct(rows, 'seed'))} seeds", columns, rows)
 
 
 def sweep_table(rows: Sequence[Row]) -> Any:
-    """One rich table with a line for each SAE, in the order of the rows."""
-    columns = {"variant": "variant", "d_sae": "d_sae", "target_l0": "L0 asked", "lr": "lr", "seed": "seed"}
+    """One rich table with a line per SAE, in the order of the rows."""
+    columns = {"variant": "variant", "d_sae": "d_sae", "target_l0": "target L0", "lr": "lr", "seed": "seed"}
     return _measured_table(f"{len(rows)} SAEs", columns, rows)
 
 
 def large_table(rows: Sequence[Row]) -> Any:
-    """One rich table: a line for every mark of the training, and a last one of held-out measures."""
+    """One rich table: a line per reported number of training tokens, and a last one of held-out measures."""
     from rich.table import Table
 
     columns = [
@@ -100,13 +100,13 @@ def large_table(rows: Sequence[Row]) -> Any:
 
 
 def _measured_table(title: str, columns: dict[str, str], rows: Sequence[Row]) -> Any:
-    """One line for all rows with the same values in `columns` (name: title): mean and deviation of what was measured."""
+    """One line for all rows with the same values in `columns` (name: title): mean and standard deviation of each measure."""
     from rich.table import Table
 
     table = Table(*columns.values(), *FAMILY.values(), title=title)
     for values in dict.fromkeys(tuple(row[name] for name in columns) for row in rows):
         mine = [row for row in rows if tuple(row[name] for name in columns) == values]
-        labels = {name: "own" if value is None else f"{value}" for name, value in zip(columns, values, strict=True)}
+        labels = {name: "default" if value is None else f"{value}" for name, value in zip(columns, values, strict=True)}
         if not all(row["l0_as_asked"] for row in mine):
             labels["target_l0"] += ", missed by over 5 %"
         cells = [spread((row[name] for row in mine), 0 if "second" in name else 4) for name in FAMILY]
@@ -115,21 +115,21 @@ def _measured_table(title: str, columns: dict[str, str], rows: Sequence[Row]) ->
 
 
 def family_picture(rows: Sequence[Row]) -> str:
-    """SVG: FVU against held-out L0, one line a variant through its means over the seeds."""
+    """SVG: FVU against held-out L0, one line per variant through its means over the seeds."""
     series: dict[str, list[tuple[float, float]]] = {}
     rows = [row for row in rows if row["table"] == "sae"]
     for variant, level in dict.fromkeys((row["variant"], row["target_l0"]) for row in rows):
         mine = [row for row in rows if (row["variant"], row["target_l0"]) == (variant, level)]
         x, y = (sum(row[name] for row in mine) / len(mine) for name in ("l0", "fvu"))
         series.setdefault(variant, []).append((x, y))
-    return curves(series, "L0 (features that fire on a held-out token)", "FVU")
+    return curves(series, "L0 (active features per held-out token)", "FVU")
 
 
 def comparisons(rows: Sequence[Row]) -> list[str]:
     """FVU of BatchTopK and AbsTopK against TopK, and of every variant against ReLU, at equal held-out L0.
 
-    Each row stands against the other variant's of the same seed whose held-out L0 is nearest. One wins or loses where it
-    does so on every seed, with those within 5 %; else it is undecided.
+    Each row is compared with the other variant's row of the same seed with the nearest held-out L0. A variant wins or loses if
+    it does so on every seed and each pair of L0 is within 5 %; otherwise the comparison is undecided.
     """
     rows = [row for row in rows if row["table"] == "sae"]
     variants = [name for name in _distinct(rows, "variant") if name != "relu"]
@@ -146,7 +146,7 @@ def comparisons(rows: Sequence[Row]) -> list[str]:
 
 
 def _nearest(row: Row, others: Sequence[Row]) -> Row | None:
-    """Of the rows of its seed the one of nearest held-out L0."""
+    """The row of the same seed with the nearest held-out L0."""
     same = [other for other in others if other["seed"] == row["seed"]]
     return min(same, key=lambda other: abs(other["l0"] - row["l0"]), default=None)
 
@@ -157,11 +157,11 @@ def _compared(one: str, other: str, level: int, sides: Sequence[tuple[Row, Row]]
     if not all(abs(mine["l0"] - theirs["l0"]) <= L0_TOLERANCE * theirs["l0"] for mine, theirs in sides):
         word = f"undecided: no {other} within {L0_TOLERANCE:.0%} of that L0"
     if (one, other) == ("abs_topk", "topk") and word == "loses":
-        word += ", where its paper says that it wins: not held"
-    fvu = " against ".join(spread((pair[i]["fvu"] for pair in sides), 4) for i in (0, 1))
+        word += ", although its paper claims that it wins: not held"
+    fvu = " vs ".join(spread((pair[i]["fvu"] for pair in sides), 4) for i in (0, 1))
     l0 = " and ".join(spread((pair[i]["l0"] for pair in sides), 1) for i in (0, 1))
     seeds = ", ".join(str(mine["seed"]) for mine, _ in sides)
-    return f"{one} against {other} at L0 {level}: FVU {fvu}, held-out L0 {l0}, seeds {seeds}: {word}"
+    return f"{one} vs {other} at L0 {level}: FVU {fvu}, held-out L0 {l0}, seeds {seeds}: {word}"
 
 
 def _distinct(rows: Sequence[Row], name: str) -> list[Any]:

@@ -1,1 +1,1 @@
-"""What the compile report compiles and judges: every Triton kernel at the sizes of a training step, with its modelled traffic."""
+"""Input of the compile report: every Triton kernel at the sizes of a training step, with its modelled memory traffic."""

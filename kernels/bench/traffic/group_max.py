@@ -1,4 +1,4 @@
-"""`group_max` in the compile report: its shapes, and the bytes that its launch order moves."""
+"""`group_max` in the compile report: its shapes, and the memory traffic of its launch order."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from saelab.kernels.triton_backend.launch import resident_parts
 
 
 def production_specs() -> list[KernelSpec]:
-    """This kernel at the compile report's shapes, with each target's own tile."""
+    """This kernel at the shapes of the compile report, with the tile of each target."""
     return [_spec(*case) for case in screen_cases()]
 
 

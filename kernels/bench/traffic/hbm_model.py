@@ -1,8 +1,8 @@
-"""How many bytes a product `a @ b.T` must move between device memory and the chip, given the size of the last-level cache.
+"""Model the device-memory traffic of a product `a @ b.T`, in bytes, for a given size of the last-level cache.
 
-An operand that is kept in the cache, part after part, is read once; the other one streams by once for every part.
-`compulsory` counts everything once, which only an unlimited cache allows; `minimum` is the better of the two schedules
-{parts of `a` stay, parts of `b` stay} at the given cache. It models traffic, not time.
+An operand that is held in the cache part by part is read once; the other one is streamed once for every part. `compulsory`
+counts everything once, which takes an unlimited cache; `minimum` is the better of the two schedules (parts of `a` or parts
+of `b` stay in the cache) at the given cache size. It models traffic, not time.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Product:
-    """Bytes of a product's operands, and of everything that is read or written exactly once (results, index lists)."""
+    """Bytes of the operands of a product, and of everything that is read or written exactly once (results, index lists)."""
 
     a_bytes: int
     b_bytes: int
@@ -20,17 +20,17 @@ class Product:
 
     @property
     def compulsory(self) -> int:
-        """Everything once."""
+        """Traffic if everything is read or written once."""
         return self.a_bytes + self.b_bytes + self.once_bytes
 
     def a_resident(self, n_parts: int) -> int:
-        """`a` stays in the cache in `n_parts` parts, `b` streams by once for each."""
+        """Traffic if `a` stays in the cache in `n_parts` parts and `b` is streamed once for each."""
         return self.a_bytes + n_parts * self.b_bytes + self.once_bytes
 
     def b_resident(self, n_parts: int) -> int:
-        """`b` stays in the cache in `n_parts` parts, `a` streams by once for each."""
+        """Traffic if `b` stays in the cache in `n_parts` parts and `a` is streamed once for each."""
         return self.b_bytes + n_parts * self.a_bytes + self.once_bytes
 
     def minimum(self, cache: int) -> int:
-        """The better schedule with parts that just fit the cache."""
+        """Traffic of the better schedule, with parts that just fit the cache."""
         return min(self.a_resident(-(-self.a_bytes // cache)), self.b_resident(-(-self.b_bytes // cache)))

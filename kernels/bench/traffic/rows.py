@@ -1,4 +1,4 @@
-"""`rows` in the compile report: its shapes, and the bytes that its launch order moves."""
+"""`rows` in the compile report: its shapes, and the memory traffic of its launch order."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from saelab.kernels.triton_backend import rows as kernel
 
 
 def production_specs() -> list[KernelSpec]:
-    """The compile report's entries. Every byte is compulsory, whatever the cache."""
+    """Entries of the compile report. All traffic is compulsory, for any cache size."""
     weights, norms = 4 * PRODUCTION.d_sae * PRODUCTION.d_in, 4 * PRODUCTION.d_sae
     round_types = "*fp32 *bf16 *fp32 *fp32 i32 i32"
     block = {"BLOCK": kernel._BLOCK}

@@ -1,4 +1,4 @@
-"""`sddmm` in the compile report: its shapes, and the bytes that its launch order moves."""
+"""`sddmm` in the compile report: its shapes, and the memory traffic of its launch order."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from saelab.kernels.triton_backend.launch import ceil_div
 
 
 def production_specs() -> list[KernelSpec]:
-    """The compile report's entries. The product's bytes hold its partial sums' way back through `kernel.sum_slices` too.
+    """Entries of the compile report. The bytes of `sddmm` include reading its partial sums again in `kernel.sum_slices`.
 
-    The sort of the pairs, PyTorch's, is not in them: 12 bytes a pair and pass, 2 % of the product's.
+    PyTorch's sort of the pairs is not included: 12 bytes per pair and pass, 2 % of the product's bytes.
     """
     batch, d_in, d_sae, k = PRODUCTION
     nnz, n_tiles = batch * k, ceil_div(d_in, kernel._COLUMNS)
     x_bytes, W_bytes = 4 * batch * d_in, 4 * d_sae * d_in
 
     def in_tiles(n: int) -> int:
-        """`x` once, `W` once; rows and features a tile; a partial sum written and read a tile; places and values."""
+        """`x` and `W` once; per tile, row and feature ids and a partial sum written and read; positions and values."""
         return x_bytes + W_bytes + n * 8 * nnz + (n * 8 * nnz if n > 1 else 0) + 12 * nnz
 
     def hbm_bytes(cache: int) -> int:
@@ -25,7 +25,7 @@ def production_specs() -> list[KernelSpec]:
         return in_tiles(n_tiles) + refetched
 
     def least_bytes(cache: int) -> int:
-        """The widest tiles of `x` that fit."""
+        """With the widest tiles of `x` that fit the cache."""
         return in_tiles(ceil_div(x_bytes, cache))
 
     types, tile = "*fp32 *fp32 *i32 *i32 *fp32 i32 i32", {"PAIRS": kernel._PAIRS, "COLUMNS": kernel._COLUMNS}

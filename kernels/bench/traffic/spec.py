@@ -1,4 +1,4 @@
-"""A kernel at one shape, as the compile report compiles and judges it, and the shapes it is judged at."""
+"""`KernelSpec`, a kernel at one shape for the compile report, and the shapes that the report uses."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 from saelab.kernels.triton_backend.launch import CACHE_MIB, SMALL_TILES
 
 TARGETS = tuple(name for name in CACHE_MIB if name != SMALL_TILES)
-"""What the compile report compiles for."""
+"""The targets of the compile report."""
 
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """One kernel at one shape, as the compile report compiles and judges it. Bytes are of device memory (HBM)."""
+    """One kernel at one shape, as the compile report compiles and judges it. Bytes are device-memory (HBM) traffic."""
 
     name: str
     fn: Any
@@ -24,15 +24,15 @@ class KernelSpec:
     num_warps: int
     num_stages: int
     hbm_bytes: Callable[[int], int]
-    """Modelled traffic of our launch order, given the usable cache in bytes."""
+    """Modelled traffic of our launch order, as a function of the usable cache in bytes."""
     least_bytes: Callable[[int], int]
-    """The least over launch orders, given the usable cache in bytes."""
+    """Minimum over launch orders, as a function of the usable cache in bytes."""
     compulsory_bytes: int
-    """Every operand and result once: what an unlimited cache would need."""
+    """Traffic with an unlimited cache: every operand and result once."""
     tile: tuple[int, int]
     tensor_cores: bool
     targets: tuple[str, ...] = TARGETS
-    """The targets that this spec's tile is made for."""
+    """The targets for which the tile of this spec is meant."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ SCREEN_SHAPES = (ScreenShape(8192, 4096, 131072, 2048, 64), ScreenShape(2048, 57
 
 
 def screen_cases() -> list[tuple[ScreenShape, str, str]]:
-    """(shape, target, dtype) of everything that the report compiles of a `Screen`: fp32 only at the largest shape."""
+    """(shape, target, dtype) of all screen kernels in the report; fp32 only at the largest shape."""
     cases = [(shape, "bf16") for shape in SCREEN_SHAPES] + [(SCREEN_SHAPES[0], "fp32")]
     return [(shape, target, dtype) for target in TARGETS for shape, dtype in cases]
 
@@ -68,7 +68,7 @@ ITEMSIZE = {"bf16": 2, "fp32": 4}
 
 
 class Shape(NamedTuple):
-    """A training step's sizes, for the compile report."""
+    """Sizes of a training step, for the compile report."""
 
     batch: int
     d_in: int
@@ -90,9 +90,9 @@ def kernel_spec(
     hbm_bytes: Callable[[int], int] | None = None,
     least_bytes: Callable[[int], int] | None = None,
 ) -> KernelSpec:
-    """A `KernelSpec` without tensor cores; `types` in the order of the arguments, before the constexprs.
+    """A `KernelSpec` without tensor cores; `types` are in the order of the arguments, without the constexprs.
 
-    A kernel that reads and writes everything once, whatever the cache, gives its compulsory bytes alone.
+    For a kernel that reads and writes everything once, whatever the cache, `compulsory_bytes` is enough.
     """
     run_time = [argument for argument in inspect.signature(fn.fn).parameters if argument not in constexprs]
     signature = dict(zip(run_time, types.split(), strict=True)) | dict.fromkeys(constexprs, "constexpr")

@@ -1,4 +1,4 @@
-"""`spmm` in the compile report: its shapes, and the bytes that its launch order moves."""
+"""`spmm` in the compile report: its shapes, and the memory traffic of its launch order."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from saelab.kernels.triton_backend.launch import ceil_div
 
 
 def production_specs() -> list[KernelSpec]:
-    """The compile report's entries: the decoder with bias, target and loss, at a large and at a small dictionary."""
+    """Entries of the compile report: the decoder with bias, target and loss, for a large and a small dictionary."""
     return [_spec("spmm", PRODUCTION), _spec("spmm small", SMALL)]
 
 
@@ -17,10 +17,10 @@ def _spec(name: str, shape: Shape) -> KernelSpec:
     nnz, columns = batch * k, kernel._columns(d_sae, d_in, 4)
     n_tiles = ceil_div(d_in, columns)
     feature_acts, dense = 12 * nnz + 8 * (batch + 1), 4 * d_in * (d_sae + 1 + 2 * batch)  # W, bias, target and out
-    squares = 8 * n_tiles * batch + 4 * batch  # written and read a tile, then the sums
+    squares = 8 * n_tiles * batch + 4 * batch  # written and read per tile, then the sums
 
     def hbm_bytes(cache: int) -> int:
-        """Between two uses of an id lies all that one tile touches; of a row of `W`'s tile, no more than that."""
+        """Between two uses of an id, one whole tile is touched; between two uses of a row of a tile of `W`, at most that."""
         between_uses = dense // n_tiles + feature_acts
         refetched = 0 if between_uses <= cache else (n_tiles - 1) * feature_acts
         if 4 * d_sae * columns > cache:
@@ -33,6 +33,6 @@ def _spec(name: str, shape: Shape) -> KernelSpec:
         "*fp32 *i64 *i64 *fp32 *fp32 *fp32 *fp32 *fp32 i32 i32",
         {"PAIRS": kernel._TILE // columns, "COLUMNS": columns},
         kernel._WARPS,
-        dense + feature_acts + 4 * batch,  # also the least at any cache that holds the codes and a narrow enough tile
+        dense + feature_acts + 4 * batch,  # also the minimum if the cache holds the activations and a narrow tile
         hbm_bytes,
     )

@@ -1,4 +1,4 @@
-"""`spmm_transposed` in the compile report: its shapes, and the bytes that its launch order moves."""
+"""`spmm_transposed` in the compile report: its shapes, and the memory traffic of its launch order."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from saelab.kernels.triton_backend.launch import ceil_div
 
 
 def production_specs() -> list[KernelSpec]:
-    """The compile report's entries, with as many extra chunks as there can be: one for each 128 entries."""
+    """Entries of the compile report, with the maximum number of extra chunks: one per 128 entries."""
     nnz, block = PRODUCTION.batch * PRODUCTION.k, {"BLOCK": kernel._BIAS_BLOCK}
     types = "*fp32 *i64 *i64 *i64 *i64 *fp32 *fp32 *fp32 i32 i32"
     tile, bias_bytes = {"PAIRS": kernel._PAIRS, "COLUMNS": kernel._COLUMNS}, 4 * nnz + 12 * PRODUCTION.d_sae
@@ -22,14 +22,14 @@ def production_specs() -> list[KernelSpec]:
 
 
 def _least_bytes(cache: int) -> int:
-    """`g` and the result once, and the codes once for each tile of `g`, the widest that fit."""
+    """`g` and the result once, and the feature activations once for each of the widest tiles of `g` that fit."""
     batch, d_in, d_sae, k = PRODUCTION
-    g_bytes, feature_acts = 4 * batch * d_in, 12 * batch * k + 8 * (d_sae + 1)  # codes: values, rows, offsets
+    g_bytes, feature_acts = 4 * batch * d_in, 12 * batch * k + 8 * (d_sae + 1)  # values, rows, offsets
     return g_bytes + 4 * d_sae * d_in + ceil_div(g_bytes, cache) * feature_acts
 
 
 def _hbm_bytes(cache: int) -> int:
-    """The least for tiles of 256 columns, and the extra chunks: listed, written, added."""
+    """The minimum for tiles of 256 columns, plus the extra chunks: their lists, partial rows and sums."""
     batch, d_in, _, k = PRODUCTION
     g_bytes, g_tile, n_extra = 4 * batch * d_in, 4 * batch * kernel._COLUMNS, batch * k // kernel.CHUNK
     refetched = 0 if g_tile <= cache else 4 * batch * k * d_in - g_bytes
@@ -38,6 +38,6 @@ def _hbm_bytes(cache: int) -> int:
 
 
 def _adding_bytes() -> int:
-    """The extra chunks' lists in each tile; their partial rows read; their features' rows read and written."""
+    """Per tile the lists of extra chunks; their partial rows read; the rows of their features read and written."""
     batch, d_in, _, k = PRODUCTION
     return batch * k // kernel.CHUNK * (16 * ceil_div(d_in, kernel._COLUMNS) + 3 * 4 * d_in)
