@@ -46,7 +46,7 @@ def test_a_hook_that_no_pass_comes_by_is_an_error(tiny_lm, cause, a_pass):
     lm = saelab.load_model(copy.deepcopy(tiny_lm.model), tiny_lm.tokenizer)
     CAUSES[cause](lm.model)
     edits = [] if a_pass in ("run_with_edit", "stream", "evaluate") else [Direction(torch.ones(32), HOOK) * 1.0]
-    with pytest.raises(ModelError, match=f"{HOOK}.*did not come by it"), lm.steer(*edits):
+    with pytest.raises(ModelError, match=f"{HOOK}.*did not reach it"), lm.steer(*edits):
         PASSES[a_pass](lm)
 
 
