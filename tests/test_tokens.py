@@ -137,13 +137,13 @@ def test_a_generator_is_kept_and_can_be_read_twice():
     ("source", "message"),
     [
         (["fine", 7], r"row 1 of 2 documents in memory holds 7 \(int\), neither a string"),
-        ([b"bytes"], r"row 0 .* \(bytes\), not a string"),
+        ([b"bytes"], r"row 0 .* \(bytes\), neither a string"),
         ([[{"role": "user", "content": "hi"}]], r"load_texts\(\.\.\., chat=lm\)"),
         ([], "holds no text at all"),
         (["", ""], "holds no text at all"),
         ("nowhere.jsonl", "'nowhere.jsonl' does not exist"),
         ("The text itself, as a string.", "nor a Hugging Face dataset id.*put it in a list"),
-        (7, "Got int, which is no list of documents"),
+        (7, "Got int, which is not a list of documents"),
     ],
 )
 def test_bad_sources_name_the_value_and_the_fix(source, message):

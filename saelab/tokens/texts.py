@@ -149,7 +149,7 @@ def load_texts(
     read once into memory; a `Texts`; its `spec`. `column` holds the texts ("input_ids" if rows have no "text"): a column
     `attention_mask` hides padding, a column `tokenizer_hash` (or Parquet metadata of that name) is compared with the
     model's. With `chat=lm`, rows are lists of messages, rendered with its chat template.
-    A .txt file is cut into documents at blank lines once a document has 2,000 characters, at any line end after 8,000.
+    A .txt file is split into documents at blank lines once a document has 2,000 characters, at any line end after 8,000.
 
     Raises `ValueError` naming the source, what is wrong with it and the fix.
     """
