@@ -93,7 +93,7 @@ def test_positions_that_begin_behind_padding_shorten_the_context():
 
 def test_a_head_with_layers_of_its_own_is_no_linear_unembedding():
     lm = built(BertLMHeadModel, BertConfig(**{**SMALL, "is_decoder": True, "initializer_range": 0.2}))
-    with pytest.raises(ModelError, match="is not the linear map that saelab found"):
+    with pytest.raises(ModelError, match="is not the linear map that saelab derived"):
         lm.logit_weights()
 
 

@@ -82,8 +82,8 @@ def _check(weights: Tensor, last: Tensor, logits: Tensor, centred: bool, divides
     )
     if not agreement >= _AGREEMENT:
         raise ModelError(
-            f"The unembedding of {name} is not the linear map that saelab found (correlation {agreement:.3f} with the change of "
-            "the model's own logits, expected 1): directions of this model cannot be read as tokens."
+            f"The unembedding of {name} is not the linear map that saelab derived (correlation {agreement:.3f} with the change "
+            "of the model's own logits, expected 1): directions of this model cannot be read as tokens."
         )
 
 
