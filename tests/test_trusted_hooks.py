@@ -69,7 +69,7 @@ def test_compiled_models_are_steered_as_they_were_before_or_refused(tiny_lm):
 def test_offloaded_models_are_refused_when_they_are_loaded(tiny_lm):
     model = copy.deepcopy(tiny_lm.model)
     model.model.layers[2].to("meta")
-    with pytest.raises(ModelError, match="offloaded: 9 of its weights, model.layers.2"):
+    with pytest.raises(ModelError, match="offloaded: 9 of its weights, starting with model.layers.2"):
         saelab.load_model(model, tiny_lm.tokenizer)
 
 
