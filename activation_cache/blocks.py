@@ -1,7 +1,7 @@
-"""A harvest by many processes: contexts are cut into blocks, and whoever takes the lock of a block's journal harvests it.
+"""Harvesting with several processes: contexts are split into blocks; the process that locks a block's journal harvests it.
 
-No process talks to another. A lock is let go when its process ends, however it ends; what a block holds depends on the
-config alone. So processes may come and go, and the result is that of one process alone.
+Processes do not communicate. A lock is released when its process exits, for whatever reason, and a block's contents
+depend only on the config. So processes may join and leave at any time, and the result is that of a single process.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from saelab.tokens import TokenBatch
 
 
 def calibrate(reading: Reading, calibration: Calibration) -> None:
-    """Decide what holds for all blocks, from the first rows; whoever does it holds the cache's journal."""
+    """Fix the mask and storage of all blocks from the first rows; the caller holds the lock of the cache's journal."""
     if calibration.mask is None:
         for read in read_model(reading.lm, reading.config, reading.batches()):
             calibration.add(read)
@@ -32,9 +32,9 @@ def calibrate(reading: Reading, calibration: Calibration) -> None:
 
 
 def harvest_blocks(folder: Path, reading: Reading, calibration: Calibration, progress: bool) -> None:
-    """Harvest the blocks that nobody else has, then those that others left behind, and finish the cache.
+    """Harvest the blocks that no other process has locked, then those that others left unfinished; finish the cache.
 
-    Returns when the cache is finished, by this process or another.
+    Returns once the cache is finished, by this process or another.
     """
     for block, batches in _blocks(reading, progress):
         _harvest_block(folder, reading, calibration, block, lambda batches=batches: batches, wait=False)
@@ -51,12 +51,12 @@ def harvest_blocks(folder: Path, reading: Reading, calibration: Calibration, pro
 
 
 def _blocks(reading: Reading, progress: bool = False) -> Iterator[tuple[int, Iterator[TokenBatch]]]:
-    """Each block and its contexts; what is not taken of one is read over."""
+    """Each block number with its contexts; contexts that are not consumed are skipped."""
     return groupby(reading.batches(progress), lambda batch: batch.first_context // reading.config["block_contexts"])
 
 
 def _block(reading: Reading, block: int) -> Iterator[TokenBatch]:
-    """The contexts of one block, read from the start again."""
+    """The contexts of one block; reads the texts again from the start."""
     again = Reading(reading.lm, reading.texts, reading.config)
     return next(batches for number, batches in _blocks(again) if number == block)
 
@@ -69,7 +69,7 @@ def _harvest_block(
     batches: Callable[[], Iterable[TokenBatch]],
     wait: bool,
 ) -> None:
-    """Harvest a block unless that is done, or (without `wait`) another process is at it."""
+    """Harvest a block unless it is done or, without `wait`, locked by another process."""
     try:
         journal = Journal(folder, layout.block_journal(block), wait)
     except BusyError:
@@ -85,10 +85,10 @@ def _harvest_block(
 
 
 def _entries(folder: Path, block: int, n_blocks: int) -> list[dict[str, Any]]:
-    """The journal of a block. Raises `CacheError` unless all of it is on disk."""
+    """The journal entries of a block. Raises `CacheError` unless all its files are on disk."""
     with closing(Journal(folder, layout.block_journal(block), wait=True)) as journal:
         if not journal.of_kind("end"):
-            raise CacheError(f"block {block} of {n_blocks} of {folder} is missing: repeat the same harvest call.")
+            raise CacheError(f"block {block} of {n_blocks} in {folder} is missing: repeat the same harvest call.")
         for entry in journal.of_kind("shard"):
             for name, known in entry["files"].items():
                 layout.check_file(folder / entry["folder"] / name, known, f"shard {entry['folder']}")

@@ -1,4 +1,4 @@
-"""What the first rows decide for a whole cache: the limit on norms, and the columns that int8 leaves in bfloat16."""
+"""Calibration of a cache on its first rows: the norm limit, and the columns that int8 storage keeps in bfloat16."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ class Read(NamedTuple):
 
     batch: TokenBatch
     activations: dict[str, Tensor]
-    """(n, ctx, d_in) of each hook."""
+    """(n, ctx, d_in) per hook."""
     norms: dict[str, Tensor]
-    """(n, ctx) of each hook."""
+    """(n, ctx) per hook."""
 
 
 class Calibration:
-    """Decided once and noted in the cache's journal: the same after a restart, and for every process.
+    """Mask and storage of a cache, fixed once and recorded in its journal: the same after a restart, and in every process.
 
-    Until the norm rule has its rows, the first batches wait in memory; no forward pass is done twice.
+    Until the norm rule has enough rows, the first batches wait in memory; no forward pass is run twice.
     """
 
     def __init__(self, lm: LanguageModel, config: dict[str, Any], journal: Journal):
@@ -38,7 +38,7 @@ class Calibration:
         self._waiting: list[Read] = []
         self.medians: dict[str, float] = {}
         self.mask: Mask | None = None
-        """None until decided."""
+        """None until calibrated."""
         self.storage = Storage(config["dtype"])
         for entry in journal.of_kind("mask"):
             self.medians, self.mask = entry["median_norm"], Mask(self._special_ids, entry["max_norm"])
@@ -46,7 +46,7 @@ class Calibration:
             self.storage = Storage(config["dtype"], entry["outliers"])
 
     def add(self, read: Read) -> list[Read]:
-        """The batches whose rows can be kept from now on: none while the rule wants more rows, then all that waited."""
+        """Returns the batches that can be stored now: none while the norm rule needs more rows, then all that waited."""
         if self.mask is not None:
             return [read]
         self._waiting.append(read)
@@ -54,7 +54,7 @@ class Calibration:
         return self.finish() if self._rule.ready else []
 
     def finish(self) -> list[Read]:
-        """Decide on the rows there are, where that is not done; the batches that waited for it."""
+        """Calibrate on the rows seen so far, unless already done; returns the batches that were waiting."""
         if self.mask is None:
             self.medians, max_norms = self._rule.medians(), self._rule.max_norms()
             self.mask = Mask(self._special_ids, max_norms)
@@ -66,7 +66,7 @@ class Calibration:
         return ready
 
     def _choose_outliers(self, waiting: Sequence[Read], mask: Mask) -> None:
-        """Choose the columns that int8 leaves in bfloat16 from the norm rule's rows that the mask keeps."""
+        """Choose the columns that int8 keeps in bfloat16, from the norm rule's rows that the mask keeps."""
         keeps = [mask.apply_norms(read.batch, read.norms)[0] for read in waiting]
         outliers: dict[str, list[int]] = {}
         for hook in self._hooks if waiting else ():

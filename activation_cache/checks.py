@@ -1,4 +1,4 @@
-"""What neither a harvest nor a stream takes: bad arguments, a steered model, rows that are not finite."""
+"""Checks shared by `harvest` and `stream`: bad arguments, a steered model, non-finite activations."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from saelab.validation import check_integer
 
 
 def check_arguments(lm: LanguageModel, hooks: list[str], split: str, sizes: dict[str, int], seed: int = 0) -> None:
-    """Raise `ValueError` for what cannot be harvested: the model's hooks, sizes, seed, or a model that is being steered."""
+    """Raise `ValueError` for a bad split, size, seed or hook, a context too long for the model, or a steered model."""
     check_split(split)
     for name, value in sizes.items():
         check_integer(name, value, 1)
     check_integer("seed", seed, 0)
     if not hooks or not all(isinstance(hook, str) for hook in hooks) or len(set(hooks)) < len(hooks):
-        raise ValueError(f"hook_names={hooks!r}: give the name of a hook, or a list of names, each once.")
+        raise ValueError(f"hook_names={hooks!r}: expected a hook name, or a list of distinct hook names.")
     refuse_steered(lm)
     for hook in hooks:
         lm.check_hook(hook)
     if sizes["ctx_len"] > lm.max_ctx:
-        raise ValueError(f"ctx_len={sizes['ctx_len']} is more than the {lm.max_ctx} tokens that {lm.name} can read.")
+        raise ValueError(f"ctx_len={sizes['ctx_len']} exceeds the context length of {lm.name}, {lm.max_ctx} tokens.")
 
 
 def warn_if_none_held_out(texts: Texts, split: str, stacklevel: int) -> None:
-    """Warn, at the line that called `harvest` or `stream` (`stacklevel` calls up), when all documents would train."""
+    """Warn, at the caller of `harvest` or `stream` (`stacklevel` frames up), if no document would be held out."""
     if split == "train" and next(texts.documents("held_out"), None) is None:
         warnings.warn(
             f"{texts.name} has no held-out document (a tenth of the documents on average), so an SAE trained on it "
-            "can only be measured on other texts (evaluate(texts=...), eval --texts). Give more, or shorter, documents.",
+            "can only be evaluated on other texts (evaluate(texts=...), eval --texts). Use more, or shorter, documents.",
             stacklevel=stacklevel + 1,
         )
 
 
 def finite_norms(batch: TokenBatch, activations: Mapping[str, Tensor], batch_size: int, kept: str) -> dict[str, Tensor]:
-    """`row_norms` of a batch. Raises `CacheError`, with what is `kept`, where a token's row is NaN or infinite."""
+    """`row_norms` of a batch. Raises `CacheError` if a token's row is NaN or infinite; `kept` ends its message."""
     norms = row_norms(activations)
     for hook, norm in norms.items():
         bad = (~norm.isfinite()).cpu() & (batch.doc >= 0)
@@ -55,9 +55,9 @@ def finite_norms(batch: TokenBatch, activations: Mapping[str, Tensor], batch_siz
 
 
 def refuse_steered(lm: LanguageModel) -> None:
-    """Raise `ValueError` inside `lm.steer`: what is measured and kept is the model's own."""
+    """Raise `ValueError` inside `lm.steer`: only unedited activations are measured and stored."""
     if lm.edits:
         raise ValueError(
-            f"{lm.name} is being steered ({lm.edits[0]!r}): caches, feature stores and reports hold its own activations. "
-            "Leave lm.steer."
+            f"{lm.name} is being steered ({lm.edits[0]!r}): caches, feature stores and reports need unedited activations. "
+            "Leave the lm.steer block first."
         )

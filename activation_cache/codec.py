@@ -1,8 +1,10 @@
-"""How rows are stored: bfloat16, float16, or int8 in groups of columns; each row alone, so a resume gives the same bytes.
+"""How rows are stored: bfloat16, float16, or int8 with a scale per group of columns.
 
-int8: each row has a scale for every 64 columns, scale = max |x| / 127 in bfloat16 (the range of float32, so that neither
-small nor large activations leave it), and q = round(x / scale). A few columns are far larger than the rest ("massive
-activations") and would spoil the scale of their group: they are kept in bfloat16 beside it.
+Each row is encoded independently of the others, so a resumed harvest writes the same bytes.
+
+int8: each row has a scale for every 64 columns, scale = max |x| / 127 in bfloat16 (which has the range of float32, so
+small and large activations both fit), and q = round(x / scale). A few columns are far larger than the rest ("massive
+activations") and would inflate the scale of their group: these outlier columns are kept in bfloat16.
 """
 
 from __future__ import annotations
@@ -21,21 +23,21 @@ from saelab.errors import CacheError
 NAMES = ("bfloat16", "float16", "int8")
 GROUP = 64
 OUTLIER_RATIO = 8.0
-"""A column is an outlier when its root mean square is over so many times the median of all columns."""
+"""A column is an outlier if its root mean square exceeds this multiple of the median over all columns."""
 OUTLIER_SHARE = 32
-"""At most every 32nd column is kept as an outlier, the largest."""
+"""At most one column in 32 (the largest) is kept as an outlier."""
 MAX_ERROR = 0.01
-"""Share of the variance that int8 may lose on the rows of the norm rule."""
+"""Largest fraction of the variance that int8 may lose on the norm rule's rows."""
 FLOAT16_MAX = 65504.0
 
 
 def identity(name: str) -> dict[str, Any]:
-    """What a cache's config says of its storage. Raises `ValueError` for an unknown one.
+    """The entries of a cache's config that describe its storage. Raises `ValueError` for an unknown name.
 
-    bfloat16 is as it was in format 1, which every saelab reads.
+    bfloat16 is still format 1, which every version of saelab reads.
     """
     if name not in NAMES:
-        raise ValueError(f"storage={name!r} is none of {', '.join(NAMES)}.")
+        raise ValueError(f"storage={name!r} must be one of {', '.join(NAMES)}.")
     known: dict[str, Any] = {"format_version": 1 if name == "bfloat16" else 2, "dtype": name}
     if name == "int8":
         known["int8"] = {"group": GROUP, "outlier_ratio": OUTLIER_RATIO, "outlier_share": OUTLIER_SHARE}
@@ -43,17 +45,17 @@ def identity(name: str) -> dict[str, Any]:
 
 
 def max_outliers(d_in: int) -> int:
-    """How many columns of a hook may be outliers."""
+    """Largest number of outlier columns of a hook."""
     return max(1, d_in // OUTLIER_SHARE)
 
 
 def row_bytes(name: str, d_in: int) -> int:
-    """Bytes of a stored row of one hook, at most."""
+    """Upper bound on the bytes of one stored row of a hook."""
     return 2 * d_in if name != "int8" else d_in + 2 * -(-d_in // GROUP) + 2 * max_outliers(d_in)
 
 
 def find_outliers(x: Float[Tensor, "n d_in"]) -> list[int]:
-    """Columns whose root mean square is over 8 times the median of all columns, the largest d_in / 32 of them."""
+    """Columns whose root mean square exceeds 8 times the median over all columns; at most the d_in / 32 largest."""
     if not len(x):
         return []
     rms = x.double().square().mean(0).sqrt()  # (d_in)
@@ -63,20 +65,20 @@ def find_outliers(x: Float[Tensor, "n d_in"]) -> list[int]:
 
 @dataclass(frozen=True)
 class Storage:
-    """How the rows of each hook become tensors of a shard."""
+    """Encodes the rows of each hook as the tensors of a shard."""
 
     name: str
     outliers: Mapping[str, Sequence[int]] = field(default_factory=dict)
     """int8: hook -> columns kept in bfloat16, in ascending order."""
 
     def encode(self, hook: str, x: Float[Tensor, "n d_in"]) -> dict[str, Tensor]:
-        """What waits in the pool for each row, on the CPU: the stored parts and, but for bfloat16, `error (n)`.
+        """Rows as they wait in the shuffle buffer, on the CPU: the stored tensors and, except for bfloat16, `error (n)`.
 
-        `error` is the squared distance of the stored row from `x`, fp32. Raises `CacheError` where float16 overflows.
+        `error` is the squared distance of the stored row from `x`, fp32. Raises `CacheError` if float16 overflows.
         """
         if self.name == "bfloat16":
             return {"acts": x.to("cpu", torch.bfloat16)}
-        x = x.cpu()  # before any sum: on an accelerator its last bits may depend on how many rows there are
+        x = x.cpu()  # before any sum: on an accelerator its last bits may depend on the number of rows
         if self.name == "float16":
             _check_float16(hook, x)
             tensors = {"acts": x.to(torch.float16)}
@@ -86,14 +88,14 @@ class Storage:
         return {**tensors, "error": (x.float() - stored.float()).square().sum(1)}
 
     def tensors(self, hook: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What a shard's file holds of these rows, beside sums: enough for `decode`, without `error`."""
+        """The tensors that a shard's file holds for these rows, besides the sums: what `decode` needs, without `error`."""
         kept = {name: x for name, x in tensors.items() if name != "error"}
         if self.name == "int8":
             kept["outlier_dims"] = torch.tensor(self.outliers.get(hook, ()), dtype=torch.int32)
         return kept
 
     def check_error(self, hook: str, x: Float[Tensor, "n d_in"]) -> None:
-        """Raise `CacheError` when int8 would lose more than 1 % of the variance of these rows."""
+        """Raise `CacheError` if int8 would lose more than 1 % of the variance of these rows."""
         if self.name != "int8" or len(x) < 2:
             return
         error = self.encode(hook, x)["error"].double().sum().item()
@@ -106,7 +108,7 @@ class Storage:
 
 
 def decode(tensors: Mapping[str, Tensor]) -> Float[Tensor, "n d_in"]:
-    """The rows of a shard's file: bfloat16 or float16 as they are, int8 as float32, which holds them exactly."""
+    """The rows of a shard's file: bfloat16 or float16 as stored, int8 dequantised to float32, without rounding."""
     q = tensors["acts"]
     if q.dtype != torch.int8:
         return q
@@ -118,7 +120,7 @@ def decode(tensors: Mapping[str, Tensor]) -> Float[Tensor, "n d_in"]:
 
 
 def kept_rows(x: Float[Tensor, "n ctx d_in"], keep: Bool[Tensor, "n ctx"]) -> Float[Tensor, "rows d_in"]:
-    """The rows `keep` of a batch, where `x` lies."""
+    """The rows of a batch selected by `keep`, on the device of `x`."""
     rows = keep.flatten().nonzero().flatten()
     return x.flatten(0, 1).index_select(0, rows.to(x.device))
 
@@ -129,7 +131,7 @@ def _encode_int8(x: Float32[Tensor, "n d_in"], outlier_dims: Int[Tensor, " m"]) 
     rest = x.index_fill(1, outlier_dims, 0.0)
     grouped = pad(rest, (0, -d_in % GROUP)).unflatten(1, (-1, GROUP))  # (n, groups, GROUP)
     scales = (grouped.abs().amax(-1) / 127).bfloat16()  # (n, groups)
-    safe = torch.where(scales == 0, 1.0, scales.float())  # a scale of 0: nothing but zeros in the group
+    safe = torch.where(scales == 0, 1.0, scales.float())  # a scale of 0 means that the whole group is 0
     q: Int8[Tensor, "n groups columns"] = (grouped / safe[..., None]).round().clamp(-127, 127).to(torch.int8)
     return {
         "acts": q.flatten(1)[:, :d_in].contiguous(),
@@ -142,6 +144,6 @@ def _check_float16(hook: str, x: Float[Tensor, "n d_in"]) -> None:
     too_large = x[x.abs() > FLOAT16_MAX]
     if len(too_large):
         raise CacheError(
-            f"{hook} holds an activation of {too_large[0].item():g}, beyond float16's {FLOAT16_MAX:g}: nothing of its "
-            "batch was written. Harvest with storage='bfloat16' into another out_dir."
+            f"{hook} has an activation of {too_large[0].item():g}, beyond float16's maximum of {FLOAT16_MAX:g}: no row of "
+            "its batch was written. Harvest with storage='bfloat16' into another out_dir."
         )

@@ -1,4 +1,4 @@
-"""One pass: contexts go through the model and the mask to a writer; at the end of a harvest the manifest is written."""
+"""The forward pass of a harvest: contexts go through the model and the mask to the writer; at the end, the manifest."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _LOG = logging.getLogger("saelab")
 
 
 class Reading:
-    """The contexts of a cache in order, as often as they are asked for; the last whole reading leaves its counts."""
+    """The contexts of a cache in order, readable repeatedly; `documents` and `totals` are those of the last reading."""
 
     def __init__(self, lm: LanguageModel, texts: Texts, config: Mapping[str, Any]):
         self.lm, self.texts, self.config = lm, texts, config
@@ -37,7 +37,7 @@ class Reading:
         self.totals = Totals()
 
     def batches(self, progress: bool = False) -> Iterator[TokenBatch]:
-        """From the first context on."""
+        """Batches of contexts, from the first on."""
         config = self.config
         documents, totals = self.documents, self.totals = [], Totals()
         sizes = (config[name] for name in ("ctx_len", "batch_size", "prepend_bos", "packing", "n_tokens"))
@@ -51,12 +51,12 @@ class Reading:
                 bar.update(int((batch.doc >= 0).sum()))
 
     def document_ids(self) -> Tensor:
-        """Of the documents that gave a token, (n_documents) int64."""
+        """Ids of the documents that contributed a token, (n_documents) int64."""
         return torch.tensor(self.documents[: self.totals.n_documents], dtype=torch.int64)
 
 
 def read_model(lm: LanguageModel, config: Mapping[str, Any], batches: Iterable[TokenBatch]) -> Iterator[Read]:
-    """The activations of each batch. Raises `CacheError` for rows that are not finite, naming the batch."""
+    """The activations of each batch. Raises `CacheError` for non-finite rows, naming the batch."""
     sent: deque[TokenBatch] = deque()
 
     def ids() -> Iterator[Tensor]:
@@ -66,12 +66,12 @@ def read_model(lm: LanguageModel, config: Mapping[str, Any], batches: Iterable[T
 
     for activations in lm.stream_activations(ids(), list(config["hooks"])):
         batch = sent.popleft()
-        norms = finite_norms(batch, activations, config["batch_size"], "What is on disk is intact.")
+        norms = finite_norms(batch, activations, config["batch_size"], "Rows already on disk are intact.")
         yield Read(batch, activations, norms)
 
 
 def run_pass(lm: LanguageModel, batches: Iterable[TokenBatch], calibration: Calibration, writer: CacheWriter) -> None:
-    """Take batches, from the writer's first on, through the model, and leave on disk what the mask keeps."""
+    """Run the model on the batches from `writer.start` on, and write the rows that the mask keeps."""
 
     def needed() -> Iterator[TokenBatch]:
         for batch in batches:
@@ -98,11 +98,13 @@ def run_pass(lm: LanguageModel, batches: Iterable[TokenBatch], calibration: Cali
 
 
 def _kept(writer: CacheWriter) -> str:
-    """What a repeated call need not do again, for the message of Ctrl-C."""
+    """What a repeated call need not compute again, for the message on Ctrl-C."""
     if rows := rows_on_disk(writer.folder):
         return f"{rows:,} activations are in {writer.folder}"
     buffer, asked = writer.buffer_rows, writer.config["n_tokens"]
-    return f"No activation is on disk yet (the first {min(buffer, asked):,} wait in memory): this harvest begins anew"
+    return (
+        f"No activation is on disk yet (the first {min(buffer, asked):,} wait in memory): this harvest will start again"
+    )
 
 
 def finish(
@@ -115,18 +117,18 @@ def finish(
 ) -> None:
     """Write documents, statistics and, last, the manifest, from the journals' `start` and `entries`.
 
-    Raises `ValueError` where nothing was kept.
+    Raises `ValueError` if the texts hold no token, or the mask drops all of them.
     """
     totals, texts, config = reading.totals, reading.texts, start["config"]
     if not totals.n_tokens:
         raise ValueError(f"no document in {texts.describe(config['split'])}: give more text or another split.")
     if not any(entry["kind"] == "shard" for entry in entries):
         reasons = ", ".join(f"{n} {reason}" for reason, n in counts.items())
-        raise ValueError(
-            f"the mask leaves nothing of the {totals.n_tokens} tokens of {texts.name} ({reasons}): give more text."
-        )
+        raise ValueError(f"the mask drops all {totals.n_tokens} tokens of {texts.name} ({reasons}): give more text.")
     if totals.n_tokens < config["n_tokens"]:
-        _LOG.info(f"The texts hold only {totals.n_tokens:,} of the {config['n_tokens']:,} tokens asked for: took all.")
+        _LOG.info(
+            f"The texts hold only {totals.n_tokens:,} of the {config['n_tokens']:,} tokens requested: all were used."
+        )
     assert calibration.mask is not None
     assert calibration.mask.max_norm is not None
     manifest = {

@@ -1,6 +1,6 @@
-"""From texts and a language model to an activation cache: the one place where the cache meets a model.
+"""Harvesting: from texts and a language model to an activation cache.
 
-What is asked for is checked here, and becomes the config of the cache; `model_pass` does the work, of a block or of all.
+The arguments are checked here and become the config of the cache; `forward_pass` does the work, for a block or for all.
 """
 
 from __future__ import annotations
@@ -56,16 +56,16 @@ def harvest(
     chat: bool = False,
     block_contexts: int | None = None,
 ) -> ActivationCache:
-    """Run `lm` over texts and store the activations at `hook_names`, shuffled, in `out_dir`; docs/cache.md tells more.
+    """Run `lm` over texts and store the activations at `hook_names`, shuffled, in `out_dir`; see docs/cache.md.
 
-    `n_tokens` packed tokens are read (rounded up to whole contexts of `ctx_len`; fewer where the texts end),
-    `batch_size` contexts at a time, from the documents of `split`. Rows that the mask keeps leave in shards of
-    `shard_rows`, drawn at random from `pool_shards` times as many. The same call again goes on where it stopped.
-    Contexts begin as the tokenizer begins texts, or by `prepend_bos`. `shuffle=False` keeps the order; with `chat` texts are
-    lists of messages, each a context; `block_contexts` cuts the work for several processes. Several models: "MODEL/HOOK".
+    Reads `n_tokens` packed tokens (rounded up to whole contexts of `ctx_len`; fewer if the texts end first), `batch_size`
+    contexts at a time, from the documents of `split`. Rows that the mask keeps are written in shards of `shard_rows`, drawn
+    from a shuffle buffer of `pool_shards` times as many. Repeating the call resumes it. `prepend_bos` overrides the
+    tokenizer's default. `shuffle=False` keeps the order; with `chat`, texts are lists of messages, one conversation per
+    context; `block_contexts` splits the work among processes. Hooks of several models are named "MODEL/HOOK".
 
-    Raises `ValueError` for bad arguments, texts that leave no row, and an `out_dir` of something else; `CacheError` when
-    it does not fit `max_bytes` or `storage`, or is not finite; `SaelabError` when the disk is full. What is written stays.
+    Raises `ValueError` for bad arguments, texts that leave no row, or an `out_dir` that holds something else; `CacheError` if
+    rows do not fit `max_bytes` or `storage`, or are not finite; `SaelabError` on a full disk. What was written is kept.
     """
     hooks = hook_keys(lm := together(lm), hook_names)
     sizes = {"n_tokens": n_tokens, "ctx_len": ctx_len, "batch_size": batch_size}
@@ -79,14 +79,14 @@ def harvest(
 
 
 def _bos(lm: LanguageModel, prepend_bos: Bos, folder: Path) -> bool | list[int]:
-    """As asked for, or as the cache in `folder` was made, which goes on, or as the tokenizer begins texts."""
+    """`prepend_bos` if given, else that of the harvest already begun in `folder`, else the tokenizer's default."""
     begun = begun_with(folder) if prepend_bos is None else {}
     return begun.get("prepend_bos", resolved_bos(lm, prepend_bos))
 
 
 def _as_begun(config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """With the probe of the harvest that began in `folder`, where it differs by no more than machines do: processes that
-    share a harvest write one config."""
+    """`config` with the logits probe of the harvest already begun in `folder`, if they differ only by rounding between
+    machines: processes that share a harvest write the same config."""
     begun = config | {"logits_probe": begun_with(folder).get("logits_probe", config["logits_probe"])}
     return config if differences(begun, config) else begun
 
@@ -96,7 +96,7 @@ def _harvest_into(
 ) -> ActivationCache:
     reading, blocks = Reading(lm, texts, config), "block_contexts" in config
     environment = _environment(lm)
-    if blocks:  # whichever GPU of several
+    if blocks:  # any of several GPUs will do
         environment["device"] = torch.device(lm.device).type
     with closing(Journal(folder, wait=blocks)) as journal:
         finished, calibration = begin(folder, journal, config, environment), Calibration(lm, config, journal)
@@ -115,7 +115,7 @@ def _harvest_into(
 
 
 def _announce(folder: Path, texts: Texts, config: dict[str, Any], max_bytes: int | None) -> None:
-    """Say what is harvested and what it takes. Raises `CacheError` when it does not fit."""
+    """Log what is harvested and the disk space it takes. Raises `CacheError` if it does not fit."""
     _LOG.info(f"Harvesting {texts.describe(config['split'])}.")
     warn_if_none_held_out(texts, config["split"], 4)
     n_contexts = math.ceil(config["n_tokens"] / config["ctx_len"])
@@ -133,7 +133,7 @@ def _harvest_stream(folder: Path, reading: Reading, calibration: Calibration, jo
 
 
 def _modes(shuffle: bool, chat: bool, block_contexts: int | None, batch_size: int) -> dict[str, Any]:
-    """What a config says of modes that are not the default. Raises `ValueError` for blocks that cut a batch."""
+    """The config entries of modes other than the default. Raises `ValueError` if a block would split a batch."""
     modes: dict[str, Any] = {} if shuffle else {"pool_shards": 1, "shuffle": False}
     modes |= {"packing": UNPACKED} if chat else {}
     if block_contexts is not None:
@@ -145,13 +145,13 @@ def _modes(shuffle: bool, chat: bool, block_contexts: int | None, batch_size: in
 
 
 def _conversations(texts: Any, lm: LanguageModel) -> Texts:
-    """Texts whose rows are lists of messages. Raises `ValueError` for others, and for a model without a template."""
+    """Texts whose rows are lists of messages. Raises `ValueError` for any other, and for a model without a chat template."""
     texts = load_texts(texts, chat=lm)
     first = next(row[texts.spec["column"]] for row in texts.rows())
     if "chat" not in texts.spec or isinstance(first, str) or token_ids(first):
         raise ValueError(
-            f"chat=True harvests conversations, and {texts.name} begins with {str(first)[:40]!r}: give lists of "
-            '{"role", "content"} messages, in a file of them their column (load_texts(..., column=, chat=lm); --column).'
+            f"chat=True expects conversations, but {texts.name} begins with {str(first)[:40]!r}: give lists of "
+            '{"role", "content"} messages; for a file, name their column (load_texts(..., column=, chat=lm); --column).'
         )
     return texts
 

@@ -1,4 +1,4 @@
-"""What a finished harvest holds: the counts, files and statistics that its manifest tells. Knows no model."""
+"""What the manifest of a finished harvest records: counts, files and statistics. Independent of the model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from saelab.tokens import TokenBatch
 
 @dataclass
 class Totals:
-    """What was read, counted over the contexts in order."""
+    """Counts of what was read, over the contexts in order."""
 
     n_contexts: int = 0
     n_tokens: int = 0
@@ -46,9 +46,9 @@ def contents(
     document_ids: Int[Tensor, " n_documents"],
     medians: Mapping[str, float],
 ) -> dict[str, Any]:
-    """The manifest's list of what journals (`entries`) say is on disk; writes the documents and the statistics.
+    """Manifest entries for what the journals (`entries`) say is on disk; writes the documents and the statistics.
 
-    `counts` are the masked tokens by reason, `medians` the norm rule's by hook.
+    `counts` are the masked tokens by reason, `medians` the norm rule's medians by hook.
     """
     atomic_save_safetensors(folder / layout.DOCUMENTS, {"ids": document_ids})
     shards = [{k: e[k] for k in ("folder", "rows", "files")} for e in entries if e["kind"] == "shard"]
@@ -70,7 +70,7 @@ def contents(
 
 
 def save_stats(folder: Path, hook: str, shards: Sequence[Mapping[str, Any]], median: float) -> dict[str, Any]:
-    """Write the statistics of a hook from the sums in its shards; gives size and SHA-256."""
+    """Write the statistics of a hook from the sums in its shards; returns the file's size and SHA-256."""
     n = sum(shard["rows"] for shard in shards)
     totals = _totals(folder, hook, shards, "sum", "sum_squares", "sum_norms")
     tensors = {
@@ -88,7 +88,7 @@ def save_stats(folder: Path, hook: str, shards: Sequence[Mapping[str, Any]], med
 def _storage_entry(
     folder: Path, hooks: Mapping[str, int], storage: Storage, shards: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """What the manifest says of a storage other than bfloat16: outlier columns (int8) and error of each hook."""
+    """Manifest entry of a storage other than bfloat16: outlier columns (int8) and quantisation error of each hook."""
     if storage.name == "bfloat16":
         return {}
     error = {hook: _relative_error(folder, hook, shards) for hook in hooks}
@@ -107,7 +107,7 @@ def _totals(folder: Path, hook: str, shards: Sequence[Mapping[str, Any]], *names
 
 
 def _relative_error(folder: Path, hook: str, shards: Sequence[Mapping[str, Any]]) -> float:
-    """sum |x - x~|^2 / sum |x~ - mean|^2 over the harvest, x~ being the stored row; 0 where rows do not vary."""
+    """sum |x - x~|^2 / sum |x~ - mean|^2 over the harvest, x~ being the stored row; 0 if the rows do not vary."""
     totals = _totals(folder, hook, shards, "sum", "sum_squares", "sum_error")
     n = sum(shard["rows"] for shard in shards)
     variance = (totals["sum_squares"] - totals["sum"].square() / n).sum().item()

@@ -1,9 +1,9 @@
-"""Batches of shuffled rows: threads gather them from mapped shards straight into place, each batch a task of its own.
+"""Prefetching of shuffled batches: threads gather rows from memory-mapped shards into preallocated tensors, a task per batch.
 
-The caller's thread decides the order of the rows and makes the tensors that the threads fill: its memory lies in large
-pages (`allocator`), a thread's own would not. Small batches are made further ahead, as waking a thread takes a good part
-of the time that one takes to fill. Shards are opened, and asked of the disk from front to back, `prefetch` shards before
-their first row is due.
+The calling thread decides the order of the rows and allocates the tensors that the threads fill: its memory is in large
+pages (`allocator`), a worker thread's would not be. Small batches are prepared further ahead, as waking a thread takes a
+good part of the time needed to fill one. Shards are opened (the first time, read sequentially for their SHA-256)
+`prefetch` shards before their first row is needed.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from jaxtyping import Int, Shaped
 from torch import Tensor
 
 _THREADS = 2
-_AHEAD = 4, 12  # at least and at most so many batches are ready or being made
-_AHEAD_BYTES = 1 << 26  # more than the least only while they fit here
+_AHEAD = 4, 12  # minimum and maximum number of batches ready or in progress
+_AHEAD_BYTES = 1 << 26  # more than the minimum only while they fit in this
 
 Opened = Future[list[Tensor]]
-"""The rows of a shard, `(n, d_in)` of each hook."""
+"""The rows of a shard, `(n, d_in)` per hook."""
 Pieces = list[tuple[Opened, Int[Tensor, " _"]]]
-"""Which rows of which shards make a batch."""
+"""Which rows of which shards make up a batch."""
 
 
 def shuffled_batches(
@@ -34,9 +34,9 @@ def shuffled_batches(
     prefetch: int,
     dtype: torch.dtype,
 ) -> Generator[list[Shaped[Tensor, "batch d_in"]], None, None]:
-    """Batches of each hook without end; `widths` are the d_in of each.
+    """Endless batches, one tensor per hook; `widths` are the hooks' d_in.
 
-    `plan` gives shards and the rows to take of each, in order, also without end.
+    `plan` yields shards and the rows to take from each, in order, also endlessly.
     """
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="saelab-cache-reader") as threads:
         pieces = _cut(_opened_ahead(threads, plan, open_shard, prefetch), batch_size)
@@ -52,7 +52,7 @@ def shuffled_batches(
                 batch = ahead.popleft().result()
                 ahead.append(next_batch())
                 yield batch
-        finally:  # also when the iterator is closed or forgotten
+        finally:  # also when the iterator is closed or garbage-collected
             threads.shutdown(wait=False, cancel_futures=True)
 
 
@@ -67,7 +67,7 @@ def _opened_ahead(
     open_shard: Callable[[int], list[Tensor]],
     prefetch: int,
 ) -> Iterator[tuple[Opened, Tensor]]:
-    """A shard is opened by a task that stands in the queue before those that wait for it."""
+    """Each shard is opened by a task queued before those that wait for it."""
     ahead: deque[tuple[Opened, Tensor]] = deque()
     for shard, order in plan:
         ahead.append((threads.submit(open_shard, shard), order))
@@ -76,7 +76,7 @@ def _opened_ahead(
 
 
 def _cut(shards: Iterator[tuple[Opened, Tensor]], batch_size: int) -> Iterator[Pieces]:
-    """Rows of whole batches, which run across the borders of shards."""
+    """The rows of whole batches, which may span shards."""
     pieces, missing = [], batch_size
     for opened, order in shards:
         while len(order) >= missing:
@@ -88,7 +88,7 @@ def _cut(shards: Iterator[tuple[Opened, Tensor]], batch_size: int) -> Iterator[P
 
 
 def _gather(pieces: Pieces, batch: list[Tensor]) -> list[Tensor]:
-    """Fill a batch of each hook."""
+    """Fill one batch per hook."""
     start = 0
     for opened, order in pieces:
         for rows, out in zip(opened.result(), batch, strict=True):

@@ -1,4 +1,4 @@
-"""Reading a cache: whole shards one after the other, on their own thread; shuffled batches come out. Knows no model."""
+"""Reading a cache: statistics, whole shards, and endless shuffled batches. Independent of the model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _OPEN: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
 
 @atexit.register
 def _close_batches() -> None:
-    """End forgotten iterators while the interpreter is whole; later their thread pool could no longer shut down."""
+    """Close abandoned iterators while the interpreter is intact; later their thread pool could no longer shut down."""
     for batches in list(_OPEN):
         with suppress(ValueError):  # being read by another thread at this moment
             batches.close()
@@ -35,7 +35,7 @@ def _close_batches() -> None:
 class ActivationCache:
     """A finished activation cache in the folder `path`.
 
-    Raises `CacheError` when there is none, when it is unfinished, or written by a newer saelab. Each file's size is
+    Raises `CacheError` if there is none, if it is unfinished, or if a newer saelab wrote it. Each file's size is
     checked whenever it is read, its SHA-256 the first time.
     """
 
@@ -60,11 +60,11 @@ class ActivationCache:
 
     @property
     def models(self) -> dict[str, dict[str, str]]:
-        """Where several models were read side by side: the name and hash of each by the word before "/" in its hooks."""
+        """With several models, the name and hash of each by the label before "/" in its hook names; {} with one."""
         return self.manifest.get("models", {})
 
     def d_in(self, hook_name: str | None = None) -> int:
-        """Width of a hook's rows. `hook_name` may be left out when there is only one."""
+        """Width of a hook's rows. `hook_name` may be omitted if there is only one."""
         return self._widths[self._hook(hook_name)]
 
     def stats(self, hook_name: str | None = None) -> dict[str, Any]:
@@ -78,8 +78,8 @@ class ActivationCache:
         return {name: x if x.ndim else x.item() for name, x in tensors.items()}
 
     def storage_error(self, hook_name: str | None = None) -> float | None:
-        """What storing lost: sum |x - x~|^2 / sum |x~ - mean|^2 over all rows, x~ as stored; None of bfloat16, where it
-        was not measured.
+        """Quantisation error: sum |x - x~|^2 / sum |x~ - mean|^2 over all rows, x~ as stored; None for bfloat16, where it
+        is not measured.
         """
         hook_name = self._hook(hook_name)
         return self.manifest["storage"]["error"][hook_name] if "storage" in self.manifest else None
@@ -120,13 +120,13 @@ class ActivationCache:
         shuffle: bool = True,
         leave_out: int = 0,
     ) -> Generator[Any, None, None]:
-        """Shuffled batches without end, a pure function of (cache, seed, step); `start_step` leaves out that many.
+        """Endless shuffled batches, a pure function of (cache, seed, step); `start_step` skips that many.
 
-        In each epoch shards come in another order, and rows in another order within them; batches run across both
-        borders. `prefetch` shards are opened ahead. `dtype=torch.bfloat16` gives rows stored in bfloat16 as they are.
-        `shuffle=False` gives consecutive rows in the order in which they are stored (`index(shard)` tells whose they are).
-        A list of hooks gives dicts by hook: row i is the same token in each, and the order is that of one hook alone.
-        `leave_out` rows, spread over all shards, are in no batch (`left_out`).
+        Each epoch reshuffles the shards and the rows within each; batches may span shards and epochs. `prefetch` shards
+        are opened ahead. `dtype=torch.bfloat16` yields rows stored in bfloat16 unchanged. `shuffle=False` yields consecutive
+        rows in stored order (`index(shard)` says where they come from). A list of hooks yields dicts by hook: row i is the
+        same token in each, in the same order as for one hook alone.
+        `leave_out` rows, spread over all shards, are in no batch (see `left_out`).
         Raises `ValueError` for bad arguments, and `CacheError` naming a damaged shard.
         """
         one = hook_name is None or isinstance(hook_name, str)
@@ -168,7 +168,7 @@ class ActivationCache:
         return {hook: torch.cat(list(rows(hook))) for hook in hooks}
 
     def _kept_rows(self, leave_out: int) -> list[int]:
-        """How many rows of each shard are left when `leave_out` go, in proportion. Raises `ValueError` where none is."""
+        """Rows left in each shard when `leave_out` are left out in proportion. Raises `ValueError` if none would be."""
         if leave_out and leave_out >= self.n_rows:
             raise ValueError(f"leave_out={leave_out} leaves no row: {self.path} holds {self.n_rows}.")
         kept, before = [], 0
@@ -180,8 +180,8 @@ class ActivationCache:
         return kept
 
     def _plan(self, seed: int | None, skip: int, kept: Sequence[int]) -> Iterator[tuple[int, Int[Tensor, " n"]]]:
-        """Without end: a shard and which of its `kept` first rows, in order, after `skip` rows of the stream; seed None:
-        as stored."""
+        """Endlessly, a shard and the order of its first `kept` rows, after skipping `skip` rows of the stream; stored order
+        if `seed` is None."""
 
         def order(n: int, *what: object) -> Tensor:
             return torch.arange(n) if seed is None else torch.randperm(n, generator=layout.seeded(*what))
@@ -200,7 +200,7 @@ class ActivationCache:
     ) -> Iterator[tuple[Float[Tensor, "n d_in"], dict[str, Int[Tensor, " n"]]]]:
         """Each shard in order: its rows, and their origin: `seq` (row of `tokens()`), `pos` (column) and `token`.
 
-        Rows are bfloat16 or float16 as stored; of int8 float32, dequantised.
+        Rows are bfloat16 or float16 as stored; int8 is dequantised to float32.
         """
         name = f"{self._hook(hook_name)}.safetensors"
         return ((decode(self._read(i, name)), self.index(i)) for i in range(len(self.manifest["shards"])))
@@ -216,11 +216,11 @@ class ActivationCache:
 
     @property
     def document_ids(self) -> Int[Tensor, " n_documents"]:
-        """`tokens.document_id` of every document that gave a token, in order of appearance."""
+        """`tokens.document_id` of every document that contributed a token, in order of appearance."""
         return self._load(layout.DOCUMENTS, self.manifest["documents"], layout.DOCUMENTS)["ids"]
 
     def origin(self, hook_name: str | None = None) -> dict[str, Any]:
-        """Where a hook's rows come from, JSON-able: what an SAE trained on them keeps in `sae.json`."""
+        """Where a hook's rows come from, JSON-serialisable: an SAE trained on them stores it in `sae.json`."""
         hook_name, manifest = self._hook(hook_name), self.manifest
         together = {"name": manifest["model_name"], "hash": manifest["config"]["model_hash"]}
         model = self.models.get(hook_name.partition("/")[0], together)
@@ -237,13 +237,13 @@ class ActivationCache:
         return files | {layout.DOCUMENTS: manifest["documents"]}
 
     def damaged(self, progress: bool = False) -> dict[str, str]:
-        """Read every file again and compare size and SHA-256: what is wrong with each that is not as it was written."""
+        """Read every file and compare size and SHA-256: what is wrong with each damaged one, by path."""
         bar = tqdm(self.files().items(), "Verifying", unit="file", disable=not progress)
         found = {file: layout.problem_of(self.path / file, known, contents=True) for file, known in bar}
         return {file: problem for file, problem in found.items() if problem}
 
     def verify(self, progress: bool = False) -> None:
-        """Read every file again. Raises `CacheError` naming all that are not as they were written."""
+        """Read every file. Raises `CacheError` naming all that are damaged."""
         if damaged := self.damaged(progress):
             parts = "; ".join(f"{layout.unit_of(file)}: {self.path / file} {what}" for file, what in damaged.items())
             raise CacheError(f"{parts}. {layout.FIX}")

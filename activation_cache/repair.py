@@ -1,8 +1,8 @@
-"""Rebuilding the damaged files of a finished cache, and no others, byte for byte.
+"""Rebuilding the damaged files of a finished cache, and only those, byte for byte.
 
-What a shard holds is a function of the texts, the model and the seed: the rows that the mask keeps go through the pool
-in order, and each shard is drawn from it by its number. So the contexts whose rows a broken shard held are run through the
-model again; where its index is gone too, the drawing is repeated with indices alone.
+A shard's contents are a function of the texts, the model and the seed: the rows that the mask keeps go through the shuffle
+buffer in order, and each shard is drawn from it by a generator of its number. So the contexts whose rows a broken shard
+held are run through the model again; if its index is lost too, the draws are replayed with indices only.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from saelab.tokens.mask import Mask, row_norms, token_mask
 
 
 def repair(cache: ActivationCache, lm: LanguageModel, texts: Texts, progress: bool = True) -> dict[str, bool]:
-    """Rebuild what is damaged; each file with whether it has its old bytes again. The manifest is told of those that differ.
+    """Rebuild damaged files; returns, per file, whether its bytes are the original ones. The manifest records any others.
 
-    Bytes differ where torch, device or thread count do. Raises `ValueError` for another model or other texts than the
-    cache was made with, `CacheError` while another process writes to it.
+    Bytes may differ under another torch version, device or thread count. Raises `ValueError` for another model, tokenizer
+    or texts than the cache was made with, `CacheError` while another process writes to it.
     """
     config = cache.manifest["config"]
     for name, here in (
@@ -101,7 +101,7 @@ class _Repair:
             return
         indices = {i: self._read_index(i) for i in range(len(self.folders)) if not self._lost(i)}
         lost = [i for i in self.broken if i not in indices]
-        kept = self._grid(indices)  # of lost shards not yet
+        kept = self._grid(indices)  # without the lost shards, so far
         wanted = self._grid({i: indices[i] for i in self.broken if i in indices})
         positions, rows = self._run_model(wanted, ~kept if lost else torch.zeros_like(kept), progress)
         if lost:
@@ -110,7 +110,7 @@ class _Repair:
             same = len(replayed) == len(self.folders) and all(torch.equal(replayed[i], indices[i]) for i in indices)
             if not same:
                 raise CacheError(
-                    f"{self.cache.path}: the mask keeps other rows here than then; harvest the cache again."
+                    f"{self.cache.path}: the mask no longer keeps the rows it kept then; harvest the cache again."
                 )
             indices |= {i: replayed[i] for i in lost}
         order = positions.argsort()
@@ -141,7 +141,7 @@ class _Repair:
     def _run_model(
         self, wanted: Tensor, unknown: Tensor, progress: bool
     ) -> tuple[Int[Tensor, " n"], dict[str, dict[str, Tensor]]]:
-        """Places of the `wanted` tokens, and of the `unknown` ones that the mask keeps, and rows by hook."""
+        """Flat positions of the `wanted` tokens and of the `unknown` ones that the mask keeps, and their rows by hook."""
         mask = Mask(tuple(self.config["special_ids"]), self.manifest["max_norm"])
         asked: list[TokenBatch] = []
         for batch in self.batches:
@@ -166,7 +166,7 @@ class _Repair:
         }
 
     def _drawn(self, kept: Bool[Tensor, "n_sequences ctx_len"]) -> Iterator[Int[Tensor, "n 3"]]:
-        """The index of every shard, drawn again without activations."""
+        """The index of every shard, by replaying the draws without activations."""
         config = self.config
         buffer_rows = config["shard_rows"] * config["pool_shards"]
         for block, batches in groupby(self.batches, lambda batch: layout.block_of(config, batch.first_context)):
@@ -180,7 +180,7 @@ class _Repair:
                     yield buffer.draw(min(config["shard_rows"], len(buffer)), generator)[0]
 
     def _tell_manifest(self) -> None:
-        """Size and SHA-256 of rebuilt files that differ from what they were."""
+        """Record the new size and SHA-256 of the rebuilt files."""
         for file, known in self.cache.files().items():
             if file in self.damaged:
                 known |= layout.describe_file(self.cache.path / file)

@@ -1,4 +1,4 @@
-"""The pool that shuffles: rows wait in fixed slots and are drawn at random, or in order. Knows no model, no file and no
+"""The shuffle buffer: rows wait in fixed slots and are drawn at random, or in order. Independent of model, files and
 storage."""
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 RowTensors = Mapping[str, Mapping[str, Tensor]]
-"""Hook -> tensors that its rows are stored as (`storage.Storage.encode`), each (n, ...)."""
+"""Hook -> tensors that its rows are stored as (`codec.Storage.encode`), each (n, ...)."""
 
 
 class ShuffleBuffer:
-    """Rows waiting to be drawn: fixed buffers of slots, and the slots in use in the order in which their rows came."""
+    """Rows waiting to be drawn: fixed buffers of slots, and the slots in use, in order of arrival."""
 
     def __init__(self, capacity: int):
         self._buffers: dict[str, dict[str, Tensor]] = {}
@@ -27,16 +27,16 @@ class ShuffleBuffer:
 
     @property
     def waiting(self) -> Int[Tensor, "n 3"]:
-        """(seq, pos, token) of the rows in the pool, in the order in which they came."""
+        """(seq, pos, token) of the rows in the buffer, in order of arrival."""
         return self._index[self._order]
 
     @property
     def oldest_context(self) -> int | None:
-        """Sequence of the row that has waited longest."""
+        """Context number of the row that has waited longest; None if the buffer is empty."""
         return int(self._index[self._order[0], 0]) if len(self) else None
 
     def add(self, index: Int[Tensor, "n 3"], rows: RowTensors) -> None:
-        """Put rows in, `index` being (seq, pos, token)."""
+        """Add rows; `index` is their (seq, pos, token)."""
         slots, self._free = self._free[: len(index)], self._free[len(index) :]
         self._index[slots] = index
         for hook, tensors in rows.items():
@@ -50,7 +50,7 @@ class ShuffleBuffer:
     def draw(
         self, n: int, generator: torch.Generator | None
     ) -> tuple[Int[Tensor, "n 3"], dict[str, dict[str, Tensor]]]:
-        """Take `n` rows out, at random and in random order; without a generator the first that came, in order."""
+        """Remove `n` rows, at random and in random order; without a generator the oldest, in order of arrival."""
         picks = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
         picks = picks[:n]
         slots = self._order[picks]

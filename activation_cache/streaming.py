@@ -1,10 +1,10 @@
-"""Training rows straight from a language model: harvested and shuffled in memory while they are used, nothing on disk.
+"""Training rows straight from a language model: harvested and shuffled in memory during training, nothing on disk.
 
 The rows of an epoch are those of the cache that `harvest` would make of all the texts, in the order of its shards: contexts
-go through the model one after the other, rows wait in the pool, each draw depends on (seed, its number) alone. What is in
-the pool follows from the token ids, so a resume sends ids alone through it, up to the draw it needs, and runs the model
-on those contexts that have rows in the pool then. Which rows the norm rule drops only the model tells: such a row keeps
-its place, and the row drawn before it stands in for it.
+go through the model in order, rows wait in the shuffle buffer, and each draw depends only on (seed, draw number). The
+contents of the buffer follow from the token ids, so a resume replays ids only, up to the draw it needs, and runs the model
+on the contexts that have rows in the buffer at that point. Which rows the norm rule drops is known only after running the
+model: such a row keeps its place, and its replacement row is the one drawn before it.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from saelab.tokens.tokenizing import Bos, resolved_bos
 
 _LOG = logging.getLogger("saelab")
 
-_DROPPED = -1  # in place of the token of a row that the norm rule drops
+_DROPPED = -1  # instead of the token id, in rows that the norm rule drops
 _STORAGE = Storage("bfloat16")
 
 Rows = tuple[Int[Tensor, "n 3"], dict[str, dict[str, Tensor]]]
-"""(seq, pos, token) of rows, and what each is at every hook: as `ShuffleBuffer.add` takes them."""
+"""(seq, pos, token) of rows, and their stored tensors by hook: the arguments of `ShuffleBuffer.add`."""
 
 
 def stream(
@@ -54,11 +54,10 @@ def stream(
     pool_shards: int = 16,
     prepend_bos: Bos = None,
 ) -> ActivationStream:
-    """What `saelab.train` takes in place of a cache: the same rows, made while it trains, the texts again and again.
+    """A source for `saelab.train` in place of a cache: the same rows, computed during training, looping over the texts.
 
-    Arguments are those of `saelab.harvest`; `batch_size` is in contexts. The pool holds `shard_rows * pool_shards` rows
-    of each hook in bfloat16, in memory. The seed of the order is `TrainConfig.seed`.
-    Raises `ValueError` for bad arguments.
+    Arguments are those of `saelab.harvest`; `batch_size` is in contexts. The shuffle buffer holds `shard_rows * pool_shards`
+    rows of each hook in memory, in bfloat16. `TrainConfig.seed` seeds the order. Raises `ValueError` for bad arguments.
     """
     hooks = hook_keys(lm := together(lm), hook_names)
     sizes = {"ctx_len": ctx_len, "batch_size": batch_size, "shard_rows": shard_rows, "pool_shards": pool_shards}
@@ -67,15 +66,15 @@ def stream(
     _LOG.info(f"Streaming {texts.describe(split)} through {lm.name}.")
     warn_if_none_held_out(texts, split, 2)
     config = of_rows(lm, texts, hooks) | identity(_STORAGE.name) | sizes
-    del config["logits_probe"]  # of this machine to the last digit, and a stream's config is compared by its hash
+    del config["logits_probe"]  # its last digits depend on the machine, and a stream's config is compared by its hash
     config |= {"split": split, "prepend_bos": resolved_bos(lm, prepend_bos)}
     return ActivationStream(lm, texts, config, by_default=prepend_bos is None)
 
 
 class ActivationStream:
-    """Made by `stream`. It has what training needs of an `ActivationCache`, under the same names.
+    """Made by `stream`. Has the part of the `ActivationCache` interface that training needs.
 
-    The first rows (those of the norm rule, 16,384) are run when something of them is first asked for: limits or `stats`.
+    The first rows (16,384, for the norm rule) are computed when the norm limits or `stats` are first needed.
     """
 
     def __init__(self, lm: LanguageModel, texts: Texts, config: Mapping[str, Any], by_default: bool = False):
@@ -91,20 +90,20 @@ class ActivationStream:
         return f"ActivationStream({self.lm.name!r} over {self.texts.name}: {', '.join(self.hook_names)})"
 
     def by_rules(self, rules: int) -> ActivationStream:
-        """The same stream for a run that an earlier version began: the first gave no context a BOS that was not asked for,
-        and before rules 4 the roles of special tokens were not noted."""
+        """The same stream for a run that an earlier version began: under rules 1, contexts had a BOS only on request, and
+        before rules 4 the config lacked the entries in `LATER` (tokenizer roles, model config)."""
         config = self.config if rules >= 4 else {key: self.config[key] for key in self.config if key not in LATER}
         bos = {"prepend_bos": False} if rules == 1 and self._by_default else {}
         return ActivationStream(self.lm, self.texts, {**config, **bos}, self._by_default)
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of all that decides the rows and, beside the seed, their order."""
+        """SHA-256 of everything that determines the rows and, together with the seed, their order."""
         return layout.config_hash(self.config)
 
     @property
     def held_bytes(self) -> int:
-        """Memory of the full pool, the first rows and a draw."""
+        """Bytes of memory for the full shuffle buffer, the first rows and one draw."""
         widths, n_rows = self.config["hooks"].values(), self._capacity + NORM_RULE_ROWS + self.config["shard_rows"]
         return n_rows * (layout.INDEX_BYTES + sum(row_bytes(_STORAGE.name, width) for width in widths))
 
@@ -114,7 +113,7 @@ class ActivationStream:
         return torch.tensor(self._documents[: self._n_documents], dtype=torch.int64)
 
     def origin(self, hook_name: str) -> dict[str, Any]:
-        """As of a cache: where a hook's rows come from, for `sae.json`."""
+        """Where a hook's rows come from, for `sae.json`, as `ActivationCache.origin`."""
         model = self.models.get(hook_name.partition("/")[0], {"name": self.lm.name, "hash": self.lm.hash})
         max_norms = self._beginning[0].max_norm or {}
         return layout.origin(self.config, hook_name, model, max_norms[hook_name], self.texts.spec)
@@ -130,10 +129,10 @@ class ActivationStream:
     def batches(
         self, batch_size: int, seed: int = 0, start_step: int = 0, hook_name: Sequence[str] | None = None
     ) -> Generator[dict[str, Float[Tensor, "batch d_in"]], None, None]:
-        """Shuffled fp32 batches of each hook without end, a pure function of (stream, seed, step).
+        """Endless shuffled fp32 batches by hook, a pure function of (stream, seed, step).
 
-        To begin at `start_step` the texts are tokenised up to there (once for all epochs), and the contexts run that
-        have rows in the pool. Raises `CacheError` where the model gives rows that are not finite.
+        To begin at `start_step`, the texts are tokenised up to there (once for all epochs) and the model runs on the contexts
+        that have rows in the buffer. Raises `CacheError` if the model returns non-finite rows.
         """
         hooks = self.hook_names if hook_name is None else hook_list(hook_name)
         waiting: dict[str, Tensor] = {}
@@ -144,8 +143,8 @@ class ActivationStream:
                 waiting = {hook: x[batch_size:] for hook, x in waiting.items()}
 
     def _drawn(self, seed: int, skip: int, hooks: list[str]) -> Iterator[dict[str, Tensor]]:
-        """The rows of each draw without end, from the one that holds row `skip` on, less those before it."""
-        _ = self._beginning  # raises where the texts have no row to wait for
+        """The rows of each draw, endlessly, from the one that holds row `skip` on, minus those before it."""
+        _ = self._beginning  # raises if the texts leave no row at all
         self._n_documents = number = 0
         live, epoch_rows = False, 0
         while True:
@@ -166,7 +165,7 @@ class ActivationStream:
                         yield {hook: tensors["acts"][at] for hook, tensors in rows.items()}
                     skip, epoch_rows = 0 if live else skip - n, epoch_rows + n
                     _forget(read, buffer)
-            if not live and skip >= epoch_rows:  # whole epochs have as many draws as the first
+            if not live and skip >= epoch_rows:  # every epoch has as many draws as the first
                 number, skip = number * (1 + skip // epoch_rows), skip % epoch_rows
 
     def _contexts(self) -> Iterator[TokenBatch]:
@@ -183,22 +182,22 @@ class ActivationStream:
         )
 
     def _unmasked(self, batch: TokenBatch) -> Int[Tensor, "n 3"]:
-        """(seq, pos, token) of the rows that the token ids alone do not mask."""
+        """(seq, pos, token) of the rows that the mask keeps, judging by token ids alone (no norm rule)."""
         keep, _ = Mask(tuple(self.lm.special_ids), None).apply_norms(batch, {})
         seq, pos = keep.nonzero(as_tuple=True)
         return torch.stack([seq + batch.first_context, pos, batch.ids[seq, pos]], dim=1).int()
 
     def _rows(self, batch: TokenBatch, hooks: list[str]) -> Rows:
-        """Those rows, the ones that the norm rule drops marked."""
+        """The rows of `_unmasked`, with those that the norm rule drops marked."""
         mask, first = self._beginning
         index, rows = first.get(batch.first_context) or self._marked(mask, batch, *self._run(batch))
         return index, {hook: rows[hook] for hook in hooks}
 
     def _run(self, batch: TokenBatch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Activations and norms of some contexts at all hooks: a row goes when it is too large at any of them."""
+        """Activations and norms of a batch at all hooks, as a row is dropped if its norm is too large at any of them."""
         refuse_steered(self.lm)
         activations = next(iter(self.lm.stream_activations([batch.ids], self.hook_names)))
-        kept = "Of a training, the last checkpoint is intact."
+        kept = "The last training checkpoint is intact."
         return activations, finite_norms(batch, activations, self.config["batch_size"], kept)
 
     def _marked(
@@ -214,7 +213,7 @@ class ActivationStream:
 
     @cached_property
     def _beginning(self) -> tuple[Mask, dict[int, Rows]]:
-        """The mask, and the rows of the contexts that its limits come from, by their first sequence."""
+        """The mask, and the rows of the batches that its limits come from, by first context."""
         rule, waiting = NormRule(self.lm.special_ids), []
         for batch in self._contexts():
             activations, norms = self._run(batch)
@@ -224,7 +223,7 @@ class ActivationStream:
                 break
         if not rule.n_rows:
             raise ValueError(
-                f"The mask leaves no token of {self.texts.describe(self.config['split'])}: give more text."
+                f"The mask drops every token of {self.texts.describe(self.config['split'])}: give more text."
             )
         mask = Mask(tuple(self.lm.special_ids), rule.max_norms())
         return mask, {
@@ -232,7 +231,7 @@ class ActivationStream:
         }
 
     def _filled(self, buffer: ShuffleBuffer, read: Sequence[TokenBatch], hooks: list[str]) -> ShuffleBuffer:
-        """The same pool, with rows beside the places."""
+        """The same buffer, with the rows filled in besides their indices."""
         filled, waiting = ShuffleBuffer(self._capacity), self._numbered(buffer.waiting)
         for batch in read:
             start = batch.first_context * self.config["ctx_len"]
@@ -244,21 +243,23 @@ class ActivationStream:
         return filled
 
     def _numbered(self, index: Int[Tensor, "n 3"]) -> Int[Tensor, " n"]:
-        """Each row's place in the stream of tokens."""
+        """Flat position of each row in the token stream."""
         return index[:, 0].long() * self.config["ctx_len"] + index[:, 1]
 
 
 def _replacement_rows(index: Int[Tensor, "n 3"]) -> Int[Tensor, " n"]:
-    """Of each drawn row its own place, or for one that the norm rule drops that of the last kept one before it."""
+    """For each drawn row its own place or, if the norm rule drops it, that of its replacement: the last kept row before it."""
     kept = index[:, 2] != _DROPPED
     if not bool(kept.any()):
-        raise CacheError(f"The norm rule drops all of {len(index)} rows: the texts change. Harvest a cache of them.")
+        raise CacheError(
+            f"The norm rule drops all {len(index)} rows of a draw: the texts change. Train from a cache instead."
+        )
     positions = torch.where(kept, torch.arange(len(index)), 0).cummax(0).values
-    return positions.clamp_min(int(kept.nonzero()[0]))  # at the front there is none before it
+    return positions.clamp_min(int(kept.nonzero()[0]))  # dropped rows at the front have none before them
 
 
 def _forget(read: deque[TokenBatch], buffer: ShuffleBuffer) -> None:
-    """Drop the contexts that have no row in the pool any more."""
+    """Drop the contexts that no longer have a row in the buffer."""
     oldest = buffer.oldest_context
     while read and (oldest is None or read[0].first_context + len(read[0].ids) <= oldest):
         read.popleft()

@@ -1,8 +1,8 @@
-"""Writing a cache: rows are shuffled through a pool, and shards leave it safely, one after the other. Knows no model.
+"""Writing a cache: rows go through a shuffle buffer and are written durably, shard by shard. Independent of the model.
 
-Each shard is drawn from the pool by a generator that depends on (seed, shard number) alone. A killed harvest therefore
-goes on with the same bytes: the forward passes since the oldest row still in the pool are repeated, the rows that are
-in shards already are dropped, and the pool is what it was.
+Each shard is drawn from the buffer by a generator that depends only on (seed, block, shard number). A killed harvest
+therefore resumes with the same bytes: the forward passes since the oldest row still in the buffer are repeated, rows that
+are already in shards are dropped, and the buffer is as it was.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from saelab.tokens import TokenBatch
 
 
 class _Background:
-    """One thread that does things in the order given. After an error it does nothing more; the next call raises it."""
+    """One thread that runs tasks in order. After an error it runs no more of them; a later `submit` or `wait` raises it."""
 
     def __init__(self, waiting: int = 2):
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="saelab-cache-writer")
@@ -59,10 +59,10 @@ class _Background:
 
 
 class CacheWriter:
-    """Takes packed contexts and the activations of each batch in stream order, and leaves a cache.
+    """Writes packed contexts and the activations of each batch, in stream order, to a cache.
 
-    After a restart, give every batch to `add_tokens` again, but activations only from the context `start` on.
-    A `block` has a journal, shards and token files of its own, and is given its own contexts alone.
+    After a restart, pass every batch to `add_tokens` again, but activations only from the context `start` on.
+    A `block` has its own journal, shards and token files, and is given only its own contexts.
     """
 
     def __init__(self, folder: Path, journal: Journal, config: Mapping[str, Any], block: int | None = None):
@@ -76,7 +76,7 @@ class CacheWriter:
         rows = -(-config["n_tokens"] // self.ctx_len) * self.ctx_len
         self._buffer = ShuffleBuffer(min(self.buffer_rows, rows) + config["batch_size"] * self.ctx_len)
         self.storage = Storage(config["dtype"])
-        """For int8, set it with the outlier columns before the first row is added."""
+        """For int8, set this, with the outlier columns, before adding the first row."""
         self._background = _Background()
         self._shards = len(journal.of_kind("shard"))
         self._tokens_written = self._first + sum(entry["sequences"] for entry in journal.of_kind("tokens"))
@@ -107,7 +107,7 @@ class CacheWriter:
             self._on_disk[index["seq"][recent].long() - self.start, index["pos"][recent].long()] = True
 
     def add_tokens(self, batch: TokenBatch) -> None:
-        """Keep the token ids of the next batch."""
+        """Queue the token ids of the next batch."""
         self._end += len(batch.ids)
         self._tokens_waiting.append(batch)
         while self._end - self._first_waiting() >= layout.CONTEXTS_PER_FILE:
@@ -123,7 +123,7 @@ class CacheWriter:
         rest = TokenBatch(ids[n:], doc[n:], first + n)
         self._tokens_waiting = [rest] if len(rest.ids) else []
         if first < self._tokens_written:
-            return  # on disk since before the restart
+            return  # written before the restart
         tensors = {"ids": ids[:n].int(), "doc": doc[:n].int()}
         number = (first - self._first) // layout.CONTEXTS_PER_FILE
         self._background.submit(self._save_tokens, layout.tokens_file(number, self._block), tensors)
@@ -140,9 +140,10 @@ class CacheWriter:
         keep: Bool[Tensor, "n ctx"],
         counts: Mapping[str, int],
     ) -> None:
-        """Take the rows `keep` of a batch (`counts`: why not the others), and write shards when the pool is full.
+        """Add the rows of a batch selected by `keep` (`counts`: the masked ones by reason), and write shards when the buffer is
+        full.
 
-        Raises `CacheError` where float16 overflows, before any row of the batch is taken.
+        Raises `CacheError` if float16 overflows, before adding any row of the batch.
         """
         first, end = batch.first_context, batch.first_context + len(batch.ids)
         if first < self._cursor:  # repeated after a restart: its counts and some of its rows are on disk
@@ -183,7 +184,7 @@ class CacheWriter:
         self.journal.append({**entry, "files": files, "time": time.time()})
 
     def flush(self) -> None:
-        """Write what is still waiting, and return when it is on disk."""
+        """Write everything still buffered, and return when it is on disk."""
         while len(self._buffer):
             self._write_shard()
         while self._tokens_waiting:
@@ -191,7 +192,7 @@ class CacheWriter:
         self._background.wait()
 
     def close(self) -> None:
-        """Let shards on their way reach the disk, and end the thread."""
+        """Finish the pending writes, and end the thread."""
         self._background.close()
 
 
@@ -202,7 +203,7 @@ def save_index(folder: Path, index: Int[Tensor, "n 3"]) -> None:
 
 
 def save_rows(folder: Path, hook: str, storage: Storage, tensors: Mapping[str, Tensor]) -> None:
-    """Write the rows of one hook of a shard, as `storage.encode` gave them, and the sums of what is stored."""
+    """Write the rows of one hook of a shard, as returned by `storage.encode`, and the sums of what is stored."""
     stored = storage.tensors(hook, tensors)
     sums = _partial_sums(decode(stored))
     if "error" in tensors:
@@ -211,7 +212,7 @@ def save_rows(folder: Path, hook: str, storage: Storage, tensors: Mapping[str, T
 
 
 def _partial_sums(x: Float[Tensor, "n d_in"]) -> dict[str, Tensor]:
-    """fp64 sums of a shard; blocks of rows are added up in fp32 first."""
+    """fp64 sums of a shard; blocks of 2,048 rows are first summed in fp32."""
     d_in = x.shape[1]
     sums = {"sum": torch.zeros(d_in), "sum_squares": torch.zeros(d_in), "sum_norms": torch.zeros(())}
     sums = {name: tensor.double() for name, tensor in sums.items()}

@@ -354,7 +354,7 @@ def test_newer_foreign_and_unfinished_caches_are_refused(tmp_path):
     with pytest.raises(CacheError, match="cache format 99.*install a newer saelab"):
         ActivationCache(tmp_path / "cache")
     path.write_text("{}")
-    with pytest.raises(CacheError, match="no manifest of an activation cache"):
+    with pytest.raises(CacheError, match="not the manifest of an activation cache"):
         ActivationCache(tmp_path / "cache")
     path.write_text("{")
     with pytest.raises(SaelabError, match="not valid JSON"):
@@ -426,9 +426,9 @@ def test_human_bytes(n, text):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda m: m.update(shards=[]), "counts 280 rows, and 0 in 0 shards"),
-        (lambda m: m.update(shards=[], n_rows=0), "counts 0 rows"),
-        (lambda m: m.update(n_rows=100), "counts 100 rows, and 280"),
+        (lambda m: m.update(shards=[]), "says 280 rows, but its 0 shards hold 0"),
+        (lambda m: m.update(shards=[], n_rows=0), "says 0 rows"),
+        (lambda m: m.update(n_rows=100), "says 100 rows, but its . shards hold 280"),
         (lambda m: m.pop("stats"), "'stats'"),
         (lambda m: m.pop("config_hash"), "'config_hash'"),
         (lambda m: m["config"]["hooks"].update(h=16), "its config is not the one"),
@@ -450,6 +450,6 @@ def test_an_altered_manifest_is_refused(tmp_path, change, says):
 )
 def test_a_foreign_or_altered_journal_is_refused_and_unharmed(tmp_path, content):
     (tmp_path / "journal.jsonl").write_text(content)
-    with pytest.raises(CacheError, match="no journal|was altered"):
+    with pytest.raises(CacheError, match="not the journal|was altered"):
         Journal(tmp_path)
     assert (tmp_path / "journal.jsonl").read_text() == content

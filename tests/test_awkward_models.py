@@ -93,7 +93,7 @@ def test_positions_that_begin_behind_padding_shorten_the_context():
 
 def test_a_head_with_layers_of_its_own_is_no_linear_unembedding():
     lm = built(BertLMHeadModel, BertConfig(**{**SMALL, "is_decoder": True, "initializer_range": 0.2}))
-    with pytest.raises(ModelError, match="is not what saelab takes it for"):
+    with pytest.raises(ModelError, match="is not the linear map that saelab derived"):
         lm.logit_weights()
 
 
@@ -133,7 +133,7 @@ def test_the_smallest_temperature_is_the_likeliest_token(tiny_lm):
 
 
 def test_text_is_not_generated_at_positions_of_the_callers(tiny_lm):
-    with pytest.raises(ValueError, match=r"count from 0; got \[50, 51\]"):
+    with pytest.raises(ValueError, match=r"count from 0, got \[50, 51\]"):
         tiny_lm.generate({"input_ids": [[3, 4]], "position_ids": [[50, 51]]})
 
 
@@ -150,9 +150,9 @@ def test_the_size_of_a_direction_that_is_taken_out_does_not_matter(tiny_lm, size
     "rows, message",
     [
         ({"input_ids": [[5, 6, 7]], "attention_mask": [[2, 0, 7]]}, r"attention_mask holds \[2, 0, 7\]"),
-        ([[True, 5, 3]], "not a string and no list of token ids"),
+        ([[True, 5, 3]], "neither a string nor a list of token ids"),
         ({"input_ids": ["[1, 2, 3]"]}, "input_ids holds the text"),
-        ({"input_ids": torch.tensor(5)}, "a dict of columns has a list"),
+        ({"input_ids": torch.tensor(5)}, "a dict of columns needs a list"),
     ],
 )
 def test_documents_of_ids_are_ids(rows, message):

@@ -159,6 +159,6 @@ def test_a_lost_index_is_not_guessed_where_the_mask_keeps_other_rows(folder, tin
     monkeypatch.setattr(
         tiny_lm, "stream_activations", lambda ids, hooks: ({h: x * 1e3 for h, x in f.items()} for f in real(ids, hooks))
     )
-    with pytest.raises(CacheError, match="keeps other rows here"):
+    with pytest.raises(CacheError, match="no longer keeps the rows"):
         repair(cache, tiny_lm, load_texts(TEXTS), progress=False)
     assert not (folder / SHARD.format(3) / "index.safetensors").exists()

@@ -121,7 +121,9 @@ def test_float16_refuses_what_it_cannot_hold(value):
     x = torch.full((2, 3), 65504.0)
     assert decode(Storage("float16").encode("h", x))[0, 0] == 65504
     x[1, 2] = value
-    with pytest.raises(CacheError, match=r"h holds an activation of .*beyond float16's 65504.*storage='bfloat16'"):
+    with pytest.raises(
+        CacheError, match=r"h has an activation of .*beyond float16's maximum of 65504.*storage='bfloat16'"
+    ):
         Storage("float16").encode("h", x)
 
 
@@ -130,7 +132,7 @@ def test_a_batch_that_overflows_leaves_nothing_and_the_shards_before_it_stay(tmp
     real = lm.rows
     lm.rows = lambda ids, hook_name: real(ids, hook_name) * (1e6 if lm.batches_run == 20 and hook_name == OTHER else 1)
     monkeypatch.setattr("saelab.tokens.mask.NORM_RULE_FACTOR", 1e9)
-    with pytest.raises(CacheError, match=rf"{OTHER} holds an activation of -?[\d.e+]+, beyond"):
+    with pytest.raises(CacheError, match=rf"{OTHER} has an activation of -?[\d.e+]+, beyond"):
         test_harvest.harvest(lm, tmp_path / "c", storage="float16")
     shards = test_harvest.journaled_shards(tmp_path / "c")
     assert shards and max(entry["cursor"] for entry in shards) <= 80
@@ -209,7 +211,7 @@ def test_int8_is_refused_where_it_would_lose_over_a_hundredth(tmp_path):
 
 
 def test_an_unknown_storage_is_refused_and_sizes_are_counted(tmp_path):
-    with pytest.raises(ValueError, match="storage='int4' is none of bfloat16, float16, int8"):
+    with pytest.raises(ValueError, match="storage='int4' must be one of bfloat16, float16, int8"):
         test_harvest.harvest(test_harvest.StandIn(), tmp_path / "c", storage="int4")
     assert not (tmp_path / "c").exists()
     assert [row_bytes(name, 576) for name in ("bfloat16", "float16", "int8")] == [1152, 1152, 576 + 18 + 36]

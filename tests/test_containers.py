@@ -121,16 +121,16 @@ REFUSED = {
     "open file": (lambda: io.StringIO("text"), "open file .*give its path"),
     "flat ids": (lambda: [1, 2, 3], "flat list of 3 numbers: give a list of documents"),
     "flat tensor": (lambda: torch.tensor([1, 2]), r"Tensor of shape \(2,\).*n_documents, n_tokens"),
-    "floats": (lambda: [[0.5, 1.0]], r"row 0 .*holds \[0.5, 1.0\] \(list\), not a string and no list of token ids"),
-    "truths": (lambda: np.array([[True, False]]), "row 0 .*not a string and no list of token ids"),
-    "negative": (lambda: [[1, -3]], "row 0 .*-3 is no token id"),
+    "floats": (lambda: [[0.5, 1.0]], r"row 0 .*holds \[0.5, 1.0\] \(list\), neither a string nor a list of token ids"),
+    "truths": (lambda: np.array([[True, False]]), "row 0 .*neither a string nor a list of token ids"),
+    "negative": (lambda: [[1, -3]], "row 0 .*-3 is not a token id"),
     "one conversation": (lambda: [{"role": "user", "content": "hi"}], "one conversation: give a list of conversations"),
     "unequal": (lambda: {"text": TEXTS, "n": [1]}, "unequal length.*'text': 3, 'n': 1"),
     "empty dict": (dict, "a dict of no columns"),
-    "no columns": (lambda: {"text": "The weather"}, "'text' is 'The weather' .str.: a dict of columns has a list"),
-    "several splits": (lambda: SEVERAL, "splits 'train', 'test': say which one, hub_split='train'"),
+    "no columns": (lambda: {"text": "The weather"}, "'text' is 'The weather' .str.: a dict of columns needs a list"),
+    "several splits": (lambda: SEVERAL, "splits 'train', 'test': choose one, e.g. hub_split='train'"),
     "another column": (lambda: pandas.DataFrame({"body": TEXTS}), "no column 'text'; its columns are body"),
-    "mixed": (lambda: pandas.DataFrame({"text": ["a", 1.5]}), "pandas.*DataFrame is of mixed types"),
+    "mixed": (lambda: pandas.DataFrame({"text": ["a", 1.5]}), "pandas.*DataFrame has mixed types"),
     "streamed": (lambda: SEVERAL["test"].to_iterable_dataset(), "IterableDataset.*the dataset's id"),
     "mask of another length": (lambda: [{"input_ids": [1, 2], "attention_mask": [1]}], "row 0 .*attention_mask holds"),
     "folder": (lambda: "saelab/data", "is a folder; .*save_to_disk"),
@@ -168,7 +168,7 @@ def test_ids_of_another_tokenizer_are_refused(tmp_path, tiny_lm, where):
         return parquet(tmp_path, pyarrow.table({"input_ids": IDS}), {"tokenizer_hash": of})
 
     assert list(load_texts(source(tiny_lm.tokenizer_hash)).documents(lm=tiny_lm)) == IDS
-    with pytest.raises(ValueError, match="of the tokenizer 0123456789ab, .* has " + tiny_lm.tokenizer_hash[:12]):
+    with pytest.raises(ValueError, match="from the tokenizer 0123456789ab, .* has " + tiny_lm.tokenizer_hash[:12]):
         load_texts(source("0123456789abcdef")).documents(lm=tiny_lm)
 
 

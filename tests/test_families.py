@@ -57,10 +57,10 @@ FAMILIES: dict[str, dict[str, Any]] = dict.fromkeys([*DENSE, *RECURRENT], {}) | 
     },
 }  # fmt: skip
 REFUSED = {
-    "bert": "no causal language model: another last token moves earlier logits",
-    "roberta": "no causal language model",
-    "electra": "no causal language model",
-    "xlm": "no causal language model",
+    "bert": "not a causal language model: changing the last token changes earlier logits",
+    "roberta": "not a causal language model",
+    "electra": "not a causal language model",
+    "xlm": "not a causal language model",
     "hrm_text": "no list of 16 layers",
     "minicpm3": "does not run on token ids alone",
 }

@@ -74,7 +74,7 @@ def test_an_unfinished_run_ends_at_the_same_weights(name, tmp_path):
     torch.testing.assert_close(sae.state_dict(), load_file(run / "final.safetensors"), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:this harvest was begun elsewhere")
+@pytest.mark.filterwarnings("ignore:this harvest was begun in another environment")
 def test_an_unfinished_harvest_goes_on(lm, texts, tmp_path):
     folder = shutil.copytree(HERE / "unfinished_cache", tmp_path / "run")
     before = _files(folder / "cache")

@@ -229,7 +229,7 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_bytes(undisturbed, tmp_path
         harvest(lm, tmp_path)
     shards = len(list(tmp_path.glob("shards/*")))
     assert shards == 0 if stop_at < 7 else shards > 0
-    nothing = r"No activation is on disk yet \(the first 384 .*begins anew"
+    nothing = r"No activation is on disk yet \(the first 384 .*will start again"
     assert re.match(rf"{128 * shards:,} activations are in " if shards else nothing, str(stopped.value))
     before = contents(tmp_path)
     assert all(undisturbed[name] == data for name, data in before.items())
@@ -337,7 +337,7 @@ def test_resume_elsewhere_warns(tmp_path, monkeypatch):
         harvest(lm, tmp_path)
     environment = harvest_module._environment(lm)
     monkeypatch.setattr(harvest_module, "_environment", lambda lm: {**environment, "threads": 77})
-    with pytest.warns(UserWarning, match=r"begun elsewhere \(threads: \d+ -> 77\)"):
+    with pytest.warns(UserWarning, match=r"begun in another environment \(threads: \d+ -> 77\)"):
         harvest(StandIn(), tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -413,7 +413,7 @@ def test_without_shuffle_an_interrupted_harvest_goes_on_to_the_same_bytes(ordere
     [
         ({"seed": 1}, "seed: 0 -> 1"),
         ({"ctx_len": 8}, "ctx_len: 16 -> 8"),
-        ({"hook_names": HOOKS[:1]}, "those of blocks.0.hook_resid_post go elsewhere .another RUN"),
+        ({"hook_names": HOOKS[:1]}, "not blocks.0.hook_resid_post: harvest those into another RUN"),
         ({"split": "all"}, "split: train -> all"),
         ({"texts": TEXTS[:-1]}, "texts_fingerprint: "),
     ],
@@ -479,7 +479,7 @@ def test_it_must_fit(lm, tmp_path, monkeypatch):
 
 
 def test_a_text_of_one_token_leaves_nothing_and_the_folder_stays_free(lm, tmp_path):
-    with pytest.raises(ValueError, match=r"leaves nothing of the 1 tokens .*\(1 position, 0 special, 0 norm\)"):
+    with pytest.raises(ValueError, match=r"drops all 1 tokens .*\(1 position, 0 special, 0 norm\)"):
         harvest(lm, tmp_path, texts=["a"], split="all")
     with pytest.raises(ValueError, match=r"no document in 1 string in memory, split 'held_out'"):
         harvest(lm, tmp_path, texts=["a"], split="held_out" if not is_held_out("a") else "train")
@@ -493,11 +493,11 @@ def test_a_text_of_one_token_leaves_nothing_and_the_folder_stays_free(lm, tmp_pa
     [
         ({"n_tokens": 0}, "n_tokens=0 must be at least 1"),
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
-        ({"ctx_len": 65}, "ctx_len=65 is more than the 64 tokens"),
+        ({"ctx_len": 65}, "ctx_len=65 exceeds the context length of .*, 64 tokens"),
         ({"shard_rows": 0}, "shard_rows=0"),
         ({"pool_shards": 0}, "pool_shards=0"),
-        ({"hook_names": []}, "give the name of a hook"),
-        ({"hook_names": [HOOKS[0], HOOKS[0]]}, "each once"),
+        ({"hook_names": []}, "expected a hook name"),
+        ({"hook_names": [HOOKS[0], HOOKS[0]]}, "distinct hook names"),
         ({"hook_names": ["blocks.9.hook_resid_post"]}, "no hook blocks.9.hook_resid_post; there are"),
         ({"split": "test"}, "split='test' does not exist"),
     ],

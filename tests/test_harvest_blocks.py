@@ -130,7 +130,7 @@ def test_a_missing_block_is_seen(alone, tmp_path):
     folder = shutil.copytree(alone.path, tmp_path / "cache")
     journal = folder / layout.block_journal(3)
     journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:-1]))
-    with pytest.raises(CacheError, match="block 3 of 6 of .* is missing: repeat"):
+    with pytest.raises(CacheError, match="block 3 of 6 in .* is missing: repeat"):
         blocks_module._entries(folder, 3, 6)
     (folder / layout.MANIFEST).unlink()
     with pytest.raises(CacheError, match="unfinished"):
@@ -187,7 +187,7 @@ def test_other_blocks_are_other_caches(tmp_path):
 
 
 def test_texts_that_leave_nothing_leave_the_folder_free(tmp_path):
-    with pytest.raises(ValueError, match="leaves nothing of the 1 tokens"):
+    with pytest.raises(ValueError, match="drops all 1 tokens"):
         harvest(StandIn(), tmp_path, texts=["a"], split="all", **BLOCKS)
     assert harvest(StandIn(), tmp_path, **BLOCKS).n_rows > 1000
     kinds = [json.loads(line)["kind"] for line in (tmp_path / layout.JOURNAL).read_text().splitlines()]

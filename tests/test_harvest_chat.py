@@ -126,8 +126,8 @@ def test_an_sae_of_conversations_is_measured_on_conversations(cache, tiny_lm, tm
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        (["only a text"], "chat=True harvests conversations, and 1 string in memory begins with 'only a text'"),
-        ([[{"role": "user"}]], r"\{'role': 'user'\} is no message: expected"),
+        (["only a text"], "chat=True expects conversations, but 1 string in memory begins with 'only a text'"),
+        ([[{"role": "user"}]], r"\{'role': 'user'\} is not a message: expected"),
     ],
 )
 def test_what_is_no_conversation_is_refused(tiny_lm, tmp_path, texts, message):

@@ -186,9 +186,9 @@ def test_unknown_hook_lists_those_that_exist(tiny_lm, name):
 
 
 def test_hooks_that_carry_no_token_vectors_are_refused(tiny_lm):
-    with pytest.raises(ValueError, match="not one vector for each token"):
+    with pytest.raises(ValueError, match="not one vector per token"):
         activations(tiny_lm, "blocks.0.attn.hook_pattern")
-    with pytest.raises(ModelError, match="blocks.0.attn.hook_result.*did not come by it"):
+    with pytest.raises(ModelError, match="blocks.0.attn.hook_result.*did not reach it"):
         activations(tiny_lm, "blocks.0.attn.hook_result")
     with pytest.raises(ValueError, match="hook_names is empty"):
         tiny_lm.stream_activations([IDS], [])
@@ -296,7 +296,7 @@ def test_steer_refuses_what_is_no_edit(tiny_lm):
     ):
         pass
     with (
-        pytest.raises(ValueError, match="does not exist in what can be edited"),
+        pytest.raises(ValueError, match="does not exist in the editable hooks"),
         tiny_lm.steer(Add("blocks.0.attn.hook_q")),
     ):
         pass

@@ -112,7 +112,7 @@ def test_an_sae_of_one_of_the_models_knows_it_by_itself(cache, other_lm, tiny_lm
     assert sae.provenance.origin["hook_name"] == HOOK and sae.provenance.origin["model"]["hash"] == other_lm.hash
     assert "models" not in sae.provenance.origin
     assert saelab.evaluate(sae, other_lm, n_tokens_ce=0, progress=False).hook_name == HOOK
-    with pytest.warns(UserWarning, match="other weights"):
+    with pytest.warns(UserWarning, match="its weights differ"):
         saelab.evaluate(sae, tiny_lm, n_tokens_ce=0, progress=False)
 
 
@@ -146,7 +146,7 @@ def _rebuilder():
 def test_one_model_is_not_enough_and_the_order_matters(sae, tiny_lm, other_lm):
     with pytest.raises(ValueError, match=r"reads 2 models \(tiny-llama, other\): give a list"):
         saelab.evaluate(sae, tiny_lm, progress=False)
-    with pytest.warns(UserWarning, match="other weights"):
+    with pytest.warns(UserWarning, match="its weights differ"):
         saelab.evaluate(sae, [other_lm, tiny_lm], n_tokens_ce=0, progress=False)
 
 

@@ -146,12 +146,12 @@ def test_padding_inside_and_positions_that_leave_gaps(tiny_lm):
     [
         ({"positions": torch.tensor([[0, 1, 2]])}, r"positions is int64 \(1, 3\).*\(1, 5\)"),
         ({"positions": torch.tensor([[0.0, 1, 2, 3, 4]])}, "positions is float32"),
-        ({"positions": torch.tensor([[0, 1, 1, 2, 3]])}, "rise from each token"),
-        ({"positions": torch.tensor([[-1, -1, -1, -1, -1]])}, "every row needs one token"),
+        ({"positions": torch.tensor([[0, 1, 1, 2, 3]])}, "increase from each token"),
+        ({"positions": torch.tensor([[-1, -1, -1, -1, -1]])}, "every row needs at least one token"),
         ({"positions": torch.tensor([[-2, 0, 1, 2, 3]])}, "-1 on padding"),
         ({"positions": torch.tensor([[0, 1, 2, 3, 128]])}, "Position 128 is outside the context of .*128"),
-        ({"attention_mask": torch.tensor([[1, 1, 2, 1, 1]])}, "other numbers than 0 .padding. and 1"),
-        ({"attention_mask": torch.tensor([[0, 0, 0, 0, 0]])}, "every row needs one token"),
+        ({"attention_mask": torch.tensor([[1, 1, 2, 1, 1]])}, "must hold only 0 .padding. and 1"),
+        ({"attention_mask": torch.tensor([[0, 0, 0, 0, 0]])}, "every row needs at least one token"),
     ],
 )
 def test_positions_and_masks_that_do_not_fit(tiny_lm, options, message):
@@ -196,7 +196,7 @@ def test_a_model_that_overlooks_the_mask_is_not_believed(tiny_lm, monkeypatch, o
 
     monkeypatch.setattr(type(tiny_lm.model), "forward", deaf)
     lm = load_model(tiny_lm.model, tiny_lm.tokenizer)
-    with pytest.raises(ModelError, match="reads padding in front of tokens as if it were tokens.*behind them"):
+    with pytest.raises(ModelError, match="reads padding in front of tokens as if it were tokens: pad on the right"):
         lm.logits(LEFT)
     assert lm.generate(TEXTS, 4) == [lm.generate(text, 4) for text in TEXTS]
 

@@ -116,7 +116,7 @@ def test_a_stand_in_is_the_kept_row_before():
 
     index = torch.tensor([[0, p, token] for p, token in enumerate([-1, -1, 7, 8, -1, -1, 9])])
     assert _replacement_rows(index).tolist() == [2, 2, 2, 3, 3, 3, 6]
-    with pytest.raises(CacheError, match="drops all of 2 rows"):
+    with pytest.raises(CacheError, match="drops all 2 rows"):
         _replacement_rows(index[:2])
 
 
@@ -181,7 +181,7 @@ def test_another_stream_in_the_folder_is_refused(tmp_path, tiny_lm, streamed):
         ({"hook_names": "blocks.9.hook_resid_post"}, "blocks.9"),
         ({"pool_shards": 0}, "pool_shards=0 must be at least 1"),
         ({"split": "test"}, "split='test'"),
-        ({"texts": ["?"]}, "The mask leaves no token|no document"),
+        ({"texts": ["?"]}, "The mask drops every token|no document"),
     ],
     ids=["hook", "pool", "split", "no row"],
 )
@@ -201,7 +201,7 @@ def test_a_steered_model_and_infinite_rows_are_refused(tiny_folder, streamed):
     source = stream(lm, TEXTS, HOOK, **SIZES)
     with torch.no_grad():
         lm.model.get_input_embeddings().weight[lm.tokenizer.encode(" river")[0]] = math.inf
-    with pytest.raises(CacheError, match=rf"at {HOOK} are NaN or infinite.*last checkpoint is intact"):
+    with pytest.raises(CacheError, match=rf"at {HOOK} are NaN or infinite.*last training checkpoint is intact"):
         train(TopKConfig(48, 4), source, CONFIG, progress=False)
 
 

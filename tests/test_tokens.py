@@ -136,14 +136,14 @@ def test_a_generator_is_kept_and_can_be_read_twice():
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (["fine", 7], r"row 1 of 2 documents in memory holds 7 \(int\), not a string"),
-        ([b"bytes"], r"row 0 .* \(bytes\), not a string"),
+        (["fine", 7], r"row 1 of 2 documents in memory holds 7 \(int\), neither a string"),
+        ([b"bytes"], r"row 0 .* \(bytes\), neither a string"),
         ([[{"role": "user", "content": "hi"}]], r"load_texts\(\.\.\., chat=lm\)"),
         ([], "holds no text at all"),
         (["", ""], "holds no text at all"),
         ("nowhere.jsonl", "'nowhere.jsonl' does not exist"),
-        ("The text itself, as a string.", "no Hugging Face dataset id.*put it in a list"),
-        (7, "Got int, which is no list of documents"),
+        ("The text itself, as a string.", "nor a Hugging Face dataset id.*put it in a list"),
+        (7, "Got int, which is not a list of documents"),
     ],
 )
 def test_bad_sources_name_the_value_and_the_fix(source, message):
@@ -167,7 +167,7 @@ def test_bad_files(tmp_path):
     with pytest.raises(ValueError, match="line 1 holds a str, not an object"):
         load_texts(tmp_path / "y.jsonl")
     (tmp_path / "x.parquet").write_text("no parquet")
-    with pytest.raises(ValueError, match="x.parquet' is no Parquet file"):
+    with pytest.raises(ValueError, match="x.parquet' is not a Parquet file"):
         load_texts(tmp_path / "x.parquet")
     (tmp_path / "empty.csv").write_text("")
     with pytest.raises(ValueError, match="holds no text at all"):
@@ -270,7 +270,7 @@ def test_a_real_tokenizer_adds_nothing_and_does_not_warn(tiny_lm):
         ({"eos_token_id": None}, {}, "no EOS token"),
         ({"bos_token_id": None}, {"prepend_bos": True}, "no BOS token: use prepend_bos=False"),
         ({}, {"ctx_len": 0}, "ctx_len=0"),
-        ({}, {"ctx_len": 1, "prepend_bos": True}, "ctx_len needs 2"),
+        ({}, {"ctx_len": 1, "prepend_bos": True}, "ctx_len must be at least 2"),
         ({}, {"batch_size": 0}, "batch_size=0"),
     ],
 )

@@ -46,7 +46,7 @@ def test_a_hook_that_no_pass_comes_by_is_an_error(tiny_lm, cause, a_pass):
     lm = saelab.load_model(copy.deepcopy(tiny_lm.model), tiny_lm.tokenizer)
     CAUSES[cause](lm.model)
     edits = [] if a_pass in ("run_with_edit", "stream", "evaluate") else [Direction(torch.ones(32), HOOK) * 1.0]
-    with pytest.raises(ModelError, match=f"{HOOK}.*did not come by it"), lm.steer(*edits):
+    with pytest.raises(ModelError, match=f"{HOOK}.*did not reach it"), lm.steer(*edits):
         PASSES[a_pass](lm)
 
 
@@ -69,7 +69,7 @@ def test_compiled_models_are_steered_as_they_were_before_or_refused(tiny_lm):
 def test_offloaded_models_are_refused_when_they_are_loaded(tiny_lm):
     model = copy.deepcopy(tiny_lm.model)
     model.model.layers[2].to("meta")
-    with pytest.raises(ModelError, match="offloaded: 9 of its weights, model.layers.2"):
+    with pytest.raises(ModelError, match="offloaded: 9 of its weights, starting with model.layers.2"):
         saelab.load_model(model, tiny_lm.tokenizer)
 
 

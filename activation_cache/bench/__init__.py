@@ -1,1 +1,1 @@
-"""How fast the cache is beside the bare model, and beside a bare read."""
+"""Benchmarks of the cache against the bare model, and against a bare read."""

@@ -1,8 +1,8 @@
-"""How fast is harvesting beside the bare model? `python -m saelab.activation_cache.bench.harvest`, 3 to 4 minutes.
+"""Harvest throughput relative to the bare model: `python -m saelab.activation_cache.bench.harvest`, 3 to 4 minutes.
 
-Bare: the plain Hugging Face model cut after the block (no later layer, no final norm, no unembedding), on token ids
-that are ready. Harvest: the whole call, from texts to a finished cache on disk. Weights, batches and dtype are shared;
-the two take turns.
+Bare: the plain Hugging Face model truncated after the hooked block (no later layers, final norm or unembedding), on
+precomputed token ids. Harvest: the whole call, from texts to a finished cache on disk. Both share weights, batches and
+dtype, and runs alternate.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ def cut_model(lm: LanguageModel, layer: int) -> nn.Module:
 
 
 def seconds_bare(model: nn.Module, batches: list[Tensor], device: Any) -> float:
-    """Time of one forward pass over all batches."""
+    """Seconds for one forward pass over all batches."""
     start = time.perf_counter()
     with torch.inference_mode():
         for ids in batches:
             last = model(input_ids=ids.to(device), use_cache=False).last_hidden_state
-        last[0, 0, 0].item()  # waits for an accelerator
+        last[0, 0, 0].item()  # synchronise with an accelerator
     return time.perf_counter() - start
 
 
 def seconds_harvest(lm: LanguageModel, texts: Any, hook_name: str, n_tokens: int, sizes: dict[str, Any]) -> float:
-    """Time of one harvest into a folder that is thrown away."""
+    """Seconds for one harvest into a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         harvest(lm, texts, [hook_name], n_tokens, Path(folder) / "cache", progress=False, **sizes)
@@ -66,7 +66,7 @@ def main(
     shard_rows: int = 32_768,
     pool_shards: int = 16,
 ) -> float:
-    """Print a table and return harvest's speed as a share of the bare model's (median over the pairs)."""
+    """Print a table and return harvest throughput as a fraction of the bare model's (median over the pairs)."""
     lm, texts, hook_name = load_model(model), load_texts("demo"), f"blocks.{layer}.hook_resid_post"
     cut = cut_model(lm, layer)
     packed = islice(pack(texts.documents("train"), lm, ctx_len, batch_size), n_batches)
@@ -93,12 +93,12 @@ def main(
         print(f"harvest,{shape},{str(lm.dtype).removeprefix('torch.')},{provider},{row}")
     ratios = [bare / ours for bare, ours in zip(times["bare"], times["harvest"], strict=True)]
     median, low, high = median_and_quantiles(ratios)
-    print(f"harvest / bare: {median:.3f} (q20 {low:.3f}, q80 {high:.3f}; at least 0.9 is asked for)")
+    print(f"harvest / bare: {median:.3f} (q20 {low:.3f}, q80 {high:.3f}; target: at least 0.9)")
     return median
 
 
 def median_and_quantiles(values: list[float]) -> tuple[float, float, float]:
-    """Median, 20 % and 80 % quantile."""
+    """Median, 20 % and 80 % quantiles."""
     fifths = statistics.quantiles(values, n=5, method="inclusive")
     return statistics.median(values), fifths[0], fifths[3]
 

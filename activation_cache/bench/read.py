@@ -1,7 +1,7 @@
-"""How fast is a cache read, and what does training lose by it? `python -m saelab.activation_cache.bench.read RUN/cache`.
+"""Cache read throughput, and its cost to training: `python -m saelab.activation_cache.bench.read RUN/cache`.
 
-Reading: one epoch of shuffled batches, rows as they are stored, against a bare read of the same files, front to back
-into one buffer. Training: steps on batches from the cache against steps on batches in memory. The two take turns.
+Reading: one epoch of shuffled batches, in the stored dtype, against a bare sequential read of the same files into one
+buffer. Training: steps on batches from the cache against steps on batches in memory. The two alternate.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ _BUFFER_BYTES = 1 << 24
 
 @dataclass(frozen=True)
 class Settings:
-    """What is timed."""
+    """What to time."""
 
     cache: tyro.conf.Positional[Path]
-    """Folder of a finished activation cache, for instance runs/demo/cache."""
+    """Folder of a finished activation cache, e.g. runs/demo/cache."""
     hook_name: str | None = None
-    """Which hook, where the cache holds several."""
+    """Hook to read, if the cache holds several."""
     batch_size: int = 2048
-    """Rows of a batch."""
+    """Rows per batch."""
     pairs: int = 7
-    """Turns of each."""
+    """Timed runs of each side."""
     d_sae: int = 4096
-    """Of the TopK SAE whose steps are timed; 0 times reading alone."""
+    """Width of the TopK SAE whose steps are timed; 0 times reading only."""
     k: int = 32
-    """Features a token."""
+    """Active features per token."""
     steps: int = 16
-    """Training steps of a turn."""
+    """Training steps per timed run."""
 
 
 def main(settings: Settings) -> dict[str, float]:
-    """Print a line for reading and one for training; gives the median ratios by name."""
+    """Print a line for reading and one for training; returns the median ratios by name."""
     keep_freed_memory()
     cache = ActivationCache(settings.cache)
     print(f"# {hardware()}; {cache!r}, {settings.pairs} pairs")
@@ -57,19 +57,19 @@ def main(settings: Settings) -> dict[str, float]:
 
 
 def _reading(cache: ActivationCache, settings: Settings) -> float:
-    """Speed of the reader over that of a bare read."""
+    """Reader throughput divided by that of a bare read."""
     hook = settings.hook_name or cache.hook_names[0]
     names = [f"{shard['folder']}/{hook}.safetensors" for shard in cache.manifest["shards"]]
     files, n_batches = [cache.path / name for name in names], cache.n_rows // settings.batch_size
     gigabytes = sum(file.stat().st_size for file in files) / 1e9
     batches = cache.batches(settings.batch_size, hook_name=hook, dtype=torch.bfloat16)
-    seconds_of(batches, n_batches)  # warm: the files are in memory, and their SHA-256 was compared
+    seconds_of(batches, n_batches)  # warm-up: files are in the page cache, SHA-256 checked
     times = [(seconds_of(batches, n_batches), seconds_bare(files)) for _ in range(settings.pairs)]
     return _report("read", "GB/s", [(gigabytes / ours, gigabytes / bare) for ours, bare in times], "at least 0.8")
 
 
 def seconds_of(batches: Iterator[Tensor], n: int) -> float:
-    """Time of the next `n` batches."""
+    """Seconds for the next `n` batches."""
     start = time.perf_counter()
     for _ in range(n):
         next(batches)
@@ -77,7 +77,7 @@ def seconds_of(batches: Iterator[Tensor], n: int) -> float:
 
 
 def seconds_bare(files: list[Path]) -> float:
-    """Time of reading all files front to back into one buffer."""
+    """Seconds to read all files sequentially into one buffer."""
     buffer = memoryview(bytearray(_BUFFER_BYTES))
     start = time.perf_counter()
     for path in files:
@@ -88,7 +88,7 @@ def seconds_bare(files: list[Path]) -> float:
 
 
 def _training(cache: ActivationCache, settings: Settings) -> float:
-    """Steps a second on the cache over those on tensors."""
+    """Training steps per second from the cache divided by those from tensors in memory."""
     stats = cache.stats(settings.hook_name)
     model = SparseTopK(cache.d_in(settings.hook_name), settings.d_sae, settings.k)
     model.sae.set_normalization(stats["mean"].float(), float(stats["second_moment"].sum()))

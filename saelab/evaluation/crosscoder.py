@@ -1,7 +1,7 @@
-"""What a crosscoder says of two of its sources: whose features are whose, and whether that is true.
+"""Comparing two sources of a crosscoder: which features are shared, which are specific to one, and whether that holds up.
 
-`compare_decoders` goes by decoder norms alone (Kissane et al. 2024; Minder et al. 2025, arXiv 2504.02922). A small norm
-need not mean that a source lacks the feature, so `latent_scaling` asks the activations (Minder et al., section 3.1).
+`compare_decoders` uses decoder norms only (Kissane et al. 2024; Minder et al. 2025, arXiv 2504.02922). A small norm need
+not mean that a source lacks the feature, so `latent_scaling` checks the activations (Minder et al., section 3.1).
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _ENTRIES = 65_536
 
 
 class DecoderComparison(NamedTuple):
-    """Of two sources a and b, for each feature."""
+    """The decoders of two sources, a and b, compared feature by feature."""
 
     norms_a: Float[Tensor, " d_sae"]
     norms_b: Float[Tensor, " d_sae"]
     share_b: Float[Tensor, " d_sae"]
     """`|d_b| / (|d_a| + |d_b|)`; Kissane et al. call 0.3 to 0.7 shared."""
     delta: Float[Tensor, " d_sae"]
-    """`((|d_b| - |d_a|) / max(|d_a|, |d_b|) + 1) / 2`: 0 is a's alone, 0.5 shared, 1 b's alone."""
+    """`((|d_b| - |d_a|) / max(|d_a|, |d_b|) + 1) / 2`: 0 is specific to a, 0.5 shared, 1 specific to b."""
     cosine: Float[Tensor, " d_sae"]
-    """Between the two decoder rows."""
+    """Cosine similarity of the two decoder rows."""
 
     @property
     def classes(self) -> Int[Tensor, " d_sae"]:
@@ -43,14 +43,14 @@ class DecoderComparison(NamedTuple):
         return kind
 
     def counts(self) -> dict[str, int]:
-        """How many features each class has."""
+        """Number of features in each class."""
         return dict(zip(CLASSES, torch.bincount(self.classes, minlength=len(CLASSES)).tolist(), strict=True))
 
 
 @torch.no_grad()
 def compare_decoders(sae: CrosscoderSAE, a: int = 0, b: int = -1, units: str = "normalized") -> DecoderComparison:
-    """Compare the decoder rows of two sources, in the units that the weights live in, or in "raw" ones. NaN where both are
-    zero."""
+    """Compare the decoder rows of two sources, in the normalised units of the weights or in "raw" units. NaN where both
+    rows are zero."""
     _check_units(units)
     scales = torch.ones_like(sae.scale) if units == "normalized" else sae.scale
     rows_a, rows_b = (sae.W_dec[s].double().cpu() / float(scales[s]) for s in _checked(sae, a, b))
@@ -61,10 +61,11 @@ def compare_decoders(sae: CrosscoderSAE, a: int = 0, b: int = -1, units: str = "
 
 
 class LatentScaling(NamedTuple):
-    """For each feature, how much of b's direction a source needs: 1 as much as b, 0 none. NaN: it never fired.
+    """For each feature, how much of `z d_b` a source contains: 1 as much as b's decoder row says, 0 none. NaN if it never
+    fired.
 
-    `beta` of a source is the least-squares factor on `z d_b` that explains what the other features leave of that source
-    ("error"), or what the crosscoder makes of it ("reconstruction"). The nu are beta of a over beta of b.
+    `beta` of a source is the least-squares factor on `z d_b` that best explains what the other features leave of that
+    source ("error"), or the crosscoder's reconstruction of it ("reconstruction"). Each nu is beta of a over beta of b.
     """
 
     beta_error_a: Float[Tensor, " d_sae"]
@@ -74,7 +75,7 @@ class LatentScaling(NamedTuple):
 
     @property
     def nu_error(self) -> Float[Tensor, " d_sae"]:
-        """High: a holds the feature although its decoder row there is small (complete shrinkage)."""
+        """High: a contains the feature although its decoder row there is small (complete shrinkage)."""
         return self.beta_error_a / self.beta_error_b
 
     @property
@@ -83,13 +84,13 @@ class LatentScaling(NamedTuple):
         return self.beta_reconstruction_a / self.beta_reconstruction_b
 
     def specific_to_b(self, error: float = 0.2, reconstruction: float = 0.5) -> Tensor:
-        """Features that b's activations hold and that both ratios, whatever their sign, leave to b alone; bounds as in Minder
-        et al., `(d_sae)` bool. (A ratio of -0.9 is a feature that a holds the other way round.)"""
+        """Features that b's activations contain and that are specific to b by the absolute value of both ratios, `(d_sae)`
+        bool; thresholds as in Minder et al. (A ratio of -0.9 means that a contains the feature with the opposite sign.)"""
         held = (self.beta_error_b > 0) & (self.beta_reconstruction_b > 0)
         return held & (self.nu_error.abs() < error) & (self.nu_reconstruction.abs() < reconstruction)
 
     def in_units_of(self, scale_a: float, scale_b: float) -> LatentScaling:
-        """Of normalised sources that were multiplied by these scales: the same in raw units, of x and of b's direction."""
+        """The same in raw units (of x and of b's direction), where the scales are those that normalised the sources."""
         factors = (scale_b / scale_a, 1.0, scale_b / scale_a, 1.0)
         return LatentScaling(*(beta * factor for beta, factor in zip(self, factors, strict=True)))
 
@@ -102,10 +103,10 @@ def latent_scaling(
     b: int = -1,
     units: str = "normalized",
 ) -> LatentScaling:
-    """Stream raw activations once; sums are kept in float64. The direction is b's, for both sources.
+    """Latent scaling from one pass over raw activations, with float64 sums. The direction is b's, for both sources.
 
-    `units` are those that the weights live in, where each source has the same variance, or the "raw" ones of the models:
-    with a source that is k times smaller the ratios are k times smaller too.
+    `units` are "normalized", in which every source has the same variance, or "raw", those of the models: there the ratios
+    of a source that is k times smaller are k times smaller too.
 
     With `e_m = x_m - x_hat_m`: `beta_error_m = <d_b, sum_t z e_m> / (|d_b|^2 sum_t z^2) + <d_b, d_m> / |d_b|^2`.
     """
@@ -143,7 +144,7 @@ def _check_units(units: str) -> None:
 
 
 def _checked(sae: CrosscoderSAE, *sources: int) -> list[int]:
-    """Indices from 0 up. Raises `ValueError` for a source that is not there, and for one taken twice."""
+    """Non-negative indices. Raises `ValueError` for a source out of range, or the same one twice."""
     found = [source + sae.n_sources if source < 0 else source for source in sources]
     if len(set(found)) < len(found) or not all(0 <= source < sae.n_sources for source in found):
         raise ValueError(f"sources {sources} must be two of the {sae.n_sources} that this crosscoder has.")

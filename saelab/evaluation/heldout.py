@@ -1,6 +1,6 @@
-"""The one way to read held-out text through a model for scoring an SAE: same packing, same mask, same split rule.
+"""Running held-out text through a model to score an SAE, with the packing, mask and split rule of its training.
 
-Evaluation and the feature store both read from here, so that their token counts and masks are the same.
+Evaluation and the feature store both use this, so their token counts and masks agree.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class ScoreBatch(NamedTuple):
     activations: Float[Tensor, "batch ctx_len *sources d_in"]
     """What the SAE reads."""
     keep: Bool[Tensor, "batch ctx_len"]
-    """Tokens that count under the one mask."""
+    """Tokens that the mask keeps."""
 
 
 @dataclass
@@ -55,12 +55,12 @@ class ScoreStream:
 
     @property
     def hook_name(self) -> str:
-        """The site that is written, of several the last: where features are steered, and their logits read."""
+        """The hook that the SAE writes to, the last if there are several: where features are steered, and their logits read."""
         return self.hooks.outputs[-1]
 
     @property
     def max_norm(self) -> float | dict[str, float] | None:
-        """The mask's limit on norms; of several sites by name."""
+        """The mask's norm limit; with several hooks, a dict by hook name."""
         max_norms = self.mask.max_norm or {}
         return (
             max_norms.get(self.hook_name) if len(self.hooks.all) == 1 else {name: max_norms[name] for name in max_norms}
@@ -70,7 +70,7 @@ class ScoreStream:
         return (ScoreBatch(tokens, batch.x, keep) for tokens, batch, keep in self.pairs())
 
     def pairs(self) -> Iterator[tuple[TokenBatch, Batch, Bool[Tensor, "batch ctx_len"]]]:
-        """Tokens, `Batch(x, y)` of what the SAE reads and rebuilds, and the tokens that count."""
+        """Tokens, `Batch(x, y)` of the SAE's inputs and targets, and the tokens that the mask keeps."""
         hooks = list(self.hooks.all)
         stream = self.lm.stream_activations((batch.ids for batch in self.batches), hooks)
         for tokens, found in zip(self.batches, stream, strict=True):
@@ -85,7 +85,7 @@ class ScoreStream:
     def _refuse_infinite(self, hook: str, kept: Tensor, tokens: TokenBatch) -> None:
         if not bool(kept.isfinite().all()):
             raise ModelError(
-                f"{self.lm.name} gave NaN or infinite activations at {hook} in the batch of "
+                f"{self.lm.name} computed NaN or infinite activations at {hook} in the batch of "
                 f"{len(tokens.ids)} contexts from context {tokens.first_context}; try dtype=torch.float32."
             )
 
@@ -102,11 +102,11 @@ def open_score_stream(
     ctx_len: int | None = None,
     batch_size: int = 16,
 ) -> ScoreStream:
-    """Tokenise what is to be scored and check it against what the SAE was trained on, before any forward pass.
+    """Tokenise the texts to score and check them against the SAE's training documents, before any forward pass.
 
-    `texts` None is the SAE's own source. `split` None is the held-out tenth of that source, and all of any other text.
-    Raises `ValueError` when the SAE does not fit the hook, when the model is being steered, when nothing is left to
-    score, or, naming the count, when a document is among those that trained the SAE (unless `allow_train`).
+    `texts=None` is the source the SAE was trained on. `split=None` is the held-out tenth of that source, and all of any
+    other. Raises `ValueError` if the SAE does not fit the hook, if the model is being steered, if nothing is left to
+    score, or, naming the count, if a document is among those the SAE was trained on (unless `allow_train`).
     """
     check_scoring(lm, n_tokens=n_tokens, ctx_len=ctx_len, batch_size=batch_size)
     origin = sae.provenance.origin
@@ -133,12 +133,12 @@ def open_score_stream(
 
 
 def bos_of(origin: Mapping[str, Any], lm: LanguageModel) -> bool | list[int]:
-    """Whether contexts begin with BOS: as those that the SAE was trained on, or, where it does not say, as the tokenizer does."""
+    """Whether contexts begin with BOS: as in the SAE's training or, if that is not recorded, as the tokenizer does."""
     return resolved_bos(lm, origin.get("prepend_bos"))
 
 
 def _check_fit(sae: SAE, lm: LanguageModel, hooks: HooksUsed) -> None:
-    """Raise `ValueError` when the SAE cannot read or write its hooks; warn when it learned from another model."""
+    """Raise `ValueError` if the SAE does not fit its hooks; warn if it was trained on another model or tokenizer."""
     origin = sae.provenance.origin
     models = origin.get("models")
     if models and not isinstance(lm, ModelsTogether):
@@ -156,17 +156,19 @@ def _check_fit(sae: SAE, lm: LanguageModel, hooks: HooksUsed) -> None:
     here = list(names_and_hashes(lm).values()) or [{"name": lm.name, "hash": lm.hash}]
     for then, now in zip(trained_on, here, strict=False):
         if then and then["hash"] != now["hash"]:
-            warnings.warn(f"The SAE was trained on {then['name']}, this is {now['name']}: other weights.", stacklevel=4)
+            warnings.warn(
+                f"The SAE was trained on {then['name']}, this is {now['name']}: its weights differ.", stacklevel=4
+            )
     if (tokens := origin.get("tokenizer_hash")) and tokens != lm.tokenizer_hash:
         warnings.warn(
-            f"The SAE was trained on tokens of the tokenizer {tokens[:12]}, {lm.name} has {lm.tokenizer_hash[:12]}: on other "
-            "tokens its numbers mean little. Load the model with the tokenizer it had.",
+            f"The SAE was trained with the tokenizer {tokens[:12]}, {lm.name} has {lm.tokenizer_hash[:12]}: with other tokens, "
+            "results mean little. Load the model with the original tokenizer.",
             stacklevel=4,
         )
 
 
 def check_scoring(lm: LanguageModel, **sizes: Any) -> None:
-    """Raise `ValueError` for a steered model, and for sizes that are no integers from 1 up (or None)."""
+    """Raise `ValueError` for a steered model, and for sizes that are not positive integers (or None)."""
     refuse_steered(lm)
     for name, value in sizes.items():
         if value is not None:
@@ -174,14 +176,14 @@ def check_scoring(lm: LanguageModel, **sizes: Any) -> None:
 
 
 def own_texts(origin: Mapping[str, Any], lm: LanguageModel) -> Texts:
-    """The texts that an SAE of this origin was trained on; the template of `lm` renders conversations.
+    """The texts that an SAE of this origin was trained on; conversations are rendered with the chat template of `lm`.
 
-    Raises `ValueError` when they cannot be opened again.
+    Raises `ValueError` if they cannot be reopened.
     """
     spec = origin.get("texts")
     if spec is None or spec.get("source") == "strings":
         raise ValueError(
-            "The texts it was made from came as strings, which nothing can open again: give texts (--texts)."
+            "The texts it was made from were strings in memory, which cannot be reopened: give texts (--texts)."
         )
     return Texts.from_spec(spec, lm)
 
@@ -190,13 +192,13 @@ def _refuse_training_documents(sae: SAE, document_ids: list[int], texts: Texts, 
     seen = torch.isin(torch.tensor(document_ids, dtype=torch.int64), sae.provenance.train_documents)
     if bool(seen.any()):
         raise ValueError(
-            f"{int(seen.sum())} of {len(seen)} documents of {texts.name} (split={split!r}) trained this SAE: its numbers "
-            'there would be too good. Score split="held_out" or other text, or pass allow_train=True.'
+            f"{int(seen.sum())} of {len(seen)} documents of {texts.name} (split={split!r}) trained this SAE: its scores on "
+            'them would be too good. Score split="held_out" or other texts, or pass allow_train=True.'
         )
 
 
 def _max_norms(stream: ScoreStream) -> dict[str, float]:
-    """The norm rule on the first rows of the stream itself, for an SAE that brings no mask of its own."""
+    """The norm rule applied to the first rows of the stream itself, for an SAE that records no norm limits."""
     rule = NormRule(stream.lm.special_ids)
     ids = (batch.ids for batch in stream.batches)
     for tokens, found in zip(stream.batches, stream.lm.stream_activations(ids, list(stream.hooks.all)), strict=False):

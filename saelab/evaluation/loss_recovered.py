@@ -1,9 +1,9 @@
-"""What the model loses when an SAE stands in its way: cross-entropy and KL with the kept rows of one hook replaced.
+"""What it costs the model to run through an SAE: cross-entropy and KL with the kept rows of one hook replaced.
 
-The same rows are replaced in every arm: by the reconstruction, by zero, by the mean row. Losses are taken at those rows,
-for the next token of the same context, in nats. A transcoder's prediction, made from the undisturbed site that it
-reads, replaces the rows of the site that it writes. A crosscoder's hooks are replaced one at a time, by what it rebuilds
-from all of them undisturbed, and the results are means over its hooks.
+The same rows are replaced in every arm: by the reconstruction, by zero, or by the mean row. Losses are measured at those
+rows, for the next token of the same context, in nats. A transcoder's prediction, computed from its unedited input hook,
+replaces the rows of its output hook. A crosscoder's hooks are replaced one at a time, by its reconstruction from all of
+them unedited, and the results are means over its hooks.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ARMS = ("sae", "zero", "mean")
 
 @dataclass
 class ReplaceRows:
-    """An edit that puts something else in the kept rows of a hook."""
+    """An edit that replaces the kept rows of a hook."""
 
     hook_name: str
     keep: Bool[Tensor, "batch seq"]
@@ -41,7 +41,7 @@ class ReplaceRows:
 
 
 class LossRecovered:
-    """Sums of the four arms over the scored positions; `mean` has an axis for the sources where there are several."""
+    """Sums of the four arms over the scored positions; `mean` has a source axis if there are several sources."""
 
     def __init__(self, sae: SAE, lm: LanguageModel, hooks: HooksUsed, mean: Float[Tensor, "*sources d_out"]) -> None:
         self.sae, self.lm, self.hooks = sae, lm, hooks
@@ -52,7 +52,7 @@ class LossRecovered:
     def add(
         self, ids: Int[Tensor, "batch seq"], keep: Bool[Tensor, "batch seq"], real: Bool[Tensor, "batch seq"]
     ) -> None:
-        """Score one batch; `real` marks what is not padding."""
+        """Score one batch; `real` is True where a token is not padding."""
         scored = keep[:, :-1] & real[:, 1:]  # replaced here, and a token follows
         if not bool(scored.any()):
             return
@@ -71,7 +71,7 @@ class LossRecovered:
                     self.kl += float((original.exp() * (original - log_probs)).sum())
 
     def _rebuilt(self, ids: Int[Tensor, "batch seq"], keep: Bool[Tensor, "batch seq"]) -> list[Any]:
-        """What stands in for the rows of each site that is written: an SAE of one site works where it is."""
+        """Replacement rows of each output hook; an SAE of a single hook is itself applied in place."""
         if len(self.hooks.all) == 1:
             return [self.sae]
         found = next(iter(self.lm.stream_activations([ids], list(self.hooks.all))))
@@ -84,7 +84,7 @@ class LossRecovered:
         return logits[:, :-1][scored.to(logits.device)].float().log_softmax(-1)
 
     def results(self) -> dict[str, float | None]:
-        """Keys of `report.json`; recovered shares are None where ablation changes the loss by less than 1e-3 nats."""
+        """Keys of `report.json`; recovered fractions are None if ablation changes the loss by less than 1e-3 nats."""
         if self.n == 0:
             return dict.fromkeys(("ce_loss", "ce_loss_sae", "ce_loss_recovered", "ce_loss_recovered_mean", "kl"))
         n = self.n * len(self.hooks.outputs)

@@ -1,4 +1,4 @@
-"""How well codes rebuild activations: sums over all scored tokens, divided once at the end (never a mean of ratios)."""
+"""Reconstruction metrics: sums over all scored tokens, divided once at the end (never a mean of ratios)."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ DENSE_ABOVE = 0.1
 
 
 class VarianceSums:
-    """Pooled FVU: `sum |x - x_hat|^2 / sum |x - mean(x)|^2`, the mean taken over everything seen.
+    """Pooled FVU: `sum |x - x_hat|^2 / sum |x - mean(x)|^2`, the mean being over all rows added.
 
     A row with several sources counts as one long row.
     """
 
     def __init__(self) -> None:
         self.n, self.squared_error, self.squared = 0, 0.0, 0.0
-        self.total = torch.zeros((), dtype=torch.float64)  # of one row's width from the first rows on
+        self.total = torch.zeros((), dtype=torch.float64)  # takes the width of a row at the first `add`
 
     def add(self, x: Float[Tensor, "n *sources d"], x_hat: Float[Tensor, "n *sources d"]) -> None:
-        """Take in rows, in float64."""
+        """Add rows, in float64."""
         x, x_hat = x.flatten(1).double().cpu(), x_hat.flatten(1).double().cpu()
         self.n += len(x)
         self.squared_error += float((x - x_hat).square().sum())
@@ -36,19 +36,19 @@ class VarianceSums:
 
     @property
     def squared_deviations(self) -> float:
-        """`sum |x - mean(x)|^2`; 0 where the rows do not vary."""
+        """`sum |x - mean(x)|^2`; 0 if the rows do not vary."""
         variance = self.squared - self.n * float(self.mean.square().sum())
         return variance if variance > 1e-12 * max(self.squared, 1e-300) else 0.0
 
     @property
     def fvu(self) -> float | None:
-        """None when the rows do not vary."""
+        """None if the rows do not vary."""
         variance = self.squared_deviations
         return self.squared_error / variance if variance else None
 
 
 class Reconstruction:
-    """The measures of algorithm section 24 that need no language model."""
+    """The metrics of a report that need no language model."""
 
     def __init__(self, sae: SAE) -> None:
         self.variance = VarianceSums()
@@ -57,7 +57,7 @@ class Reconstruction:
         self.cosine, self.inner = 0.0, 0.0
 
     def add(self, x: Float[Tensor, "n *sources d"], output: SAEOutput) -> None:
-        """Take in the kept rows of one batch: what was to be rebuilt, and what came out."""
+        """Add the kept rows of one batch: the targets `x` and the SAE's output."""
         self.variance.add(x, output.x_hat)
         self.hat.add(output.x_hat, output.x_hat)
         self.firings += torch.bincount(output.acts.features.cpu(), minlength=len(self.firings))
@@ -68,9 +68,9 @@ class Reconstruction:
 
     @property
     def relative_bias(self) -> float | None:
-        """`E|x_hat - mean(x_hat)|^2 / E[(x - mean(x)) . (x_hat - mean(x_hat))]`; 1 is unbiased, None where either is constant.
+        """`E|x_hat - mean(x_hat)|^2 / E[(x - mean(x)) . (x_hat - mean(x_hat))]`; 1 is unbiased, None if either is constant.
 
-        (Rajamanoharan et al. 2024 take uncentred rows, whose mean then hides what happens to everything else.)
+        (Rajamanoharan et al. 2024 do not centre the rows, so a large mean hides the shrinkage of everything else.)
         """
         covariance = self.inner - self.variance.n * float(self.variance.mean @ self.hat.mean)
         spread = (self.variance.squared_deviations * self.hat.squared_deviations) ** 0.5

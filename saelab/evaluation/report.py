@@ -1,4 +1,4 @@
-"""`saelab.evaluate`: one report on an SAE, measured on held-out documents under the one mask."""
+"""`saelab.evaluate`: one report on an SAE, measured on held-out documents under the mask of its training."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from saelab.tokens import Texts, load_texts
 from saelab.tokens.mask import token_mask
 
 _CE_BATCH = 4
-_DEFINITIONS = 2  # raise it when a measure changes its meaning: reports made before are then measured anew
+_DEFINITIONS = 2  # increment when the definition of a metric changes: earlier reports are then recomputed
 
 
 @dataclass(frozen=True)
 class Report:
-    """Definitions: docs/report.md. Shares are 0 to 1, losses and KL in nats per token; None is "not defined here"."""
+    """Definitions: docs/report.md. Fractions are 0 to 1, losses and KL in nats per token; None is "not defined here"."""
 
     fvu: float | None
     fvu_unmasked: float | None
@@ -59,19 +59,19 @@ class Report:
     sae_hash: str
     model_hash: str
     request: dict[str, Any]
-    """What was asked for: a saved report answers the same request again."""
+    """What was requested: the same request returns the saved report."""
 
     def to_json(self) -> str:
         """The content of `report.json`."""
         return json.dumps(dataclasses.asdict(self), indent=2, allow_nan=False)
 
     def save(self, path: str | Path) -> Path:
-        """Write `report.json`, whole or not at all."""
+        """Write `report.json` atomically; returns its path."""
         atomic_write_text(path, self.to_json() + "\n")
         return Path(path)
 
     def rows(self) -> list[tuple[str, str]]:
-        """Name and printable value of each measure."""
+        """Name and printable value of each metric."""
         hidden = ("mask", "sae_hash", "model_hash", "request")
         return [(key, _show(value)) for key, value in dataclasses.asdict(self).items() if key not in hidden]
 
@@ -110,13 +110,13 @@ def evaluate(
     progress: bool = True,
     path: str | Path | None = None,
 ) -> Report:
-    """Measure an SAE. `texts` None is the SAE's own source; of that the held-out tenth is scored, of any other text all.
+    """Evaluate an SAE. `texts=None` scores the held-out tenth of the SAE's own source; any other texts are scored in full.
 
     Reconstruction is measured on every token (or the first `n_tokens`), the language model's loss on the first
-    `n_tokens_ce`, as it takes four full passes. A report that `path` holds for the same weights, texts, tokenizer and
-    arguments is returned at once. Raises `ValueError` when a scored document trained the SAE (naming how many;
-    `allow_train=True` overrides), the SAE does not fit, or nothing is left to score. A crosscoder of several models takes
-    their list; `hook_name` may list all of a crosscoder's, or a transcoder's two.
+    `n_tokens_ce`, which takes four full forward passes. A report at `path` for the same weights, texts, tokenizer and
+    arguments is returned as it is. Raises `ValueError` if the SAE was trained on a scored document (naming how many;
+    `allow_train=True` overrides), if the SAE does not fit, or if nothing is left to score. For a crosscoder of several
+    models, `lm` is their list; `hook_name` may list all hooks of a crosscoder, or the two of a transcoder.
     """
     check_scoring(lm := together(lm), n_tokens=n_tokens, n_tokens_ce=n_tokens_ce or None)
     source = own_texts(sae.provenance.origin, lm) if texts is None else load_texts(texts)
@@ -138,17 +138,17 @@ def evaluate(
 
 
 def _meaning(sae: SAE, lm: LanguageModel, texts: Texts) -> dict[str, Any]:
-    """What decides the numbers beside the caller's arguments."""
+    """What determines the results besides the caller's arguments."""
     return of_scoring(sae, lm, texts) | {"definitions": _DEFINITIONS}
 
 
 def _listed(hook_name: str | Sequence[str] | None) -> str | list[str] | None:
-    """As JSON gives it back."""
+    """`hook_name` as it reads back from JSON."""
     return hook_name if hook_name is None or isinstance(hook_name, str) else list(hook_name)
 
 
 def _saved_report(path: Path, request: dict[str, Any], sae: SAE) -> Report | None:
-    """The report at `path` where it answers `request`; None where it is another's, unreadable, or of another saelab."""
+    """The report at `path` if it answers `request`; None if it does not, is unreadable, or has other fields."""
     try:
         saved = read_json(path)
         absent = scoring_absent(sae.provenance.origin.get("tokenizer_hash"))
@@ -185,7 +185,7 @@ def _report(
 def _measure(
     sae: SAE, stream: ScoreStream, progress: bool
 ) -> tuple[Reconstruction, dict[str, VarianceSums], list[Bool[Tensor, "batch ctx_len"]]]:
-    """One pass over all tokens: the measures under the mask, the sums with masked tokens, and what the mask kept."""
+    """One pass over all tokens: the metrics under the mask, the sums with masked tokens, and what the mask keeps."""
     measures, keeps = Reconstruction(sae), []
     masked = {"fvu_unmasked": VarianceSums(), "fvu_special": VarianceSums()}
     device = sae.W_dec.device
@@ -216,7 +216,7 @@ def _score_losses(
                 if losses.n >= budget:
                     return losses
                 losses.add(ids, kept, real)
-                bar.update(min(losses.n, total) - bar.n)  # the last contexts are scored whole, past the budget
+                bar.update(min(losses.n, total) - bar.n)  # the last contexts are scored in full, beyond the budget
     return losses
 
 

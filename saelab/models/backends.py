@@ -1,4 +1,4 @@
-"""The two kinds of language model that saelab runs: Hugging Face modules, and a TransformerBridge of TransformerLens."""
+"""Backends for the two kinds of language model: Hugging Face modules, and the TransformerBridge of TransformerLens."""
 
 from __future__ import annotations
 
@@ -19,51 +19,51 @@ _STREAM = "hook_resid_pre", "hook_attn_out", "hook_mlp_out", "hook_resid_post"
 
 
 class Backend:
-    """What both have: padding and positions are told to the model, where it was seen to keep to them."""
+    """Shared by both backends: padding and positions are passed to the model once a probe shows that it honours them."""
 
     model: Any
     d_vocab: int
     max_ctx: int
     rope_border: int = 2**31
-    """Contexts over so many tokens have other position frequencies (LongRoPE)."""
+    """Contexts longer than this many tokens use other position frequencies (LongRoPE)."""
     has_cache: Any
     forward: Any
 
     def _some_ids(self, n: int) -> Int[Tensor, "1 n"]:
-        """Ids of any tokens, to try the model with."""
+        """Arbitrary token ids, to probe the model with."""
         device = next(self.model.parameters()).device
         return (torch.arange(n, device=device)[None] * 7 + self.d_vocab // 3) % self.d_vocab
 
     @cached_property
     def honours_padding(self) -> bool:
-        """Whether rows may be padded in front of their tokens."""
+        """Whether rows may be padded on the left."""
         with torch.inference_mode(), in_eval_mode(self.model):
             return honours_padding(self.model, self.forward, self._some_ids(min(N_TRIED, self.max_ctx)), self.has_cache)
 
     def prepare(self, positions: Int[Tensor, "batch seq"] | None) -> None:
-        """What a pass with these positions will ask of the model is tried now: no probe runs under hooks of a pass.
+        """Run now the probe that a pass with these positions needs, so that none runs under the hooks of that pass.
 
-        Raises `ModelError` for rows on both sides of a border behind which the model reads positions in another way.
+        Raises `ModelError` for rows on both sides of `rope_border`.
         """
         if positions is not None and positions.shape[1] > self.rope_border:
             lengths = positions.max(1).values + 1
             if int(lengths.min()) <= self.rope_border < int(lengths.max()):
                 raise ModelError(
                     f"{type(self.model).__name__} reads contexts of over {self.rope_border} tokens with other position "
-                    "frequencies, and all rows of a batch with those of the longest: give shorter ones in a batch of their own."
+                    "frequencies, and all rows of a batch with those of the longest: put shorter rows in their own batch."
                 )
         if positions is not None and not is_plain(positions):
             _ = self.honours_padding
 
     def probe(self) -> list[float]:
-        """16 of the logits behind 16 tokens, in units of the largest of all."""
+        """16 of the logits after 16 tokens, divided by the largest absolute logit."""
         ids = self._some_ids(min(16, self.max_ctx))
         last = self.forward(ids, None, False)[0][0, -1].float()
         chosen = last[torch.linspace(0, len(last) - 1, 16, device=last.device).long()]
         return [round(float(value), 6) for value in chosen / last.abs().max().clamp_min(1e-30)]
 
     def _told(self, positions: Int[Tensor, "batch seq"] | None, past: int = 0) -> dict[str, Tensor]:
-        """Arguments for these positions. Raises `ModelError` where the model does not keep to them."""
+        """Forward arguments for these positions. Raises `ModelError` if the model does not honour them."""
         if positions is None or is_plain(positions):
             return {}
         refuse_unless(self.honours_padding, self.model, positions)
@@ -78,7 +78,7 @@ class Backend:
 
 
 class HFBackend(Backend):
-    """A Hugging Face decoder: fast, read and edited by forward hooks. Raises `ModelError` for a model of another kind."""
+    """A Hugging Face decoder: fast, read and edited by forward hooks. Raises `ModelError` for any other kind of model."""
 
     def __init__(self, model: Any) -> None:
         self.model = eager(model)
@@ -96,7 +96,7 @@ class HFBackend(Backend):
             self.hook_places = hf_hook_places(self.decoder, with_submodules=False)
 
     def _blocks_add_up(self) -> bool:
-        """Whether attention and MLP are where the family's names say: the stream rises by what they write to it."""
+        """Whether attention and MLP are where the family's names say: their outputs add up to the change of the stream."""
         pre, attention, mlp, post = (f"blocks.0.{name}" for name in _STREAM)
         if attention not in self.hook_places:
             return True
@@ -116,7 +116,7 @@ class HFBackend(Backend):
         self.model.base_model(input_ids=ids, **self._quiet, **self._told(positions))
 
     def forward(self, ids: Int[Tensor, "batch seq"], cache: Any, with_cache: bool, **told: Any) -> tuple[Tensor, Any]:
-        """Logits of all `ids` (of the last alone where `told` so), and the KV cache, if it is to be had."""
+        """Logits of all `ids` (of the last only, if `told` says so), and the KV cache if `with_cache`."""
         keep = {"past_key_values": cache, "use_cache": True} if with_cache else self._quiet
         output = self.model(input_ids=ids, **keep, **told)
         return output.logits, output.past_key_values if with_cache else None
@@ -124,7 +124,7 @@ class HFBackend(Backend):
     def step(
         self, ids: Int[Tensor, "batch seq"], positions: Int[Tensor, "batch seq"], cache: Any
     ) -> tuple[Float[Tensor, "batch vocab"], Any]:
-        """Logits after the last of `ids`, and the KV cache, with which only new tokens run; None where there is none."""
+        """Logits after the last of `ids`, and the KV cache, with which only new tokens are run; None if unsupported."""
         past = 0 if cache is None else cache.get_seq_length()
         told = self._told(positions, past) | self._last_only
         logits, cache = self.forward(ids[:, past:], cache, self.has_cache, **told)
@@ -132,7 +132,7 @@ class HFBackend(Backend):
 
     @cached_property
     def has_cache(self) -> bool:
-        """Whether tokens may run one after the other with a KV cache: it is tried, and gives the same logits."""
+        """Whether tokens can be run one at a time with a KV cache: a probe checks that the logits are the same."""
         if not (takes(self.model, "past_key_values") and takes(self.model, "use_cache")):
             return False
         ids = self._some_ids(4)
@@ -143,12 +143,12 @@ class HFBackend(Backend):
                 if cache is None or cache.get_seq_length() != 3:
                     return False
                 last = self.forward(ids[:, 3:], cache, True)[0][:, -1]
-            except (AttributeError, TypeError, ValueError):  # the state of a recurrent model does not know its length
+            except (AttributeError, TypeError, ValueError):  # the state of a recurrent model has no length
                 return False
         return float((uncached - last).abs().max()) <= tolerance(uncached)
 
     def logit_weights(self) -> Float[Tensor, "vocab d_model"]:
-        """Unembedding in fp32 with the final norm folded in. Raises `ModelError` where it cannot be found out."""
+        """Unembedding in fp32 with the final norm folded in. Raises `ModelError` if it cannot be determined."""
         ids = self._some_ids(8)
         with torch.inference_mode(), in_eval_mode(self.model):
             head = watch_head(self.model, self.decoder.layers[-1], lambda: self.logits(ids))
@@ -162,7 +162,7 @@ class HFBackend(Backend):
 
 
 class BridgeBackend(Backend):
-    """A TransformerBridge, whose hook points are modules already."""
+    """A TransformerBridge, whose hook points are already modules."""
 
     has_cache = False
 
@@ -173,7 +173,7 @@ class BridgeBackend(Backend):
         self.hook_places: dict[str, HookPlace] = bridge_hook_places(model)
 
     def trunk(self, ids: Int[Tensor, "batch seq"], positions: Int[Tensor, "batch seq"] | None = None) -> None:
-        """A forward pass; a bridge computes logits unless it is cut before."""
+        """A forward pass; a bridge computes logits unless a capture ends the pass first."""
         self.logits(ids, positions)
 
     def forward(self, ids: Int[Tensor, "batch seq"], cache: Any, with_cache: bool, **told: Any) -> tuple[Tensor, Any]:
@@ -183,11 +183,11 @@ class BridgeBackend(Backend):
     def step(
         self, ids: Int[Tensor, "batch seq"], positions: Int[Tensor, "batch seq"], cache: Any
     ) -> tuple[Float[Tensor, "batch vocab"], Any]:
-        """Logits after the last of `ids`; all of them run."""
+        """Logits after the last of `ids`; all of them are run."""
         return self.logits(ids, positions)[:, -1], None
 
     def logit_weights(self) -> Float[Tensor, "vocab d_model"]:
-        """Unembedding in fp32 with the final norm folded in. Raises `ModelError` where that is not what makes the logits."""
+        """Unembedding in fp32 with the final norm folded in. Raises `ModelError` if that does not reproduce the logits."""
         ids = self._some_ids(8)
         last: list[Tensor] = []
         point = self.hook_places[f"blocks.{self.n_layers - 1}.hook_resid_post"]

@@ -1,4 +1,4 @@
-"""A language model that keeps the activations it has computed: for many SAEs that are measured on the same tokens."""
+"""A language model that caches its activations in memory, for evaluating many SAEs on the same tokens."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ MOST_BYTES = 2 * 2**30
 
 
 class Remembered(LanguageModel):
-    """Everything that `lm` is; activations of token ids that it has seen are not computed again, up to 2 GB of them.
+    """`lm`, with up to 2 GiB of activations cached: those of token ids seen before are not computed again.
 
-    Not while it is steered.
+    While the model is steered, the cache is bypassed.
     """
 
     def __init__(self, lm: LanguageModel) -> None:

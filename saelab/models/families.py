@@ -1,7 +1,7 @@
-"""What a Hugging Face model is, found out by running it once when it is loaded: names and configs of families only suggest.
+"""Finding the decoder of a Hugging Face model by running it once when it is loaded: family names and configs are only hints.
 
-Refused here, before any work is done: models that are not causal language models, that cannot run on token ids alone, or
-whose layers are not where their hidden states are.
+Refused here, before any work is done: models that are not causal language models, that do not run on token ids alone, or
+whose layers do not pass the residual stream from one to the next.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from torch import Tensor, nn
 
 from saelab.errors import ModelError
 
-_N = 5  # tokens of the two contexts of the probe, which differ in the last one
+_N = 5  # tokens in each of the probe's two contexts, which differ in the last one
 
 
 class Decoder(NamedTuple):
     """The text decoder of a model."""
 
     config: Any
-    """Its own config; of a multimodal model the text part."""
+    """Its own config; in a multimodal model, the text part."""
     layers: nn.ModuleList
 
 
 class Stream(NamedTuple):
-    """What the layers of a list read and gave in one pass, `(batch, seq, d_model)` by their number."""
+    """Inputs and outputs of a list of layers in one pass, `(batch, seq, d_model)` by layer index."""
 
     inputs: dict[int, Tensor]
     outputs: dict[int, Tensor]
 
     def is_passed_on(self, n_layers: int) -> bool:
-        """Whether every layer ran, on what the one before gave."""
+        """Whether every layer ran, on the output of the one before."""
         if not len(self.inputs) == len(self.outputs) == n_layers:
             return False
         pairs = [(self.outputs[i], self.inputs[i + 1]) for i in range(n_layers - 1)]
@@ -44,7 +44,7 @@ class Stream(NamedTuple):
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Run without dropout, and leave the mode of every module as it was."""
+    """Run without dropout, and restore the mode of every module afterwards."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
@@ -56,16 +56,16 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def eager(model: Any) -> Any:
-    """The model that hooks reach: a compiled one skips those that came after it was compiled.
+    """The uncompiled model: a compiled one skips hooks that are added after compilation.
 
-    Raises `ModelError` where a part of it was compiled in place.
+    Raises `ModelError` if a part of it was compiled in place.
     """
     model = getattr(model, "_orig_mod", model)
     for name, module in model.named_modules():
         if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
             raise ModelError(
-                f"{type(model).__name__} was compiled in place ({name or 'the whole model'}): compiled code passes hooks by. "
-                "Give the model as it was before."
+                f"{type(model).__name__} was compiled in place ({name or 'the whole model'}): compiled code bypasses hooks. "
+                "Give the model as it was before compilation."
             )
     return model
 
@@ -81,8 +81,8 @@ def find_decoder(model: Any) -> Decoder:
     away = [part for part, weight in model.named_parameters() if weight.is_meta]
     if away:
         raise ModelError(
-            f"{name} is offloaded: {len(away)} of its weights, {away[0]} first, are not in memory. Load it whole, in a "
-            "smaller dtype or on a larger device."
+            f"{name} is offloaded: {len(away)} of its weights, starting with {away[0]}, are not in memory. Load all of it, "
+            "in a smaller dtype or on a larger device."
         )
     lists = [
         module
@@ -100,8 +100,8 @@ def find_decoder(model: Any) -> Decoder:
         if stream.is_passed_on(len(layers)):
             return Decoder(config, layers)
     raise ModelError(
-        f"{name} does not run its {config.num_hidden_layers} layers one after the other, each on what the one before gave for "
-        "each token; saelab cannot place hooks in it."
+        f"{name} does not run its {config.num_hidden_layers} layers one after another, each on the output of the one before "
+        "for each token; saelab cannot place hooks in it."
     )
 
 
@@ -113,12 +113,12 @@ def _probe_ids(config: Any) -> Int[Tensor, "2 n"]:
         i % config.vocab_size for i in range(start, start + config.vocab_size) if i % config.vocab_size not in special
     ]
     if len(ids) <= _N:
-        raise ModelError(f"The model has {config.vocab_size} tokens, too few to read texts.")
+        raise ModelError(f"The model's vocabulary has {config.vocab_size} tokens, too few to read texts.")
     return torch.tensor([ids[:_N], [*ids[: _N - 1], ids[_N]]])
 
 
 def _run(model: Any, ids: Tensor, lists: list[nn.ModuleList], streams: list[Stream]) -> Tensor:
-    """Logits of one pass, in which the layers' streams are noted."""
+    """Logits of one pass, which records the layers' inputs and outputs in `streams`."""
 
     def note(seen: dict[int, Tensor], i: int, x: Any) -> None:
         if isinstance(x, Tensor) and x.ndim == 3 and x.shape[:2] == ids.shape:
@@ -151,25 +151,25 @@ def _run(model: Any, ids: Tensor, lists: list[nn.ModuleList], streams: list[Stre
         for handle in handles:
             handle.remove()
     if not isinstance(getattr(output, "logits", None), Tensor) or output.logits.shape[:2] != ids.shape:
-        raise ModelError(f"{type(model).__name__} gives no logits for each token; saelab reads causal language models.")
+        raise ModelError(
+            f"{type(model).__name__} returns no logits for each token; saelab reads causal language models."
+        )
     return output.logits
 
 
 def context_length(model: Any, config: Any) -> int:
-    """Tokens that the model can read at once, by its config and its table of positions."""
+    """Context length in tokens, by the model's config and its table of position embeddings."""
     named = ("max_position_embeddings", "max_target_positions", "n_positions")
     length = next((int(n) for name in named if (n := getattr(config, name, None))), 2**31)
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and name.rpartition(".")[2] == "position_embeddings":
-            first = (
-                0 if module.padding_idx is None else module.padding_idx + 1
-            )  # RoBERTa counts from behind its padding
+            first = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa counts from padding_idx + 1
             length = min(length, module.num_embeddings - first)
     return length
 
 
 def rope_border(config: Any) -> int:
-    """Contexts over so many tokens are read with other frequencies, all rows of a batch alike (LongRoPE)."""
+    """Contexts longer than this many tokens are read with other frequencies, in all rows of a batch (LongRoPE)."""
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, dict) else None
     original = rope.get("original_max_position_embeddings") if isinstance(rope, dict) else None
@@ -183,15 +183,16 @@ def takes(model: Any, argument: str) -> bool:
 
 
 def tolerance(x: Tensor) -> float:
-    """What rounding may move numbers of this size and dtype, generously."""
+    """A generous bound on rounding differences between numbers of this size and dtype."""
     return max(8 * torch.finfo(x.dtype).eps, 1e-4) * float(x.detach().float().abs().max())
 
 
 def _check_causal(name: str, logits: Tensor) -> None:
-    """Raises `ModelError` where another last token moves the logits before it."""
+    """Raises `ModelError` if changing the last token changes the logits before it."""
     change = (logits[0].float() - logits[1].float()).abs()
     moved, at_last = float(change[: _N - 1].max()), float(change[_N - 1].max())
-    if not moved <= min(tolerance(logits), 0.02 * at_last):  # in one pass a decoder's are mostly the same bits
+    if not moved <= min(tolerance(logits), 0.02 * at_last):  # in one pass a decoder's are mostly bit-identical
         raise ModelError(
-            f"{name} is no causal language model: another last token moves earlier logits by {moved:.2g}. Give a decoder."
+            f"{name} is not a causal language model: changing the last token changes earlier logits by {moved:.2g}. Give a "
+            "decoder."
         )

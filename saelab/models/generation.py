@@ -1,4 +1,4 @@
-"""What a language model writes after prompts, edits in force, as text or as token ids."""
+"""Generating from prompts with a language model, under its active edits, as text or as token ids."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from saelab.tokens.tokenizing import check_tokenizer
 
 
 class Generates:
-    """The part of a `LanguageModel` that generates."""
+    """The generation methods of `LanguageModel`."""
 
     model: Any
     backend: Any
@@ -43,14 +43,14 @@ class Generates:
         num_return_sequences: int = 1,
         attention_mask: Any = None,
     ) -> Any:
-        """The prompt and what the model writes after it, until EOS or `max_new_tokens`: a string.
+        """The prompt and its continuation, until EOS or `max_new_tokens`, as a string.
 
-        Of a list of texts, several rows of ids, or with `num_return_sequences` over 1 (all of a prompt, then of the next): a
-        list of strings. Temperature 0 takes the most likely token. On one seed every run draws the same random numbers,
-        steered or not, and every prompt as it would alone; sequence j of a prompt is that of seed + j.
-        `on_token(n)` is called once n tokens are written; what it raises ends the generation.
-        Raises `ValueError` for what is no prompt, a request that cannot be met, and without a tokenizer; `ModelError` for
-        logits that are no numbers.
+        For a list of texts, several rows of ids, or `num_return_sequences` over 1 (all of one prompt, then of the next), a
+        list of strings. Temperature 0 takes the most likely token. For a given seed every run draws the same random numbers,
+        steered or not, and every prompt the same as it would alone; sequence j of a prompt is that of seed + j.
+        `on_token(n)` is called after n new tokens; an exception from it ends the generation.
+        Raises `ValueError` for an invalid prompt, a request that cannot be met, or without a tokenizer; `ModelError` for
+        NaN or infinite logits.
         """
         check_tokenizer(self.tokenizer)
         rows = self._rows(self.to_batch(prompt, None, attention_mask))
@@ -64,7 +64,7 @@ class Generates:
         return texts if is_list or len(texts) > 1 else texts[0]
 
     def _text(self, generation: Generation, prompt: str | None) -> str:
-        """A prompt that was given as text stays as it was written."""
+        """The generated text; a prompt that was given as text is kept verbatim."""
         text = self.tokenizer.decode(generation.ids, skip_special_tokens=True)
         if prompt is None:
             return text
@@ -80,7 +80,7 @@ class Generates:
         keep_logits: bool = False,
         on_token: OnToken | None = None,
     ) -> Generation:
-        """`generate` of one prompt as token ids, with the logits of each step on request. Active edits are honoured."""
+        """`generate` of one prompt as token ids, with the logits of each step on request. Active edits apply."""
         rows = self._rows(self.to_batch(prompt))
         if len(rows) != 1:
             raise ValueError(
@@ -91,18 +91,18 @@ class Generates:
 
     @staticmethod
     def _rows(batch: Batch) -> list[Tensor]:
-        """The prompts. Raises `ValueError` for positions that do not count from 0, as those of what is written will."""
+        """The ids of each prompt. Raises `ValueError` unless positions count from 0, as those of new tokens continue them."""
         for positions in batch.positions:
             real = positions[positions >= 0]
             if not torch.equal(real, torch.arange(len(real), device=real.device)):
                 raise ValueError(
-                    f"Text is generated at positions that count from 0; got {real[:8].tolist()}: leave position_ids out."
+                    f"Generation needs positions that count from 0, got {real[:8].tolist()}: omit position_ids."
                 )
         return batch.rows()
 
     def _generate(self, rows: list[Tensor], how: Sampling, on_token: OnToken | None) -> list[Generation]:
         how.check(max(map(len, rows)), self.max_ctx, self.name)
-        _ = self.backend.has_cache  # tried before any edit is in place
+        _ = self.backend.has_cache  # probed before any edit is installed
         crosses = max(map(len, rows)) + how.max_new_tokens > self.backend.rope_border
         together = len({len(row) for row in rows}) == 1 or (self.backend.honours_padding and not crosses)
         rows = [row.to(self.device) for row in rows]
@@ -122,23 +122,23 @@ class Generates:
         return {token for token in (self.eos_id, *listed) if token is not None}
 
     def _step(self, ids: Tensor, positions: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        """Logits after the last of `ids`; with a KV cache only the new tokens run."""
+        """Logits after the last of `ids`; with a KV cache only the new tokens are run."""
         past = 0 if cache is None else cache.get_seq_length()
         with tapped(self.backend.hook_places, self.edits, positions[:, past:]):
             return self.backend.step(ids, positions, cache)
         raise AssertionError("no capture can cut a generation step")
 
     def _step_anew(self, ids: Tensor, positions: Tensor, cache: None) -> tuple[Tensor, None]:
-        """As `_step`, from the first token on, for a model whose keys would be others behind the border."""
+        """As `_step`, but from the first token on, for a model whose keys change beyond `rope_border`."""
         return self._step(ids, positions, cache)[0], None
 
     def _check_finite(self, highest: Float[Tensor, " n"], when: str) -> None:
-        """Raises `ModelError` where no token can be told to be the likeliest: `highest` logits that are NaN or infinite."""
+        """Raises `ModelError` if any of the `highest` logits is NaN or infinite, so that no token is the most likely."""
         if bool(highest.isfinite().all()):
             return
         dtype = str(self.dtype).removeprefix("torch.")
         edits = ", ".join(repr(edit)[:120] for edit in self.edits)
-        active = f"under {len(self.edits)} edits ({edits})" if edits else "with no edit in force"
+        active = f"under {len(self.edits)} edits ({edits})" if edits else "with no active edit"
         weaker = "Steer less strongly, or load" if edits else "Load"
         raise ModelError(
             f"{self.name} computed NaN or infinite logits{when}, in {dtype}, {active}. {weaker} the model in a wider dtype "

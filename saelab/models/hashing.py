@@ -1,4 +1,4 @@
-"""Fingerprints of models and tokenizers, so that an SAE can say what it was trained on."""
+"""Fingerprints of models and tokenizers, so that an SAE can record what it was trained on."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _NO_NUMBERS = {
     *("architectures", "use_cache", "output_attentions", "output_hidden_states", "return_dict", "id2label", "label2id"),
     *("quantization_config", "auto_map", "tokenizer_name", "original_architecture", "seed", "n_devices"),
 }
-"""Keys of a config that change no number of the model, or (`quantization_config`) whose work the weights show."""
+"""Config keys that do not affect what the model computes, or (`quantization_config`) whose effect is in the weights."""
 _KNOWN: dict[bytes, str] = {}
-"""Hashes of tokenizers by the content they were taken of."""
+"""Tokenizer hashes by a digest of the content they were computed from."""
 
 
 def hash_folder(folder: Path) -> str | None:
-    """SHA-256 over the tensors of a folder's safetensors, or None when it holds none."""
+    """SHA-256 over the tensors of a folder's safetensors, or None if it holds none."""
     from safetensors import safe_open
 
     index = folder / "model.safetensors.index.json"
@@ -47,7 +47,7 @@ def hash_model(model: nn.Module) -> str:
 
 
 def checksum(model: nn.Module) -> str:
-    """Changes when any number in a module's tensors does; each is read once, at a tenth of the cost of `hash_model`."""
+    """Changes if any number in a module's tensors does; reads each once, at a tenth of the cost of `hash_model`."""
     digest, sums = hashlib.sha256(), []
     for name, value in _tensors(model):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
@@ -55,7 +55,7 @@ def checksum(model: nn.Module) -> str:
             continue
         flat = value.detach().contiguous().view(-1)
         words = flat.view(_WORDS[value.element_size()]) if value.element_size() in _WORDS else flat.view(torch.uint8)
-        width = max(1, int(len(words) ** 0.5))  # sums of rows and columns: numbers that changed places move one of them
+        width = max(1, int(len(words) ** 0.5))  # row and column sums: swapped numbers change one of them
         grid, rest = words[: len(words) // width * width].view(-1, width), words[len(words) // width * width :]
         sums += [part.cpu() for part in (grid.sum(0, dtype=torch.int64), grid.sum(1, dtype=torch.int64), rest.long())]
     digest.update(torch.cat(sums).numpy().tobytes() if sums else b"")
@@ -63,7 +63,7 @@ def checksum(model: nn.Module) -> str:
 
 
 def state_mark(model: nn.Module) -> str:
-    """Changes when a module's tensors are replaced, or written to but by `.data`; no number is read."""
+    """Changes if a module's tensors are replaced or written to (except through `.data`); reads no values."""
     marks = [
         f"{name} {value.data_ptr()} {None if value.is_inference() else value._version} {tuple(value.shape)}"
         for name, value in _tensors(model)
@@ -72,13 +72,13 @@ def state_mark(model: nn.Module) -> str:
 
 
 def stored_weights(folder: Path) -> list[tuple[str, int, int]]:
-    """Name, size and time of the weight files in a folder: whether they were written to since."""
+    """Name, size and modification time of the weight files in a folder, to detect later writes."""
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")])
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a module's state by name; of quantised layers those that are packed in tuples."""
+    """The tensors of a module's state by name, including those that quantised layers pack in tuples."""
     for name, value in model.state_dict().items():
         parts = value if isinstance(value, tuple | list) else [value]
         for i, part in enumerate(parts):
@@ -87,7 +87,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def hash_config(model: Any) -> str:
-    """SHA-256 of a model's config as far as it differs from its class's defaults, without names, versions and dtypes."""
+    """SHA-256 of the values in a model's config that differ from its class's defaults, without names, versions and dtypes."""
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "to_diff_dict"):
         values = config.to_diff_dict()
@@ -113,8 +113,8 @@ def _hash_tensors(names: list[str], tensor: Callable[[str], Tensor]) -> str:
 
 
 def hash_tokenizer_files(tokenizer: Any) -> str:
-    """SHA-256 over the files of a tokenizer that only Python runs (merges, model of pieces), which `hash_tokenizer` does not
-    see; "" for the others, and for one that has none."""
+    """SHA-256 over the files of a slow (pure Python) tokenizer (merges, SentencePiece model), which `hash_tokenizer` does not
+    cover; "" for a fast one, and for one without files."""
     if tokenizer is None or getattr(tokenizer, "backend_tokenizer", None) is not None:
         return ""
     with tempfile.TemporaryDirectory() as folder:
@@ -127,14 +127,14 @@ def hash_tokenizer_files(tokenizer: Any) -> str:
 
 
 def hash_tokenizer(tokenizer: Any) -> str:
-    """SHA-256 over a tokenizer's content, its state of padding and truncation left out; "" for None."""
+    """SHA-256 over a tokenizer's content, without its padding and truncation state; "" for None."""
     if tokenizer is None:
         return ""
     backend, special = getattr(tokenizer, "backend_tokenizer", None), sorted(map(str, tokenizer.all_special_tokens))
     if backend is None:
         return _hash_content({"vocab": tokenizer.get_vocab()}, special)
     text = backend.to_str()
-    key = hashlib.sha256(json.dumps([text, special]).encode()).digest()  # a tenth of the time of reading it
+    key = hashlib.sha256(json.dumps([text, special]).encode()).digest()  # takes a tenth of the time of parsing it
     if key not in _KNOWN:
         _KNOWN[key] = _hash_content(json.loads(text), special)
     return _KNOWN[key]

@@ -1,8 +1,8 @@
-"""Where a language model is read and edited: hook names in TransformerLens spelling -> modules of the running model.
+"""Where a language model is read and edited: TransformerLens hook names -> modules of the running model.
 
 Two kinds of model share this file: plain Hugging Face modules (fast, read with forward hooks) and a
-TransformerBridge, whose hook points are modules already. Hooks live only while one forward pass runs (`tapped`), so
-none can be left behind. (Codebooks that a model is trained with are attached to stay.)
+TransformerBridge, whose hook points are already modules. Hooks exist only during one forward pass (`tapped`), so none
+can be left behind. (The exception: codebooks that a model is trained with stay attached.)
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from saelab.models.families import Decoder
 
 @runtime_checkable
 class Edit(Protocol):
-    """What `lm.steer` takes: any object with these two names."""
+    """An edit for `lm.steer`: any object with these two members."""
 
     @property
     def hook_name(self) -> str: ...
@@ -47,13 +47,13 @@ _WRITES_TO_RESIDUAL = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "h
 
 
 def writes_to_residual(hook_name: str) -> bool:
-    """Do activations at this hook lie in the residual stream, or are they added to it as they are? Then a vector there has
-    a direct effect on the logits."""
+    """Whether activations at this hook are the residual stream, or are added to it unchanged, so that a vector there has a
+    direct effect on the logits."""
     return hook_name.rpartition(".")[2] in _WRITES_TO_RESIDUAL
 
 
 class CutForward(Exception):
-    """Raised by the last capture to leave the forward pass early."""
+    """Raised by the last capture to end the forward pass early."""
 
 
 # model_type -> (attention, its output projection, MLP, norm in front of the MLP), as attribute names of a layer
@@ -69,7 +69,7 @@ _SUBMODULES = {
 
 
 def hf_hook_places(decoder: Decoder, with_submodules: bool = True) -> dict[str, HookPlace]:
-    """Fast sites of a Hugging Face decoder, in forward order; for families not in `_SUBMODULES` only the residual stream."""
+    """Fast hooks of a Hugging Face decoder, in forward order; for families not in `_SUBMODULES` only the residual stream."""
     hook_places: dict[str, HookPlace] = {}
     submodules = _SUBMODULES.get(decoder.config.model_type) if with_submodules else None
     parallel = getattr(decoder.config, "use_parallel_residual", False)
@@ -89,7 +89,7 @@ def hf_hook_places(decoder: Decoder, with_submodules: bool = True) -> dict[str, 
 
 
 def hook_list(hook_names: str | Iterable[str]) -> list[str]:
-    """Several hooks, or one by its bare name. Raises `ValueError` for none."""
+    """A list of hook names, from several names or a single one. Raises `ValueError` if there is none."""
     names = [hook_names] if isinstance(hook_names, str) else list(hook_names)
     if not names:
         raise ValueError("hook_names is empty; give at least one hook.")
@@ -115,7 +115,7 @@ def unknown_hook(hook_name: str, names: Sequence[str], model_name: str) -> Value
 
 
 def is_plain_mistake(hook_name: str, names: Sequence[str]) -> bool:
-    """Can no bridge have this hook: a fast name at a layer that is not there, or no hook name at all?"""
+    """Whether no bridge can have this hook either: a fast hook at a layer that does not exist, or no hook name at all."""
     suffix = re.sub(r"^blocks\.\d+\.", "", hook_name)
     return "hook_" not in suffix or any(name.endswith(f".{suffix}") for name in names)
 
@@ -130,8 +130,8 @@ def tapped(
 ) -> Iterator[None]:
     """Install edits, then captures, for one forward pass; remove them all whatever happens.
 
-    Edits at one site are all computed from the same `x`. When every name in `hook_names` has come into `captured`,
-    the pass is cut. With several edited sites, later ones see what earlier ones did.
+    Edits at one hook are all computed from the same `x`; those at later hooks see the effect of earlier ones. Once every
+    name in `hook_names` is in `captured`, the pass is cut.
     """
     handles: list[Any] = []
     groups: dict[str, list[Edit]] = {}
@@ -164,19 +164,19 @@ def _counted(
 
 
 def _check_fired(names: Sequence[str], fired: Counter[str], cut_at: Iterable[str]) -> None:
-    """Raises `ModelError` for an edit or capture that the pass went by. A pass that was cut ended at the last layer of
-    `cut_at`: edits of that layer and later ones had no turn."""
+    """Raises `ModelError` for an edit or capture that the pass did not reach. A pass that was cut ended at the last layer
+    of `cut_at`: edits at that layer or later are not expected to have run."""
     end = max((_layer_of(name) for name in cut_at), default=None)
     missed = [name for name in names if not fired[name] and (end is None or _layer_of(name) < end)]
     if missed:
         raise ModelError(
-            f"hook_name={missed[0]!r} exists, but the model's pass did not come by it: its result is as if nothing were "
-            "hooked there. The layer is skipped, or runs in compiled or replaced code: use another hook, or the plain model."
+            f"hook_name={missed[0]!r} exists, but the forward pass did not reach it, so the result is as without this hook. "
+            "The layer is skipped, or runs compiled or replaced code: use another hook, or the plain model."
         )
 
 
 def _layer_of(name: str) -> float:
-    """The layer of a hook; places behind all layers count as the last one."""
+    """The layer of a hook; infinity for hooks outside the layers."""
     found = re.match(r"blocks\.(\d+)\.", name)
     return int(found[1]) if found else float("inf")
 
@@ -193,7 +193,7 @@ def _capturer(name: str, wanted: set[str], captured: dict[str, Tensor]) -> Calla
 def _editor(edits: list[Edit], positions: Tensor | None) -> Callable[[Tensor], Tensor]:
     def edited(x: Tensor) -> Tensor:
         assert positions is not None, "edits need the positions of the tokens"
-        flat = rearrange(x, "batch position ... -> batch position (...)")  # a bridge keeps heads apart
+        flat = rearrange(x, "batch position ... -> batch position (...)")  # a bridge has a separate axis for heads
         results = [_checked(edit, flat, positions) for edit in edits]
         results = [result for result in results if result is not flat]
         if not results:
@@ -212,7 +212,7 @@ def _checked(edit: Edit, x: Tensor, positions: Tensor) -> Tensor:
 
 
 def _sum_of_changes(x: Tensor, results: list[Tensor]) -> Tensor:
-    """x plus the changes that each edit makes to the same x, in fp32; a token that none changes keeps its bits."""
+    """x plus the changes that each edit makes to the same x, in fp32; tokens that no edit changes stay bit-identical."""
     wide = torch.promote_types(x.dtype, torch.float32)
     change = torch.stack([result.to(wide) - x.to(wide) for result in results]).sum(0)
     changed = (change != 0).any(-1, keepdim=True)
@@ -220,9 +220,9 @@ def _sum_of_changes(x: Tensor, results: list[Tensor]) -> Tensor:
 
 
 def attach(place: HookPlace, function: Callable[[Tensor], Tensor | None]) -> list[Any]:
-    """Call `function` with the tensor at `place`; what it returns (unless None) takes the tensor's place.
+    """Call `function` with the tensor at `place`; its result, unless None, replaces the tensor.
 
-    Gives handles with `remove()`. What was attached first is called first.
+    Returns handles with `remove()`. Functions are called in the order in which they were attached.
     """
     if place.kind == "point":
         return [_HookPointHandle(place.module, function)]
@@ -234,7 +234,7 @@ def attach(place: HookPlace, function: Callable[[Tensor], Tensor | None]) -> lis
 
 
 def _attach_mid(place: HookPlace, function: Callable[[Tensor], Tensor | None]) -> list[Any]:
-    """The stream in front of the MLP's norm goes two ways, into the norm and around the MLP: change both."""
+    """The stream before the MLP's norm goes both into the norm and around the MLP: change both."""
     assert place.layer is not None
     change: list[Tensor] = []
 

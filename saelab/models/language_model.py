@@ -1,4 +1,4 @@
-"""`LanguageModel`: one face for a causal language model, run by Hugging Face modules or by a TransformerBridge."""
+"""`LanguageModel`: one interface to a causal language model, run by Hugging Face modules or by a TransformerBridge."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from saelab.tokens.tokenizing import special_tokens
 
 
 class LanguageModel(Generates):
-    """A causal language model with named hooks. Made by `load_model`; `model` is the raw module, which no edit reaches.
+    """A causal language model with named hooks. Made by `load_model`; direct calls of the raw module `model` are not edited.
 
     A thread that steers, or runs one forward pass, holds the model's lock: no thread sees another's edits.
     """
@@ -70,23 +70,23 @@ class LanguageModel(Generates):
 
     @property
     def bos_id(self) -> int | None:
-        """BOS, as the tokenizer has it now (the model's config, where there is no tokenizer)."""
+        """BOS id, by the tokenizer's current state (by the model's config without a tokenizer)."""
         return special_tokens(self.tokenizer, self.model)[0]
 
     @property
     def eos_id(self) -> int | None:
-        """EOS, likewise."""
+        """EOS id, likewise."""
         return special_tokens(self.tokenizer, self.model)[1]
 
     @property
     def special_ids(self) -> tuple[int, ...]:
-        """Every special token, ascending."""
+        """All special token ids, ascending."""
         return special_tokens(self.tokenizer, self.model)[2]
 
     @property
     def hash(self) -> str:
-        """SHA-256 of the weights (names, dtypes, shapes, bytes): as stored in the folder when the model came from one,
-        whatever dtype it runs in; of the module's state otherwise, and where the weights were written to since."""
+        """SHA-256 of the weights (names, dtypes, shapes, bytes): as stored, if the model was loaded from a folder, whatever
+        dtype it runs in; otherwise, or if the weights were changed since, of the module's state."""
         now = checksum(self.model)
         if now != self._checksum:
             self._folder, self._hash, self._checksum = None, None, now
@@ -97,27 +97,27 @@ class LanguageModel(Generates):
 
     @property
     def config_hash(self) -> str:
-        """SHA-256 of what of the model's config decides its numbers: the same weights may stand in another function."""
+        """SHA-256 of what affects the model's outputs in its config: the same weights can be part of another function."""
         return hash_config(self.model)
 
     @property
     def logits_probe(self) -> list[float]:
-        """A few logits of the model as it runs now, with whatever else was hooked into it or set in it."""
+        """A few logits of the model as it runs now, including hooks or settings that the caller added to it."""
         with self._running():
             return self.backend.probe()
 
     @property
     def tokenizer_hash(self) -> str:
-        """SHA-256 of the tokenizer's content as it is now; "" for a model without one."""
+        """SHA-256 of the tokenizer's current content; "" for a model without one."""
         return hash_tokenizer(self.tokenizer)
 
     @property
     def tokenizer_files(self) -> str:
-        """SHA-256 of the files of a tokenizer without a fast form; "" for the others."""
+        """SHA-256 of the files of a tokenizer without a fast version; "" for any other."""
         return hash_tokenizer_files(self.tokenizer)
 
     def weights_changed(self) -> None:
-        """Forget what came from the old weights, after they were trained in place."""
+        """Forget what was derived from the old weights, after training them in place."""
         self._folder, self._hash, self._bridge_now = None, None, None
 
     # --- hooks
@@ -128,7 +128,7 @@ class LanguageModel(Generates):
         return list(self.backend.hook_places)
 
     def check_hook(self, hook_name: str) -> None:
-        """Raises `ValueError` when the model has no such hook, nearest names first."""
+        """Raises `ValueError` if the model has no such hook, naming the nearest ones."""
         self._hook_places_of([hook_name])
 
     def d_in(self, hook_name: str) -> int:
@@ -141,10 +141,10 @@ class LanguageModel(Generates):
     def stream_activations(
         self, batches: Iterable[Prompt], hook_names: str | Sequence[str]
     ) -> Iterator[dict[str, Tensor]]:
-        """Activations (batch, seq, d_in) in the model's dtype at each hook, for each batch, which is what `to_batch` takes.
+        """Activations (batch, seq, d_in) in the model's dtype at each hook, for each batch; a batch is any `to_batch` input.
 
-        A text, a tensor of ids and a tokenizer's output are one batch.
-        The pass ends after the last hooked place. Active edits are honoured. The tensors are inference tensors:
+        A text, a tensor of ids or a tokenizer's output alone is one batch.
+        The pass ends after the last hook that is read. Active edits apply. The tensors are inference tensors:
         `.clone()` one before differentiating through it. Raises `ValueError` for an unknown hook.
         """
         names = hook_list(hook_names)
@@ -163,18 +163,18 @@ class LanguageModel(Generates):
         for name in names:
             if captured[name].ndim < 3 or captured[name].shape[:2] != ids.shape:
                 shape = tuple(captured[name].shape)
-                raise ValueError(f"hook_name={name!r} holds {shape}, not one vector for each token. Choose another.")
+                raise ValueError(f"hook_name={name!r} has shape {shape}, not one vector per token. Choose another.")
         return {name: captured[name].flatten(2) for name in names}
 
     @contextmanager
     def _running(self) -> Iterator[None]:
-        """What every pass of the model is surrounded by; the model is afterwards as it was."""
+        """The context of every pass: lock, inference mode, no dropout. The model's state is restored afterwards."""
         with self._lock, torch.inference_mode(), in_eval_mode(self.model):
             yield
 
     @property
     def _bridge(self) -> BridgeBackend:
-        """A TransformerBridge on a copy of the model as it is now: booting edits the modules in place."""
+        """A TransformerBridge on a copy of the model in its current state: booting changes the modules in place."""
         mark = state_mark(self.model)
         if self._bridge_now is None or mark != self._bridged:
             assert self._boot_bridge is not None
@@ -182,7 +182,7 @@ class LanguageModel(Generates):
         return self._bridge_now
 
     def _hook_places_of(self, names: Sequence[str]) -> dict[str, HookPlace]:
-        """The sites that hold all `names`: the fast ones, or else the bridge's, booted when first needed."""
+        """The hook places that include all `names`: the fast ones, or else the bridge's, booted when first needed."""
         slow = [name for name in names if name not in self.backend.hook_places]
         if not slow:
             return self.backend.hook_places
@@ -201,9 +201,9 @@ class LanguageModel(Generates):
         """Token ids and positions (batch, seq) of a text, a list of texts (padded on the right, position -1 there), token ids
         in a list, array or tensor, or what a tokenizer returns, with its attention mask.
 
-        In front of a text stands what the tokenizer puts there by itself, never twice; what it appends is left out.
+        A text is preceded by what the tokenizer itself puts in front of it, never twice; what it appends is left out.
         `positions` (-1 on padding) or `attention_mask` say which of the given ids are padding. Raises `ValueError` for an
-        empty text, an id outside the vocabulary, more tokens than the context, and anything that is no prompt.
+        empty text, an id outside the vocabulary, more tokens than the context, and anything that is not a prompt.
         """
         batch = to_batch(prompt, self.tokenizer, self.eos_id, positions, attention_mask)
         check_batch(batch, self.name, self.max_ctx, self.d_vocab)
@@ -214,9 +214,9 @@ class LanguageModel(Generates):
         return self.to_batch(prompt)[0]
 
     def chat(self, messages: str | Sequence[dict[str, str]]) -> str:
-        """The prompt text of a conversation, by the tokenizer's chat template, ready for the assistant's turn.
+        """A conversation as prompt text, rendered with the tokenizer's chat template, ready for the assistant's turn.
 
-        `messages` are `{"role", "content"}` dicts, or the user's words. Raises `ValueError` without a template.
+        `messages` are `{"role", "content"}` dicts, or one user message. Raises `ValueError` without a template.
         """
         if getattr(self.tokenizer, "chat_template", None) is None:
             raise ValueError(f"The tokenizer of {self.name} has no chat template; give plain text instead.")
@@ -228,10 +228,10 @@ class LanguageModel(Generates):
     def logits(
         self, text_or_ids: Prompt, positions: Any = None, attention_mask: Any = None
     ) -> Float[Tensor, "batch seq vocab"]:
-        """Logits in the model's dtype. Active edits are honoured, and see the positions that the model sees.
+        """Logits in the model's dtype. Active edits apply, and are given the same positions as the model.
 
-        Arguments are those of `to_batch`. Raises `ModelError` for logits of a token that are no numbers, and for padding in
-        front of tokens where the model cannot pass it over.
+        Arguments are those of `to_batch`. Raises `ModelError` for NaN or infinite logits of a token, and for padding in front
+        of tokens if the model cannot ignore it.
         """
         batch = self.to_batch(text_or_ids, positions, attention_mask)
         self.backend.prepare(batch.positions)
@@ -249,9 +249,9 @@ class LanguageModel(Generates):
 
     @contextmanager
     def steer(self, *edits: Edit) -> Iterator[LanguageModel]:
-        """Apply edits to everything this model computes inside the block. Blocks may be nested: all edits then act.
+        """Apply edits to everything this model computes inside the block. Blocks may be nested: all edits then apply.
 
-        Raises `ValueError` for an edit at a hook that cannot be edited, or of another width than the hook's.
+        Raises `ValueError` for an edit at a hook that cannot be edited, or whose width is not the hook's.
         """
         with self._lock:
             for edit in edits:
@@ -260,12 +260,12 @@ class LanguageModel(Generates):
             self._blocks = (*self._blocks, block)
             try:
                 yield self
-            finally:  # its own alone: blocks may end in another order than they began
+            finally:  # only its own: blocks may end in another order than they began
                 self._blocks = tuple(other for other in self._blocks if other is not block)
 
     @property
     def edits(self) -> tuple[Edit, ...]:
-        """The edits in force: those of the enclosing `steer` blocks."""
+        """The active edits: those of the enclosing `steer` blocks."""
         return tuple(edit for block in self._blocks for edit in block)
 
     def _check_edit(self, edit: Any) -> None:
@@ -274,7 +274,7 @@ class LanguageModel(Generates):
                 f"steer got {edit!r}; an edit has a hook_name and apply(x, positions). Try `feature * 2.0`."
             )
         if edit.hook_name not in self.backend.hook_places:
-            raise unknown_hook(edit.hook_name, self.hook_names, f"what can be edited in {self.name}")
+            raise unknown_hook(edit.hook_name, self.hook_names, f"the editable hooks of {self.name}")
         width, d_in = getattr(edit, "d_in", None), self.d_in(edit.hook_name)
         if width is not None and width != d_in:
             raise ValueError(
@@ -285,7 +285,7 @@ class LanguageModel(Generates):
     def logit_weights(self) -> Float[Tensor, "vocab d_model"]:
         """Unembedding in fp32, final norm's gain and centring folded in: `weights @ direction` ranks the tokens.
 
-        Raises `ModelError` where the model's own logits do not follow it.
+        Raises `ModelError` if the model's own logits do not follow it.
         """
         with self._lock:
             return self.backend.logit_weights()

@@ -1,6 +1,6 @@
-"""Language models: the embedded default, a Hugging Face id, a folder, or an object that is already built.
+"""Loading language models: the embedded default, a Hugging Face id, a folder, or an object that is already built.
 
-The only file that imports transformers and transformer_lens.
+The only file that imports transformer_lens; transformers is imported only here and in `tiny`.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ def load_model(
     """Load a causal language model.
 
     `source` is "smollm2" (embedded, fetched once), a Hugging Face id, a local folder, or a built `PreTrainedModel` or
-    `TransformerBridge` (used as it is, always without dropout, and never changed: what it requires gradients for, and
-    whether it trains, stay; with another `dtype` or `device`, a copy of it). `dtype` is
-    bf16 where the CPU or GPU computes it fast, else fp32; which one is logged. Hub variables (`HF_ENDPOINT`,
-    `HF_HUB_OFFLINE`, `HF_HOME`) are honoured. Raises `ModelError` when the model cannot be fetched or read, and for one that
-    is no causal language model or whose layers saelab cannot reach: it is run once to see.
+    `TransformerBridge` (used as it is, always without dropout, and never changed: its `requires_grad` flags and training
+    mode are kept; with another `dtype` or `device`, a copy of it). `dtype` defaults to bf16 if the CPU or GPU computes it
+    fast, else fp32; the choice is logged. Hub variables (`HF_ENDPOINT`, `HF_HUB_OFFLINE`, `HF_HOME`) are honoured. Raises
+    `ModelError` if the model cannot be fetched or read, is not a causal language model, or has layers that saelab cannot
+    hook: it is run once to find out.
     """
     keep_freed_memory()
     if not isinstance(source, (str, Path)):
@@ -64,7 +64,9 @@ def _locate(source: str | Path) -> tuple[str, str | Path]:
     path = Path(source).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ModelError(f"{path} is no model folder: it has no config.json. Give what `save_pretrained` wrote.")
+            raise ModelError(
+                f"{path} is not a model folder: it has no config.json. Give one that `save_pretrained` wrote."
+            )
         return str(path.resolve()), path.resolve()
     if isinstance(source, Path) or path.exists() or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source):
         kind = "a file" if path.exists() else "neither a folder here nor a Hugging Face id"
@@ -115,7 +117,7 @@ def _wrap(model: Any, tokenizer: Any, dtype: Any, device: Any) -> LanguageModel:
     """A `LanguageModel` around an object the caller has built."""
     if isinstance(model, type):
         raise ValueError(
-            f"load_model got the class {model.__name__}; give a model of it, or a folder or id to load one from."
+            f"load_model got the class {model.__name__}; give an instance of it, or a folder or id to load one from."
         )
     is_bridge = hasattr(model, "hook_dict") and hasattr(model, "cfg")
     if not is_bridge and not (hasattr(model, "get_output_embeddings") and hasattr(model, "base_model_prefix")):
@@ -146,7 +148,7 @@ def _boot_bridge(model: Any, tokenizer: Any) -> Any:
         from transformer_lens.model_bridge import TransformerBridge
         from transformers import AutoTokenizer
 
-        # The bridge rebuilds it, which works only for one read from disk; without one it would ask the network.
+        # The bridge reloads the tokenizer, which works only for one read from disk; without one it would use the network.
         (_tokenizer_of_nothing() if tokenizer is None else tokenizer).save_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         weight = next(model.parameters())
@@ -160,7 +162,7 @@ def _boot_bridge(model: Any, tokenizer: Any) -> Any:
 
 
 def _tokenizer_of_nothing() -> Any:
-    """For a model that reads token ids alone."""
+    """A stub, for a model that reads token ids only."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
@@ -187,7 +189,7 @@ def _convert_gguf(gguf: Path, out: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the libraries' warnings and bars off the user's screen; downloads keep theirs. Errors pass."""
+    """Suppress the libraries' warnings and progress bars, except those of downloads. Errors propagate."""
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging
 

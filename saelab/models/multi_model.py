@@ -1,4 +1,4 @@
-"""Several language models read side by side on the same tokens, with the face of one: for crosscoders that compare them.
+"""Several language models read side by side on the same tokens, with the interface of one: for crosscoders over models.
 
 A hook is named "LABEL/HOOK"; a label is the last part of a model's name.
 """
@@ -19,7 +19,7 @@ from saelab.models.language_model import LanguageModel
 
 
 class ModelsTogether(LanguageModel):
-    """Reads activations of all its models; made by `together`. What one model has to do, `locate` gives it."""
+    """Reads activations of all its models; made by `together`. For anything else, `locate` returns the single model."""
 
     def __init__(self, models: Sequence[LanguageModel]):
         first = models[0]
@@ -72,7 +72,7 @@ class ModelsTogether(LanguageModel):
     def stream_activations(
         self, batches: Iterable[Int[Tensor, "_ _"]], hook_names: Sequence[str]
     ) -> Iterator[dict[str, Tensor]]:
-        """As of one model; each batch runs through every model that has one of the hooks."""
+        """As for one model; each batch runs through every model that has one of the hooks."""
         wanted: dict[str, list[str]] = {}
         for name in hook_list(hook_names):
             self.check_hook(name)
@@ -96,25 +96,25 @@ class ModelsTogether(LanguageModel):
 
 
 def together(lm: LanguageModel | Sequence[LanguageModel]) -> LanguageModel:
-    """One model as it is, several as one. Raises `ValueError` unless they have the same tokenizer."""
+    """A single model unchanged, several as a `ModelsTogether`. Raises `ValueError` unless they have the same tokenizer."""
     if isinstance(lm, LanguageModel):
         return lm
     models = list(lm)
     if not models or not all(isinstance(one, LanguageModel) for one in models):
-        raise ValueError(f"lm={lm!r}: give a language model of saelab.load_model, or a list of them.")
+        raise ValueError(f"lm={lm!r}: give a language model from saelab.load_model, or a list of them.")
     if len(models) == 1:
         return models[0]
     tokenizers = [(one.tokenizer_hash, tuple(one.special_ids), one.eos_id) for one in models]
     if len(set(tokenizers)) > 1:
         hashes = ", ".join(f"{one.name} {one.tokenizer_hash[:12]}" for one in models)
         raise ValueError(
-            f"Models read side by side need the same tokenizer, or their rows are not the same tokens; these differ: {hashes}."
+            f"Models read side by side need the same tokenizer, so that their rows are the same tokens; these differ: {hashes}."
         )
     return ModelsTogether(models)
 
 
 def hook_keys(lm: LanguageModel, hook_names: Any) -> list[Any]:
-    """A list of hooks as the model knows them: of several models a plain hook means that hook of each."""
+    """A list of hook names as the model spells them: with several models, a plain hook means that hook of each."""
     listed = not isinstance(hook_names, str) and isinstance(hook_names, Sequence)
     hooks: list[Any] = list(hook_names) if listed else [hook_names]
     if not isinstance(lm, ModelsTogether):
@@ -130,13 +130,13 @@ def locate(lm: LanguageModel, hook_name: str) -> tuple[LanguageModel, str]:
 
 
 def names_and_hashes(lm: LanguageModel) -> dict[str, dict[str, str]]:
-    """Of several models by label; nothing for one."""
+    """Name and hash of each of several models, by label; {} for one model."""
     models = lm.models if isinstance(lm, ModelsTogether) else {}
     return {label: {"name": one.name, "hash": one.hash} for label, one in models.items()}
 
 
 def _labels(models: Sequence[LanguageModel]) -> list[str]:
-    """Words that are safe in a file name, each once."""
+    """Distinct labels that are safe in file names."""
     labels: list[str] = []
     for lm in models:
         word = re.sub(r"[^\w.-]", "_", PurePath(lm.name).name).lstrip(".") or "model"

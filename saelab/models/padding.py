@@ -1,6 +1,6 @@
-"""Padding in front of tokens, and positions of the caller's: told to the model, which is tried to see whether it keeps to them.
+"""Left padding, and positions given by the caller: passed to the model, after a probe that the model honours them.
 
-Padding behind the tokens of a row needs no word: no token of a causal model sees what comes later.
+Right padding needs no treatment: in a causal model no token sees what comes later.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Forward = Callable[..., tuple[Tensor, Any]]
 
 
 def is_plain(positions: Int[Tensor, "batch seq"] | None) -> bool:
-    """Whether the tokens of each row stand at 0, 1, 2 ... and padding only behind them: what a model takes for granted."""
+    """Whether the tokens of each row are at 0, 1, 2, ... and padding is only on the right, as a model assumes by default."""
     if positions is None:
         return True
     real, counted = positions >= 0, torch.arange(positions.shape[1], device=positions.device)
@@ -29,33 +29,32 @@ def is_plain(positions: Int[Tensor, "batch seq"] | None) -> bool:
 
 
 def arguments(model: Any, positions: Int[Tensor, "batch seq"], past: int = 0) -> dict[str, Tensor]:
-    """What a forward pass is told of positions; `past` of them are in its KV cache."""
+    """Forward arguments for these positions, of which `past` are in the KV cache."""
     told = {"attention_mask": (positions >= 0).long()}
     return told | ({"position_ids": positions[:, past:].clamp_min(0)} if takes(model, "position_ids") else {})
 
 
 def refuse_unless(honours: bool, model: Any, positions: Int[Tensor, "batch seq"]) -> None:
-    """Raises `ModelError` for positions that the model does not keep to."""
+    """Raises `ModelError` for positions that the model does not honour."""
     name, real = type(model).__name__, positions >= 0
     if not honours:
         raise ModelError(
-            f"{name} reads padding in front of tokens as if it were tokens: put the padding behind them, or give one prompt at "
-            "a time."
+            f"{name} reads padding in front of tokens as if it were tokens: pad on the right, or give one prompt at a time."
         )
     from_mask = torch.where(real, real.long().cumsum(1) - 1, -1)
     if not takes(model, "position_ids") and not torch.equal(from_mask, positions):
-        raise ModelError(f"{name} counts positions by itself, from 0 at the first token: leave positions out.")
+        raise ModelError(f"{name} counts positions by itself, from 0 at the first token: omit positions.")
 
 
 N_TRIED = 16
-_FRONT = 11  # of them are padding in the second row
-_SHARE = 0.05  # of what padding does that is read as tokens
+_FRONT = 11  # of these are padding in the second row
+_SHARE = 0.05  # tolerance, as a fraction of the change from padding that is read as tokens
 
 
 def honours_padding(model: Any, forward: Forward, ids: Int[Tensor, "1 n"], has_cache: bool) -> bool:
-    """Whether a row with padding in front has the logits that it has alone, with a KV cache too: it is tried.
+    """Probe whether a row padded on the left has the same logits as alone, with a KV cache too.
 
-    In half precision rounding moves logits too: by far less than the padding does where it is read.
+    In half precision rounding changes logits as well, but by far less than padding that is read as tokens.
     """
     if not takes(model, "attention_mask"):
         return False

@@ -1,4 +1,4 @@
-"""What a model is given to read (a text, several, token ids in any container) as a batch of token ids and positions."""
+"""Prompts (a text, several, token ids in any container) as a batch of token ids and positions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from saelab.tokens.documents import whole_numbers, zero_or_one
 from saelab.tokens.tokenizing import text_ids
 
 Prompt = Any
-"""A text, several, token ids (a list, rows, an array, a tensor), or what a tokenizer returns: all else is refused by name."""
+"""A text, several, token ids (a list, rows, an array, a tensor), or what a tokenizer returns; anything else is refused."""
 
 _EXPECTED = (
     "a text, a non-empty list of texts, token ids (a list, a list of lists, an array or tensor), or what a tokenizer returns "
@@ -24,7 +24,7 @@ _ENCODED = {"input_ids", "attention_mask", "position_ids", "token_type_ids"}
 
 
 class Batch(NamedTuple):
-    """Token ids, and where in its context each token stands."""
+    """Token ids, and the position of each token in its context."""
 
     ids: Int[Tensor, "batch seq"]
     positions: Int[Tensor, "batch seq"]
@@ -42,10 +42,10 @@ def to_batch(
     positions: Any = None,
     attention_mask: Any = None,
 ) -> Batch:
-    """Token ids, and their positions with -1 on padding: on the right where it is put here, and wherever the caller says.
+    """Token ids, and their positions with -1 on padding: on the right if it is added here, or wherever the caller says.
 
-    `positions` or `attention_mask` (batch, seq) say which of the given ids are padding. Raises `ValueError` naming what is
-    no prompt, and for positions or a mask that do not fit the ids.
+    `positions` or `attention_mask` (batch, seq) say which of the given ids are padding. Raises `ValueError` for an invalid
+    prompt, naming it, and for positions or a mask that do not fit the ids.
     """
     if isinstance(prompt, Mapping):
         prompt, positions, attention_mask = _encoded(prompt, positions, attention_mask)
@@ -55,19 +55,17 @@ def to_batch(
     if attention_mask is not None:
         mask = _like(attention_mask, ids, "attention_mask")
         if not bool(((mask == 0) | (mask == 1)).all()):
-            raise ValueError("attention_mask holds other numbers than 0 (padding) and 1.")
-        counted = torch.where(
-            (mask == 1) & (counted >= 0), mask.cumsum(1) - 1, -1
-        )  # what was padded here stays padding
+            raise ValueError("attention_mask must hold only 0 (padding) and 1.")
+        counted = torch.where((mask == 1) & (counted >= 0), mask.cumsum(1) - 1, -1)  # padding added here stays padding
     positions = counted if positions is None else _like(positions, ids, "positions")
     if attention_mask is not None:
-        positions = torch.where(counted < 0, -1, positions)  # tokenizers count on, or put 0 or 1, on padding
+        positions = torch.where(counted < 0, -1, positions)  # tokenizers keep counting on padding, or put 0 or 1
     _check_positions(positions)
     return Batch(ids, positions)
 
 
 def _encoded(prompt: Mapping[str, Any], positions: Any, attention_mask: Any) -> tuple[Any, Any, Any]:
-    """Ids, positions and mask of a tokenizer's output; arguments of the caller go before."""
+    """Ids, positions and mask of a tokenizer's output; the caller's arguments take precedence."""
     unknown = sorted(set(map(str, prompt)) - _ENCODED)
     ids = prompt.get("input_ids", "")
     holds_text = isinstance(ids, str) or (isinstance(ids, list | tuple) and any(isinstance(one, str) for one in ids))
@@ -79,7 +77,7 @@ def _encoded(prompt: Mapping[str, Any], positions: Any, attention_mask: Any) -> 
 
 
 def _unpadded(prompt: Any, tokenizer: Any, pad_id: int | None) -> tuple[Tensor, Tensor]:
-    """Ids and positions of a prompt that says nothing of padding."""
+    """Ids and positions of a prompt without padding information."""
     if isinstance(prompt, np.ndarray) and prompt.dtype.kind in "iu":
         prompt = torch.from_numpy(prompt.astype(np.int64))
     if isinstance(prompt, Tensor):
@@ -117,11 +115,11 @@ def _rows(prompt: Any, tokenizer: Any) -> list[list[int]] | None:
 
 def _hint(prompt: Any) -> str:
     is_chat = isinstance(prompt, list | tuple) and any(isinstance(item, Mapping) and "role" in item for item in prompt)
-    return " Write a conversation out with lm.chat(messages)." if is_chat else ""
+    return " Render a conversation with lm.chat(messages)." if is_chat else ""
 
 
 def _like(given: Any, ids: Tensor, name: str) -> Int[Tensor, "batch seq"]:
-    """`given` as whole numbers beside `ids`."""
+    """`given` as int64, in the shape and on the device of `ids`."""
     found = torch.as_tensor(_even(given, ids.shape[1], name))
     found = found[None] if found.ndim == 1 else found
     if found.shape != ids.shape or found.is_floating_point() or found.is_complex():
@@ -131,7 +129,7 @@ def _like(given: Any, ids: Tensor, name: str) -> Int[Tensor, "batch seq"]:
 
 
 def _even(given: Any, width: int, name: str) -> Any:
-    """Rows of unequal length, as a tokenizer gives them without padding, filled up with 0. Raises `ValueError` for others."""
+    """Rows of unequal length, as a tokenizer returns them without padding, filled up with 0. Raises `ValueError` for others."""
     if isinstance(given, Tensor | np.ndarray):
         return given
     rows = (
@@ -154,13 +152,13 @@ def _nested(given: Any) -> bool:
 
 
 def _check_positions(positions: Int[Tensor, "batch seq"]) -> None:
-    """Raises `ValueError` unless each row has a token, and its positions rise from token to token."""
+    """Raises `ValueError` unless each row has a token, and its positions increase from token to token."""
     real = positions >= 0
     if not bool((positions >= -1).all()) or not bool(real.any(1).all()):
-        raise ValueError("positions are from 0 up, and -1 on padding; every row needs one token.")
+        raise ValueError("positions must be at least 0, and -1 on padding; every row needs at least one token.")
     before = torch.where(real, positions, -1).cummax(1).values
     if not bool((~real[:, 1:] | (positions[:, 1:] > before[:, :-1])).all()):
-        raise ValueError("positions must rise from each token of a row to the next (-1 on padding).")
+        raise ValueError("positions must increase from each token of a row to the next (-1 on padding).")
 
 
 def check_batch(batch: Batch, model: str, max_ctx: int, d_vocab: int) -> None:

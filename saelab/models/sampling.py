@@ -1,4 +1,4 @@
-"""Writing text with a language model, one token of every prompt at a time: the loop and the choice of the next token."""
+"""Sampling from a language model, one token of every prompt at a time: the loop and the choice of the next token."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from torch import Tensor
 from saelab.validation import check_integer
 
 OnToken = Callable[[int], None]
-"""Called with the number of tokens written so far; what it raises ends the generation."""
+"""Called with the number of tokens generated so far; an exception from it ends the generation."""
 Step = Callable[[Tensor, Tensor, Any], tuple[Tensor, Any]]
 """(ids, positions, KV cache) -> logits (batch, vocab) after the last of `ids`, and the cache."""
 
 
 class Generation(NamedTuple):
-    """Token ids of a prompt and what was written after it."""
+    """Token ids of a prompt and its continuation."""
 
     ids: Int[Tensor, " n_tokens"]
     """Prompt and continuation."""
     n_prompt: int
-    """How many of `ids` are the prompt."""
+    """Number of prompt tokens in `ids`."""
     logits: Float[Tensor, "n_steps vocab"] | None
-    """The logits each new token was chosen from, fp32 on the CPU, when they were asked for."""
+    """The logits each new token was chosen from, fp32 on the CPU, if they were requested."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Sampling:
     temperature: float = 0.0
     seed: int = 0
     n_samples: int = 1
-    """Continuations of each prompt; number j is what the seed `seed + j` alone writes."""
+    """Continuations per prompt; number j is the one that `seed + j` alone yields."""
     stop_ids: Collection[int] = ()
     keep_logits: bool = False
 
@@ -52,7 +52,7 @@ class Sampling:
         if self.n_samples > 1 and self.temperature == 0:
             raise ValueError(
                 f"num_return_sequences={self.n_samples} at temperature 0 are the same text {self.n_samples} times: give a "
-                "temperature."
+                "temperature above 0."
             )
         if n_prompt + self.max_new_tokens > max_ctx:
             raise ValueError(
@@ -68,11 +68,11 @@ def sample(
     check: Callable[[Tensor, int], None],
     on_token: OnToken | None = None,
 ) -> list[Generation]:
-    """Extend every prompt until a stop token or `max_new_tokens`; `n_samples` results for each prompt, in their order.
+    """Extend every prompt until a stop token or `max_new_tokens`; returns `n_samples` results per prompt, in order.
 
-    Shorter prompts are padded on the left. `check(logits, n)` is shown the logits of those that go on, at the n-th new token;
-    `on_token` is told after each. One uniform number is drawn for every token from a generator of the seed, whatever the
-    logits are: runs on one seed draw the same numbers, steered or not, alone or beside others.
+    Shorter prompts are padded on the left. `check(logits, n)` is called with the logits of the unfinished rows at the n-th
+    new token, `on_token(n)` after it. One uniform number per token is drawn from a generator of the seed, whatever the
+    logits: runs with one seed draw the same numbers, steered or not, alone or in a batch.
     """
     rows = [prompt for prompt in prompts for _ in range(how.n_samples)]
     generators = [torch.Generator().manual_seed(how.seed + j) for j in range(how.n_samples)]
@@ -100,7 +100,7 @@ def sample(
 
 
 def left_padded(rows: Sequence[Int[Tensor, " n_tokens"]]) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
-    """Ids that end at the same place, and their positions, -1 on the padding in front."""
+    """Ids padded on the left to one length, and their positions, -1 on padding."""
     width = max(len(row) for row in rows)
     ids = torch.stack([torch.cat([row[:1].expand(width - len(row)), row]) for row in rows])
     lengths = torch.tensor([len(row) for row in rows], device=ids.device)
@@ -114,16 +114,17 @@ def _extended(
     chosen: Int[Tensor, " batch"],
     live: Bool[Tensor, " batch"],
 ) -> tuple[Int[Tensor, "batch seq+1"], Int[Tensor, "batch seq+1"]]:
-    """With one token more in each row that goes on, and padding in those that ended."""
+    """Ids and positions with one more token in each unfinished row, and padding in those that ended."""
     live, chosen = live.to(ids.device), chosen.to(ids.device)
     following = torch.where(live, positions.max(1).values + 1, -1)
     return torch.cat([ids, chosen[:, None]], 1), torch.cat([positions, following[:, None]], 1)
 
 
 def choose(logits: Float[Tensor, " vocab"], temperature: float, uniform: Float[Tensor, ""]) -> int:
-    """The most likely token at temperature 0, else the one at `uniform` of the cumulated probabilities."""
+    """The most likely token at temperature 0, else inverse transform sampling: the token whose cumulative probability
+    first exceeds `uniform`."""
     if temperature == 0:
         return int(logits.argmax())
-    below = logits.double() - logits.amax().double()  # divided by the least temperature too it is at most 0
+    below = logits.double() - logits.amax().double()  # at most 0, so no temperature overflows
     cumulated = torch.softmax(below / temperature, dim=-1).cumsum(-1)
     return int(torch.searchsorted(cumulated, uniform * cumulated[-1], right=True).clamp(max=len(logits) - 1))

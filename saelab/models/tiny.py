@@ -1,4 +1,4 @@
-"""Small random language models for benchmarks that train one from nothing."""
+"""Small randomly initialised language models, for benchmarks that train one from scratch."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The unembedding as a linear map on the residual stream, so that a direction can be read as token logits.
 
-What stands between the last layer and the unembedding is not known by its name: it is run. A norm is a linear map of its
-input once that is divided by its size, and the map is read off its answers to unit vectors.
+The modules between the last layer and the unembedding are not recognised by name: they are run. A norm is a linear map of
+its input divided by the input's size, and the map is read off from its outputs for unit vectors.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from saelab.errors import ModelError
 
 _CHUNK = 1024
-_SIZE = 100.0  # of what a norm is asked for: its epsilon is nothing beside it
-_AGREEMENT = 0.99  # least correlation with the model's own logits
+_SIZE = 100.0  # of the inputs a norm is probed with: its epsilon is negligible in comparison
+_AGREEMENT = 0.99  # minimum correlation with the model's own logits
 
 
 @torch.no_grad()
@@ -31,8 +31,8 @@ def logit_weights(
 ) -> Float[Tensor, "vocab d_model"]:
     """fp32 unembedding with the map of the final `norm` folded in; its division, a factor common to all tokens, is left out.
 
-    `last` are residual streams behind the last layer and `logits` what the unembedding makes of them. Raises `ModelError`
-    where the map does not agree with those.
+    `last` are residual streams after the last layer, `logits` the unembedding's outputs for them. Raises `ModelError` if
+    the map does not agree with those.
     """
     centred, divides = _kind(norm, d_model)
     matrix = _linear_part(norm, d_model, centred, divides)
@@ -49,7 +49,7 @@ def logit_weights(
 
 
 def _kind(norm: Callable[[Tensor], Tensor], d_model: int) -> tuple[bool, bool]:
-    """Whether the mean is taken off the input, and whether that is divided by its size."""
+    """Whether the norm subtracts the mean of its input, and whether it divides by the input's size."""
     x = torch.randn(d_model, generator=torch.Generator().manual_seed(0)) * _SIZE
     there, shifted = norm(x[None]), norm((x + _SIZE)[None])
     centred = torch.allclose(there, shifted, rtol=1e-3, atol=1e-3 * float(there.abs().max()))
@@ -60,7 +60,7 @@ def _kind(norm: Callable[[Tensor], Tensor], d_model: int) -> tuple[bool, bool]:
 def _linear_part(
     norm: Callable[[Tensor], Tensor], d_model: int, centred: bool, divides: bool
 ) -> Float[Tensor, "d_head d_model"]:
-    """Column i is the answer to the unit vector i, times what that was divided by."""
+    """Column i is the output for unit vector i, times the size that it was divided by."""
     share = (1 - 1 / d_model if centred else 1.0) / d_model
     size = share**0.5 if divides else 1 / _SIZE
     parts = []
@@ -73,7 +73,7 @@ def _linear_part(
 
 
 def _check(weights: Tensor, last: Tensor, logits: Tensor, centred: bool, divides: bool, name: str) -> None:
-    """Between two tokens the model's logits differ as the map says. Raises `ModelError` where they do not."""
+    """Check that the model's logits differ between tokens as the map predicts. Raises `ModelError` if they do not."""
     x = last - last.mean(1, keepdim=True) if centred else last
     x = x / x.square().mean(1, keepdim=True).sqrt() if divides else x
     expected, found = (x[1:] - x[0]) @ weights.T, logits[1:] - logits[0]
@@ -82,8 +82,8 @@ def _check(weights: Tensor, last: Tensor, logits: Tensor, centred: bool, divides
     )
     if not agreement >= _AGREEMENT:
         raise ModelError(
-            f"The unembedding of {name} is not what saelab takes it for (correlation {agreement:.3f} with the change of the "
-            "model's own logits, 1 expected): directions of this model cannot be read as tokens."
+            f"The unembedding of {name} is not the linear map that saelab derived (correlation {agreement:.3f} with the change "
+            "of the model's own logits, expected 1): directions of this model cannot be read as tokens."
         )
 
 
@@ -102,27 +102,27 @@ def between(modules: list[nn.Module]) -> Callable[[Tensor], Tensor]:
 
 
 class HeadPass(NamedTuple):
-    """What one pass showed of the way from the last layer to the logits."""
+    """The path from the last layer to the logits, as recorded in one pass."""
 
     modules: list[nn.Module]
-    """The outermost ones that were called in between."""
+    """The outermost modules that were called in between."""
     last: Tensor
     """Output of the last layer."""
     raw: Tensor
-    """What the unembedding gave."""
+    """Output of the unembedding."""
     logits: Tensor
-    """What the model makes of that: scaled or capped, in the same order."""
+    """The model's logits: `raw`, possibly scaled or capped, in the same order."""
 
 
 def watch_head(model: Any, last_layer: nn.Module, run: Callable[[], Tensor]) -> HeadPass:
-    """One pass, `run`, which gives logits. Raises `ModelError` where logits are not the unembedding's, up to their size."""
+    """Record one pass, `run`, which returns logits. Raises `ModelError` unless logits increase with the unembedding's output."""
     head, tensors, finished = model.get_output_embeddings(), {}, list[nn.Module]()
-    running: list[tuple[nn.Module, list[nn.Module]]] = []  # each with the calls that it has finished
+    running: list[tuple[nn.Module, list[nn.Module]]] = []  # each with its finished calls
 
     def enter(module: nn.Module, _args: tuple) -> None:
         if "last" not in tensors or "raw" in tensors:
             return
-        if module is head:  # inside of modules that hold it: what those have run
+        if module is head:  # inside modules that contain it: count their finished calls
             finished.extend(one for _, calls in running for one in calls)
             running.clear()
         else:
@@ -150,12 +150,14 @@ def watch_head(model: Any, last_layer: nn.Module, run: Callable[[], Tensor]) -> 
         for handle in handles:
             handle.remove()
     if tensors.keys() != {"last", "raw"} or not _same_order(tensors["raw"], logits):
-        raise ModelError(f"{type(model).__name__} does not make its logits by an unembedding behind its last layer.")
+        raise ModelError(
+            f"{type(model).__name__} does not compute its logits with an unembedding after its last layer."
+        )
     return HeadPass(finished, tensors["last"], tensors["raw"], logits)
 
 
 def _same_order(raw: Tensor, logits: Tensor) -> bool:
-    """Whether logits rise with `raw`, but for rounding."""
+    """Whether logits increase with `raw`, up to rounding."""
     if raw.shape != logits.shape:
         return False
     ordered = logits.float().gather(-1, raw.float().argsort(-1))

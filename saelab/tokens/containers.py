@@ -1,6 +1,6 @@
-"""Rows of text or token ids, and those in what people hold in memory: columns, data frames, data sets, lists.
+"""Rows of text or token ids, and how to read them from containers in memory: columns, data frames, datasets, lists.
 
-Anything else is refused by its name, because nearly every Python object can be iterated over and yields something.
+Anything else is refused by type, because nearly every Python object is iterable and would yield something.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _GIVE = (
 
 @dataclass(frozen=True)
 class Source:
-    """Rows that can be read again: `rows(columns)` starts over, `columns=None` gives all of them."""
+    """Rows that can be read repeatedly: `rows(columns)` starts over; `columns=None` reads all columns."""
 
     name: str
     spec: dict[str, Any]
@@ -30,20 +30,20 @@ class Source:
     rows: Callable[[list[str] | None], Iterator[Row]]
     content_hash: Callable[[], str]
     tokenizer_hash: str | None = None
-    """Of the tokenizer that made the token ids, where the file says it."""
+    """Hash of the tokenizer that produced the token ids, if the file records it."""
 
 
 class Rows(NamedTuple):
-    """Rows that can be read again, with the columns asked for at least; None is all."""
+    """Rows that can be read repeatedly: `read(columns)` yields at least these columns, None all of them."""
 
     read: Callable[[list[str] | None], Iterator[Row]]
     n: int
     kind: str
-    """For people, in the plural: what the rows are."""
+    """What the rows are, in the plural, for messages."""
 
 
 def rows_of(source: Any, column: str, split: str | None) -> Rows:
-    """The rows of a container in memory; items that are no rows stand in `column`.
+    """The rows of a container in memory; items that are not rows become rows with the one column `column`.
 
     `split` chooses one of a `DatasetDict`. Raises `ValueError` naming what it got and the fix.
     """
@@ -55,7 +55,7 @@ def rows_of(source: Any, column: str, split: str | None) -> Rows:
         )
     if name.startswith("datasets.") and name.endswith("IterableDataset"):
         raise ValueError(
-            "An IterableDataset has no content to know it by again: give load_texts the dataset's id, which it streams "
+            "An IterableDataset cannot be identified by its content: give load_texts the dataset's id, which it streams "
             "from a fixed commit, or a Dataset."
         )
     if isinstance(source, Mapping):
@@ -63,24 +63,24 @@ def rows_of(source: Any, column: str, split: str | None) -> Rows:
     if hasattr(source, "__arrow_c_stream__") and (hasattr(source, "columns") or hasattr(source, "column_names")):
         return _of_table(source, name)
     if isinstance(source, Tensor | np.ndarray) and source.ndim != (1 if _holds_objects(source) else 2):
-        raise ValueError(f"Got a {name} of shape {tuple(source.shape)}: token ids are (n_documents, n_tokens).")
+        raise ValueError(f"Got a {name} of shape {tuple(source.shape)}: token ids must be (n_documents, n_tokens).")
     if isinstance(source, io.IOBase):
         raise ValueError(f"Got an open file ({getattr(source, 'name', name)}): give its path.")
     if isinstance(source, bytes | bytearray | memoryview | Set) or not isinstance(source, Iterable):
-        why = "has no order" if isinstance(source, Set) else "is no list of documents"
+        why = "has no order" if isinstance(source, Set) else "is not a list of documents"
         raise ValueError(f"Got {name}, which {why}. {_GIVE}.")
     return _of_items(list(source), column)  # a generator can be read once only
 
 
 def choose_split(splits: Iterable[str], split: str | None) -> str:
-    """The split to read of several: the one asked for, or the only one. Raises `ValueError` naming them."""
+    """The split to read: the one requested, or the only one. Raises `ValueError` naming those available."""
     names = list(splits)
     if split is None and len(names) == 1:
         return names[0]
     if split not in names:
         asked = "" if split is None else f", not {split!r}"
         raise ValueError(
-            f"It holds the splits {', '.join(map(repr, names))}{asked}: say which one, hub_split={names[0]!r}."
+            f"It holds the splits {', '.join(map(repr, names))}{asked}: choose one, e.g. hub_split={names[0]!r}."
         )
     return split
 
@@ -104,27 +104,27 @@ def _of_mapping(source: Mapping[str, Any], split: str | None) -> Rows:
             or getattr(values, "ndim", 1) == 0
         ):
             raise ValueError(
-                f"Got a dict whose {name!r} is {repr(values)[:60]} ({type(values).__name__}): a dict of columns has a list "
-                "for each."
+                f"Got a dict whose {name!r} is {repr(values)[:60]} ({type(values).__name__}): a dict of columns needs a "
+                "list for each."
             )
         columns[str(name)] = list(values)
     lengths = {name: len(values) for name, values in columns.items()}
     if len(set(lengths.values())) != 1:
         said = f"columns of unequal length ({lengths})" if lengths else "no columns"
-        raise ValueError(f"Got a dict of {said}: give one value a row in each.")
+        raise ValueError(f"Got a dict of {said}: each column needs one value per row.")
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     return Rows(lambda _: iter(rows), len(rows), "rows in memory")
 
 
 def _of_table(source: Any, name: str) -> Rows:
-    """A data frame of any library that can give itself as an Arrow table."""
+    """A data frame of any library that can export itself as an Arrow table."""
     import pyarrow
 
     try:
         table = pyarrow.table(source)
     except (pyarrow.ArrowException, TypeError, ValueError) as error:
         raise ValueError(
-            f"A column of the {name} is of mixed types ({str(error)[:200]}): give that of the texts alone."
+            f"A column of the {name} has mixed types ({str(error)[:200]}): pass only the column of texts."
         ) from error
     return Rows(
         lambda _: (row for batch in table.to_batches(max_chunksize=256) for row in batch.to_pylist()),
@@ -148,6 +148,6 @@ def _of_items(items: list[Any], column: str) -> Rows:
 
 
 def known_column(rows: Callable[[None], Iterator[Row]], column: str) -> str:
-    """`column`, or "input_ids" where "text" was asked for and rows hold the ids alone."""
+    """`column`, or "input_ids" if "text" was requested and the rows hold only ids."""
     first = next(rows(None), {}) if column == "text" else {}
     return "input_ids" if "text" not in first and "input_ids" in first else column

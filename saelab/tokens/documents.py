@@ -1,4 +1,4 @@
-"""What a document is: a text, or the token ids of one. Its content alone says its number and whether it is held out."""
+"""Documents: texts, or their token ids. A document's id, and whether it is held out, depend only on its content."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LARGEST_ID = 2**32 - 1
 
 
 def document_id(document: Document) -> int:
-    """A document's number anywhere: the first 8 bytes of its SHA-256 as a signed, big-endian int64."""
+    """A document's id in every file: the first 8 bytes of its SHA-256 as a signed, big-endian int64."""
     return int.from_bytes(_digest(document)[:8], "big", signed=True)
 
 
@@ -34,9 +34,9 @@ def _digest(document: Document) -> bytes:
 
 
 def document_bytes(document: Document) -> bytes:
-    """What is hashed of a document: a text's UTF-8, or its ids as little-endian uint32."""
+    """The bytes of a document that are hashed: a text's UTF-8, or its ids as little-endian uint32."""
     if isinstance(document, str):
-        # A lone surrogate cannot be written as UTF-8; it must not stop a harvest, so it counts as itself.
+        # Strict UTF-8 refuses a lone surrogate, which must not stop a harvest: it is encoded as it is.
         return document.encode("utf-8", "surrogatepass")
     return np.asarray(document, dtype="<u4").tobytes()
 
@@ -48,7 +48,7 @@ def check_split(split: str) -> None:
 
 
 def whole_numbers(value: Any) -> list[int] | None:
-    """The numbers of a list, tuple, array or tensor of one axis; None for anything that holds others, or something else."""
+    """The integers of a one-dimensional list, tuple, array or tensor, as a list; None for anything else."""
     if isinstance(value, Tensor):
         value = value.detach().cpu().numpy()
     if not isinstance(value, list | tuple | np.ndarray):
@@ -62,16 +62,16 @@ def whole_numbers(value: Any) -> list[int] | None:
 
 
 def token_ids(value: Any, where: str = "") -> list[int] | None:
-    """`whole_numbers` that can be token ids. Raises `ValueError` for a negative number, and one of more than 32 bits."""
+    """`whole_numbers`, checked to be token ids. Raises `ValueError` for a negative number or one of more than 32 bits."""
     ids = whole_numbers(value)
     if ids and not 0 <= min(ids) <= max(ids) <= _LARGEST_ID:
         wrong = min(ids) if min(ids) < 0 else max(ids)
-        raise ValueError(f"{where}{wrong} is no token id: they are from 0 to {_LARGEST_ID:,}.")
+        raise ValueError(f"{where}{wrong} is not a token id: ids are from 0 to {_LARGEST_ID:,}.")
     return ids
 
 
 def zero_or_one(mask: Any) -> list[int] | None:
-    """A mask's entries as 0 and 1, of whole numbers or bools; None for anything else."""
+    """A mask's entries as 0 and 1, from integers or bools; None for anything else."""
     listed = mask.tolist() if isinstance(mask, np.ndarray | Tensor) else mask
     if not isinstance(listed, list | tuple):
         return None
@@ -80,20 +80,20 @@ def zero_or_one(mask: Any) -> list[int] | None:
 
 
 def column_value(row: Mapping[str, Any], column: str, where: str) -> Any:
-    """What a row holds in `column`; of token ids those that the row's `attention_mask`, if it has one, does not hide.
+    """The value of a row in `column`; of token ids, only those that the row's `attention_mask`, if any, does not hide.
 
-    Raises `ValueError`, saying `where`, for a row without the column, a mask of another length, and as `token_ids` does.
+    Raises `ValueError`, naming `where`, for a row without the column, a mask that does not fit, and as `token_ids` does.
     """
     if column not in row:
         held = ", ".join(map(str, row)) or "none"
         raise ValueError(
-            f"{where} has no column {column!r}; its columns are {held}. Name one (--column), or mend the row."
+            f"{where} has no column {column!r}; its columns are {held}. Name one (--column), or fix the row."
         )
     value = row[column]
     if column == "input_ids" and isinstance(value, str):
         raise ValueError(
-            f"{where}: input_ids holds the text {value[:40]!r}, not token ids: a CSV file cannot hold lists, write Parquet or "
-            "jsonl; or give the column of texts another name."
+            f"{where}: input_ids holds the text {value[:40]!r}, not token ids: a CSV file cannot hold lists, so write Parquet or "
+            "jsonl, or give the column of texts another name."
         )
     ids = token_ids(value, f"{where}: ")
     mask = row.get("attention_mask")

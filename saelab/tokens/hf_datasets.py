@@ -13,7 +13,7 @@ from saelab.tokens.containers import Source, choose_split, known_column, rows_of
 
 
 def open_hub(name: str, column: str, config: str | None, hub_split: str, revision: str | None) -> Source:
-    """Open a dataset by its id. Raises `ValueError` for one that cannot be had, saying what was tried."""
+    """Open a dataset by its id. Raises `ValueError` if it cannot be loaded, saying what was tried."""
     from huggingface_hub import constants
 
     offline = constants.HF_HUB_OFFLINE
@@ -21,7 +21,7 @@ def open_hub(name: str, column: str, config: str | None, hub_split: str, revisio
         data, revision = (_cached if offline else _streamed)(name, config, hub_split, revision)
     except Exception as error:  # the two libraries share no base class for "not found" and "no network"
         raise ValueError(
-            f"{name!r} is no file here and could not be opened as a Hugging Face dataset (config={config!r}, "
+            f"{name!r} is not a file here and could not be opened as a Hugging Face dataset (config={config!r}, "
             f"hub_split={hub_split!r}, revision={revision!r}{', HF_HUB_OFFLINE is set' if offline else ''}): "
             f"{type(error).__name__}: {error}"
         ) from error
@@ -34,13 +34,13 @@ def _streamed(name: str, config: str | None, hub_split: str, revision: str | Non
     import datasets
     import huggingface_hub
 
-    # The commit is pinned, so that opening the texts again gives the same documents.
+    # The commit is pinned, so that reopening the texts yields the same documents.
     revision = huggingface_hub.HfApi().dataset_info(name, revision=revision).sha
     return datasets.load_dataset(name, config, split=hub_split, revision=revision, streaming=True), revision
 
 
 def _cached(name: str, config: str | None, hub_split: str, revision: str | None) -> tuple[Any, str | None]:
-    """What `datasets` has in its cache, whose folders are named by the commit that they hold."""
+    """The dataset from the cache of `datasets`, whose folders are named by the commit they hold."""
     import datasets
 
     data: Any = datasets.load_dataset(name, config, split=hub_split, revision=revision)
@@ -49,12 +49,12 @@ def _cached(name: str, config: str | None, hub_split: str, revision: str | None)
     if len(folders) != 1 or commit is None:
         raise ValueError(f"its cache ({', '.join(sorted(folders)) or 'in memory'}) does not say which commit it holds")
     if revision not in (None, commit):
-        raise ValueError(f"the cache holds commit {commit}: ask for that one, or leave revision out")
+        raise ValueError(f"the cache holds commit {commit}: request that one, or omit revision")
     return data, commit
 
 
 def is_saved(path: Path) -> bool:
-    """Whether it is a folder that `open_saved` reads."""
+    """Whether `path` is a folder that `open_saved` can read."""
     return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 

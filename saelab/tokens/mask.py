@@ -1,8 +1,8 @@
-"""The one mask: which token rows training, evaluation and feature collection leave out, and why.
+"""The mask: which tokens' rows training, evaluation and feature collection all leave out, and why.
 
 Left out are position 0 of each context, special tokens, and rows whose norm is over 5 times the median: a few such
-rows carry most of the variance, and with them any SAE looks perfect. Padding is left out too, but is no token and never
-counted.
+rows carry most of the variance, and would decide the FVU of any SAE. Padding is left out too, but does not count as
+tokens.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MASK_RULE = {
 def token_mask(
     ids: Int[Tensor, "n ctx"], doc: Int[Tensor, "n ctx"], special_ids: Sequence[int]
 ) -> dict[str, Bool[Tensor, "n ctx"]]:
-    """Rows to leave out that the token ids alone tell, by reason; no row is in two of them.
+    """Rows to leave out, judging by the token ids alone, by reason; no row has two reasons.
 
     Keys in priority order: `padding` (`doc` is -1), `position` (column 0), `special` (id in `special_ids`).
     """
@@ -52,27 +52,27 @@ def row_norms(activations: Mapping[str, Float[Tensor, "n ctx d"]]) -> dict[str, 
 
 @dataclass(frozen=True)
 class Mask:
-    """The mask with its numbers fixed, as stored in a cache's manifest and with every SAE."""
+    """The mask with its norm limits fixed, as stored in a cache's manifest and with every SAE."""
 
     special_ids: tuple[int, ...]
     """Token ids that are control tokens, never text."""
     max_norm: Mapping[str, float] | None
-    """Hook name -> largest norm kept; None switches the norm rule off."""
+    """Hook name -> largest norm kept; None disables the norm rule."""
 
     def apply(
         self, batch: TokenBatch, activations: Mapping[str, Float[Tensor, "n ctx d"]]
     ) -> tuple[Bool[Tensor, "n ctx"], dict[str, int]]:
-        """Rows to keep, and how many tokens each reason took (`position`, `special`, `norm`, in this priority).
+        """Rows to keep, and how many tokens each reason removed (`position`, `special`, `norm`, in this priority).
 
-        A row goes when its norm is too large at any of the hooks in `activations`. The result lies where `batch.ids` does.
-        Raises `ValueError` for a hook without a limit.
+        A row is removed if its norm is too large at any of the hooks in `activations`. The result is on the device of
+        `batch.ids`. Raises `ValueError` for a hook without a limit.
         """
         return self.apply_norms(batch, {} if self.max_norm is None else row_norms(activations))
 
     def apply_norms(
         self, batch: TokenBatch, norms: Mapping[str, Float[Tensor, "n ctx"]]
     ) -> tuple[Bool[Tensor, "n ctx"], dict[str, int]]:
-        """As `apply`, for norms that the caller has computed (`row_norms`)."""
+        """As `apply`, for norms already computed (`row_norms`)."""
         out = token_mask(batch.ids, batch.doc, self.special_ids)
         keep = ~(out["padding"] | out["position"] | out["special"])  # (n, ctx)
         too_large = torch.zeros_like(keep)
@@ -80,7 +80,7 @@ class Mask:
         for hook, norm in norms.items() if max_norms else ():
             if hook not in max_norms:
                 raise ValueError(
-                    f"no norm limit for hook {hook!r}: the mask knows {sorted(max_norms)}. Use one of these."
+                    f"no norm limit for hook {hook!r}: the mask has limits for {sorted(max_norms)}. Use one of these."
                 )
             too_large |= (norm > max_norms[hook]).to(keep.device)
         too_large &= keep
@@ -89,9 +89,9 @@ class Mask:
 
 
 class NormRule:
-    """Finds the limit on norms: 5 times the median over the first 16,384 rows that position and special tokens leave.
+    """Computes the norm limit: 5 times the median over the first 16,384 rows that `position` and `special` leave.
 
-    Feed it batches in stream order until `ready`; `max_norms()` then never changes.
+    Add batches in stream order until `ready`; from then on `max_norms()` is fixed.
     """
 
     def __init__(self, special_ids: Sequence[int]):
@@ -101,11 +101,11 @@ class NormRule:
 
     @property
     def ready(self) -> bool:
-        """True when enough rows were seen."""
+        """Whether enough rows were seen."""
         return self.n_rows >= NORM_RULE_ROWS
 
     def add(self, batch: TokenBatch, norms: Mapping[str, Float[Tensor, "n ctx"]]) -> None:
-        """Take the rows of one batch, up to the number of rows needed."""
+        """Add the rows of one batch, up to the number of rows needed."""
         keep, _ = self._token_mask.apply_norms(batch, {})
         room = NORM_RULE_ROWS - self.n_rows
         for hook, norm in norms.items():
@@ -113,7 +113,7 @@ class NormRule:
         self.n_rows += min(room, int(keep.sum()))
 
     def medians(self) -> dict[str, float]:
-        """Median norm per hook of the rows seen; empty when there was no row."""
+        """Median norm per hook of the rows seen; empty if there were none."""
         if not self.n_rows:
             return {}
         return {hook: torch.cat(parts).double().median().item() for hook, parts in self._norms.items()}

@@ -1,4 +1,4 @@
-"""The contexts that a model reads: documents packed one after the other, or each in a context of its own."""
+"""The contexts that a model reads: documents packed one after another, or one document per context."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def contexts(
 ) -> Iterator[TokenBatch]:
     """Contexts of `ctx_len` tokens, `batch_size` at a time, up to the one that holds the last of `n_tokens` tokens.
 
-    `packing` is `PACKED` (see `tokens.pack`, also for `on_document` and what is raised) or `UNPACKED`: the rest of such a
-    context is padding, EOS with `doc` -1.
+    `packing` is `PACKED` (see `tokens.pack`, also for `on_document` and errors) or `UNPACKED`, one document per context: the
+    rest of its context is padding, EOS with `doc` -1.
     """
     read = pack if packing == PACKED else _one_per_context
     batches = read(documents, lm, ctx_len, batch_size, prepend_bos, on_document)

@@ -1,4 +1,4 @@
-"""Rows of text or token ids from files, saved data sets and memory. `tokens.load_texts` is the way in."""
+"""Rows of text or token ids from files, saved datasets and memory. The entry point is `tokens.load_texts`."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from saelab.tokens.hf_datasets import is_saved, open_saved
 BUILT_IN = {"demo": "corpus.parquet", "concepts": "concepts.parquet"}
 TXT_DOCUMENT_CHARACTERS = 2_000
 TXT_LONGEST_CHARACTERS = 8_000
-_UTF8 = "utf-8-sig"  # with a byte order mark or without
+_UTF8 = "utf-8-sig"  # with or without a byte order mark
 
 
 def open_source(source: Any, column: str, split: str | None, open_hub: Callable[[str], Source]) -> Source:
-    """Find out what `source` is and open it, a dataset id by `open_hub`; of several splits in one `split`.
+    """Detect what `source` is and open it, a dataset id with `open_hub`; `split` chooses one of several splits.
 
-    Raises `ValueError` naming it and the fix.
+    Raises `ValueError` naming the source and the fix.
     """
     if isinstance(source, str) and source in BUILT_IN:
         return _built_in(source, column)
@@ -35,7 +35,7 @@ def open_source(source: Any, column: str, split: str | None, open_hub: Callable[
     if isinstance(source, str):
         if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
             raise ValueError(
-                f"{source[:80]!r} is no file here and no Hugging Face dataset id. Give one of these, "
+                f"{source[:80]!r} is neither a file here nor a Hugging Face dataset id. Give one of these, "
                 f"or 'demo', 'concepts'; to use it as the text itself, put it in a list."
             )
         return open_hub(source)
@@ -43,7 +43,7 @@ def open_source(source: Any, column: str, split: str | None, open_hub: Callable[
 
 
 def open_named(source: str, column: str, split: str | None = None) -> Source:
-    """Open a built-in corpus, a file or a saved data set, as a `spec` names it."""
+    """Open a built-in corpus, a file or a saved dataset, as named in a `spec`."""
     return _built_in(source, column) if source in BUILT_IN else _file(Path(source), column, split)
 
 
@@ -78,7 +78,7 @@ def _file(path: Path, column: str, split: str | None) -> Source:
 
 
 def _made_by(path: Path) -> str | None:
-    """`tokenizer_hash` of a Parquet file's own metadata."""
+    """`tokenizer_hash` from the metadata of a Parquet file, if it has one."""
     import pyarrow
     import pyarrow.parquet
 
@@ -87,7 +87,7 @@ def _made_by(path: Path) -> str | None:
     try:
         found = (pyarrow.parquet.read_schema(path).metadata or {}).get(b"tokenizer_hash")
     except pyarrow.ArrowInvalid:
-        return None  # the reader says what it is
+        return None  # the reader raises the error that names it
     return None if found is None else found.decode()
 
 
@@ -99,7 +99,7 @@ def _utf8(reader: Callable[..., Iterator[Row]], path: Path, columns: list[str] |
 
 
 def without_lone_surrogates(text: str) -> str:
-    """`text` as a tokenizer can take it: what no UTF-8 file can hold becomes U+FFFD."""
+    """`text` as a tokenizer accepts it: lone surrogates, which UTF-8 cannot encode, become U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -110,7 +110,7 @@ def _parquet(path: Path, columns: list[str] | None) -> Iterator[Row]:
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{str(path)!r} is no Parquet file ({error}).") from error
+        raise ValueError(f"{str(path)!r} is not a Parquet file ({error}).") from error
     with file:
         batches = file.iter_batches(batch_size=256, columns=columns)
         while True:
@@ -130,9 +130,9 @@ def _jsonl(path: Path, columns: list[str] | None) -> Iterator[Row]:
                 continue
             try:
                 row = json.loads(line)
-            except (ValueError, RecursionError) as error:  # also a number of too many digits, brackets too deep
+            except (ValueError, RecursionError) as error:  # also too many digits, or brackets nested too deeply
                 raise ValueError(
-                    f"{str(path)!r} line {number} is not JSON ({error}): give one object a line."
+                    f"{str(path)!r} line {number} is not JSON ({error}): give one object per line."
                 ) from error
             if not isinstance(row, dict):
                 raise ValueError(f"{str(path)!r} line {number} holds a {type(row).__name__}, not an object {{...}}.")
@@ -168,12 +168,12 @@ _READERS: dict[str, Callable[[Path, list[str] | None], Iterator[Row]]] = {
 
 
 def _memory(rows: Rows, column: str) -> Source:
-    """Rows in memory, which nothing can open again: known by the SHA-256 of their documents."""
+    """Rows in memory, which cannot be reopened: identified by the SHA-256 of their documents."""
     name = f"{rows.n} {rows.kind if rows.n != 1 else rows.kind.replace('s ', ' ', 1)}"
     column, digest = known_column(rows.read, column), hashlib.sha256()
     for number, row in enumerate(rows.read(None)):
         value = column_value(row, column, f"row {number} of {name}")
-        ids = b"\xff" if isinstance(value, list) and value and isinstance(value[0], int) else b""  # begins no UTF-8
+        ids = b"\xff" if isinstance(value, list) and value and isinstance(value[0], int) else b""  # no UTF-8 begins so
         content = ids + document_bytes(value if ids or isinstance(value, str) else json.dumps(value, default=repr))
         digest.update(len(content).to_bytes(8, "big") + content)
     spec = {"source": "strings", "sha256": digest.hexdigest(), "column": column, "n": rows.n}

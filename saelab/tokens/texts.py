@@ -1,9 +1,9 @@
 """Texts to token ids: where documents come from, which of them are held out, and how they are packed into contexts.
 
-Documents are packed one after the other with an EOS between them; attention is not reset, and every token keeps the
-number of its document. Each context begins as the tokenizer begins a text (most: with BOS, or with nothing), unless
+Documents are packed one after another with an EOS between them; attention is not reset, and every token keeps the index
+of its document. Each context begins with what the tokenizer puts in front of a text (usually BOS or nothing), unless
 `prepend_bos` says otherwise. A control token spelled out in a text (`<|im_start|>`) becomes that control token, as chat
-templates need; the mask leaves special tokens out everywhere.
+templates require; the mask leaves special tokens out everywhere.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ __all__ = ["Texts", "TokenBatch", "check_split", "document_id", "is_held_out", "
 
 
 class Texts:
-    """A source of documents that can be read again and again, in the same order.
+    """A source of documents that can be read repeatedly, in the same order.
 
-    `spec` is what `load_texts` needs to open it again (JSON-able), `name` a short label for printing.
+    `spec` is what `load_texts` needs to reopen it (JSON-serialisable), `name` a short label for messages.
     """
 
     def __init__(self, source: Source, chat: Any = None):
@@ -47,7 +47,7 @@ class Texts:
     def from_spec(cls, spec: Mapping[str, Any], chat: Any = None) -> Texts:
         """Open the texts that `spec` describes; `chat` (a language model) is used only where the spec has a template.
 
-        Raises `ValueError` for strings that were only in memory, and when the chat template is another one.
+        Raises `ValueError` for strings that were only in memory, and if the chat template differs.
         """
         template = spec.get("chat")
         if template is not None and (chat is None or _template_hash(chat) != template):
@@ -60,15 +60,15 @@ class Texts:
     def documents(self, split: str = "all", lm: Any = None) -> Iterator[Document]:
         """Documents of `split` ("train", "held_out" or "all") in order, texts or lists of token ids; empty ones are skipped.
 
-        Raises `ValueError` for an unknown split, for token ids that are known to be of another tokenizer than that of
-        `lm`, and on reading for a row that holds neither.
+        Raises `ValueError` for an unknown split, for token ids known to come from another tokenizer than that of `lm`,
+        and, when reached, for a row that holds neither.
         """
         check_split(split)
         made_by = self._source.tokenizer_hash or self._first.get("tokenizer_hash")
         if lm is not None and made_by and made_by != lm.tokenizer_hash:
             raise ValueError(
-                f"The token ids of {self.name} are of the tokenizer {str(made_by)[:12]}, {lm.name} has "
-                f"{lm.tokenizer_hash[:12] or 'none'}: for it they are other words. Give the texts, or that model."
+                f"The token ids of {self.name} come from the tokenizer {str(made_by)[:12]}, but {lm.name} has "
+                f"{lm.tokenizer_hash[:12] or 'none'}. Give the texts, or a model with the tokenizer of these ids."
             )
         return self._documents(split)
 
@@ -78,25 +78,25 @@ class Texts:
         for number, row in enumerate(self._source.rows([column, *beside])):
             if row.get("tokenizer_hash") != self._first.get("tokenizer_hash"):
                 raise ValueError(
-                    f"row {number} of {self.name} has another tokenizer_hash than the first: keep them apart."
+                    f"row {number} of {self.name} has another tokenizer_hash than the first: give one source for each."
                 )
             document = self._document(row, number)
             if document and (split == "all" or is_held_out(document) == (split == "held_out")):
                 yield document
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Every row with all its columns (for example topic, word, concept), the empty ones included."""
+        """Every row with all its columns (for example topic, word, concept), empty ones included."""
         return self._source.rows(None)
 
     def fingerprint(self) -> str:
-        """SHA-256 over what decides the documents (the file's bytes; a hub dataset's id, config, split, commit)."""
+        """SHA-256 over what determines the documents (the file's bytes; a hub dataset's id, config, split, commit)."""
         if self._fingerprint is None:
             known = f"{self._source.content_hash()}\n{self._source.column}\n{self.spec.get('chat')}"
             self._fingerprint = hashlib.sha256(known.encode()).hexdigest()
         return self._fingerprint
 
     def describe(self, split: str) -> str:
-        """One line for people: the source and which of its documents `split` takes."""
+        """One line for messages: the source and which of its documents `split` selects."""
         check_split(split)
         return f"{self.name}, split {split!r} ({SPLITS[split]})"
 
@@ -109,7 +109,7 @@ class Texts:
         if self._chat is not None and isinstance(value, list | tuple):
             try:
                 return render(self._chat.tokenizer, value)
-            except Exception as error:  # whatever a template, written by anybody, raises
+            except Exception as error:  # a template may raise anything
                 said = " ".join(str(error).split())[:200]
                 raise ValueError(
                     f"row {number} of {self.name} cannot be rendered with the chat template ({type(error).__name__}: {said}): "
@@ -117,8 +117,8 @@ class Texts:
                 ) from error
         fix = "give load_texts(..., chat=lm) to render messages" if isinstance(value, list) else "make it a string"
         raise ValueError(
-            f"row {number} of {self.name} holds {repr(value)[:60]} ({type(value).__name__}), not a string and no list of "
-            f"token ids: {fix}."
+            f"row {number} of {self.name} holds {repr(value)[:60]} ({type(value).__name__}), neither a string nor a list "
+            f"of token ids: {fix}."
         )
 
     def _check(self) -> None:
@@ -144,12 +144,12 @@ def load_texts(
     """Open a source of documents, which are texts or lists of token ids.
 
     `source`: "demo" or "concepts" (built in); a .parquet, .jsonl, .csv or .txt file, or a folder of `save_to_disk`; a
-    Hugging Face dataset id, streamed (`config`, `hub_split`, `revision` belong to it); a `Dataset`, `DatasetDict` (with
-    `hub_split`, where it has several), DataFrame or dict of columns; an iterable of strings, of token-id lists or of rows,
-    read once into memory; a `Texts`; its `spec`. `column` is that of the texts ("input_ids" where rows have no "text"): an
-    `attention_mask` beside it hides padding, a `tokenizer_hash` (or a Parquet file's metadata of that name) is held against
-    the model's. With `chat=lm`, rows are lists of messages, for its chat template.
-    A .txt file is cut into documents at blank lines once a document has 2,000 characters, at any line end after 8,000.
+    Hugging Face dataset id, streamed (`config`, `hub_split`, `revision` apply to it); a `Dataset`, `DatasetDict` (with
+    `hub_split`, if it has several), DataFrame or dict of columns; an iterable of strings, of token-id lists or of rows,
+    read once into memory; a `Texts`; its `spec`. `column` holds the texts ("input_ids" if rows have no "text"): a column
+    `attention_mask` hides padding, a column `tokenizer_hash` (or Parquet metadata of that name) is compared with the
+    model's. With `chat=lm`, rows are lists of messages, rendered with its chat template.
+    A .txt file is split into documents at blank lines once a document has 2,000 characters, at any line end after 8,000.
 
     Raises `ValueError` naming the source, what is wrong with it and the fix.
     """
@@ -164,8 +164,8 @@ def load_texts(
 def _reopen(spec: Mapping[str, Any]) -> Source:
     if spec["source"] == "strings":
         raise ValueError(
-            f"these texts were {spec['n']} strings in memory (SHA-256 {spec['sha256'][:12]}...) and are not kept "
-            f"anywhere: give the texts themselves."
+            f"these texts were {spec['n']} strings in memory (SHA-256 {spec['sha256'][:12]}...) and were not saved: "
+            f"give the texts themselves."
         )
     if "hub_split" in spec:
         return open_hub(spec["source"], spec["column"], spec["config"], spec["hub_split"], spec["revision"])
@@ -182,12 +182,12 @@ def _template_hash(chat: Any) -> str:
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Some packed contexts in a row."""
+    """Consecutive packed contexts."""
 
     ids: Int[Tensor, "n ctx_len"]
     """Token ids, int64."""
     doc: Int[Tensor, "n ctx_len"]
-    """Index of each token's document among the documents seen so far, -1 on padding; an EOS belongs to what it ends."""
+    """Index of each token's document among the documents seen so far, -1 on padding; an EOS belongs to the document it ends."""
     first_context: int
     """Number of the first context, counted from the start of the stream."""
 
@@ -203,9 +203,9 @@ def pack(
     """Pack documents into contexts of `ctx_len` tokens and yield them `batch_size` at a time (fewer in the last batch).
 
     Streaming and deterministic: EOS between documents, no token lost; only the last context is padded, with EOS and
-    `doc` -1. Every context begins with what `tokenizing.context_start` says of `prepend_bos` (it counts to the document that
-    follows, and is dropped where a document begins with it). `on_document(index, document)` is called for each in order,
-    before the first batch that holds a token of it; documents are read a little ahead, so some may never reach a batch.
+    `doc` -1. Every context begins with `tokenizing.context_start(lm_or_tokenizer, prepend_bos)` (counted to the document that
+    follows, and dropped from a document that begins with it itself). `on_document(index, document)` is called for each in
+    order, before the first batch that holds one of its tokens; documents are read ahead, so some may never reach a batch.
 
     Raises `ValueError` for sizes below 1 (2 with BOS), a tokenizer without EOS or BOS, and texts without a tokenizer.
     """

@@ -1,4 +1,4 @@
-"""Documents and prompts to token ids, by the one rule of what stands in front of them."""
+"""Tokenising documents and prompts, with one rule for what is put in front of them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _PROBES = ("a", "the", "0", "A text.")
 def context_start(lm_or_tokenizer: Any, prepend_bos: Bos = None) -> list[int]:
     """Ids that every context and every prompt begins with.
 
-    None: what the tokenizer itself puts in front of a text (nothing, where there is no tokenizer). What it appends,
-    such as EOS, would end the text before a model goes on with it, and is left out on every road.
+    None: what the tokenizer itself puts in front of a text (nothing without a tokenizer). What it appends, such as EOS,
+    would end the text before a model continues it, and is always left out.
     Raises `ValueError` for `True` without a BOS token.
     """
     tokenizer = getattr(lm_or_tokenizer, "tokenizer", lm_or_tokenizer)
@@ -44,7 +44,7 @@ def check_bos(prepend_bos: Any) -> None:
 
 
 def resolved_bos(lm: Any, prepend_bos: Bos) -> bool | list[int]:
-    """`prepend_bos` as it is recorded: yes or no, or the ids of a tokenizer that begins texts with others than BOS."""
+    """`prepend_bos` as it is recorded: a bool, or the ids if the tokenizer begins texts with something other than BOS."""
     check_bos(prepend_bos)
     if prepend_bos is not None:
         return prepend_bos if isinstance(prepend_bos, bool) else list(prepend_bos)
@@ -62,8 +62,8 @@ def _tokenizers_own(tokenizer: Any) -> list[int]:
 
 
 def _of_its_vocabulary(tokenizer: Any, n: int = 50) -> Iterator[str]:
-    """Texts of single tokens, for a tokenizer that has no Latin letter."""
-    if not hasattr(tokenizer, "__len__"):  # the caller's own kind of tokenizer
+    """Texts of single tokens, for a tokenizer without Latin letters."""
+    if not hasattr(tokenizer, "__len__"):  # a custom tokenizer
         return
     special = set(tokenizer.all_special_ids)
     ordinary = [index for index in range(min(len(tokenizer), 20 * n)) if index not in special]
@@ -71,7 +71,7 @@ def _of_its_vocabulary(tokenizer: Any, n: int = 50) -> Iterator[str]:
 
 
 def tokenizer_probe(tokenizer: Any) -> list[int]:
-    """Ids of a text with everything in it that tokenizers treat in ways of their own, special tokens written out too."""
+    """Ids of a text with the features in which tokenizers differ, including written-out special tokens."""
     special = getattr(tokenizer, "all_special_tokens", ())
     text = f"A text, \u00e9t\u00e9  1234 \u043f\u043e {' '.join(special)}"
     return _ids(tokenizer, text, add_special_tokens=False)
@@ -82,7 +82,7 @@ def _ids(tokenizer: Any, text: str, **options: Any) -> list[int]:
 
 
 def text_ids(text: str, tokenizer: Any) -> list[int]:
-    """Token ids of a prompt, after the tokenizer's own start, which is never doubled (chat templates write it out).
+    """Token ids of a prompt, preceded by the tokenizer's own prefix, which is never doubled (chat templates write it out).
 
     Raises `ValueError` for an empty text, and without a tokenizer.
     """
@@ -95,16 +95,16 @@ def text_ids(text: str, tokenizer: Any) -> list[int]:
 
 
 def check_tokenizer(tokenizer: Any) -> None:
-    """Raise `ValueError` where texts are to be read without a tokenizer."""
+    """Raise `ValueError` if there is no tokenizer to read texts with."""
     if tokenizer is None:
         raise ValueError("This model has no tokenizer: give token ids, or load_model(model, tokenizer).")
 
 
 def render(tokenizer: Any, messages: Sequence[Any]) -> str:
-    """A conversation as text, by the tokenizer's chat template. Raises `ValueError` for what are no messages."""
+    """A conversation rendered with the tokenizer's chat template. Raises `ValueError` for anything but messages."""
     for message in messages:
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise ValueError(f'{repr(message)[:60]} is no message: expected {{"role": ..., "content": ...}}.')
+            raise ValueError(f'{repr(message)[:60]} is not a message: expected {{"role": ..., "content": ...}}.')
     return tokenizer.apply_chat_template(list(messages), tokenize=False)
 
 
@@ -121,7 +121,9 @@ def eos_and_start(lm_or_tokenizer: Any, ctx_len: int, batch_size: int, prepend_b
         raise ValueError(f"the {whose} has no EOS token, which separates documents: set {where}.")
     minimum = 1 + len(start)
     if ctx_len < minimum or batch_size < 1:
-        raise ValueError(f"ctx_len={ctx_len}, batch_size={batch_size}: ctx_len needs {minimum}, batch_size 1.")
+        raise ValueError(
+            f"ctx_len={ctx_len}, batch_size={batch_size}: ctx_len must be at least {minimum}, batch_size 1."
+        )
     return eos, start
 
 
@@ -132,8 +134,8 @@ def tokenized(
     eos: int,
     on_document: Callable[[int, Document], None] | None,
 ) -> Iterator[list[int]]:
-    """Token ids of each document that has any, tokenised many documents at a time; `on_document(index, document)` is called
-    before they are given. `start` is dropped where one begins with it, and an `eos` where given ids end with one."""
+    """Token ids of each non-empty document, tokenised in groups; `on_document(index, document)` is called before they are
+    yielded. A leading `start` is dropped, and an `eos` at the end of a document given as ids."""
     tokenizer, index = getattr(lm_or_tokenizer, "tokenizer", lm_or_tokenizer), 0
     for group in _groups(documents):
         for document, ids in zip(group, _group_ids(group, tokenizer), strict=True):
@@ -147,13 +149,13 @@ def tokenized(
 
 
 def _group_ids(group: list[Document], tokenizer: Any) -> Iterator[list[int]]:
-    """Ids of each document of a group, whose texts are tokenised at once."""
+    """Ids of each document of a group, whose texts are tokenised in one call."""
     texts = [without_lone_surrogates(document) for document in group if isinstance(document, str)]
     found: Iterator[list[int]] = iter(())
     if texts:
         check_tokenizer(tokenizer)
         options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
-        # not verbose: documents may be longer than the context
+        # verbose would warn of documents longer than the context
         found = iter(tokenizer(texts, verbose=False, **options)["input_ids"])
     for document in group:
         yield next(found) if isinstance(document, str) else document
