@@ -13,7 +13,7 @@ from typing import Any
 from saelab.activation_cache.layout import BLOCK_JOURNALS, JOURNAL, MANIFEST, config_hash
 from saelab.errors import CacheError, SaelabError
 from saelab.files import fsync_dir, writing
-from saelab.identity import LATER, differences
+from saelab.identity import LATER, differences, refusal
 
 _BEGINNING = b'{"kind": "'  # how every line begins
 
@@ -133,8 +133,7 @@ def begin(folder: Path, journal: Journal, config: dict[str, Any], environment: d
         different = differences(started[0]["config"], config, LATER)
         if different:
             raise ValueError(
-                f"{folder} already holds a cache made with other arguments ({'; '.join(different)}): repeat those to "
-                f"resume it, or harvest into another RUN (in Python, another out_dir)."
+                refusal(folder, "cache", different, "harvest into another RUN (in Python, another out_dir)")
             )
         if not finished and started[0]["environment"] != environment:
             changed = "; ".join(differences(started[0]["environment"], environment))

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from saelab.models.language_model import LanguageModel
 from saelab.saes.base import SAE
+from saelab.saes.config import settings
 from saelab.tokens import Texts
 from saelab.tokens.mask import MASK_RULE
 from saelab.tokens.packing import PACKED
@@ -57,7 +59,7 @@ def of_scoring(sae: SAE, lm: LanguageModel, texts: Texts) -> dict[str, Any]:
     read_by = of_model(lm)
     model_hash, _ = read_by.pop("model_hash"), read_by.pop("model_dtype")
     return {
-        "sae": {"hash": sae.hash, **origin},
+        "sae": {"hash": sae.hash, "variant": sae.variant, "config": settings(sae.config), **origin},
         "model": {"hash": model_hash, "dtype": str(lm.dtype), **read_by},
         "texts": {"fingerprint": texts.fingerprint(), "own": texts.spec == sae.provenance.origin.get("texts")},
         "mask_rule": MASK_RULE,
@@ -67,7 +69,8 @@ def of_scoring(sae: SAE, lm: LanguageModel, texts: Texts) -> dict[str, Any]:
 def scoring_absent(tokenizer_hash: str | None) -> dict[str, Any]:
     """Keys of `of_scoring` that the first version lacks; it read texts with the tokenizer of `tokenizer_hash`, if known."""
     later = LATER | {"tokenizer_hash": tokenizer_hash or ANY, "special_ids": ANY}
-    return {f"model.{key}": value for key, value in later.items()} | {"mask_rule": ANY}
+    absent = {f"model.{key}": value for key, value in later.items()}
+    return absent | {"mask_rule": ANY, "sae.variant": ANY, "sae.config": ANY}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], absent: Mapping[str, Any] | None = None) -> list[str]:
@@ -86,6 +89,14 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], absent: Mapping[
     ]
 
 
+def refusal(folder: Path, kind: str, different: Sequence[str], elsewhere: str) -> str:
+    """The message for a folder that another call has begun: what differs, and both ways on."""
+    return (
+        f"{folder} already holds a {kind} made with other arguments ({'; '.join(different)}). Use the same arguments to "
+        f"resume it, or {elsewhere}."
+    )
+
+
 def _close(one: Any, other: Any, tolerance: float) -> bool:
     """Whether two probes of a model differ by no more than what machines differ by."""
     if not isinstance(one, list) or not isinstance(other, list) or len(one) != len(other):
@@ -98,15 +109,20 @@ def _then(key: str, before: Mapping[str, Any], now: Mapping[str, Any], absent: M
         return before[key]
     if key in absent:
         return now[key] if absent[key] is ANY else absent[key]
-    group = key.partition(".")[0]
-    known = absent.get(group) is not ANY or any(name.startswith(f"{group}.") for name in before)
-    return _NONE if known else now[key]
+    lacks = (group for group in _groups(key) if not any(name.startswith(f"{group}.") for name in before))
+    return now[key] if key in now and any(absent.get(group) is ANY for group in lacks) else _NONE
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _groups(key: str) -> list[str]:
+    """The dicts that a dotted key lies in, outermost first."""
+    words = key.split(".")
+    return [".".join(words[:n]) for n in range(1, len(words))]
+
+
+def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """The values of nested dicts by dotted key."""
     found: dict[str, Any] = {}
-    for key, value in settings.items():
+    for key, value in nested.items():
         found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -205,3 +206,58 @@ def test_an_sae_of_which_nothing_fires_at_the_end_is_named(name, kind):
 def test_sparse_rows_are_refused():
     with pytest.raises(ValueError, match="layout torch.sparse_coo"):
         saelab.train(TopKConfig(8, 2), torch.eye(64).to_sparse(), saelab.TrainConfig(64, 32), progress=False)
+
+
+def test_layers_that_run_twice_are_refused(tiny_lm):
+    """An edit would apply twice, and a capture would be that of the first loop."""
+    model = copy.deepcopy(tiny_lm.model)
+    layers, forward = model.model.layers, model.model.layers[-1].forward
+
+    def looped(x, *args, **kwargs):
+        x = forward(x, *args, **kwargs)
+        if not model.again:
+            model.again = True
+            for layer in layers:
+                x = layer(x, *args, **kwargs)
+        return x
+
+    model.again, layers[-1].forward = False, looped
+    with pytest.raises(ModelError, match="layers one after another, each once"):
+        load_model(model, tiny_lm.tokenizer)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_logits_that_are_no_numbers_are_named_at_load(tiny_lm, value):
+    model = copy.deepcopy(tiny_lm.model)
+    model.lm_head = torch.nn.Linear(32, model.config.vocab_size)
+    model.lm_head.bias.data[3] = value
+    with pytest.raises(ModelError, match="computes NaN or infinite logits in float32"):
+        load_model(model, tiny_lm.tokenizer)
+
+
+class Adapted(torch.nn.Linear):
+    """A linear map with a low-rank update beside it, in modules of its own."""
+
+    def __init__(self, base):
+        super().__init__(base.in_features, base.out_features, bias=False)
+        self.weight = base.weight
+        self.down, self.up = (
+            torch.nn.Linear(base.in_features, 4, bias=False),
+            torch.nn.Linear(4, base.out_features, bias=False),
+        )
+
+    def forward(self, x):
+        return super().forward(x) + 8 * self.up(self.down(x))
+
+
+def test_an_adapter_on_the_unembedding_is_part_of_it(tiny_lm):
+    model = copy.deepcopy(tiny_lm.model)
+    torch.manual_seed(0)
+    model.lm_head = Adapted(model.lm_head)
+    lm, head = load_model(model, tiny_lm.tokenizer), model.lm_head
+    merged = copy.deepcopy(tiny_lm.model)
+    merged.lm_head = torch.nn.Linear(32, merged.config.vocab_size, bias=False)
+    merged.lm_head.weight.data = (head.weight + 8 * head.up.weight @ head.down.weight).detach()
+    want = load_model(merged, tiny_lm.tokenizer)
+    torch.testing.assert_close(lm.logits([[5, 6, 7]]), want.logits([[5, 6, 7]]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(lm.logit_weights(), want.logit_weights(), rtol=1e-4, atol=1e-5)

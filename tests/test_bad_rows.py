@@ -6,7 +6,8 @@ import torch
 from tiny_saes import build, config_of, rows
 
 from saelab.errors import TrainingError
-from saelab.saes import VARIANTS, Batch
+from saelab.evaluation.crosscoder import latent_scaling
+from saelab.saes import VARIANTS, Batch, CrosscoderConfig, CrosscoderSAE, MatchingPursuitConfig, MatchingPursuitSAE
 from saelab.saes.provenance import Provenance
 from saelab.training import TrainConfig, train
 
@@ -83,3 +84,19 @@ def test_every_kind_of_data_is_looked_at_before_training():
     for data in (x, np.asarray(x), iter([x]), Batch(x, rows(64)), Batch(rows(64), x)):
         with pytest.raises(ValueError, match="1 of 64 rows hold NaN or infinite values"):
             train(config_of("transcoder" if isinstance(data, Batch) else "topk"), data, TRAIN, progress=False)
+
+
+def test_every_other_way_to_encode_names_bad_rows(bad=float("nan")):
+    x = torch.randn(8, 12, generator=torch.Generator().manual_seed(0))
+    x[3, 2] = bad
+    pursuit = MatchingPursuitSAE(MatchingPursuitConfig(32, 3), 12)
+    with pytest.raises(ValueError, match="first is row 3"):
+        pursuit.encode_in_steps(x, 4)
+    crosscoder = CrosscoderSAE(CrosscoderConfig(32, 3, sparsity="l1"), 12, n_sources=2)
+    pairs = torch.randn(8, *crosscoder.center.shape, generator=torch.Generator().manual_seed(0))
+    pairs[5, 0, 0] = bad
+    with pytest.raises(ValueError, match="first is row 5"):
+        latent_scaling(crosscoder, [pairs])
+    pairs[5, 0, 0] = 0.0
+    ours, theirs = latent_scaling(crosscoder, [pairs.numpy()]), latent_scaling(crosscoder, [pairs])
+    assert all(torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in zip(ours, theirs, strict=True))

@@ -9,7 +9,7 @@ import torch
 import saelab
 from saelab.activation_cache.reader import ActivationCache
 from saelab.kernels.encode_threshold import encode_threshold
-from saelab.saes import Batch, BatchTopKSAE, StepInfo
+from saelab.saes import Batch, BatchTopKConfig, BatchTopKSAE, StepInfo
 from saelab.saes.calibration import LOOSER_FACTORS, LOOSER_SHIFTS, level_for
 from saelab.saes.zipf import underused
 from saelab.training import TrainConfig, kept_out, train
@@ -169,3 +169,12 @@ def test_aux_zipf_serves_features_that_died_after_they_fired(rules):
     acts = sae.encode(torch.randn(8, 3, generator=torch.Generator().manual_seed(0)))
     dead = torch.tensor([False, True, False, False])
     assert sae._helped(acts, StepInfo(dead, 5, 10, rules=rules)).tolist() == [False, rules == 2, False, False]
+
+
+@pytest.mark.parametrize("config, warned", [(BatchTopKConfig(64, 60), True), (BatchTopKConfig(64, 4), False)])
+def test_an_l0_that_no_threshold_reaches_is_said(caplog, config, warned):
+    """60 of 64 features are not positive on a token."""
+    with caplog.at_level("WARNING", "saelab"):
+        train(config, planted(4096), TrainConfig(n_tokens=48 * 128, batch_size=128), progress=False)
+    said = [record.message for record in caplog.records if "features fire per token" in record.message]
+    assert len(said) == warned and (not warned or "the config asks for 60" in said[0])

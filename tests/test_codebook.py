@@ -1,5 +1,6 @@
 """Codebook features: selection, gradients, upkeep by hand; codebooks inside a model: insert, finetune, force, save."""
 
+import copy
 import json
 from typing import Any, cast
 
@@ -8,7 +9,8 @@ import torch
 from torch.nn.functional import normalize
 
 import saelab
-from saelab.errors import SaelabError
+from saelab.errors import ModelError, SaelabError
+from saelab.models import load_model
 from saelab.models.hooks import attach
 from saelab.saes import Batch, CodebookConfig, CodebookSAE, StepInfo
 from saelab.saes.codebook import find_codes, finetune, insert, load, save
@@ -382,6 +384,33 @@ def test_the_model_goes_on_with_the_codes(tiny_lm, hook):
         want = inserted.codebooks[hook].bottleneck(plain[hook].flatten(0, 1))[0]
         torch.testing.assert_close(got[hook].flatten(0, 1), want)
         assert inserted.codes(PROMPT)[hook].shape == (2, 6, 8 if hook == HEADS else 2)
+
+
+@pytest.mark.parametrize("call", ["codes", "finetune"])
+def test_a_codebook_that_the_pass_did_not_reach_is_an_error(tiny_lm, monkeypatch, call):
+    """The layer is skipped; what the codebook kept of an earlier pass is not taken for this one's."""
+    with insert(tiny_lm, CONFIG, RESID) as inserted:
+        inserted.codes(PROMPT)
+        layer = tiny_lm.backend.hook_places[RESID].module
+        monkeypatch.setattr(
+            type(layer), "__call__", lambda self, x, *a, **k: x if self is layer else self._call_impl(x, *a, **k)
+        )
+        with pytest.raises(ModelError, match=f"did not reach the codebook at '{RESID}'"):
+            if call == "codes":
+                inserted.codes(PROMPT[:, :3])
+            else:
+                finetune(tiny_lm, PROMPT, inserted, n_steps=1, batch_size=2, train_lm=False, progress=False)
+
+
+def test_dropout_is_off_while_a_model_in_training_mode_is_finetuned(tiny_lm):
+    model = copy.deepcopy(tiny_lm.model)
+    model.model.layers[0].mlp.act_fn = torch.nn.Sequential(model.model.layers[0].mlp.act_fn, torch.nn.Dropout(0.5))
+    lm = load_model(model.train(), tiny_lm.tokenizer)
+    losses = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        losses += finetune(lm, PROMPT, n_steps=1, batch_size=2, lr=1e-12, progress=False)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6) and model.training
 
 
 def test_a_cut_pass_leaves_nothing_behind(tiny_lm):

@@ -20,8 +20,9 @@ from saelab.activation_cache.streaming import stream
 from saelab.errors import SaelabError
 from saelab.identity import ANY, differences
 from saelab.models.hashing import checksum, hash_model, hash_tokenizer, hash_tokenizer_files
-from saelab.saes import TopKConfig, TopKSAE
+from saelab.saes import AbsTopKConfig, MatchingPursuitConfig, TopKConfig, TopKSAE
 from saelab.tokens.mask import MASK_RULE
+from saelab.training.sae_run import variant_of
 
 HOOK = "blocks.1.hook_resid_post"
 TEXTS = [f"The river runs past the old mill, {n} times; she said it was sold to the man." for n in range(40)]
@@ -159,7 +160,7 @@ PAIRS = [(call, what) for call in REFUSING for what in CHANGES if (call, what) n
 @pytest.mark.parametrize("call, what", PAIRS)
 def test_a_folder_made_another_way_is_refused(lm, made, call, what, monkeypatch):
     other, more = changed(lm, what, monkeypatch)
-    with pytest.raises((ValueError, SaelabError), match=r"other arguments|another run|holds the activations"):
+    with pytest.raises((ValueError, SaelabError), match=r"other arguments|holds the activations"):
         REFUSING[call](other, made[call], **more)
 
 
@@ -191,6 +192,27 @@ def test_a_report_made_another_way_is_measured_again(lm, report, tmp_path, what,
     other, more = changed(lm, what, monkeypatch)
     assert score(other, path, **more).cosine != 0.125
     assert json.loads(report)["request"] != json.loads(path.read_text())["request"]
+
+
+SAME_WEIGHTS = {
+    "config": (TopKConfig(16, 2, normalize="none"), TopKConfig(16, 4, normalize="none")),
+    "variant": (TopKConfig(16, 2, normalize="none"), AbsTopKConfig(16, 2, normalize="none")),
+    "signed": (MatchingPursuitConfig(16, 2, normalize="none"), MatchingPursuitConfig(16, 2, True, normalize="none")),
+}
+
+
+@pytest.mark.parametrize("what", SAME_WEIGHTS)
+def test_the_same_weights_under_another_config_are_another_sae(lm, tmp_path, what):
+    pair = [variant_of(config)(config, 32) for config in SAME_WEIGHTS[what]]
+    assert pair[0].hash == pair[1].hash
+    options = {"hook_name": HOOK, "ctx_len": 32, "batch_size": 2, "progress": False}
+    reports = [
+        saelab.evaluate(sae, lm, TEXTS, path=tmp_path / "report.json", n_tokens_ce=64, **options) for sae in pair
+    ]
+    assert reports[1] == saelab.evaluate(pair[1], lm, TEXTS, n_tokens_ce=64, **options) != reports[0]
+    saelab.collect_features(pair[0], lm, TEXTS, out_dir=tmp_path / "store", **options)
+    with pytest.raises(SaelabError, match="sae[.](config|variant).* -> "):
+        saelab.collect_features(pair[1], lm, TEXTS, out_dir=tmp_path / "store", **options)
 
 
 def test_what_lies_in_a_folder_now_is_not_the_model_that_was_loaded_from_it(lm, tiny_folder, tmp_path):

@@ -277,6 +277,11 @@ def test_every_road_begins_as_the_tokenizer_does_and_ends_open(tmp_path, tiny_lm
     assert context_start(lm.tokenizer) == start and resolved_bos(lm, None) == recorded
     assert lm.to_ids("The weather")[0].tolist() == start + plain
     assert lm.to_ids(["The weather", "x"])[0].tolist() == start + plain
+    encoded = lm.tokenizer(["The weather"], return_tensors="pt")
+    assert torch.equal(lm.generate_ids(encoded, 4).ids, lm.generate_ids("The weather", 4).ids)
+    assert lm.generate(encoded, 4) == lm.tokenizer.decode(
+        lm.generate_ids("The weather", 4).ids, skip_special_tokens=True
+    )
     texts, hook = ["The weather today is fine. " * 9 + str(i) for i in range(60)], "blocks.1.hook_resid_post"
     options = {"ctx_len": 16, "batch_size": 4, "progress": False}
     cache = saelab.harvest(lm, texts, hook, 640, tmp_path / "cache", shard_rows=64, pool_shards=2, **options)

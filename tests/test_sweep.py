@@ -16,6 +16,7 @@ from saelab.benchmarks import measured, sweep
 from saelab.benchmarks.sweep import KEYS, SweepConfig, run_sweep, sweep_points
 from saelab.cli import main
 from saelab.errors import SaelabError
+from saelab.identity import of_model
 from saelab.interop import load_sae
 from saelab.runs import find_saes
 from saelab.saes import VARIANTS, ReLUConfig, TopKConfig
@@ -124,8 +125,15 @@ def test_longer_lists_add_to_the_table_and_other_settings_are_refused(cached, ro
     more = run_sweep(cached, CONFIG, lm=tiny_lm, progress=False, **lists)
     assert trained.call_args.args[0] == [TopKConfig(48, 2)]
     assert len(more) == 9 and more[4]["target_l0"] == 2 and more[:4] + more[5:] == rows
-    with pytest.raises(SaelabError, match="other settings .n_tokens: 2000 -> 2200"):
+    with pytest.raises(SaelabError, match="other arguments .n_tokens: 2000 -> 2200"):
         run_sweep(cached, SweepConfig(2_200, 200, 200), lm=tiny_lm, progress=False, **lists)
+
+
+def test_rows_of_another_model_are_refused(cached, rows, tiny_lm, monkeypatch):
+    monkeypatch.setattr(sweep, "of_model", lambda lm: of_model(lm) | {"model_hash": "f" * 64})
+    lists = LISTS | {"variants": ("topk",), "k": (2,), "lr": (None,), "seeds": (0,)}
+    with pytest.raises(SaelabError, match="other arguments .*model[.]model_hash"):
+        run_sweep(cached, CONFIG, lm=tiny_lm, progress=False, **lists)
 
 
 def test_other_settings_before_the_first_row_are_refused_with_the_flag_of_a_sweep(run, tiny_lm, monkeypatch):

@@ -13,7 +13,7 @@ from typing import Any
 
 from saelab.errors import SaelabError
 from saelab.files import atomic_write_json, atomic_write_text, locked, read_json
-from saelab.identity import ANY, differences
+from saelab.identity import ANY, differences, refusal
 from saelab.saes.step import RULES
 
 Row = dict[str, Any]
@@ -47,10 +47,7 @@ class Rows:
             raise SaelabError(f"{path} was not written by a benchmark. Move it away, or give another --out-dir.")
         different = differences(saved.get("settings") or {}, self.settings, _ABSENT)
         if different:
-            raise SaelabError(
-                f"{path.parent} holds a benchmark with other settings ({'; '.join(different)}). Use the same settings to "
-                "resume it, or give another --out-dir."
-            )
+            raise SaelabError(refusal(path.parent, "benchmark", different, "give another --out-dir"))
         return saved["rows"]
 
     def find(self, **key: Any) -> Row | None:

@@ -19,7 +19,7 @@ from saelab.benchmarks.results import Row, Rows, open_rows
 from saelab.benchmarks.synthetic import at_l0, check_variants
 from saelab.distributed import apart, rank_and_world_size
 from saelab.errors import TrainingError
-from saelab.identity import of_model
+from saelab.identity import of_model, refusal
 from saelab.models import LanguageModel, load_model
 from saelab.models.caching import Remembered
 from saelab.saes import SAE, VARIANTS
@@ -182,7 +182,7 @@ def _train(
     try:
         return train(configs, cache, trains, home, hook_name=config.hook_name, progress=progress)
     except AnotherRunError as error:  # from a sweep with other settings, interrupted before its first row
-        raise TrainingError(f"{error.found}give another --out-dir.") from error
+        raise TrainingError(refusal(error.folder, "run", error.different, "give another --out-dir")) from error
 
 
 def _order(row: Row) -> tuple[Any, ...]:

@@ -7,7 +7,7 @@ not mean that a source lacks the feature, so `latent_scaling` checks the activat
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -98,7 +98,7 @@ class LatentScaling(NamedTuple):
 @torch.no_grad()
 def latent_scaling(
     sae: CrosscoderSAE,
-    batches: Iterable[Float[Tensor, "_ n_sources d_in"]],
+    batches: Iterable[Float[Any, "_ n_sources d_in"]],
     a: int = 0,
     b: int = -1,
     units: str = "normalized",
@@ -117,7 +117,7 @@ def latent_scaling(
     along_error, along_hat = torch.zeros(2, 2, sae.d_sae, dtype=torch.float64, device=direction.device)
     squares = torch.zeros_like(along_hat[0])
     for raw in batches:
-        x = sae.normalize(raw.to(direction.device))
+        x = sae.checked(sae.normalize(raw))
         feature_acts = sae.encode_normalized(x)
         x, x_hat = (
             rearrange(rows, "token (source d) -> token source d", source=sae.n_sources).double()

@@ -24,7 +24,7 @@ from saelab.features.signed import SignedAccumulator
 from saelab.features.store import FeatureStore
 from saelab.features.writer import write_store
 from saelab.files import claim_folder, fsync_dir, remove_leftovers, temporary_path, writing
-from saelab.identity import ANY, differences, of_scoring, scoring_absent
+from saelab.identity import ANY, differences, of_scoring, refusal, scoring_absent
 from saelab.models import LanguageModel
 from saelab.models.hooks import writes_to_residual
 from saelab.models.multi_model import locate, together
@@ -113,10 +113,8 @@ def _refuse_other_request(out_dir: Path, request: dict[str, Any]) -> None:
     absent = {f"scoring.{key}": value for key, value in scoring_absent(manifest.get("tokenizer_hash")).items()}
     different = differences(manifest.get("request", {}), request, {"scoring": ANY, **absent})
     if different:
-        raise StoreError(
-            f"{out_dir} holds a feature store made with other arguments ({'; '.join(different)}). Use the same ones, or "
-            "remove that folder; in Python you can also choose another out_dir."
-        )
+        elsewhere = "remove that folder (in Python, or give another out_dir)"
+        raise StoreError(refusal(out_dir, "feature store", different, elsewhere))
 
 
 @torch.inference_mode()

@@ -13,7 +13,7 @@ from saelab.errors import ModelError
 from saelab.models.families import context_length, eager, find_decoder, in_eval_mode, rope_border, takes, tolerance
 from saelab.models.hooks import HookPlace, attach, bridge_hook_places, hf_hook_places, tapped
 from saelab.models.padding import N_TRIED, arguments, honours_padding, is_plain, refuse_unless
-from saelab.models.unembedding import between, logit_weights, watch_head
+from saelab.models.unembedding import between, logit_weights, unembedding_of, watch_head
 
 _STREAM = "hook_resid_pre", "hook_attn_out", "hook_mlp_out", "hook_resid_post"
 
@@ -152,7 +152,7 @@ class HFBackend(Backend):
         ids = self._some_ids(8)
         with torch.inference_mode(), in_eval_mode(self.model):
             head = watch_head(self.model, self.decoder.layers[-1], lambda: self.logits(ids))
-        norm, unembed = between(head.modules), self.model.get_output_embeddings().weight
+        norm, unembed = between(head.modules), unembedding_of(self.model.get_output_embeddings())
         if not isinstance(unembed, Tensor):
             raise ModelError(
                 f"The unembedding of {type(self.model).__name__} is quantised: load the model unquantised."

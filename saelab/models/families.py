@@ -7,6 +7,7 @@ whose layers do not pass the residual stream from one to the next.
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -33,10 +34,12 @@ class Stream(NamedTuple):
 
     inputs: dict[int, Tensor]
     outputs: dict[int, Tensor]
+    calls: Counter[int]
+    """How often each layer ran."""
 
     def is_passed_on(self, n_layers: int) -> bool:
-        """Whether every layer ran, on the output of the one before."""
-        if not len(self.inputs) == len(self.outputs) == n_layers:
+        """Whether every layer ran once, on the output of the one before: an edit in a loop would apply several times."""
+        if not len(self.inputs) == len(self.outputs) == n_layers or set(self.calls.values()) != {1}:
             return False
         pairs = [(self.outputs[i], self.inputs[i + 1]) for i in range(n_layers - 1)]
         return all(x.shape == y.shape and float((x - y).abs().max()) <= tolerance(x) for x, y in pairs)
@@ -94,14 +97,14 @@ def find_decoder(model: Any) -> Decoder:
             f"{name} has no list of {config.num_hidden_layers} layers, so saelab cannot place hooks in it."
         )
     ids = _probe_ids(config).to(next(model.parameters()).device)
-    streams = [Stream({}, {}) for _ in lists]
+    streams = [Stream({}, {}, Counter()) for _ in lists]
     _check_causal(name, _run(model, ids, lists, streams))
     for layers, stream in zip(lists, streams, strict=True):
         if stream.is_passed_on(len(layers)):
             return Decoder(config, layers)
     raise ModelError(
-        f"{name} does not run its {config.num_hidden_layers} layers one after another, each on the output of the one before "
-        "for each token; saelab cannot place hooks in it."
+        f"{name} does not run its {config.num_hidden_layers} layers one after another, each once, on the output of the one "
+        "before for each token; saelab cannot place hooks in it."
     )
 
 
@@ -125,14 +128,15 @@ def _run(model: Any, ids: Tensor, lists: list[nn.ModuleList], streams: list[Stre
             seen[i] = x
 
     handles: list[Any] = []
-    for layers, (inputs, outputs) in zip(lists, streams, strict=True):
+    for layers, stream in zip(lists, streams, strict=True):
         for i, layer in enumerate(layers):
 
-            def note_input(_module: Any, args: tuple, kwargs: dict, i: int = i, inputs: dict = inputs) -> None:
-                note(inputs, i, args[0] if args else kwargs.get("hidden_states"))
+            def note_input(_module: Any, args: tuple, kwargs: dict, i: int = i, stream: Stream = stream) -> None:
+                stream.calls[i] += 1
+                note(stream.inputs, i, args[0] if args else kwargs.get("hidden_states"))
 
-            def note_output(_module: Any, _args: tuple, output: Any, i: int = i, outputs: dict = outputs) -> None:
-                note(outputs, i, output[0] if isinstance(output, tuple) else output)
+            def note_output(_module: Any, _args: tuple, output: Any, i: int = i, stream: Stream = stream) -> None:
+                note(stream.outputs, i, output[0] if isinstance(output, tuple) else output)
 
             handles += [
                 layer.register_forward_pre_hook(note_input, with_kwargs=True),
@@ -188,7 +192,12 @@ def tolerance(x: Tensor) -> float:
 
 
 def _check_causal(name: str, logits: Tensor) -> None:
-    """Raises `ModelError` if changing the last token changes the logits before it."""
+    """Raises `ModelError` if changing the last token changes the logits before it, or logits are not finite."""
+    if not bool(logits.isfinite().all()):
+        raise ModelError(
+            f"{name} computes NaN or infinite logits in {str(logits.dtype).removeprefix('torch.')}: load it in a wider dtype "
+            "(dtype=torch.float32), or check its weights."
+        )
     change = (logits[0].float() - logits[1].float()).abs()
     moved, at_last = float(change[: _N - 1].max()), float(change[_N - 1].max())
     if not moved <= min(tolerance(logits), 0.02 * at_last):  # in one pass a decoder's are mostly bit-identical

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -15,7 +15,7 @@ from saelab.models.hooks import Edit, tapped
 from saelab.models.prompts import Batch, Prompt
 from saelab.models.sampling import Generation, OnToken, Sampling, sample
 from saelab.tokens.documents import whole_numbers
-from saelab.tokens.tokenizing import check_tokenizer
+from saelab.tokens.tokenizing import check_tokenizer, to_continue
 
 
 class Generates:
@@ -53,7 +53,7 @@ class Generates:
         NaN or infinite logits.
         """
         check_tokenizer(self.tokenizer)
-        rows = self._rows(self.to_batch(prompt, None, attention_mask))
+        rows = self._rows(prompt, attention_mask)
         how = Sampling(max_new_tokens, temperature, seed, num_return_sequences, self._stop_ids)
         is_list = isinstance(prompt, list | tuple) and whole_numbers(prompt) is None
         texts = [one for one in (prompt if is_list else [prompt]) if isinstance(one, str)]
@@ -81,7 +81,7 @@ class Generates:
         on_token: OnToken | None = None,
     ) -> Generation:
         """`generate` of one prompt as token ids, with the logits of each step on request. Active edits apply."""
-        rows = self._rows(self.to_batch(prompt))
+        rows = self._rows(prompt)
         if len(rows) != 1:
             raise ValueError(
                 f"generate_ids takes one prompt, got {len(rows)}; call it once for each, or generate for texts."
@@ -89,16 +89,20 @@ class Generates:
         how = Sampling(max_new_tokens, temperature, seed, 1, self._stop_ids, keep_logits)
         return self._generate(rows, how, on_token)[0]
 
-    @staticmethod
-    def _rows(batch: Batch) -> list[Tensor]:
-        """The ids of each prompt. Raises `ValueError` unless positions count from 0, as those of new tokens continue them."""
+    def _rows(self, prompt: Prompt, attention_mask: Any = None) -> list[Tensor]:
+        """The ids of each prompt, without what the tokenizer appended to them.
+
+        Raises `ValueError` unless positions count from 0, as those of new tokens continue them.
+        """
+        batch = self.to_batch(prompt, None, attention_mask)
         for positions in batch.positions:
             real = positions[positions >= 0]
             if not torch.equal(real, torch.arange(len(real), device=real.device)):
                 raise ValueError(
                     f"Generation needs positions that count from 0, got {real[:8].tolist()}: omit position_ids."
                 )
-        return batch.rows()
+        rows = batch.rows()
+        return [to_continue(row, self.tokenizer) for row in rows] if isinstance(prompt, Mapping) else rows
 
     def _generate(self, rows: list[Tensor], how: Sampling, on_token: OnToken | None) -> list[Generation]:
         how.check(max(map(len, rows)), self.max_ctx, self.name)

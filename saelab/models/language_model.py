@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from saelab.models.hashing import (
     stored_weights,
 )
 from saelab.models.hooks import Edit, HookPlace, hook_list, is_plain_mistake, tapped, unknown_hook
-from saelab.models.prompts import Batch, Prompt, check_batch, to_batch
+from saelab.models.prompts import Batch, Prompt, check_batch, several, to_batch
 from saelab.tokens.tokenizing import special_tokens
 
 
@@ -138,9 +138,7 @@ class LanguageModel(Generates):
             self._widths[hook_name] = self._capture(probe, probe, [hook_name], edited=False)[hook_name].shape[-1]
         return self._widths[hook_name]
 
-    def stream_activations(
-        self, batches: Iterable[Prompt], hook_names: str | Sequence[str]
-    ) -> Iterator[dict[str, Tensor]]:
+    def stream_activations(self, batches: Any, hook_names: str | Sequence[str]) -> Iterator[dict[str, Tensor]]:
         """Activations (batch, seq, d_in) in the model's dtype at each hook, for each batch; a batch is any `to_batch` input.
 
         A text, a tensor of ids or a tokenizer's output alone is one batch.
@@ -149,8 +147,8 @@ class LanguageModel(Generates):
         """
         names = hook_list(hook_names)
         self._hook_places_of(names)
-        one = isinstance(batches, str | Mapping | Tensor | np.ndarray)
-        return (self._capture(*self.to_batch(ids), names) for ids in ([batches] if one else batches))
+        listed = [batches] if isinstance(batches, np.ndarray) else several(batches, "batches")
+        return (self._capture(*self.to_batch(ids), names) for ids in listed)
 
     def _capture(self, ids: Tensor, positions: Tensor, names: list[str], edited: bool = True) -> dict[str, Tensor]:
         hook_places = self._hook_places_of(names)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,6 +33,26 @@ class Batch(NamedTuple):
     def rows(self) -> list[Int[Tensor, " n_tokens"]]:
         """The ids of each prompt, without padding."""
         return [ids[positions >= 0] for ids, positions in zip(self.ids, self.positions, strict=True)]
+
+
+def several(prompts: Any, name: str) -> Iterable[Any]:
+    """Each prompt of a list, an iterator, or a column of texts; one text, tensor or tokenizer's output is a single one.
+
+    Raises `ValueError` for anything else, such as a table, which would yield the names of its columns.
+    """
+    if isinstance(prompts, np.ndarray) and prompts.dtype.kind in "OTU":
+        return prompts.tolist()
+    if isinstance(prompts, str | Tensor | np.ndarray) or (
+        isinstance(prompts, Mapping) and not set(prompts) - _ENCODED and "input_ids" in prompts
+    ):
+        return [prompts]
+    is_table = hasattr(prompts, "columns") or hasattr(prompts, "column_names")
+    if isinstance(prompts, Mapping | bytes | bytearray | Set) or not isinstance(prompts, Iterable) or is_table:
+        raise ValueError(
+            f"{name} is a {type(prompts).__name__}: give a list of prompts, such as one column of a table, "
+            "list(table['text'])."
+        )
+    return prompts
 
 
 def to_batch(

@@ -101,6 +101,16 @@ def between(modules: list[nn.Module]) -> Callable[[Tensor], Tensor]:
     return run
 
 
+@torch.no_grad()
+def unembedding_of(head: nn.Module) -> Any:
+    """The matrix `(vocab, d_head)` of an unembedding; of one with modules inside (an adapter), read off from its outputs."""
+    weight: Any = head.weight
+    if not isinstance(weight, Tensor) or not any(True for _ in head.children()):
+        return weight
+    unit = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
+    return (head(unit).float() - head(torch.zeros_like(unit[:1])).float()).T
+
+
 class HeadPass(NamedTuple):
     """The path from the last layer to the logits, as recorded in one pass."""
 
@@ -139,7 +149,7 @@ def watch_head(model: Any, last_layer: nn.Module, run: Callable[[], Tensor]) -> 
             running.pop()
             (running[-1][1] if running else finished).append(module)
 
-    inner = {id(part) for part in last_layer.modules()} - {id(last_layer)}
+    inner = {id(part) for one in (last_layer, head) for part in one.modules()} - {id(last_layer), id(head)}
     handles = []
     for module in model.modules():
         if id(module) not in inner:

@@ -201,9 +201,9 @@ class SAE(nn.Module):
 
         Raises `ValueError` for rows that are NaN or infinite.
         """
-        return self.encode_normalized(self._checked(self.normalize(x)))
+        return self.encode_normalized(self.checked(self.normalize(x)))
 
-    def _checked(self, x: Float[Tensor, "batch width"]) -> Float[Tensor, "batch width"]:
+    def checked(self, x: Float[Tensor, "batch width"]) -> Float[Tensor, "batch width"]:
         """`x` unless something in it is not finite, which no threshold keeps: it would pass for a token without features."""
         if not bool(x.detach().sum().isfinite()):  # one pass; a sum may also be too large
             bad = (~x.isfinite().all(1)).nonzero().flatten().tolist()

@@ -60,7 +60,8 @@ class CrosscoderConfig(SelectionConfig):
 
     def __post_init__(self) -> None:
         if self.hook_names is not None:
-            object.__setattr__(self, "hook_names", tuple(self.hook_names))  # JSON gives a list
+            names = [self.hook_names] if isinstance(self.hook_names, str) else self.hook_names
+            object.__setattr__(self, "hook_names", tuple(names))  # JSON has a list
             if not self.hook_names or len(set(self.hook_names)) < len(self.hook_names):
                 raise ValueError(f"hook_names={self.hook_names} must name one hook or more, each once; None is all.")
         super().__post_init__()

@@ -89,7 +89,7 @@ class MatchingPursuitSAE(SAE):
     def encode_in_steps(self, x: Any, n_steps: int) -> SparseActs:
         """Codes of raw activations after another number of steps than `config.k`; more never reconstruct worse."""
         check_integer("n_steps", n_steps, 1)
-        return self._pursue(self.normalize(x), n_steps)[0]
+        return self._pursue(self.checked(self.normalize(x)), n_steps)[0]
 
     def _pursue(
         self, x: Float[Tensor, "batch d_in"], n_steps: int, rules: int = RULES

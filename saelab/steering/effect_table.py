@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from saelab.edits.feature_edit import FeatureHandle
 from saelab.models import Edit, LanguageModel
 from saelab.models.hooks import writes_to_residual
+from saelab.models.prompts import several
 from saelab.steering.vectors import Direction
 
 NEUTRAL_PROMPTS = (
@@ -104,7 +104,7 @@ class EffectTable(NamedTuple):
 def effect_table(
     lm: LanguageModel,
     store_or_handles: Any,
-    prompts: Sequence[str] = NEUTRAL_PROMPTS,
+    prompts: Any = NEUTRAL_PROMPTS,
     n_features: int = 10,
     n_random: int = 20,
     strength: float = 2.0,
@@ -120,7 +120,8 @@ def effect_table(
     handles = _handles(store_or_handles, n_features, seed)
     generator = torch.Generator().manual_seed(seed)
     weights = lm.logit_weights().cpu()
-    ids, positions = lm.to_batch(list(prompts))
+    prompts = list(several(prompts, "prompts"))
+    ids, positions = lm.to_batch(prompts)
     last = (positions >= 0).sum(1) - 1  # (n_prompts)
 
     def log_probs(edit: Edit | None) -> Float[Tensor, "n_prompts vocab"]:

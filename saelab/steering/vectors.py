@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from saelab.edits.feature_edit import finite
 from saelab.models import LanguageModel
+from saelab.models.prompts import several
 
 _BATCH = 16
 
@@ -82,9 +82,9 @@ class Direction:
         return VectorEdit(self.hook_name, self.vector, "ablate")
 
 
-def diff_means(lm: LanguageModel, pos: Sequence[str], neg: Sequence[str], hook_name: str) -> Direction:
+def diff_means(lm: LanguageModel, pos: Any, neg: Any, hook_name: str) -> Direction:
     """Difference of means: the mean activation over the tokens of `pos` minus that of `neg`, without position 0 and special
-    tokens.
+    tokens. A side is a list of texts, a column of a table, or an iterator.
 
     Raises `ValueError` when a side has no texts or no tokens left, or for an unknown hook.
     """
@@ -92,8 +92,8 @@ def diff_means(lm: LanguageModel, pos: Sequence[str], neg: Sequence[str], hook_n
     return Direction(_mean(lm, pos, hook_name, "pos") - _mean(lm, neg, hook_name, "neg"), hook_name)
 
 
-def _mean(lm: LanguageModel, texts: Sequence[str], hook_name: str, side: str) -> Float[Tensor, " d_in"]:
-    texts = [texts] if isinstance(texts, str) else list(texts)
+def _mean(lm: LanguageModel, texts: Any, hook_name: str, side: str) -> Float[Tensor, " d_in"]:
+    texts = list(several(texts, side))
     total, count = torch.zeros(lm.d_in(hook_name), dtype=torch.float64), 0
     special = torch.tensor(lm.special_ids, dtype=torch.int64)
     for start in range(0, len(texts), _BATCH):

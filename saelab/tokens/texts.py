@@ -193,7 +193,7 @@ class TokenBatch:
 
 
 def pack(
-    documents: Iterable[Document],
+    documents: Any,
     lm_or_tokenizer: Any,
     ctx_len: int,
     batch_size: int,
@@ -207,7 +207,8 @@ def pack(
     follows, and dropped from a document that begins with it itself). `on_document(index, document)` is called for each in
     order, before the first batch that holds one of its tokens; documents are read ahead, so some may never reach a batch.
 
-    Raises `ValueError` for sizes below 1 (2 with BOS), a tokenizer without EOS or BOS, and texts without a tokenizer.
+    Raises `ValueError` for what is not a list or iterator of documents, sizes below 1 (2 with BOS), a tokenizer without EOS
+    or BOS, and texts without a tokenizer.
     """
     eos, start = eos_and_start(lm_or_tokenizer, ctx_len, batch_size, prepend_bos)
     return _pack(tokenized(documents, lm_or_tokenizer, start, eos, on_document), ctx_len, batch_size, eos, start)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
+
+from torch import Tensor
 
 from saelab.tokens.documents import Document, whole_numbers
 from saelab.tokens.sources import without_lone_surrogates
@@ -22,7 +24,7 @@ def context_start(lm_or_tokenizer: Any, prepend_bos: Bos = None) -> list[int]:
     """
     tokenizer = getattr(lm_or_tokenizer, "tokenizer", lm_or_tokenizer)
     if prepend_bos is None:
-        return [] if tokenizer is None else _tokenizers_own(tokenizer)
+        return [] if tokenizer is None else _added(tokenizer)[0]
     check_bos(prepend_bos)
     if not isinstance(prepend_bos, bool):
         return list(prepend_bos)
@@ -52,13 +54,20 @@ def resolved_bos(lm: Any, prepend_bos: Bos) -> bool | list[int]:
     return start if start and start != [lm.bos_id] else bool(start)
 
 
-def _tokenizers_own(tokenizer: Any) -> list[int]:
+def _added(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts in front of a text and behind it."""
     for probe in (*_PROBES, *_of_its_vocabulary(tokenizer)):
         bare, full = _ids(tokenizer, probe, add_special_tokens=False), _ids(tokenizer, probe)
         for start in range(len(full) - len(bare) + 1) if bare else ():
             if full[start : start + len(bare)] == bare:
-                return full[:start]
-    return []
+                return full[:start], full[start + len(bare) :]
+    return [], []
+
+
+def to_continue(row: Tensor, tokenizer: Any) -> Tensor:
+    """Ids `(n)` of a tokenizer's output without what it appends to a text, such as EOS, which would end the text."""
+    end = [] if tokenizer is None else _added(tokenizer)[1]
+    return row[: -len(end)] if end and len(row) > len(end) and row[-len(end) :].tolist() == end else row
 
 
 def _of_its_vocabulary(tokenizer: Any, n: int = 50) -> Iterator[str]:
@@ -128,7 +137,7 @@ def eos_and_start(lm_or_tokenizer: Any, ctx_len: int, batch_size: int, prepend_b
 
 
 def tokenized(
-    documents: Iterable[Document],
+    documents: Any,
     lm_or_tokenizer: Any,
     start: list[int],
     eos: int,
@@ -137,6 +146,14 @@ def tokenized(
     """Token ids of each non-empty document, tokenised in groups; `on_document(index, document)` is called before they are
     yielded. A leading `start` is dropped, and an `eos` at the end of a document given as ids."""
     tokenizer, index = getattr(lm_or_tokenizer, "tokenizer", lm_or_tokenizer), 0
+    if (
+        isinstance(documents, str | bytes | Mapping)
+        or hasattr(documents, "columns")
+        or hasattr(documents, "column_names")
+    ):
+        raise ValueError(
+            f'documents is a {type(documents).__name__}: give a list of documents, or load_texts(...).documents("all").'
+        )
     for group in _groups(documents):
         for document, ids in zip(group, _group_ids(group, tokenizer), strict=True):
             ids = ids[len(start) :] if start and ids[: len(start)] == start else ids

@@ -28,7 +28,7 @@ from saelab.files import (
     remove_leftovers,
     tensors_hash,
 )
-from saelab.identity import ANY, differences
+from saelab.identity import ANY, differences, refusal
 from saelab.saes import SAE
 from saelab.training.adam import Adam
 from saelab.training.dead_features import DeadFeatures
@@ -41,11 +41,13 @@ _NAME = re.compile(r"step-(\d{8})(\.safetensors)?")
 
 
 class AnotherRunError(TrainingError):
-    """A folder holds a run of other arguments: what was found there, and where `train` can go instead."""
+    """A folder holds a run of other arguments, `different`."""
 
-    def __init__(self, found: str, fix: str):
-        super().__init__(found + fix)
-        self.found = found
+    def __init__(self, folder: Path, different: list[str]):
+        super().__init__(
+            refusal(folder, "run", different, "train elsewhere (--name NAME or another RUN; in Python another out_dir)")
+        )
+        self.folder, self.different = folder, different
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -182,8 +184,5 @@ def claim_run(folder: Path, arguments: Mapping[str, Any], rules: int, environmen
     asked = json.loads(json.dumps(arguments))  # tuples are lists there
     different = differences(before, asked, {"rows": ANY})
     if different:
-        raise AnotherRunError(
-            f"{folder} holds another run ({'; '.join(different)}). Use the same arguments to go on, or ",
-            "train elsewhere (--name NAME or another RUN; in Python another out_dir).",
-        )
+        raise AnotherRunError(folder, different)
     return environment_then

@@ -31,7 +31,7 @@ from saelab.training.feature_shards import FeatureShard, check_shardable, gather
 from saelab.training.metrics_log import MetricsLog
 from saelab.training.optimizer import apply_step, learning_rate
 from saelab.training.running_norm import RunningNorm
-from saelab.training.start import check_end, check_start
+from saelab.training.start import check_end, check_promise, check_start
 from saelab.training.state import State
 
 
@@ -186,6 +186,8 @@ class Run:
         check_end(self.sae, self.last.get("l0", 1.0))
         inputs = self.hooks.batch(unseen).x
         calibrated = self.rules > 1 and not isinstance(self.sae, FeatureShard) and self.sae.calibrate(inputs)
+        if self.rules > 1 and not isinstance(self.sae, FeatureShard) and self.ranks.is_main_process:
+            check_promise(self.sae, inputs)
         trained = {
             "train": self.train.settings(),
             "rules": self.rules,

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from saelab.errors import TrainingError
 from saelab.saes import SAE, JumpReLUConfig
+from saelab.saes.calibration import ROWS_AT_ONCE
 from saelab.saes.threshold import ThresholdSAE
 
+_LOG = logging.getLogger("saelab")
 LEAST_L0 = 0.01
 
 
@@ -27,6 +34,20 @@ def check_start(sae: SAE, l0: float) -> None:
             "data, or take normalize='center_and_scale'"
         )
     raise TrainingError(f"Nothing fires at the start ({l0:.2g} features a token), so nothing can be learned: {fix}.")
+
+
+@torch.no_grad()
+def check_promise(sae: SAE, x: Float[Tensor, "n ..."]) -> None:
+    """Log a warning if the L0 on raw rows `x` is over 5 % off what the config promises."""
+    promised = sae.expected_l0(sae.config)
+    if promised is None or not len(x):
+        return
+    l0 = sum(sae.encode_normalized(sae.normalize(rows)).nnz for rows in x.split(ROWS_AT_ONCE)) / len(x)
+    if abs(l0 / promised - 1) > 0.05:
+        _LOG.warning(
+            f"{sae.variant}: {l0:.2f} features fire per token on {len(x):,} rows after training; the config asks for "
+            f"{promised:g}. Train longer, or change the L0."
+        )
 
 
 def check_end(sae: SAE, l0: float) -> None:

@@ -18,6 +18,10 @@ class Bottleneck:
         self.ids: Tensor | None = None
         self.loss: Tensor | None = None
 
+    def forget(self) -> None:
+        """Before a pass: what `seen`, `ids` and `loss` hold afterwards is that pass's own."""
+        self.seen = self.ids = self.loss = None
+
     def __call__(self, x: Float[Tensor, "batch seq *d_in"]) -> Float[Tensor, "batch seq *d_in"]:
         """The hook: the codebook computes in its own precision, whatever the model's."""
         rows = rearrange(x, "batch position ... -> (batch position) (...)").to(self.codebook.codes.dtype)

@@ -13,7 +13,8 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from saelab.errors import TrainingError
-from saelab.saes.codebook.insertion import Inserted
+from saelab.models.families import in_eval_mode
+from saelab.saes.codebook.insertion import Inserted, reached
 from saelab.saes.codebook.revival import generator_of
 from saelab.tokens import load_texts, pack
 from saelab.validation import check_integer
@@ -67,8 +68,10 @@ def finetune(
 
 def _step(lm: LanguageModel, books: list[Any], ids: Tensor, labels: Tensor, optimizer: Any, parameters: Any) -> float:
     ids, labels = ids.to(lm.device), labels.to(lm.device)
+    for book in books:
+        book.forget()
     loss = lm_loss(_logits(lm, ids), labels)
-    total = loss + sum(book.loss for book in books)
+    total = loss + sum(reached(book, book.loss) for book in books)
     optimizer.zero_grad()
     total.backward()
     norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
@@ -105,7 +108,8 @@ def _trained(lm: LanguageModel, inserted: Inserted | None, train_lm: bool) -> It
     required = [(parameter, parameter.requires_grad) for parameter in lm.model.parameters()]
     lm.model.requires_grad_(train_lm)
     try:
-        yield parameters
+        with in_eval_mode(lm.model):
+            yield parameters
     finally:
         for parameter, before in required:
             parameter.requires_grad_(before)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Int
 from torch import Tensor
 
+from saelab.errors import ModelError
 from saelab.models.hooks import attach
 from saelab.saes.codebook.bottleneck import Bottleneck
 from saelab.saes.codebook.config import CodebookConfig
@@ -50,7 +51,7 @@ class Inserted:
         while self._handles:
             self._handles.pop().remove()
         for bottleneck in self.bottlenecks.values():  # no edit may take an old pass for its own
-            bottleneck.seen = bottleneck.ids = bottleneck.loss = None
+            bottleneck.forget()
 
     @property
     def active(self) -> bool:
@@ -64,8 +65,10 @@ class Inserted:
 
     def codes(self, prompt: Prompt) -> dict[str, Int[Tensor, "batch seq kept"]]:
         """Ids of the codes at each hook and token, ascending, `k` for each group."""
+        for bottleneck in self.bottlenecks.values():
+            bottleneck.forget()
         shape = self.lm.logits(prompt).shape[:2]
-        return {name: _seen(b, b.ids).clone().unflatten(0, shape) for name, b in self.bottlenecks.items()}
+        return {name: reached(b, b.ids).clone().unflatten(0, shape) for name, b in self.bottlenecks.items()}
 
     def force(self, hook_name: str, code: int, positions: Any = None, slot: int = -1) -> CodeEdit:
         """An edit for `lm.steer`: the code takes the place of another one of its group.
@@ -108,6 +111,11 @@ def insert(
     return Inserted(lm, made)
 
 
-def _seen(bottleneck: Bottleneck, value: Tensor | None) -> Tensor:
-    assert value is not None, f"no activation passed {bottleneck.hook_name}"
+def reached(bottleneck: Bottleneck, value: Tensor | None) -> Tensor:
+    """What the codebook kept of the last pass. Raises `ModelError` where the pass did not come through it."""
+    if value is None:
+        raise ModelError(
+            f"The forward pass did not reach the codebook at {bottleneck.hook_name!r}, so the model ran without it. The layer "
+            "is skipped, or runs compiled or replaced code: insert the codebook at another hook, or use the plain model."
+        )
     return value
