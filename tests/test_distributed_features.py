@@ -87,5 +87,5 @@ def test_an_altered_shard_is_passed_over(trained):
     path.write_bytes(data)
     from saelab.training.checkpoint import check_checkpoint, newest_checkpoint
 
-    with pytest.warns(UserWarning, match="step-00000006 is passed over .*was altered"):
+    with pytest.warns(UserWarning, match="step-00000006 is skipped .*was altered"):
         assert newest_checkpoint(folder.parent, lambda path, step: check_checkpoint(path, step, 99)) == 3

@@ -259,8 +259,8 @@ def test_iterators_of_batches():
 @pytest.mark.parametrize(
     ("data", "says"),
     [
-        (pairs(64).x, r"hook_name_out='b' needs rows of that site.*Batch\(x, y\)"),
-        (Batch(torch.ones(64, 3), torch.ones(63, 3)), r"as many rows each, got \[64, 63\]"),
+        (pairs(64).x, r"hook_name_out='b' needs rows of that hook.*Batch\(x, y\)"),
+        (Batch(torch.ones(64, 3), torch.ones(63, 3)), r"must have the same number of rows, got \[64, 63\]"),
         (Batch(torch.ones(64, 3), torch.full((64, 3), torch.inf)), "64 of 64 rows hold NaN"),
         (torch.ones(64, 2, 3), "hook_name_out='b' needs rows"),
     ],
