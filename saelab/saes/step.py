@@ -11,7 +11,7 @@ from saelab.distributed import SINGLE_PROCESS, Ranks
 from saelab.kernels.sparse_acts import SparseActs
 
 RULES = 4
-"""Version of the training rules. A change that alters the bits of a run raises it; runs already begun keep their rules."""
+"""Version of the training rules. A change that alters the bits of a run raises it; runs already started keep theirs."""
 
 
 class SAEOutput(NamedTuple):
@@ -40,7 +40,7 @@ class StepInfo(NamedTuple):
     ranks: Ranks = SINGLE_PROCESS
     """The ranks that share the batch, for quantities that depend on all its rows."""
     rules: int = RULES
-    """The training rules of the run; lower than `RULES` if an earlier saelab began it (`training/rules.py`)."""
+    """The training rules of the run; lower than `RULES` if an earlier saelab started it (`training/rules.py`)."""
 
 
 class Loss(NamedTuple):

@@ -1,4 +1,4 @@
-"""Training rules: a run that an earlier saelab began keeps its rules to the end, so that it resumes bit for bit.
+"""Training rules: a run that an earlier saelab started keeps its rules to the end, so that it resumes bit for bit.
 
 `run.json` records their number; if it has none, they are rules 1, those of the first version. Code that later rules changed
 checks `StepInfo.rules`, or the run's.
@@ -21,14 +21,16 @@ FIRST = 1
 
 
 def rules_of(folders: Iterable[Path | None], ranks: Ranks, device: torch.device) -> int:
-    """The rules of the unfinished runs in `folders`, which share their batches; `RULES` if none was begun.
+    """The rules of the unfinished runs in `folders`, which share their batches; `RULES` if none was started.
 
     Raises `TrainingError` if they differ.
     """
     found = {folder: _begun_by(folder) for folder in folders if folder is not None and _is_unfinished(folder)}
     if len(set(found.values())) > 1:
         said = ", ".join(f"{folder} under rules {rules}" for folder, rules in found.items())
-        raise TrainingError(f"These runs were begun by different versions of saelab ({said}): finish each separately.")
+        raise TrainingError(
+            f"These runs were started by different versions of saelab ({said}): finish each separately."
+        )
     rules = torch.tensor(next(iter(found.values()), RULES), device=device)
     ranks.broadcast_([rules])
     return int(rules)

@@ -169,7 +169,7 @@ class Run:
         return {name: share * value for name, value in values.items()}
 
     def checkpoint(self) -> None:
-        """Write the state before the next step, if the run has a folder and has begun."""
+        """Write the state before the next step, if the run has a folder and has made a step."""
         self.state.save(self.step)
 
     def finish(self, rows: Rows, unseen: Rows, kept_out: bool) -> SAE:
