@@ -252,7 +252,7 @@ def test_iterators_of_batches():
     sae = train(TranscoderConfig(16, 2), iter(chunks), SMALL, progress=False)
     assert isinstance(sae, TranscoderSAE)
     torch.testing.assert_close(sae.center_out, batch.y[:100].mean(0))
-    with pytest.raises(ValueError, match="has x and y, this one has x"):
+    with pytest.raises(ValueError, match="must have x and y, this one has x"):
         train(TranscoderConfig(16, 2), iter([chunks[0], batch.x, *chunks]), SMALL, progress=False)
 
 
