@@ -67,7 +67,8 @@ class JumpReLUConfig:
     ste_to_input: bool = field(default=False, metadata=LATER)
     """Pass the straight-through gradient of the window on to pre-activations too, and so to all weights, not just thresholds."""
     initial_threshold: float | None = None
-    """Initial theta, at least `bandwidth`; None lets 8 times `target_l0` (32 if unset) features fire, at any `normalize`."""
+    """Initial theta of every feature; None is where 8 times `target_l0` (32 if unset) features fire, at any `normalize`, or
+    `bandwidth` if that is larger."""
     pre_bias: bool = False
     """Subtract `b_dec` from the input before the encoder."""
     tanh_scale: float = 4.0
