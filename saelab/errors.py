@@ -1,8 +1,8 @@
-"""The errors saelab raises beside `ValueError`: each message names the value, what was expected, and the fix."""
+"""The errors saelab raises besides `ValueError`: each message names the value, what was expected, and the fix."""
 
 
 class SaelabError(Exception):
-    """Base of everything saelab raises on purpose that is not a bad argument value."""
+    """Base of all errors that saelab raises on purpose, except for bad argument values."""
 
 
 class ModelError(SaelabError):
@@ -10,11 +10,11 @@ class ModelError(SaelabError):
 
 
 class CacheError(SaelabError):
-    """An activation cache is damaged, foreign, or does not fit."""
+    """An activation cache is damaged, not a saelab cache, or does not match the call."""
 
 
 class TrainingError(SaelabError):
-    """Training stopped: NaN or infinite activations, or a run folder that cannot be continued."""
+    """Training failed: non-finite numbers, too little memory, a lost rank, or a folder that holds another run."""
 
 
 class StoreError(SaelabError):

@@ -1,4 +1,4 @@
-"""Writing files so that nothing half-written is ever visible: temporary name, fsync, rename, fsync of the folder."""
+"""Atomic file writing: temporary name, fsync, rename, fsync of the folder, so that no partial file is ever visible."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ LOCK = ".lock"
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Give a temporary name beside `path`; on a clean exit it is flushed to disk and renamed to `path`.
+    """Yield a temporary path next to `path`; on a clean exit the file is flushed to disk and renamed to `path`.
 
-    Raises `SaelabError` when that fails (disk full, no permission); whatever stood at `path` before is then untouched.
+    Raises `SaelabError` if that fails (disk full, no permission); what was at `path` before is then untouched.
     """
     path = Path(path)
     temporary = temporary_path(path)
@@ -44,29 +44,29 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             temporary.replace(path)
             fsync_dir(path.parent)
         finally:
-            with suppress(OSError):  # it must not hide what went wrong
+            with suppress(OSError):  # must not mask the original error
                 temporary.unlink(missing_ok=True)
 
 
 def temporary_path(path: Path, owner: int | None = None) -> Path:
-    """Where this process, or the one of number `owner`, builds what `path` becomes."""
+    """Temporary path where this process, or the one with number `owner`, builds `path`."""
     machine, pid = divmod(process_number() if owner is None else owner, _PIDS)
     return path.with_name(f".{path.name}.tmp-{machine:08x}-{pid}")
 
 
 _PIDS = 2**23  # Linux has at most 2**22 process ids
-_ABANDONED = 24 * 60 * 60  # seconds after which what another machine left is no longer being written
+_ABANDONED = 24 * 60 * 60  # seconds after which files of another machine count as abandoned
 
 
 def process_number() -> int:
-    """This process among those of all machines that may share a disk."""
+    """A number for this process among those of all machines that may share a disk."""
     return zlib.crc32(socket.gethostname().encode()) * _PIDS + os.getpid()
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
-    """Remove what killed processes left in `folder` under temporary names (of `name` alone, where it is given).
+    """Remove temporary files that killed processes left in `folder` (only those of `name`, if it is given).
 
-    Of another machine on the same disk only what was not touched for a day: whether its process runs nobody can tell here.
+    Files of other machines on the same disk go only if untouched for a day, as their processes cannot be checked here.
     """
     machine = f"{process_number() // _PIDS:08x}"
     for entry in folder.iterdir():
@@ -101,13 +101,13 @@ def _is_running(pid: int) -> bool:
 
 @contextmanager
 def writing(path: str | Path, advice: str = "Everything written before is intact") -> Iterator[None]:
-    """Turn what the system says against writing `path` into a `SaelabError` with the path, the cause and the fix."""
+    """Turn operating-system errors on writing `path` into a `SaelabError` with the path, the cause and the fix."""
     try:
         yield
     except SaelabError:
         raise
     except Exception as error:
-        in_text = re.search(r"os error (\d+)", str(error))  # of safetensors, in Rust's words
+        in_text = re.search(r"os error (\d+)", str(error))  # from safetensors, as Rust words it
         number = error.errno if isinstance(error, OSError) else int(in_text[1]) if in_text else None
         if number is None:
             raise
@@ -116,8 +116,8 @@ def writing(path: str | Path, advice: str = "Everything written before is intact
 
 
 _FULL = "The disk is full while writing {path} (no space, quota or file-size limit): make room and repeat the same call"
-_FORBIDDEN = "{path} cannot be written, for lack of permission: give a folder you can write to, or change its mode"
-_BELOW_A_FILE = "{path} cannot be written, as there is a file where a folder must be: give another place"
+_FORBIDDEN = "{path} cannot be written for lack of permission: give a folder you can write to, or change its mode"
+_BELOW_A_FILE = "{path} cannot be written, as there is a file where a folder must be: give another path"
 _FIXES = {
     **dict.fromkeys((errno.ENOSPC, errno.EFBIG, errno.EDQUOT), _FULL),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _FORBIDDEN),
@@ -129,7 +129,7 @@ _FIXES = {
 
 @contextmanager
 def locked(folder: Path, busy: str) -> Iterator[None]:
-    """Hold the lock of `folder`; it is let go when the process ends, however it ends. `SaelabError(busy)` when held."""
+    """Hold the lock of `folder`, released however the process ends. Raises `SaelabError(busy)` if another holds it."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK).open("ab")
@@ -151,20 +151,20 @@ def fsync_dir(path: str | Path) -> None:
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:
-    """Write `text` as UTF-8 to `path`, whole or not at all."""
+    """Write `text` as UTF-8 to `path`, atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def atomic_write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as indented JSON to `path`, whole or not at all. NaN is refused (`ValueError`): JSON has none."""
+    """Write `value` as indented JSON to `path`, atomically. Raises `ValueError` for NaN, which JSON does not have."""
     atomic_write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def atomic_save_safetensors(
     path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Save tensors (made contiguous) to `path`, whole or not at all."""
+    """Save tensors (made contiguous) to `path`, atomically."""
     from safetensors.torch import save_file
 
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -173,7 +173,7 @@ def atomic_save_safetensors(
 
 
 def read_json(path: str | Path) -> Any:
-    """Read a JSON file; a `SaelabError` names the file when it is missing or not JSON."""
+    """Read a JSON file. Raises `SaelabError` naming the file if it is missing or not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -181,7 +181,9 @@ def read_json(path: str | Path) -> Any:
     except OSError as error:
         raise SaelabError(f"{path} cannot be read ({error.strerror}).") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise SaelabError(f"{path} is not valid JSON ({error}). It was altered or truncated: make it anew.") from error
+        raise SaelabError(
+            f"{path} is not valid JSON ({error}). It was altered or truncated: create it again."
+        ) from error
 
 
 def sha256_file(path: str | Path) -> str:
@@ -202,9 +204,9 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 def claim_folder(folder: str | Path, marker: str, kind: str) -> Path:
-    """Make `folder` for a `kind` ("cache", "SAE", "feature store"), or accept one that already holds the file `marker`.
+    """Create `folder` for a `kind` ("cache", "SAE", "feature store"), or accept one that already holds the file `marker`.
 
-    Raises `ValueError` when the folder holds something else, so that a bad `out_dir` never mixes with other work.
+    Raises `ValueError` if the folder holds something else, so that a wrong `out_dir` never mixes with other files.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -212,7 +214,7 @@ def claim_folder(folder: str | Path, marker: str, kind: str) -> Path:
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
-    home = (folder / marker).parent  # of a claim that was cut off before its marker was written
+    home = (folder / marker).parent  # left by a claim interrupted before its marker was written
     begun = {home} if home != folder and home.is_dir() and not _lasting(home) else set()
     others = _lasting(folder) - begun
     if others and not (folder / marker).is_file():
@@ -225,5 +227,5 @@ def claim_folder(folder: str | Path, marker: str, kind: str) -> Path:
 
 
 def _lasting(folder: Path) -> set[Path]:
-    """What a folder holds beside temporaries and locks."""
+    """Entries of a folder besides temporary files and locks."""
     return {entry for entry in folder.iterdir() if ".tmp-" not in entry.name and entry.name != LOCK}

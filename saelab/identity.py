@@ -1,8 +1,8 @@
-"""What makes two results the same: the one list of what decides a number, and how a saved one is held against it.
+"""The identity of a result: everything that decides its numbers, and how a saved identity is compared with a new call's.
 
-A result on disk (a cache, a run, a report, a store, the rows of a bench) keeps what it was asked for, and answers a call
-only where that agrees. A key that it lacks came later than the version that wrote it: it means what that version did,
-which `absent` says, or, where nobody can tell any more, it is taken to agree (`ANY`).
+A result on disk (a cache, a run, a report, a store, the rows of a bench) records what it was asked for, and serves a call
+only if that agrees. A key that it lacks was added after the version that wrote it: `absent` says what that version did, or,
+if that cannot be known, the key is taken to agree (`ANY`).
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from saelab.tokens.packing import PACKED
 from saelab.tokens.tokenizing import resolved_bos, tokenizer_probe
 
 ANY = object()
-"""Of an absent key: nobody can tell what it was."""
+"""Value of an absent key that cannot be known."""
 _NONE = "(none)"
 _TOKENIZER = ("bos_id", "eos_id", "tokenizer_files", "tokenizer_probe")
 _FUNCTION = ("model_config", "logits_probe")
 LATER: dict[str, Any] = dict.fromkeys((*_TOKENIZER, *_FUNCTION), ANY)
-"""Of `of_model`: keys that came after the first version, as `absent`."""
+"""Keys of `of_model` that were added after the first version, for `absent`."""
 
 
 def of_model(lm: LanguageModel) -> dict[str, Any]:
-    """What a model makes of a text: its weights, their dtype, what its config and anything hooked into it make of them, and
-    its tokenizer with the roles of special tokens."""
+    """What decides a model's outputs for a text: its weights, their dtype, its config, anything hooked into it, and its
+    tokenizer with the roles of special tokens."""
     dtype = str(lm.dtype).removeprefix("torch.")
     known = {"model_hash": lm.hash, "model_dtype": dtype, "tokenizer_hash": lm.tokenizer_hash}
     files = {"tokenizer_files": lm.tokenizer_files} if lm.tokenizer_files else {}
@@ -41,13 +41,13 @@ def of_model(lm: LanguageModel) -> dict[str, Any]:
 
 
 def of_rows(lm: LanguageModel, texts: Texts, hooks: Sequence[str]) -> dict[str, Any]:
-    """What decides the rows of a cache or a stream beside the numbers that the caller gives."""
+    """What decides the rows of a cache or a stream besides the caller's numeric arguments."""
     known = of_model(lm) | {"hooks": {hook: lm.d_in(hook) for hook in hooks}}
     return known | {"texts_fingerprint": texts.fingerprint(), "packing": PACKED, "mask_rule": MASK_RULE}
 
 
 def of_scoring(sae: SAE, lm: LanguageModel, texts: Texts) -> dict[str, Any]:
-    """What decides the numbers of a report or a store beside the caller's arguments, JSON-able."""
+    """What decides the numbers of a report or a store besides the caller's arguments; serialisable as JSON."""
     origin = {key: sae.provenance.origin.get(key) for key in ("hook_name", "ctx_len", "prepend_bos", "mask")}
     if origin["prepend_bos"] is None:  # the first version read no BOS then, and noted nothing
         origin["prepend_bos"] = resolved_bos(lm, None) or None
@@ -67,16 +67,16 @@ def of_scoring(sae: SAE, lm: LanguageModel, texts: Texts) -> dict[str, Any]:
 
 
 def scoring_absent(tokenizer_hash: str | None) -> dict[str, Any]:
-    """Keys of `of_scoring` that the first version lacks; it read texts with the tokenizer of `tokenizer_hash`, if known."""
+    """Keys of `of_scoring` that the first version lacks; it read texts with the tokenizer `tokenizer_hash`, if known."""
     later = LATER | {"tokenizer_hash": tokenizer_hash or ANY, "special_ids": ANY}
     absent = {f"model.{key}": value for key, value in later.items()}
     return absent | {"mask_rule": ANY, "sae.variant": ANY, "sae.config": ANY}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], absent: Mapping[str, Any] | None = None) -> list[str]:
-    """One "key: old -> new" for each value that differs, "a.b" for those inside dicts; hashes are cut short.
+    """One "key: old -> new" per value that differs, with dotted keys ("a.b") for nested dicts; hashes are shortened.
 
-    `absent`: what a key that `old` lacks meant to the version that wrote it; `ANY` also of a dict that lacks as a whole.
+    `absent`: the value that a key missing in `old` had in the version that wrote it; `ANY` may also replace a whole dict.
     """
     before, now = _flat(old), _flat(new)
     pairs = {key: (_then(key, before, now, absent or {}), now.get(key, _NONE)) for key in {**before, **now}}
@@ -98,7 +98,7 @@ def refusal(folder: Path, kind: str, different: Sequence[str], elsewhere: str) -
 
 
 def _close(one: Any, other: Any, tolerance: float) -> bool:
-    """Whether two probes of a model differ by no more than what machines differ by."""
+    """Whether two logit probes of a model differ by no more than they do between machines."""
     if not isinstance(one, list) or not isinstance(other, list) or len(one) != len(other):
         return False
     return all(abs(x - y) <= tolerance for x, y in zip(one, other, strict=True))

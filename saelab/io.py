@@ -1,7 +1,7 @@
-"""saelab's own SAE format: `sae.json` (every switch that changes a number), `sae.safetensors`, `golden.safetensors`.
+"""saelab's own SAE format: `sae.json` (every setting that affects a number), `sae.safetensors`, `golden.safetensors`.
 
-`golden.safetensors` holds 64 inputs with their codes and reconstructions; loading computes them again and refuses a
-folder whose numbers have changed.
+`golden.safetensors` holds 64 inputs with their feature activations and reconstructions; loading recomputes them and refuses
+a folder whose numbers have changed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from saelab.saes import SAE, VARIANTS
 from saelab.saes.inputs import HALF
 from saelab.saes.provenance import Provenance
 
-FORMAT_VERSION = 2  # 1 knew no "golden_hash"
+FORMAT_VERSION = 2  # version 1 had no "golden_hash"
 GOLDEN_ROWS = 64
 _TINY_ACT = 1e-3
 
@@ -31,7 +31,7 @@ _TINY_ACT = 1e-3
 def save_sae(sae: SAE, folder: str | Path, *, golden_inputs: Float[Tensor, "n *sources d_in"] | None = None) -> Path:
     """Write an SAE. `golden_inputs` are raw activations (at least one row) from which the golden ones are taken.
 
-    Without them random inputs around the SAE's centre serve. `sae.json` is written last: a folder with it is whole.
+    The default is random inputs around the SAE's centre. `sae.json` is written last, so a folder that has it is complete.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ def describe(sae: SAE) -> dict[str, Any]:
 
 
 def load_sae(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
-    """Read an SAE folder. Raises `SaelabError` when a file is missing or altered, or the golden numbers do not come back."""
+    """Read an SAE folder. Raises `SaelabError` if a file is missing or altered, or golden numbers are not reproduced."""
     folder = Path(folder)
     if not (folder / "sae.json").exists():
         raise SaelabError(
@@ -103,17 +103,17 @@ def load_sae(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
 
 
 def dtype_of(sae: SAE) -> torch.dtype:
-    """That of its weights."""
+    """The dtype of the weights."""
     return next(sae.parameters()).dtype
 
 
-_ANEW = "put it back from a copy, or train the SAE anew"
+_ANEW = "restore it from a backup, or train the SAE again"
 _OWN = {"format_version", "variant", "d_in", "d_sae", "config", "dtype", "unit_norm_decoder", "rule", "sae_hash"}
 _OWN |= {"golden_hash", "training"}.union(*(variant.extra_dims for variant in VARIANTS.values()))
 
 
 def _read_meta(path: Path) -> dict[str, Any]:
-    """`sae.json`, of a version and a variant that are known here."""
+    """`sae.json`, checked for a supported version and variant."""
     meta = read_json(path)
     version = meta.get("format_version") if isinstance(meta, dict) else None
     if not isinstance(version, int):
@@ -124,7 +124,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
         )
     if meta.get("variant") not in list(VARIANTS):
         raise SaelabError(
-            f"{path.parent} is of variant {meta.get('variant')!r}; this saelab knows {', '.join(VARIANTS)}."
+            f"{path.parent} has variant {meta.get('variant')!r}; this saelab supports {', '.join(VARIANTS)}."
         )
     return meta
 
@@ -138,7 +138,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _golden(sae: SAE, inputs: Tensor) -> dict[str, Tensor]:
-    """Inputs whose selection has a gap: it survives random changes of 1e-3 of their size. Such rows come first."""
+    """Golden inputs and outputs; rows whose selected features survive random changes of 1e-3 of their size come first."""
     inputs = inputs.to(sae.W_enc.device).float()[: 16 * GOLDEN_ROWS]
     size = (inputs - sae.center).norm(dim=-1, keepdim=True) / sae.d_in**0.5
     generator = torch.Generator().manual_seed(0)
@@ -161,7 +161,7 @@ def _golden(sae: SAE, inputs: Tensor) -> dict[str, Tensor]:
 
 
 def _same_features(one: SparseActs, other: SparseActs) -> Bool[Tensor, " rows"]:
-    """Whether the same features fire on a row, some rows at a time: dense tensors of all would be large."""
+    """Whether the same features fire on each row, in chunks of rows: dense tensors of all would be large."""
     parts = torch.arange(one.batch, device=one.features.device).split(GOLDEN_ROWS)
     dense = ((feature_acts.select_rows(rows).to_dense() != 0 for feature_acts in (one, other)) for rows in parts)
     return torch.cat([(a == b).all(1) for a, b in dense])
@@ -169,7 +169,7 @@ def _same_features(one: SparseActs, other: SparseActs) -> Bool[Tensor, " rows"]:
 
 @torch.no_grad()
 def _check_golden(sae: SAE, golden: dict[str, Tensor], folder: Path) -> None:
-    """Compare codes and reconstructions; codes under 1e-3 of their row's largest may come and go."""
+    """Compare feature activations and reconstructions; activations below 1e-3 of the row's largest may appear or vanish."""
     rtol = 2e-2 if dtype_of(sae) in HALF else 1e-4
     expected = SparseActs(golden["values"], golden["features"], golden["offsets"], sae.d_sae).to_dense()
     got = sae(golden["x"])
@@ -179,10 +179,15 @@ def _check_golden(sae: SAE, golden: dict[str, Tensor], folder: Path) -> None:
         torch.maximum(feature_acts.abs(), expected.abs()) > _TINY_ACT * largest
     )
     if bool(moved.any()):
-        raise SaelabError(f"{folder}: golden inputs fire other features than when saved ({int(moved.sum())} differ).")
-    for name, now, then in (("codes", feature_acts, expected), ("reconstruction", got.x_hat, golden["x_hat"])):
+        raise SaelabError(
+            f"{folder}: golden inputs activate other features than when saved ({int(moved.sum())} differ)."
+        )
+    for name, now, then in (
+        ("feature activations", feature_acts, expected),
+        ("reconstructions", got.x_hat, golden["x_hat"]),
+    ):
         error, size = float((now - then).norm()), float(then.norm())
         if not error <= rtol * max(size, 1e-30):
             raise SaelabError(
-                f"{folder}: golden {name} do not come back: norm of the difference {error:.3g}, of the saved {size:.3g}."
+                f"{folder}: golden {name} are not reproduced: the difference has norm {error:.3g}, the saved ones {size:.3g}."
             )

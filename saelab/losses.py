@@ -1,4 +1,4 @@
-"""Losses and small measures as pure functions of tensors, one signature each; nothing here knows an SAE class."""
+"""Losses and metrics as pure functions of tensors, independent of the SAE classes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from saelab.kernels.precision import widened
 
 
 class SquaredError(Function):
-    """`sum |x - x_hat|^2`; the difference is made once and serves the gradient too."""
+    """`sum |x - x_hat|^2`; the difference is computed once and reused for the gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, x_hat: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ class SquaredError(Function):
 
 
 def sum_of_squares(x: Tensor) -> Tensor:
-    """One pass and no temporary; exact where the squares are."""
+    """Sum of squared elements, in one pass and without a temporary tensor."""
     return torch.dot(x.reshape(-1), x.reshape(-1))
 
 
@@ -55,7 +55,7 @@ def fvu(
 def total_variance(x: Float[Tensor, "batch d_in"], ranks: Ranks = SINGLE_PROCESS) -> Float[Tensor, ""]:
     """`sum |x - mean(x)|^2`, what FVU divides by; at least the smallest normal number.
 
-    Where ranks share a batch: that of all rows times this rank's share of them, so that the mean of the ranks' FVU,
+    If ranks share a batch: the variance of all rows times this rank's share of them, so that the mean of the ranks' FVUs,
     weighted by their rows, is the FVU of the batch.
     """
     mean = x.mean(0)
@@ -68,7 +68,7 @@ def total_variance(x: Float[Tensor, "batch d_in"], ranks: Ranks = SINGLE_PROCESS
 def fvu_of_rest(
     x: Float[Tensor, "batch d_in"], x_hat: Float[Tensor, "batch d_in"], ranks: Ranks = SINGLE_PROCESS
 ) -> Tensor:
-    """FVU of a residual; 0 where nothing but rounding is left of it, or the same in every row: there is nothing to explain."""
+    """FVU of a residual; 0 if only rounding error is left, or all rows are the same, so that there is nothing to explain."""
     variance = total_variance(x, ranks)
     finfo = torch.finfo(x.dtype)
     varies = (variance > finfo.tiny) & (variance > (4 * finfo.eps) ** 2 * sum_of_squares(x))
@@ -94,9 +94,10 @@ def auxk(
     """AuxK (Gao et al. 2024, Appendix A.2): the `k_aux` strongest dead features model the residual.
 
     `MSE(e_hat, e) / MSE(mean(e), e)` with `e` the detached residual, `e_hat` decoded without bias from the ReLU of the
-    dead pre-activations of `x` (already centred by `b_dec`); with `signed` codes the strongest are those of largest
-    magnitude, and there is no ReLU. With `norms` the strongest are those of largest pre-activation times norm. Only the
-    compacted dead rows are touched. 0 without dead features or anything left to explain; 1 means no better than the mean.
+    dead pre-activations of `x` (already centred by `b_dec`); with `signed` activations the strongest are those of
+    largest magnitude, and there is no ReLU. With `norms` the strongest are those of largest pre-activation times norm. Only
+    rows of dead features are touched. Returns 0 if no feature is dead or nothing is left to explain; 1 means no better than
+    the mean.
     """
     if W_enc_dead.shape[0] == 0 or residual.shape[0] == 0:
         return residual.new_zeros(())

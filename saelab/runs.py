@@ -1,4 +1,4 @@
-"""The layout of a RUN folder: `cache/`, `features/`, `report.json` and `sae/`, or several `sae-NAME/` with the like."""
+"""The layout of a RUN folder: `cache/`, `features/`, `report.json` and `sae/`, or several `sae-NAME/`, each with its own."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def sae_run(sae_dir: str | Path) -> SaeRun:
 
 
 def find_saes(run: str | Path) -> list[SaeRun]:
-    """The SAEs of a RUN, or the one when `run` is an SAE folder. Raises `SaelabError` when there is none."""
+    """The SAEs of a RUN, or the one SAE if `run` is an SAE folder. Raises `SaelabError` if there is none."""
     run = Path(run)
     if (run / "sae.json").exists():
         return [sae_run(run)]
@@ -39,7 +39,7 @@ def find_saes(run: str | Path) -> list[SaeRun]:
 def _what_is_missing(run: Path) -> str:
     """Why there is no SAE, and the next command."""
     if not run.exists():
-        return "holds no SAE, it does not exist: saelab demo makes runs/demo, saelab harvest begins a RUN of your own."
+        return "holds no SAE, as it does not exist: saelab demo creates runs/demo, saelab harvest starts your own RUN."
     if (run / "cache").is_dir():
         return f"holds no SAE yet: saelab train {run} --d-sae 4096 --k 32 --n-tokens 2_000_000"
     return "holds no SAE: give a RUN folder (with sae/ or sae-NAME/ in it) or one SAE folder."

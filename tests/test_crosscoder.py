@@ -340,7 +340,7 @@ def test_a_cache_of_one_hook_gives_one_source(tmp_path):
 @pytest.mark.parametrize(
     ("config", "data", "says"),
     [
-        (TopKConfig(24, 2), planted(64)[0], "2 sources a row: only a crosscoder"),
+        (TopKConfig(24, 2), planted(64)[0], "2 sources per row: only a crosscoder"),
         (CrosscoderConfig(24, 2, hook_names=("a",)), planted(64)[0], "names 1 sources, the tensor .* has 2"),
         (CrosscoderConfig(24, 2), Batch(*planted(64)[0].unbind(1)), r"not a Batch\(x, y\)"),
         (CrosscoderConfig(24, 2), torch.full((64, 2, 16), torch.nan), "64 of 64 rows hold NaN"),

@@ -63,14 +63,14 @@ def test_only_the_first_rank_writes(trained):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_what_cannot_be_shared_is_refused(trained, rank):
     said = (trained / "two" / f"refused-{rank}.txt").read_text()
-    assert said == "codebook trains in one process, this job has 2: start it without torchrun."
+    assert said == "codebook trains in a single process, this job has 2: start it without torchrun."
 
 
 def test_a_killed_rank_ends_the_run_and_the_same_call_goes_on_bit_for_bit(tmp_path):
     codes = together(2, train_whole_and_cut, tmp_path, 13)
     assert codes == [0, -signal.SIGKILL]
     said = (tmp_path / "said.txt").read_text()
-    assert said.startswith("Rank 0 of 2 waited in vain for another rank") and said.endswith("from the last checkpoint.")
+    assert said.startswith("Rank 0 of 2 lost contact with another rank") and said.endswith("from the last checkpoint.")
     assert list_checkpoints(tmp_path / "cut") == [5, 10] and not (tmp_path / "cut" / "sae.json").exists()
     assert together(2, train_whole_and_cut, tmp_path, None) == [0, 0]
     for name in ("sae.safetensors", "golden.safetensors", "sae.json"):

@@ -68,7 +68,7 @@ def test_nothing_is_left_under_a_temporary_name(trained):
 @pytest.mark.parametrize("rank", range(4))
 def test_what_cannot_be_sharded_is_refused(trained, rank):
     relu, three, mutual = json.loads((trained / f"refused-{rank}.json").read_text())
-    assert relu.startswith("feature_shards=4 is for topk and batch_topk; relu trains data-parallel")
+    assert relu.startswith("feature_shards=4 works for topk and batch_topk; relu trains data-parallel")
     assert three.startswith("feature_shards=3 needs a multiple of 3 processes, this job has 4")
     assert "mutual_choice trains data-parallel" in mutual
 
@@ -87,5 +87,5 @@ def test_an_altered_shard_is_passed_over(trained):
     path.write_bytes(data)
     from saelab.training.checkpoint import check_checkpoint, newest_checkpoint
 
-    with pytest.warns(UserWarning, match="step-00000006 is passed over .*was altered"):
+    with pytest.warns(UserWarning, match="step-00000006 is skipped .*was altered"):
         assert newest_checkpoint(folder.parent, lambda path, step: check_checkpoint(path, step, 99)) == 3

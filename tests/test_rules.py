@@ -67,5 +67,5 @@ def test_runs_of_different_rules_do_not_share_batches(tmp_path, monkeypatch):
         monkeypatch.setattr(f"{__name__}.CONFIG", config)
         begin(folder, monkeypatch, noted)
     configs = [TopKConfig(d_sae=16, k=2), TopKConfig(d_sae=16, k=3)]
-    with pytest.raises(TrainingError, match="finish each by itself"):
+    with pytest.raises(TrainingError, match="finish each separately"):
         train(configs, rows(), TRAIN, tmp_path, progress=False)

@@ -436,7 +436,7 @@ def test_a_crosscoder_is_steered_at_a_named_source(tiny_lm):
         with tiny_lm.steer(edit):
             tiny_lm.logits(PROMPT)
     assert sae.scale[0] != sae.scale[1]
-    with pytest.raises(ValueError, match="no source of this crosscoder, which has blocks.0"):
+    with pytest.raises(ValueError, match="not a source of this crosscoder, which has blocks.0"):
         FeatureHandle(sae, 3, "blocks.2.hook_resid_post")
 
 

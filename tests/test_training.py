@@ -137,7 +137,7 @@ def press_ctrl_c_in(monkeypatch, update, times=1, number=signal.SIGINT):
 def test_ctrl_c_writes_a_checkpoint_between_steps(tmp_path, monkeypatch, step, whole_hash):
     """Less than checkpoint_every steps are done, and still nothing is lost, bit for bit."""
     x, config = planted(), TrainConfig(**{**vars(SMALL), "checkpoint_every": 250})
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match=f"goes on from step {step + 1}$"):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match=f"resumes from step {step + 1}$"):
         press_ctrl_c_in(patch, step)
         train(TOPK, x, config, tmp_path, progress=False)
     assert list_checkpoints(tmp_path) == [step + 1]
@@ -147,7 +147,7 @@ def test_ctrl_c_writes_a_checkpoint_between_steps(tmp_path, monkeypatch, step, w
 
 def test_sigterm_does_as_ctrl_c(tmp_path, monkeypatch, whole_hash):
     x = planted()
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="goes on from step 6$"):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="resumes from step 6$"):
         press_ctrl_c_in(patch, 5, number=signal.SIGTERM)
         train(TOPK, x, SMALL, tmp_path, progress=False)
     assert list_checkpoints(tmp_path) == [6]
@@ -227,17 +227,17 @@ def without_latest(copy):
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (lambda path: path.write_bytes(path.read_bytes()[:100]), "passed over"),
+        (lambda path: path.write_bytes(path.read_bytes()[:100]), "is skipped"),
         (flip_a_byte, "SHA-256 differs"),
         (save_without("adam."), "not those of this run"),
         (save_without("tokens_since_fired"), "not those of this run"),
         (
             without_latest(lambda path: shutil.copy(path, path.with_name("step-00000099.safetensors"))),
-            "it is of step 20, the run has 40",
+            "it is from step 20, the run has 40",
         ),
         (
             without_latest(lambda path: shutil.copy(path, path.with_name("step-00000030.safetensors"))),
-            "it is of step 20",
+            "it is from step 20",
         ),
     ],
     ids=["cut", "flipped", "no moments", "no counters", "past the end", "renamed"],
@@ -276,7 +276,7 @@ def test_latest_is_taken_before_a_newer_file(tmp_path, monkeypatch):
         train(TOPK, x, SMALL, tmp_path, progress=False)
     (tmp_path / "checkpoints" / "step-00000030.safetensors").write_text("half")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt_at(patch, 20)  # it goes on from step 20 without a warning
+        interrupt_at(patch, 20)  # it resumes from step 20 without a warning
         train(TOPK, x, SMALL, tmp_path, progress=False)
 
 
@@ -559,8 +559,14 @@ def test_dead_features_count_tokens_since_a_nonzero_code():
         ({"n_tokens": 5000, "keep_checkpoints": 0}, "keep_checkpoints=0 must be at least 1"),
         ({"n_tokens": 5000, "seed": 2**63}, "seed=.* between 0 and"),
         ({"n_tokens": 5000, "batch_size": 1}, "batch_size=1 .*one row, whose FVU is undefined"),
-        ({"n_tokens": 5000, "batch_size": 5, "grad_accumulation": 4}, "grad_accumulation=4 leaves a part of one row"),
-        ({"n_tokens": 5000, "batch_size": 4, "grad_accumulation": 10}, "grad_accumulation=10 leaves a part of one row"),
+        (
+            {"n_tokens": 5000, "batch_size": 5, "grad_accumulation": 4},
+            "grad_accumulation=4 leaves a micro-batch of one row",
+        ),
+        (
+            {"n_tokens": 5000, "batch_size": 4, "grad_accumulation": 10},
+            "grad_accumulation=10 leaves a micro-batch of one row",
+        ),
     ],
 )
 def test_bad_train_configs_name_the_value(values, says):
@@ -612,7 +618,7 @@ def test_train_takes_a_train_config_for_each_sae_of_one_stream(tmp_path):
         (trains[:2], "2 TrainConfigs for 3 SAE configs"),
         (
             [*trains[:2], TrainConfig(400, 40, seed=4)],
-            "seed=3 and 4: SAEs that train side by side see the same batches",
+            "seed=3 and 4: SAEs trained side by side see the same batches",
         ),
         ([*trains[:2], TrainConfig(800, 40, seed=3)], "n_tokens=400 and 800"),
         ([*trains[:2], TrainConfig(400, 80, seed=3)], "batch_size=40 and 80"),

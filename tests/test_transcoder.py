@@ -252,15 +252,15 @@ def test_iterators_of_batches():
     sae = train(TranscoderConfig(16, 2), iter(chunks), SMALL, progress=False)
     assert isinstance(sae, TranscoderSAE)
     torch.testing.assert_close(sae.center_out, batch.y[:100].mean(0))
-    with pytest.raises(ValueError, match="has x and y, this one has x"):
+    with pytest.raises(ValueError, match="must have x and y, this one has x"):
         train(TranscoderConfig(16, 2), iter([chunks[0], batch.x, *chunks]), SMALL, progress=False)
 
 
 @pytest.mark.parametrize(
     ("data", "says"),
     [
-        (pairs(64).x, r"hook_name_out='b' needs rows of that site.*Batch\(x, y\)"),
-        (Batch(torch.ones(64, 3), torch.ones(63, 3)), r"as many rows each, got \[64, 63\]"),
+        (pairs(64).x, r"hook_name_out='b' needs rows of that hook.*Batch\(x, y\)"),
+        (Batch(torch.ones(64, 3), torch.ones(63, 3)), r"must have the same number of rows, got \[64, 63\]"),
         (Batch(torch.ones(64, 3), torch.full((64, 3), torch.inf)), "64 of 64 rows hold NaN"),
         (torch.ones(64, 2, 3), "hook_name_out='b' needs rows"),
     ],

@@ -1,4 +1,4 @@
-"""Several processes that train together: how they join, and what they tell each other. Knows no SAE and no files."""
+"""Distributed training: process groups and collectives, independent of SAEs and files."""
 
 from saelab.distributed.collectives import SINGLE_PROCESS, Ranks
 from saelab.distributed.launch import apart, init_distributed, is_main_process, rank_and_world_size, set_local_device

@@ -1,6 +1,6 @@
-"""`Ranks`: the processes that share each batch, and the collectives they call. A single process sends nothing.
+"""`Ranks`: the processes that share each batch, and the collectives they call. A single process communicates nothing.
 
-Every result is the same on all ranks, bit for bit, so that what each computes from it stays the same too.
+Every result is bit-identical on all ranks, and so is everything that they compute from it.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from saelab.errors import TrainingError
 
 @dataclass(frozen=True)
 class Ranks:
-    """Processes of one group; without a group there is only this one.
+    """The ranks of a process group; without a group, this process alone.
 
-    Each method is a collective call: all ranks make the same calls in the same order, with tensors of one shape (but
-    for `all_gather`). Raises `TrainingError` when another rank is gone.
+    The communicating methods are collectives: all ranks must make the same calls in the same order, with tensors of the
+    same shape (except for `all_gather`). Raises `TrainingError` if another rank is gone.
     """
 
     group: Any = None
     """A `torch.distributed` group."""
     n_rows: int | None = None
-    """Rows of the batch that they share, each a contiguous slice; see `sharing`."""
+    """Rows of the batch that they share, of which each has a contiguous slice; see `sharing`."""
 
     @property
     def rank(self) -> int:
@@ -43,12 +43,12 @@ class Ranks:
         return self.rank == 0
 
     def sharing(self, n_rows: int) -> Ranks:
-        """The same processes with a batch of `n_rows` rows to share."""
+        """The same ranks, sharing a batch of `n_rows` rows."""
         return replace(self, n_rows=n_rows)
 
     @property
     def local_rows(self) -> slice:
-        """This rank's rows of the batch. Sizes differ by a row at most."""
+        """This rank's rows of the batch. Sizes differ by at most one row."""
         assert self.n_rows is not None
         return slice(self.n_rows * self.rank // self.size, self.n_rows * (self.rank + 1) // self.size)
 
@@ -73,7 +73,7 @@ class Ranks:
         return self._reduced(x, dist.ReduceOp.MIN)
 
     def all_reduce_any(self, x: Bool[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
-        """True where it is on any rank."""
+        """Elementwise: True if it is on any rank."""
         return x if self.group is None else self._reduced(x.to(torch.uint8), dist.ReduceOp.MAX).bool()
 
     def any_rank(self, flag: bool, device: torch.device | None = None) -> bool:
@@ -81,15 +81,15 @@ class Ranks:
         return flag if self.group is None else bool(self.all_reduce_any(torch.tensor(flag, device=device)))
 
     def barrier(self, device: torch.device | None = None) -> None:
-        """No rank goes on before all have come here."""
+        """Wait until all ranks have reached this call."""
         self.any_rank(False, device)
 
     def all_reduce_total(self, n: int, device: torch.device | None = None) -> int:
-        """The sum of a number over the ranks."""
+        """Sum of a number over the ranks."""
         return n if self.group is None else int(self.all_reduce_sum(torch.tensor(n, device=device)))
 
     def all_gather(self, x: Shaped[Tensor, "n ..."]) -> list[Shaped[Tensor, "_ ..."]]:
-        """The tensors of all ranks in order; their first axes may differ."""
+        """The tensors of all ranks, in rank order; their first dimensions may differ."""
         if self.group is None:
             return [x]
         sizes = torch.stack(self.all_gather_same_shape(torch.tensor(len(x), device=x.device))).tolist()
@@ -98,7 +98,7 @@ class Ranks:
         return [part[:n] for part, n in zip(self.all_gather_same_shape(padded), sizes, strict=True)]
 
     def each(self, x: Shaped[Tensor, "*shape"]) -> Iterator[Shaped[Tensor, "*shape"]]:
-        """The tensors of all ranks in order, one at a time; each is valid until the next."""
+        """The tensors of all ranks, in rank order, one at a time; each is valid until the next is requested."""
         sent = torch.empty_like(x, memory_format=torch.contiguous_format)
         for rank in range(self.size):
             sent.copy_(x)
@@ -114,7 +114,7 @@ class Ranks:
             tensor.detach().copy_(sent)
 
     def all_gather_same_shape(self, x: Shaped[Tensor, "*shape"]) -> list[Shaped[Tensor, "*shape"]]:
-        """The tensors of all ranks in order, all of one shape: one collective."""
+        """The tensors of all ranks, in rank order; all have the same shape, so this is one collective."""
         if self.group is None:
             return [x]
         gathered = [torch.empty_like(x) for _ in range(self.size)]
@@ -131,24 +131,24 @@ class Ranks:
     def _ask(self, call: Callable[[], Any]) -> None:
         try:
             call()
-        except RuntimeError as error:  # the peer's socket closed, or the time is over
-            reason = str(error).strip().partition("\n")[0].partition(". ")[0]  # gloo goes on
+        except RuntimeError as error:  # the peer's socket closed, or the timeout expired
+            reason = str(error).strip().partition("\n")[0].partition(". ")[0]  # gloo appends more
             raise TrainingError(
-                f"Rank {self.rank} of {self.size} waited in vain for another rank, which was killed, stopped or hangs "
-                f"({reason}). The message of the rank that ended first tells why; the same call goes on from the last "
+                f"Rank {self.rank} of {self.size} lost contact with another rank, which was killed, stopped or hangs "
+                f"({reason}). See the message of the rank that ended first; the same call resumes from the last "
                 "checkpoint."
             ) from error
 
 
 SINGLE_PROCESS = Ranks()
-"""One process."""
+"""One process alone."""
 
 
 class GradientSum:
     """Call it after the backward pass: `p.grad` of each parameter becomes the sum over the ranks.
 
-    The sums lie in one buffer, which is used again at every step. A parameter that has a gradient on no rank stays
-    without one.
+    The sums share one buffer, which is reused at every step. A parameter without a gradient on any rank stays without
+    one.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
@@ -177,7 +177,7 @@ class GradientSum:
 def global_variance(squares: Float[Tensor, ""], mean: Float[Tensor, " d"], n: int, ranks: Ranks) -> Float[Tensor, ""]:
     """`sum |x - mean(x)|^2` over all rows, from this rank's own sum about its own mean of `n` rows.
 
-    Parts are merged as by Chan, Golub & LeVeque (1983): nothing is subtracted that is nearly equal.
+    Parts are merged as in Chan, Golub & LeVeque (1983), which avoids cancellation.
     """
     local = torch.cat([squares.view(1), squares.new_tensor([float(n)]), mean])
     gathered = torch.stack(ranks.all_gather(local[None])).squeeze(1)  # (ranks, d + 2)

@@ -1,7 +1,7 @@
-"""Exact selection of the best pairs of token and feature when the pairs are spread over ranks.
+"""Exact selection of the largest (token, feature) pairs when the pairs are spread over ranks.
 
-The n-th largest score is found digit by digit: each round adds up the ranks' histograms of the next 11 bits (16 KB), three
-rounds for float32. Positive floats are ordered as their bits are.
+The n-th largest score is found by radix selection: each round sums the ranks' histograms of the next 11 bits (16 KB), three
+rounds for float32. Positive floats sort like their bit patterns.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Nth(NamedTuple):
     n_ties: int
     """How many of the scores that equal `value` belong to the n largest."""
     all_ties: bool
-    """Whether those are all there are."""
+    """Whether all scores that equal `value` do."""
 
 
 def nth_largest(scores: Float[Tensor, " m"], n: int, ranks: Ranks) -> Nth:
@@ -41,7 +41,7 @@ def nth_largest(scores: Float[Tensor, " m"], n: int, ranks: Ranks) -> Nth:
         digits = (bits >> shift) & ((1 << _DIGIT) - 1)
         above = (
             ranks.all_reduce_sum(torch.bincount(digits, minlength=1 << _DIGIT)).flip(0).cumsum(0)
-        )  # from the largest digit on
+        )  # counts from the largest digit down
         at = int(torch.searchsorted(above, left))
         if at == len(above):  # only in the first round
             return Nth(scores.new_zeros(1), 0, True)
@@ -54,7 +54,7 @@ def nth_largest(scores: Float[Tensor, " m"], n: int, ranks: Ranks) -> Nth:
 
 @dataclass(frozen=True)
 class GlobalPairs:
-    """The pairs of all ranks, where this one holds rows from `first_row` on and features from `first_feature` on."""
+    """The pairs of all ranks; this rank's rows start at `first_row` and its features at `first_feature`."""
 
     ranks: Ranks
     d_sae: int
@@ -64,7 +64,7 @@ class GlobalPairs:
 
     @property
     def size(self) -> int:
-        """Ranks that hold pairs."""
+        """Number of ranks that hold pairs."""
         return self.ranks.size
 
     def all_reduce_min(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -78,8 +78,8 @@ class GlobalPairs:
     def keep(
         self, scores: Float[Tensor, " m"], rows: Int[Tensor, " m"], features: Int[Tensor, " m"], n: int
     ) -> tuple[Int[Tensor, " kept"], Float[Tensor, " 1"]]:
-        """Positions, ascending, of this rank's scores among the `n` largest positive ones of all, and the last of those
-        (0 where fewer are positive). Ties at the last place go to the earlier row, then the lower feature.
+        """Positions, ascending, of this rank's scores among the `n` largest positive ones of all ranks, and the n-th largest
+        score (0 if fewer are positive). Ties for the last place go to the earlier row, then the lower feature.
         """
         nth = nth_largest(scores, n, self.ranks)
         if nth.all_ties:
@@ -93,18 +93,19 @@ class GlobalPairs:
 
 
 def keep_by_feature(feature_acts: SparseActs, places: Int[Tensor, " d_sae"], ranks: Ranks) -> Bool[Tensor, " nnz"]:
-    """Which codes are among the `places[i]` largest of their feature i on all ranks; ties go to the earlier row.
+    """Which activations are among the `places[i]` largest (its capacity) of their feature i on all ranks.
 
-    `feature_acts` holds at least those of this rank's rows. If each rank has its part of the places at or above some floor, the
-    last place is not under it; only codes that reach it are sent around.
+    Ties go to the earlier row. `feature_acts` must hold at least those on this rank's rows. If every rank has its share of a
+    feature's places at or above some floor, the smallest value kept is not below it, so only activations that reach the
+    floor are communicated.
     """
     order, _, offsets = feature_acts.by_feature
     scores, features = feature_acts.values.detach()[order], feature_acts.features[order]
-    _, last = keep_largest(scores, offsets, -(-places // ranks.size))  # 0 where there are fewer
+    _, last = keep_largest(scores, offsets, -(-places // ranks.size))  # 0 if there are fewer
     sent = flatnonzero(scores >= ranks.all_reduce_min(last)[features])
     gathered = ranks.all_gather(scores[sent])
     all_scores, all_features = torch.cat(gathered), torch.cat(ranks.all_gather(features[sent]))
-    by_feature = stable_argsort(all_features)  # of one feature by rank, then by row
+    by_feature = stable_argsort(all_features)  # within a feature by rank, then by row
     counts = torch.bincount(all_features, minlength=feature_acts.d_sae)
     kept, _ = keep_largest(all_scores[by_feature], offsets_of(counts), places)
     chosen = torch.zeros(len(all_scores), dtype=torch.bool, device=order.device)

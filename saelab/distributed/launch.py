@@ -1,4 +1,4 @@
-"""Joining the other processes that `torchrun` started: nothing to configure, the environment says it all."""
+"""Joins the processes that `torchrun` started; configured by environment variables alone."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ import torch.distributed as dist
 from saelab.distributed.collectives import SINGLE_PROCESS, Ranks
 
 TIMEOUT = "SAELAB_RANK_TIMEOUT"
-"""Seconds that a rank waits for the others before it gives up; the default of 60 ends a job within a minute."""
+"""Environment variable: seconds that a rank waits for the others before it gives up, 60 by default."""
 
 
 _apart: list[bool] = []
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """The number of this process and how many there are, as `torchrun` says; (0, 1) without it."""
+    """Rank of this process and world size, as set by `torchrun`; (0, 1) without it."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def set_local_device() -> None:
-    """Under torchrun each process of a machine takes a GPU of its own."""
+    """Under torchrun, give each process on a machine its own GPU."""
     if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
 
 
 @contextmanager
 def apart() -> Iterator[None]:
-    """Inside a `with` each process of the job works for itself: `init_distributed` gives `SINGLE_PROCESS`."""
+    """Inside a `with` block each process works on its own: `init_distributed` returns `SINGLE_PROCESS`."""
     set_local_device()
     _apart.append(True)
     try:
@@ -43,15 +43,15 @@ def apart() -> Iterator[None]:
 
 
 def is_main_process() -> bool:
-    """Is this rank 0, or the only process? Files and messages are its business."""
+    """Whether this is rank 0 or the only process, the one that writes files and messages."""
     return rank_and_world_size()[0] == 0 if not _joined() else dist.get_rank() == 0
 
 
 def init_distributed() -> Ranks:
-    """All processes of this job; `SINGLE_PROCESS` where there is one. The first call connects them.
+    """The ranks of this job; `SINGLE_PROCESS` if there is only one process. The first call connects them.
 
-    A group that the caller has made with `torch.distributed.init_process_group` is taken as it is. Under torchrun each
-    process gets the GPU of its local rank. Raises `ValueError` for a `SAELAB_RANK_TIMEOUT` that is no number of seconds.
+    A group that the caller created with `torch.distributed.init_process_group` is used as it is. Under torchrun each process
+    gets the GPU of its local rank. Raises `ValueError` if `SAELAB_RANK_TIMEOUT` is not a number of seconds.
     """
     if _apart:
         return SINGLE_PROCESS

@@ -1,4 +1,4 @@
-"""The ranks of a job as a table: along one side they share the rows of a batch, along the other the features of an SAE."""
+"""The ranks of a job as a 2D mesh: one dimension splits the rows of a batch, the other the features of an SAE."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from saelab.distributed.collectives import SINGLE_PROCESS, Ranks
 
 @dataclass(frozen=True)
 class Mesh:
-    """Where this rank stands. Rank r of `world` has the features of shard r % S and the rows of share r // S."""
+    """This rank's place in the mesh. Rank r of `world` has feature shard r % S and row share r // S."""
 
     world: Ranks = SINGLE_PROCESS
     data: Ranks = SINGLE_PROCESS
-    """Those with the same features and other rows."""
+    """Ranks with the same features and different rows."""
     feature: Ranks = SINGLE_PROCESS
-    """Those with the same rows and other features."""
+    """Ranks with the same rows and different features."""
     device_mesh: Any = None
-    """The `DeviceMesh`, where features are sharded."""
+    """The `DeviceMesh`, if features are sharded."""
 
 
 def build_mesh(world: Ranks, feature_shards: int, device: str | None = None) -> Mesh:
-    """The mesh ("data", "feature") of all ranks. Raises `ValueError` where their number is no multiple of the shards."""
+    """The mesh ("data", "feature") of all ranks. Raises `ValueError` if their number is not a multiple of the shards."""
     if feature_shards == 1:
         return Mesh(world, world)
     if world.size % feature_shards:

@@ -1,4 +1,4 @@
-"""Sparse autoencoders: one file a variant, found by name in `VARIANTS`."""
+"""Sparse autoencoders: one file per variant, looked up by name in `VARIANTS`."""
 
 from saelab.saes.abs_topk import AbsTopKConfig, AbsTopKSAE
 from saelab.saes.base import SAE

@@ -1,9 +1,9 @@
-"""AbsTopK SAE (Zhu et al., ICLR 2026): the k pre-activations of largest magnitude are kept with their sign, so that one
-feature can be both poles of an axis:
+"""AbsTopK SAE (Zhu et al., ICLR 2026): keeps the k pre-activations of largest magnitude with their
+signs, so that one feature can represent both directions of an axis:
 
     S = indices of the k largest |u|,   u = W_enc x + b_enc,   z_i = u_i for i in S, else 0,   x_hat = W_dec z + b_dec
 
-The loss is TopK's (their code is not public); AuxK ranks dead features by magnitude and has no ReLU.
+The loss is that of TopK (the authors' code is not public); AuxK ranks dead features by magnitude and applies no ReLU.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from saelab.saes.selection import SelectionConfig, SelectionSAE
 
 @dataclass(frozen=True)
 class AbsTopKConfig(SelectionConfig):
-    """A dictionary of `d_sae` signed features of which `k` fire on a token."""
+    """A dictionary of `d_sae` signed features of which `k` fire per token."""
 
     subtract_b_dec: bool = False
-    """Take `b_dec` from the input before the encoder, as TopK does."""
+    """Subtract `b_dec` from the input before the encoder, as TopK does."""
 
 
 class AbsTopKSAE(SelectionSAE):
-    """Keeps the k pre-activations of largest magnitude of each token."""
+    """Keeps each token's k pre-activations of largest magnitude."""
 
     variant = "abs_topk"
     Config = AbsTopKConfig

@@ -25,14 +25,14 @@ from saelab.saes.provenance import Provenance
 from saelab.saes.step import Batch, Loss, SAEOutput, StepInfo
 
 SHORT_RUN = 4_000_000
-"""Tokens up to which a run counts as short: rows are then likely to be seen several times."""
+"""Runs of up to this many tokens count as short: they are likely to see rows several times."""
 
 
 class SAE(nn.Module):
     """A sparse autoencoder. `W_enc` and `W_dec` are both `(d_sae, d_in)`: one feature, one row.
 
-    A variant overrides `encode_normalized` and `loss`, and of the other `extension_points` those in which it differs:
-    weights (`make_weights` to `fold`), units (`set_normalization` to `denormalize`), or what other modules ask the class.
+    A variant overrides `encode_normalized` and `loss`, plus whichever other `extension_points` it needs: weights
+    (`make_weights` to `fold`), units (`set_normalization` to `denormalize`), or what other modules query on the class.
     """
 
     # fmt: off
@@ -44,26 +44,26 @@ class SAE(nn.Module):
         "base_lr", "cpu_preset", "short_preset", "expected_l0", "peak_l0", "has_dense_aux", "hooks",
     })
     # fmt: on
-    """What a variant may override; the contract suite refuses anything else."""
+    """What a variant may override; the contract suite rejects anything else."""
     extra_dims: ClassVar[tuple[str, ...]] = ()
-    """Sizes that come from the data beside `d_in`: attributes, arguments of `__init__` and keys of `sae.json`."""
+    """Sizes besides `d_in` that the data determines: attributes, arguments of `__init__` and keys of `sae.json`."""
 
     variant: ClassVar[str]
     Config: ClassVar[type]
     tied: ClassVar[bool] = False
-    """Whether `W_enc` is another name for `W_dec`."""
+    """Whether `W_enc` is an alias of `W_dec`."""
     unit_norm: bool = True
-    """Whether decoder rows are kept at norm 1 (then training projects their gradient)."""
+    """Whether decoder rows are kept at norm 1 (training then removes the gradient component parallel to each row)."""
     supports_data_parallel: ClassVar[bool] = True
-    """Whether several processes can train it, each on its share of every batch."""
+    """Whether it can be trained data-parallel, each rank on its share of every batch."""
     base_lr: ClassVar[float] = 3e-3
     """Adam's learning rate at d_sae 4096 when `TrainConfig.lr` is None; scaled by sqrt(4096 / d_sae)."""
     cpu_preset: ClassVar[dict[str, Any]] = {}
-    """Fields of the config that `saelab.presets.cpu` sets for a run of any length."""
+    """Config fields that `saelab.presets.cpu` sets for runs of any length."""
     short_preset: ClassVar[dict[str, Any]] = {}
-    """Those that it sets besides for a run of up to `SHORT_RUN` tokens."""
+    """Config fields that it sets in addition for runs of up to `SHORT_RUN` tokens."""
     selection_rule: str
-    """Which pre-activations become codes at inference, for `sae.json`."""
+    """Which pre-activations are kept at inference, as recorded in `sae.json`."""
 
     def __init__(self, config: Any, d_in: int, seed: int = 0) -> None:
         super().__init__()
@@ -79,18 +79,18 @@ class SAE(nn.Module):
         self.provenance = Provenance()
 
     def make_weights(self, rows: Float[Tensor, "d_sae d_in"]) -> None:
-        """The parameters, from random unit `rows`."""
+        """Create the parameters from `rows`, random vectors of norm 1."""
         self.W_enc, self.W_dec = nn.Parameter(rows.clone()), nn.Parameter(rows)  # (d_sae, d_in)
         self.b_enc, self.b_dec = nn.Parameter(torch.zeros(self.d_sae)), nn.Parameter(torch.zeros(self.d_in))
 
     @classmethod
     def preset(cls, n_tokens: int) -> dict[str, Any]:
-        """Fields of the config that suit a first run of so many tokens."""
+        """Config fields that suit a first run of `n_tokens` tokens."""
         return cls.cpu_preset | (cls.short_preset if n_tokens <= SHORT_RUN else {})
 
     @classmethod
     def expected_l0(cls, config: Any) -> float | None:
-        """Active features per token that `config` promises; None where it promises none."""
+        """Active features per token that `config` aims for; None if it sets no target."""
         return None
 
     @classmethod
@@ -106,15 +106,15 @@ class SAE(nn.Module):
 
     @classmethod
     def hooks(cls, config: Any, names: Sequence[str], hook_name: str | None = None) -> HooksUsed:
-        """The hooks of an SAE of this config, among `names` that the data holds; `hook_name` is the one to read.
+        """The hooks that an SAE of this config uses, out of `names` (those in the data); `hook_name` is the one to read.
 
-        Raises `ValueError` naming what is missing.
+        Raises `ValueError` naming a hook that is missing.
         """
         return one_hook(names, hook_name)
 
     def _apply(self, fn: Any, recurse: bool = True) -> SAE:
-        """Moves and casts, as of any module; but half precision is for weights. Buffers (centre, scale, thresholds, averages)
-        are small and decide what fires, so they stay wide."""
+        """Move or cast as for any module, except that only weights become half precision: buffers (centre, scale,
+        thresholds, averages) are small and decide which features fire, so they keep their wider dtype."""
         check_dtype(fn(self.center[:0]).dtype)
         buffers = [(one, name, b) for one in self.modules() for name, b in one._buffers.items() if b is not None]
         super()._apply(fn, recurse)
@@ -130,7 +130,7 @@ class SAE(nn.Module):
         return {name: getattr(self, name) for name in self.extra_dims}
 
     def set_normalization(self, mean: Float[Tensor, "*sources d_in"], mean_square: float | Tensor) -> None:
-        """Fix the input normalisation from the data's mean and mean squared norm, as `config.normalize` says.
+        """Set the input normalisation from the data's mean and mean squared norm, according to `config.normalize`.
 
         "center_and_scale": subtract the mean, scale to root-mean-square norm sqrt(d_in); "scale": scale only.
         """
@@ -139,9 +139,9 @@ class SAE(nn.Module):
         self.scale.copy_(scale)
 
     def normalize(self, x: Any) -> Float[Tensor, "batch d_in"]:
-        """Raw activations, on any device and of any float dtype, to the units the weights live in.
+        """Map raw activations (any device, any float dtype) to the units of the weights.
 
-        Raises `ValueError` for another width and for what holds no activations.
+        Raises `ValueError` for a wrong width and for anything that is not activations.
         """
         x = as_activations(x)
         if x.ndim != 2 or x.shape[1] != self.d_in:
@@ -159,9 +159,10 @@ class SAE(nn.Module):
         mean_out: Float[Tensor, " d_out"] | None = None,
         mean_square_out: float | Tensor | None = None,
     ) -> None:
-        """Before the first step, after `set_normalization` of the same arguments: start as if the data were centred.
+        """Initialise biases and thresholds as if the data were centred, with standard deviation 1 (`start_at`).
 
-        Where the normalisation leaves a mean or another spread than 1, biases and thresholds take them in (`start_at`).
+        Call before the first step, after `set_normalization` with the same arguments. Does nothing for "center_and_scale",
+        which leaves neither a mean nor another scale.
         """
         if self.config.normalize == "center_and_scale":
             return
@@ -173,18 +174,18 @@ class SAE(nn.Module):
         )
 
     def start_at(self, x: Float[Tensor, " width"], y: Float[Tensor, " width_out"], spread: float) -> None:
-        """Take in the means of input and target, and the spread that pre-activations have before training."""
+        """Absorb the means `x` of the input and `y` of the target, and the initial standard deviation of pre-activations."""
         self.b_dec.copy_(y.view_as(self.b_dec))
         if self.pre_bias is None:
             self.b_enc.sub_(self.W_enc @ x)
 
     @property
     def pre_bias(self) -> Float[Tensor, " d_in"] | None:
-        """What is taken from the input before the encoder; None: nothing."""
+        """The bias subtracted from the input before the encoder, or None."""
         return self.b_dec
 
     def normalize_target(self, y: Float[Tensor, "batch d_out"]) -> Float[Tensor, "batch d_out"]:
-        """Raw activations of what is rebuilt, in the units of the decoder."""
+        """Map raw activations of the target to the units of the decoder."""
         return self.normalize(y)
 
     def normalized(self, batch: Batch) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, "batch d_out"]]:
@@ -193,18 +194,18 @@ class SAE(nn.Module):
         return x, x if batch.y is batch.x else self.normalize_target(batch.y)
 
     def denormalize(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
-        """Back to the units of the activations."""
+        """Map back to the units of the raw activations."""
         return x / self.scale + self.center
 
     def encode(self, x: Any) -> SparseActs:
-        """Codes of raw activations `x (batch, d_in)`, a tensor or NumPy array of floats; float32 where weights are narrower.
+        """Feature activations of raw activations `x (batch, d_in)`, a tensor or NumPy array of floats.
 
-        Raises `ValueError` for rows that are NaN or infinite.
+        They are float32 if the weights are in half precision. Raises `ValueError` for rows with NaN or infinite values.
         """
         return self.encode_normalized(self.checked(self.normalize(x)))
 
     def checked(self, x: Float[Tensor, "batch width"]) -> Float[Tensor, "batch width"]:
-        """`x` unless something in it is not finite, which no threshold keeps: it would pass for a token without features."""
+        """Return `x`, or raise if it is not finite: no threshold keeps NaN, so the token would seem to have no features."""
         if not bool(x.detach().sum().isfinite()):  # one pass; a sum may also be too large
             bad = (~x.isfinite().all(1)).nonzero().flatten().tolist()
             if bad:
@@ -216,7 +217,7 @@ class SAE(nn.Module):
         return x
 
     def encode_normalized(self, x: Float[Tensor, "batch d_in"]) -> SparseActs:
-        """Codes of activations that `normalize` has seen."""
+        """Feature activations of inputs that `normalize` has mapped."""
         raise NotImplementedError
 
     def decode(self, feature_acts: SparseActs) -> Float[Tensor, "batch d_in"]:
@@ -229,8 +230,9 @@ class SAE(nn.Module):
         return SAEOutput(self.decode(feature_acts), feature_acts)
 
     def calibrate(self, x: Float[Tensor, "n ..."]) -> bool:
-        """At the end of training: make as many features fire on raw rows `x` that were kept out of it as the config
-        promises on average. Gives whether anything is calibrated; not where the selection is exact or nothing promised."""
+        """At the end of training, adjust thresholds so that the mean L0 on held-out raw rows `x` is the configured one.
+
+        Returns whether anything was calibrated: False if the selection is exact or the config sets no L0."""
         return False
 
     def loss(self, batch: Batch, info: StepInfo) -> Loss:
@@ -239,31 +241,31 @@ class SAE(nn.Module):
 
     @property
     def weight_decay(self) -> dict[nn.Parameter, float]:
-        """AdamW's weight decay of the parameters that have one."""
+        """AdamW weight decay of the parameters that have one."""
         return {}
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """After each optimiser step: decoder rows back to unit norm, where the variant keeps them there."""
+        """Called after each optimiser step: rescales decoder rows to norm 1 if the variant keeps them there."""
         if self.unit_norm:
             unit_norm_(self.W_dec)
 
     @torch.no_grad()
     def fold_decoder_norms(self) -> None:
-        """Decoder rows to norm 1, what they lose to the encoder: the same reconstruction, from codes in one unit for all
-        features. Rows of zeros stay; nothing to do where training keeps rows at norm 1."""
+        """Rescale decoder rows to norm 1 and move their norms into the encoder: reconstructions are unchanged, and all
+        features activate in the same unit. Zero rows stay; does nothing if training keeps rows at norm 1."""
         if not self.unit_norm:
             norms = self.decoder_norms
             self.fold(torch.where(norms > 0, norms, 1))
 
     def fold(self, norms: Float[Tensor, " d_sae"]) -> None:
-        """Multiply all that a code is made of by `norms`, and divide the decoder's rows by them."""
+        """Multiply everything that feature activations are computed from by `norms`, and divide the decoder rows by them."""
         self.W_enc.mul_(norms[:, None])
         self.b_enc.mul_(norms)
         self.W_dec.div_(norms[:, None])
 
     def decoder(self, source: int = -1) -> tuple[Float[Tensor, "d_sae d_out"], Float[Tensor, ""]]:
-        """Decoder rows, and the scale they live in, of the site that features write (`source` counts a crosscoder's)."""
+        """Decoder rows and their scale at the hook that features write to (`source` indexes a crosscoder's sources)."""
         return self.W_dec, self.scale
 
     @property

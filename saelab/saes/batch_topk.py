@@ -1,9 +1,9 @@
-"""BatchTopK SAE (Bussmann et al. 2024, arXiv 2412.06410, eqs. 4 and 5): of a batch of B tokens the k B largest
-pre-activations are kept, so that hard tokens get more features than easy ones:
+"""BatchTopK SAE (Bussmann et al. 2024, arXiv 2412.06410, eqs. 4 and 5): keeps the k B largest pre-activations of a
+batch of B tokens, so that hard tokens get more features than easy ones:
 
     z = ReLU(BatchTopK(W_enc (x - b_dec) + b_enc)),   x_hat = W_dec z + b_dec,   L = FVU + auxk_alpha * AuxK
 
-At inference a threshold takes the batch's place (`threshold.py`).
+At inference a threshold replaces the selection over the batch (`threshold.py`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from saelab.saes.threshold import ThresholdSAE, smallest
 
 @dataclass(frozen=True)
 class BatchTopKConfig(SelectionConfig):
-    """A dictionary of `d_sae` features of which `k` fire on an average token."""
+    """A dictionary of `d_sae` features of which on average `k` fire per token."""
 
 
 class BatchTopKSAE(ThresholdSAE):

@@ -1,7 +1,7 @@
-"""At the end of training: thresholds at which the promised number of features fires.
+"""Calibration at the end of training: thresholds at which the configured number of features fires.
 
-They are found on rows that training left out, since on rows that were trained on fewer features fire (2 to 6 % on
-the activations of a language model, after some epochs).
+They are fitted on held-out rows, since fewer features fire on rows seen in training (2 to 6 % fewer on the activations
+of a language model, after several epochs).
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ def level_for(
     margins: Callable[[Tensor, float], Float[Tensor, " nnz"]],
     looser: tuple[float, ...],
 ) -> float | None:
-    """The level that `l0` pairs of token and feature exceed on an average row of `x`, midway between two pairs.
+    """The level that on average `l0` (token, feature) pairs per row of `x` exceed, midway between two adjacent margins.
 
-    `margins(rows, level)` are those of all pairs above `level`; levels of `looser` are tried in turn until there are
-    enough pairs. None where `x` has no rows or nothing exceeds the last level; that level where too few pairs do.
+    `margins(rows, level)` returns the margins of all pairs above `level`; the levels in `looser` are tried in turn until
+    enough pairs exceed one. Returns None if `x` has no rows, `l0` rounds to no pair at all, or nothing exceeds the last
+    level; returns the last level if too few pairs do.
     """
     if not len(x):
         return None

@@ -1,4 +1,4 @@
-"""What all configs share: their bounds, what of them makes two runs the same, and the normalisation that they name."""
+"""What all SAE configs share: bounds checks, the settings that identify a run, and input normalisation."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 from saelab.validation import check_choices, check_integer, check_numbers
 
 LATER = {"since": 2}
-"""Metadata of a config's field that the first version did not have (`settings`)."""
-_LEAST_SQUARE = 1e-70  # the scale stays a float32
+"""Metadata of config fields that the first version did not have (see `settings`)."""
+_LEAST_SQUARE = 1e-70  # keeps the scale finite in float32
 NORMALIZATIONS = ("center_and_scale", "scale", "none")
 
 
 def normalization(
     kind: str, mean: Float[Tensor, "*sources d"], mean_square: float | Tensor
 ) -> tuple[Float[Tensor, "*sources d"], Float[Tensor, "*sources"]]:
-    """Centre and scale (fp64) for data of this mean and mean squared norm; see `SAE.set_normalization`."""
+    """Centre and scale (fp64) for data with this mean and mean squared norm; see `SAE.set_normalization`."""
     mean, mean_square = mean.double(), torch.as_tensor(mean_square, dtype=torch.float64)
     if kind == "none":
         return torch.zeros_like(mean), torch.ones_like(mean_square)
@@ -32,15 +32,15 @@ def normalization(
 
 
 def settings(config: Any) -> dict[str, Any]:
-    """A config as the identity of a run holds it: fields of later versions only where they are not at their default, since
-    the files of older runs do not name them."""
+    """A config as recorded in the identity of a run. Fields added in later versions appear only if they are not at their
+    default, since the files of older runs lack them."""
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     later = {field.name: field.default for field in dataclasses.fields(config) if "since" in field.metadata}
     return {name: value for name, value in values.items() if name not in later or value != later[name]}
 
 
 def check_config(config: Any) -> None:
-    """Bounds that every config shares. Raises `ValueError` with the value and the fix."""
+    """Check the bounds that every config shares. Raises `ValueError` with the value and the fix."""
     check_integer("d_sae", config.d_sae, 1)
     check_numbers(config)
     check_choices(config)

@@ -1,5 +1,5 @@
-"""Crosscoder (Lindsey et al. 2024, "Sparse crosscoders"; BatchTopK: Minder et al. 2025, arXiv 2504.02922): one code for
-several sources s, which are layers of a model or models read on the same tokens:
+"""Crosscoder (Lindsey et al. 2024, "Sparse crosscoders"; BatchTopK: Minder et al. 2025, arXiv 2504.02922): one set of
+feature activations for several sources s, which are layers of a model, or several models run on the same tokens:
 
     u = sum_s W_enc^s x^s + b_enc,   x_hat^s = W_dec^s z + b_dec^s,   n_i = sum_s |d_i^s|
 
@@ -7,8 +7,8 @@ several sources s, which are layers of a model or models read on the same tokens
                   at inference z = u where u n > threshold
     "l1":         z = ReLU(u),  L = mean_t(sum_s |x^s - x_hat^s|^2 + lambda sum_i z_i n_i)
 
-A sum of norms, not the norm of all: only so does it pay to leave a source out. Each source has its own normalisation, else
-one would outweigh the others in n. No pre-bias, no norm constraint.
+n_i is a sum of norms, not the norm of the concatenation: only then does leaving a source out lower the penalty. Each source
+has its own normalisation, otherwise one would dominate n. No pre-bias, no norm constraint.
 """
 
 from __future__ import annotations
@@ -44,19 +44,19 @@ class CrosscoderConfig(SelectionConfig):
     """A dictionary of `d_sae` features, each with a direction in every source."""
 
     sparsity: Literal["batch_topk", "l1"] = "batch_topk"
-    """`k` features on an average token (with AuxK), or an L1 penalty (without; `k` then has no meaning)."""
+    """`k` features per token on average, with AuxK; or an L1 penalty, without AuxK, where `k` is ignored."""
     l1_coefficient: float = 5.0
     """lambda, for sources of root-mean-square norm sqrt(d_in) and squared error summed over dimensions and sources."""
     l1_warmup: float = 0.05
-    """Share of the run over which lambda rises from 0."""
+    """Fraction of the run over which lambda rises from 0."""
     target_l0: float | None = None
-    """Move lambda inside the run, from `l1_coefficient`, so that this many features fire on a token; None: leave it."""
+    """Adapt lambda during the run, from `l1_coefficient`, so that this many features fire per token; None keeps it fixed."""
     aux_rank: Literal["norm", "value"] = field(default="norm", metadata=LATER)
-    """By what AuxK ranks dead features: u times the sum of decoder norms, as the selection and its authors do, or u alone."""
+    """How AuxK ranks dead features: by u times the sum of decoder norms, like the selection and the authors, or by u alone."""
     init_norm: float | None = None
-    """Norm of a row in each source at the start; None is 1 for "batch_topk" and 0.08 for "l1"."""
+    """Initial norm of a row in each source; None means 1 for "batch_topk" and 0.08 for "l1"."""
     hook_names: tuple[str, ...] | None = None
-    """The sources, in order; None is every hook of the cache."""
+    """The sources, in order; None means every hook of the cache."""
 
     def __post_init__(self) -> None:
         if self.hook_names is not None:
@@ -71,8 +71,8 @@ class CrosscoderConfig(SelectionConfig):
 
 
 class CrosscoderSAE(ThresholdSAE):
-    """`W_enc` and `W_dec` are `(n_sources, d_sae, d_in)`, in memory one feature after the other; `x` is
-    `(batch, n_sources, d_in)`, with one source `(batch, d_in)`. `threshold` is on `u n`."""
+    """`W_enc` and `W_dec` are `(n_sources, d_sae, d_in)`, laid out in memory feature by feature; `x` is
+    `(batch, n_sources, d_in)`, or `(batch, d_in)` with one source. `threshold` applies to `u n`."""
 
     variant = "crosscoder"
     Config = CrosscoderConfig
@@ -119,7 +119,7 @@ class CrosscoderSAE(ThresholdSAE):
 
     @property
     def rows(self) -> tuple[Float[Tensor, "d_sae width"], Float[Tensor, "d_sae width"], Float[Tensor, " width"]]:
-        """Views: a feature's directions in all sources, one after the other."""
+        """Views in which a row is a feature's directions in all sources, concatenated."""
         W_enc, W_dec = (rearrange(W, "source feature d -> feature (source d)") for W in (self.W_enc, self.W_dec))
         return W_enc, W_dec, rearrange(self.b_dec, "source d -> (source d)")
 
@@ -138,12 +138,12 @@ class CrosscoderSAE(ThresholdSAE):
         return widened(self.W_dec)[0].norm(dim=2).sum(0)
 
     def set_normalization(self, mean: Float[Tensor, "*sources d_in"], mean_square: float | Tensor) -> None:
-        """Of each source by itself: `mean (n_sources, d_in)`, `mean_square (n_sources)`."""
+        """As for any SAE, separately for each source: `mean (n_sources, d_in)`, `mean_square (n_sources)`."""
         squares = torch.as_tensor(mean_square, dtype=torch.float64).reshape(self.n_sources)
         super().set_normalization(mean.reshape(self.n_sources, self.d_in), squares)
 
     def normalize(self, x: Any) -> Float[Tensor, "batch width"]:
-        """Raw activations, on any device, to the units the weights live in, the sources of a token in one row."""
+        """Map raw activations (any device) to the units of the weights, a token's sources concatenated in one row."""
         x = as_activations(x)
         sources = x[:, None] if x.ndim == 2 and self.n_sources == 1 else x
         if sources.ndim != 3 or sources.shape[1:] != (self.n_sources, self.d_in):

@@ -1,9 +1,10 @@
 """Feature Choice SAE (Ayonrinde 2024, arXiv 2411.02124): each feature keeps the m_i tokens of the batch where its
 pre-activation is largest, so that no feature can die; the m_i add up to k B.
 
-The budgets follow Zipf's law over the features' ranks (or are all equal). Progressive: the first half of the run is Mutual
-Choice, then the budgets move from what that gives each feature to Zipf's, and the last quarter is Feature Choice alone
-(the paper's formulas are not public; these are ours). At inference each feature has a threshold (`threshold.py`).
+The capacities m_i follow Zipf's law over the features' frequency ranks (or are all equal). With `progressive` the first half
+of the run is Mutual Choice; then the capacities move from what that selection gives each feature to those of Zipf's law, and
+the last quarter is Feature Choice alone (the paper does not publish its formulas; these are ours). At inference each feature
+has its own threshold (`threshold.py`).
 """
 
 from __future__ import annotations
@@ -30,18 +31,18 @@ PURE_FROM = 0.75
 
 @dataclass(frozen=True)
 class FeatureChoiceConfig(SelectionConfig):
-    """A dictionary of `d_sae` features of which `k` fire on an average token, each on its own share of them."""
+    """A dictionary of `d_sae` features of which on average `k` fire per token, each within its capacity."""
 
     aux: Literal["auxk", "aux_zipf"] = "aux_zipf"
-    """Whom the aux loss serves: features that are dead, or also those that fire less than a tenth of what Zipf's law expects."""
+    """Features that the aux loss trains: dead ones; with "aux_zipf" also any below a tenth of their density under Zipf's law."""
     budget: Literal["zipf", "uniform"] = "zipf"
-    """Places of each feature: by its rank under Zipf's law, or the same for all."""
+    """Capacity of each feature: by Zipf's law from its frequency rank, or the same for all."""
     zipf_exponent: float = 1.0
     """Weight of rank r is 1 / (r + zipf_shift) ** zipf_exponent."""
     zipf_shift: float = 0.0
     """2.7 gives the Zipf-Mandelbrot law."""
     progressive: bool = True
-    """Start as Mutual Choice; False is Feature Choice from the first step."""
+    """Start as Mutual Choice; False means Feature Choice from the first step."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,7 +90,7 @@ class FeatureChoiceSAE(ThresholdSAE):
         return feature_acts
 
     def _best(self, x: Float[Tensor, "batch d_in"], capacity: Int[Tensor, " d_sae"], info: StepInfo) -> SparseActs:
-        """Each feature's `capacity` largest pre-activations over the batch, as far as they are on this rank's rows."""
+        """Each feature's `capacity` largest pre-activations over the batch, those on this rank's rows."""
         at_most = capacity.clamp_max(len(x))
         feature_acts = encode_feature_topk(x, self.W_enc, self.b_enc, at_most, center=self.pre_bias)
         return (
@@ -101,10 +102,10 @@ class FeatureChoiceSAE(ThresholdSAE):
     def _borders(
         self, feature_acts: SparseActs, wide: SparseActs, capacity: Int[Tensor, " d_sae"], info: StepInfo
     ) -> Float[Tensor, " d_sae"]:
-        """Of each feature the midpoint of the last value kept and the first one left.
+        """For each feature, the midpoint of the smallest value kept and the largest one dropped.
 
-        The last one itself would keep half a firing too few of each feature and batch, as the threshold is strict. A feature
-        that has places left keeps what is positive; its last value stays.
+        The smallest kept value itself would lose half a firing per feature and batch, as the threshold is strict. A feature
+        with capacity to spare keeps every positive value; for it the smallest one is returned.
         """
         last = info.ranks.all_reduce_min(_smallest(feature_acts))
         if info.rules < 2:
@@ -115,7 +116,7 @@ class FeatureChoiceSAE(ThresholdSAE):
 
     @property
     def frequency_rank(self) -> Int[Tensor, " d_sae"]:
-        """0 for the feature that fired most when it was last measured."""
+        """Rank of each feature by firing frequency when last measured; 0 fires most."""
         return self.get_buffer("ranks")
 
     @property
@@ -125,7 +126,7 @@ class FeatureChoiceSAE(ThresholdSAE):
     def capacity(
         self, batch: int, share: float = 1.0, given: Int[Tensor, " d_sae"] | None = None
     ) -> Int[Tensor, " d_sae"]:
-        """How many tokens of a batch each feature keeps: `share` of the way from what it was `given` to its own budget."""
+        """How many tokens of a batch each feature keeps: interpolated by `share` from `given` to its own budget."""
         budget = zipf_capacity(self.d_sae, self.config.k * batch, batch, *self.zipf_law)
         of_rank = budget.to(self.frequency_rank.device)[self.frequency_rank]
         if given is None or share == 1:
@@ -140,6 +141,6 @@ class FeatureChoiceSAE(ThresholdSAE):
 
 
 def _smallest(feature_acts: SparseActs) -> Float[Tensor, " d_sae"]:
-    """The smallest code of each feature in a batch; infinite where it has none."""
+    """The smallest activation of each feature in a batch; infinite where it has none."""
     none = feature_acts.values.new_full((feature_acts.d_sae,), torch.inf)
     return none.scatter_reduce(0, feature_acts.features, feature_acts.values.detach(), "amin")

@@ -1,12 +1,12 @@
 """Gated SAE (Rajamanoharan et al. 2024, "Improving dictionary learning with gated sparse autoencoders", arXiv 2404.16014,
-section 3.2): whether a feature fires and how strongly are two questions, so that the L1 of the first does not shrink the second:
+section 3.2): whether a feature fires and how strongly are computed separately, so that the gate's L1 does not shrink magnitudes:
 
     pi_gate = W_enc (x - b_dec) + b_gate,   pi_mag = exp(r_mag) * (W_enc (x - b_dec)) + b_mag,
     z = H(pi_gate) * ReLU(pi_mag),   x_hat = W_dec z + b_dec,
     L = mean_t(|x - x_hat|^2 + lambda |ReLU(pi_gate)|_1 + |x - x_hat_frozen|^2)
 
-where `x_hat_frozen` decodes ReLU(pi_gate) with W_dec and b_dec held fixed: it teaches the gate and leaves the decoder alone.
-`b_enc` is b_gate. The gate finds the active pairs, magnitudes are made of their values:
+where `x_hat_frozen` decodes ReLU(pi_gate) with W_dec and b_dec detached: this term trains the gate but not the decoder.
+`b_enc` is b_gate. The gate finds the active pairs; magnitudes follow from the gate values:
 `pi_mag = exp(r_mag) pi_gate + (b_mag - exp(r_mag) b_gate)`.
 """
 
@@ -30,11 +30,11 @@ from saelab.saes.step import Batch, Loss, StepInfo
 
 @dataclass(frozen=True)
 class GatedConfig(L1Config):
-    """A dictionary of `d_sae` features whose number per token is set by an L1 penalty on their gates."""
+    """A dictionary of `d_sae` features; an L1 penalty on their gates sets how many fire per token."""
 
 
 class GatedSAE(SAE):
-    """A gate chooses the features of a token; magnitudes share its weights."""
+    """A gate selects the features of a token; magnitudes share its weights."""
 
     variant = "gated"
     Config = GatedConfig
@@ -64,7 +64,7 @@ class GatedSAE(SAE):
 
     @property
     def b_gate(self) -> Float[Tensor, " d_sae"]:
-        """The gate's bias: another name of `b_enc`."""
+        """The bias of the gate: an alias of `b_enc`."""
         return self.b_enc
 
     def encode_normalized(self, x: Float[Tensor, "batch d_in"]) -> SparseActs:

@@ -31,12 +31,12 @@ class HooksUsed(NamedTuple):
         return tuple(dict.fromkeys(self.inputs + self.outputs))
 
     def batch(self, rows: Mapping[str, Tensor]) -> Batch:
-        """`Batch(x, y)` of rows `(..., d)` by hook; several hooks become `(..., n_sources, d)`."""
+        """`Batch(x, y)` from rows `(..., d)` by hook; several hooks are stacked to `(..., n_sources, d)`."""
         x = _joined([rows[name] for name in self.inputs])
         return Batch(x, x if self.inputs == self.outputs else _joined([rows[name] for name in self.outputs]))
 
     def origin(self) -> dict[str, Any]:
-        """What `sae.json` says of them: `hook_name` (the last of those read), and what a single hook cannot tell."""
+        """The entries of `sae.json`: `hook_name` (the last one read), and the other hooks if there are any."""
         origin: dict[str, Any] = {"hook_name": self.inputs[-1]}
         if len(self.inputs) > 1:
             origin["hook_names"] = list(self.inputs)
@@ -50,7 +50,7 @@ def _joined(tensors: list[Tensor]) -> Tensor:
 
 
 def one_hook(names: Sequence[str], hook_name: str | None, output: str | None = None) -> HooksUsed:
-    """One hook to read, and `output` to predict where that is another. Raises `ValueError` where the choice is open."""
+    """One hook to read, and `output` to predict if that is another. Raises `ValueError` if the choice is ambiguous."""
     others = [name for name in names if name != output] or list(names)
     if hook_name is None and len(others) > 1:
         raise ValueError(f"The cache holds several hooks; give hook_name, one of {', '.join(others)}.")
@@ -62,7 +62,7 @@ def chosen_hooks(field: str, chosen: Sequence[str], names: Sequence[str]) -> tup
     for name in chosen:
         if name not in names:
             raise ValueError(
-                f"{field}={name!r} is not in the cache, which holds {', '.join(names)}: choose of these, or "
+                f"{field}={name!r} is not in the cache, which holds {', '.join(names)}: choose one of these, or "
                 "harvest it into another RUN."
             )
     return tuple(chosen)

@@ -1,4 +1,4 @@
-"""What an SAE takes for activations, and the dtypes it can have."""
+"""Checks of the activations passed to an SAE, and of the dtype of its weights."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ DTYPES = (*HALF, torch.float32, torch.float64)
 
 
 def as_activations(x: Any) -> Tensor:
-    """The float tensor that was given, or that a NumPy array holds, contiguous. Raises `ValueError` for anything else."""
+    """A float tensor or NumPy array as a contiguous float tensor. Raises `ValueError` for anything else."""
     if isinstance(x, np.ndarray) and x.dtype.kind == "f":
         wide = np.float64 if x.dtype.itemsize > 4 else np.float32  # in this machine's byte order
         return torch.from_numpy(np.require(x, wide, ["C", "W"]))
     kind = f"{type(x).__name__} of {x.dtype}" if isinstance(x, np.ndarray | Tensor) else type(x).__name__
     if not isinstance(x, Tensor):
-        fix = "torch.tensor(x, dtype=torch.float32) makes one of nested lists"
+        fix = "convert nested lists with torch.tensor(x, dtype=torch.float32)"
     elif not x.is_floating_point():
-        fix = "token ids are no activations: lm.stream_activations(...) reads them off the model; of whole numbers take x.float()"
+        fix = "token ids are not activations: read those with lm.stream_activations(...); convert integer data with x.float()"
     else:
-        return x.contiguous()  # the order of a sum, and so its last bit, follows the layout
+        return x.contiguous()  # the layout decides the order of a sum, and so its last bit
     raise ValueError(
         f"An SAE reads activations, a tensor or NumPy array of floats (n_tokens, d_in), got {kind}: {fix}."
     )
@@ -33,4 +33,4 @@ def check_dtype(dtype: torch.dtype) -> None:
     """Raises `ValueError` for a dtype that weights cannot have."""
     if dtype not in DTYPES:
         names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
-        raise ValueError(f"An SAE's weights are {names}, not {str(dtype).removeprefix('torch.')}.")
+        raise ValueError(f"An SAE's weights must be one of {names}, not {str(dtype).removeprefix('torch.')}.")

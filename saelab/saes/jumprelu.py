@@ -3,19 +3,20 @@
     z = u * H(u - theta),   u = W_enc x + b_enc,   theta = exp(log_threshold),   x_hat = W_dec z + b_dec,
     L = mean_t(|x - x_hat|^2 + lambda sum_i H(u_i - theta_i))
 
-H has no gradient, so theta gets that of a rectangle of width `bandwidth` around it (`kernels/jump_relu.py`); u gets none from
-the L0. With `loss="tanh"` it is Anthropic's form (Circuits updates, January 2025), whose sparsity term reaches all weights:
+H has no gradient, so theta gets a pseudo-gradient from a rectangular kernel of width `bandwidth` (`kernels/jump_relu.py`); u
+gets none from the L0 term. `loss="tanh"` is Anthropic's form (Circuits updates, January 2025), whose sparsity term reaches
+all weights:
 
     L = mean_t(|x - x_hat|^2 + lambda sum_i tanh(c |z_i| |d_i|) + lambda_P sum_i max(theta_i - u_i, 0) |d_i|)
 
-where the last term, which brings features back, is taken over dead features only (as SAELens does): so it costs nothing
-when none is dead. With `loss="l0_target"` the sparsity term is `lambda d_in (L0 / target_l0 - 1)^2` of the batch's L0, on
+where the last term, which revives features, covers dead features only (as in SAELens), so it costs nothing when none is
+dead. With `loss="l0_target"` the sparsity term is `lambda d_in (L0 / target_l0 - 1)^2` of the batch's L0, which trains
 thresholds as in "l0". |x|^2 is summed over dimensions, so lambda is the squared error that one more feature has to save.
 
-Units: `theta` and `bandwidth` are lengths along u. Normalised inputs have root-mean-square norm sqrt(d_in), so u has a
-spread of about 1 whatever d_in is; the paper's inputs have norm 1, so its 0.001 is 0.001 sqrt(d_in) here (0.024 at 576). Ours
-is wider, for runs of hundreds of steps, and thresholds start near where they have to end: Adam moves log_threshold by no more
-than the learning rate a step, which from the paper's 0.001 takes its hundreds of thousands of steps.
+Units: `theta` and `bandwidth` are in units of u. Normalised inputs have root-mean-square norm sqrt(d_in), so u has a standard
+deviation of about 1 at any d_in; the paper's inputs have norm 1, so its 0.001 is 0.001 sqrt(d_in) here (0.024 at d_in 576).
+Our default is wider, for runs of hundreds of steps, and thresholds start near their final values: Adam moves log_threshold by
+at most the learning rate per step, which from the paper's 0.001 takes the hundreds of thousands of steps it trains for.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from saelab.saes.step import Batch, Loss, StepInfo
 AUXK_ALPHA = 1 / 32
 
 DEFAULT_L0 = 32.0
-"""The L0 that thresholds start for where the config names none."""
+"""The L0 that initial thresholds assume if the config sets no `target_l0`."""
 
 
 @dataclass(frozen=True)
@@ -53,27 +54,28 @@ class JumpReLUConfig:
     d_sae: int
     """Number of features."""
     loss: Literal["l0", "tanh", "l0_target"] = "l0"
-    """What counts features: "l0" (Rajamanoharan et al. 2024), "tanh" (Anthropic, January 2025); "l0_target": the square of how
-    far L0 is from `target_l0`."""
+    """Sparsity term: "l0" (Rajamanoharan et al. 2024), "tanh" (Anthropic, January 2025), or "l0_target", the squared relative
+    deviation of L0 from `target_l0`."""
     sparsity_coefficient: float = 1.0
     """lambda, for inputs of root-mean-square norm sqrt(d_in) and squared error summed over dimensions."""
     sparsity_warmup: float = 0.05
-    """Share of the run over which lambda rises from 0 (Anthropic's form: 1, the whole run)."""
+    """Fraction of the run over which lambda rises from 0 (Anthropic's form: 1, the whole run)."""
     target_l0: float | None = None
-    """Move lambda inside the run, from `sparsity_coefficient`, so that this many features fire on a token; None: leave it."""
+    """Adapt lambda during the run, from `sparsity_coefficient`, until this many features fire per token; None keeps it fixed."""
     bandwidth: float = 0.1
-    """Width of the window around a threshold in which its gradient sees pre-activations; in the unit of `initial_threshold`."""
+    """Width of the window around a threshold in which pre-activations contribute to its gradient; unit as `initial_threshold`."""
     ste_to_input: bool = field(default=False, metadata=LATER)
-    """Let the window's gradient reach the pre-activation too, and so all weights, not the threshold alone."""
+    """Pass the straight-through gradient of the window on to pre-activations too, and so to all weights, not just thresholds."""
     initial_threshold: float | None = None
-    """theta of every feature at the start; None is where 8 times `target_l0` (else 32) features fire, whatever `normalize`."""
+    """Initial theta of every feature; None is where 8 times `target_l0` (32 if unset) features fire, at any `normalize`, or
+    `bandwidth` if that is larger."""
     pre_bias: bool = False
-    """Take `b_dec` from the input before the encoder."""
+    """Subtract `b_dec` from the input before the encoder."""
     tanh_scale: float = 4.0
     """c of the "tanh" loss."""
     revive: Literal["auto", "none", "pre_act", "auxk"] = field(default="auto", metadata=LATER)
-    """What brings dead features back: "pre_act", the last term of the "tanh" loss, in any form; "auxk", AuxK (Gao et al. 2024) at
-    1/32 of the variance; "auto" is "pre_act" with "tanh" and "none" else, as in the papers."""
+    """How dead features are revived: "pre_act", the last term of the "tanh" loss, with any loss; "auxk", AuxK (Gao et al. 2024)
+    at 1/32 of the variance; "auto" is "pre_act" with "tanh" and otherwise "none", as in the papers."""
     pre_act_coefficient: float = 3e-6
     """lambda_P of "pre_act"."""
     normalize: str = "center_and_scale"
@@ -90,12 +92,12 @@ class JumpReLUConfig:
             raise ValueError(f"pre_act_coefficient={self.pre_act_coefficient} must not be negative; 0 turns it off.")
         if self.loss == "l0_target" and self.target_l0 is None:
             raise ValueError(
-                "loss='l0_target' needs target_l0: give the number of features that shall fire on a token."
+                "loss='l0_target' needs target_l0: give the number of features that should fire per token."
             )
 
     @property
     def revival(self) -> str:
-        """`revive` with "auto" settled."""
+        """`revive` with "auto" resolved."""
         return self.revive if self.revive != "auto" else {"tanh": "pre_act"}.get(self.loss, "none")
 
 
@@ -139,11 +141,11 @@ class JumpReLUSAE(SAE):
 
     @property
     def pre_bias(self) -> Float[Tensor, " d_in"] | None:
-        """What is taken from the input before the encoder; None: nothing."""
+        """The bias subtracted from the input before the encoder, or None."""
         return self.b_dec if self.config.pre_bias else None
 
     def start_at(self, x: Float[Tensor, " d_in"], y: Float[Tensor, " d_in"], spread: float) -> None:
-        """A threshold that was not given, and with it the bandwidth, is in the data's spread."""
+        """A default threshold, and with it the bandwidth, scales with the spread of the data."""
         if spread and self.config.initial_threshold is None:
             self.unit = spread
             self.log_threshold.add_(math.log(spread))
@@ -158,7 +160,7 @@ class JumpReLUSAE(SAE):
         return encode_threshold(x, self.W_enc, self.b_enc, self.threshold.detach(), center=self.pre_bias)
 
     def calibrate(self, x: Float[Tensor, "n ..."]) -> bool:
-        """With a `target_l0`: one factor on all thresholds."""
+        """With a `target_l0`: scale all thresholds by one factor."""
         if self.config.target_l0 is None:
             return False
         theta = self.threshold.detach()
@@ -178,7 +180,7 @@ class JumpReLUSAE(SAE):
         x, target = self.normalized(batch)
         theta, bandwidth = self.threshold, self.config.bandwidth * self.unit
         pre_acts = encode_threshold(x, self.W_enc, self.b_enc, theta, bandwidth / 2, self.pre_bias)
-        # With zeros in the band, which carry theta's gradient.
+        # Includes zeros within the window, which carry theta's gradient.
         feature_acts, steps = jump_relu(pre_acts, theta, bandwidth, self.config.ste_to_input)
         error, residual = decode_error(feature_acts, self.W_dec, self.b_dec, target)
         n = max(len(target), 1)
@@ -195,7 +197,7 @@ class JumpReLUSAE(SAE):
     def _sparsity(
         self, feature_acts: SparseActs, steps: Tensor, fired: SparseActs, info: StepInfo
     ) -> Float[Tensor, ""]:
-        """What the loss asks to be small, by its form."""
+        """The sparsity term of the configured loss."""
         n, target = max(feature_acts.batch, 1), self.config.target_l0
         if self.config.loss == "tanh":
             norms = self.decoder_norms[feature_acts.features]
@@ -203,7 +205,7 @@ class JumpReLUSAE(SAE):
         l0 = steps.sum() / n
         if self.config.loss == "l0" or target is None:
             return l0
-        # The square is of the whole batch's L0, of which these rows are a part.
+        # The square is of the L0 of the whole batch; these rows are only a part of it.
         gap = (
             info.ranks.all_reduce_total(fired.nnz, l0.device)
             / max(info.ranks.global_batch_size(feature_acts.batch), 1)
@@ -215,7 +217,7 @@ class JumpReLUSAE(SAE):
     def _revival(
         self, x: Tensor, target: Tensor, residual: Tensor, theta: Tensor, info: StepInfo
     ) -> tuple[float | Tensor, dict[str, Tensor]]:
-        """Weight and value of the term that brings dead features back, under its name; nothing where it is off."""
+        """Weight of the revival term, and the term under its name; empty if it is off."""
         kind, dead, n = self.config.revival, info.dead, max(len(target), 1)
         x = x if self.pre_bias is None else x - self.pre_bias
         if kind == "auxk":

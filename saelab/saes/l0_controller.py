@@ -1,5 +1,4 @@
-"""How strongly a loss asks for sparsity: a constant coefficient, or one that is moved inside the run until the batch L0 is
-a wanted number.
+"""The sparsity coefficient of a loss: constant, or adapted during the run until the batch L0 reaches a target.
 
 A PI controller with anti-windup. The setpoint moves, in log(L0), from the L0 of the first step to `target_l0` over the first
 `RAMP_FRACTION` of the run, so that the error stays small; an L0 between setpoint and target counts as no error. With e the
@@ -9,7 +8,7 @@ error of log(L0), clipped at `ERROR_CLIP`, and m its exponential moving average,
 
 where I stays within `INTEGRAL_LIMITS` times the start (anti-windup), and the integral gain is annealed to 0 over the last
 `ANNEAL_FRACTION` of the run, so that L0 does not oscillate at its end. A run with a target also starts sparse
-(`quiet_level`): with thousands of active features per token, its first steps would cost as much as all others together.
+(`quiet_level`): with thousands of active features per token, the first steps would cost as much as all others together.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ INTEGRAL_LIMITS = (0.1, 30.0)
 
 
 class L0Controller(nn.Module):
-    """`start` times a linear warm-up over `warmup` of the run; with `target_l0` what the errors of L0 make of it."""
+    """`start` times a linear warm-up over the fraction `warmup` of the run; `target_l0` adapts it from `start`."""
 
     def __init__(self, start: float, warmup: float, target_l0: float | None) -> None:
         super().__init__()
@@ -52,7 +51,7 @@ class L0Controller(nn.Module):
         self.register_buffer("last_step", torch.tensor(-1))
 
     def forward(self, feature_acts: SparseActs, info: StepInfo) -> Float[Tensor, ""]:
-        """The coefficient for a batch with these codes. All parts of one step get the same number."""
+        """The coefficient for a batch with these feature activations. All micro-batches of a step get the same value."""
         risen = min(1.0, (info.step + 1) / max(1.0, self.warmup * info.n_steps))
         if self.target_l0 is None:
             return feature_acts.values.new_tensor(self.start * risen)
@@ -65,8 +64,9 @@ class L0Controller(nn.Module):
 
     @torch.no_grad()
     def rescale(self, factor: float) -> None:
-        """Before the first step: begin with the coefficient that does on this data what `start` does on normalised data.
-        One that stays as it was given keeps its meaning."""
+        """Before the first step, scale `start` so that it acts on this data as it would on normalised data.
+
+        A fixed coefficient (no `target_l0`) is left as given."""
         if self.target_l0 is not None and factor > 0:
             self.start *= factor
             self.state[0] = math.log(self.start)
@@ -89,35 +89,35 @@ class L0Controller(nn.Module):
 
 
 def start_l0(d_sae: int, target_l0: float | None) -> float:
-    """Active features per token before training, where it starts as sparse as `quiet_level` makes it; half of all without."""
+    """Active features per token before training if it starts at `quiet_level`; without a target, half of all features."""
     return d_sae / 2 if target_l0 is None else min(d_sae / 2, START * target_l0)
 
 
 def quiet_level(d_sae: int, l0: float) -> float:
-    """The pre-activation that `START` times `l0` of `d_sae` features exceed on normalised inputs before training.
+    """The pre-activation that `START * l0` of `d_sae` features exceed on normalised inputs before training.
 
-    Rows of norm 1 and inputs of root-mean-square norm sqrt(d_in) give pre-activations a spread of 1, about normal. (Anthropic's
-    January 2025 update sets initial biases in the same spirit.)
+    With rows of norm 1 and inputs of root-mean-square norm sqrt(d_in), pre-activations are about normal with standard
+    deviation 1. (Anthropic's January 2025 update sets initial biases in the same spirit.)
     """
     return NormalDist().inv_cdf(1 - start_l0(d_sae, l0) / d_sae)
 
 
 def start_quiet(b_enc: Float[Tensor, " d_sae"], sparsity: L0Controller, spread: float) -> None:
-    """Start as sparse as on normalised data where pre-activations have this spread: biases, and an L1 in their units."""
+    """For pre-activations with this `spread`, set biases and rescale L1 to start as sparse as on normalised data."""
     if sparsity.target_l0 is not None and spread:
         b_enc.fill_(-quiet_level(len(b_enc), sparsity.target_l0) * spread)
         sparsity.rescale(spread)
 
 
 def check_sparsity(config: Any, kind: str) -> None:
-    """Bounds of the fields `KIND_coefficient`, `KIND_warmup` and `target_l0`. Raises `ValueError` with the value and the fix."""
+    """Check `KIND_coefficient`, `KIND_warmup` and `target_l0` of a config. Raises `ValueError` with the value and the fix."""
     coefficient, warmup, target = (
         getattr(config, name) for name in (f"{kind}_coefficient", f"{kind}_warmup", "target_l0")
     )
     if coefficient < 0:
         raise ValueError(f"{kind}_coefficient={coefficient} must not be negative.")
     if not 0 <= warmup <= 1:
-        raise ValueError(f"{kind}_warmup={warmup} is a share of the run: give 0 to 1.")
+        raise ValueError(f"{kind}_warmup={warmup} is a fraction of the run: give 0 to 1.")
     if target is None:
         return
     if not 0 < target <= config.d_sae:
@@ -125,21 +125,23 @@ def check_sparsity(config: Any, kind: str) -> None:
             f"target_l0={target} must be more than 0 and at most d_sae={config.d_sae}; None sets no target."
         )
     if not coefficient:
-        raise ValueError(f"{kind}_coefficient=0 cannot be moved to reach target_l0={target}: give a positive start.")
+        raise ValueError(
+            f"{kind}_coefficient=0 cannot be adapted to reach target_l0={target}: give a positive initial value."
+        )
 
 
 @dataclass(frozen=True)
 class L1Config:
-    """A dictionary of `d_sae` features whose number per token is set by an L1 penalty."""
+    """A dictionary of `d_sae` features; an L1 penalty sets how many fire per token."""
 
     d_sae: int
     """Number of features."""
     l1_coefficient: float = 5.0
     """lambda, for inputs of root-mean-square norm sqrt(d_in) and squared error summed over dimensions."""
     l1_warmup: float = 0.05
-    """Share of the run over which lambda rises from 0."""
+    """Fraction of the run over which lambda rises from 0."""
     target_l0: float | None = None
-    """Move lambda inside the run, from `l1_coefficient`, so that this many features fire on a token; None: leave it."""
+    """Adapt lambda during the run, from `l1_coefficient`, so that this many features fire per token; None keeps it fixed."""
     normalize: str = "center_and_scale"
     """Input normalisation: "center_and_scale", "scale" or "none"; stored with the SAE."""
 

@@ -1,13 +1,13 @@
 """Matching pursuit SAE (Costa et al. 2025, "From flat to hierarchical: extracting sparse representations with matching
-pursuit", arXiv 2506.03093): the encoder is the decoder, asked again and again about what is still unexplained:
+pursuit", arXiv 2506.03093): the encoder is the decoder, applied repeatedly to the residual:
 
     r_0 = x - b_dec;   k times:  i = argmax_i <r, d_i>,  a = <r, d_i>,  z_i += a,  r -= a d_i;   x_hat = W_dec z + b_dec,
     L = FVU + auxk_alpha * aux
 
-Rows d_i have norm 1, so |r|^2 falls by a^2 a step. A token stops early once no row points its way, or |r| is small; with
-`signed` the row of largest |<r, d_i>| is taken, and codes may be negative. A feature may be chosen again: its codes add up.
-Gradients go through a and d_i at every step, the choice i is constant. For the aux loss each token's pursuit takes one more
-step among dead features alone (ours: AuxK of Gao et al. 2024, Appendix A.2, with k_aux = 1 and the residual as input).
+Rows d_i have norm 1, so |r|^2 falls by a^2 per step. A token stops early once no <r, d_i> is positive, or |r| is small; with
+`signed` the row of largest |<r, d_i>| is taken, and activations may be negative. A feature may be chosen again: its activations
+add up. Gradients flow through a and d_i at every step; the choice i is constant. The aux loss takes one more pursuit step per
+token among dead features only (ours: AuxK of Gao et al. 2024, Appendix A.2, with k_aux = 1 and the residual as input).
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from saelab.validation import check_integer
 
 @dataclass(frozen=True)
 class MatchingPursuitConfig:
-    """A dictionary of `d_sae` features of which at most `k` fire on a token, found one after another."""
+    """A dictionary of `d_sae` features of which at most `k` fire per token, chosen one after another."""
 
     d_sae: int
     """Number of features."""
     k: int = 16
-    """Steps of the pursuit; time grows with it."""
+    """Steps of the pursuit; compute time is proportional to it."""
     signed: bool = False
-    """Let codes be negative: the largest |<r, d_i>| is chosen."""
+    """Allow negative activations: the largest |<r, d_i>| is chosen."""
     residual_threshold: float = 0.0
-    """Stop a token once its residual is shorter than this share of sqrt(d_in), the inputs' root-mean-square norm."""
+    """Stop a token once its residual norm is below this fraction of sqrt(d_in), the inputs' root-mean-square norm."""
     auxk_alpha: float = 1 / 32
     """Weight of the aux loss that revives dead features."""
     normalize: str = "center_and_scale"
@@ -59,7 +59,7 @@ class MatchingPursuitConfig:
 
 
 class MatchingPursuitSAE(SAE):
-    """Takes the best feature, subtracts it, and looks again."""
+    """Repeatedly takes the best-matching feature and subtracts it from the residual."""
 
     variant = "matching_pursuit"
     Config = MatchingPursuitConfig
@@ -80,21 +80,21 @@ class MatchingPursuitSAE(SAE):
 
     @property
     def W_enc(self) -> Float[Tensor, "d_sae d_in"]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The dictionary: encoder and decoder are one."""
+        """The dictionary: an alias of `W_dec`."""
         return self.W_dec
 
     def encode_normalized(self, x: Float[Tensor, "batch d_in"]) -> SparseActs:
         return self._pursue(x, self.config.k)[0]
 
     def encode_in_steps(self, x: Any, n_steps: int) -> SparseActs:
-        """Codes of raw activations after another number of steps than `config.k`; more never reconstruct worse."""
+        """Feature activations after `n_steps` pursuit steps instead of `config.k`; more steps never increase the error."""
         check_integer("n_steps", n_steps, 1)
         return self._pursue(self.checked(self.normalize(x)), n_steps)[0]
 
     def _pursue(
         self, x: Float[Tensor, "batch d_in"], n_steps: int, rules: int = RULES
     ) -> tuple[SparseActs, Float[Tensor, "batch d_in"]]:
-        """Codes and what they leave unexplained. Runs of rules 1 take the gradient step by step: it adds up in another order."""
+        """Feature activations and residual. Under rules 1 autograd sums the gradient step by step, in a different order."""
         start = x - self.b_dec
         if rules < 2 or not torch.is_grad_enabled():
             choices, residuals = self._choose(start, n_steps)
@@ -109,7 +109,7 @@ class MatchingPursuitSAE(SAE):
         return _sum(choices, self.d_sae, start), residual
 
     def _choose(self, residual: Tensor, n_steps: int) -> tuple[list[SparseActs], list[Tensor]]:
-        """What each step takes, and what was left before the first and after each."""
+        """The choices of each step, and the residuals before the first step and after each."""
         no_bias = self.W_dec.new_zeros(self.d_sae)
         choices, residuals = [], [residual]
         for _ in range(n_steps):
@@ -123,7 +123,7 @@ class MatchingPursuitSAE(SAE):
         return choices, residuals
 
     def _unfinished(self, residual: Float[Tensor, "batch d_in"]) -> Tensor:
-        """Rows that are longer than the threshold; pair-wise products, so that a row's answer is its own."""
+        """Rows whose norm is above the threshold; a row's result is independent of the rest of the batch."""
         ids = torch.arange(len(residual) + 1, device=residual.device)
         return sddmm(residual, residual, ids[:-1], ids) > self.d_in * self.config.residual_threshold**2
 
@@ -144,7 +144,7 @@ class MatchingPursuitSAE(SAE):
 
 
 def _sum(choices: list[SparseActs], d_sae: int, like: Float[Tensor, "batch d_in"]) -> SparseActs:
-    """The sum of codes; those of one feature are added in the order of the list, zeros are dropped."""
+    """The sum of all choices; activations of one feature are added in list order, zeros are dropped."""
     if len(choices) == 1:
         return choices[0]
     if not choices:
@@ -163,8 +163,8 @@ def _sum(choices: list[SparseActs], d_sae: int, like: Float[Tensor, "batch d_in"
 class Pursuit(Function):
     """The residual after the last step and the values of all steps, with one sparse gradient of the dictionary.
 
-    With g_t the gradient of r_t and alpha_t = da_t - <g_t, d_i>, a step hands on g_{t-1} = g_t + alpha_t d_i, and row i
-    gets alpha_t r_{t-1} - a_t g_t: a sum over (token, step) pairs of rows of the r and the g, taken once for all steps.
+    With g_t the gradient of r_t and alpha_t = da_t - <g_t, d_i>, a step passes back g_{t-1} = g_t + alpha_t d_i, and row i
+    gets alpha_t r_{t-1} - a_t g_t: a sum over (token, step) pairs of rows of r and g, computed once for all steps.
     """
 
     @staticmethod

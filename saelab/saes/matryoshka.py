@@ -1,5 +1,5 @@
 """Matryoshka SAE (Bussmann et al. 2025, arXiv 2503.17547): nested dictionaries. The features come in groups, and each
-prefix of groups has to reconstruct the input by itself, so that general features stand first and are not absorbed:
+prefix of groups has to reconstruct the input by itself, so that general features come first and are not absorbed:
 
     z = BatchTopK(W_enc (x - b_dec) + b_enc),   x_hat_g = b_dec + W_dec[:h_g] z[:h_g],
     L = (|x - b_dec|^2 + sum_g |x - x_hat_g|^2) / (G + 1) + auxk_alpha * AuxK,   all as fractions of variance
@@ -20,35 +20,35 @@ from saelab.saes.step import Batch, Loss, StepInfo
 
 @dataclass(frozen=True)
 class MatryoshkaConfig(SelectionConfig):
-    """A dictionary of `d_sae` features in nested groups, of which `k` fire on an average token."""
+    """A dictionary of `d_sae` features in nested groups, of which on average `k` fire per token."""
 
     group_fractions: tuple[float, ...] = (1 / 16, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
-    """Share of the features in each group; they add up to 1."""
+    """Fraction of the features in each group; these add up to 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         sizes = self.group_sizes
         if abs(sum(self.group_fractions) - 1) > 1e-6 or min(sizes, default=0) < 1:
             raise ValueError(
-                f"group_fractions={self.group_fractions} must be positive, add up to 1, and leave each of the groups a "
-                f"feature of d_sae={self.d_sae}; these give groups of {sizes}."
+                f"group_fractions={self.group_fractions} must be positive, add up to 1, and give each group at least "
+                f"one of the d_sae={self.d_sae} features; these give groups of {sizes}."
             )
 
     @property
     def prefixes(self) -> list[int]:
-        """Features in the first 1, 2, ... groups."""
+        """Number of features in the first 1, 2, ... groups."""
         shares = torch.tensor(self.group_fractions, dtype=torch.float64).cumsum(0)
         return [round(self.d_sae * float(share)) for share in shares]
 
     @property
     def group_sizes(self) -> list[int]:
-        """Features in each group."""
+        """Number of features in each group."""
         ends = self.prefixes
         return [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
 class MatryoshkaSAE(BatchTopKSAE):
-    """BatchTopK with a reconstruction at every prefix; `feature_acts.below(h)` are the codes of the first h features."""
+    """BatchTopK with a reconstruction at every prefix; `feature_acts.below(h)` are the activations of the first h features."""
 
     variant = "matryoshka"
     Config = MatryoshkaConfig

@@ -1,6 +1,6 @@
-"""Mutual Choice SAE (Ayonrinde 2024, arXiv 2411.02124): token and feature choose each other; of all pairs of a batch
-the M = k B with the largest affinity are kept. Taking the pre-activation as affinity this is BatchTopK's selection; what
-is added is that paper's aux_zipf loss, which helps every feature that fires less than Zipf's law expects.
+"""Mutual Choice SAE (Ayonrinde 2024, arXiv 2411.02124): of all (token, feature) pairs of a batch, the M = k B with
+the largest affinity are kept. With the pre-activation as affinity this is BatchTopK's selection; the difference is the
+paper's aux_zipf loss, which also trains features that fire less than a tenth as often as Zipf's law predicts.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from saelab.saes.selection import SelectionConfig
 
 @dataclass(frozen=True)
 class MutualChoiceConfig(SelectionConfig):
-    """A dictionary of `d_sae` features of which `k` fire on an average token."""
+    """A dictionary of `d_sae` features of which on average `k` fire per token."""
 
     aux: Literal["auxk", "aux_zipf"] = "aux_zipf"
-    """Whom the aux loss serves: features that are dead, or also those that fire less than a tenth of what Zipf's law expects."""
+    """Features that the aux loss trains: dead ones; with "aux_zipf" also any below a tenth of their density under Zipf's law."""
 
 
 class MutualChoiceSAE(BatchTopKSAE):

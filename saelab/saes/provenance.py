@@ -1,4 +1,4 @@
-"""Where an SAE comes from: everything about it that is not a weight and changes no activation."""
+"""Where an SAE comes from: everything about it that is not a weight and does not affect its outputs."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def _no_documents() -> Tensor:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Data and run behind an SAE; an SAE that was made in memory has an empty one.
+    """The data and training run behind an SAE; empty for an SAE that was created in memory.
 
-    `dataclasses.replace` makes one with other fields: it is never changed in place.
+    Never changed in place: use `dataclasses.replace`.
     """
 
     origin: Mapping[str, Any] = field(default_factory=dict)
@@ -30,4 +30,4 @@ class Provenance:
     train_documents: Int[Tensor, " n_documents"] = field(default_factory=_no_documents)
     """Ids of the documents it was trained on (`saelab.tokens.document_id`), int64."""
     folder: Path | None = None
-    """Where it is saved; None for one that is in memory only."""
+    """The folder it is saved in; None if it is in memory only."""

@@ -2,8 +2,8 @@
 
     z = ReLU(W_enc x + b_enc),   x_hat = W_dec z + b_dec,   L = mean_t(|x - x_hat|^2 + lambda sum_i z_i |d_i|)
 
-No unit-norm constraint and no pre-bias; lambda rises linearly over the first part of the run, and may be moved so that a
-wanted number of features fires (`l0_controller.py`).
+No unit-norm constraint and no pre-bias; lambda rises linearly over the first part of the run, and may be adapted to
+reach a target L0 (`l0_controller.py`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from saelab.saes.step import Batch, Loss, StepInfo
 
 @dataclass(frozen=True)
 class ReLUConfig(L1Config):
-    """A dictionary of `d_sae` features whose number per token is set by the L1 penalty."""
+    """A dictionary of `d_sae` features; the L1 penalty sets how many fire per token."""
 
 
 class ReLUSAE(SAE):

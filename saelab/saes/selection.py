@@ -1,8 +1,8 @@
-"""What all SAEs share whose sparsity is a selection among pre-activations (TopK, BatchTopK, Feature Choice, ...):
+"""Base of the SAEs that are sparse by selecting among pre-activations (TopK, BatchTopK, Feature Choice, ...):
 
     L = FVU + auxk_alpha * aux,   FVU = |x - x_hat|^2 / |x - mean(x)|^2 over the batch
 
-where the aux loss lets features that never fire (AuxK) or fire too seldom (aux_zipf) model what is left over.
+where the aux loss trains features that never fire (AuxK) or fire too rarely (aux_zipf) to model the residual.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from saelab.validation import check_integer
 
 @dataclass(frozen=True)
 class SelectionConfig:
-    """A dictionary of `d_sae` features of which `k` fire on a token, or on average."""
+    """A dictionary of `d_sae` features of which `k` fire per token, exactly or on average."""
 
     d_sae: int
     """Number of features."""
@@ -34,12 +34,12 @@ class SelectionConfig:
     auxk_alpha: float = 1 / 32
     """Weight of the aux loss that revives dead features (Gao et al. 2024, Appendix A.2)."""
     k_aux: int | None = None
-    """Features used per token by the aux loss; None is d_in // 2."""
+    """Features used per token by the aux loss; None means d_in // 2."""
     aux: Literal["auxk", "aux_zipf"] = "auxk"
-    """Whom the aux loss serves: features that are dead, or also those that fire less than a tenth of what Zipf's law expects."""
+    """Features that the aux loss trains: dead ones; with "aux_zipf" also any below a tenth of their density under Zipf's law."""
     encoder_decay: float = 0.0
-    """Weight decay of `W_enc` (AdamW's). About 1 helps in short runs of several epochs, which then memorise fewer rows. At a
-    rate of 3e-3 it halves a row without gradient every 231 steps: leave it at 0 where a run is long or features are rare."""
+    """AdamW weight decay of `W_enc`. About 1 helps in short runs of several epochs, which then memorise fewer rows. At a learning
+    rate of 3e-3 a decay of 1 halves a row without gradient every 231 steps: keep 0 in long runs or where features are rare."""
     normalize: str = "center_and_scale"
     """Input normalisation: "center_and_scale", "scale" or "none"; stored with the SAE."""
 
@@ -57,7 +57,7 @@ class SelectionConfig:
 
 
 class SelectionSAE(SAE):
-    """`select` returns the feature activations of a training batch; unless overridden they are those of inference."""
+    """`select` returns the feature activations of a training batch; unless overridden, the same as at inference."""
 
     extension_points = SAE.extension_points | {
         "select",
@@ -72,7 +72,7 @@ class SelectionSAE(SAE):
     config: Any
     short_preset: ClassVar[dict[str, Any]] = {"encoder_decay": 1.0}
     signed: ClassVar[bool] = False
-    """Whether codes may be negative (then the aux loss ranks by magnitude, without a ReLU)."""
+    """Whether feature activations may be negative (the aux loss then ranks by magnitude, without a ReLU)."""
 
     def __init__(self, config: Any, d_in: int, seed: int = 0) -> None:
         super().__init__(config, d_in, seed)
@@ -97,23 +97,23 @@ class SelectionSAE(SAE):
 
     @property
     def zipf_law(self) -> tuple[float, float]:
-        """Exponent and shift of the law that aux_zipf holds the features' densities against."""
+        """Exponent and shift of the law that aux_zipf compares feature densities with."""
         return 1.0, 0.0
 
     def sparse_target(
         self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"]
     ) -> Float[Tensor, "batch d_out"]:
-        """What the codes have to rebuild: the target, less what a variant gives in another way."""
+        """What the features have to reconstruct: the target minus what a variant adds in another way."""
         return target
 
     def select(self, x: Float[Tensor, "batch d_in"], info: StepInfo) -> SparseActs:
-        """The codes of a normalised training batch."""
+        """Feature activations of a normalised training batch."""
         return self.encode_normalized(x)
 
     def rebuild(
         self, feature_acts: SparseActs, target: Float[Tensor, "batch d_out"]
     ) -> tuple[Float[Tensor, ""], Float[Tensor, "batch d_out"]]:
-        """Squared error of the reconstruction over the batch, and the reconstruction less the target, detached."""
+        """Squared error of the reconstruction, summed over the batch, and reconstruction minus target, detached."""
         return decode_error(feature_acts, *self.rows[1:], target)
 
     def loss(self, batch: Batch, info: StepInfo) -> Loss:
@@ -126,7 +126,7 @@ class SelectionSAE(SAE):
         return Loss(terms["fvu"] + aux, feature_acts, residual, target, terms)
 
     def aux_term(self, x: Tensor, residual: Tensor, feature_acts: SparseActs, info: StepInfo) -> dict[str, Tensor]:
-        """The aux loss under its name; nothing where it is off or no feature needs it."""
+        """The aux loss under its name; empty if it is off or no feature needs it."""
         chosen = self._helped(feature_acts, info).nonzero().squeeze(1)
         if not self.config.auxk_alpha or not len(chosen):
             return {}
@@ -139,11 +139,11 @@ class SelectionSAE(SAE):
         return {self.config.aux: auxk(centered, -residual, *rows, k_aux, self.signed, info.ranks, norms)}
 
     def aux_norms(self, info: StepInfo) -> Float[Tensor, " d_sae"] | None:
-        """What the aux loss multiplies pre-activations by to rank them; None: nothing."""
+        """Factors on pre-activations when the aux loss ranks them; None for no factors."""
         return None
 
     def _helped(self, feature_acts: SparseActs, info: StepInfo) -> Bool[Tensor, " d_sae"]:
-        """The features that the aux loss serves."""
+        """The features that the aux loss trains."""
         if self.density is None:
             return info.dead
         self.density.update(feature_acts, info.ranks)

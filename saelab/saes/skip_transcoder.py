@@ -2,8 +2,8 @@
 
     y_hat = W_dec z + b_dec + W_skip x
 
-The linear part of the map from x to y goes past the codes, which are left with what is not linear. `W_skip (d_out, d_in)`
-starts at 0 (a plain transcoder), has no regulariser and does not count in L0. `decode(feature_acts)` is the part of the codes;
+The linear part of the map from x to y bypasses the features, which model the nonlinear rest. `W_skip (d_out, d_in)` starts
+at 0 (a plain transcoder), has no regulariser and does not count towards L0. `decode(feature_acts)` is the features' part;
 `forward` adds the skip, which needs x.
 """
 
@@ -22,11 +22,11 @@ from saelab.saes.transcoder import TranscoderConfig, TranscoderSAE
 
 @dataclass(frozen=True)
 class SkipTranscoderConfig(TranscoderConfig):
-    """A transcoder's config; the skip has no settings."""
+    """A transcoder's config; the skip connection has no settings of its own."""
 
 
 class SkipTranscoderSAE(TranscoderSAE):
-    """A transcoder with a linear map beside the codes."""
+    """A transcoder with a linear skip connection."""
 
     variant = "skip_transcoder"
     Config = SkipTranscoderConfig
@@ -46,6 +46,6 @@ class SkipTranscoderSAE(TranscoderSAE):
         return SAEOutput(self.decode(feature_acts) + self.skip(x), feature_acts)
 
     def skip(self, x: Any) -> Float[Tensor, "batch d_out"]:
-        """What the linear map adds, in the units of y."""
+        """The output of the skip connection, in the units of y."""
         x = self.normalize(x)
         return x @ self.W_skip.T.to(x) / self.scale_out

@@ -11,7 +11,7 @@ from saelab.distributed import SINGLE_PROCESS, Ranks
 from saelab.kernels.sparse_acts import SparseActs
 
 RULES = 4
-"""Number of the training rules in force. A change that gives a run other bits raises it, and old runs keep the old rules."""
+"""Version of the training rules. A change that alters the bits of a run raises it; runs already started keep theirs."""
 
 
 class SAEOutput(NamedTuple):
@@ -31,16 +31,16 @@ class Batch(NamedTuple):
 
 
 class StepInfo(NamedTuple):
-    """What a loss may know about the run."""
+    """What a loss is told about the run."""
 
     dead: Bool[Tensor, " d_sae"]
-    """Features silent for longer than `TrainConfig.dead_after_tokens`."""
+    """Features that have not fired for `TrainConfig.dead_after_tokens` tokens."""
     step: int
     n_steps: int
     ranks: Ranks = SINGLE_PROCESS
-    """The processes that share the batch, for what is a function of all its rows."""
+    """The ranks that share the batch, for quantities that depend on all its rows."""
     rules: int = RULES
-    """The training rules of the run; less than `RULES` where an earlier saelab began it (`training/rules.py`)."""
+    """The training rules of the run; lower than `RULES` if an earlier saelab started it (`training/rules.py`)."""
 
 
 class Loss(NamedTuple):

@@ -1,9 +1,9 @@
-"""SAEs that select over a whole batch while they train, and by a threshold afterwards, so that a token's code never
-depends on its neighbours: `z = u` where `u > threshold` (strict).
+"""SAEs that select over a whole batch in training and by a threshold at inference, so that a token's feature activations
+are independent of the rest of its batch: `z = u` where `u > threshold` (strict).
 
-While training runs the threshold is the mean over batches of the smallest value that was kept (Bussmann et al. 2024,
-"BatchTopK", eq. 5): an exponential average while the weights still move, the plain mean over the last twentieth of the run.
-At its end it is moved to where k features fire on an average row that training left out (`calibration.py`).
+During training the threshold is the mean over batches of the smallest value kept (Bussmann et al. 2024, "BatchTopK", eq. 5):
+an exponential average while the weights still move, then the plain mean over the last twentieth of the run. At the end it is
+calibrated so that on average k features fire on held-out rows (`calibration.py`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ UNSET = -1.0
 
 
 class ThresholdSAE(SelectionSAE):
-    """`threshold` is one number, or one for each feature where a variant gives `(d_sae,)`."""
+    """`threshold` is one number, or one per feature if `threshold_shape` is `(d_sae,)`."""
 
     extension_points = SelectionSAE.extension_points | {"encode_above", "scores", "observe", "global_pairs"}
     selection_rule = "u > threshold"
@@ -44,15 +44,15 @@ class ThresholdSAE(SelectionSAE):
         return self.encode_above(x, self.known_threshold())
 
     def encode_above(self, x: Float[Tensor, "batch d_in"], threshold: Tensor) -> SparseActs:
-        """Codes whose score is above `threshold`."""
+        """Feature activations whose score is above `threshold`."""
         return encode_threshold(x, self.W_enc, self.b_enc, threshold, center=self.pre_bias)
 
     def scores(self, feature_acts: SparseActs) -> Float[Tensor, " nnz"]:
-        """What is held against the threshold."""
+        """What is compared with the threshold."""
         return feature_acts.values.detach()
 
     def calibrate(self, x: Float[Tensor, "n ..."]) -> bool:
-        """One factor on all thresholds: those of several features keep their relation."""
+        """Scale all thresholds by one factor, which keeps the ratios between features."""
         threshold = self.known_threshold()
 
         def ratios(rows: Tensor, factor: float) -> Tensor:
@@ -65,20 +65,20 @@ class ThresholdSAE(SelectionSAE):
         return factor is not None
 
     def known_threshold(self) -> Tensor:
-        """Raises `ValueError` before training has set it (`u > -1` would keep nearly everything)."""
+        """The threshold. Raises `ValueError` if training has not set it (`u > -1` would keep nearly everything)."""
         if bool((self.n_observed == 0).all()):
             raise ValueError(
-                f"This {self.variant} SAE has no threshold yet, which training sets: train it, or load a trained one."
+                f"This {self.variant} SAE has no threshold yet; training sets it. Train it, or load a trained one."
             )
-        return self.threshold.masked_fill(self.n_observed == 0, torch.inf)  # a feature that never was kept stays silent
+        return self.threshold.masked_fill(self.n_observed == 0, torch.inf)  # a feature that was never kept stays silent
 
     def global_pairs(self, info: StepInfo) -> GlobalPairs | None:
-        """The pairs of all ranks that share the batch; None where there is one."""
+        """The pairs of all ranks that share the batch; None for a single rank."""
         return GlobalPairs(info.ranks, self.d_sae, info.ranks.local_rows.start) if info.ranks.size > 1 else None
 
     @torch.no_grad()
     def observe(self, smallest: Tensor, info: StepInfo) -> None:
-        """Take in the smallest kept score of a batch; infinite where nothing was kept."""
+        """Update the threshold with the smallest kept score of a batch, infinite if nothing was kept."""
         smallest = info.ranks.all_reduce_min(smallest)
         last = info.n_steps - max(1, int(LAST * info.n_steps))
         if info.step == last and (self._last_stretch != last or info.rules < 2):  # once, not for each micro-batch
@@ -91,5 +91,5 @@ class ThresholdSAE(SelectionSAE):
 
 
 def smallest(scores: Float[Tensor, " nnz"]) -> Float[Tensor, ""]:
-    """The smallest score; infinite where there is none."""
+    """The smallest score; infinite if there are none."""
     return scores.detach().min() if scores.numel() else scores.new_tensor(torch.inf)

@@ -2,7 +2,7 @@
 
     z = ReLU(TopK(W_enc (x - b_dec) + b_enc)),   x_hat = W_dec z + b_dec,   L = FVU + auxk_alpha * AuxK
 
-With `multi_topk` also 1/8 of the FVU of the 4 k best (their section 5.3.1): then more than k may be kept at inference.
+`multi_topk` adds 1/8 of the FVU with the 4 k largest (section 5.3.1), so that more than k may be kept at inference.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from saelab.saes.step import Batch, Loss, StepInfo
 
 @dataclass(frozen=True)
 class TopKConfig(SelectionConfig):
-    """A dictionary of `d_sae` features of which at most `k` fire on a token."""
+    """A dictionary of `d_sae` features of which at most `k` fire per token."""
 
     multi_topk: bool = False
-    """Add 1/8 of the FVU of the 4 k best features."""
+    """Add 1/8 of the FVU with the 4 k largest pre-activations to the loss."""
 
 
 class TopKSAE(SelectionSAE):

@@ -9,8 +9,8 @@ from saelab.saes.hooks_used import HooksUsed
 
 
 def hooks_of(sae: SAE, hook_name: str | Sequence[str] | None = None) -> HooksUsed:
-    """The hooks of a trained SAE, or those given: one hook, all of a crosscoder's in order, or what a transcoder reads
-    and writes. Raises `ValueError` where the SAE does not say, and for another number of sources than it has.
+    """The hooks of a trained SAE, or those given: one hook, all of a crosscoder's in order, or a transcoder's input and
+    output. Raises `ValueError` if neither the SAE nor `hook_name` says, or for a wrong number of sources.
     """
     given = (hook_name,) if isinstance(hook_name, str) else tuple(hook_name or ())
     n_sources, output = sae.shape.get("n_sources", 1), _output(sae)
@@ -28,9 +28,9 @@ def hooks_of(sae: SAE, hook_name: str | Sequence[str] | None = None) -> HooksUse
 
 
 def steered_hook(sae: SAE, hook_name: str | None = None) -> tuple[str | None, int]:
-    """The hook that features are steered at (None: nobody knows) and the number of its source: of several the last.
+    """The hook at which features are steered (None if unknown) and the index of its source, by default the last.
 
-    Raises `ValueError` for a hook that is none of a crosscoder's.
+    Raises `ValueError` for a hook that is not a source of the crosscoder.
     """
     names = _inputs(sae)
     if hook_name is None:
@@ -38,12 +38,12 @@ def steered_hook(sae: SAE, hook_name: str | None = None) -> tuple[str | None, in
     if sae.shape.get("n_sources", 1) == 1 or not names:
         return hook_name, -1
     if hook_name not in names:
-        raise ValueError(f"hook_name={hook_name!r} is no source of this crosscoder, which has {', '.join(names)}.")
+        raise ValueError(f"hook_name={hook_name!r} is not a source of this crosscoder, which has {', '.join(names)}.")
     return hook_name, names.index(hook_name)
 
 
 def needs_other_hooks(sae: SAE) -> bool:
-    """Can no code be computed from the activations at the hook that is steered?"""
+    """Whether feature activations need more than the activations at the steered hook."""
     return sae.shape.get("n_sources", 1) > 1 or _output(sae) not in (None, *_inputs(sae))
 
 
@@ -57,5 +57,5 @@ def _inputs(sae: SAE) -> tuple[str, ...]:
 
 
 def _output(sae: SAE) -> str | None:
-    """What a transcoder predicts, where that is not what it reads."""
+    """The hook that a transcoder predicts, if it is not the one it reads."""
     return sae.provenance.origin.get("hook_name_out") or getattr(sae.config, "hook_name_out", None)

@@ -1,12 +1,11 @@
-"""Transcoder (Dunefsky et al. 2024; TopK and zero start as in EleutherAI's sparsify): codes of one site of the model that
-predict another, an MLP's input and its output for example:
+"""Transcoder (Dunefsky et al. 2024; TopK and zero start as in EleutherAI's sparsify): features of one hook that predict
+another, for example an MLP's output from its input:
 
     z = ReLU(TopK(W_enc x + b_enc)),   y_hat = W_dec z + b_dec,   L = FVU against y + auxk_alpha * AuxK
 
-No pre-bias: `b_dec` lives at the site that is written. x and y are normalised each by its own statistics. `W_dec` starts
-at 0, so that nothing is predicted before something is learned; its rows can therefore not be kept at norm 1, and the
-scale of a code is that of its encoder row, which starts at norm 1. AuxK works as elsewhere: a dead feature's decoder row
-is free to grow from 0.
+No pre-bias: `b_dec` belongs to the output hook. x and y are normalised separately, each by its own statistics. `W_dec` starts
+at 0, so that the initial prediction is the bias alone; its rows therefore cannot be kept at norm 1, and the scale of a feature
+is that of its encoder row, which starts at norm 1. AuxK works as elsewhere: a dead feature's decoder row can grow from 0.
 """
 
 from __future__ import annotations
@@ -32,10 +31,10 @@ FOLDED_SELECTION = "the k largest u / folded of the token, where positive"
 
 @dataclass(frozen=True)
 class TranscoderConfig(SelectionConfig):
-    """A dictionary of `d_sae` features, of which at most `k` fire on a token, from one site to another."""
+    """A dictionary of `d_sae` features, of which at most `k` fire per token, from one hook to another."""
 
     hook_name_out: str | None = None
-    """Site to predict; None is the one that is read (a plain SAE without pre-bias)."""
+    """Hook to predict; None means the one that is read (a plain SAE without pre-bias)."""
 
 
 class TranscoderSAE(SelectionSAE):
@@ -75,7 +74,7 @@ class TranscoderSAE(SelectionSAE):
         mean_out: Float[Tensor, " d_out"] | None = None,
         mean_square_out: float | Tensor | None = None,
     ) -> None:
-        """As for any SAE, and the same for y; without its statistics y is x."""
+        """As for any SAE, and likewise for y, whose statistics default to those of x."""
         super().set_normalization(mean, mean_square)
         if mean_out is None or mean_square_out is None:
             mean_out, mean_square_out = mean, mean_square
@@ -84,7 +83,7 @@ class TranscoderSAE(SelectionSAE):
         self.scale_out.copy_(scale)
 
     def normalized(self, batch: Batch) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, "batch d_out"]]:
-        """Raises `ValueError` for a target of another width."""
+        """As for any SAE. Raises `ValueError` for a target of the wrong shape."""
         x, y = self.normalize(batch.x), as_activations(batch.y)
         if y.shape != (len(x), self.d_out):
             raise ValueError(f"This transcoder predicts ({len(x)}, {self.d_out}), got y of shape {tuple(y.shape)}.")
@@ -102,7 +101,7 @@ class TranscoderSAE(SelectionSAE):
         return encode_topk(x, self.W_enc, self.b_enc, self.config.k, "decoder_norm", 1 / self.folded)
 
     def fold(self, norms: Float[Tensor, " d_sae"]) -> None:
-        """The k are still chosen by what u was before: `folded` is what it is divided by to compare."""
+        """Selection still ranks by the unfolded u: `folded` holds the factors that u is divided by to compare."""
         super().fold(norms)
         self._compare_by(norms if self.folded is None else self.folded * norms)
 
@@ -110,7 +109,7 @@ class TranscoderSAE(SelectionSAE):
         self.folded, self.selection_rule = folded, FOLDED_SELECTION
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        """One that was not folded, as none was at first, holds no `folded`."""
+        """State dicts that were never folded (all of the first version) have no `folded`."""
         if f"{prefix}folded" in state_dict and self.folded is None:
             self._compare_by(torch.ones_like(self.center_out[:1]).repeat(self.d_sae))
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,5 +1,5 @@
-"""How often features fire, and how often Zipf's law expects them to (Ayonrinde 2024, arXiv 2411.02124; where that paper's
-formulas are not public, ours: the weight of the feature of rank r is `1 / (r + shift) ** exponent`)."""
+"""How often features fire, and how often Zipf's law predicts they fire (Ayonrinde 2024, arXiv 2411.02124). The paper does
+not publish its formulas; here the feature of frequency rank r has weight `1 / (r + shift) ** exponent`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ UNDER = 0.1
 
 
 class Density(nn.Module):
-    """Moving average over steps of the share of tokens on which each feature fires.
+    """Exponential moving average over steps of the fraction of tokens on which each feature fires.
 
-    `mean (d_sae)` is free of the bias of its start at 0.
+    `mean (d_sae)` is corrected for the bias from starting at 0.
     """
 
     def __init__(self, d_sae: int) -> None:
@@ -29,7 +29,7 @@ class Density(nn.Module):
 
     @torch.no_grad()
     def update(self, feature_acts: SparseActs, ranks: Ranks = SINGLE_PROCESS) -> None:
-        """Take in the codes of one batch, of which `ranks` hold the other rows."""
+        """Update with the feature activations of one batch, whose other rows are on other `ranks`."""
         fired = ranks.all_reduce_sum(
             torch.bincount(feature_acts.features[feature_acts.values != 0], minlength=feature_acts.d_sae)
         )
@@ -42,12 +42,12 @@ class Density(nn.Module):
 
     @property
     def frequency_rank(self) -> Int[Tensor, " d_sae"]:
-        """0 for the feature that fires most; ties by id."""
+        """0 for the feature that fires most; ties in order of id."""
         return frequency_rank(self.average)
 
 
 def frequency_rank(density: Float[Tensor, " d_sae"]) -> Int[Tensor, " d_sae"]:
-    """0 for the densest feature; ties by id."""
+    """0 for the densest feature; ties in order of id."""
     order = density.sort(descending=True, stable=True).indices
     return torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
 
@@ -55,16 +55,16 @@ def frequency_rank(density: Float[Tensor, " d_sae"]) -> Int[Tensor, " d_sae"]:
 def zipf_capacity(
     d_sae: int, budget: int, cap: int, exponent: float = 1.0, shift: float = 0.0
 ) -> Int[Tensor, " d_sae"]:
-    """How many of `budget` places the feature of each rank gets: from 1 to `cap`, falling, `budget` in all.
+    """Capacity of the feature at each frequency rank: from 1 to `cap`, non-increasing, `budget` in total.
 
-    Raises `ValueError` where that cannot be: with fewer places than features, or more than `cap` each.
+    Raises `ValueError` if that is impossible: `budget` is below `d_sae` or above `d_sae * cap`.
     """
     if not d_sae <= budget <= d_sae * cap:
         raise ValueError(
-            f"{budget} places cannot give each of {d_sae} features between 1 and {cap}: raise batch_size or k, or lower d_sae."
+            f"A budget of {budget} cannot give each of {d_sae} features 1 to {cap} tokens: raise batch_size or k, or lower d_sae."
         )
     weights = (torch.arange(1, d_sae + 1, dtype=torch.float64) + shift) ** -exponent
-    low, high = 0.0, budget / float(weights[-1])  # the share of each under the best scale, by bisection
+    low, high = 0.0, budget / float(weights[-1])  # bisection for the scale at which the clamped weights sum to `budget`
     for _ in range(200):
         middle = (low + high) / 2
         low, high = (middle, high) if float((middle * weights).clamp(1, cap).sum()) <= budget else (low, middle)
@@ -79,9 +79,9 @@ def zipf_capacity(
 def underused(
     density: Float[Tensor, " d_sae"], budget: int, batch: int, exponent: float = 1.0, shift: float = 0.0
 ) -> Bool[Tensor, " d_sae"]:
-    """Features that fire on less than a tenth of the tokens that Zipf's law expects at their rank.
+    """Features that fire on less than a tenth of the tokens that Zipf's law predicts for their rank.
 
-    `density` is an average over about 1,000 steps: a feature that died within them is not among these yet.
+    `density` is an average over about 1,000 steps: a feature that died more recently is not included yet.
     """
     ranks = torch.arange(1, len(density) + 1, dtype=torch.float64, device=density.device)
     weights = (ranks + shift) ** -exponent

@@ -1,7 +1,7 @@
 """Adam (Kingma & Ba 2015, algorithm 1) over all parameters in one fused pass, clipping included.
 
-The arithmetic is torch's own fused kernel; what is left out is `torch.optim`'s machinery, which loads torch's compiler
-(160 MB, two seconds) for the sake of hooks that nothing here uses.
+The arithmetic is torch's fused kernel. `torch.optim` itself is not used, as it imports torch's compiler (160 MB, two
+seconds) for hooks that nothing here needs.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ _EVERY = 128
 
 
 def default_eps(batch_size: int, width: int) -> float:
-    """1e-8; less, as gradients are, where a step has more than `SMALL_STEP` numbers to rebuild.
+    """1e-8, or less if a step reconstructs more than `SMALL_STEP` numbers, as gradients are then smaller too.
 
-    An FVU is a mean over all numbers of a batch, so the gradient of a weight is in proportion to 1 / (batch_size * width),
-    and a fixed eps would come near its size in large runs. At 8,192 tokens of width 4,096 this is 6.25e-10 (Gao et al. 2024).
+    FVU is a mean over all numbers of a batch, so the gradient of a weight is proportional to 1 / (batch_size * width), and
+    in large runs a fixed eps would be of similar size. At 8,192 tokens of width 4,096 this is 6.25e-10 (Gao et al. 2024).
     """
     return EPS * min(1.0, SMALL_STEP / (batch_size * width))
 
 
 class Adam:
-    """The rate is given to each step; `decay` names the weight decay of some parameters, apart from the gradient (AdamW,
-    Loshchilov & Hutter 2019)."""
+    """Each step is given its learning rate; `decay` maps parameters to their weight decay, decoupled from the gradient
+    (AdamW, Loshchilov & Hutter 2019)."""
 
     def __init__(
         self,
@@ -40,8 +40,8 @@ class Adam:
     ) -> None:
         self.parameters = list(parameters)
         self.betas, self.eps = betas, eps
-        # Moments up to here move no weight. Those of features that do not fire would sink to denormal numbers and stay
-        # there, with which a CPU computes five to ten times slower; they become 0 every `_EVERY` steps.
+        # Moments below this move no weight. Those of features that do not fire would decay to denormal numbers and stay
+        # there, which makes a CPU five to ten times slower; they are set to 0 every `_EVERY` steps.
         self._nothing = {"exp_avg": min(1e-30, 1e-19 * eps), "exp_avg_sq": min(1e-36, (1e-7 * eps) ** 2)}
         self._decay = [(decay or {}).get(p, 0.0) for p in self.parameters]
         self._state: dict[str, list[Tensor]] = {
@@ -52,7 +52,7 @@ class Adam:
 
     @torch.no_grad()
     def step(self, lr: float, grad_scale: float = 1.0) -> None:
-        """One step with the gradients divided by `grad_scale`; parameters without a gradient stay."""
+        """One step with the gradients divided by `grad_scale`; parameters without a gradient are unchanged."""
         first = self.parameters[0]
         scale = None if grad_scale == 1.0 else torch.tensor(grad_scale, dtype=torch.float32, device=first.device)
         given = [index for index, p in enumerate(self.parameters) if p.grad is not None]
@@ -82,7 +82,7 @@ class Adam:
             parameter.grad = None
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The moments under "INDEX.NAME", index in the order of the parameters; no copies, so that they can be written to."""
+        """The moments by "INDEX.NAME", indexed in the order of the parameters; not copies, so that writing to them restores."""
         return {
             f"{index}.{name}": self._state[name][index] for index in range(len(self.parameters)) for name in _MOMENTS
         }

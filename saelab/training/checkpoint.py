@@ -1,6 +1,6 @@
-"""Checkpoints: everything a run needs to go on exactly, in one safetensors file, written whole or not at all.
+"""Checkpoints: everything a run needs to resume exactly, in one safetensors file, written atomically.
 
-`checkpoints/latest.json` names the newest; it is replaced once that file is on disk, and before any older one goes.
+`checkpoints/latest.json` names the newest; it is replaced once that file is on disk, before any older one is removed.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class AnotherRunError(TrainingError):
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint taken before step `step` lives; one of sharded features is a folder, without the suffix."""
+    """Path of the checkpoint taken before step `step`; with sharded features it is a folder, without the suffix."""
     path = folder / "checkpoints" / f"step-{step:08d}.safetensors"
     return path.with_suffix("") if path.with_suffix("").is_dir() else path
 
@@ -63,7 +63,7 @@ def list_checkpoints(folder: Path) -> list[int]:
 
 
 def save_checkpoint(folder: Path, step: int, keep: int, tensors: Mapping[str, Tensor]) -> None:
-    """Write the state before step `step`, which becomes the latest; the newest `keep` up to it are kept."""
+    """Write the state before step `step` as the latest checkpoint; the newest `keep` up to it are kept."""
     metadata = {"step": str(step), "sha256": tensors_hash(tensors)}
     shutil.rmtree(checkpoint_path(folder, step).with_suffix(""), ignore_errors=True)
     atomic_save_safetensors(checkpoint_path(folder, step), tensors, metadata)
@@ -71,7 +71,7 @@ def save_checkpoint(folder: Path, step: int, keep: int, tensors: Mapping[str, Te
 
 
 def note_latest(folder: Path, step: int, keep: int) -> None:
-    """Name the checkpoint of `step` as the latest; all but the newest `keep` up to it are removed."""
+    """Record the checkpoint of `step` as the latest; all but the newest `keep` up to it are removed."""
     atomic_write_json(folder / LATEST, {"step": step, "file": checkpoint_path(folder, step).name})
     for old in [known for known in list_checkpoints(folder) if known <= step][:-keep]:
         path = checkpoint_path(folder, old)
@@ -80,9 +80,9 @@ def note_latest(folder: Path, step: int, keep: int) -> None:
 
 
 def load_checkpoint(folder: Path, n_steps: int, state: Mapping[str, Tensor]) -> int:
-    """Restore the latest checkpoint of the run into `state`; gives the step to go on with, 0 when there is none.
+    """Restore the latest checkpoint of the run into `state`; returns the step to resume at, 0 if there is none.
 
-    One that was damaged, or is not of this run, is passed over with a warning, for the newest of the others.
+    One that is damaged, or from another run, is skipped with a warning in favour of the newest of the others.
     """
 
     def read(path: Path, step: int) -> None:
@@ -94,13 +94,13 @@ def load_checkpoint(folder: Path, n_steps: int, state: Mapping[str, Tensor]) -> 
 
 
 def newest_checkpoint(folder: Path, read: Callable[[Path, int], object]) -> int:
-    """The step of the latest checkpoint that `read(path, step)` accepts, 0 where there is none; others are warned of."""
+    """The step of the latest checkpoint that `read(path, step)` accepts, 0 if there is none; warns about those it skips."""
     for step in _latest_first(folder):
         path = checkpoint_path(folder, step)
         try:
             read(path, step)
         except (SafetensorError, OSError, ValueError, SaelabError) as error:
-            warnings.warn(f"{path} is passed over ({error}): the run goes on from the one before.", stacklevel=6)
+            warnings.warn(f"{path} is skipped ({error}): an older checkpoint is used, if there is one.", stacklevel=6)
             continue
         return step
     return 0
@@ -111,13 +111,13 @@ def _latest_first(folder: Path) -> list[int]:
     steps = list_checkpoints(folder)[::-1]
     try:
         latest = read_json(folder / LATEST)["step"]
-    except (SaelabError, KeyError, TypeError):  # none was written, or it was altered: the files speak for themselves
+    except (SaelabError, KeyError, TypeError):  # missing or altered: go by the checkpoint files
         return steps
     return sorted(steps, key=lambda step: step != latest)
 
 
 def check_checkpoint(path: Path, step: int, n_steps: int) -> None:
-    """Raises `ValueError`, or what reading raises, unless the file or folder is as written and of this step."""
+    """Raises `ValueError`, or what reading raises, unless the file or folder is unaltered and from this step."""
     if path.is_dir():
         check_folder(path, step, n_steps)
     else:
@@ -133,7 +133,7 @@ def state_of(sae: SAE, adam: Adam, dead: DeadFeatures, running: RunningNorm | No
 
 
 def _read_checked(path: Path, step: int, n_steps: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint. Raises `ValueError` unless they are as written and fit `state`."""
+    """The tensors of a checkpoint. Raises `ValueError` unless they are unaltered and fit `state`."""
     if path.is_dir():
         check_folder(path, step, n_steps)
         return read_folder(path, state)
@@ -147,7 +147,7 @@ def _tensors_of(path: Path, step: int, n_steps: int) -> dict[str, Tensor]:
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
     if metadata.get("step") != str(step) or step >= n_steps:
-        raise ValueError(f"it is of step {metadata.get('step')}, the run has {n_steps}")
+        raise ValueError(f"it is from step {metadata.get('step')}, the run has {n_steps} steps")
     tensors = load_file(path)
     if metadata.get("sha256") != tensors_hash(tensors):
         raise ValueError("it was altered: SHA-256 differs")
@@ -156,7 +156,7 @@ def _tensors_of(path: Path, step: int, n_steps: int) -> dict[str, Tensor]:
 
 @contextmanager
 def claimed(folder: Path | None) -> Iterator[None]:
-    """Keep other trainers out of a run folder. Raises `ValueError` when it holds something else, else `SaelabError`."""
+    """Hold the lock of a run folder. Raises `SaelabError` if it is taken, `ValueError` if the folder holds something else."""
     if folder is None or (claim_folder(folder, RUN_FILE, "SAE") / "sae.json").exists():  # finished: only read
         yield
         return
@@ -168,9 +168,9 @@ def claimed(folder: Path | None) -> Iterator[None]:
 
 
 def claim_run(folder: Path, arguments: Mapping[str, Any], rules: int, environment: Mapping[str, Any]) -> dict[str, Any]:
-    """Note what this run is in `checkpoints/run.json`; a folder of another run is refused, naming the difference.
+    """Record the identity of this run in `checkpoints/run.json`; returns the environment that the run was started in.
 
-    Gives the environment the run was begun in.
+    Raises `TrainingError` if the folder holds another run, naming the differences.
     """
     path = folder / RUN_FILE
     if not path.exists():
@@ -179,8 +179,8 @@ def claim_run(folder: Path, arguments: Mapping[str, Any], rules: int, environmen
     before = read_json(path)
     environment_then = before.pop("environment", None) if isinstance(before, dict) else None
     if not isinstance(environment_then, dict):
-        raise TrainingError(f"{path} is not what train wrote there: put it back from a copy, or train elsewhere.")
-    before.pop("rules", None)  # a run goes on by those it began with (rules.py)
+        raise TrainingError(f"{path} is not what train wrote: restore it from a backup, or train elsewhere.")
+    before.pop("rules", None)  # a run keeps the rules it was started with (rules.py)
     asked = json.loads(json.dumps(arguments))  # tuples are lists there
     different = differences(before, asked, {"rows": ANY})
     if different:

@@ -1,4 +1,4 @@
-"""`TrainConfig`: how long, how fast, how often to save. What belongs to one SAE stands in that SAE's own config."""
+"""`TrainConfig`: length, optimisation and checkpointing of a run. Settings of an SAE itself are in that SAE's config."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from saelab.validation import check_integer, check_numbers
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Fields of `TrainConfig` that say how Adam steps; keyword arguments there."""
+    """The fields of `TrainConfig` that configure Adam and clipping, all keyword-only."""
 
     betas: tuple[float, float] = (0.9, 0.999)
-    """Adam's decay rates for the averages of gradients and of their squares (papers of JumpReLU and Gated: 0 0.999)."""
+    """Adam's decay rates for the averages of gradients and squared gradients (JumpReLU and Gated papers: 0 and 0.999)."""
     eps: float | None = None
-    """What Adam adds to the root of the average square; None is 1e-8, or less where batch_size * d_in is over 2**21."""
+    """Adam's epsilon; None means 1e-8, or less if batch_size times the width of the target exceeds 2**21."""
     clip_relative: float | None = None
-    """Largest gradient norm as a multiple of its running mean, 3 for example, beside clip_norm; None sets no such limit."""
+    """Clip gradients at this multiple of the running mean of their norm, e.g. 3, besides clip_norm; None: no such limit."""
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -39,33 +39,33 @@ class TrainConfig(OptimizerConfig):
     """One training run; every SAE in it sees the same batches."""
 
     n_tokens: int
-    """Training tokens (rows), repeated from the data as needed."""
+    """Training tokens (rows); the data is repeated as needed."""
     batch_size: int = 2048
     """Rows per optimiser step."""
     lr: float | None = None
-    """Adam's peak learning rate; None is the variant's own (relu, gated, crosscoder: 1e-3, others 3e-3; * sqrt(4096 / d_sae))."""
+    """Adam's peak learning rate; None: sqrt(4096 / d_sae) * 3e-3 (1e-3 for relu, gated, crosscoder, codebook)."""
     seed: int = 0
     """Seed of the initial weights and of the order of batches."""
     warmup_steps: int = 50
     """Steps of linear warm-up."""
     decay_fraction: float = 0.2
-    """Share of the run, at its end, over which the rate falls linearly to 0."""
+    """Final fraction of the run, over which the learning rate falls linearly to 0."""
     clip_norm: float = 1.0
-    """Largest global gradient norm, after the decoder projection; float('inf') sets no such limit."""
+    """Largest global gradient norm, after the decoder projection; float('inf') disables clipping."""
     dead_after_tokens: int | None = None
-    """A feature silent for this many training tokens counts as dead; None is 400 * d_sae / L0, at most a twentieth of the run."""
+    """A feature that has not fired for this many tokens is dead; None: 400 * d_sae / L0, at most a twentieth of the run."""
     checkpoint_every: int = 250
     """Steps between checkpoints; 0 writes none. Ctrl-C writes one at any step."""
     keep_checkpoints: int = 2
-    """How many checkpoints stay on disk, the newest ones."""
+    """How many checkpoints are kept on disk, the newest ones."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     grad_accumulation: int = 1
-    """Parts a batch is cut into, one after another, to save memory."""
+    """Micro-batches that a batch is split into to save memory, processed one after another."""
     device: str | None = None
-    """"cpu", "cuda", ...; None takes a GPU when there is one."""
+    """"cpu", "cuda", ...; None uses a GPU if there is one."""
     feature_shards: int = 1
-    """Processes over which the features of one SAE are spread (topk, batch_topk); the others of a job share the rows."""
+    """Ranks over which the features of one SAE are sharded (topk, batch_topk); such groups of ranks share the rows."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,19 +89,19 @@ class TrainConfig(OptimizerConfig):
             )
         if 1 in map(len, self.micro_batches):
             raise ValueError(
-                f"batch_size={self.batch_size} with grad_accumulation={self.grad_accumulation} leaves a part of one row, "
+                f"batch_size={self.batch_size} with grad_accumulation={self.grad_accumulation} leaves a micro-batch of one row, "
                 "whose FVU is undefined (one row has no variance): raise batch_size or lower grad_accumulation."
             )
         if self.lr is not None and not (self.lr > 0 and math.isfinite(self.lr)):
             raise ValueError(f"lr={self.lr} must be a positive number, or None for the variant's own.")
         if not 0 <= self.decay_fraction <= 1:
-            raise ValueError(f"decay_fraction={self.decay_fraction} is a share of the run: give 0 to 1.")
+            raise ValueError(f"decay_fraction={self.decay_fraction} is a fraction of the run: give 0 to 1.")
         if not self.clip_norm > 0:
             raise ValueError(f"clip_norm={self.clip_norm} must be positive; float('inf') turns clipping off.")
 
     @property
     def micro_batches(self) -> list[range]:
-        """The rows of each part of a batch."""
+        """The rows of each micro-batch of a batch."""
         size = -(-self.batch_size // self.grad_accumulation)
         return [range(start, min(start + size, self.batch_size)) for start in range(0, self.batch_size, size)]
 
@@ -112,13 +112,13 @@ class TrainConfig(OptimizerConfig):
 
     @property
     def longest_dead_window(self) -> int:
-        """Tokens of silence that no SAE waits beyond (`dead_features.dead_window`), unless `dead_after_tokens` says so."""
+        """Upper limit in tokens of the default dead window of any SAE (`dead_features.dead_window`)."""
         return self.n_tokens // 20
 
     def settings(self) -> dict[str, str]:
-        """What decides the result, as `run.json` and `sae.json` keep it: not how many checkpoints stay or shards there are.
+        """What decides the result, as recorded in `run.json` and `sae.json`: without `keep_checkpoints` and `feature_shards`.
 
-        Fields that came after the first version are left out at their defaults, as they are in the files of older runs.
+        Fields added after the first version are omitted at their defaults, since the files of older runs lack them.
         """
         later = {field.name: field.default for field in fields(OptimizerConfig)}
         return {

@@ -22,9 +22,9 @@ from saelab.training.tensor_data import as_rows, from_iterator, from_tensors
 
 
 def open_data(data: Any, hook_name: str | None, rules: int = RULES) -> DataSource:
-    """Make a `DataSource` of whatever `saelab.train` was given. Raises `ValueError` for anything else.
+    """Make a `DataSource` from any data that `saelab.train` accepts. Raises `ValueError` for anything else.
 
-    `rules` are those of the run, which say whether rows are kept out of the batches.
+    `rules` are the training rules of the run, which decide whether rows are held out of the batches.
     """
     if isinstance(data, str | Path):
         data = ActivationCache(data)
@@ -36,7 +36,7 @@ def open_data(data: Any, hook_name: str | None, rules: int = RULES) -> DataSourc
         return from_iterator(iter(data))
     raise ValueError(
         f"Cannot train on {type(data).__name__}: give a cache, its path, a stream, a tensor or NumPy array (n, d_in), a "
-        "Batch(x, y) of them, or an iterator of such."
+        "Batch(x, y) of them, or an iterator of these."
     )
 
 
@@ -60,7 +60,7 @@ def _from_cache(cache: ActivationCache | ActivationStream, hook_name: str | None
         if isinstance(cache, ActivationStream):
             return f"stream {cache.fingerprint} {hooks}", origin
         storage = cache.manifest["config"]["dtype"]
-        rounded = "" if storage == "bfloat16" else f" {storage}"  # other rows
+        rounded = "" if storage == "bfloat16" else f" {storage}"  # rounds rows differently
         return f"cache {origin['dataset_fingerprint']}{rounded} {hooks}", origin
 
     def kept_out(names: Sequence[str]) -> Rows:
@@ -82,7 +82,7 @@ def _from_cache(cache: ActivationCache | ActivationStream, hook_name: str | None
 
 
 def _origin(cache: ActivationCache | ActivationStream, hooks: HooksUsed) -> dict[str, Any]:
-    """The origin of these sites' rows; hooks of a single model carry their plain names."""
+    """The origin of the rows of these hooks; hooks of a single model have no "MODEL/" prefix."""
     each = {name: cache.origin(name) for name in hooks.all}
     models = {label: model for label, model in cache.models.items() if any(n.startswith(f"{label}/") for n in each)}
     if len(models) == 1:

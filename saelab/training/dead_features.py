@@ -1,5 +1,5 @@
-"""Counts, for each feature, the training tokens since it last fired (fired: a non-zero code, never "was selected"), and
-says from how many on it is dead."""
+"""Counts, for each feature, the training tokens since it last fired (had a non-zero activation, not merely was selected),
+and decides after how many it is dead."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ class DeadFeatures:
         self.tokens_since_fired = torch.zeros(d_sae, dtype=torch.int64, device=device)
 
     def update(self, feature_acts: SparseActs, ranks: Ranks = SINGLE_PROCESS) -> None:
-        """Take in one batch, of which `ranks` hold the other rows."""
+        """Update with one batch, whose other rows are on other `ranks`."""
         fired = torch.zeros_like(self.tokens_since_fired, dtype=torch.bool).index_fill_(0, feature_acts.features, True)
         self.tokens_since_fired += ranks.global_batch_size(feature_acts.batch)
         self.tokens_since_fired.masked_fill_(ranks.all_reduce_any(fired), 0)
 
     @property
     def dead(self) -> Bool[Tensor, " d_sae"]:
-        """Silent for `window` tokens or more."""
+        """Features that have not fired for `window` tokens or more."""
         return self.tokens_since_fired >= self.window
 
 
 def dead_window(train: TrainConfig, variant: type[SAE], config: Any, rules: int) -> int:
-    """Training tokens of silence after which a feature of this SAE counts as dead.
+    """Training tokens without firing after which a feature of this SAE counts as dead.
 
-    Of `d_sae` features of which L0 fire on a token, each fires once in `d_sae / L0` tokens on average. Frequencies have a
-    long tail (Zipf), so the window is `PERIODS` of these: a feature that is a hundred times rarer than the average is
-    silent for so long with probability exp(-4) = 2 %. (Gao et al. 2024 wait 10 million tokens, whatever the size.) It is
-    never more than `train.longest_dead_window`, so that dead features are helped in most of any run.
+    With L0 of `d_sae` features firing per token, a feature fires once in `d_sae / L0` tokens on average. Frequencies have a
+    long tail (Zipf), so the window is `PERIODS` times that: a feature a hundred times rarer than the average is silent for
+    that long with probability exp(-4) = 2 %. (Gao et al. 2024 use 10 million tokens at any size.) It is capped at
+    `train.longest_dead_window`, so that dead features can be revived during most of any run.
     """
     if train.dead_after_tokens is not None:
         return train.dead_after_tokens

@@ -1,4 +1,4 @@
-"""What the ranks of a run add up in every step: gradients and metrics."""
+"""The sums over ranks in every training step: gradients and metrics."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from saelab.training.feature_shards import ROWS
 
 
 class Exchange:
-    """Rows of features are summed over the ranks that hold the same features, everything else over all ranks."""
+    """Gradients of feature rows are summed over the ranks that hold the same features, all others over all ranks."""
 
     def __init__(self, sae: SAE, mesh: Mesh) -> None:
         self.mesh = mesh
@@ -27,7 +27,7 @@ class Exchange:
             gradient_sum()
 
     def sum_metrics(self, values: dict[str, float], device: torch.device) -> dict[str, float]:
-        """Each is a sum over rows; L0 is one over features too, of the others every shard has the whole."""
+        """Sum over rows; L0 is summed over features too, of the other metrics every shard has the full value."""
         if self.mesh.world.size == 1:
             return values
         copies = self.mesh.feature.size

@@ -1,8 +1,8 @@
-"""SAEs whose features are spread over ranks: each holds d_sae / S rows of `W_enc`, `b_enc` and `W_dec`.
+"""SAEs whose features are sharded over ranks: each holds d_sae / S rows of `W_enc`, `b_enc` and `W_dec`.
 
-A step has two exchanges: the candidates of the selection, `(batch, k)` scores, and the sum of the reconstructions,
-`(batch, d_in)`. The selection is that of the whole dictionary, ties included. Gradients need no exchange between shards:
-each has the whole residual. `b_dec` is on all of them, and its gradient is the sum over the shards.
+A step communicates twice: the candidates of the selection, `(batch, k)` scores, and the sum of the reconstructions,
+`(batch, d_in)`. The selection is that of the whole dictionary, ties included. Gradients of feature rows need no communication
+between shards, as each has the full residual. `b_dec` is replicated, and its gradient is summed over the shards.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from saelab.saes.step import StepInfo
 from saelab.saes.topk import TopKConfig, TopKSAE
 
 ROWS = ("W_enc", "b_enc", "W_dec")
-"""Parameters with a row for each feature."""
+"""Parameters with one row per feature."""
 
 
 class AllReduceSum(Function):
-    """The sum over ranks; each then computes the same from it, so that its gradient is that of every part."""
+    """Sum over ranks. All compute the same from it, so its gradient is the gradient of every rank's part."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, ranks: Ranks) -> Tensor:
@@ -48,13 +48,13 @@ class AllReduceSum(Function):
 
 
 class FeatureShard(SelectionSAE):
-    """The features of one rank. Its `d_sae` is their number; only `loss` is meant to be called."""
+    """The features of one rank; `d_sae` is their number. Only `loss` is meant to be called."""
 
     mesh: Mesh
 
     @property
     def first_feature(self) -> int:
-        """The number of its first feature among all."""
+        """Index of its first feature in the whole dictionary."""
         return self.mesh.feature.rank * self.d_sae
 
     def rebuild(self, feature_acts: SparseActs, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,12 +77,12 @@ class FeatureShard(SelectionSAE):
 
     @property
     def _local_b_dec(self) -> Tensor:
-        """The bias, which learns from the reconstruction on one shard, so that the sum over them counts that once."""
+        """`b_dec`, with its gradient from the reconstruction on one shard only, so that the sum over shards counts it once."""
         return self.b_dec if self.mesh.feature.is_main_process else self.b_dec.detach()
 
 
 class TopKShard(FeatureShard, TopKSAE):
-    """Of each token the k best of all shards are among the k best of each."""
+    """A token's k largest over all shards are among the k largest of the single shards."""
 
     def select(self, x: Float[Tensor, "batch d_in"], info: StepInfo) -> SparseActs:
         feature_acts = self._best(x, self.config.k)
@@ -92,7 +92,7 @@ class TopKShard(FeatureShard, TopKSAE):
 
 
 class BatchTopKShard(FeatureShard, BatchTopKSAE):
-    """One pool of all pairs."""
+    """Selects among the pairs of all shards together."""
 
     def global_pairs(self, info: StepInfo) -> GlobalPairs:
         full, first_row = self.d_sae * self.mesh.feature.size, info.ranks.local_rows.start
@@ -108,13 +108,11 @@ SHARDS: dict[str, type[FeatureShard]] = {"topk": TopKShard, "batch_topk": BatchT
 def among_best(scores: Float[Tensor, "batch m"], k: int, shards: Ranks) -> Bool[Tensor, "batch m"]:
     """Which of this shard's scores (at most k of a row) are among the k largest positive ones of their row on all shards.
 
-    Each row is in the order of its features; ties go to the lower shard, then the earlier score: the lowest feature.
+    Each row is in feature order; ties go to the lower shard, then the earlier score, and so to the lowest feature.
     One collective of `(batch, k)` numbers.
     """
     m = scores.shape[1]
-    full = torch.cat(
-        shards.all_gather_same_shape(F.pad(scores, (0, k - m)).contiguous()), dim=1
-    )  # in the order of the features
+    full = torch.cat(shards.all_gather_same_shape(F.pad(scores, (0, k - m)).contiguous()), dim=1)  # in feature order
     kth = kth_largest(full, k)[:, None]
     above, tied = full > kth, full == kth
     n_left = k - above.sum(1, keepdim=True)
@@ -123,10 +121,10 @@ def among_best(scores: Float[Tensor, "batch m"], k: int, shards: Ranks) -> Bool[
 
 
 def check_shardable(variant: type[SAE], config: Any, feature_shards: int) -> None:
-    """Raises `ValueError` where this SAE cannot be spread over so many shards."""
+    """Raises `ValueError` if this SAE cannot be split into `feature_shards` shards."""
     if variant.variant not in SHARDS:
         raise ValueError(
-            f"feature_shards={feature_shards} is for {' and '.join(SHARDS)}; {variant.variant} trains data-parallel: leave "
+            f"feature_shards={feature_shards} works for {' and '.join(SHARDS)}; {variant.variant} trains data-parallel: leave "
             "feature_shards at 1."
         )
     if config.d_sae % feature_shards or config.d_sae // feature_shards < config.k:
@@ -136,7 +134,7 @@ def check_shardable(variant: type[SAE], config: Any, feature_shards: int) -> Non
         )
     if config.aux != "auxk" or (isinstance(config, TopKConfig) and config.multi_topk):
         raise ValueError(
-            f"feature_shards={feature_shards} knows aux='auxk' alone, without multi_topk: change the config."
+            f"feature_shards={feature_shards} supports only aux='auxk', without multi_topk: change the config."
         )
 
 
@@ -153,7 +151,7 @@ def shard_of(sae: SAE, mesh: Mesh) -> FeatureShard:
 
 
 def gather_into(sae: SAE | None, shard: FeatureShard) -> None:
-    """Fill a whole SAE with the shards, one after another; ranks that give None only send theirs."""
+    """Fill a whole SAE from the shards, one after another; ranks that pass None only send theirs."""
     full = {} if sae is None else sae.state_dict()
     for name, part in shard.state_dict().items():
         parts = shard.mesh.feature.each(part) if name in ROWS else [part]

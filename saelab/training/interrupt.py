@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM that wait for the end of a step, so that what is saved then is the state between two steps."""
+"""Defers Ctrl-C and SIGTERM to the end of a step, so that the saved state is one between two steps."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from contextlib import contextmanager
 from types import FrameType
 
 _OWN = {signal.SIGINT: (signal.default_int_handler,), signal.SIGTERM: (signal.SIG_DFL, signal.default_int_handler)}
-"""Handlers that may be replaced for a while. Any other is an application's, and stays."""
+"""Handlers that may be replaced temporarily. Any other is the application's and is left alone."""
 
 
 class Interrupt:
-    """`asked` is True once Ctrl-C was pressed, or SIGTERM sent."""
+    """`asked` is True once SIGINT (Ctrl-C) or SIGTERM has arrived."""
 
     def __init__(self) -> None:
         self.asked = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        """The signal handler; a second signal does not wait."""
+        """The signal handler; a second signal interrupts at once."""
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
@@ -27,9 +27,9 @@ class Interrupt:
 
 @contextmanager
 def interrupt_between_steps() -> Iterator[Interrupt]:
-    """Note SIGINT and SIGTERM instead of acting at once; whoever reads `asked` raises `KeyboardInterrupt`, at the latest the end.
+    """Record SIGINT and SIGTERM instead of acting at once; if `asked`, the end of the block raises `KeyboardInterrupt`.
 
-    Only the main thread gets signals.
+    Callers may check `asked` to stop earlier. Outside the main thread, which alone receives signals, nothing changes.
     """
     interrupt = Interrupt()
     before = {number: signal.getsignal(number) for number in _OWN}

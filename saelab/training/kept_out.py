@@ -1,4 +1,4 @@
-"""Rows that are kept out of training, for the calibration at its end: on rows that were trained on fewer features fire."""
+"""Rows held out of training for the calibration at its end, since fewer features fire on rows seen in training."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from saelab.training.data_source import DataSource, Rows
 SHARE = 64
 MOST = 16_384
 LEAST = 256
-"""Fewer tell the number of features on a row less well than rows that were trained on do."""
+"""Fewer held-out rows estimate L0 less accurately than training rows do."""
 ENOUGH = 8_192
-"""The number of features on a row scatters by half of its mean and more (17.7 at L0 32 on SmolLM2): so many rows give the mean
-to within 0.6 %, a quarter of them to within 1.2 %."""
+"""The number of features per row has a standard deviation of half its mean or more (17.7 at L0 32 on SmolLM2): this many rows
+estimate the mean to within 0.6 %, a quarter of them to within 1.2 %."""
 LARGEST_SHARE = 16
 
 
 def n_kept_out(n_rows: int, rules: int) -> int:
-    """A sixty-fourth of the rows, at most 16,384; of fewer than 524,288 rows 8,192, or a sixteenth where that is less.
+    """Number of rows to hold out: 1/64, at most 16,384; of fewer than 524,288 rows 8,192 or 1/16, whichever is less.
 
-    None of fewer than 16,384 rows, and none in a run of the first version; rules 2 keep to the sixty-fourth.
+    Zero for fewer than 16,384 rows, and under rules 1 (the first version); rules 2 always hold out 1/64.
     """
     n = min(n_rows // SHARE, MOST)
     if n < LEAST or rules < 2:
@@ -33,10 +33,10 @@ def n_kept_out(n_rows: int, rules: int) -> int:
 def calibration_rows(
     source: DataSource, hooks: Sequence[str], batches: Iterator[Rows], last: Rows, n_tokens: int
 ) -> tuple[Mapping[str, Tensor], bool]:
-    """Rows of these sites to calibrate on, and whether they were kept out of training.
+    """Rows of these hooks to calibrate on, and whether they were held out of training.
 
-    Where none were kept out they are the next rows of the data after the `last` batch: those of a stream are new, those of
-    a small tensor or cache were trained on.
+    If none were held out, they are the rows that follow the `last` batch: new ones from a stream, but rows already trained
+    on from a small tensor or cache.
     """
     if source.kept_out is not None:
         return source.kept_out(hooks), True

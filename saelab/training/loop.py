@@ -1,4 +1,4 @@
-"""`saelab.train`: one SAE or several on one stream of rows."""
+"""`saelab.train`: trains one or several SAEs on one stream of rows."""
 
 from __future__ import annotations
 
@@ -65,19 +65,19 @@ def train(
     """Train the SAE of `config`, or one for each config of a list, side by side on the same batches.
 
     `data` is a cache, a cache's path, a stream, a tensor or NumPy array `(n, d_in)` (shuffled, repeated as needed) or an
-    iterator of such tensors; `hook_name` chooses among several hooks what an SAE or transcoder reads. A crosscoder takes the
-    hooks that its config names, or tensors `(n, n_sources, d_in)`; a transcoder predicts its config's `hook_name_out`, or
-    the y of a `Batch(x, y)` of tensors. A list may have a `train_config` for each SAE, all of one `n_tokens`, `batch_size`
-    and `seed`. `out_dir` is the SAE's folder (for a list: the RUN folder, in which each gets `sae-NAME/`); without it
-    nothing is written. The same call again goes on where it stopped, bit for bit, and returns at once when finished; Ctrl-C
-    writes a checkpoint first.
+    iterator of such tensors; `hook_name` selects the hook that an SAE or transcoder reads if there are several. A crosscoder
+    reads the hooks that its config names, or tensors `(n, n_sources, d_in)`; a transcoder predicts its config's
+    `hook_name_out`, or the y of a `Batch(x, y)` of tensors. For a list, `train_config` may be a list too, one for each SAE,
+    with the same `n_tokens`, `batch_size`, `seed` and `feature_shards`. `out_dir` is the SAE's folder (for a list: the RUN
+    folder, in which each gets `sae-NAME/`); without it nothing is written. Repeating the call resumes where it stopped, bit
+    for bit, and returns at once if it had finished; Ctrl-C writes a checkpoint first.
 
-    Under `torchrun` every process makes this call with the same arguments, and takes its share of the rows of each batch;
-    the first of them writes. With `feature_shards` S the features of each SAE are spread over S processes, and the first
-    of all gets the whole SAE.
+    Under `torchrun` every rank makes this call with the same arguments and takes its share of the rows of each batch; only
+    rank 0 writes. With `feature_shards` S the features of each SAE are sharded over S ranks, and rank 0 returns the whole
+    SAE.
 
-    Raises `ValueError` for bad arguments, `TrainingError` when the memory does not suffice, when activations or loss stop
-    being finite or when `out_dir` holds another run.
+    Raises `ValueError` for bad arguments, `TrainingError` if memory does not suffice, if activations or loss become
+    non-finite, or if `out_dir` holds another run.
     """
     keep_freed_memory()
     several = isinstance(config, Sequence)
@@ -109,7 +109,7 @@ def train(
 
 
 def _check_memory(each: list[tuple[Any, TrainConfig, Path | None]], source: DataSource, progress: bool) -> None:
-    """Say what the SAEs that are not finished will take. Raises `TrainingError` where that is not free."""
+    """Log the memory that unfinished SAEs will need. Raises `TrainingError` if it exceeds what is free."""
     left = [(one, train) for one, train, folder in each if folder is None or not (folder / "sae.json").exists()]
     if not left:
         return
@@ -121,15 +121,15 @@ def _check_memory(each: list[tuple[Any, TrainConfig, Path | None]], source: Data
 
 
 _COMMON = ("n_tokens", "batch_size", "seed", "feature_shards")
-"""Fields of `TrainConfig` that decide the batches and who holds what, so that SAEs side by side have them in common."""
+"""Fields of `TrainConfig` that decide batches and placement, so they must agree for SAEs trained side by side."""
 
 
 def _train_configs(given: Any, configs: list[Any], several: bool) -> list[TrainConfig]:
-    """One a config. Raises `ValueError` where their number is another, or one read does not serve them all."""
+    """One per SAE config. Raises `ValueError` if their numbers differ, or they cannot share the same batches."""
     trains = list(given) if several and isinstance(given, Sequence) else [given] * len(configs)
     for train in trains:
         if not isinstance(train, TrainConfig):
-            raise ValueError(f"train_config={train!r} is no saelab.TrainConfig; give TrainConfig(n_tokens=...).")
+            raise ValueError(f"train_config={train!r} is not a saelab.TrainConfig; give TrainConfig(n_tokens=...).")
     if len(trains) != len(configs):
         raise ValueError(
             f"{len(trains)} TrainConfigs for {len(configs)} SAE configs: give one for all, or one for each."
@@ -138,8 +138,8 @@ def _train_configs(given: Any, configs: list[Any], several: bool) -> list[TrainC
         values = list(dict.fromkeys(getattr(train, name) for train in trains))
         if len(values) > 1:
             raise ValueError(
-                f"{name}={' and '.join(map(str, values))}: SAEs that train side by side see the same batches, so it is one "
-                f"for all of them; call train once for each {name}."
+                f"{name}={' and '.join(map(str, values))}: SAEs trained side by side see the same batches, so it must "
+                f"be the same for all; call train once for each {name}."
             )
     return trains
 
@@ -149,7 +149,7 @@ def _warn_if_few(source: DataSource, batch_size: int) -> None:
     if source.n_rows is not None and source.n_rows < batch_size:
         warnings.warn(
             f"There are {source.n_rows:,} different rows, fewer than one batch of {batch_size:,}: the SAE will "
-            "learn them by heart. Harvest more tokens (100,000 and more), or lower batch_size.",
+            "memorise them. Harvest more tokens (100,000 or more), or lower batch_size.",
             stacklevel=3,
         )
 
@@ -170,7 +170,7 @@ def _train_all(runs: list[Run], source: DataSource, config: TrainConfig, progres
             rows = next(batches, None)
             if rows is None:
                 raise TrainingError(
-                    f"The data ended after {step * config.batch_size} of {config.n_tokens} tokens; give more or lower n_tokens."
+                    f"The data ended after {step * config.batch_size} of {config.n_tokens} tokens; give more, or lower n_tokens."
                 )
             for run in runs:
                 if run.step == step:
@@ -182,15 +182,15 @@ def _train_all(runs: list[Run], source: DataSource, config: TrainConfig, progres
         unseen, kept_out = calibration_rows(source, hooks, batches, rows, config.n_tokens)
         for run in runs:
             run.finish(rows, unseen, kept_out)
-        ranks.barrier(runs[0].device)  # none goes on before everything is written
+        ranks.barrier(runs[0].device)  # no rank continues before everything is written
 
 
 def _stop(runs: list[Run]) -> NoReturn:
-    """Keep what was learned, then end as Ctrl-C does."""
+    """Write a checkpoint of every run, then raise `KeyboardInterrupt`."""
     for run in runs:
         run.checkpoint()
-    kept = [f"{run.folder} goes on from step {run.step}" for run in runs if run.folder is not None and run.step]
-    raise KeyboardInterrupt("; ".join(kept) or "Nothing of this training is on disk")
+    kept = [f"{run.folder} resumes from step {run.step}" for run in runs if run.folder is not None and run.step]
+    raise KeyboardInterrupt("; ".join(kept) or "Nothing of this training was saved")
 
 
 def _summary(runs: list[Run], bar: Any, batch_size: int) -> str:
@@ -207,7 +207,7 @@ def _summary(runs: list[Run], bar: Any, batch_size: int) -> str:
 
 
 def _folders(configs: list[Any], out_dir: str | Path | None, trains: list[TrainConfig] | None) -> list[Path | None]:
-    """One folder a config in `out_dir`, all of different names; `trains` where each has its own."""
+    """One folder per config in `out_dir`, with distinct names; `trains` if each SAE has its own `TrainConfig`."""
     if out_dir is None:
         return [None] * len(configs)
     names: list[str] = []
@@ -219,7 +219,7 @@ def _folders(configs: list[Any], out_dir: str | Path | None, trains: list[TrainC
 
 
 def folder_name(config: Any, train: TrainConfig | None) -> str:
-    """`sae-VARIANT-D_SAE[-kK][-lL0]`, and `[-lrLR]-seedSEED` for an SAE with a `train` of its own."""
+    """`sae-VARIANT-D_SAE[-kK][-lL0]`, and `[-lrLR]-seedSEED` for an SAE with its own `train`."""
     name = f"sae-{variant_of(config).variant}-{config.d_sae}"
     sizes = dataclasses.asdict(config)
     name += f"-k{sizes['k']}" if "k" in sizes else ""

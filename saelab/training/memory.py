@@ -1,7 +1,8 @@
-"""What a run will hold in memory, counted before any of it is made: one that does not fit is refused, not killed on the way.
+"""Estimates the memory of a run before anything is allocated: one that does not fit is refused instead of killed midway.
 
-Weights, gradients and Adam's moments are known but for the biases. Batches and workspace are estimates from the sizes of a
-step's tensors, which the tests hold against real steps. `DEAD` of the features count as dead: the aux loss is dense in them.
+Weights, gradients and Adam's moments are exact but for the biases. Batches and workspace are estimated from the sizes of a
+step's tensors; tests compare them with real steps. A fraction `DEAD` of the features is taken to be dead, as the aux loss
+is dense in them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from saelab.training.config import TrainConfig
 from saelab.training.data_source import View
 
 Plan = Mapping[str, Mapping[str, int]]
-"""Bytes by device and by what they are for."""
+"""Bytes by device and purpose."""
 
 DEAD = 0.05
 _ACTIVE_BYTES = 120  # ids, values, their sorted copies and gradients, of one feature that fires on one token
@@ -32,7 +33,7 @@ _BATCHES = 6  # read ahead, and the one in use
 
 
 def plan_memory(variant: type[SAE], config: Any, view: View, train: TrainConfig, device: torch.device) -> Plan:
-    """Bytes that training one SAE takes beyond what is held before; of sharded features, those of one shard."""
+    """Bytes that training one SAE needs in addition to what is in use; with sharded features, those of one shard."""
     d_sae = -(-config.d_sae // train.feature_shards)
     width, width_out = view.width, view.width_out
     matrices = [d_sae * width_out * 4] + ([] if variant.tied else [d_sae * width * 4])
@@ -40,7 +41,7 @@ def plan_memory(variant: type[SAE], config: Any, view: View, train: TrainConfig,
     n_rows = -(-train.batch_size // train.grad_accumulation)
     screen = min(_SCREEN_BYTES, n_rows * d_sae * 4)
     rounded = d_sae * width * 2 if fast_bf16(device) else 0
-    again = max(matrices) if train.grad_accumulation > 1 or variant.tied else 0  # gradients that are added up
+    again = max(matrices) if train.grad_accumulation > 1 or variant.tied else 0  # accumulated gradients
     step = {
         "weights": weights,
         "gradients": weights,
@@ -54,7 +55,7 @@ def plan_memory(variant: type[SAE], config: Any, view: View, train: TrainConfig,
 
 
 def _step_bytes(variant: type[SAE], config: Any, n_rows: int, width: int, weights: int) -> int:
-    """Tensors that live as long as a step does, of `n_rows` tokens."""
+    """Bytes of the tensors that live as long as a step of `n_rows` tokens."""
     steps = config.k if isinstance(config, MatchingPursuitConfig) else 0  # each step of a pursuit keeps its residual
     total = n_rows * width * 4 * (_ROW_COPIES + 4 * steps) + n_rows * variant.peak_l0(config) * _ACTIVE_BYTES
     if variant.has_dense_aux(config):
@@ -63,9 +64,9 @@ def _step_bytes(variant: type[SAE], config: Any, n_rows: int, width: int, weight
 
 
 def check_memory(plans: Iterable[Plan], free: Mapping[str, int]) -> str:
-    """One line for each device: the sum of the plans and its parts, and what is `free` (bytes by device) there.
+    """One line per device: the sum of the plans, its parts, and what is `free` there (bytes by device).
 
-    Raises `TrainingError` where it does not fit. A device that `free` does not name is not judged.
+    Raises `TrainingError` if the sum does not fit. Devices missing in `free` are not checked.
     """
     total: dict[str, Counter[str]] = {}
     for plan in plans:
@@ -79,18 +80,20 @@ def check_memory(plans: Iterable[Plan], free: Mapping[str, int]) -> str:
         lines.append(f"Memory on {device}: about {human_bytes(needed)}{have} ({each}).")
         if needed > free.get(device, needed):
             raise TrainingError(
-                f"This training does not fit. {lines[-1]} Lower d_sae, or batch_size, or raise grad_accumulation (they make "
-                "the workspace smaller), train fewer SAEs side by side, or share the features among ranks (feature_shards)."
+                f"This training does not fit. {lines[-1]} Lower d_sae or batch_size, or raise grad_accumulation (for a "
+                "smaller workspace), train fewer SAEs side by side, or shard the features over ranks (feature_shards)."
             )
     return "\n".join(lines)
 
 
 def free_bytes(device: torch.device, root: Path = Path("/")) -> dict[str, int]:
-    """Bytes that can still be had on the CPU, under the limit of its control group, and on a GPU; none where unknown."""
+    """Bytes available on the CPU, within the limit of its cgroup, and on a GPU; devices of unknown memory are left out."""
     known = [_available(root), _left_in_cgroup(root)]
     free = {"cpu": min(n for n in known if n is not None)} if known != [None, None] else {}
     if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own, to be used again
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
+            device
+        )  # torch's cache, which it reuses
         free[str(device)] = torch.cuda.mem_get_info(device)[0] + kept
     return free
 
@@ -101,7 +104,7 @@ def _available(root: Path) -> int | None:
 
 
 def _left_in_cgroup(root: Path) -> int | None:
-    """Limit less use of the process's control group (version 2 or 1); what is cached of files can be had back."""
+    """Limit minus usage of the process's cgroup (version 2 or 1); cached files do not count, as they can be evicted."""
     left: list[int] = []
     for line in _lines(root / "proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
@@ -113,14 +116,14 @@ def _left_in_cgroup(root: Path) -> int | None:
             names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
         for folder in {base / path.lstrip("/"), base}:  # a container may see its own as the root
             limit, used = (_lines(folder / name) for name in names[:2])
-            if limit and used and limit[0].isdigit():  # "max" is none
+            if limit and used and limit[0].isdigit():  # "max" means no limit
                 cached = _fields(folder / "memory.stat").get(names[2], 0)
                 left.append(max(0, int(limit[0]) - int(used[0]) + cached))
     return min(left, default=None)
 
 
 def _fields(path: Path) -> dict[str, int]:
-    """First two words of each line."""
+    """The second word of each line, a number, by the first."""
     words = (line.split() for line in _lines(path))
     return {some[0]: int(some[1]) for some in words if len(some) > 1 and some[1].isdigit()}
 

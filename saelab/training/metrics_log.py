@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one JSON object a logged step, appended; a resumed run first cuts what lies past its checkpoint."""
+"""`metrics.jsonl`: one JSON object per logged step, appended; a resumed run first drops the lines after its checkpoint."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class MetricsLog:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; what is no line of a log (torn, altered) is left out."""
+    """The lines of a metrics file; invalid ones (truncated, altered) are skipped."""
     if not path.exists():
         return []
     lines = []

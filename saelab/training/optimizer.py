@@ -16,7 +16,7 @@ from saelab.training.running_norm import RunningNorm
 
 
 def learning_rate(config: TrainConfig, base_lr: float, d_sae: int, step: int) -> float:
-    """Rate of step `step` (from 0): linear warm-up, flat, linear decay to 0 over the last `decay_fraction`."""
+    """Learning rate of step `step` (from 0): linear warm-up, constant, linear decay to 0 over the last `decay_fraction`."""
     peak = config.lr if config.lr is not None else base_lr * math.sqrt(4096 / d_sae)
     rising = (step + 1) / max(config.warmup_steps, 1)
     decay_steps = config.decay_fraction * config.n_steps
@@ -34,8 +34,8 @@ def apply_step(
 ) -> float:
     """Project, clip to `clip_norm` and to the limit of `running`, step, renormalise; returns the gradient norm before clipping.
 
-    Clipping costs no pass of its own: Adam divides each gradient as it reads it. A norm that is not finite changes
-    nothing. With `shards` the norm is that of all features.
+    Clipping needs no extra pass: Adam divides each gradient as it reads it. A non-finite norm skips the update. With
+    `shards` the norm is over all features.
     """
     if sae.unit_norm and sae.W_dec.grad is not None:
         project_(sae.W_dec.grad, sae.W_dec)

@@ -1,7 +1,7 @@
-"""A run that an earlier saelab began ends by the rules it began with, so that it resumes with the same bits.
+"""Training rules: a run that an earlier saelab started keeps its rules to the end, so that it resumes bit for bit.
 
-`run.json` keeps their number; where it keeps none they are rule 1, those of the first version. What a later rule changed
-asks `StepInfo.rules`, or the run's.
+`run.json` records their number; if it has none, they are rules 1, those of the first version. Code that later rules changed
+checks `StepInfo.rules`, or the run's.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ FIRST = 1
 
 
 def rules_of(folders: Iterable[Path | None], ranks: Ranks, device: torch.device) -> int:
-    """The rules of the runs begun in `folders` and not finished, which share their batches; `RULES` where none is begun.
+    """The rules of the unfinished runs in `folders`, which share their batches; `RULES` if none was started.
 
-    Raises `TrainingError` where they are of several.
+    Raises `TrainingError` if they differ.
     """
     found = {folder: _begun_by(folder) for folder in folders if folder is not None and _is_unfinished(folder)}
     if len(set(found.values())) > 1:
-        said = ", ".join(f"{folder} by rules {rules}" for folder, rules in found.items())
-        raise TrainingError(f"These runs were begun by different versions of saelab ({said}): finish each by itself.")
+        said = ", ".join(f"{folder} under rules {rules}" for folder, rules in found.items())
+        raise TrainingError(
+            f"These runs were started by different versions of saelab ({said}): finish each separately."
+        )
     rules = torch.tensor(next(iter(found.values()), RULES), device=device)
     ranks.broadcast_([rules])
     return int(rules)
@@ -43,6 +45,6 @@ def _begun_by(folder: Path) -> int:
     rules = noted.get("rules", FIRST) if isinstance(noted, dict) else FIRST
     if not isinstance(rules, int) or not FIRST <= rules <= RULES:
         raise TrainingError(
-            f"{folder / RUN_FILE} follows training rules {rules!r}, this saelab knows {FIRST} to {RULES}: update saelab."
+            f"{folder / RUN_FILE} follows training rules {rules!r}, this saelab supports {FIRST} to {RULES}: update saelab."
         )
     return rules

@@ -1,5 +1,5 @@
-"""Clipping by what gradients usually are: a limit that needs no knowledge of a loss's scale (of an FVU norms are about 0.05, of a
-squared error summed over dimensions 50 to 1,000)."""
+"""Gradient clipping relative to the running mean of the norm, and so independent of the scale of the loss (norms are about 0.05
+for an FVU, and 50 to 1,000 for a squared error summed over dimensions)."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ _DECAY = 0.99
 
 
 class RunningNorm:
-    """The mean gradient norm of the last hundred steps or so, and a limit of `times` that."""
+    """Mean gradient norm over about the last hundred steps, and a limit of `times` that."""
 
     def __init__(self, times: float, device: torch.device) -> None:
         self.times = times
         self.state = torch.zeros(2, dtype=torch.float64, device=device)
-        """Weighted sum of the norms, and of the weights."""
+        """Weighted sum of the norms, and the sum of the weights."""
 
     def excess(self, norm: float) -> float:
-        """How many times the limit `norm` is, at least 1; then it is taken in, cut to the limit."""
+        """Ratio of `norm` to the limit, at least 1; then updates the mean with `norm`, clipped to the limit."""
         total, weight = self.state.tolist()
         factor = max(1.0, norm * weight / (self.times * total)) if total else 1.0
         self.state.mul_(_DECAY)

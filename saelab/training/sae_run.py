@@ -45,9 +45,9 @@ def variant_of(config: Any) -> type[SAE]:
 
 
 class Run:
-    """Call `train_step(batch)` once a step; `finish(batch)` when `step` reaches `config.n_steps`.
+    """Call `train_step(rows)` once per step, and `finish(rows, unseen, kept_out)` when `step` reaches `train.n_steps`.
 
-    On a mesh of ranks each has a `Run` with its rows of every batch and its features; the first writes.
+    On a mesh each rank has a `Run` with its rows of every batch and its features; only rank 0 writes.
     """
 
     def __init__(
@@ -92,13 +92,13 @@ class Run:
         self.log = MetricsLog(self.folder, self.step, wandb_project) if not self.finished else None
 
     def _place(self, moments: tuple[torch.Tensor, ...]) -> None:
-        """Put the SAE where the data is."""
+        """Fit the normalisation, and the initial biases and thresholds, to the data."""
         self.sae.set_normalization(*moments)
         if self.rules >= 2:
             self.sae.start_from(*moments)
 
     def _continue(self, config: Any, view: View) -> None:
-        """Take up what the folder holds; at the last step when the run had already ended."""
+        """Resume from what the folder holds; a finished run is loaded, at its last step."""
         here = environment(self.device, self.mesh)
         begun = here
         if self.folder is not None:
@@ -115,14 +115,14 @@ class Run:
             _warn_if_elsewhere(begun, here)
 
     def _identity(self, config: Any, view: View) -> dict[str, Any]:
-        """What a run that goes on must have in common with the one that began; on how many ranks may change."""
+        """What must be unchanged for a run to be resumed; the number of ranks may change."""
         named = {"variant": self.sae.variant, "config": settings(config), "train": self.train.settings()}
         named |= {"rows": view.rows} if view.rows else {}
         return named | {"data": view.fingerprint, "d_in": self.sae.d_in, **self.sae.shape}
 
     def train_step(self, rows: Rows) -> None:
-        """One optimiser step. Raises `TrainingError` on NaN or infinite rows, loss or gradient, and where all rows are the
-        same; the last checkpoint stays."""
+        """One optimiser step. Raises `TrainingError` on NaN or infinite rows, loss or gradient, and if all rows are the
+        same; the last checkpoint is left intact."""
         start = time.perf_counter()
         if any(_are_the_same(rows[name]) for name in self.hooks.all):
             raise TrainingError(self._explain(rows))
@@ -152,7 +152,7 @@ class Run:
             self.checkpoint()
 
     def _forward_backward(self, rows: Rows, micro_batch: range, info: StepInfo, logged: bool) -> dict[str, float]:
-        """Add the gradients of this rank's rows in `micro_batch` of the batch; what it adds to the metrics of the whole batch."""
+        """Accumulate gradients of this rank's rows of `micro_batch`; returns their part of the metrics of the whole batch."""
         ranks = self.mesh.data.sharing(len(micro_batch))
         local = micro_batch[ranks.local_rows]
         batch = self.hooks.batch(
@@ -169,12 +169,12 @@ class Run:
         return {name: share * value for name, value in values.items()}
 
     def checkpoint(self) -> None:
-        """Write the state before the next step, where the run has a folder and has begun."""
+        """Write the state before the next step, if the run has a folder and has made a step."""
         self.state.save(self.step)
 
     def finish(self, rows: Rows, unseen: Rows, kept_out: bool) -> SAE:
-        """Calibrate the trained SAE on `unseen` rows, if they were `kept_out` or not, and save it with golden inputs taken
-        from `rows`. Of sharded features the first rank gets all of them."""
+        """Calibrate the trained SAE on the `unseen` rows (`kept_out`: whether they were held out of training), and save it
+        with golden inputs taken from `rows`. With sharded features rank 0 gets the whole SAE."""
         if isinstance(self.sae, FeatureShard):
             if self.mesh.data.is_main_process:
                 gather_into(self._whole, self.sae)
@@ -204,7 +204,7 @@ class Run:
         return self.sae
 
     def _write_log(self, sums: dict[str, Any], lr: float) -> None:
-        # Its own steps alone: others may share the data.
+        # Counts this SAE's steps only: others may share the data.
         rate = self._spent_on * self.train.batch_size / max(self._spent, 1e-9)
         self._spent, self._spent_on = 0.0, 0
         dead = float(self.mesh.feature.all_reduce_sum(self.dead.dead.float().mean()) / self.mesh.feature.size)
@@ -230,42 +230,42 @@ class Run:
 
 
 def _are_the_same(x: Tensor) -> bool:
-    """Whether all rows of a batch are; two rows that differ tell it without a pass."""
+    """Whether all rows of a batch are the same; usually the first and last row already differ."""
     return len(x) > 1 and torch.equal(x[0], x[-1]) and bool((x == x[0]).all())
 
 
 def _check_shares(variant: type[SAE], config: Any, train: TrainConfig, ranks: Ranks) -> None:
-    """Raises `ValueError` where features or batches cannot be shared by these processes."""
+    """Raises `ValueError` if features or batches cannot be split over these ranks."""
     if train.feature_shards > 1:
         check_shardable(variant, config, train.feature_shards)
     if ranks.size == 1:
         return
     if not variant.supports_data_parallel:
         raise ValueError(
-            f"{variant.variant} trains in one process, this job has {ranks.size}: start it without torchrun."
+            f"{variant.variant} trains in a single process, this job has {ranks.size}: start it without torchrun."
         )
     smallest = min(len(micro_batch) for micro_batch in train.micro_batches)
     if smallest < ranks.size:
         raise ValueError(
-            f"batch_size={train.batch_size} with grad_accumulation={train.grad_accumulation} has a part of {smallest} rows, "
-            f"fewer than the {ranks.size} processes that share it: raise batch_size, or start fewer."
+            f"batch_size={train.batch_size} with grad_accumulation={train.grad_accumulation} has a micro-batch of {smallest} "
+            f"rows, fewer than the {ranks.size} processes that share it: raise batch_size, or start fewer processes."
         )
 
 
 def device_of(train: TrainConfig) -> torch.device:
-    """Where a run computes. Raises `ValueError` for a device that is unknown or not there."""
+    """The device of a run. Raises `ValueError` for a device that is unknown or unavailable."""
     name = train.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.zeros(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"device={name!r} cannot be used here ({reason}): give 'cpu', or None for what is there."
+            f"device={name!r} cannot be used here ({reason}): give 'cpu', or None for what is available."
         ) from error
 
 
 def environment(device: torch.device, mesh: Mesh) -> dict[str, Any]:
-    """The things beside seed and data that decide the bits of a run."""
+    """What decides the bits of a run besides seed and data."""
     return {
         "torch": torch.__version__,
         "device": str(device),
@@ -276,10 +276,10 @@ def environment(device: torch.device, mesh: Mesh) -> dict[str, Any]:
 
 
 def _warn_if_elsewhere(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Warn when a run goes on under another torch, device or thread count: its bits may then differ."""
+    """Warn if a run resumes under another torch, device, thread count or number of ranks: its bits may then differ."""
     before = {"ranks": 1} | before
     different = [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
     if different:
         warnings.warn(
-            f"This run goes on under other conditions ({', '.join(different)}): bits may differ.", stacklevel=5
+            f"This run resumes under other conditions ({', '.join(different)}): bits may differ.", stacklevel=5
         )

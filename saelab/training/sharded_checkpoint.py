@@ -1,7 +1,7 @@
-"""Checkpoints of an SAE whose features are spread over ranks: a folder of safetensors files, one a rank, written and read
-by `torch.distributed.checkpoint`. Each file says which rows it holds, so that any other number of ranks can read them.
+"""Checkpoints of an SAE whose features are sharded over ranks: a folder of safetensors files, one per rank, written and read
+by `torch.distributed.checkpoint`. Each file records which rows it holds, so that any number of ranks can read them.
 
-The folder has a temporary name until every file is on disk; `files.json` in it has their SHA-256.
+The folder has a temporary name until every file is on disk; its `files.json` lists their SHA-256.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FILES = "files.json"
 
 
 def row_names(shard: FeatureShard) -> set[str]:
-    """The tensors of a checkpoint that have a row for each feature, under their names in `checkpoint.state_of`."""
+    """Names, as in `checkpoint.state_of`, of the checkpoint tensors that have one row per feature."""
     moments = {
         f"adam.{index}.{moment}"
         for index, (name, _) in enumerate(shard.named_parameters())
@@ -56,21 +56,21 @@ def save_shard(path: Path, step: int, state: Mapping[str, Tensor], rows: set[str
             shutil.rmtree(path, ignore_errors=True)
             temporary.replace(path)
             fsync_dir(path.parent)
-    mesh.world.barrier(number.device)  # none goes on before it has its name
+    mesh.world.barrier(number.device)  # no rank continues before the folder has its name
 
 
 def check_folder(path: Path, step: int, n_steps: int) -> None:
-    """Raises `ValueError` unless the folder is whole, as written, and of this step."""
+    """Raises `ValueError` unless the folder is complete, unaltered and from this step."""
     known = read_json(path / FILES)
     if known.get("step") != step or step >= n_steps:
-        raise ValueError(f"it is of step {known.get('step')}, the run has {n_steps}")
+        raise ValueError(f"it is from step {known.get('step')}, the run has {n_steps} steps")
     for name, digest in known["files"].items():
         if sha256_file(path / name) != digest:
             raise ValueError(f"{name} was altered: SHA-256 differs")
 
 
 def read_folder(path: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The whole tensors of a sharded checkpoint, by one process. Raises `ValueError` for other shapes than `like`."""
+    """The whole tensors of a sharded checkpoint, read by one process. Raises `ValueError` for other shapes than `like`."""
     tensors = {name: torch.empty_like(x, device="cpu") for name, x in like.items()}
     _load(path, tensors, no_dist=True)
     return tensors
@@ -93,12 +93,12 @@ def _load(path: Path, state: Mapping[str, Any], no_dist: bool = False) -> None:
     from torch.distributed.checkpoint.state_dict_loader import load
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is meant
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process is intended
         load(dict(state), storage_reader=HuggingFaceStorageReader(str(path)), no_dist=no_dist)
 
 
 def _placed(state: Mapping[str, Tensor], rows: set[str], mesh: Mesh) -> dict[str, Any]:
-    """The tensors with their place in the whole, as `torch.distributed.checkpoint` reads it; no copies."""
+    """The tensors with their place in the whole, as `torch.distributed.checkpoint` expects; not copied."""
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     placements = [Replicate(), Shard(0)]

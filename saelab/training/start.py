@@ -1,4 +1,4 @@
-"""The first step's codes are looked at, and the last one's: an SAE of which nothing fires has no gradient and learns nothing."""
+"""Checks that features fire in the first and the last step: an SAE in which nothing fires has no gradient and learns nothing."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ LEAST_L0 = 0.01
 
 
 def check_start(sae: SAE, l0: float) -> None:
-    """Raises `TrainingError`, saying what to change, unless `l0` features or more of the first batch's tokens fire."""
+    """Raises `TrainingError`, saying what to change, if `l0`, features per token of the first batch, is close to 0."""
     config = sae.config
     if l0 >= LEAST_L0 * min(1.0, sae.expected_l0(config) or 1.0):
         return
     if isinstance(config, JumpReLUConfig) and config.initial_threshold is not None:
         fix = (
             f"initial_threshold={config.initial_threshold} is above nearly all pre-activations of the first batch: lower "
-            "it, or leave it at None, which puts it where the data's spread says"
+            "it, or leave it at None, which derives it from the spread of the data"
         )
     else:
         fix = (
-            f"the rows of the first batch hardly differ from their mean after normalize={config.normalize!r}: look at the "
-            "data, or take normalize='center_and_scale'"
+            f"the rows of the first batch hardly differ from their mean after normalize={config.normalize!r}: check the "
+            "data, or use normalize='center_and_scale'"
         )
-    raise TrainingError(f"Nothing fires at the start ({l0:.2g} features a token), so nothing can be learned: {fix}.")
+    raise TrainingError(f"Nothing fires at the start ({l0:.2g} features per token), so nothing can be learned: {fix}.")
 
 
 @torch.no_grad()
@@ -51,11 +51,11 @@ def check_promise(sae: SAE, x: Float[Tensor, "n ..."]) -> None:
 
 
 def check_end(sae: SAE, l0: float) -> None:
-    """Where nothing fires at the end: warns, or raises `TrainingError` for an SAE that then has no threshold to encode by."""
+    """If nothing fires at the end, warns, or raises `TrainingError` for an SAE that is left without a threshold."""
     if l0 > 0:
         return
     said = (
-        "Nothing fires any more at the end of training: every feature died on the way. Take normalize='center_and_scale' "
+        "Nothing fires at the end of training: every feature died. Use normalize='center_and_scale' "
         f"(it is {sae.config.normalize!r}), lower lr, or ask for less sparsity."
     )
     if isinstance(sae, ThresholdSAE) and not bool(sae.n_observed.any()):

@@ -1,4 +1,4 @@
-"""`State`: all that a run learns, saved in its folder and taken up from there, by one process or by several together."""
+"""`State`: everything that changes during a run, saved to its folder and restored from it, by one or several processes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class State:
         self._device = dead.tokens_since_fired.device
 
     def save(self, step: int) -> None:
-        """Write the state before `step`; the newest `keep` stay. One of sharded features is written by all ranks."""
+        """Write the state before `step`; the newest `keep` stay. With sharded features all ranks write."""
         first = self.mesh.world.is_main_process
         if self.folder is None or not step:
             return
@@ -57,7 +57,7 @@ class State:
             save_checkpoint(self.folder, step, self.keep, state_of(*self._modules))
 
     def load(self, n_steps: int) -> int:
-        """Take up the newest whole checkpoint, of any number of ranks and shards; gives the step to go on with."""
+        """Restore the newest intact checkpoint, of any number of ranks and shards; returns the step to resume at."""
         found = 0
         if self.folder is not None and self.mesh.world.is_main_process:
             if self._rows is None:

@@ -21,7 +21,7 @@ def from_tensors(rows: Rows, rules: int) -> DataSource:
     """A source of the rows of one tensor, or of x and y. Raises `ValueError` where they are empty or not finite."""
     for name, x in rows.items():
         if not x.numel():
-            raise ValueError(f"A tensor to train on is (n, d_in) with both above 0, {name} is {tuple(x.shape)}.")
+            raise ValueError(f"A tensor to train on must be (n, d_in) with both above 0, {name} is {tuple(x.shape)}.")
         if not bool(x.isfinite().all()):
             raise ValueError(
                 f"{int((~x.isfinite()).flatten(1).any(1).sum())} of {len(x)} rows hold NaN or infinite values."
@@ -38,7 +38,7 @@ def from_tensors(rows: Rows, rules: int) -> DataSource:
         return f"tensor {' '.join(digests)}", {"hook_name_out": "y"} if hooks.outputs != hooks.inputs else {}
 
     n = len(rows["x"])
-    # Rows of one document often lie together: those kept out are drawn from all.
+    # Rows of a document are often adjacent, so held-out rows are sampled from all.
     mixed = torch.randperm(n, generator=torch.Generator().manual_seed(0))
     first, last = mixed[: n - n_kept_out(n, rules)].sort().values, mixed[n - n_kept_out(n, rules) :]
     digests = [hashlib.sha256(x.cpu().contiguous().numpy().tobytes()).hexdigest() for x in rows.values()]
@@ -53,16 +53,16 @@ def from_tensors(rows: Rows, rules: int) -> DataSource:
 
 
 def _tensor_hooks(variant: type[SAE], config: Any, rows: Rows) -> HooksUsed:
-    """x, and y where it was given: for a transcoder, and only there."""
+    """x, and y if it was given, which only a transcoder may have."""
     predicts = "d_out" in variant.extra_dims
     several = config.hook_names if "n_sources" in variant.extra_dims else None
     if "y" in rows and not predicts:
         raise ValueError(
-            f"{type(config).__name__} rebuilds what it reads: give a tensor to train on, not a Batch(x, y)."
+            f"{type(config).__name__} reconstructs its input: give a tensor to train on, not a Batch(x, y)."
         )
     if "y" not in rows and predicts and config.hook_name_out is not None:
         raise ValueError(
-            f"hook_name_out={config.hook_name_out!r} needs rows of that site to train on: give Batch(x, y), or a cache."
+            f"hook_name_out={config.hook_name_out!r} needs rows of that hook to train on: give Batch(x, y), or a cache."
         )
     n_sources = rows["x"].shape[1] if rows["x"].ndim == 3 else 1
     if several is not None and len(several) != n_sources:
@@ -71,13 +71,15 @@ def _tensor_hooks(variant: type[SAE], config: Any, rows: Rows) -> HooksUsed:
 
 
 def as_rows(data: Any, like: Rows | None = None) -> Rows:
-    """fp32 rows by site of a tensor, an array, or a Batch of them. Raises `ValueError` for another shape or kind."""
+    """fp32 rows, named "x" and "y", of a tensor, an array, or a Batch of them. Raises `ValueError` for a wrong shape or type."""
     parts = {"x": data.x, "y": data.y} if isinstance(data, Batch) else {"x": data}
     if like is not None and parts.keys() != like.keys():
-        raise ValueError(f"Every chunk to train on has {' and '.join(like)}, this one has {' and '.join(parts)}.")
+        raise ValueError(f"Every chunk to train on must have {' and '.join(like)}, this one has {' and '.join(parts)}.")
     rows = {name: _as_floats(part, None if like is None else like[name].shape[1:]) for name, part in parts.items()}
     if len({len(x) for x in rows.values()}) > 1:
-        raise ValueError(f"x and y to train on have as many rows each, got {[len(x) for x in rows.values()]}.")
+        raise ValueError(
+            f"x and y to train on must have the same number of rows, got {[len(x) for x in rows.values()]}."
+        )
     return rows
 
 
@@ -86,18 +88,18 @@ def _as_floats(rows: Any, row_shape: Sequence[int] | None = None) -> Tensor:
         rows = torch.from_numpy(np.require(rows, np.float32, ["C", "W"]))
     if not isinstance(rows, Tensor):
         kind = f"an array of {rows.dtype}" if isinstance(rows, np.ndarray) else type(rows).__name__
-        raise ValueError(f"Rows to train on are tensors or NumPy arrays of floats, (n, d_in); got {kind}.")
+        raise ValueError(f"Rows to train on must be tensors or NumPy arrays of floats, (n, d_in); got {kind}.")
     if rows.layout != torch.strided:
-        raise ValueError(f"Rows to train on are dense tensors; got a tensor of layout {rows.layout}: use .to_dense().")
+        raise ValueError(f"Rows to train on must be dense; got a tensor of layout {rows.layout}: use .to_dense().")
     fits = rows.ndim in (2, 3) if row_shape is None else rows.shape[1:] == torch.Size(row_shape)
     if not fits or not rows.is_floating_point():
         expected = "(n, d_in)" if row_shape is None else f"(n, {', '.join(map(str, row_shape))})"
-        raise ValueError(f"A tensor to train on is {expected} floats, got {tuple(rows.shape)} {rows.dtype}.")
+        raise ValueError(f"A tensor to train on must be {expected} floats, got {tuple(rows.shape)} {rows.dtype}.")
     return rows.detach().float()
 
 
 def _shuffled(n: int, batch_size: int, seed: int, start_step: int) -> Iterator[Tensor]:
-    """Row numbers of batches without end; each epoch is a permutation of (seed, epoch), batches run over its border."""
+    """Row indices of endless batches; each epoch is a permutation seeded by (seed, epoch), and batches may span two."""
     epoch, skip = divmod(start_step * batch_size, n)
     waiting = torch.zeros(0, dtype=torch.int64)
     while True:
@@ -110,11 +112,11 @@ def _shuffled(n: int, batch_size: int, seed: int, start_step: int) -> Iterator[T
 
 
 def from_iterator(chunks: Iterator[Any]) -> DataSource:
-    """Rows as they come; the first chunk's statistics normalise the input. A resume reads past what was used."""
+    """Rows in their order; statistics of the first chunk set the normalisation. A resume skips rows already used."""
     given = next(chunks, None)
     if given is None:
-        raise ValueError("The iterator to train on gave nothing.")
-    start = from_tensors(first := as_rows(given), rules=1)  # no row is kept out: more may come
+        raise ValueError("The iterator to train on yielded nothing.")
+    start = from_tensors(first := as_rows(given), rules=1)  # no row is held out: more may come
 
     def batches(names: Sequence[str], batch_size: int, seed: int, start_step: int) -> Iterator[Rows]:
         skip, waiting = start_step * batch_size, {name: first[name] for name in names}

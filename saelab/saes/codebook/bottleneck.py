@@ -1,4 +1,4 @@
-"""One codebook inside a model: the hook that puts its codes' mean where the activation was, and remembers what it saw."""
+"""One codebook inside a model: a hook that replaces the activation by the mean of its codes, and keeps its last input."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from saelab.saes.codebook.quantizer import Codebook
 
 
 class Bottleneck:
-    """What stands at one hook. After a pass it knows what it saw: `seen (tokens, d_in)` and the codes, `ids (tokens, kept)`."""
+    """The codebook at one hook.
+
+    After a forward pass `ids (tokens, kept)` are its codes; in eval mode `seen (tokens, d_in)` is its input, after the
+    LayerNorm if there is one.
+    """
 
     def __init__(self, hook_name: str, codebook: Codebook) -> None:
         self.hook_name, self.codebook = hook_name, codebook
@@ -23,7 +27,7 @@ class Bottleneck:
         self.seen = self.ids = self.loss = None
 
     def __call__(self, x: Float[Tensor, "batch seq *d_in"]) -> Float[Tensor, "batch seq *d_in"]:
-        """The hook: the codebook computes in its own precision, whatever the model's."""
+        """The hook; the codebook computes in its own dtype, independent of the model's."""
         rows = rearrange(x, "batch position ... -> (batch position) (...)").to(self.codebook.codes.dtype)
         out, feature_acts, self.loss = self.codebook.bottleneck(rows)
         self.ids = feature_acts.features.view(len(rows), -1)

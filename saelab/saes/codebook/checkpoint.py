@@ -1,5 +1,5 @@
-"""A model's codebooks on disk: `codebooks.json`, `codebooks.safetensors`, and, where the model's weights were trained with
-them, those in `model.safetensors`. `codebooks.json` is written last: a folder with it is whole."""
+"""A model's codebooks on disk: `codebooks.json`, `codebooks.safetensors`, and, if the model's weights were trained with
+them, `model.safetensors`. `codebooks.json` is written last, so a folder that has it is complete."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FORMAT_VERSION = 1
 
 
 def save(inserted: Inserted, folder: str | Path) -> Path:
-    """Write codebooks, and the model's weights if they were trained. The base model itself is not written: only its hash."""
+    """Write codebooks, and the model's weights if they were trained. Of the base model only the hash is saved."""
     folder = claim_folder(folder, "codebooks.json", "codebooks")
     trained = inserted.base_hash is not None
     files = {"codebooks.safetensors": _codebook_state(inserted)} | (
@@ -41,9 +41,9 @@ def save(inserted: Inserted, folder: str | Path) -> Path:
 
 
 def load(lm: LanguageModel, folder: str | Path) -> Inserted:
-    """Insert the codebooks of a folder in the model that they were first inserted in, and give it the weights trained there.
+    """Insert saved codebooks into the model they were trained in, and load the model weights trained with them.
 
-    Raises `SaelabError` when the model is another one, or a file is missing or altered; the model is then as before.
+    Raises `SaelabError` if the model is a different one, or a file is missing or altered; the model is then unchanged.
     """
     folder = Path(folder)
     meta = read_json(folder / "codebooks.json")
@@ -51,7 +51,7 @@ def load(lm: LanguageModel, folder: str | Path) -> Inserted:
         version, base_hash, hashes = meta["format_version"], meta["base_hash"], meta["files"]
         configs = {name: CodebookConfig(**config) for name, config in meta["configs"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise SaelabError(f"{folder / 'codebooks.json'} was altered ({error!r}): put it back from a copy.") from error
+        raise SaelabError(f"{folder / 'codebooks.json'} was altered ({error!r}): restore it from a backup.") from error
     if version > FORMAT_VERSION:
         raise SaelabError(
             f"{folder} has format version {version}, this saelab reads up to {FORMAT_VERSION}: update saelab."
@@ -59,7 +59,7 @@ def load(lm: LanguageModel, folder: str | Path) -> Inserted:
     if lm.hash != base_hash:
         raise SaelabError(
             f"{folder} belongs to the model {meta.get('model')!r} with hash {str(base_hash)[:12]}; {lm.name} has "
-            f"{lm.hash[:12]}: load that model, as it was before its codebooks were inserted."
+            f"{lm.hash[:12]}: load that model as it was before codebooks were inserted."
         )
     files = {name: _read(folder / name, expected) for name, expected in hashes.items()}
     inserted = insert(lm, configs, list(configs))
@@ -91,13 +91,13 @@ def _read(path: Path, expected: str) -> dict[str, Tensor]:
     except (SafetensorError, OSError) as error:
         raise SaelabError(f"{path} is missing, truncated or altered ({error}).") from error
     if tensors_hash(tensors) != expected:
-        raise SaelabError(f"{path} was altered: its hash is not that of codebooks.json. Put it back from a copy.")
+        raise SaelabError(f"{path} was altered: its hash is not that in codebooks.json. Restore it from a backup.")
     return tensors
 
 
 @torch.no_grad()
 def _fill(targets: dict[str, Tensor], tensors: dict[str, Tensor], path: Path) -> None:
-    """Copy in place, all or none."""
+    """Copy in place, all or nothing."""
     shapes: list[Any] = [{name: tensor.shape for name, tensor in each.items()} for each in (targets, tensors)]
     if shapes[0] != shapes[1]:
         raise SaelabError(f"{path} does not fit the model and the configs of codebooks.json.")

@@ -1,4 +1,4 @@
-"""`CodebookConfig`: the knobs of codebook features, the same on cached activations and inside a model."""
+"""`CodebookConfig`: settings of codebook features, both on cached activations and inside a model."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ Revive = Literal["replace", "online", "simvq", "none"]
 
 @dataclass(frozen=True)
 class CodebookConfig:
-    """`d_sae` codes in all; of each group's codes the `k` most similar ones stand for the group's slice of the vector."""
+    """`d_sae` codes in total; each group's slice of the vector is represented by the `k` most similar codes of that group."""
 
     d_sae: int
     """Number of codes, over all groups."""
     k: int = 8
     """Codes kept per token and group."""
     n_groups: int | None = None
-    """Slices of the vector with a codebook each; None: one for each head at a `hook_z` inside a model, else 1."""
+    """Slices of the vector, each with its own codebook; None means one per head at a `hook_z` inside a model, else 1."""
     similarity: Similarity = "inner_product"
-    """With codes of norm 1, or minus the distance ("euclidean")."""
+    """Inner product with codes scaled to norm 1, or minus the distance ("euclidean")."""
     reduction: Reduction = "mean"
-    """What is made of the k codes: their mean, or their sum."""
+    """How the k codes are combined: mean or sum."""
     gradient: Gradient = "aeloss"
-    """How codes and input learn inside a model (`gradients.py`); on cached activations the loss is the FVU."""
+    """How codes and input get gradients inside a model (`gradients.py`); on cached activations the loss is the FVU."""
     beta: float = 0.25
-    """Weight of the pull of the input to its codes ("fullaeloss" and "vqvae")."""
+    """Weight of the commitment loss ("fullaeloss" and "vqvae")."""
     rotation: bool = False
-    """Hand gradients to the input by the rotation that takes it to its codes (Fifty et al. 2024), not straight through."""
+    """Pass gradients to the input by the rotation trick (Fifty et al. 2024) instead of straight-through."""
     layer_norm: bool | None = None
-    """Look at LayerNorm(x), with gain and bias; None: inside a model. On cached activations it decides the selection only."""
+    """Compare codes with LayerNorm(x), with gain and bias; None: only inside a model. On a cache it affects selection only."""
     start: Start = "kmeans"
-    """k-means on the first batch, or N(0, 1)."""
+    """Initial codes: k-means on the first batch, or N(0, 1)."""
     revive: Revive = "replace"
-    """Unused codes: put where an input is ("replace"), drawn there a little each step by disuse ("online", Zheng & Vedaldi
-    2023), moved with all others by one learned map of frozen codes ("simvq", Zhu et al. 2024; it has its own start), "none"."""
+    """Dead-code revival: "replace" sets unused codes to inputs; "online" moves codes towards inputs, the less used the further
+    (Zheng & Vedaldi 2023); "simvq" learns a linear map of frozen codes, with its own start (Zhu et al. 2024); or "none"."""
     replace_every: int = 100
-    """Steps after which codes that were never kept are replaced."""
+    """Steps after which codes that went unused are replaced ("replace")."""
     normalize: str = "center_and_scale"
     """Input normalisation on cached activations: "center_and_scale", "scale" or "none"."""
 
@@ -67,7 +67,7 @@ class CodebookConfig:
         self.check_groups(self.n_groups or 1)
 
     def check_groups(self, n_groups: int, d_in: int | None = None) -> None:
-        """Raises `ValueError` where codes or vector cannot be shared out to so many groups."""
+        """Raises `ValueError` if codes or vector cannot be divided into `n_groups` groups."""
         if self.d_sae % n_groups or (d_in or 0) % n_groups:
             what = f"d_sae={self.d_sae}" + ("" if d_in is None else f" and d_in={d_in}")
             raise ValueError(f"{what} must be divisible by the {n_groups} groups (n_groups).")
@@ -79,5 +79,5 @@ class CodebookConfig:
 
     @property
     def value(self) -> float:
-        """What each kept code counts in the output."""
+        """Weight of each kept code in the output."""
         return 1 / self.k if self.reduction == "mean" else 1.0

@@ -1,7 +1,7 @@
-"""Steering by codes: force one, or block one, at chosen positions. `lm.steer` takes these edits.
+"""Steering with codes: force or block a code at chosen positions. `lm.steer` takes these edits.
 
-An edit runs right behind its codebook, in the same pass, and puts the mean of the new set of codes where the old one was:
-forcing moves the output by `(c_new - c_old) / k`. A token whose codes stay keeps its bits.
+An edit runs right after its codebook, in the same forward pass, and outputs the mean of the changed set of codes instead:
+forcing moves the output by `(c_new - c_old) / k`. The output of a token whose codes do not change is bit-identical.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ class CodeEdit:
     code: int
     mode: Literal["force", "block", "drop"]
     positions: tuple[int, ...] | None
-    """Absolute positions; None: all."""
+    """Absolute positions; None means all."""
     slot: int = -1
 
     @classmethod
     def made(
         cls, bottlenecks: Mapping[str, Bottleneck], hook_name: str, code: int, mode: Any, positions: Any, slot: int = -1
     ) -> CodeEdit:
-        """Checked. Raises `ValueError` for a hook without codebook, or a code, slot or position that cannot be."""
+        """A checked edit. Raises `ValueError` for a hook without codebook, or an invalid code, slot or position."""
         if hook_name not in bottlenecks:
             raise ValueError(f"hook_name={hook_name!r} has no codebook; there is one at {', '.join(bottlenecks)}.")
         book = bottlenecks[hook_name].codebook
@@ -59,10 +59,10 @@ class CodeEdit:
     def apply(
         self, x: Float[Tensor, "batch seq d_in"], positions: Int[Tensor, "batch seq"]
     ) -> Float[Tensor, "batch seq d_in"]:
-        """`x`, which the codebook has just given, with the codes changed."""
+        """`x`, the codebook's output, with the codes changed. Raises `ValueError` if the codebook is not in the model."""
         seen, ids = self.bottleneck.seen, self.bottleneck.ids
         if seen is None or ids is None or len(ids) != positions.numel():
-            raise ValueError(f"{self!r}: its codebook is not in the model; insert it again, and make a new edit.")
+            raise ValueError(f"{self!r}: its codebook is no longer in the model; insert it again and make a new edit.")
         here = (positions >= 0).flatten()
         if self.positions is not None:
             here &= torch.isin(positions.flatten(), torch.tensor(self.positions, device=positions.device))
@@ -75,7 +75,7 @@ class CodeEdit:
         return flat.view(x.shape)
 
     def _output(self, seen: Tensor, ids: Tensor) -> Float[Tensor, "n d_in"]:
-        """What the codebook gives for these rows with the codes changed."""
+        """The codebook's output for these rows with the codes changed."""
         book = self.bottleneck.codebook
         if self.mode == "block":
             blocked = torch.zeros(book.d_sae, dtype=torch.bool, device=ids.device)
@@ -90,7 +90,7 @@ class CodeEdit:
         return book.decode(feature_acts.with_values(values))
 
     def _forced(self, seen: Tensor, ids: Tensor) -> Int[Tensor, "n kept"]:
-        """The ids with the code in the place of the `slot`-th most similar one of its group."""
+        """The ids, with this code in place of the `slot`-th most similar one of its group."""
         book = self.bottleneck.codebook
         k, group = book.config.k, self.code // book.codes_per_group
         mine = slice(group * k, (group + 1) * k)
@@ -105,7 +105,7 @@ class CodeEdit:
 def similarities(
     a: Float[Tensor, "n width"], codes: Float[Tensor, "n k width"], similarity: str
 ) -> Float[Tensor, "n k"]:
-    """How similar each row is to codes of its own."""
+    """Similarity of each row to its own codes."""
     if similarity == "euclidean":
         return -(a[:, None] - codes).norm(dim=2)
     return (normalize(codes, dim=2) * a[:, None]).sum(2)
@@ -113,27 +113,27 @@ def similarities(
 
 @dataclass(frozen=True)
 class CodeMatch:
-    """How well one code marks some tokens."""
+    """How well one code predicts a set of tokens."""
 
     code: int
     precision: float
-    """Of the tokens on which the code is kept, the share that is meant."""
+    """Fraction of the tokens with this code that are in the set."""
     recall: float
-    """Of the tokens that are meant, the share on which the code is kept."""
+    """Fraction of the tokens in the set that have this code."""
     count: int
-    """Tokens on which it is kept."""
+    """Tokens that have this code."""
 
 
 def find_codes(
     ids: Int[Tensor, "*tokens kept"], meant: Bool[Tensor, "*tokens"], d_sae: int, min_recall: float = 0.01
 ) -> list[CodeMatch]:
-    """Codes (`Inserted.codes`) that mark the tokens where `meant` is true: recall over `min_recall`, the most precise first.
+    """Codes (`Inserted.codes`) that predict the tokens where `meant` is true: recall above `min_recall`, most precise first.
 
-    Ties go to the larger recall. Raises `ValueError` when no token is meant.
+    Ties are ordered by recall. Raises `ValueError` if `meant` is false everywhere.
     """
     n_meant = int(meant.sum())
     if not n_meant:
-        raise ValueError("No token is meant: `meant` is false everywhere.")
+        raise ValueError("`meant` is false everywhere: set it to true on the tokens to find codes for.")
     count = torch.bincount(ids.flatten(), minlength=d_sae)
     hits = torch.bincount(ids[meant].flatten(), minlength=d_sae)
     recall, precision = hits / n_meant, hits / count.clamp_min(1)

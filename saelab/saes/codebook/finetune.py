@@ -1,4 +1,4 @@
-"""Training a model together with the codebooks inserted in it: next-token cross-entropy plus the codebooks' own losses."""
+"""Training a model together with the codebooks inserted in it: next-token cross-entropy plus the codebooks' losses."""
 
 from __future__ import annotations
 
@@ -40,11 +40,12 @@ def finetune(
     seed: int = 0,
     progress: bool = True,
 ) -> list[float]:
-    """Train the codebooks of `inserted`, and with `train_lm` the model's weights, in place; gives the LM loss of each step.
+    """Train the codebooks of `inserted`, and with `train_lm` the model's weights, in place; returns the LM loss of each step.
 
-    `texts` is whatever `load_texts` takes, read in order and repeated as needed, or token ids `(n, seq)`, drawn anew for
-    each step. `inserted=None` trains the bare model. The model stays in eval mode (no dropout). The rate rises over
-    `warmup_steps` and is constant then. Raises `ValueError` for bad arguments, `TrainingError` when the loss is not finite.
+    `texts` is anything `load_texts` takes, read in order and repeated as needed, or token ids `(n, seq)`, from which every
+    step samples a batch. `inserted=None` trains the model alone. The model stays in eval mode (no dropout). The learning
+    rate rises over `warmup_steps`, then is constant. Raises `ValueError` for bad arguments, `TrainingError` if the loss is
+    not finite.
     """
     for name, value in (("n_steps", n_steps), ("batch_size", batch_size), ("warmup_steps", warmup_steps)):
         check_integer(name, value, 0 if name == "warmup_steps" else 1)
@@ -84,7 +85,7 @@ def _step(lm: LanguageModel, books: list[Any], ids: Tensor, labels: Tensor, opti
 
 
 def lm_loss(logits: Float[Tensor, "batch seq vocab"], labels: Int[Tensor, "batch seq"]) -> Float[Tensor, ""]:
-    """Mean cross-entropy of each next token; a label of -100 is none."""
+    """Mean next-token cross-entropy; labels of -100 are ignored."""
     return cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
 
 
@@ -94,7 +95,7 @@ def _logits(lm: LanguageModel, ids: Tensor) -> Tensor:
 
 @contextmanager
 def _trained(lm: LanguageModel, inserted: Inserted | None, train_lm: bool) -> Iterator[list[nn.Parameter]]:
-    """The parameters to train, ready for it inside the block; afterwards they require gradients as they did before."""
+    """Yields the parameters to train; on exit their `requires_grad` is restored and the codebooks return to eval mode."""
     codebooks = [] if inserted is None else list(inserted.codebooks.values())
     parameters = [p for book in codebooks for p in book.parameters()] + (
         list(lm.model.parameters()) if train_lm else []

@@ -1,7 +1,7 @@
-"""Codebooks inside a model: at each hook the activation is replaced by its codes' mean, and the model goes on with that.
+"""Codebooks inside a model: at each hook the activation is replaced by the mean of its codes, from which the model continues.
 
-`insert` attaches them until `remove()`; meanwhile everything that runs the model sees them. What a LayerNorm did is not
-undone: the model has to be trained around its codebooks (`finetune`).
+`insert` attaches them until `remove()`; until then they affect everything that runs the model. Their LayerNorm is not
+undone, so the model has to be trained with its codebooks in place (`finetune`).
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 
 class Inserted:
-    """The codebooks of a model by hook name. A `with` block removes them at its end; so does `remove()`."""
+    """The codebooks of a model by hook name. The end of a `with` block removes them; so does `remove()`."""
 
     def __init__(self, lm: LanguageModel, bottlenecks: Mapping[str, Bottleneck]) -> None:
         self.lm, self.bottlenecks = lm, dict(bottlenecks)
         self.base_hash: str | None = None
-        """The model's hash before its weights were trained; None: they are as they were."""
+        """The model's hash before its weights were trained; None if they were not."""
         places = lm.backend.hook_places
         self._handles: list[Any] = []
         for name in sorted(self.bottlenecks, key=list(places).index):
@@ -47,7 +47,7 @@ class Inserted:
         return f"<codebooks in {self.lm.name} at {', '.join(self.bottlenecks)}>"
 
     def remove(self) -> None:
-        """Take them out: the model computes as without them (with the weights it has by now)."""
+        """Remove the codebooks; the model then computes without them, with its current weights."""
         while self._handles:
             self._handles.pop().remove()
         for bottleneck in self.bottlenecks.values():  # no edit may take an old pass for its own
@@ -64,32 +64,32 @@ class Inserted:
         return {name: bottleneck.codebook for name, bottleneck in self.bottlenecks.items()}
 
     def codes(self, prompt: Prompt) -> dict[str, Int[Tensor, "batch seq kept"]]:
-        """Ids of the codes at each hook and token, ascending, `k` for each group."""
+        """Ids of the codes at each hook and token, ascending, `k` per group."""
         for bottleneck in self.bottlenecks.values():
             bottleneck.forget()
         shape = self.lm.logits(prompt).shape[:2]
         return {name: reached(b, b.ids).clone().unflatten(0, shape) for name, b in self.bottlenecks.items()}
 
     def force(self, hook_name: str, code: int, positions: Any = None, slot: int = -1) -> CodeEdit:
-        """An edit for `lm.steer`: the code takes the place of another one of its group.
+        """An edit for `lm.steer`: the code replaces another code of its group.
 
-        `positions` are absolute (an int, several, or None: all); `slot` counts from the most similar code, -1 is the least.
-        Where the code is there already nothing changes.
+        `positions` are absolute (an int, several, or None for all); `slot` says which code is replaced: 0 is the most
+        similar one, -1 the least similar. Tokens that already have the code do not change.
         """
         return CodeEdit.made(self.bottlenecks, hook_name, code, "force", positions, slot)
 
     def block(self, hook_name: str, code: int, positions: Any = None, refill: bool = True) -> CodeEdit:
-        """An edit for `lm.steer`: the code is left out; the next best takes its place, or (`refill=False`) zeros do."""
+        """An edit for `lm.steer`: the code is left out; the next most similar one replaces it, or (`refill=False`) zeros."""
         return CodeEdit.made(self.bottlenecks, hook_name, code, "block" if refill else "drop", positions)
 
 
 def insert(
     lm: LanguageModel, config: CodebookConfig | Mapping[str, CodebookConfig], hook_names: Sequence[str], seed: int = 0
 ) -> Inserted:
-    """Put a codebook at each hook; `config` is one for all, or one for each hook name.
+    """Insert a codebook at each hook; `config` is one for all hooks, or one for each hook name.
 
-    At a `hook_z` with `n_groups=None` there is one for each head. Raises `ValueError` for a hook that the model does not
-    have, is named twice, or whose width the groups do not divide.
+    At a `hook_z` with `n_groups=None` each head has its own group. Raises `ValueError` for a hook that the model lacks or
+    that can only be read, that is named twice, or whose width is not divisible by the number of groups.
     """
     names = [hook_names] if isinstance(hook_names, str) else list(hook_names)
     if not names or len(set(names)) < len(names):

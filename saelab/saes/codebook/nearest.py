@@ -1,8 +1,8 @@
-"""The k most similar codes of each row, whatever their similarity; a row's choice is the same alone and in any batch.
+"""The k most similar codes of each row, whatever their similarity; a row's result is independent of its batch.
 
 `encode_topk` keeps positive scores, so rows are scaled to norm 1 and codes to norm at most 1: then every score plus 2 is
-positive. Neither changes an order. For distances, `-|a - c|^2 / 2 = a . c - |c|^2 / 2 + const`, the second term carried by
-one more column.
+positive. Neither changes the order. For distances, `-|a - c|^2 / 2 = a . c - |c|^2 / 2 + const`, with the second term in
+an extra column.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def most_similar(
     similarity: str = "inner_product",
     blocked: Bool[Tensor, " n_codes"] | None = None,
 ) -> Int[Tensor, "n k"]:
-    """Ids of the k most similar codes, ascending; ties to the lowest id. `blocked` codes are never chosen.
+    """Ids of the k most similar codes, ascending; ties go to the lowest id. `blocked` codes are never chosen.
 
     Raises `ValueError` when fewer than k codes are left.
     """
@@ -42,13 +42,13 @@ def most_similar(
             raise ValueError(f"{int(blocked.sum())} of {len(codes)} codes are blocked: fewer than k={k} are left.")
         codes, shift = codes * ~blocked[:, None], shift * ~blocked
     rows = x.contiguous().clone()
-    unit_norm_(rows)  # not torch's normalize: on a GPU the batch's size decides the order of its sums
-    rows = rows.nan_to_num()  # not finite: some codes; the loss says that it is not finite
+    unit_norm_(rows)  # not torch's normalize: on a GPU its order of summation depends on the batch size
+    rows = rows.nan_to_num()  # non-finite rows get arbitrary codes; the loss then is not finite
     return encode_topk(rows, codes, shift, k).features.view(len(x), k)
 
 
 def _with_lengths(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows `(a, s)` and `(c, -|c|^2 / 2s)`; s, the codes' root-mean-square norm, keeps both columns of one size."""
+    """Rows `(a, s)` and `(c, -|c|^2 / 2s)`; s, the codes' root-mean-square norm, keeps both parts at the same scale."""
     squares = codes.square().sum(1)
     size = squares.mean().sqrt().clamp_min(torch.finfo(codes.dtype).tiny)
     return torch.cat([x, size.expand(len(x), 1)], 1), torch.cat([codes, (-squares / (2 * size))[:, None]], 1)

@@ -1,8 +1,8 @@
-"""`Codebook`: a vector, cut into groups, becomes for each group the mean of the k most similar codes of that group's table.
+"""`Codebook`: splits a vector into groups and replaces each slice by the mean of the k most similar codes of its group.
 
     q_g = 1/k sum_{i in I_g} c_i,   I_g = the k codes most similar to a_g,   a = x or LayerNorm(x)
 
-Nothing else of the vector is kept: no magnitudes, no order.
+Nothing else about the vector is kept: no magnitudes, no order of the codes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from saelab.saes.codebook.revival import closest_inputs, draw_inputs, generator_
 
 
 class Codebook(nn.Module):
-    """The codes of group g are `g * codes_per_group` and on: ids are global. `grouped` tensors are `(n * n_groups, d)`."""
+    """Ids are global: the codes of group g start at `g * codes_per_group`. `grouped` tensors are `(n * n_groups, width)`."""
 
     def __init__(self, config: CodebookConfig, d_in: int, n_groups: int, with_norm: bool, seed: int) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Codebook(nn.Module):
         self._anchors: Tensor | None = None
 
     def _make_codes(self, rows: Tensor) -> None:
-        if self.config.revive == "simvq":  # c = c0 A, of the same size as other codes to begin with
+        if self.config.revive == "simvq":  # c = c0 A, initially of the same size as other codes
             size = math.sqrt(self.width)
             self.register_buffer("frozen", rows / size)
             self.map = nn.Parameter(size * torch.eye(self.width).repeat(self.n_groups, 1, 1))
@@ -67,11 +67,11 @@ class Codebook(nn.Module):
         return per_code.unflatten(0, (self.n_groups, self.codes_per_group))
 
     def grouped(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n_times_groups width"]:
-        """A row for each slice."""
+        """One row per slice."""
         return rearrange(x, "token (group width) -> (token group) width", group=self.n_groups)
 
     def norm(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
-        """What codes are compared with: `x`, or the LayerNorm of each slice."""
+        """The vectors that codes are compared with: `x`, or the LayerNorm of each slice."""
         if self.gain is None or self.shift is None:
             return x
         return layer_norm(self.grouped(x), (self.width,)).view(x.shape) * self.gain + self.shift
@@ -79,7 +79,7 @@ class Codebook(nn.Module):
     def select(
         self, a: Float[Tensor, "n d_in"], blocked: Bool[Tensor, " d_sae"] | None = None
     ) -> Int[Tensor, "n kept"]:
-        """Ids of the `n_groups * k` codes of each row that `norm` has seen, ascending."""
+        """Ids, ascending, of the `n_groups * k` codes of each row of `a`, an output of `norm`."""
         slices, tables = self.grouped(a.detach()).unflatten(0, (len(a), self.n_groups)), self._by_group(self.codes)
         masks = None if blocked is None else self._by_group(blocked)
         parts = []
@@ -90,18 +90,18 @@ class Codebook(nn.Module):
         return torch.cat(parts, 1)
 
     def feature_acts_of(self, ids: Int[Tensor, "n kept"]) -> SparseActs:
-        """Ids, ascending in each row, as codes: every value is 1/k (or 1, for sums)."""
+        """Ids, ascending in each row, as feature activations: every value is 1/k (or 1, for sums)."""
         n, kept = ids.shape
         values = torch.full((n * kept,), self.config.value, dtype=self.codes.dtype, device=ids.device)
         offsets = torch.arange(n + 1, device=ids.device) * kept
         return SparseActs(values, ids.flatten(), offsets, self.d_sae)
 
     def encode(self, x: Float[Tensor, "n d_in"]) -> SparseActs:
-        """The codes of each row."""
+        """The codes of each row, as feature activations."""
         return self.feature_acts_of(self.select(self.norm(x)))
 
     def by_slice(self, feature_acts: SparseActs) -> SparseActs:
-        """The same codes with a row for each slice."""
+        """The same feature activations with one row per slice."""
         if self.n_groups == 1:
             return feature_acts
         rows = feature_acts.rows * self.n_groups + feature_acts.features // self.codes_per_group
@@ -109,11 +109,11 @@ class Codebook(nn.Module):
         return SparseActs(feature_acts.values, feature_acts.features, offsets_of(counts), self.d_sae)
 
     def decode(self, feature_acts: SparseActs) -> Float[Tensor, "n d_in"]:
-        """Their mean (or sum)."""
+        """The mean (or sum) of the codes."""
         return decode(self.by_slice(feature_acts), self.codes).view(feature_acts.batch, self.d_in)
 
     def bottleneck(self, x: Float[Tensor, "n d_in"]) -> tuple[Float[Tensor, "n d_in"], SparseActs, Float[Tensor, ""]]:
-        """Inside a model: what goes on in the place of `x`, its codes, and the codebook's own loss."""
+        """Inside a model: the replacement for `x`, its codes, and the codebook and commitment losses."""
         a = self.norm(x)
         if self.training:
             self.prepare(a)
@@ -124,11 +124,11 @@ class Codebook(nn.Module):
         out = straight_through(self.grouped(a), q, config.gradient, config.rotation).view(x.shape)
         return out, feature_acts, codebook_loss(self.grouped(a), q, config.gradient, config.beta, len(x))
 
-    # --- while it trains
+    # --- training
 
     @torch.no_grad()
     def prepare(self, a: Float[Tensor, "n d_in"]) -> None:
-        """Before a batch: codes start from the first one; later the unused ones move to inputs when it is time."""
+        """Before each batch: initialises codes from the first one, and replaces unused codes by inputs when due."""
         revive, step = self.config.revive, int(self.step)
         first = self.checked < 0
         due = revive == "replace" and step - int(self.checked) >= self.config.replace_every
@@ -148,7 +148,7 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def observe(self, a: Float[Tensor, "n d_in"], feature_acts: SparseActs) -> None:
-        """After a selection: count what was kept."""
+        """After each selection: counts the codes used, and finds the anchors of an online codebook."""
         self.counts += torch.bincount(feature_acts.features, minlength=self.d_sae)
         if self.config.revive != "online" or not len(a):
             return

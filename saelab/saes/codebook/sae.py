@@ -1,9 +1,9 @@
 """Codebook features (Tamkin et al. 2023, "Codebook Features: Sparse and Discrete Interpretability for Neural Networks") on
-cached activations of a frozen model: the input is rebuilt as the mean of the k most similar codes, L = FVU.
+cached activations of a frozen model: the input is reconstructed as the mean of the k most similar codes, L = FVU.
 
     x_hat = 1/k sum_{i in I} c_i,   I = the k codes most similar to x
 
-Their codebooks stand inside a model that is trained with them: `saelab.saes.codebook.insert`.
+In the paper codebooks are inside a model that is trained with them: `saelab.saes.codebook.insert`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from saelab.saes.step import Batch, Loss, StepInfo
 
 
 class CodebookSAE(SAE):
-    """Every code that fires has the value 1/k. There is no encoder and no bias: a code's row is what it looks for."""
+    """Every code that fires has the value 1/k (1 for sums). No encoder and no bias: codes are compared with the input."""
 
     variant = "codebook"
     Config = CodebookConfig
@@ -46,7 +46,7 @@ class CodebookSAE(SAE):
 
     @property
     def W_dec(self) -> Float[Tensor, "d_sae d_in"]:
-        """One code a row; with groups zero outside the group's slice."""
+        """One code per row; with groups, zero outside the group's slice."""
         codes, groups = self.codebook.codes, self.codebook.n_groups
         if groups == 1:
             return codes
@@ -55,14 +55,14 @@ class CodebookSAE(SAE):
 
     @property
     def W_enc(self) -> Float[Tensor, "d_sae d_in"]:
-        """The same: a code is compared with the input as it stands."""
+        """The same as `W_dec`: codes are compared with the input directly."""
         return self.W_dec
 
     def start_at(self, x: Float[Tensor, " d_in"], y: Float[Tensor, " d_in"], spread: float) -> None:
-        """Codes start from the first batch."""
+        """Nothing to do: codes are initialised from the first batch."""
 
     def fold(self, norms: Float[Tensor, " d_sae"]) -> None:
-        """A code's value is not its to choose."""
+        """Nothing to do: the value of every kept code is fixed."""
 
     def encode_normalized(self, x: Float[Tensor, "batch d_in"]) -> SparseActs:
         return self.codebook.encode(x)
@@ -74,7 +74,7 @@ class CodebookSAE(SAE):
     def loss(self, batch: Batch, info: StepInfo) -> Loss:
         x, target = self.normalized(batch)
         book = self.codebook
-        book.prepare(target)  # codes live where the reconstruction does
+        book.prepare(target)  # codes are in the units of the target
         feature_acts = self.encode_normalized(x)
         book.observe(target, feature_acts)
         error, residual = decode_error(book.by_slice(feature_acts), book.codes, None, book.grouped(target))
