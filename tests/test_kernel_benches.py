@@ -130,7 +130,7 @@ def test_a_peer_that_pip_refuses_is_named(tmp_path, capsys, monkeypatch):
 def test_a_wrong_op_is_not_timed(monkeypatch):
     monkeypatch.setattr(bench_step, "_timed", lambda *_: pytest.fail("timed"))
     monkeypatch.setattr(SparseActs, "to_dense", lambda self: torch.zeros(self.batch, self.d_sae))
-    with pytest.raises(AssertionError, match="encode_topk is wrong"):
+    with pytest.raises(AssertionError, match="encode_topk differs from float64"):
         bench_step.main(step_settings(d_sae=(64,), k=(4,), d_in=16, batch_size=64, pairs=1, warmup=1))
 
 

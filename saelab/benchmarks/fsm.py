@@ -211,10 +211,10 @@ def steering(
             continue
         ids = machine.write(sources)
         edits = _forcing(inserted, codes, states == target, ids.shape[1] - 1)
-        forced = torch.cat([sources[:, :-1], torch.full_like(sources[:, -1:], target)], 1)
+        at_target = torch.cat([sources[:, :-1], torch.full_like(sources[:, -1:], target)], 1)
         aim = truth[target].expand(len(ids), -1)
         forced = sample_next(lm, machine, ids, seed + target, edits)
-        shown = (lm.logits(ids), lm.run_with_edit(ids, edits), lm.logits(machine.write(forced)))
+        shown = (lm.logits(ids), lm.run_with_edit(ids, edits), lm.logits(machine.write(at_target)))
         found = [js_divergence(logits[:, -1].softmax(-1), aim).mean() for logits in shown]
         sums += len(ids) * torch.stack(
             [*found, torch.tensor(allowed_share(machine, aim.new_full((len(ids),), target).long(), forced))]

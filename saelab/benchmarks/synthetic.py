@@ -192,9 +192,9 @@ def dictionary(sae: SAE) -> Tensor:
 def _by_batch(sae: ThresholdSAE, x: Tensor) -> Mapping[str, float | None]:
     """FVU and L0 with the batch-wise selection of training, on a copy because it updates the thresholds."""
     sae, info = copy.deepcopy(sae), StepInfo(torch.zeros(sae.d_sae, dtype=torch.bool), 1, 1)
-    feature_acts = [sae.select(sae.normalize(part), info) for part in x.split(BATCH)]
-    x_hat = torch.cat([sae.decode(feature_acts) for feature_acts in feature_acts])
-    return {"fvu_batch": _fvu(x, x_hat), "l0_batch": sum(feature_acts.nnz for feature_acts in feature_acts) / len(x)}
+    selected = [sae.select(sae.normalize(rows), info) for rows in x.split(BATCH)]
+    x_hat = torch.cat([sae.decode(feature_acts) for feature_acts in selected])
+    return {"fvu_batch": _fvu(x, x_hat), "l0_batch": sum(feature_acts.nnz for feature_acts in selected) / len(x)}
 
 
 def _fvu(x: Tensor, x_hat: Tensor) -> float | None:

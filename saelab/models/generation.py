@@ -57,11 +57,11 @@ class Generates:
         how = Sampling(max_new_tokens, temperature, seed, num_return_sequences, self._stop_ids)
         is_list = isinstance(prompt, list | tuple) and whole_numbers(prompt) is None
         texts = [one for one in (prompt if is_list else [prompt]) if isinstance(one, str)]
-        texts = [
+        continued = [
             self._text(one, texts[i // num_return_sequences] if texts else None)
             for i, one in enumerate(self._generate(rows, how, on_token))
         ]
-        return texts if is_list or len(texts) > 1 else texts[0]
+        return continued if is_list or len(continued) > 1 else continued[0]
 
     def _text(self, generation: Generation, prompt: str | None) -> str:
         """The generated text; a prompt that was given as text is kept verbatim."""

@@ -46,12 +46,12 @@ def save_shard(path: Path, step: int, state: Mapping[str, Tensor], rows: set[str
     with writing(path):
         writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
         save(_placed(state, rows, mesh), storage_writer=writer)
-        files = temporary.glob(f"shard-{mesh.world.rank + 1:05d}-*.safetensors")
-        hashes = {file.name: sha256_file(file) for file in files}
+        local_files = temporary.glob(f"shard-{mesh.world.rank + 1:05d}-*.safetensors")
+        hashes = {file.name: sha256_file(file) for file in local_files}
         said = torch.frombuffer(bytearray(json.dumps(hashes).encode()), dtype=torch.uint8).to(number.device)
-        all_files = [json.loads(bytes(files_of_rank.tolist())) for files_of_rank in mesh.world.all_gather(said)]
+        all_hashes = [json.loads(bytes(one.tolist())) for one in mesh.world.all_gather(said)]
         if mesh.world.is_main_process:
-            files = {name: digest for files_of_rank in all_files for name, digest in files_of_rank.items()}
+            files = {name: digest for hashes_of_rank in all_hashes for name, digest in hashes_of_rank.items()}
             atomic_write_json(temporary / FILES, {"step": step, "files": files})
             shutil.rmtree(path, ignore_errors=True)
             temporary.replace(path)
