@@ -34,7 +34,7 @@ class Calibration:
     def __init__(self, lm: LanguageModel, config: dict[str, Any], journal: Journal):
         self._journal, self._hooks = journal, list(config["hooks"])
         self._special_ids = tuple(lm.special_ids)
-        self._rule = NormRule(lm.special_ids)
+        self._norm_rule = NormRule(lm.special_ids)
         self._waiting: list[Read] = []
         self.medians: dict[str, float] = {}
         self.mask: Mask | None = None
@@ -50,17 +50,17 @@ class Calibration:
         if self.mask is not None:
             return [read]
         self._waiting.append(read)
-        self._rule.add(read.batch, read.norms)
-        return self.finish() if self._rule.ready else []
+        self._norm_rule.add(read.batch, read.norms)
+        return self.finish() if self._norm_rule.ready else []
 
     def finish(self) -> list[Read]:
         """Calibrate on the rows seen so far, unless already done; returns the batches that were waiting."""
         if self.mask is None:
-            self.medians, max_norms = self._rule.medians(), self._rule.max_norms()
+            self.medians, max_norms = self._norm_rule.medians(), self._norm_rule.max_norms()
             self.mask = Mask(self._special_ids, max_norms)
             if self.storage.name == "int8":
                 self._choose_outliers(self._waiting, self.mask)
-            entry = {"kind": "mask", "median_norm": self.medians, "max_norm": max_norms, "rows": self._rule.n_rows}
+            entry = {"kind": "mask", "median_norm": self.medians, "max_norm": max_norms, "rows": self._norm_rule.n_rows}
             self._journal.append(entry)
         ready, self._waiting = self._waiting, []
         return ready

@@ -121,8 +121,8 @@ def begin(folder: Path, journal: Journal, config: dict[str, Any], environment: d
     """Start or resume a journal; returns whether this cache is finished. Raises `ValueError` if the arguments differ."""
     finished = (folder / MANIFEST).exists()
     started = journal.of_kind("start")
-    limits = any(entry.get("rows") for entry in journal.of_kind("mask"))
-    blocks = limits and "block_contexts" in started[0]["config"]  # other processes may be harvesting them
+    calibrated = any(entry.get("rows") for entry in journal.of_kind("mask"))
+    blocks = calibrated and "block_contexts" in started[0]["config"]  # other processes may be harvesting them
     if started and (finished or blocks or journal.of_kind("shard")):
         held, asked = (list(one["hooks"]) for one in (started[0]["config"], config))
         if set(held) != set(asked):

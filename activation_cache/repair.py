@@ -99,12 +99,12 @@ class _Repair:
     def _write_shards(self, progress: bool) -> None:
         if not self.broken:
             return
-        indices = {i: self._read_index(i) for i in range(len(self.folders)) if not self._lost(i)}
-        lost = [i for i in self.broken if i not in indices]
+        indices = {i: self._read_index(i) for i in range(len(self.folders)) if not self._is_unreadable(i)}
+        unreadable = [i for i in self.broken if i not in indices]
         kept = self._grid(indices)  # without the lost shards, so far
         wanted = self._grid({i: indices[i] for i in self.broken if i in indices})
-        positions, rows = self._run_model(wanted, ~kept if lost else torch.zeros_like(kept), progress)
-        if lost:
+        positions, rows = self._run_model(wanted, ~kept if unreadable else torch.zeros_like(kept), progress)
+        if unreadable:
             kept.view(-1)[positions] = True
             replayed = dict(enumerate(self._drawn(kept)))
             same = len(replayed) == len(self.folders) and all(torch.equal(replayed[i], indices[i]) for i in indices)
@@ -112,19 +112,19 @@ class _Repair:
                 raise CacheError(
                     f"{self.cache.path}: the mask no longer keeps the rows it kept then; harvest the cache again."
                 )
-            indices |= {i: replayed[i] for i in lost}
+            indices |= {i: replayed[i] for i in unreadable}
         order = positions.argsort()
         for i in self.broken:
             place = indices[i][:, 0].long() * self.config["ctx_len"] + indices[i][:, 1]
             at = order[torch.searchsorted(positions[order], place)]
             folder = self.cache.path / self.folders[i]
-            if self._lost(i):
+            if self._is_unreadable(i):
                 save_index(folder, indices[i])
             for hook in self.config["hooks"]:
-                if self._lost(i, f"{hook}.safetensors"):
+                if self._is_unreadable(i, f"{hook}.safetensors"):
                     save_rows(folder, hook, self.storage, {name: x[at] for name, x in rows[hook].items()})
 
-    def _lost(self, shard: int, name: str = layout.INDEX) -> bool:
+    def _is_unreadable(self, shard: int, name: str = layout.INDEX) -> bool:
         return f"{self.folders[shard]}/{name}" in self.damaged
 
     def _read_index(self, shard: int) -> Int[Tensor, "n 3"]:

@@ -214,18 +214,18 @@ class ActivationStream:
     @cached_property
     def _beginning(self) -> tuple[Mask, dict[int, Rows]]:
         """The mask, and the rows of the batches that its limits come from, by first context."""
-        rule, waiting = NormRule(self.lm.special_ids), []
+        norm_rule, waiting = NormRule(self.lm.special_ids), []
         for batch in self._contexts():
             activations, norms = self._run(batch)
             waiting.append((batch, activations, norms))
-            rule.add(batch, norms)
-            if rule.ready:
+            norm_rule.add(batch, norms)
+            if norm_rule.ready:
                 break
-        if not rule.n_rows:
+        if not norm_rule.n_rows:
             raise ValueError(
                 f"The mask drops every token of {self.texts.describe(self.config['split'])}: give more text."
             )
-        mask = Mask(tuple(self.lm.special_ids), rule.max_norms())
+        mask = Mask(tuple(self.lm.special_ids), norm_rule.max_norms())
         return mask, {
             batch.first_context: self._marked(mask, batch, activations, norms) for batch, activations, norms in waiting
         }

@@ -28,8 +28,8 @@ def find_candidates(
 ) -> Candidates:
     """Screen all rows, chunk by chunk; `search(screen, rows)` returns the candidates of one chunk from its screen."""
     found = [search(screen, rows) for rows, screen in screens(operands, magnitude, min_groups)]
-    offsets = offsets_of(torch.cat([part.offsets.diff() for part in found]))
-    return Candidates(torch.cat([part.features for part in found]), offsets, torch.cat([part.bound for part in found]))
+    offsets = offsets_of(torch.cat([one.offsets.diff() for one in found]))
+    return Candidates(torch.cat([one.features for one in found]), offsets, torch.cat([one.bound for one in found]))
 
 
 def screens(operands: Operands, magnitude: bool, min_groups: int) -> Iterator[tuple[slice, Any]]:

@@ -60,8 +60,10 @@ def _select(x: Tensor, W: Tensor, bias: Tensor, capacity: Tensor) -> SparseActs:
     certified = found.completes(kth) | (capacity == 0)
     uncertified, n_candidates = flatnonzero(~certified), found.features.numel()
     if len(uncertified):  # their last kept value is a lower bound: as a floor it misses no pair
-        part = operands.select_rows(uncertified)
-        found = search(part, lambda screen, rows: screen.pairs_above(kth[uncertified][rows] - part.error_bound[rows]))
+        retried = operands.select_rows(uncertified)
+        found = search(
+            retried, lambda screen, rows: screen.pairs_above(kth[uncertified][rows] - retried.error_bound[rows])
+        )
         again = _keep(found, x, W[uncertified], bias[uncertified], capacity[uncertified])
         stay = certified[features]
         features = torch.cat([features[stay], uncertified[again[0]]])

@@ -71,8 +71,10 @@ def _select(x: Tensor, W: Tensor, bias: Tensor, k: int, score: str, norms: Tenso
     uncertified = flatnonzero(~found.completes(kth))
     n_candidates = found.features.numel()
     if len(uncertified):  # their k-th value is a lower bound of the true one: as a floor it misses no pair
-        part = operands.select_rows(uncertified)
-        found = search(part, lambda screen, rows: screen.pairs_above(kth[uncertified][rows] - part.error_bound[rows]))
+        retried = operands.select_rows(uncertified)
+        found = search(
+            retried, lambda screen, rows: screen.pairs_above(kth[uncertified][rows] - retried.error_bound[rows])
+        )
         again, _ = keep(found, x[uncertified])
         feature_acts, n_candidates = (
             replace_rows(feature_acts, uncertified, again),

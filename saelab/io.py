@@ -82,7 +82,7 @@ def load_sae(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
         trained, weights_hash = meta["training"], meta["sae_hash"]
         golden_hash = meta["golden_hash"] if meta["format_version"] > 1 else None
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise SaelabError(f"{folder / 'sae.json'} was altered ({error!r}): {_ANEW}.") from error
+        raise SaelabError(f"{folder / 'sae.json'} was altered ({error!r}): {_AGAIN}.") from error
     tensors, golden = _read(folder / "sae.safetensors"), _read(folder / "golden.safetensors")
     try:
         sae.load_state_dict(tensors)
@@ -91,14 +91,14 @@ def load_sae(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
     for name, expected, now in (("sae", weights_hash, sae.hash), ("golden", golden_hash, tensors_hash(golden))):
         if expected is not None and expected != now:
             raise SaelabError(
-                f"{folder / name}.safetensors was altered: hash {now[:12]}, sae.json says {str(expected)[:12]}: {_ANEW}."
+                f"{folder / name}.safetensors was altered: hash {now[:12]}, sae.json says {str(expected)[:12]}: {_AGAIN}."
             )
     origin = {key: value for key, value in meta.items() if key not in _OWN}
     try:
         sae.provenance = Provenance(origin, trained, golden["train_documents"], folder)
         _check_golden(sae.eval(), golden, folder)
     except (KeyError, IndexError, RuntimeError, ValueError) as error:
-        raise SaelabError(f"{folder / 'golden.safetensors'} was altered ({error!r}): {_ANEW}.") from error
+        raise SaelabError(f"{folder / 'golden.safetensors'} was altered ({error!r}): {_AGAIN}.") from error
     return sae.to(device)
 
 
@@ -107,7 +107,7 @@ def dtype_of(sae: SAE) -> torch.dtype:
     return next(sae.parameters()).dtype
 
 
-_ANEW = "restore it from a backup, or train the SAE again"
+_AGAIN = "restore it from a backup, or train the SAE again"
 _OWN = {"format_version", "variant", "d_in", "d_sae", "config", "dtype", "unit_norm_decoder", "rule", "sae_hash"}
 _OWN |= {"golden_hash", "training"}.union(*(variant.extra_dims for variant in VARIANTS.values()))
 
@@ -117,7 +117,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
     meta = read_json(path)
     version = meta.get("format_version") if isinstance(meta, dict) else None
     if not isinstance(version, int):
-        raise SaelabError(f"{path} does not describe an SAE of saelab (format_version={version!r}): {_ANEW}.")
+        raise SaelabError(f"{path} does not describe an SAE of saelab (format_version={version!r}): {_AGAIN}.")
     if version > FORMAT_VERSION:
         raise SaelabError(
             f"{path.parent} has format version {version}, this saelab reads up to {FORMAT_VERSION}: update saelab."
@@ -162,8 +162,8 @@ def _golden(sae: SAE, inputs: Tensor) -> dict[str, Tensor]:
 
 def _same_features(one: SparseActs, other: SparseActs) -> Bool[Tensor, " rows"]:
     """Whether the same features fire on each row, in chunks of rows: dense tensors of all would be large."""
-    parts = torch.arange(one.batch, device=one.features.device).split(GOLDEN_ROWS)
-    dense = ((feature_acts.select_rows(rows).to_dense() != 0 for feature_acts in (one, other)) for rows in parts)
+    chunks = torch.arange(one.batch, device=one.features.device).split(GOLDEN_ROWS)
+    dense = ((feature_acts.select_rows(rows).to_dense() != 0 for feature_acts in (one, other)) for rows in chunks)
     return torch.cat([(a == b).all(1) for a, b in dense])
 
 

@@ -32,10 +32,10 @@ def sddmm(x: Tensor, W: Tensor, features: Tensor, offsets: Tensor) -> Tensor:
     rows = torch.repeat_interleave(offsets.diff(), output_size=n)
     if n < _MANY or W.shape[0] <= x.shape[0]:
         return pairs(x, W, rows, features)
-    parts = min(-(-x.numel() * x.element_size() // _CACHE_BYTES), n // (2 * W.shape[0]))
-    part_rows = -(-x.shape[0] // max(parts, 1))
+    n_slices = min(-(-x.numel() * x.element_size() // _CACHE_BYTES), n // (2 * W.shape[0]))
+    slice_rows = -(-x.shape[0] // max(n_slices, 1))
     edges = [
-        *offsets[:-1:part_rows].tolist(),
+        *offsets[:-1:slice_rows].tolist(),
         n,
     ]  # entries ascend by row, so a part of the rows is a contiguous run of entries
     order = torch.cat([start + stable_argsort(features[start:end]) for start, end in pairwise(edges)])

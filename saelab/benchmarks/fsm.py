@@ -118,7 +118,7 @@ def run_fsm(
         raise ValueError(f"config has k={config.k}, but a state is forced by one code per group; use k=1.")
     machine = Machine.random(n_states, n_edges, seed)
     texts = machine.write(machine.walks(max(4 * batch_size, 20_000), walk_length, seed + 1))
-    hooks = [f"blocks.{i}.{site}" for i in range(n_layers) for site in ("attn.hook_z", "hook_mlp_out")]
+    hooks = [f"blocks.{i}.{hook}" for i in range(n_layers) for hook in ("attn.hook_z", "hook_mlp_out")]
     bare = build_tiny_llama(D_VOCAB, d_model, n_layers, n_heads, texts.shape[1], seed)
     train = partial(finetune, n_steps=n_steps, batch_size=batch_size, lr=lr, seed=seed, progress=progress)
     loss_bare = _last(train(bare, texts))

@@ -95,7 +95,7 @@ class Ranks:
         sizes = torch.stack(self.all_gather_same_shape(torch.tensor(len(x), device=x.device))).tolist()
         padded = x.new_zeros(max(sizes), *x.shape[1:])
         padded[: len(x)] = x
-        return [part[:n] for part, n in zip(self.all_gather_same_shape(padded), sizes, strict=True)]
+        return [one[:n] for one, n in zip(self.all_gather_same_shape(padded), sizes, strict=True)]
 
     def each(self, x: Shaped[Tensor, "*shape"]) -> Iterator[Shaped[Tensor, "*shape"]]:
         """The tensors of all ranks, in rank order, one at a time; each is valid until the next is requested."""
@@ -164,7 +164,7 @@ class GradientSum:
         if self._flat is None:
             self._flat = self.parameters[0].new_empty(sum(sizes) + len(sizes))
         *gradients, flags = self._flat.split([*sizes, len(sizes)])
-        sums = [part.as_strided(p.shape, p.stride()) for part, p in zip(gradients, self.parameters, strict=True)]
+        sums = [one.as_strided(p.shape, p.stride()) for one, p in zip(gradients, self.parameters, strict=True)]
         for total, p in zip(sums, self.parameters, strict=True):
             total.zero_() if p.grad is None else total.copy_(p.grad)
         flags.copy_(torch.tensor(given))

@@ -85,31 +85,31 @@ class GlobalPairs:
         if nth.all_ties:
             return flatnonzero((scores >= nth.value) & (scores > 0)), nth.value
         tied = flatnonzero(scores == nth.value)
-        places = (rows[tied] + self.first_row) * self.d_sae + features[tied] + self.first_feature  # ascending
-        last = torch.cat(self.ranks.all_gather(places[: nth.n_ties])).sort().values[nth.n_ties - 1]
+        positions = (rows[tied] + self.first_row) * self.d_sae + features[tied] + self.first_feature  # ascending
+        last = torch.cat(self.ranks.all_gather(positions[: nth.n_ties])).sort().values[nth.n_ties - 1]
         kept = scores > nth.value
-        kept[tied[places <= last]] = True
+        kept[tied[positions <= last]] = True
         return flatnonzero(kept), nth.value
 
 
-def keep_by_feature(feature_acts: SparseActs, places: Int[Tensor, " d_sae"], ranks: Ranks) -> Bool[Tensor, " nnz"]:
-    """Which activations are among the `places[i]` largest (its capacity) of their feature i on all ranks.
+def keep_by_feature(feature_acts: SparseActs, capacity: Int[Tensor, " d_sae"], ranks: Ranks) -> Bool[Tensor, " nnz"]:
+    """Which activations are among the `capacity[i]` largest of their feature i on all ranks.
 
     Ties go to the earlier row. `feature_acts` must hold at least those on this rank's rows. If every rank has its share of a
-    feature's places at or above some floor, the smallest value kept is not below it, so only activations that reach the
+    feature's capacity at or above some floor, the smallest value kept is not below it, so only activations that reach the
     floor are communicated.
     """
     order, _, offsets = feature_acts.by_feature
     scores, features = feature_acts.values.detach()[order], feature_acts.features[order]
-    _, last = keep_largest(scores, offsets, -(-places // ranks.size))  # 0 if there are fewer
+    _, last = keep_largest(scores, offsets, -(-capacity // ranks.size))  # 0 if there are fewer
     sent = flatnonzero(scores >= ranks.all_reduce_min(last)[features])
     gathered = ranks.all_gather(scores[sent])
     all_scores, all_features = torch.cat(gathered), torch.cat(ranks.all_gather(features[sent]))
     by_feature = stable_argsort(all_features)  # within a feature by rank, then by row
     counts = torch.bincount(all_features, minlength=feature_acts.d_sae)
-    kept, _ = keep_largest(all_scores[by_feature], offsets_of(counts), places)
+    kept, _ = keep_largest(all_scores[by_feature], offsets_of(counts), capacity)
     chosen = torch.zeros(len(all_scores), dtype=torch.bool, device=order.device)
     chosen[by_feature[kept]] = True
     mask = torch.zeros(feature_acts.nnz, dtype=torch.bool, device=order.device)
-    mask[order[sent]] = chosen.split([len(part) for part in gathered])[ranks.rank]
+    mask[order[sent]] = chosen.split([len(one) for one in gathered])[ranks.rank]
     return mask

@@ -51,7 +51,7 @@ class ScoreStream:
     prepend_bos: bool | list[int]
     n_tokens: int = 0
     n_masked: dict[str, int] = field(default_factory=lambda: {"special": 0, "position": 0, "norm": 0})
-    rule: dict[str, Any] = field(default_factory=lambda: dict(MASK_RULE))
+    mask_rule: dict[str, Any] = field(default_factory=lambda: dict(MASK_RULE))
 
     @property
     def hook_name(self) -> str:
@@ -199,14 +199,14 @@ def _refuse_training_documents(sae: SAE, document_ids: list[int], texts: Texts, 
 
 def _max_norms(stream: ScoreStream) -> dict[str, float]:
     """The norm rule applied to the first rows of the stream itself, for an SAE that records no norm limits."""
-    rule = NormRule(stream.lm.special_ids)
+    mask_rule = NormRule(stream.lm.special_ids)
     ids = (batch.ids for batch in stream.batches)
     for tokens, found in zip(stream.batches, stream.lm.stream_activations(ids, list(stream.hooks.all)), strict=False):
-        rule.add(tokens, row_norms(found))
-        if rule.ready:
+        mask_rule.add(tokens, row_norms(found))
+        if mask_rule.ready:
             break
-    if not rule.n_rows:
+    if not mask_rule.n_rows:
         raise ValueError(
             f"There is no token to score in {stream.texts.name}: all are masked (first of context, special)."
         )
-    return rule.max_norms()
+    return mask_rule.max_norms()

@@ -172,7 +172,7 @@ def _report(
         n_tokens=measures.variance.n,
         n_tokens_ce=losses.n,
         n_masked=stream.n_masked,
-        mask={"max_norm": stream.max_norm, "rule": stream.rule},
+        mask={"max_norm": stream.max_norm, "rule": stream.mask_rule},
         split=stream.split,
         texts=stream.texts.name,
         hook_name=str(stream.hooks),

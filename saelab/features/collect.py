@@ -193,7 +193,7 @@ def _manifest(sae: SAE, stream: ScoreStream, state: SignedAccumulator, out_dir: 
         "split": stream.split,
         "ctx_len": state.ctx_len,
         "prepend_bos": stream.prepend_bos,
-        "mask": {"max_norm": stream.max_norm, "rule": stream.rule},
+        "mask": {"max_norm": stream.max_norm, "rule": stream.mask_rule},
         "n_tokens": stream.n_tokens,
         "n_masked": stream.n_masked,
         "n_documents": len({int(doc) for batch in stream.batches for doc in batch.doc.unique()} - {-1}),

@@ -116,7 +116,7 @@ class Generates:
 
         with self._running():
             groups = [rows] if together else [[row] for row in rows]
-            step = self._step_anew if crosses else self._step
+            step = self._step_from_start if crosses else self._step
             return [one for group in groups for one in sample(step, group, how, check, on_token)]
 
     @property
@@ -132,7 +132,7 @@ class Generates:
             return self.backend.step(ids, positions, cache)
         raise AssertionError("no capture can cut a generation step")
 
-    def _step_anew(self, ids: Tensor, positions: Tensor, cache: None) -> tuple[Tensor, None]:
+    def _step_from_start(self, ids: Tensor, positions: Tensor, cache: None) -> tuple[Tensor, None]:
         """As `_step`, but from the first token on, for a model whose keys change beyond `rope_border`."""
         return self._step(ids, positions, cache)[0], None
 

@@ -13,7 +13,7 @@ from saelab.validation import check_choices, check_integer, check_numbers
 
 LATER = {"since": 2}
 """Metadata of config fields that the first version did not have (see `settings`)."""
-_LEAST_SQUARE = 1e-70  # keeps the scale finite in float32
+_MIN_SQUARE = 1e-70  # keeps the scale finite in float32
 NORMALIZATIONS = ("center_and_scale", "scale", "none")
 
 
@@ -28,7 +28,7 @@ def normalization(
         mean_square = mean_square - mean.square().sum(-1)
     else:
         mean = torch.zeros_like(mean)
-    return mean, (mean.shape[-1] / mean_square.clamp_min(_LEAST_SQUARE)).sqrt()
+    return mean, (mean.shape[-1] / mean_square.clamp_min(_MIN_SQUARE)).sqrt()
 
 
 def settings(config: Any) -> dict[str, Any]:

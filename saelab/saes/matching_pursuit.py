@@ -104,8 +104,8 @@ class MatchingPursuitSAE(SAE):
         values = torch.cat([start.new_zeros(0), *(choice.values for choice in choices)])
         W_dec = widened(self.W_dec, start)[0]
         residual, values = Pursuit.apply(start, W_dec, values, residuals, choices)  # pyright: ignore
-        parts = values.split([choice.nnz for choice in choices]) if choices else ()
-        choices = [choice.with_values(part) for choice, part in zip(choices, parts, strict=True)]
+        chunks = values.split([choice.nnz for choice in choices]) if choices else ()
+        choices = [choice.with_values(chunk) for choice, chunk in zip(choices, chunks, strict=True)]
         return _sum(choices, self.d_sae, start), residual
 
     def _choose(self, residual: Tensor, n_steps: int) -> tuple[list[SparseActs], list[Tensor]]:

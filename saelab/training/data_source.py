@@ -16,7 +16,7 @@ from torch import Tensor
 from saelab.saes import SAE
 from saelab.saes.hooks_used import HooksUsed
 
-LEAST_VARIANCE = 5e-7
+MIN_VARIANCE = 5e-7
 """As a fraction of the mean square: below it rows differ by float32 rounding only."""
 Rows = Mapping[str, Tensor]
 """Rows by hook name; row i is the same token in each."""
@@ -104,13 +104,13 @@ class DataSource:
             raise ValueError(
                 f"The sources of a crosscoder must have the same width, these have {widths}: choose other hook_names."
             )
-        return Moments(*(torch.stack(parts) for parts in zip(*several, strict=True)))
+        return Moments(*(torch.stack(each) for each in zip(*several, strict=True)))
 
 
 def _that_vary(name: str, moments: Moments) -> Moments:
     """Raises `ValueError` if all rows are the same: there is then nothing to learn, and no scale to normalise by."""
     variance = moments.mean_square - moments.mean.double().square().sum(-1)
-    same = (variance <= LEAST_VARIANCE * moments.mean_square).flatten().nonzero().flatten().tolist()
+    same = (variance <= MIN_VARIANCE * moments.mean_square).flatten().nonzero().flatten().tolist()
     if same:
         where = f" of source {same[0]}" if moments.mean.ndim == 2 else ""
         spread, size = (float(of.flatten()[same[0]]) for of in (variance, moments.mean_square))

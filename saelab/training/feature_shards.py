@@ -38,8 +38,8 @@ class AllReduceSum(Function):
     """Sum over ranks. All compute the same from it, so its gradient is the gradient of every rank's part."""
 
     @staticmethod
-    def forward(ctx: Any, part: Tensor, ranks: Ranks) -> Tensor:
-        return ranks.all_reduce_sum(part)
+    def forward(ctx: Any, local: Tensor, ranks: Ranks) -> Tensor:
+        return ranks.all_reduce_sum(local)
 
     @staticmethod
     @once_differentiable
@@ -72,8 +72,8 @@ class FeatureShard(SelectionSAE):
         dead_acts = dead_acts * torch.zeros_like(dead_acts).scatter(1, best, kept.to(dead_acts.dtype))
         return {"auxk": fvu_of_rest(-residual, self._sum(dead_acts @ self.W_dec[chosen]), info.ranks)}
 
-    def _sum(self, part: Tensor) -> Tensor:
-        return AllReduceSum.apply(part, self.mesh.feature)  # pyright: ignore[reportReturnType]
+    def _sum(self, local: Tensor) -> Tensor:
+        return AllReduceSum.apply(local, self.mesh.feature)  # pyright: ignore[reportReturnType]
 
     @property
     def _local_b_dec(self) -> Tensor:
@@ -153,10 +153,10 @@ def shard_of(sae: SAE, mesh: Mesh) -> FeatureShard:
 def gather_into(sae: SAE | None, shard: FeatureShard) -> None:
     """Fill a whole SAE from the shards, one after another; ranks that pass None only send theirs."""
     full = {} if sae is None else sae.state_dict()
-    for name, part in shard.state_dict().items():
-        parts = shard.mesh.feature.each(part) if name in ROWS else [part]
+    for name, local in shard.state_dict().items():
+        slices = shard.mesh.feature.each(local) if name in ROWS else [local]
         start = 0
-        for rows in parts:
+        for rows in slices:
             if full:
                 full[name].view(-1)[start : start + rows.numel()].copy_(rows.view(-1))
             start += rows.numel()

@@ -11,7 +11,7 @@ from saelab.training.data_source import DataSource, Rows
 
 SHARE = 64
 MOST = 16_384
-LEAST = 256
+MIN_ROWS = 256
 """Fewer held-out rows estimate L0 less accurately than training rows do."""
 ENOUGH = 8_192
 """The number of features per row has a standard deviation of half its mean or more (17.7 at L0 32 on SmolLM2): this many rows
@@ -25,7 +25,7 @@ def n_kept_out(n_rows: int, rules: int) -> int:
     Zero for fewer than 16,384 rows, and under rules 1 (the first version); rules 2 always hold out 1/64.
     """
     n = min(n_rows // SHARE, MOST)
-    if n < LEAST or rules < 2:
+    if n < MIN_ROWS or rules < 2:
         return 0
     return n if rules == 2 else max(n, min(ENOUGH, n_rows // LARGEST_SHARE))
 
@@ -40,9 +40,9 @@ def calibration_rows(
     """
     if source.kept_out is not None:
         return source.kept_out(hooks), True
-    wanted = min(MOST, source.n_rows or max(n_tokens // SHARE, LEAST))
-    parts: list[Rows] = []
-    while sum(len(part[hooks[0]]) for part in parts) < wanted and (rows := next(batches, None)) is not None:
-        parts.append(rows)
-    parts = parts or [last]
-    return {hook: torch.cat([part[hook] for part in parts])[:wanted] for hook in hooks}, False
+    wanted = min(MOST, source.n_rows or max(n_tokens // SHARE, MIN_ROWS))
+    chunks: list[Rows] = []
+    while sum(len(chunk[hooks[0]]) for chunk in chunks) < wanted and (rows := next(batches, None)) is not None:
+        chunks.append(rows)
+    chunks = chunks or [last]
+    return {hook: torch.cat([chunk[hook] for chunk in chunks])[:wanted] for hook in hooks}, False

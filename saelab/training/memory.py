@@ -70,12 +70,12 @@ def check_memory(plans: Iterable[Plan], free: Mapping[str, int]) -> str:
     """
     total: dict[str, Counter[str]] = {}
     for plan in plans:
-        for device, parts in plan.items():
-            total.setdefault(device, Counter()).update(parts)
+        for device, uses in plan.items():
+            total.setdefault(device, Counter()).update(uses)
     lines = []
-    for device, parts in total.items():
-        needed = sum(parts.values())
-        each = ", ".join(f"{name} {human_bytes(n)}" for name, n in parts.items() if n)
+    for device, uses in total.items():
+        needed = sum(uses.values())
+        each = ", ".join(f"{name} {human_bytes(n)}" for name, n in uses.items() if n)
         have = f" of {human_bytes(free[device])} free" if device in free else ""
         lines.append(f"Memory on {device}: about {human_bytes(needed)}{have} ({each}).")
         if needed > free.get(device, needed):

@@ -71,9 +71,9 @@ class Run:
         self.sae = variant(config, view.d_in, seed=train.seed, **view.shape)
         self._place(view.moments)
         self.sae.provenance, self._documents = Provenance(origin=view.origin), source.documents
-        self._whole: SAE | None = None
+        self._unsharded: SAE | None = None
         if train.feature_shards > 1:
-            self._whole = self.sae if self.ranks.is_main_process else None
+            self._unsharded = self.sae if self.ranks.is_main_process else None
             self.sae = shard_of(self.sae, self.mesh)
         self.sae.to(self.device)
         eps = EPS if rules < 2 else default_eps(train.batch_size, view.width_out)
@@ -177,8 +177,8 @@ class Run:
         with golden inputs taken from `rows`. With sharded features rank 0 gets the whole SAE."""
         if isinstance(self.sae, FeatureShard):
             if self.mesh.data.is_main_process:
-                gather_into(self._whole, self.sae)
-            self.sae = self._whole or self.sae
+                gather_into(self._unsharded, self.sae)
+            self.sae = self._unsharded or self.sae
         if self.log is not None:
             self.log.close()
         if self.rules >= 2:

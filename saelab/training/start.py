@@ -15,13 +15,13 @@ from saelab.saes.calibration import ROWS_AT_ONCE
 from saelab.saes.threshold import ThresholdSAE
 
 _LOG = logging.getLogger("saelab")
-LEAST_L0 = 0.01
+MIN_L0 = 0.01
 
 
 def check_start(sae: SAE, l0: float) -> None:
     """Raises `TrainingError`, saying what to change, if `l0`, features per token of the first batch, is close to 0."""
     config = sae.config
-    if l0 >= LEAST_L0 * min(1.0, sae.expected_l0(config) or 1.0):
+    if l0 >= MIN_L0 * min(1.0, sae.expected_l0(config) or 1.0):
         return
     if isinstance(config, JumpReLUConfig) and config.initial_threshold is not None:
         fix = (

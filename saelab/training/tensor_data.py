@@ -72,10 +72,10 @@ def _tensor_hooks(variant: type[SAE], config: Any, rows: Rows) -> HooksUsed:
 
 def as_rows(data: Any, like: Rows | None = None) -> Rows:
     """fp32 rows, named "x" and "y", of a tensor, an array, or a Batch of them. Raises `ValueError` for a wrong shape or type."""
-    parts = {"x": data.x, "y": data.y} if isinstance(data, Batch) else {"x": data}
-    if like is not None and parts.keys() != like.keys():
-        raise ValueError(f"Every chunk to train on must have {' and '.join(like)}, this one has {' and '.join(parts)}.")
-    rows = {name: _as_floats(part, None if like is None else like[name].shape[1:]) for name, part in parts.items()}
+    given = {"x": data.x, "y": data.y} if isinstance(data, Batch) else {"x": data}
+    if like is not None and given.keys() != like.keys():
+        raise ValueError(f"Every chunk to train on must have {' and '.join(like)}, this one has {' and '.join(given)}.")
+    rows = {name: _as_floats(one, None if like is None else like[name].shape[1:]) for name, one in given.items()}
     if len({len(x) for x in rows.values()}) > 1:
         raise ValueError(
             f"x and y to train on must have the same number of rows, got {[len(x) for x in rows.values()]}."

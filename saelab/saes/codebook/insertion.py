@@ -32,10 +32,10 @@ class Inserted:
         self.lm, self.bottlenecks = lm, dict(bottlenecks)
         self.base_hash: str | None = None
         """The model's hash before its weights were trained; None if they were not."""
-        places = lm.backend.hook_places
+        hook_places = lm.backend.hook_places
         self._handles: list[Any] = []
-        for name in sorted(self.bottlenecks, key=list(places).index):
-            self._handles += attach(places[name], self.bottlenecks[name])
+        for name in sorted(self.bottlenecks, key=list(hook_places).index):
+            self._handles += attach(hook_places[name], self.bottlenecks[name])
 
     def __enter__(self) -> Inserted:
         return self

@@ -82,12 +82,12 @@ class Codebook(nn.Module):
         """Ids, ascending, of the `n_groups * k` codes of each row of `a`, an output of `norm`."""
         slices, tables = self.grouped(a.detach()).unflatten(0, (len(a), self.n_groups)), self._by_group(self.codes)
         masks = None if blocked is None else self._by_group(blocked)
-        parts = []
+        groups = []
         for g in range(self.n_groups):
             mask = None if masks is None else masks[g]
             ids = most_similar(slices[:, g], tables[g], self.config.k, self.config.similarity, mask)
-            parts.append(ids + g * self.codes_per_group)
-        return torch.cat(parts, 1)
+            groups.append(ids + g * self.codes_per_group)
+        return torch.cat(groups, 1)
 
     def feature_acts_of(self, ids: Int[Tensor, "n kept"]) -> SparseActs:
         """Ids, ascending in each row, as feature activations: every value is 1/k (or 1, for sums)."""
