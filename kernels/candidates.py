@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from saelab.kernels.dispatch import backend, fast_bf16
-from saelab.kernels.rounding import bf16_operands, working_operands
+from saelab.kernels.error_bounds import bf16_operands, working_operands
 from saelab.kernels.search import Candidates, Operands
 from saelab.kernels.sparse_acts import offsets_of
 

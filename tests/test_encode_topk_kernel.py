@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from saelab.kernels import candidates, rounding
+from saelab.kernels import candidates, error_bounds
 from saelab.kernels import encode_topk as module
 from saelab.kernels.encode_topk import encode_topk
 from saelab.kernels.reference.encode_topk import encode_topk as reference
@@ -112,7 +112,7 @@ def test_the_bound_covers_errors_that_all_add_up(rounded):
     """Every element loses almost half a step in the same direction: no error_bound of the bound is left."""
     ones, lossy = torch.ones(64, 48), torch.full((64, 48), 1 + 0.97 * 2.0**-8)
     x, W_enc = (lossy, ones) if rounded == "x" else (ones, lossy)
-    made = rounding.bf16_operands(x, W_enc, torch.zeros(64), False)
+    made = error_bounds.bf16_operands(x, W_enc, torch.zeros(64), False)
     assert bool((x.double() @ W_enc.double().T <= made.a.double() @ made.b.double().T).all())
 
 

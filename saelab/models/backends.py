@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from saelab.errors import ModelError
 from saelab.models.families import context_length, eager, find_decoder, in_eval_mode, rope_border, takes, tolerance
-from saelab.models.hooks import HookPlace, attach, bridge_hook_places, hf_hook_places, tapped
+from saelab.models.hook_places import HookPlace, bridge_hook_places, hf_hook_places
+from saelab.models.hooks import attach, tapped
 from saelab.models.padding import N_TRIED, arguments, honours_padding, is_plain, refuse_unless
 from saelab.models.unembedding import between, logit_weights, unembedding_of, watch_head
 

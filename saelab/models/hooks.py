@@ -1,7 +1,6 @@
-"""Where a language model is read and edited: TransformerLens hook names -> modules of the running model.
+"""Reading and editing a language model at its hooks, and the error for a hook that it does not have.
 
-Two kinds of model share this file: plain Hugging Face modules (fast, read with forward hooks) and a
-TransformerBridge, whose hook points are already modules. Hooks exist only during one forward pass (`tapped`), so none
+Hooks exist only during one forward pass (`tapped`), so none
 can be left behind. (The exception: codebooks that a model is trained with stay attached.)
 """
 
@@ -12,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from einops import rearrange
@@ -20,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from saelab.errors import ModelError
-from saelab.models.families import Decoder
+from saelab.models.hook_places import HookPlace
 
 
 @runtime_checkable
@@ -33,14 +32,6 @@ class Edit(Protocol):
     def apply(self, x: Float[Tensor, "batch seq d_in"], positions: Int[Tensor, "batch seq"]) -> Tensor:
         """The edited `x`, same shape. `positions` are absolute (KV cache counted), -1 on padding."""
         ...
-
-
-class HookPlace(NamedTuple):
-    """One place in a model: the input or output of a module, the stream between attention and MLP, or a hook point."""
-
-    module: nn.Module
-    kind: Literal["input", "output", "mid", "point"]
-    layer: nn.Module | None = None
 
 
 _WRITES_TO_RESIDUAL = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
@@ -56,49 +47,12 @@ class CutForward(Exception):
     """Raised by the last capture to end the forward pass early."""
 
 
-# model_type -> (attention, its output projection, MLP, norm in front of the MLP), as attribute names of a layer
-_LLAMA_SUBMODULES = ("self_attn", "o_proj", "mlp", "post_attention_layernorm")
-_SUBMODULES = {
-    "llama": _LLAMA_SUBMODULES,
-    "mistral": _LLAMA_SUBMODULES,
-    "qwen2": _LLAMA_SUBMODULES,
-    "qwen3": _LLAMA_SUBMODULES,
-    "gpt2": ("attn", "c_proj", "mlp", "ln_2"),
-    "gpt_neox": ("attention", "dense", "mlp", "post_attention_layernorm"),
-}
-
-
-def hf_hook_places(decoder: Decoder, with_submodules: bool = True) -> dict[str, HookPlace]:
-    """Fast hooks of a Hugging Face decoder, in forward order; for families not in `_SUBMODULES` only the residual stream."""
-    hook_places: dict[str, HookPlace] = {}
-    submodules = _SUBMODULES.get(decoder.config.model_type) if with_submodules else None
-    parallel = getattr(decoder.config, "use_parallel_residual", False)
-    for i, layer in enumerate(decoder.layers):
-        here = {"hook_resid_pre": HookPlace(layer, "input")}
-        if submodules is not None:
-            attention, projection, mlp, norm = submodules
-            attention = getattr(layer, attention)
-            here["attn.hook_z"] = HookPlace(getattr(attention, projection), "input")
-            here["hook_attn_out"] = HookPlace(attention, "output")
-            if not parallel:  # parallel blocks have no stream between attention and MLP
-                here["hook_resid_mid"] = HookPlace(getattr(layer, norm), "mid", layer)
-            here["hook_mlp_out"] = HookPlace(getattr(layer, mlp), "output")
-        here["hook_resid_post"] = HookPlace(layer, "output")
-        hook_places |= {f"blocks.{i}.{suffix}": place for suffix, place in here.items()}
-    return hook_places
-
-
 def hook_list(hook_names: str | Iterable[str]) -> list[str]:
     """A list of hook names, from several names or a single one. Raises `ValueError` if there is none."""
     names = [hook_names] if isinstance(hook_names, str) else list(hook_names)
     if not names:
         raise ValueError("hook_names is empty; give at least one hook.")
     return names
-
-
-def bridge_hook_places(bridge: Any) -> dict[str, HookPlace]:
-    """Every hook point of a TransformerBridge under each of its names."""
-    return {name: HookPlace(point, "point") for name, point in bridge.hook_dict.items()}
 
 
 def unknown_hook(hook_name: str, names: Sequence[str], model_name: str) -> ValueError:

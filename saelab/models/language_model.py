@@ -26,7 +26,8 @@ from saelab.models.hashing import (
     state_mark,
     stored_weights,
 )
-from saelab.models.hooks import Edit, HookPlace, hook_list, is_plain_mistake, tapped, unknown_hook
+from saelab.models.hook_places import HookPlace
+from saelab.models.hooks import Edit, hook_list, is_plain_mistake, tapped, unknown_hook
 from saelab.models.prompts import Batch, Prompt, check_batch, several, to_batch
 from saelab.tokens.tokenizing import special_tokens
 

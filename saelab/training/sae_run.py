@@ -22,7 +22,7 @@ from saelab.saes.config import settings
 from saelab.saes.provenance import Provenance
 from saelab.saes.step import RULES
 from saelab.training.adam import EPS, Adam, default_eps
-from saelab.training.checkpoint import claim_run, list_checkpoints
+from saelab.training.checkpoint import State, claim_run, list_checkpoints
 from saelab.training.config import TrainConfig
 from saelab.training.data_source import DataSource, Rows, View
 from saelab.training.dead_features import DeadFeatures, dead_window
@@ -32,7 +32,6 @@ from saelab.training.metrics_log import MetricsLog
 from saelab.training.optimizer import apply_step, learning_rate
 from saelab.training.running_norm import RunningNorm
 from saelab.training.start import check_end, check_promise, check_start
-from saelab.training.state import State
 
 
 def variant_of(config: Any) -> type[SAE]:
