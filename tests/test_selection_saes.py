@@ -145,7 +145,7 @@ def test_zipf_places_spend_the_budget_falling_with_rank(d_sae, budget, cap, expo
 def test_zipf_places_by_hand():
     """Budget 11 over weights 1, 1/2, 1/3: 6, 3 and 2."""
     assert zipf_capacity(3, 11, 100).tolist() == [6, 3, 2]
-    with pytest.raises(ValueError, match="2 places.*3 features"):
+    with pytest.raises(ValueError, match="budget of 2 .*3 features"):
         zipf_capacity(3, 2, 100)
 
 

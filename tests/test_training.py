@@ -292,7 +292,7 @@ def test_a_finished_run_returns_at_once(whole, whole_hash, monkeypatch):
     [
         (
             {"config": TopKConfig(64, 5)},
-            r"another run \(config\.k: 4 -> 5\)\. Use .*--name NAME or another RUN; in Python another out_dir",
+            r"other arguments \(config\.k: 4 -> 5\)\. Use .*--name NAME or another RUN; in Python another out_dir",
         ),
         ({"train": TrainConfig(**{**vars(SMALL), "lr": 0.1})}, r"\(train\.lr: None -> 0\.1\)"),
         ({"x": planted(seed=1)}, r"\(data: tensor \w{12}\.\.\. -> tensor \w{12}\.\.\.\)"),
