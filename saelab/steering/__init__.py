@@ -1,8 +1,9 @@
 """Steering: edits that change one feature or add a direction while the model runs; pass them to `lm.steer`."""
 
+from saelab.edits.direction import Direction
 from saelab.edits.feature_edit import FeatureEdit, FeatureHandle
 from saelab.steering.effect_table import NEUTRAL_PROMPTS, EffectTable, effect_table
-from saelab.steering.vectors import Direction, diff_means
+from saelab.steering.vectors import diff_means
 
 __all__ = [
     "NEUTRAL_PROMPTS",

@@ -12,11 +12,11 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from saelab.edits.direction import Direction
 from saelab.edits.feature_edit import FeatureHandle
 from saelab.models import Edit, LanguageModel
 from saelab.models.hooks import writes_to_residual
 from saelab.models.prompts import several
-from saelab.steering.vectors import Direction
 
 NEUTRAL_PROMPTS = (
     "The weather today is",
