@@ -162,7 +162,7 @@ def _run(model: Any, ids: Tensor, lists: list[nn.ModuleList], streams: list[Stre
 
 
 def context_length(model: Any, config: Any) -> int:
-    """Context length in tokens, by the model's config and its table of position embeddings."""
+    """Context length in tokens, according to the model's config and its table of position embeddings."""
     named = ("max_position_embeddings", "max_target_positions", "n_positions")
     length = next((int(n) for name in named if (n := getattr(config, name, None))), 2**31)
     for name, module in model.named_modules():

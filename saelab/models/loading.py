@@ -189,7 +189,7 @@ def _convert_gguf(gguf: Path, out: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Suppress the libraries' warnings and progress bars, except those of downloads. Errors propagate."""
+    """Suppress the libraries' warnings and progress bars, except for downloads. Errors propagate."""
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging
 

@@ -72,7 +72,7 @@ class Direction:
 
     def add(self, value: float, unit: str = "raw") -> VectorEdit:
         """An edit that adds `value` times the vector, or with `unit="resid_norm"` the unit vector times `value` times each
-        activation's norm. Raises `ValueError` for another unit or a value that is not finite."""
+        activation's norm. Raises `ValueError` for an unknown unit or a value that is not finite."""
         if unit not in ("raw", "resid_norm"):
             raise ValueError(f"unit={unit!r} is unknown; expected 'raw' or 'resid_norm'.")
         return VectorEdit(self.hook_name, self.vector, unit, finite(value))
@@ -84,7 +84,7 @@ class Direction:
 
 def diff_means(lm: LanguageModel, pos: Any, neg: Any, hook_name: str) -> Direction:
     """Difference of means: the mean activation over the tokens of `pos` minus that of `neg`, without position 0 and special
-    tokens. A side is a list of texts, a column of a table, or an iterator.
+    tokens. Each side is a list of texts, a column of a table, or an iterator.
 
     Raises `ValueError` when a side has no texts or no tokens left, or for an unknown hook.
     """
