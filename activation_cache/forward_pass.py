@@ -102,9 +102,7 @@ def _kept(writer: CacheWriter) -> str:
     if rows := rows_on_disk(writer.folder):
         return f"{rows:,} activations are in {writer.folder}"
     buffer, asked = writer.buffer_rows, writer.config["n_tokens"]
-    return (
-        f"No activation is on disk yet (the first {min(buffer, asked):,} wait in memory): this harvest will start again"
-    )
+    return f"No activations are on disk yet (the first {min(buffer, asked):,} wait in memory): this harvest will start again"
 
 
 def finish(

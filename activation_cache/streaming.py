@@ -194,7 +194,7 @@ class ActivationStream:
         return index, {hook: rows[hook] for hook in hooks}
 
     def _run(self, batch: TokenBatch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Activations and norms of a batch at all hooks, as a row is dropped if its norm is too large at any of them."""
+        """Activations and norms of a batch at all hooks, because a row is dropped if its norm is too large at any of them."""
         refuse_steered(self.lm)
         activations = next(iter(self.lm.stream_activations([batch.ids], self.hook_names)))
         kept = "The last training checkpoint is intact."

@@ -20,7 +20,7 @@ class Screen:
     """Upper bounds `u = a @ b.T` on all scores, stored only as group maxima; feature j belongs to group `j % n_groups`.
 
     `a` and `b` are both bf16 or both fp32, summed in fp32. The two passes may sum in a different order, so a floor chosen
-    from `maxima` needs a margin for the rounding of an fp32 product, as for that of the scores themselves.
+    from `maxima` needs a margin for the rounding of an fp32 product, as well as for that of the scores themselves.
     Rows load fastest if their length is a multiple of 8 elements (16 bytes in bf16). Raises `ValueError` for operands that
     do not match and for `n_groups` below 1.
     """

@@ -138,7 +138,7 @@ def evaluate(
 
 
 def _meaning(sae: SAE, lm: LanguageModel, texts: Texts) -> dict[str, Any]:
-    """What determines the results besides the caller's arguments."""
+    """What determines the results, apart from the caller's arguments."""
     return of_scoring(sae, lm, texts) | {"definitions": _DEFINITIONS}
 
 

@@ -52,7 +52,7 @@ class Feature(Steerable):
 
     @property
     def negative(self) -> End:
-        """The negative end, likewise."""
+        """The negative end, under the same condition."""
         return self._end(-1)
 
     def _end(self, sign: int) -> End:

@@ -59,7 +59,7 @@ class FeatureStore(StoreReader):
         """One page of the feature table: one dict per row with the keys of `schema.COLUMNS` and "sign" (of the dominant
         end, None where a feature never fired). Missing metrics sort last.
 
-        `where` gives inclusive (lowest, highest) bounds by column, None for open: `{"density": (1e-4, None)}`.
+        `where` holds inclusive (lowest, highest) bounds by column, None for open: `{"density": (1e-4, None)}`.
         Raises `ValueError` for an unknown column or a negative `limit` or `offset`.
         """
         _check_column(sort)

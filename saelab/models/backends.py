@@ -26,7 +26,7 @@ class Backend:
     d_vocab: int
     max_ctx: int
     rope_border: int = 2**31
-    """Contexts longer than this many tokens use other position frequencies (LongRoPE)."""
+    """Contexts longer than this many tokens use different position frequencies (LongRoPE)."""
     has_cache: Any
     forward: Any
 
@@ -42,7 +42,7 @@ class Backend:
             return honours_padding(self.model, self.forward, self._some_ids(min(N_TRIED, self.max_ctx)), self.has_cache)
 
     def prepare(self, positions: Int[Tensor, "batch seq"] | None) -> None:
-        """Run the probe that a pass with these positions needs in advance, so that it does not run under the hooks of that pass.
+        """First run the probe that a pass with these positions needs, so that it does not run under the hooks of that pass.
 
         Raises `ModelError` for rows on both sides of `rope_border`.
         """

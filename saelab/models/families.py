@@ -173,7 +173,7 @@ def context_length(model: Any, config: Any) -> int:
 
 
 def rope_border(config: Any) -> int:
-    """Contexts longer than this many tokens are read with other frequencies, in all rows of a batch (LongRoPE)."""
+    """Contexts longer than this many tokens are read with different position frequencies, in all rows of a batch (LongRoPE)."""
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, dict) else None
     original = rope.get("original_max_position_embeddings") if isinstance(rope, dict) else None

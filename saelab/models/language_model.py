@@ -76,7 +76,7 @@ class LanguageModel(Generates):
 
     @property
     def eos_id(self) -> int | None:
-        """EOS id, likewise."""
+        """EOS id, found in the same way."""
         return special_tokens(self.tokenizer, self.model)[1]
 
     @property

@@ -78,7 +78,7 @@ class Texts:
         for number, row in enumerate(self._source.rows([column, *beside])):
             if row.get("tokenizer_hash") != self._first.get("tokenizer_hash"):
                 raise ValueError(
-                    f"row {number} of {self.name} has another tokenizer_hash than the first: give one source for each."
+                    f"row {number} of {self.name} has a different tokenizer_hash from the first: give one source for each."
                 )
             document = self._document(row, number)
             if document and (split == "all" or is_held_out(document) == (split == "held_out")):
