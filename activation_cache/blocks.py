@@ -1,7 +1,7 @@
 """Harvesting with several processes: contexts are split into blocks; the process that locks a block's journal harvests it.
 
 Processes do not communicate. A lock is released when its process exits, for whatever reason, and a block's contents
-depend only on the config. So processes may join and leave at any time, and the result is that of a single process.
+depend only on the config. So processes may join and leave at any time, and the result is the same as with a single process.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class Calibration:
             self.storage = Storage(config["dtype"], entry["outliers"])
 
     def add(self, read: Read) -> list[Read]:
-        """Returns the batches that can be stored now: none while the norm rule needs more rows, then all that waited."""
+        """Returns the batches that can be stored now: none while the norm rule needs more rows, then all that were waiting."""
         if self.mask is not None:
             return [read]
         self._waiting.append(read)

@@ -33,8 +33,8 @@ def warn_if_none_held_out(texts: Texts, split: str, stacklevel: int) -> None:
     """Warn, at the caller of `harvest` or `stream` (`stacklevel` frames up), if no document would be held out."""
     if split == "train" and next(texts.documents("held_out"), None) is None:
         warnings.warn(
-            f"{texts.name} has no held-out document (a tenth of the documents on average), so an SAE trained on it "
-            "can only be evaluated on other texts (evaluate(texts=...), eval --texts). Use more, or shorter, documents.",
+            f"{texts.name} has no held-out document (on average one document in ten is held out), so an SAE trained on "
+            "it can only be evaluated on other texts (evaluate(texts=...), eval --texts). Use more, or shorter, documents.",
             stacklevel=stacklevel + 1,
         )
 

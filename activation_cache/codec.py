@@ -88,7 +88,7 @@ class Storage:
         return {**tensors, "error": (x.float() - stored.float()).square().sum(1)}
 
     def tensors(self, hook: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors that a shard's file holds for these rows, besides the sums: what `decode` needs, without `error`."""
+        """The tensors that a shard's file holds for these rows, apart from the sums: what `decode` needs, without `error`."""
         kept = {name: x for name, x in tensors.items() if name != "error"}
         if self.name == "int8":
             kept["outlier_dims"] = torch.tensor(self.outliers.get(hook, ()), dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""The forward pass of a harvest: contexts go through the model and the mask to the writer; at the end, the manifest."""
+"""The forward pass of a harvest: contexts go through the model and the mask to the writer; the manifest is written last."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _LOG = logging.getLogger("saelab")
 
 
 class Reading:
-    """The contexts of a cache in order, readable repeatedly; `documents` and `totals` are those of the last reading."""
+    """The contexts of a cache in order, readable repeatedly; `documents` and `totals` are those of the most recent reading."""
 
     def __init__(self, lm: LanguageModel, texts: Texts, config: Mapping[str, Any]):
         self.lm, self.texts, self.config = lm, texts, config
@@ -102,9 +102,7 @@ def _kept(writer: CacheWriter) -> str:
     if rows := rows_on_disk(writer.folder):
         return f"{rows:,} activations are in {writer.folder}"
     buffer, asked = writer.buffer_rows, writer.config["n_tokens"]
-    return (
-        f"No activation is on disk yet (the first {min(buffer, asked):,} wait in memory): this harvest will start again"
-    )
+    return f"No activations are on disk yet (the first {min(buffer, asked):,} wait in memory): this harvest will start again"
 
 
 def finish(

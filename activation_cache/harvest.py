@@ -1,6 +1,6 @@
 """Harvesting: from texts and a language model to an activation cache.
 
-The arguments are checked here and become the config of the cache; `forward_pass` does the work, for a block or for all.
+The arguments are checked here and become the config of the cache; `forward_pass` does the work, for one block or the whole cache.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def _modes(shuffle: bool, chat: bool, block_contexts: int | None, batch_size: in
 
 
 def _conversations(texts: Any, lm: LanguageModel) -> Texts:
-    """Texts whose rows are lists of messages. Raises `ValueError` for any other, and for a model without a chat template."""
+    """Texts whose rows are lists of messages. Raises `ValueError` for any others, and for a model without a chat template."""
     texts = load_texts(texts, chat=lm)
     first = next(row[texts.spec["column"]] for row in texts.rows())
     if "chat" not in texts.spec or isinstance(first, str) or token_ids(first):

@@ -164,7 +164,7 @@ def problem_of(path: Path, known: Mapping[str, Any], contents: bool = False) -> 
     if size != known["bytes"]:
         return f"has {size} bytes instead of {known['bytes']}: it was truncated or altered"
     if contents and sha256_file(path) != known["sha256"]:
-        return "has other contents than were written (SHA-256 differs): it was altered, or belongs to another cache"
+        return "does not contain what was written (SHA-256 differs): it was altered, or belongs to another cache"
     return None
 
 
@@ -198,7 +198,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
     if version > FORMAT_VERSION:
         raise CacheError(
-            f"{folder} has cache format {version}, this saelab reads up to {FORMAT_VERSION}: install a newer saelab."
+            f"{folder} has cache format {version}, but this saelab reads up to {FORMAT_VERSION}: install a newer saelab."
         )
     try:
         _check_manifest(manifest)

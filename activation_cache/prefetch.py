@@ -1,8 +1,8 @@
-"""Prefetching of shuffled batches: threads gather rows from memory-mapped shards into preallocated tensors, a task per batch.
+"""Prefetching of shuffled batches: threads gather rows from memory-mapped shards into preallocated tensors, one task per batch.
 
 The calling thread decides the order of the rows and allocates the tensors that the threads fill: its memory is in large
-pages (`allocator`), a worker thread's would not be. Small batches are prepared further ahead, as waking a thread takes a
-good part of the time needed to fill one. Shards are opened (the first time, read sequentially for their SHA-256)
+pages (`allocator`); a worker thread's would not be. Small batches are prepared further ahead, because waking a thread takes
+a sizeable part of the time needed to fill one. Shards are opened (the first time, read sequentially for their SHA-256)
 `prefetch` shards before their first row is needed.
 """
 

@@ -60,7 +60,7 @@ class ActivationCache:
 
     @property
     def models(self) -> dict[str, dict[str, str]]:
-        """With several models, the name and hash of each by the label before "/" in its hook names; {} with one."""
+        """With several models, the name and hash of each, by the label before "/" in its hook names; {} with one model."""
         return self.manifest.get("models", {})
 
     def d_in(self, hook_name: str | None = None) -> int:
@@ -126,7 +126,7 @@ class ActivationCache:
         are opened ahead. `dtype=torch.bfloat16` yields rows stored in bfloat16 unchanged. `shuffle=False` yields consecutive
         rows in stored order (`index(shard)` says where they come from). A list of hooks yields dicts by hook: row i is the
         same token in each, in the same order as for one hook alone.
-        `leave_out` rows, spread over all shards, are in no batch (see `left_out`).
+        `leave_out` rows, spread over all shards, appear in no batch (see `left_out`).
         Raises `ValueError` for bad arguments, and `CacheError` naming a damaged shard.
         """
         one = hook_name is None or isinstance(hook_name, str)

@@ -1,8 +1,8 @@
 """Rebuilding the damaged files of a finished cache, and only those, byte for byte.
 
 A shard's contents are a function of the texts, the model and the seed: the rows that the mask keeps go through the shuffle
-buffer in order, and each shard is drawn from it by a generator of its number. So the contexts whose rows a broken shard
-held are run through the model again; if its index is lost too, the draws are replayed with indices only.
+buffer in order, and each shard is drawn from it by a generator that depends on its number. So the contexts whose rows a
+broken shard held are run through the model again; if its index is lost too, the draws are replayed with indices only.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from saelab.tokens.mask import Mask, row_norms, token_mask
 
 
 def repair(cache: ActivationCache, lm: LanguageModel, texts: Texts, progress: bool = True) -> dict[str, bool]:
-    """Rebuild damaged files; returns, per file, whether its bytes are the original ones. The manifest records any others.
+    """Rebuild damaged files; returns, per file, whether it has its original bytes. If not, the manifest records the new ones.
 
-    Bytes may differ under another torch version, device or thread count. Raises `ValueError` for another model, tokenizer
-    or texts than the cache was made with, `CacheError` while another process writes to it.
+    Bytes may differ under another torch version, device or thread count. Raises `ValueError` if the model, tokenizer or
+    texts are not those the cache was made with, `CacheError` while another process writes to it.
     """
     config = cache.manifest["config"]
     for name, here in (
@@ -110,7 +110,7 @@ class _Repair:
             same = len(replayed) == len(self.folders) and all(torch.equal(replayed[i], indices[i]) for i in indices)
             if not same:
                 raise CacheError(
-                    f"{self.cache.path}: the mask no longer keeps the rows it kept then; harvest the cache again."
+                    f"{self.cache.path}: the mask no longer keeps the rows that it kept before; harvest the cache again."
                 )
             indices |= {i: replayed[i] for i in unreadable}
         order = positions.argsort()

@@ -1,8 +1,8 @@
-"""Training rows straight from a language model: harvested and shuffled in memory during training, nothing on disk.
+"""Training rows straight from a language model: harvested and shuffled in memory during training, with nothing on disk.
 
-The rows of an epoch are those of the cache that `harvest` would make of all the texts, in the order of its shards: contexts
+The rows of an epoch are those of the cache that `harvest` would make from all the texts, in the order of its shards: contexts
 go through the model in order, rows wait in the shuffle buffer, and each draw depends only on (seed, draw number). The
-contents of the buffer follow from the token ids, so a resume replays ids only, up to the draw it needs, and runs the model
+contents of the buffer are determined by the token ids, so a resume replays ids only, up to the draw it needs, and runs the model
 on the contexts that have rows in the buffer at that point. Which rows the norm rule drops is known only after running the
 model: such a row keeps its place, and its replacement row is the one drawn before it.
 """
@@ -143,7 +143,7 @@ class ActivationStream:
                 waiting = {hook: x[batch_size:] for hook, x in waiting.items()}
 
     def _drawn(self, seed: int, skip: int, hooks: list[str]) -> Iterator[dict[str, Tensor]]:
-        """The rows of each draw, endlessly, from the one that holds row `skip` on, minus those before it."""
+        """The rows of each draw, endlessly, starting with the draw that holds row `skip`, without the rows before it."""
         _ = self._beginning  # raises if the texts leave no row at all
         self._n_documents = number = 0
         live, epoch_rows = False, 0
@@ -194,7 +194,7 @@ class ActivationStream:
         return index, {hook: rows[hook] for hook in hooks}
 
     def _run(self, batch: TokenBatch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Activations and norms of a batch at all hooks, as a row is dropped if its norm is too large at any of them."""
+        """Activations and norms of a batch at all hooks, because a row is dropped if its norm is too large at any of them."""
         refuse_steered(self.lm)
         activations = next(iter(self.lm.stream_activations([batch.ids], self.hook_names)))
         kept = "The last training checkpoint is intact."
@@ -231,7 +231,7 @@ class ActivationStream:
         }
 
     def _filled(self, buffer: ShuffleBuffer, read: Sequence[TokenBatch], hooks: list[str]) -> ShuffleBuffer:
-        """The same buffer, with the rows filled in besides their indices."""
+        """The same buffer, with the rows filled in alongside their indices."""
         filled, waiting = ShuffleBuffer(self._capacity), self._numbered(buffer.waiting)
         for batch in read:
             start = batch.first_context * self.config["ctx_len"]
@@ -252,7 +252,7 @@ def _replacement_rows(index: Int[Tensor, "n 3"]) -> Int[Tensor, " n"]:
     kept = index[:, 2] != _DROPPED
     if not bool(kept.any()):
         raise CacheError(
-            f"The norm rule drops all {len(index)} rows of a draw: the texts change. Train from a cache instead."
+            f"The norm rule drops all {len(index)} rows of a draw: these texts differ from the first. Train from a cache instead."
         )
     positions = torch.where(kept, torch.arange(len(index)), 0).cummax(0).values
     return positions.clamp_min(int(kept.nonzero()[0]))  # dropped rows at the front have none before them

@@ -2,7 +2,7 @@
 
 Each shard is drawn from the buffer by a generator that depends only on (seed, block, shard number). A killed harvest
 therefore resumes with the same bytes: the forward passes since the oldest row still in the buffer are repeated, rows that
-are already in shards are dropped, and the buffer is as it was.
+are already in shards are dropped, and the buffer ends up as it was.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def show() -> None:
         st.subheader("Top examples")
         signs = " of that sign (blue: negative)" if feature.store.signed else ""
         st.caption(
-            f"The strongest example of each document. Background: activation relative to the feature's maximum{signs}; "
+            f"The strongest example from each document. Background: activation relative to the feature's maximum{signs}; "
             "outline: the peak. Hover over a token, or move to it with Tab, to see its activation."
         )
         st.html(feature_examples_html(feature))

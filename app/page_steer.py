@@ -38,7 +38,7 @@ def show() -> None:
 
 
 def _controls(store: FeatureStore) -> tuple[Feature, dict[str, Any] | None]:
-    """The chosen feature and, when the button was pressed, the request to generate."""
+    """The chosen feature and, if the button was pressed, the request to generate."""
     index = state.url_int("feature", state.default_feature(store), 0, store.d_sae - 1)
     st.session_state["feature"] = index
     strength = state.url_float("strength", 2.0, -MAX_STRENGTH, MAX_STRENGTH)

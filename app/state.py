@@ -1,4 +1,4 @@
-"""State shared by the pages: the run fixed at start, the chosen SAE, its store, the URL, and the one language model.
+"""State shared by the pages: the run fixed at startup, the chosen SAE, its store, the URL, and the one language model.
 
 The URL (`sae`, `feature`, `sort`, `page` ...) is the single source of truth for the view: a widget takes its value from
 it and writes it back. Text from the URL is looked up or parsed, never joined to a path.
@@ -27,7 +27,7 @@ MODEL_LOCK = threading.Lock()  # one session generates at a time: two would comp
 
 @contextmanager
 def friendly_errors() -> Iterator[None]:
-    """Show an error's message, which says the fix, instead of a traceback."""
+    """Show an error's message, which states the fix, instead of a traceback."""
     try:
         yield
     except (SaelabError, ValueError) as error:

@@ -27,7 +27,7 @@ class Backend(NamedTuple):
 
     name: str
     Screen: Callable[..., Any]
-    """Upper bounds of all scores of a chunk of rows, and the pairs that reach a floor (`kernels/torch_backend/screen.py`)."""
+    """Upper bounds on all scores of a chunk of rows, and the pairs that reach a floor (`kernels/torch_backend/screen.py`)."""
     rows_at_once: Callable[[int, torch.dtype], int]
     """`(n_columns, dtype)`: how many rows one screen may hold."""
     sddmm: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -41,7 +41,7 @@ class Backend(NamedTuple):
     bias_gradient: Callable[..., Tensor]
     """`(feature_acts, values)`: the sum of the values at each feature."""
     round_rows: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-    """`(W, low)`: write W, rounded, into `low`; the norm of each row and of its rounding error."""
+    """`(W, low)`: write W, rounded, into `low`; returns the norms of each row and of its rounding error."""
     project_: Callable[[Tensor, Tensor], None]
     """`(gradient, W)`: remove from each row of the gradient its component along the row of W."""
     unit_norm_: Callable[[Tensor], None]
@@ -58,7 +58,7 @@ def backend(tensor: Tensor) -> Backend:
 
 
 def backend_name(tensor: Tensor) -> str:
-    """The backend asked for: "torch", "triton" or "reference". Raises `ValueError` as `backend` does."""
+    """The requested backend: "torch", "triton" or "reference". Raises `ValueError` as `backend` does."""
     name = _forced[-1] if _forced else _chosen()
     return name if name != "auto" else ("triton" if tensor.device.type == "cuda" else "torch")
 

@@ -1,7 +1,7 @@
 """`encode_batch_topk`: the `n_kept` largest pre-activations of a whole batch (BatchTopK, Mutual Choice).
 
 The same steps as `encode_topk`, with one floor for all rows: the `n_kept`-th largest of the batch's group maxima is a
-lower bound of its `n_kept`-th best score. When the batch is spread over ranks, each rank uses its share of `n_kept` to
+lower bound on its `n_kept`-th best score. When the batch is spread over ranks, each rank uses its share of `n_kept` to
 find a floor, and all of them use the lowest.
 """
 
@@ -108,7 +108,7 @@ def _select(
     feature_acts, kth = keep(found)
     n_candidates, certified = found.features.numel(), bool(found.completes(kth).all())
     certified = certified if global_pairs is None else global_pairs.every(certified, x.device)
-    if not certified:  # this n-th score is a lower bound of the true one: as a floor it cannot miss a pair
+    if not certified:  # this n-th score is a lower bound on the true one: as a floor it cannot miss a pair
         found = search(lambda screen, rows: screen.pairs_above(kth - operands.error_bound[rows]))
         feature_acts, n_candidates = keep(found)[0], n_candidates + found.features.numel()
     note_selection(len(x), n_candidates, len(x) * certified)

@@ -77,7 +77,7 @@ def _select(x: Tensor, W: Tensor, bias: Tensor, capacity: Tensor) -> SparseActs:
 def _keep(
     found: Candidates, x: Tensor, W: Tensor, bias: Tensor, capacity: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Features, tokens and exact values of the kept pairs, and each feature's last kept value (0: capacity is left over)."""
+    """Features, tokens and exact values of the kept pairs, and each feature's last kept value (0 if capacity is left over)."""
     features = torch.repeat_interleave(found.offsets.diff(), output_size=found.features.numel())
     values = sddmm(W, x, found.features, found.offsets) + bias[features]
     kept, kth = keep_largest(values, found.offsets, capacity)

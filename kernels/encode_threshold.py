@@ -1,4 +1,4 @@
-"""`encode_threshold`: every pre-activation strictly above a threshold. Used by ReLU (0), JumpReLU, BatchTopK at inference.
+"""`encode_threshold`: every pre-activation strictly above a threshold. Used by ReLU (0), JumpReLU, and BatchTopK at inference.
 
 As in `encode_topk`, a screen finds the candidates, and the value recomputed pair by pair decides and is returned. The
 floor is known from the start, so every row is certified.
@@ -34,7 +34,7 @@ def encode_threshold(
 
     A `band` of half the bandwidth of a straight-through estimator also keeps the pairs just below the threshold, which
     its gradient reaches (`jump_relu`). Differentiable with respect to `x`, `W_enc`, `b_enc` and `center` through the kept
-    values. Zeros are not stored. A row's result is bit-identical alone and in any batch.
+    values. Zeros are not stored. A row's result is bit-identical whether it is encoded alone or in a batch.
     """
     x, W_enc, b_enc, center = widened(x, W_enc, b_enc, center)
     if backend_name(x) == "reference":

@@ -36,12 +36,12 @@ def encode_topk(
     norms: Float[Tensor, " d_sae"] | None = None,
     center: Float[Tensor, " d_in"] | None = None,
 ) -> SparseActs:
-    """`u = (x - center) @ W_enc.T + b_enc`; of each row keep the k pairs with the largest score, if positive.
+    """`u = (x - center) @ W_enc.T + b_enc`; for each row keep the k pairs with the largest score, if positive.
 
     The score is `u` ("value": Gao et al. 2024, eq. 1, with ReLU), `|u|` ("magnitude"; the stored value keeps its sign) or
     `u` times `norms`, the decoder's row norms ("decoder_norm"). Differentiable with respect to `x`, `W_enc`, `b_enc` and
-    `center` through the kept values. A row's result is bit-identical alone and in any batch. Raises `ValueError` for an
-    unknown score, and for `norms` that do not match it.
+    `center` through the kept values. A row's result is bit-identical whether it is encoded alone or in a batch. Raises
+    `ValueError` for an unknown score, and for `norms` that do not match it.
     """
     check_score(score, norms)
     x, W_enc, b_enc, norms, center = widened(x, W_enc, b_enc, norms, center)
@@ -70,7 +70,7 @@ def _select(x: Tensor, W: Tensor, bias: Tensor, k: int, score: str, norms: Tenso
     feature_acts, kth = keep(found, x)
     uncertified = flatnonzero(~found.completes(kth))
     n_candidates = found.features.numel()
-    if len(uncertified):  # their k-th value is a lower bound of the true one: as a floor it misses no pair
+    if len(uncertified):  # their k-th value is a lower bound on the true one: as a floor it misses no pair
         retried = operands.select_rows(uncertified)
         found = search(
             retried, lambda screen, rows: screen.pairs_above(kth[uncertified][rows] - retried.error_bound[rows])

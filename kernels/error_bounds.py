@@ -1,4 +1,4 @@
-"""Rigorous error bounds of the screen's dense product: the reason that the selection is exact.
+"""Rigorous error bounds on the screen's dense product: the reason why the selection is exact.
 
 The dense product of `x` and `W` only finds candidates, and each of its scores is turned into an upper bound. In working
 precision the error has the classical bound (Higham 2002, eq. 3.5). In bfloat16 (x~, W~) the rounding errors are measured;

@@ -22,7 +22,7 @@ from saelab.kernels.sparse_acts import SparseActs
 
 
 class JumpReLU(Function):
-    """Autograd function of `jump_relu`: value and step function of each pair; both have a gradient to the threshold."""
+    """Autograd function of `jump_relu`: value and step of each pair, both differentiable with respect to the threshold."""
 
     @staticmethod
     def forward(

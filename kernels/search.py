@@ -1,4 +1,4 @@
-"""Types of the search for candidates: the operands of the screen, their error bound, and the pairs that are found.
+"""Types for the candidate search: the operands of the screen, their error bound, and the pairs that it finds.
 
 A screen (a cheap dense product, in bfloat16 where that is fast) bounds all scores from above. Pairs that reach a floor are
 candidates; every other pair scores below `bound = floor + error_bound`. A selection is certified when its last kept score is
@@ -64,7 +64,7 @@ class Operands(NamedTuple):
 
 
 def gamma(terms: int, dtype: torch.dtype) -> float:
-    """`n u / (1 - n u)`: bound of the relative error of a sum of `n = terms` products, u the unit roundoff."""
+    """`n u / (1 - n u)`: bound on the relative error of a sum of `n = terms` products, u the unit roundoff."""
     unit = torch.finfo(dtype).eps / 2
     return terms * unit / (1 - terms * unit)
 

@@ -1,4 +1,4 @@
-"""`selected_pre_acts`: make the pre-activations that a selection kept differentiable, with sparse gradients.
+"""`selected_pre_acts`: the pre-activations kept by a selection, made differentiable, with sparse gradients.
 
 Every encoder is a selection (no gradient) followed by this op: the gradient reaches only the rows of `W_enc` that fired.
 """
@@ -60,7 +60,7 @@ def selected_pre_acts(
 ) -> SparseActs:
     """`feature_acts` (values computed without a graph) as a differentiable function of `x`, `W_enc`, `b_enc` and `center`.
 
-    `centered` is `x - center`; None stands for `x`, without a `center`.
+    `centered` is `x - center`; None means `x` itself: there is no `center`.
     """
     centered = x if centered is None else centered
     values = SelectedPreActs.apply(x, W_enc, b_enc, center, feature_acts, centered.detach())

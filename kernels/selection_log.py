@@ -1,4 +1,4 @@
-"""Counters of the selections: how many candidates were evaluated, how many rows were certified or selected again."""
+"""Counts what the selections did: how many candidates were evaluated, and how many rows were certified or selected again."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class SparseActs:
     offsets: Int[Tensor, " batch_plus_1"]
     d_sae: int
     _derived: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
-    """Cache of what is derived from ids and offsets, shared by all `SparseActs` of one pattern: a step sorts them once."""
+    """Cache of what is derived from ids and offsets, shared by all `SparseActs` with one pattern: a step sorts them once."""
 
     @property
     def batch(self) -> int:

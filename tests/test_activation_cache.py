@@ -309,7 +309,7 @@ def damage(path, how):
 
 @pytest.mark.parametrize(
     ("how", "message"),
-    [("truncated", "bytes instead of"), ("altered", "other contents than were written"), ("missing", "is missing")],
+    [("truncated", "bytes instead of"), ("altered", "does not contain what was written"), ("missing", "is missing")],
 )
 @pytest.mark.parametrize("file", ["h.safetensors", "index.safetensors"])
 def test_a_damaged_shard_is_named(tmp_path, how, message, file):

@@ -174,7 +174,7 @@ def test_ids_of_another_tokenizer_are_refused(tmp_path, tiny_lm, where):
 
 def test_rows_of_two_tokenizers_are_kept_apart():
     rows = [{"input_ids": [1], "tokenizer_hash": "a"}, {"input_ids": [2], "tokenizer_hash": "b"}]
-    with pytest.raises(ValueError, match="row 1 .*another tokenizer_hash"):
+    with pytest.raises(ValueError, match="row 1 .*a different tokenizer_hash"):
         list(load_texts(rows).documents())
 
 

@@ -401,7 +401,7 @@ def test_swapping_the_sources_mirrors_delta():
     torch.testing.assert_close(there.delta, 1 - back.delta)
     assert not torch.equal(there.delta, back.delta)
     for wrong in ((0, 0), (0, 3), (-4, 0)):
-        with pytest.raises(ValueError, match="two of the 3"):
+        with pytest.raises(ValueError, match="two different ones of the 3"):
             compare_decoders(sae, *wrong)
 
 

@@ -192,7 +192,7 @@ def test_the_way_from_harvest_to_report(tiny_lm, tmp_path):
     assert report.split == "held_out" and report.fvu is not None and report.fvu < 0.9
     assert report.mask["max_norm"] == cache.manifest["max_norm"][HOOK]
     assert report.sae_hash == sae.hash and report.model_hash == tiny_lm.hash
-    with pytest.raises(ValueError, match="trained this SAE"):
+    with pytest.raises(ValueError, match="used to train this SAE"):
         saelab.evaluate(sae, tiny_lm, texts, split="train", progress=False)
     other = saelab.evaluate(sae, tiny_lm, TEXTS, progress=False)
     assert other.split == "all"
@@ -361,7 +361,7 @@ def test_sites_that_do_not_fit_are_named(tiny_lm):
     with pytest.raises(ValueError, match=r"reads 2 sources, hook_name names 1"):
         measure_at(crosscoder(), tiny_lm, HOOK)
     sae = TranscoderSAE(TranscoderConfig(4, 1, hook_name_out="blocks.1.hook_mlp_out"), 32, d_out=7)
-    with pytest.raises(ValueError, match=r"hook_mlp_out of .* has width 32, the SAE writes d_out=7"):
+    with pytest.raises(ValueError, match=r"hook_mlp_out of .* has width 32, but the SAE writes d_out=7"):
         measure_at(sae, tiny_lm, HOOK)
 
 

@@ -299,7 +299,7 @@ def test_bad_calls_name_the_value(sae, tiny_lm, tmp_path):
     (tmp_path / "other" / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match="thesis.txt"):
         _collect(sae, tiny_lm, tmp_path / "other")
-    with pytest.raises(ValueError, match="width 32, the SAE reads d_in=31"):
+    with pytest.raises(ValueError, match="width 32, but the SAE reads d_in=31"):
         _collect(TopKSAE(TopKConfig(d_sae=8, k=2), 31), tiny_lm, tmp_path / "a")
     with pytest.raises(ValueError, match="top_k=0"):
         _collect(sae, tiny_lm, tmp_path / "b", top_k=0)

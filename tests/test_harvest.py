@@ -229,7 +229,7 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_bytes(undisturbed, tmp_path
         harvest(lm, tmp_path)
     shards = len(list(tmp_path.glob("shards/*")))
     assert shards == 0 if stop_at < 7 else shards > 0
-    nothing = r"No activation is on disk yet \(the first 384 .*will start again"
+    nothing = r"No activations are on disk yet \(the first 384 .*will start again"
     assert re.match(rf"{128 * shards:,} activations are in " if shards else nothing, str(stopped.value))
     before = contents(tmp_path)
     assert all(undisturbed[name] == data for name, data in before.items())

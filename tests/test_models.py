@@ -180,7 +180,7 @@ def test_no_hook_stays_on_the_model(tiny_lm):
 )
 def test_unknown_hook_lists_those_that_exist(tiny_lm, name):
     for call in (tiny_lm.check_hook, tiny_lm.d_in, lambda n: tiny_lm.stream_activations([IDS], [n])):
-        with pytest.raises(ValueError, match=r"Nearest: .*hook_resid_p.*There are: blocks\.\{0\.\.2\}") as caught:
+        with pytest.raises(ValueError, match=r"Nearest: .*hook_resid_p.*Available: blocks\.\{0\.\.2\}") as caught:
             call(name)
         assert repr(name) in str(caught.value)
 
@@ -409,7 +409,7 @@ def test_generation_stops_at_eos(tiny_lm):
     [
         ({"prompt": ""}, "empty"),
         ({"num_return_sequences": 0}, "num_return_sequences=0"),
-        ({"num_return_sequences": 2}, "at temperature 0 are the same text"),
+        ({"num_return_sequences": 2}, "at temperature 0 would be the same text"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"max_new_tokens": 500}, "exceed the context.*128"),
         ({"temperature": -1.0}, "temperature=-1"),

@@ -161,7 +161,7 @@ def test_only_documents_that_were_read_count_as_seen(tiny_lm, tmp_path):
     training = [document_id(text) for text in many if not is_held_out(text)]
     assert set(training[:5]) < seen < set(training)
     assert load_sae(tmp_path / "sae").provenance.train_documents.tolist() == sae.provenance.train_documents.tolist()
-    with pytest.raises(ValueError, match="trained this SAE"):
+    with pytest.raises(ValueError, match="used to train this SAE"):
         evaluate(sae, tiny_lm, many, split="train", progress=False)
     assert evaluate(sae, tiny_lm, many, split="held_out", n_tokens=200, n_tokens_ce=64, progress=False).n_tokens > 0
 

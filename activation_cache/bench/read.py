@@ -1,4 +1,4 @@
-"""Cache read throughput, and its cost to training: `python -m saelab.activation_cache.bench.read RUN/cache`.
+"""Cache read throughput, and how much reading slows training: `python -m saelab.activation_cache.bench.read RUN/cache`.
 
 Reading: one epoch of shuffled batches, in the stored dtype, against a bare sequential read of the same files into one
 buffer. Training: steps on batches from the cache against steps on batches in memory. The two alternate.
@@ -35,7 +35,7 @@ class Settings:
     batch_size: int = 2048
     """Rows per batch."""
     pairs: int = 7
-    """Timed runs of each side."""
+    """Timed runs of each of the two."""
     d_sae: int = 4096
     """Width of the TopK SAE whose steps are timed; 0 times reading only."""
     k: int = 32

@@ -1,9 +1,9 @@
 """Time a whole TopK training step against plain dense PyTorch: `python -m saelab.kernels.bench.bench_step`.
 
-A step is loss, backward, projection, gradient clipping, Adam, unit norms, dead counters and the numbers of a log line. Both
+A step is loss, backward, projection, gradient clipping, Adam, unit norms, dead-feature counters and the logged values. Both
 steps alternate on the same batches in one process. Each row also has the selection's margin (candidates per row beyond k)
 and the fractions of certified and recomputed rows. Before a size is timed, its selection is compared with float64, so no
-time is printed for a wrong op. The data are activations of a cache (`--cache`), or random rows with a decaying spectrum.
+time is printed for a wrong op. The data are activations from a cache (`--cache`), or random rows with a decaying spectrum.
 
 With `--peers` four other libraries alternate too, each with its own step (`peers.py`, `peer_worker.py`) in a process that is
 idle between its steps. Their `ratio` is their time over ours; in saelab's row it is the dense step's time over ours.
@@ -54,7 +54,7 @@ class Settings:
     pairs: int = 7
     """Timed steps of each implementation, which alternate."""
     warmup: int = 20
-    """Untimed steps first, so that the dictionary is no longer random."""
+    """Untimed warm-up steps, so that the dictionary is no longer random."""
     cache: Path | None = None
     """Activation cache to read the batches from, for example runs/demo/cache."""
     dense_limit: int = 32768
@@ -192,7 +192,7 @@ def _rows(
 
 
 def _screen_of(settings: Settings) -> str:
-    """The `dtype` column: weights and sums are float32; in parentheses the dtype of the screen, if another."""
+    """The `dtype` column: weights and sums are float32; in parentheses the dtype of the screen, if different."""
     return "float32 (bf16 screen)" if settings.bf16 and fast_bf16(settings.device) else "float32"
 
 

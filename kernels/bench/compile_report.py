@@ -1,7 +1,7 @@
-"""Compile every Triton kernel for four GPU targets, without a GPU, and report the resources that it uses.
+"""Compile every Triton kernel for four GPU targets, without a GPU, and report each kernel's resource usage.
 
 `python -m saelab.kernels.bench.compile_report [--json]`: registers, spills, shared memory against the target's limit,
-tensor-core instructions, and modelled device-memory bytes (`traffic/hbm_model.py`) over the minimum at that cache size.
+tensor-core instructions, and modelled device-memory bytes (`traffic/hbm_model.py`) over the minimum for its cache size.
 Nothing runs and nothing is timed. A row is `ok` if nothing spills, the shared memory suffices, a product uses the tensor
 cores with a tile of at least 64 x 64, and the modelled bytes are at most 1.3 times the minimum.
 """
@@ -122,7 +122,7 @@ def problems_of(row: Row, tile: tuple[int, int], tensor_cores: bool) -> list[str
     """The reasons why a row is not ok, as text."""
     found = {
         f"{row.spills} spills": row.spills > 0,
-        f"{row.shared} bytes of shared memory, the limit is {row.shared_limit}": row.shared > row.shared_limit,
+        f"{row.shared} bytes of shared memory (the limit is {row.shared_limit})": row.shared > row.shared_limit,
         f"{row.hbm_ratio:.2f} times the minimum bytes": row.hbm_ratio > HBM_LIMIT,
         "fewer bytes than the minimum": row.hbm_bytes < row.least_bytes,
         "no tensor-core instruction": tensor_cores and row.n_tensor_core == 0,

@@ -1,6 +1,6 @@
 """Check every selection against float64 on the activations of a RUN: `python -m saelab.kernels.bench.exactness RUN`.
 
-Correct float32 sums can differ in their last bits, so a row is not judged if its last kept and first rejected score are
+Correct float32 sums can differ in their last bits, so a row is not judged if its last kept and first rejected scores are
 within a relative gap of 2e-6 (for one threshold over all rows: if a score is that close to it). In all other rows the sets
 must be equal. The exit status is 1 if one is not, or if 100 or more rows of a selection are too close to be judged. The
 number of rows whose gap is under 1e-5 is also printed.
@@ -53,10 +53,10 @@ class Count:
     under_1e_5: int = 0
     """Rows whose gap is at most 1e-5."""
     different: int = 0
-    """Rows that differ without being close."""
+    """Rows whose sets differ although their scores are not close."""
 
     def add(self, kept: Tensor, last: Tensor, following: Tensor, wanted: Tensor) -> None:
-        """`kept` and `wanted (rows, n)` are masks; `last` and `following (rows)` the last kept and first rejected score."""
+        """`kept` and `wanted (rows, n)` are masks; `last` and `following (rows)` the last kept and first rejected scores."""
         gap = torch.where(last > 0, (last - following) / last, 1.0)
         close = gap <= GAP
         self.under_1e_5 += int((gap <= 1e-5).sum())

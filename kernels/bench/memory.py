@@ -1,7 +1,8 @@
 """Measure the memory of a training step beyond the weights: `python -m saelab.kernels.bench.memory`, in a fresh process.
 
 This is the peak resident memory of a few steps minus what is resident after the imports and minus the fp32 parameters, their
-gradients and Adam's moments. Dense pre-activations alone would take `batch * d_sae * 4` bytes, and as much for their gradient.
+gradients and Adam's moments. Dense pre-activations alone would take `batch * d_sae * 4` bytes, and as much again for their
+gradient.
 """
 
 from __future__ import annotations

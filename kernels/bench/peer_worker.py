@@ -5,7 +5,7 @@ The protocol is one JSON object per line, in both directions. The first request 
 the file `path` (raw float32) and is answered by `{"seconds", "loss"}`. A peer that raises answers `{"error"}` and exits. Only
 torch and the peer are imported.
 
-If a library has a method or function that trains on one batch, that is what runs. Everything else is the library's default:
+If a library has a method or function that trains on one batch, that is what runs. Everything else uses the library's defaults:
 learning rate, schedule, clipping, auxiliary loss, step counting.
 """
 
@@ -167,7 +167,7 @@ PEERS = {
 
 
 def main(name: str) -> None:
-    """Serve until stdin closes. Output of the library is redirected to stderr, so that stdout holds only answers."""
+    """Serve until stdin closes. The library's output is redirected to stderr, so that stdout holds only answers."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     try:

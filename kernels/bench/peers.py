@@ -25,7 +25,7 @@ PEERS = ("sae-lens", "dictionary-learning", "eai-sparsify", "overcomplete")
 """Names on PyPI."""
 WORKER = Path(__file__).with_name("peer_worker.py")
 LEARNS_AFTER = 20
-"""Steps after which a peer's loss on its first batch must be lower than at first."""
+"""Steps after which a peer's loss on its first batch must be lower than it was at first."""
 
 
 class PeerError(Exception):
@@ -65,8 +65,8 @@ def _installed(python: Path, pin: str, name: str) -> bool:
 
 
 def _drop_foreign_torchvision(python: Path) -> None:
-    """Uninstall torchvision if it cannot be imported. Some peers require it, but no step needs it, and a build for another
-    torch (CUDA next to CPU) breaks the imports of transformers."""
+    """Uninstall torchvision if it cannot be imported. Some peers require it, but no step needs it, and one built for another
+    torch (for CUDA, where torch is for the CPU) breaks the imports of transformers."""
     try:
         _run(str(python), "-I", "-c", "import torchvision")
     except PeerError:
@@ -90,7 +90,7 @@ def _leave_out(name: str, error: PeerError) -> None:
 
 
 class Peers:
-    """The peers at one shape. They run only inside `step`, one after the other; one that fails is dropped with its times."""
+    """The peers at one shape. They run only inside `step`, one after the other; one that fails is dropped, times included."""
 
     def __init__(self, commands: Mapping[str, Sequence[str]], first: Tensor, d_sae: int, k: int) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="saelab-peers-")

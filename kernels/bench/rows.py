@@ -14,8 +14,8 @@ COLUMNS = (
     *("op", "shape", "dtype", "provider", "median", "q20", "q80", "ratio", "ratio_q20", "ratio_q80"),
     *("margin", "certified", "recomputed", "hardware"),
 )
-"""Times are in milliseconds. `ratio` is over pairs of neighbouring steps: in saelab's row the dense step's time over ours,
-in the row of a peer library its time over ours."""
+"""Times are in milliseconds. `ratio` is computed over pairs of neighbouring steps: in saelab's row, the dense step's time
+over ours; in the row of a peer library, its time over ours."""
 
 
 RESULTS = Path(__file__).with_name("results.csv")
@@ -28,7 +28,7 @@ def default_device() -> str:
 
 
 def quantiles(values: list[float], scale: float = 1e3) -> dict[str, float]:
-    """Median, 20 % and 80 % quantile, rounded; the default `scale` converts seconds to milliseconds."""
+    """Median and the 20 % and 80 % quantiles, rounded; the default `scale` converts seconds to milliseconds."""
     points = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64))
     return dict(zip(("median", "q20", "q80"), (round(float(p) * scale, 3) for p in points), strict=True))
 

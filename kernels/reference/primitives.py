@@ -52,7 +52,7 @@ def bias_gradient(feature_acts: SparseActs, values: Tensor) -> Tensor:
 
 
 def round_rows(W: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
-    """Write W, rounded, into `low`; the norm of each row and of its rounding error."""
+    """Write W, rounded, into `low`; returns the norms of each row and of its rounding error."""
     rounded = low[:, : W.shape[1]].copy_(W)
     return W.norm(dim=1), (rounded.to(W) - W).norm(dim=1)
 

@@ -42,7 +42,7 @@ def _pack(values: np.ndarray, floors: np.ndarray, words: np.ndarray) -> None:
 
 
 def _set_bits(words: np.ndarray, first: int, n_bits: int) -> np.ndarray:
-    """Positions of all set bits, counted from `first`, sorted: in rounds, each takes the lowest remaining bit of every word."""
+    """Positions of all set bits, counted from `first`, sorted: each round takes the lowest remaining bit of every word."""
     words_at = np.flatnonzero(words != 0)
     left = words[words_at]
     narrow = np.int32 if n_bits <= _INT32 else np.int64  # sorts many times faster

@@ -13,7 +13,7 @@ _MANY = 128
 
 
 def in_halves(n_rows: int, work: Callable[[slice], np.ndarray]) -> np.ndarray:
-    """The results of `work` for both halves of the rows, concatenated; few rows are not worth waking a thread."""
+    """The results of `work` for both halves of the rows, concatenated; a few rows are not worth waking a thread for."""
     if n_rows < _MANY:
         return work(slice(0, n_rows))
     edges = [n_rows * part // _N_HALVES for part in range(_N_HALVES + 1)]

@@ -15,7 +15,7 @@ _ROWS = 512
 
 
 def round_rows(W: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
-    """Write `W`, rounded, into the first columns of `low`; the norm of each row and of its rounding error."""
+    """Write `W`, rounded, into the first columns of `low`; returns the norms of each row and of its rounding error."""
     norms, errors = torch.empty(2, len(W), dtype=W.dtype, device=W.device)
     room = WORKSPACE.take("rounding", (min(_ROWS, len(W)), W.shape[1]), W.dtype, W.device)
     for start in range(0, len(W), _ROWS):

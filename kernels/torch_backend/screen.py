@@ -1,8 +1,8 @@
-"""The screen in PyTorch: upper bounds of all scores of a chunk of rows, a block of features at a time in one reused
+"""The screen in PyTorch: upper bounds on all scores of a chunk of rows, a block of features at a time in one reused
 buffer, and the pairs that reach a floor.
 
 In each block the features form groups, feature j in group `j % n_groups`. At least k entries are as large as the k-th
-largest group maximum, so it is a lower bound of the k-th largest entry, found among few numbers. The bound holds after
+largest group maximum, so it is a lower bound on the k-th largest entry, found among few numbers. The bound holds after
 any number of blocks and only rises, so each block is multiplied once.
 """
 
@@ -48,11 +48,11 @@ class Screen:
 
     @property
     def maxima(self) -> Float[Tensor, "rows n_groups"]:
-        """A lower bound of each group's largest entry, if that is positive (else an arbitrary number that is not)."""
+        """A lower bound on each group's largest entry if that is positive, else an arbitrary non-positive number."""
         return torch.cat([self._lowered(self._maxima(table)).clone() for _, table in self._tables()], 1)
 
     def best_pairs(self, k: int, margin: Float[Tensor, " rows"]) -> Candidates:
-        """Every pair at most `margin` below a lower bound of its row's k-th largest entry (k at most `d_sae`)."""
+        """Every pair at most `margin` below a lower bound on its row's k-th largest entry (k at most `d_sae`)."""
         best: list[Tensor] = []
 
         def floor_with(table: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ class Screen:
         return torch.amax(table.view(rows, _MEMBERS, n_groups), 1, out=out)
 
     def _lowered(self, values: Tensor) -> Tensor:
-        """Lower bounds of entries, allowing for the rounding of the stored product."""
+        """Lower bounds on the entries, allowing for the rounding of the stored product."""
         return values.view(torch.bfloat16).float() * (1 - _STEP / 2) if self._is_bits else values
 
     def _lowest_entry(self, floor: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 A grouped GEMM, as in a mixture of experts: the pairs are sorted by group, and a tile multiplies up to BLOCK_M rows of one
 group, gathered by id, with the members of the group. The kernel writes one bit per score instead of the scores: bit i of
-word w of a pair stands for member `32 w + i`.
+word w of a pair represents member `32 w + i`.
 
 Launch order: the caller passes the pairs of one super-block of rows, which stays in the last-level cache and is gathered
 from there. Within a launch the groups are processed in order, so that `b` is read from device memory once per super-block,

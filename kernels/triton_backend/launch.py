@@ -82,7 +82,7 @@ def resident_parts(rows: int, row_bytes: int, cache: int) -> list[slice]:
 def packed(tensor: Tensor) -> Tensor:
     """The tensor, contiguous and 16-byte aligned; not copied if it already is.
 
-    Triton chooses the thread layout of a tile by the known strides and alignment, and the layout determines the order of
+    Triton chooses the thread layout of a tile from the known strides and alignment, and the layout determines the order of
     a sum. With packed operands it depends on the shape only, so a row has the same bits wherever it is stored.
     """
     assert tensor.dtype != torch.float64, "the Triton kernels compute in fp32"

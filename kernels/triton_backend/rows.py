@@ -1,7 +1,7 @@
 """Row-wise passes over a weight matrix: rounding to bfloat16 with norms, projection of the decoder's gradient, unit norm.
 
 One program processes one row in blocks of columns. In the second pass over a row its few KB are still cached, so every
-operand is read from device memory once and every result is written once: the least possible traffic.
+operand is read from device memory once and every result is written once: the minimum possible traffic.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _unit_norm_kernel(W_ptr, d_in, eps, BLOCK: tl.constexpr):
 def round_rows(
     W: Float[Tensor, "m d_in"], low: Float[Tensor, "m width"]
 ) -> tuple[Float[Tensor, " m"], Float[Tensor, " m"]]:
-    """Write `W`, rounded, into the first `d_in` columns of `low` (bf16); the norm of each row and of its rounding error."""
+    """Write `W`, rounded, into the first `d_in` columns of `low` (bf16); returns the norms of each row and its error."""
     norms, errors = torch.empty(2, W.shape[0], dtype=torch.float32, device=W.device)
     sizes = (W.shape[1], low.stride(0))
     launch(_round_rows_kernel, (W.shape[0],), packed(W), low, norms, errors, *sizes, BLOCK=_BLOCK, num_warps=_WARPS)

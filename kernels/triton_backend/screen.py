@@ -1,4 +1,4 @@
-"""`Screen`: upper bounds of all scores, of which only group maxima are stored; pairs above a floor are recomputed.
+"""`Screen`: upper bounds on all scores, of which only group maxima are stored; pairs above a floor are recomputed.
 
 This is exact because the k groups with the largest maxima contain all of a row's top k: a group with an element that
 reaches the k-th value has a maximum that does too, and there are at most k such groups. So `maxima` determine a floor, and
@@ -17,10 +17,10 @@ from saelab.kernels.triton_backend.grouped_product import grouped_product
 
 
 class Screen:
-    """Upper bounds `u = a @ b.T` of all scores, stored only as group maxima; feature j belongs to group `j % n_groups`.
+    """Upper bounds `u = a @ b.T` on all scores, stored only as group maxima; feature j belongs to group `j % n_groups`.
 
     `a` and `b` are both bf16 or both fp32, summed in fp32. The two passes may sum in a different order, so a floor chosen
-    from `maxima` needs a margin for the rounding of an fp32 product, as for that of the scores themselves.
+    from `maxima` needs a margin for the rounding of an fp32 product, as well as for that of the scores themselves.
     Rows load fastest if their length is a multiple of 8 elements (16 bytes in bf16). Raises `ValueError` for operands that
     do not match and for `n_groups` below 1.
     """

@@ -1,6 +1,6 @@
 """`spmm` in Triton: each row's weighted sum of the rows of `W` that fire, with bias, target and loss in the epilogue.
 
-Launch order: d_in is cut into tiles, the slowest grid axis, just wide enough that a tile of `W` stays in the cache (32
+Launch order: d_in is cut into tiles, the slowest grid axis, as wide as possible while a tile of `W` stays in the cache (32
 fp32 columns, 17 MB, at d_sae 131072). Within a tile the rows of the batch are processed in order and gather from the
 cache, so `W` is read from memory once; whole rows would be read k * batch / d_sae times. The ids and values (6 MB) also
 fit in the cache beside the tile. Every output element is one sum in a fixed order, written once.
@@ -139,7 +139,7 @@ def spmm_residual(
 
 
 def _columns(d_sae: int, d_in: int, element_size: int) -> int:
-    """The widest tile, 32 to 256 columns, of which `d_sae` rows fit the cache. Independent of the batch, so bits are too."""
+    """The widest tile, 32 to 256 columns, of which `d_sae` rows fit the cache. Independent of the batch, so the bits are too."""
     columns = 256
     while columns > 32 and (d_sae * columns * element_size > CACHE_BYTES or columns >= 2 * d_in):
         columns //= 2

@@ -3,8 +3,9 @@
 Launch order: d_in is cut into tiles of 256 columns, the slowest grid axis, so that a tile of `g` (8 MB at batch 8192)
 stays in the cache while entries gather from it. The much larger result is written once; only rows with extra chunks are
 read back.
-A feature's first 128 entries are summed into its row. Further entries, as of a feature that fires on every token, are cut
-into extra chunks of 128; each has its own program, which writes a partial row, and a second kernel adds them in order.
+A feature's first 128 entries are summed into its row. Any further entries (those of a feature that fires on every token,
+say) are cut into extra chunks of 128; each has its own program, which writes a partial row, and a second kernel adds them in
+order.
 """
 
 from __future__ import annotations

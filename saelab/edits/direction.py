@@ -68,7 +68,7 @@ class Direction:
 
     def add(self, value: float, unit: str = "raw") -> VectorEdit:
         """An edit that adds `value` times the vector, or with `unit="resid_norm"` the unit vector times `value` times each
-        activation's norm. Raises `ValueError` for another unit or a value that is not finite."""
+        activation's norm. Raises `ValueError` for an unknown unit or a value that is not finite."""
         if unit not in ("raw", "resid_norm"):
             raise ValueError(f"unit={unit!r} is unknown; expected 'raw' or 'resid_norm'.")
         return VectorEdit(self.hook_name, self.vector, unit, finite(value))

@@ -3,7 +3,7 @@
     h' = h + (z' - z) W_dec / scale
 
 z is the feature activation the SAE itself encodes, so its reconstruction error and all other features stay unchanged and
-TopK does not select again. A token whose z does not change keeps its bits. Position 0 (the attention sink, excluded from
+TopK does not select again. A token whose z does not change stays bit-identical. Position 0 (the attention sink, excluded from
 training) and padding are not edited.
 """
 
@@ -152,8 +152,8 @@ class FeatureHandle:
         """An edit that sets the feature activation to `value`: a number, or a tensor `(seq,)` or `(batch, seq)` by absolute
         position.
 
-        `where="fires"` edits only tokens on which the feature fires. Raises `ValueError` for another `where`, an unknown
-        unit or values that are not finite, `SaelabError` for a missing unit.
+        `where="fires"` edits only tokens on which the feature fires. Raises `ValueError` for an unknown `where` or
+        unit, or values that are not finite, `SaelabError` for a missing unit.
         """
         if where not in ("always", "fires"):
             raise ValueError(f"where={where!r}; expected 'always' or 'fires'.")
@@ -171,7 +171,7 @@ class FeatureHandle:
         return self._edit("scale", finite(factor), self._firing if self.end else "always")
 
     def ablate(self) -> FeatureEdit:
-        """An edit that sets the feature activation to zero; tokens on which the feature is silent keep their bits."""
+        """An edit that sets the feature activation to zero; tokens on which the feature is silent stay bit-identical."""
         return self.scale(0.0)
 
     @property
@@ -185,7 +185,7 @@ class FeatureHandle:
         size = 1.0 if unit == "raw" else self.units.get(unit)
         if size is None or not math.isfinite(size) or size == 0:
             why = self.no_units or (
-                "it never fired in its store, or the handle has no store. Take a feature that fires from a store "
+                "it never fired in its store, or the handle has no store. Use a feature that fires, from a store "
                 "(`load_features(...).feature(i)`), or use unit='raw'."
             )
             raise SaelabError(f"feature {self.feature} has no {unit} activation: {why}")

@@ -61,11 +61,11 @@ def compare_decoders(sae: CrosscoderSAE, a: int = 0, b: int = -1, units: str = "
 
 
 class LatentScaling(NamedTuple):
-    """For each feature, how much of `z d_b` a source contains: 1 as much as b's decoder row says, 0 none. NaN if it never
-    fired.
+    """For each feature, how much of `z d_b` a source contains: 1 is as much as b's decoder row says, 0 is none. NaN if it
+    never fired.
 
-    `beta` of a source is the least-squares factor on `z d_b` that best explains what the other features leave of that
-    source ("error"), or the crosscoder's reconstruction of it ("reconstruction"). Each nu is beta of a over beta of b.
+    `beta` of a source is the least-squares factor on `z d_b` that best explains what the other features leave unexplained of
+    that source ("error"), or the crosscoder's reconstruction of it ("reconstruction"). Each nu is beta of a over beta of b.
     """
 
     beta_error_a: Float[Tensor, " d_sae"]
@@ -90,7 +90,7 @@ class LatentScaling(NamedTuple):
         return held & (self.nu_error.abs() < error) & (self.nu_reconstruction.abs() < reconstruction)
 
     def in_units_of(self, scale_a: float, scale_b: float) -> LatentScaling:
-        """The same in raw units (of x and of b's direction), where the scales are those that normalised the sources."""
+        """The same in raw units (of x and of b's direction), given the scales that normalised the sources."""
         factors = (scale_b / scale_a, 1.0, scale_b / scale_a, 1.0)
         return LatentScaling(*(beta * factor for beta, factor in zip(self, factors, strict=True)))
 
@@ -147,5 +147,7 @@ def _checked(sae: CrosscoderSAE, *sources: int) -> list[int]:
     """Non-negative indices. Raises `ValueError` for a source out of range, or the same one twice."""
     found = [source + sae.n_sources if source < 0 else source for source in sources]
     if len(set(found)) < len(found) or not all(0 <= source < sae.n_sources for source in found):
-        raise ValueError(f"sources {sources} must be two of the {sae.n_sources} that this crosscoder has.")
+        raise ValueError(
+            f"sources {sources} must be two different ones of the {sae.n_sources} that this crosscoder has."
+        )
     return found

@@ -151,18 +151,18 @@ def _check_fit(sae: SAE, lm: LanguageModel, hooks: HooksUsed) -> None:
     for names, width, verb in ((hooks.inputs, sae.d_in, "reads d_in"), (hooks.outputs, d_out, "writes d_out")):
         for name in names:
             if lm.d_in(name) != width:
-                raise ValueError(f"{name} of {lm.name} has width {lm.d_in(name)}, the SAE {verb}={width}.")
+                raise ValueError(f"{name} of {lm.name} has width {lm.d_in(name)}, but the SAE {verb}={width}.")
     trained_on = list((models or {"": origin.get("model")}).values())
     here = list(names_and_hashes(lm).values()) or [{"name": lm.name, "hash": lm.hash}]
     for then, now in zip(trained_on, here, strict=False):
         if then and then["hash"] != now["hash"]:
             warnings.warn(
-                f"The SAE was trained on {then['name']}, this is {now['name']}: its weights differ.", stacklevel=4
+                f"The SAE was trained on {then['name']}, but this is {now['name']}: its weights differ.", stacklevel=4
             )
     if (tokens := origin.get("tokenizer_hash")) and tokens != lm.tokenizer_hash:
         warnings.warn(
-            f"The SAE was trained with the tokenizer {tokens[:12]}, {lm.name} has {lm.tokenizer_hash[:12]}: with other tokens, "
-            "results mean little. Load the model with the original tokenizer.",
+            f"The SAE was trained with the tokenizer {tokens[:12]}, but {lm.name} has {lm.tokenizer_hash[:12]}: with "
+            "other tokens, results mean little. Load the model with the original tokenizer.",
             stacklevel=4,
         )
 
@@ -182,9 +182,7 @@ def own_texts(origin: Mapping[str, Any], lm: LanguageModel) -> Texts:
     """
     spec = origin.get("texts")
     if spec is None or spec.get("source") == "strings":
-        raise ValueError(
-            "The texts it was made from were strings in memory, which cannot be reopened: give texts (--texts)."
-        )
+        raise ValueError("The original texts were strings in memory, which cannot be reopened: give texts (--texts).")
     return Texts.from_spec(spec, lm)
 
 
@@ -192,8 +190,8 @@ def _refuse_training_documents(sae: SAE, document_ids: list[int], texts: Texts, 
     seen = torch.isin(torch.tensor(document_ids, dtype=torch.int64), sae.provenance.train_documents)
     if bool(seen.any()):
         raise ValueError(
-            f"{int(seen.sum())} of {len(seen)} documents of {texts.name} (split={split!r}) trained this SAE: its scores on "
-            'them would be too good. Score split="held_out" or other texts, or pass allow_train=True.'
+            f"{int(seen.sum())} of {len(seen)} documents of {texts.name} (split={split!r}) were used to train this SAE: its "
+            'scores on them would be too good. Score split="held_out" or other texts, or pass allow_train=True.'
         )
 
 

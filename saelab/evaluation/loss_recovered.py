@@ -3,7 +3,7 @@
 The same rows are replaced in every arm: by the reconstruction, by zero, or by the mean row. Losses are measured at those
 rows, for the next token of the same context, in nats. A transcoder's prediction, computed from its unedited input hook,
 replaces the rows of its output hook. A crosscoder's hooks are replaced one at a time, by its reconstruction from all of
-them unedited, and the results are means over its hooks.
+them, unedited, and the results are means over its hooks.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class LossRecovered:
                     self.kl += float((original.exp() * (original - log_probs)).sum())
 
     def _rebuilt(self, ids: Int[Tensor, "batch seq"], keep: Bool[Tensor, "batch seq"]) -> list[Any]:
-        """Replacement rows of each output hook; an SAE of a single hook is itself applied in place."""
+        """Replacement rows of each output hook; for an SAE with a single hook the SAE itself, which is applied in place."""
         if len(self.hooks.all) == 1:
             return [self.sae]
         found = next(iter(self.lm.stream_activations([ids], list(self.hooks.all))))

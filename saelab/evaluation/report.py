@@ -33,7 +33,7 @@ _DEFINITIONS = 2  # increment when the definition of a metric changes: earlier r
 
 @dataclass(frozen=True)
 class Report:
-    """Definitions: docs/report.md. Fractions are 0 to 1, losses and KL in nats per token; None is "not defined here"."""
+    """Definitions: docs/report.md. Fractions are 0 to 1, losses and KL in nats per token; None means "not defined here"."""
 
     fvu: float | None
     fvu_unmasked: float | None
@@ -114,9 +114,9 @@ def evaluate(
 
     Reconstruction is measured on every token (or the first `n_tokens`), the language model's loss on the first
     `n_tokens_ce`, which takes four full forward passes. A report at `path` for the same weights, texts, tokenizer and
-    arguments is returned as it is. Raises `ValueError` if the SAE was trained on a scored document (naming how many;
+    arguments is returned as is. Raises `ValueError` if the SAE was trained on a scored document (naming how many;
     `allow_train=True` overrides), if the SAE does not fit, or if nothing is left to score. For a crosscoder of several
-    models, `lm` is their list; `hook_name` may list all hooks of a crosscoder, or the two of a transcoder.
+    models, `lm` is the list of them; `hook_name` may list all hooks of a crosscoder, or the two of a transcoder.
     """
     check_scoring(lm := together(lm), n_tokens=n_tokens, n_tokens_ce=n_tokens_ce or None)
     source = own_texts(sae.provenance.origin, lm) if texts is None else load_texts(texts)
@@ -138,7 +138,7 @@ def evaluate(
 
 
 def _meaning(sae: SAE, lm: LanguageModel, texts: Texts) -> dict[str, Any]:
-    """What determines the results besides the caller's arguments."""
+    """What determines the results, apart from the caller's arguments."""
     return of_scoring(sae, lm, texts) | {"definitions": _DEFINITIONS}
 
 

@@ -1,4 +1,4 @@
-"""Feature stores: one pass over held-out tokens collects them; each feature is then browsed, rendered as HTML or steered.
+"""Feature stores: one pass over held-out tokens collects them; each can then be browsed, rendered as HTML or steered.
 
 Browsing a store does not import torch: `collect_features` is loaded on first use.
 """

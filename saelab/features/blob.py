@@ -1,6 +1,6 @@
 """Packs arrays into one SQLite blob: `SLB`, a version byte, then zlib of header length, JSON header, raw bytes.
 
-The header gives the name, dtype and shape of every array, so a blob can be read without any other file; no pickle.
+The header records the name, dtype and shape of every array, so a blob can be read without any other file; no pickle.
 """
 
 from __future__ import annotations

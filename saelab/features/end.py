@@ -22,7 +22,7 @@ class Steerable:
 
     def __mul__(self, strength: float) -> Any:
         """An edit that adds `strength` times p99: `with lm.steer(feature * 2.0)`. Positive strengths push towards the
-        dominant end of a feature, or towards the end this object is."""
+        dominant end of a feature, or for an `End`, towards that end."""
         return self.handle * strength
 
     __rmul__ = __mul__

@@ -1,4 +1,4 @@
-"""One feature of a store: its metrics and examples, and the same object to steer with."""
+"""One feature of a store: its metrics and examples; the same object is used to steer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from saelab.features.render import feature_card, feature_text
 
 
 class Feature(Steerable):
-    """A feature, as `store.feature(i)` returns it: rendered as a card in a notebook, an edit when multiplied.
+    """A feature, as `store.feature(i)` returns it: shown as a card in a notebook, turned into an edit when multiplied.
 
     `n_fired` and `density` are the number and the share of counted tokens with a non-zero activation. `mean`, `std`, `p99`
     and `max` (None when it never fired) are over the magnitudes at the dominant end, the sign it fires with most often:
@@ -52,7 +52,7 @@ class Feature(Steerable):
 
     @property
     def negative(self) -> End:
-        """The negative end, likewise."""
+        """The negative end, under the same condition."""
         return self._end(-1)
 
     def _end(self, sign: int) -> End:
@@ -76,8 +76,8 @@ class Feature(Steerable):
     def examples(self, limit: int | None = None, *, kind: str = "top") -> list[Example]:
         """The strongest examples, one per document, strongest first: all that are stored, or `limit` of them.
 
-        `kind="top"` is the dominant end, "bottom" the other one; [] where the feature never fired. Raises `ValueError` for
-        another kind, `StoreError` for "bottom" in a store that mixed the signs.
+        `kind="top"` is the dominant end, "bottom" the other one; [] where the feature never fired. Raises `ValueError` for an
+        unknown kind, `StoreError` for "bottom" in a store that mixed the signs.
         """
         if kind not in ("top", "bottom"):
             raise ValueError(f"kind={kind!r} is unknown; expected 'top' or 'bottom'.")

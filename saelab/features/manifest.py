@@ -29,7 +29,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise StoreError(f"{path} says format {manifest['format']!r}, expected {schema.FORMAT!r}.")
         if manifest["version"] > schema.VERSION:
             raise StoreError(
-                f"{folder} has store version {manifest['version']}, this saelab reads up to {schema.VERSION}: "
+                f"{folder} has store version {manifest['version']}, but this saelab reads up to {schema.VERSION}: "
                 "update saelab."
             )
         for name, entry in manifest["files"].items():

@@ -33,7 +33,7 @@ class StoreReader:
     """An open store. `manifest` is the content of manifest.json."""
 
     def __init__(self, folder: str | Path, sae: SAE | None = None) -> None:
-        """Open the store in `folder`. Raises `StoreError` when it is missing, damaged, of a newer version, or of another SAE
+        """Open the store in `folder`. Raises `StoreError` when it is missing, damaged, of a newer version, or of an SAE other
         than `sae`."""
         self.folder = Path(folder)
         self.manifest: dict[str, Any] = read_manifest(self.folder)
@@ -67,7 +67,7 @@ class StoreReader:
 
     @cached_property
     def signed(self) -> bool | None:
-        """Whether any feature activation was negative. None in a store by an earlier version whose SAE may have negative
+        """Whether any feature activation was negative. None in a store written by an earlier version whose SAE may have negative
         values: its quantiles and examples are of the signed value, so it has no steering units."""
         config = None if self._sae is None else asdict(self._sae.config)
         if config is None and "signed" not in self.manifest and self.sae_folder is not None:

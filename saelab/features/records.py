@@ -1,4 +1,4 @@
-"""Plain records of what a store holds on a feature: `reader.py` returns them, `render.py` draws them."""
+"""Plain records of what a store holds about a feature: `reader.py` returns them, `render.py` renders them."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def number(value: float | None) -> str:
 
 
 def model_label(name: str) -> str:
-    """A model's name; of a local path, its last component."""
+    """A model's name; for a local path, its last component."""
     return name.rstrip("/").rpartition("/")[2] if name.startswith("/") else name
 
 

@@ -59,7 +59,7 @@ class FeatureStore(StoreReader):
         """One page of the feature table: one dict per row with the keys of `schema.COLUMNS` and "sign" (of the dominant
         end, None where a feature never fired). Missing metrics sort last.
 
-        `where` gives inclusive (lowest, highest) bounds by column, None for open: `{"density": (1e-4, None)}`.
+        `where` holds inclusive (lowest, highest) bounds by column, None for open: `{"density": (1e-4, None)}`.
         Raises `ValueError` for an unknown column or a negative `limit` or `offset`.
         """
         _check_column(sort)
@@ -86,7 +86,7 @@ def load_features(path: str | Path, sae: SAE | None = None) -> FeatureStore:
     """Open a feature store, given its folder, a RUN, or one SAE folder in a RUN.
 
     Pass `sae` to steer without loading it from disk; it must be the SAE the store was collected from.
-    Raises `StoreError` when there is no readable store or it is of another SAE, `ValueError` when a RUN holds several.
+    Raises `StoreError` when there is no readable store or it belongs to another SAE, `ValueError` when a RUN holds several.
     """
     path = Path(path)
     if (path / schema.MANIFEST).exists() or not path.is_dir():

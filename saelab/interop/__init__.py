@@ -1,4 +1,4 @@
-"""Loads and saves SAEs: saelab's own folders for now; each foreign format will be one file here."""
+"""Loads and saves SAEs: saelab's own format for now; each foreign format will get its own file here."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class Backend:
     d_vocab: int
     max_ctx: int
     rope_border: int = 2**31
-    """Contexts longer than this many tokens use other position frequencies (LongRoPE)."""
+    """Contexts longer than this many tokens use different position frequencies (LongRoPE)."""
     has_cache: Any
     forward: Any
 
@@ -42,7 +42,7 @@ class Backend:
             return honours_padding(self.model, self.forward, self._some_ids(min(N_TRIED, self.max_ctx)), self.has_cache)
 
     def prepare(self, positions: Int[Tensor, "batch seq"] | None) -> None:
-        """Run now the probe that a pass with these positions needs, so that none runs under the hooks of that pass.
+        """First run the probe that a pass with these positions needs, so that it does not run under the hooks of that pass.
 
         Raises `ModelError` for rows on both sides of `rope_border`.
         """
@@ -51,7 +51,7 @@ class Backend:
             if int(lengths.min()) <= self.rope_border < int(lengths.max()):
                 raise ModelError(
                     f"{type(self.model).__name__} reads contexts of over {self.rope_border} tokens with other position "
-                    "frequencies, and all rows of a batch with those of the longest: put shorter rows in their own batch."
+                    "frequencies, and all rows of a batch with those of its longest row: put shorter rows in their own batch."
                 )
         if positions is not None and not is_plain(positions):
             _ = self.honours_padding
@@ -79,7 +79,7 @@ class Backend:
 
 
 class HFBackend(Backend):
-    """A Hugging Face decoder: fast, read and edited by forward hooks. Raises `ModelError` for any other kind of model."""
+    """A Hugging Face decoder: fast, read and edited through forward hooks. Raises `ModelError` for any other kind of model."""
 
     def __init__(self, model: Any) -> None:
         self.model = eager(model)
@@ -97,7 +97,7 @@ class HFBackend(Backend):
             self.hook_places = hf_hook_places(self.decoder, with_submodules=False)
 
     def _blocks_add_up(self) -> bool:
-        """Whether attention and MLP are where the family's names say: their outputs add up to the change of the stream."""
+        """Whether attention and MLP are where the family's names say: their outputs add up to the change in the stream."""
         pre, attention, mlp, post = (f"blocks.0.{name}" for name in _STREAM)
         if attention not in self.hook_places:
             return True

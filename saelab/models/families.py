@@ -162,7 +162,7 @@ def _run(model: Any, ids: Tensor, lists: list[nn.ModuleList], streams: list[Stre
 
 
 def context_length(model: Any, config: Any) -> int:
-    """Context length in tokens, by the model's config and its table of position embeddings."""
+    """Context length in tokens, according to the model's config and its table of position embeddings."""
     named = ("max_position_embeddings", "max_target_positions", "n_positions")
     length = next((int(n) for name in named if (n := getattr(config, name, None))), 2**31)
     for name, module in model.named_modules():
@@ -173,7 +173,7 @@ def context_length(model: Any, config: Any) -> int:
 
 
 def rope_border(config: Any) -> int:
-    """Contexts longer than this many tokens are read with other frequencies, in all rows of a batch (LongRoPE)."""
+    """Contexts longer than this many tokens are read with different position frequencies, in all rows of a batch (LongRoPE)."""
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, dict) else None
     original = rope.get("original_max_position_embeddings") if isinstance(rope, dict) else None

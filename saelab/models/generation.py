@@ -84,7 +84,7 @@ class Generates:
         rows = self._rows(prompt)
         if len(rows) != 1:
             raise ValueError(
-                f"generate_ids takes one prompt, got {len(rows)}; call it once for each, or generate for texts."
+                f"generate_ids takes one prompt, got {len(rows)}; call it once for each, or use generate for texts."
             )
         how = Sampling(max_new_tokens, temperature, seed, 1, self._stop_ids, keep_logits)
         return self._generate(rows, how, on_token)[0]

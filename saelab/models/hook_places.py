@@ -1,6 +1,6 @@
 """The hooks of each model family: TransformerLens hook names -> modules of the running model (`HookPlace`).
 
-A new family is a line in `_SUBMODULES`; without one it has the hooks of the residual stream. Two kinds of model share this
+A new family is a line in `_SUBMODULES`; without one it has only the hooks of the residual stream. Two kinds of model share this
 file: plain Hugging Face modules (fast, read with forward hooks) and a TransformerBridge, whose hook points are already modules.
 """
 

@@ -1,7 +1,7 @@
 """Reading and editing a language model at its hooks, and the error for a hook that it does not have.
 
-Hooks exist only during one forward pass (`tapped`), so none
-can be left behind. (The exception: codebooks that a model is trained with stay attached.)
+Hooks exist only during one forward pass (`tapped`), so none can be left behind. (The exception: codebooks that a model is
+trained with stay attached.)
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def hook_list(hook_names: str | Iterable[str]) -> list[str]:
 
 
 def unknown_hook(hook_name: str, names: Sequence[str], model_name: str) -> ValueError:
-    """The error for a hook that a model does not have: the nearest names first, then the pattern of all."""
+    """The error for a hook that a model does not have: the nearest names first, then a pattern that covers them all."""
     nearest = difflib.get_close_matches(str(hook_name), names, n=5, cutoff=0.0)
     layers = sorted({int(found[1]) for name in names if (found := re.match(r"blocks\.(\d+)\.", name))})
     suffixes = dict.fromkeys(name.split(".", 2)[2] for name in names if re.match(r"blocks\.\d+\.", name))
@@ -64,7 +64,7 @@ def unknown_hook(hook_name: str, names: Sequence[str], model_name: str) -> Value
     shown = [f"blocks.{{{layers[0]}..{layers[-1]}}}.{{{', '.join(suffixes)}}}"] if layers else []
     return ValueError(
         f"hook_name={hook_name!r} does not exist in {model_name}. "
-        f"Nearest: {', '.join(nearest)}. There are: {', '.join(shown + others)}."
+        f"Nearest: {', '.join(nearest)}. Available: {', '.join(shown + others)}."
     )
 
 
@@ -124,7 +124,7 @@ def _check_fired(names: Sequence[str], fired: Counter[str], cut_at: Iterable[str
     missed = [name for name in names if not fired[name] and (end is None or _layer_of(name) < end)]
     if missed:
         raise ModelError(
-            f"hook_name={missed[0]!r} exists, but the forward pass did not reach it, so the result is as without this hook. "
+            f"hook_name={missed[0]!r} exists, but the forward pass did not reach it, so the result is the same as without it. "
             "The layer is skipped, or runs compiled or replaced code: use another hook, or the plain model."
         )
 

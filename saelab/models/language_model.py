@@ -33,7 +33,7 @@ from saelab.tokens.tokenizing import special_tokens
 
 
 class LanguageModel(Generates):
-    """A causal language model with named hooks. Made by `load_model`; direct calls of the raw module `model` are not edited.
+    """A causal language model with named hooks. Made by `load_model`; direct calls to the raw module `model` are not edited.
 
     A thread that steers, or runs one forward pass, holds the model's lock: no thread sees another's edits.
     """
@@ -71,12 +71,12 @@ class LanguageModel(Generates):
 
     @property
     def bos_id(self) -> int | None:
-        """BOS id, by the tokenizer's current state (by the model's config without a tokenizer)."""
+        """BOS id, from the tokenizer's current state (from the model's config without a tokenizer)."""
         return special_tokens(self.tokenizer, self.model)[0]
 
     @property
     def eos_id(self) -> int | None:
-        """EOS id, likewise."""
+        """EOS id, found in the same way."""
         return special_tokens(self.tokenizer, self.model)[1]
 
     @property
@@ -87,7 +87,7 @@ class LanguageModel(Generates):
     @property
     def hash(self) -> str:
         """SHA-256 of the weights (names, dtypes, shapes, bytes): as stored, if the model was loaded from a folder, whatever
-        dtype it runs in; otherwise, or if the weights were changed since, of the module's state."""
+        dtype it runs in; otherwise, or if the weights have been changed since, of the module's state."""
         now = checksum(self.model)
         if now != self._checksum:
             self._folder, self._hash, self._checksum = None, None, now
@@ -98,7 +98,7 @@ class LanguageModel(Generates):
 
     @property
     def config_hash(self) -> str:
-        """SHA-256 of what affects the model's outputs in its config: the same weights can be part of another function."""
+        """SHA-256 of what affects the model's outputs in its config: the same weights can compute a different function."""
         return hash_config(self.model)
 
     @property
@@ -142,7 +142,7 @@ class LanguageModel(Generates):
     def stream_activations(self, batches: Any, hook_names: str | Sequence[str]) -> Iterator[dict[str, Tensor]]:
         """Activations (batch, seq, d_in) in the model's dtype at each hook, for each batch; a batch is any `to_batch` input.
 
-        A text, a tensor of ids or a tokenizer's output alone is one batch.
+        A text, a tensor of ids or a tokenizer's output on its own is one batch.
         The pass ends after the last hook that is read. Active edits apply. The tensors are inference tensors:
         `.clone()` one before differentiating through it. Raises `ValueError` for an unknown hook.
         """
@@ -259,7 +259,7 @@ class LanguageModel(Generates):
             self._blocks = (*self._blocks, block)
             try:
                 yield self
-            finally:  # only its own: blocks may end in another order than they began
+            finally:  # only its own: blocks may end in a different order than they began
                 self._blocks = tuple(other for other in self._blocks if other is not block)
 
     @property
@@ -284,7 +284,7 @@ class LanguageModel(Generates):
     def logit_weights(self) -> Float[Tensor, "vocab d_model"]:
         """Unembedding in fp32, final norm's gain and centring folded in: `weights @ direction` ranks the tokens.
 
-        Raises `ModelError` if the model's own logits do not follow it.
+        Raises `ModelError` if the model's own logits do not agree with it.
         """
         with self._lock:
             return self.backend.logit_weights()

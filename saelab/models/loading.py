@@ -39,7 +39,7 @@ def load_model(
     """Load a causal language model.
 
     `source` is "smollm2" (embedded, fetched once), a Hugging Face id, a local folder, or a built `PreTrainedModel` or
-    `TransformerBridge` (used as it is, always without dropout, and never changed: its `requires_grad` flags and training
+    `TransformerBridge` (used as is, always without dropout, and never changed: its `requires_grad` flags and training
     mode are kept; with another `dtype` or `device`, a copy of it). `dtype` defaults to bf16 if the CPU or GPU computes it
     fast, else fp32; the choice is logged. Hub variables (`HF_ENDPOINT`, `HF_HUB_OFFLINE`, `HF_HOME`) are honoured. Raises
     `ModelError` if the model cannot be fetched or read, is not a causal language model, or has layers that saelab cannot
@@ -189,7 +189,7 @@ def _convert_gguf(gguf: Path, out: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Suppress the libraries' warnings and progress bars, except those of downloads. Errors propagate."""
+    """Suppress the libraries' warnings and progress bars, except for downloads. Errors propagate."""
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging
 

@@ -89,7 +89,7 @@ class ModelsTogether(LanguageModel):
 
     def _only_one(self, *_: Any, **__: Any) -> Any:
         """Raises `ValueError`: several models cannot do that as one."""
-        raise ValueError(f"{self.name} are several models: steer, run and generate with one of them.")
+        raise ValueError(f"{self.name} are separate models: steer, run and generate with one of them.")
 
     steer = logits = generate = generate_ids = run_with_edit = _only_one  # pyright: ignore[reportAssignmentType]
     to_batch = to_ids = chat = logit_weights = _only_one  # pyright: ignore[reportAssignmentType]

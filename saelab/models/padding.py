@@ -43,16 +43,16 @@ def refuse_unless(honours: bool, model: Any, positions: Int[Tensor, "batch seq"]
         )
     from_mask = torch.where(real, real.long().cumsum(1) - 1, -1)
     if not takes(model, "position_ids") and not torch.equal(from_mask, positions):
-        raise ModelError(f"{name} counts positions by itself, from 0 at the first token: omit positions.")
+        raise ModelError(f"{name} numbers positions itself, from 0 at the first token: omit positions.")
 
 
 N_TRIED = 16
-_FRONT = 11  # of these are padding in the second row
+_FRONT = 11  # at most this many tokens of the probe's second row are padding
 _SHARE = 0.05  # tolerance, as a fraction of the change from padding that is read as tokens
 
 
 def honours_padding(model: Any, forward: Forward, ids: Int[Tensor, "1 n"], has_cache: bool) -> bool:
-    """Probe whether a row padded on the left has the same logits as alone, with a KV cache too.
+    """Probe whether a row padded on the left has the same logits as on its own, with a KV cache too.
 
     In half precision rounding changes logits as well, but by far less than padding that is read as tokens.
     """

@@ -1,4 +1,4 @@
-"""Prompts (a text, several, token ids in any container) as a batch of token ids and positions."""
+"""Prompts (one text or several, token ids in any container) as a batch of token ids and positions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from saelab.tokens.documents import whole_numbers, zero_or_one
 from saelab.tokens.tokenizing import text_ids
 
 Prompt = Any
-"""A text, several, token ids (a list, rows, an array, a tensor), or what a tokenizer returns; anything else is refused."""
+"""One text or several, token ids (a list, rows, an array, a tensor), or what a tokenizer returns; anything else is refused."""
 
 _EXPECTED = (
     "a text, a non-empty list of texts, token ids (a list, a list of lists, an array or tensor), or what a tokenizer returns "
@@ -79,7 +79,7 @@ def to_batch(
         counted = torch.where((mask == 1) & (counted >= 0), mask.cumsum(1) - 1, -1)  # padding added here stays padding
     positions = counted if positions is None else _like(positions, ids, "positions")
     if attention_mask is not None:
-        positions = torch.where(counted < 0, -1, positions)  # tokenizers keep counting on padding, or put 0 or 1
+        positions = torch.where(counted < 0, -1, positions)  # tokenizers go on counting over padding, or put 0 or 1
     _check_positions(positions)
     return Batch(ids, positions)
 
@@ -149,7 +149,7 @@ def _like(given: Any, ids: Tensor, name: str) -> Int[Tensor, "batch seq"]:
 
 
 def _even(given: Any, width: int, name: str) -> Any:
-    """Rows of unequal length, as a tokenizer returns them without padding, filled up with 0. Raises `ValueError` for others."""
+    """Rows of unequal length, as a tokenizer returns them without padding, padded with 0. Raises `ValueError` for others."""
     if isinstance(given, Tensor | np.ndarray):
         return given
     rows = (

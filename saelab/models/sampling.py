@@ -51,7 +51,7 @@ class Sampling:
             raise ValueError(f"temperature={self.temperature!r}; expected 0 (most likely token) or a positive number.")
         if self.n_samples > 1 and self.temperature == 0:
             raise ValueError(
-                f"num_return_sequences={self.n_samples} at temperature 0 are the same text {self.n_samples} times: give a "
+                f"num_return_sequences={self.n_samples} at temperature 0 would be the same text {self.n_samples} times: give a "
                 "temperature above 0."
             )
         if n_prompt + self.max_new_tokens > max_ctx:
@@ -71,8 +71,8 @@ def sample(
     """Extend every prompt until a stop token or `max_new_tokens`; returns `n_samples` results per prompt, in order.
 
     Shorter prompts are padded on the left. `check(logits, n)` is called with the logits of the unfinished rows at the n-th
-    new token, `on_token(n)` after it. One uniform number per token is drawn from a generator of the seed, whatever the
-    logits: runs with one seed draw the same numbers, steered or not, alone or in a batch.
+    new token, `on_token(n)` after it. One uniform number per token is drawn from a generator with the seed, whatever
+    the logits: runs with the same seed draw the same numbers, steered or not, alone or in a batch.
     """
     rows = [prompt for prompt in prompts for _ in range(how.n_samples)]
     generators = [torch.Generator().manual_seed(how.seed + j) for j in range(how.n_samples)]

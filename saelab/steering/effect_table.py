@@ -82,7 +82,7 @@ class EffectTable(NamedTuple):
         """Print the table, both comparisons, and the failing features."""
         console = console or Console()
         table = Table(
-            title=f"+{self.strength:g} p99 on {self.n_prompts} prompts: rise of mean log-probability (last position) "
+            title=f"+{self.strength:g} p99 on {self.n_prompts} prompts: rise in mean log-probability (last position) "
             f"of the top {N_PROMOTED} logit tokens, against {self.n_random} random directions of equal norm"
         )
         for name in ("feature", "promotes", "rise", "random mean", "random max", "> mean", "> max"):
@@ -178,7 +178,7 @@ def _handles(store_or_handles: Any, n_features: int, seed: int) -> list[FeatureH
     found = [row["feature"] for row in rows]
     if len(found) < n_features:
         raise ValueError(
-            f"The store has {len(found)} features with a density of {DENSITY[0]:g} to {DENSITY[1]:g}, n_features="
+            f"The store has {len(found)} features with a density of {DENSITY[0]:g} to {DENSITY[1]:g}, but n_features="
             f"{n_features}; ask for fewer, or collect features on more tokens."
         )
     drawn = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))[:n_features]

@@ -17,7 +17,7 @@ _BATCH = 16
 
 def diff_means(lm: LanguageModel, pos: Any, neg: Any, hook_name: str) -> Direction:
     """Difference of means: the mean activation over the tokens of `pos` minus that of `neg`, without position 0 and special
-    tokens. A side is a list of texts, a column of a table, or an iterator.
+    tokens. Each side is a list of texts, a column of a table, or an iterator.
 
     Raises `ValueError` when a side has no texts or no tokens left, or for an unknown hook.
     """

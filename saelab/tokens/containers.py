@@ -34,7 +34,7 @@ class Source:
 
 
 class Rows(NamedTuple):
-    """Rows that can be read repeatedly: `read(columns)` yields at least these columns, None all of them."""
+    """Rows that can be read repeatedly: `read(columns)` yields at least these columns, all of them if None."""
 
     read: Callable[[list[str] | None], Iterator[Row]]
     n: int

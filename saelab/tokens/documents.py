@@ -36,7 +36,7 @@ def _digest(document: Document) -> bytes:
 def document_bytes(document: Document) -> bytes:
     """The bytes of a document that are hashed: a text's UTF-8, or its ids as little-endian uint32."""
     if isinstance(document, str):
-        # Strict UTF-8 refuses a lone surrogate, which must not stop a harvest: it is encoded as it is.
+        # Strict UTF-8 refuses a lone surrogate, which must not stop a harvest: it is encoded as is.
         return document.encode("utf-8", "surrogatepass")
     return np.asarray(document, dtype="<u4").tobytes()
 

@@ -1,7 +1,7 @@
 """The mask: which tokens' rows training, evaluation and feature collection all leave out, and why.
 
 Left out are position 0 of each context, special tokens, and rows whose norm is over 5 times the median: a few such
-rows carry most of the variance, and would decide the FVU of any SAE. Padding is left out too, but does not count as
+rows carry most of the variance, and would determine the FVU of any SAE. Padding is left out too, but does not count as
 tokens.
 """
 
@@ -101,7 +101,7 @@ class NormRule:
 
     @property
     def ready(self) -> bool:
-        """Whether enough rows were seen."""
+        """Whether enough rows have been seen."""
         return self.n_rows >= NORM_RULE_ROWS
 
     def add(self, batch: TokenBatch, norms: Mapping[str, Float[Tensor, "n ctx"]]) -> None:

@@ -66,7 +66,7 @@ def _file(path: Path, column: str, split: str | None) -> Source:
         raise ValueError(f"{str(path)!r} does not exist: give the path of a text file, or a Hugging Face dataset id.")
     reader = _READERS.get(path.suffix.lower())
     if reader is None or path.is_dir():
-        what = "a folder" if path.is_dir() else f"a {path.suffix or 'nameless'} file"
+        what = "a folder" if path.is_dir() else f"a {path.suffix or 'suffixless'} file"
         raise ValueError(
             f"{str(path)!r} is {what}; texts are read from {', '.join(_READERS)} files and folders of Dataset.save_to_disk."
         )
@@ -173,7 +173,7 @@ def _memory(rows: Rows, column: str) -> Source:
     column, digest = known_column(rows.read, column), hashlib.sha256()
     for number, row in enumerate(rows.read(None)):
         value = column_value(row, column, f"row {number} of {name}")
-        ids = b"\xff" if isinstance(value, list) and value and isinstance(value[0], int) else b""  # no UTF-8 begins so
+        ids = b"\xff" if isinstance(value, list) and value and isinstance(value[0], int) else b""  # not valid in UTF-8
         content = ids + document_bytes(value if ids or isinstance(value, str) else json.dumps(value, default=repr))
         digest.update(len(content).to_bytes(8, "big") + content)
     spec = {"source": "strings", "sha256": digest.hexdigest(), "column": column, "n": rows.n}

@@ -60,7 +60,7 @@ class Texts:
     def documents(self, split: str = "all", lm: Any = None) -> Iterator[Document]:
         """Documents of `split` ("train", "held_out" or "all") in order, texts or lists of token ids; empty ones are skipped.
 
-        Raises `ValueError` for an unknown split, for token ids known to come from another tokenizer than that of `lm`,
+        Raises `ValueError` for an unknown split, for token ids known to come from a tokenizer other than that of `lm`,
         and, when reached, for a row that holds neither.
         """
         check_split(split)
@@ -78,7 +78,7 @@ class Texts:
         for number, row in enumerate(self._source.rows([column, *beside])):
             if row.get("tokenizer_hash") != self._first.get("tokenizer_hash"):
                 raise ValueError(
-                    f"row {number} of {self.name} has another tokenizer_hash than the first: give one source for each."
+                    f"row {number} of {self.name} has a different tokenizer_hash from the first: give one source for each."
                 )
             document = self._document(row, number)
             if document and (split == "all" or is_held_out(document) == (split == "held_out")):
@@ -203,11 +203,11 @@ def pack(
     """Pack documents into contexts of `ctx_len` tokens and yield them `batch_size` at a time (fewer in the last batch).
 
     Streaming and deterministic: EOS between documents, no token lost; only the last context is padded, with EOS and
-    `doc` -1. Every context begins with `tokenizing.context_start(lm_or_tokenizer, prepend_bos)` (counted to the document that
-    follows, and dropped from a document that begins with it itself). `on_document(index, document)` is called for each in
+    `doc` -1. Every context begins with `tokenizing.context_start(lm_or_tokenizer, prepend_bos)` (counted as part of the document
+    that follows, and dropped from a document that begins with it itself). `on_document(index, document)` is called for each in
     order, before the first batch that holds one of its tokens; documents are read ahead, so some may never reach a batch.
 
-    Raises `ValueError` for what is not a list or iterator of documents, sizes below 1 (2 with BOS), a tokenizer without EOS
+    Raises `ValueError` for anything but a list or iterator of documents, sizes below 1 (2 with BOS), a tokenizer without EOS
     or BOS, and texts without a tokenizer.
     """
     eos, start = eos_and_start(lm_or_tokenizer, ctx_len, batch_size, prepend_bos)

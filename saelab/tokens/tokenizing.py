@@ -55,7 +55,7 @@ def resolved_bos(lm: Any, prepend_bos: Bos) -> bool | list[int]:
 
 
 def _added(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """What the tokenizer puts in front of a text and behind it."""
+    """What the tokenizer puts in front of a text and after it."""
     for probe in (*_PROBES, *_of_its_vocabulary(tokenizer)):
         bare, full = _ids(tokenizer, probe, add_special_tokens=False), _ids(tokenizer, probe)
         for start in range(len(full) - len(bare) + 1) if bare else ():
@@ -106,7 +106,7 @@ def text_ids(text: str, tokenizer: Any) -> list[int]:
 def check_tokenizer(tokenizer: Any) -> None:
     """Raise `ValueError` if there is no tokenizer to read texts with."""
     if tokenizer is None:
-        raise ValueError("This model has no tokenizer: give token ids, or load_model(model, tokenizer).")
+        raise ValueError("This model has no tokenizer: give token ids, or use load_model(model, tokenizer).")
 
 
 def render(tokenizer: Any, messages: Sequence[Any]) -> str:
@@ -172,7 +172,7 @@ def _group_ids(group: list[Document], tokenizer: Any) -> Iterator[list[int]]:
     if texts:
         check_tokenizer(tokenizer)
         options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
-        # verbose would warn of documents longer than the context
+        # verbose would warn about documents longer than the context
         found = iter(tokenizer(texts, verbose=False, **options)["input_ids"])
     for document in group:
         yield next(found) if isinstance(document, str) else document

@@ -1,7 +1,7 @@
 """Model the device-memory traffic of a product `a @ b.T`, in bytes, for a given size of the last-level cache.
 
 An operand that is held in the cache part by part is read once; the other one is streamed once for every part. `compulsory`
-counts everything once, which takes an unlimited cache; `minimum` is the better of the two schedules (parts of `a` or parts
+counts everything once, which would take an unlimited cache; `minimum` is the better of the two schedules (parts of `a` or parts
 of `b` stay in the cache) at the given cache size. It models traffic, not time.
 """
 
