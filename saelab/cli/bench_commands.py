@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg, subcommand
 
-Seeds = Annotated[tuple[int, ...], arg(help="One full run per seed; tables give mean and standard deviation.")]
+Seeds = Annotated[tuple[int, ...], arg(help="One full run per seed; tables show mean and standard deviation.")]
 
 
 @dataclass
