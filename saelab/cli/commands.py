@@ -27,8 +27,7 @@ Run = Annotated[Positional[Path], arg(metavar="RUN", help="Run folder; after tra
 Model = Annotated[str, arg(help="smollm2, a Hugging Face id, or a model folder.")]
 OwnModel = Annotated[str | None, arg(help="Language model; None means the one the SAE was trained on.")]
 Dtype = Annotated[
-    Literal["bfloat16", "float32"] | None,
-    arg(help="dtype of the language model; None means bfloat16 where that is fast."),
+    Literal["bfloat16", "float32"] | None, arg(help="dtype of the language model; None: bfloat16 where that is fast.")
 ]
 _SOURCES = "demo, concepts, a parquet, jsonl, csv or txt file, a save_to_disk folder, or a Hugging Face dataset id."
 Texts = Annotated[str, arg(help=_SOURCES)]
