@@ -2,7 +2,7 @@
 
 
 class SaelabError(Exception):
-    """Base of all errors that saelab raises on purpose, except for bad argument values."""
+    """Base of all errors that saelab raises deliberately, except those for bad argument values."""
 
 
 class ModelError(SaelabError):

@@ -30,7 +30,7 @@ LOCK = ".lock"
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path next to `path`; on a clean exit the file is flushed to disk and renamed to `path`.
 
-    Raises `SaelabError` if that fails (disk full, no permission); what was at `path` before is then untouched.
+    Raises `SaelabError` if that fails (disk full, no permission); whatever was at `path` before is then untouched.
     """
     path = Path(path)
     temporary = temporary_path(path)
@@ -66,7 +66,7 @@ def process_number() -> int:
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
     """Remove temporary files that killed processes left in `folder` (only those of `name`, if it is given).
 
-    Files of other machines on the same disk go only if untouched for a day, as their processes cannot be checked here.
+    Files of other machines on the same disk are removed only if untouched for a day: their processes cannot be checked here.
     """
     machine = f"{process_number() // _PIDS:08x}"
     for entry in folder.iterdir():
@@ -107,7 +107,7 @@ def writing(path: str | Path, advice: str = "Everything written before is intact
     except SaelabError:
         raise
     except Exception as error:
-        in_text = re.search(r"os error (\d+)", str(error))  # from safetensors, as Rust words it
+        in_text = re.search(r"os error (\d+)", str(error))  # from safetensors, in Rust's wording
         number = error.errno if isinstance(error, OSError) else int(in_text[1]) if in_text else None
         if number is None:
             raise
@@ -115,15 +115,15 @@ def writing(path: str | Path, advice: str = "Everything written before is intact
         raise SaelabError(f"{fix.format(path=path)}. {advice}.") from error
 
 
-_FULL = "The disk is full while writing {path} (no space, quota or file-size limit): make room and repeat the same call"
-_FORBIDDEN = "{path} cannot be written for lack of permission: give a folder you can write to, or change its mode"
-_BELOW_A_FILE = "{path} cannot be written, as there is a file where a folder must be: give another path"
+_FULL = "The disk is full while writing {path} (no space, quota or file-size limit): free some space and repeat the same call"
+_FORBIDDEN = "{path} cannot be written, as permission is denied: choose a folder you can write to, or change its mode"
+_BELOW_A_FILE = "{path} cannot be written, as there is a file where a folder must be: choose another path"
 _FIXES = {
     **dict.fromkeys((errno.ENOSPC, errno.EFBIG, errno.EDQUOT), _FULL),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _FORBIDDEN),
     **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), _BELOW_A_FILE),
-    errno.EBUSY: "{path} cannot be replaced, as it is a mount point or in use: give a new folder inside it",
-    errno.ENOTEMPTY: "{path} cannot be replaced, as there are files in it: give an empty or new folder",
+    errno.EBUSY: "{path} cannot be replaced, as it is a mount point or in use: choose a new folder inside it",
+    errno.ENOTEMPTY: "{path} cannot be replaced, as there are files in it: choose an empty or new folder",
 }
 
 
@@ -157,7 +157,7 @@ def atomic_write_text(path: str | Path, text: str) -> None:
 
 
 def atomic_write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as indented JSON to `path`, atomically. Raises `ValueError` for NaN, which JSON does not have."""
+    """Write `value` as indented JSON to `path`, atomically. Raises `ValueError` for NaN, which JSON cannot represent."""
     atomic_write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -206,11 +206,11 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
 def claim_folder(folder: str | Path, marker: str, kind: str) -> Path:
     """Create `folder` for a `kind` ("cache", "SAE", "feature store"), or accept one that already holds the file `marker`.
 
-    Raises `ValueError` if the folder holds something else, so that a wrong `out_dir` never mixes with other files.
+    Raises `ValueError` if the folder holds something else, so that a wrong `out_dir` never leads to mixed files.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"out_dir={str(folder)!r} is a file; give a folder for the {kind}.")
+        raise ValueError(f"out_dir={str(folder)!r} is a file; choose a folder for the {kind}.")
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
@@ -221,7 +221,7 @@ def claim_folder(folder: str | Path, marker: str, kind: str) -> Path:
         names = ", ".join(sorted(entry.name for entry in others)[:3])
         raise ValueError(
             f"out_dir={str(folder)!r} already holds something else ({names}) and no {marker}; "
-            f"give an empty or new folder for the {kind}."
+            f"choose an empty or new folder for the {kind}."
         )
     return folder
 

@@ -1,8 +1,8 @@
-"""The identity of a result: everything that decides its numbers, and how a saved identity is compared with a new call's.
+"""The identity of a result: everything that determines its numbers, and how a saved identity is compared with a new call's.
 
-A result on disk (a cache, a run, a report, a store, the rows of a bench) records what it was asked for, and serves a call
-only if that agrees. A key that it lacks was added after the version that wrote it: `absent` says what that version did, or,
-if that cannot be known, the key is taken to agree (`ANY`).
+A result on disk (a cache, a run, a report, a store, the rows of a bench) records the request it was made for, and serves a
+call only if the two match. A key that it lacks was added after the version that wrote it: `absent` says what that version
+did, or, if that cannot be known, the key is assumed to match (`ANY`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LATER: dict[str, Any] = dict.fromkeys((*_TOKENIZER, *_FUNCTION), ANY)
 
 
 def of_model(lm: LanguageModel) -> dict[str, Any]:
-    """What decides a model's outputs for a text: its weights, their dtype, its config, anything hooked into it, and its
+    """What determines a model's outputs for a text: its weights, their dtype, its config, anything hooked into it, and its
     tokenizer with the roles of special tokens."""
     dtype = str(lm.dtype).removeprefix("torch.")
     known = {"model_hash": lm.hash, "model_dtype": dtype, "tokenizer_hash": lm.tokenizer_hash}
@@ -41,15 +41,15 @@ def of_model(lm: LanguageModel) -> dict[str, Any]:
 
 
 def of_rows(lm: LanguageModel, texts: Texts, hooks: Sequence[str]) -> dict[str, Any]:
-    """What decides the rows of a cache or a stream besides the caller's numeric arguments."""
+    """What determines the rows of a cache or a stream besides the caller's numeric arguments."""
     known = of_model(lm) | {"hooks": {hook: lm.d_in(hook) for hook in hooks}}
     return known | {"texts_fingerprint": texts.fingerprint(), "packing": PACKED, "mask_rule": MASK_RULE}
 
 
 def of_scoring(sae: SAE, lm: LanguageModel, texts: Texts) -> dict[str, Any]:
-    """What decides the numbers of a report or a store besides the caller's arguments; serialisable as JSON."""
+    """What determines the numbers of a report or a store besides the caller's arguments; serialisable as JSON."""
     origin = {key: sae.provenance.origin.get(key) for key in ("hook_name", "ctx_len", "prepend_bos", "mask")}
-    if origin["prepend_bos"] is None:  # the first version read no BOS then, and noted nothing
+    if origin["prepend_bos"] is None:  # the first version read no BOS then, and did not record it
         origin["prepend_bos"] = resolved_bos(lm, None) or None
     origin |= {
         key: sae.provenance.origin[key]
@@ -90,9 +90,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], absent: Mapping[
 
 
 def refusal(folder: Path, kind: str, different: Sequence[str], elsewhere: str) -> str:
-    """The message for a folder that another call has begun: what differs, and both ways on."""
+    """The message for a folder begun by a different call: what differs, and the two ways to proceed."""
     return (
-        f"{folder} already holds a {kind} made with other arguments ({'; '.join(different)}). Use the same arguments to "
+        f"{folder} already holds a {kind} made with different arguments ({'; '.join(different)}). Use the same arguments to "
         f"resume it, or {elsewhere}."
     )
 
@@ -114,7 +114,7 @@ def _then(key: str, before: Mapping[str, Any], now: Mapping[str, Any], absent: M
 
 
 def _groups(key: str) -> list[str]:
-    """The dicts that a dotted key lies in, outermost first."""
+    """The dicts that contain a dotted key, outermost first."""
     words = key.split(".")
     return [".".join(words[:n]) for n in range(1, len(words))]
 

@@ -70,7 +70,7 @@ def load_sae(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
     folder = Path(folder)
     if not (folder / "sae.json").exists():
         raise SaelabError(
-            f"{folder} holds no sae.json, so no finished SAE: train one there, or give its folder (RUN/sae)."
+            f"{folder} holds no sae.json, so no finished SAE: train one there, or pass an SAE's folder (RUN/sae)."
         )
     meta = _read_meta(folder / "sae.json")
     try:
@@ -91,7 +91,7 @@ def load_sae(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
     for name, expected, now in (("sae", weights_hash, sae.hash), ("golden", golden_hash, tensors_hash(golden))):
         if expected is not None and expected != now:
             raise SaelabError(
-                f"{folder / name}.safetensors was altered: hash {now[:12]}, sae.json says {str(expected)[:12]}: {_AGAIN}."
+                f"{folder / name}.safetensors was altered: hash {now[:12]}; sae.json says {str(expected)[:12]}: {_AGAIN}."
             )
     origin = {key: value for key, value in meta.items() if key not in _OWN}
     try:
@@ -117,10 +117,10 @@ def _read_meta(path: Path) -> dict[str, Any]:
     meta = read_json(path)
     version = meta.get("format_version") if isinstance(meta, dict) else None
     if not isinstance(version, int):
-        raise SaelabError(f"{path} does not describe an SAE of saelab (format_version={version!r}): {_AGAIN}.")
+        raise SaelabError(f"{path} does not describe a saelab SAE (format_version={version!r}): {_AGAIN}.")
     if version > FORMAT_VERSION:
         raise SaelabError(
-            f"{path.parent} has format version {version}, this saelab reads up to {FORMAT_VERSION}: update saelab."
+            f"{path.parent} has format version {version}; this saelab reads up to {FORMAT_VERSION}: update saelab."
         )
     if meta.get("variant") not in list(VARIANTS):
         raise SaelabError(
@@ -180,7 +180,7 @@ def _check_golden(sae: SAE, golden: dict[str, Tensor], folder: Path) -> None:
     )
     if bool(moved.any()):
         raise SaelabError(
-            f"{folder}: golden inputs activate other features than when saved ({int(moved.sum())} differ)."
+            f"{folder}: golden inputs activate different features than when saved ({int(moved.sum())} differ)."
         )
     for name, now, then in (
         ("feature activations", feature_acts, expected),
@@ -189,5 +189,5 @@ def _check_golden(sae: SAE, golden: dict[str, Tensor], folder: Path) -> None:
         error, size = float((now - then).norm()), float(then.norm())
         if not error <= rtol * max(size, 1e-30):
             raise SaelabError(
-                f"{folder}: golden {name} are not reproduced: the difference has norm {error:.3g}, the saved ones {size:.3g}."
+                f"{folder}: golden {name} are not reproduced: their difference has norm {error:.3g}, the saved ones {size:.3g}."
             )

@@ -1,4 +1,4 @@
-"""The layout of a RUN folder: `cache/`, `features/`, `report.json` and `sae/`, or several `sae-NAME/`, each with its own."""
+"""The layout of a RUN folder: `cache/`, and `sae/`, `features/` and `report.json`, or `sae-NAME/` etc. for several SAEs."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def _what_is_missing(run: Path) -> str:
         return "holds no SAE, as it does not exist: saelab demo creates runs/demo, saelab harvest starts your own RUN."
     if (run / "cache").is_dir():
         return f"holds no SAE yet: saelab train {run} --d-sae 4096 --k 32 --n-tokens 2_000_000"
-    return "holds no SAE: give a RUN folder (with sae/ or sae-NAME/ in it) or one SAE folder."
+    return "holds no SAE: pass a RUN folder (with sae/ or sae-NAME/ in it) or one SAE folder."
 
 
 def _is_sae(entry: Path) -> bool:
     named = entry.name == "sae" or entry.name.startswith("sae-")
-    begun = entry / "checkpoints" / "run.json"  # a training that was refused leaves a folder without it
+    begun = entry / "checkpoints" / "run.json"  # a refused training run leaves a folder without it
     return named and ((entry / "sae.json").exists() or begun.exists())

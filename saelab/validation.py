@@ -10,7 +10,7 @@ def check_integer(name: str, value: Any, minimum: int, maximum: int | None = Non
     """Raise `ValueError` naming the value unless it is an `int` from `minimum` to `maximum`."""
     if isinstance(value, bool) or not isinstance(value, int):
         fix = f": write {int(value)}" if isinstance(value, float) and value.is_integer() else ""
-        raise ValueError(f"{name}={value!r} must be a whole number, an int{fix}.")
+        raise ValueError(f"{name}={value!r} must be a whole number, of type int{fix}.")
     if value < minimum or (maximum is not None and value > maximum):
         bounds = f"at least {minimum}" if maximum is None else f"between {minimum} and {maximum}"
         raise ValueError(f"{name}={value} must be {bounds}.")

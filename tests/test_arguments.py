@@ -12,8 +12,8 @@ from saelab.validation import check_integer
 @pytest.mark.parametrize(
     ("value", "says"),
     [
-        (2e3, r"n=2000\.0 must be a whole number, an int: write 2000\."),
-        (1.5, r"n=1\.5 must be a whole number, an int\."),
+        (2e3, r"n=2000\.0 must be a whole number, of type int: write 2000\."),
+        (1.5, r"n=1\.5 must be a whole number, of type int\."),
         ("5", "n='5' must be a whole number"),
         (True, "n=True must be a whole number"),
         (None, "n=None must be a whole number"),

@@ -82,7 +82,7 @@ def test_every_kind_of_data_is_looked_at_before_training():
     x = rows(64)
     x[7, 0] = torch.nan
     for data in (x, np.asarray(x), iter([x]), Batch(x, rows(64)), Batch(rows(64), x)):
-        with pytest.raises(ValueError, match="1 of 64 rows hold NaN or infinite values"):
+        with pytest.raises(ValueError, match="1 of 64 rows contain NaN or infinite values"):
             train(config_of("transcoder" if isinstance(data, Batch) else "topk"), data, TRAIN, progress=False)
 
 

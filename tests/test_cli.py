@@ -211,7 +211,7 @@ def test_a_wrong_flag_or_value_is_exit_code_2(run: Path, capsys):
     [
         (["--variant", "jumpreu"], "unknown --variant 'jumpreu'; did you mean jumprelu?"),
         (["--variant=zzz"], "unknown --variant 'zzz'; choose one of topk, "),
-        (["--variant", "jumprelu", "--k=32"], "--k is not a flag of jumprelu (but of topk, batch_topk"),
+        (["--variant", "jumprelu", "--k=32"], "--k is not a flag of jumprelu (only of topk, batch_topk"),
         (["--l1_coefficient", "5"], "saelab train --variant topk --help"),
     ],
 )

@@ -433,7 +433,7 @@ def test_generation_with_codebooks_equals_the_whole_pass(tiny_lm):
 def test_bad_inserts_name_the_value(tiny_lm):
     for hooks, config, says in (
         (["blocks.9.hook_mlp_out"], CONFIG, "blocks.9.hook_mlp_out"),
-        ([MLP, MLP], CONFIG, "each once"),
+        ([MLP, MLP], CONFIG, "each only once"),
         ([], CONFIG, "at least one"),
         ([MLP], {RESID: CONFIG}, RESID),
         ([MLP], CodebookConfig(66, 2, n_groups=3), "d_in=32"),

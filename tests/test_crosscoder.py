@@ -245,7 +245,7 @@ def test_a_wrong_shape_names_what_is_read(shape):
         ({"l1_warmup": 2.0}, "l1_warmup=2"),
         ({"init_norm": 0.0}, "init_norm=0"),
         ({"hook_names": ()}, "hook_names="),
-        ({"hook_names": ("a", "a")}, "each once"),
+        ({"hook_names": ("a", "a")}, "each only once"),
         ({"k": 99}, "k=99"),
     ],
 )
@@ -341,9 +341,9 @@ def test_a_cache_of_one_hook_gives_one_source(tmp_path):
     ("config", "data", "says"),
     [
         (TopKConfig(24, 2), planted(64)[0], "2 sources per row: only a crosscoder"),
-        (CrosscoderConfig(24, 2, hook_names=("a",)), planted(64)[0], "names 1 sources, the tensor .* has 2"),
+        (CrosscoderConfig(24, 2, hook_names=("a",)), planted(64)[0], "names 1 sources; the tensor .* has 2"),
         (CrosscoderConfig(24, 2), Batch(*planted(64)[0].unbind(1)), r"not a Batch\(x, y\)"),
-        (CrosscoderConfig(24, 2), torch.full((64, 2, 16), torch.nan), "64 of 64 rows hold NaN"),
+        (CrosscoderConfig(24, 2), torch.full((64, 2, 16), torch.nan), "64 of 64 rows contain NaN"),
     ],
 )
 def test_data_that_does_not_fit_is_explained(config, data, says):
@@ -358,7 +358,7 @@ def test_hooks_that_are_not_there_are_named():
 
 def test_sites_given_must_be_as_many_as_sources():
     sae = build()
-    with pytest.raises(ValueError, match="give hook_name"):
+    with pytest.raises(ValueError, match="set hook_name"):
         hooks_of(sae)
     with pytest.raises(ValueError, match=r"reads 3 sources, hook_name names 2 \(a, b\)"):
         hooks_of(sae, ["a", "b"])

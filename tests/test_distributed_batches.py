@@ -63,7 +63,7 @@ def test_only_the_first_rank_writes(trained):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_what_cannot_be_shared_is_refused(trained, rank):
     said = (trained / "two" / f"refused-{rank}.txt").read_text()
-    assert said == "codebook trains in a single process, this job has 2: start it without torchrun."
+    assert said == "codebook trains in a single process; this job has 2: start it without torchrun."
 
 
 def test_a_killed_rank_ends_the_run_and_the_same_call_goes_on_bit_for_bit(tmp_path):

@@ -69,7 +69,7 @@ def test_nothing_is_left_under_a_temporary_name(trained):
 def test_what_cannot_be_sharded_is_refused(trained, rank):
     relu, three, mutual = json.loads((trained / f"refused-{rank}.json").read_text())
     assert relu.startswith("feature_shards=4 works for topk and batch_topk; relu trains data-parallel")
-    assert three.startswith("feature_shards=3 needs a multiple of 3 processes, this job has 4")
+    assert three.startswith("feature_shards=3 needs a multiple of 3 processes; this job has 4")
     assert "mutual_choice trains data-parallel" in mutual
 
 

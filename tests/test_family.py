@@ -100,13 +100,13 @@ def test_finished_rows_are_not_computed_again(run, rows, monkeypatch):
 
 
 def test_other_settings_are_refused_naming_the_difference(run, rows):
-    with pytest.raises(SaelabError, match="other arguments .steps: 20 -> 21"):
+    with pytest.raises(SaelabError, match="different arguments .steps: 20 -> 21"):
         run_family(run, FamilyConfig(48, 21, 200), **OPTIONS)
 
 
 def test_rows_of_another_model_are_refused(run, rows, monkeypatch):
     monkeypatch.setattr(family, "of_model", lambda lm: of_model(lm) | {"model_hash": "f" * 64})
-    with pytest.raises(SaelabError, match="other arguments .*model[.]model_hash"):
+    with pytest.raises(SaelabError, match="different arguments .*model[.]model_hash"):
         run_family(run, CONFIG, seeds=(0, 1), **OPTIONS)
 
 

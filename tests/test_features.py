@@ -289,7 +289,7 @@ def test_a_full_disk_names_the_fix(sae, tiny_lm, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(collect, "write_store", full)
-    with pytest.raises(SaelabError, match="make room"):
+    with pytest.raises(SaelabError, match="free some space"):
         _collect(sae, tiny_lm, tmp_path / "f", n_tokens=100)
     assert list((tmp_path / "f").iterdir()) == []
 

@@ -65,7 +65,7 @@ def _call(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", UNFINISHED)
-@pytest.mark.filterwarnings("ignore:This run resumes under other conditions")
+@pytest.mark.filterwarnings("ignore:This run resumes under different conditions")
 def test_an_unfinished_run_ends_at_the_same_weights(name, tmp_path):
     run = shutil.copytree(HERE / "unfinished" / name, tmp_path / name)
     sae = saelab.train(**_call(run), data=HERE / "cache", out_dir=run / "sae", progress=False)

@@ -160,7 +160,7 @@ PAIRS = [(call, what) for call in REFUSING for what in CHANGES if (call, what) n
 @pytest.mark.parametrize("call, what", PAIRS)
 def test_a_folder_made_another_way_is_refused(lm, made, call, what, monkeypatch):
     other, more = changed(lm, what, monkeypatch)
-    with pytest.raises((ValueError, SaelabError), match=r"other arguments|holds the activations"):
+    with pytest.raises((ValueError, SaelabError), match=r"different arguments|holds the activations"):
         REFUSING[call](other, made[call], **more)
 
 

@@ -89,7 +89,7 @@ def test_stopped_and_repeated_gives_the_same_bytes(cache, tiny_lm, other_lm, tex
     assert len(files) > 5 and files == sorted(p.relative_to(again.path) for p in again.path.rglob("*.safetensors"))
     for file in files:
         assert (cache.path / file).read_bytes() == (again.path / file).read_bytes(), file
-    with pytest.raises(ValueError, match="other arguments"):
+    with pytest.raises(ValueError, match="different arguments"):
         saelab.harvest([other_lm, tiny_lm], texts, HOOK, out_dir=tmp_path / "cache", **OPTIONS)
 
 

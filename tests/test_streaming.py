@@ -171,7 +171,7 @@ def test_another_stream_in_the_folder_is_refused(tmp_path, tiny_lm, streamed):
     train(TopKConfig(48, 4), streamed, once, tmp_path / "sae", hook_name=HOOK, progress=False)
     sizes: dict[str, Any] = SIZES | {"pool_shards": 2}
     other = stream(tiny_lm, TEXTS, TWO, **sizes)
-    with pytest.raises(Exception, match=r"other arguments \(data: stream "):
+    with pytest.raises(Exception, match=r"different arguments \(data: stream "):
         train(TopKConfig(48, 4), other, once, tmp_path / "sae", hook_name=HOOK, progress=False)
 
 
@@ -219,4 +219,4 @@ def test_the_command_trains_without_a_cache_and_eval_needs_no_flag(tmp_path, tin
     assert main.main(words) == 2
     assert "holds no cache" in capsys.readouterr().err
     assert main.main([*words, *source, "--ctx-len", "32"]) == 2
-    assert "other arguments (data: stream" in capsys.readouterr().err
+    assert "different arguments (data: stream" in capsys.readouterr().err

@@ -125,14 +125,14 @@ def test_longer_lists_add_to_the_table_and_other_settings_are_refused(cached, ro
     more = run_sweep(cached, CONFIG, lm=tiny_lm, progress=False, **lists)
     assert trained.call_args.args[0] == [TopKConfig(48, 2)]
     assert len(more) == 9 and more[4]["target_l0"] == 2 and more[:4] + more[5:] == rows
-    with pytest.raises(SaelabError, match="other arguments .n_tokens: 2000 -> 2200"):
+    with pytest.raises(SaelabError, match="different arguments .n_tokens: 2000 -> 2200"):
         run_sweep(cached, SweepConfig(2_200, 200, 200), lm=tiny_lm, progress=False, **lists)
 
 
 def test_rows_of_another_model_are_refused(cached, rows, tiny_lm, monkeypatch):
     monkeypatch.setattr(sweep, "of_model", lambda lm: of_model(lm) | {"model_hash": "f" * 64})
     lists = LISTS | {"variants": ("topk",), "k": (2,), "lr": (None,), "seeds": (0,)}
-    with pytest.raises(SaelabError, match="other arguments .*model[.]model_hash"):
+    with pytest.raises(SaelabError, match="different arguments .*model[.]model_hash"):
         run_sweep(cached, CONFIG, lm=tiny_lm, progress=False, **lists)
 
 
@@ -142,7 +142,7 @@ def test_other_settings_before_the_first_row_are_refused_with_the_flag_of_a_swee
         for_now.setattr(Run, "train_step", stop_at(1, Run.train_step))
         run_sweep(run, CONFIG, lm=tiny_lm, progress=False, **lists)
     assert not (run / "sweep.json").exists()
-    with pytest.raises(SaelabError, match="n_tokens: 2000 -> 2200.* to resume it, or give another --out-dir[.]$"):
+    with pytest.raises(SaelabError, match="n_tokens: 2000 -> 2200.* to resume it, or choose another --out-dir[.]$"):
         run_sweep(run, SweepConfig(2_200, 200, 200), lm=tiny_lm, progress=False, **lists)
 
 
@@ -165,8 +165,8 @@ def test_the_command_prints_one_table_and_says_where(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--k"], "k is empty: give at least one."),
-        (["--lr"], "lr is empty: give at least one."),
+        (["--k"], "k is empty: list at least one."),
+        (["--lr"], "lr is empty: list at least one."),
         (["--lr", "1e-3", "0"], "lr=0.0 must be a positive number, or None for the variant's own."),
         (["--lr", "-1e-3"], "lr=-0.001 must be a positive number"),
         (["--k", "4", "49"], "k=49 "),

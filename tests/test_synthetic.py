@@ -91,7 +91,7 @@ def test_finished_rows_are_not_computed_again_and_new_seeds_are(signed_rows, tmp
 
 
 def test_other_settings_and_unknown_data_are_refused(signed_rows, tmp_path):
-    with pytest.raises(SaelabError, match="other arguments .n_steps: 200 -> 100"):
+    with pytest.raises(SaelabError, match="different arguments .n_steps: 200 -> 100"):
         run_synthetic((0,), signed_rows[1], data=("signed",), n_steps=100, progress=False)
     with pytest.raises(ValueError, match="data='zip' must be one of flat, zipf"):
         run_synthetic((0,), data=("zip",))
@@ -323,7 +323,7 @@ def test_the_command_prints_tables_and_verdicts_and_says_where(tmp_path, capsys)
     assert str(tmp_path / "s") in said.splitlines()[-1]
     assert {path.name for path in (tmp_path / "s").iterdir()} == {"rows.json", "rows.csv", "picture.svg", ".lock"}
     assert main.main([*words[:-1], "50"]) == 2
-    assert "other arguments" in capsys.readouterr().err
+    assert "different arguments" in capsys.readouterr().err
 
 
 def test_ctrl_c_keeps_finished_rows(tmp_path):

@@ -233,7 +233,7 @@ def without_latest(copy):
         (save_without("tokens_since_fired"), "not those of this run"),
         (
             without_latest(lambda path: shutil.copy(path, path.with_name("step-00000099.safetensors"))),
-            "it is from step 20, the run has 40",
+            "it is from step 20; the run has 40",
         ),
         (
             without_latest(lambda path: shutil.copy(path, path.with_name("step-00000030.safetensors"))),
@@ -292,7 +292,7 @@ def test_a_finished_run_returns_at_once(whole, whole_hash, monkeypatch):
     [
         (
             {"config": TopKConfig(64, 5)},
-            r"other arguments \(config\.k: 4 -> 5\)\. Use .*--name NAME or another RUN; in Python another out_dir",
+            r"different arguments \(config\.k: 4 -> 5\)\. Use .*--name NAME or another RUN; in Python, another out_dir",
         ),
         ({"train": TrainConfig(**{**vars(SMALL), "lr": 0.1})}, r"\(train\.lr: None -> 0\.1\)"),
         ({"x": planted(seed=1)}, r"\(data: tensor \w{12}\.\.\. -> tensor \w{12}\.\.\.\)"),
@@ -375,7 +375,7 @@ def test_nan_rows_stop_the_run_and_keep_the_checkpoint(tmp_path):
     ):
         train(TOPK, iter(x.split(64)), SMALL, tmp_path, progress=False)
     assert list_checkpoints(tmp_path) == [10, 20]
-    with pytest.raises(ValueError, match="1 of 2560 rows hold NaN"):
+    with pytest.raises(ValueError, match="1 of 2560 rows contain NaN"):
         train(TOPK, x, SMALL, progress=False)
 
 
@@ -459,7 +459,7 @@ def test_leftovers_of_killed_trainers_are_removed(tmp_path):
 def test_an_altered_run_file_is_named(tmp_path, content):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "run.json").write_text(content)
-    with pytest.raises(TrainingError, match=r"run\.json is not what train wrote"):
+    with pytest.raises(TrainingError, match=r"run\.json was not written by train"):
         train(TOPK, planted(), SMALL, tmp_path, progress=False)
 
 

@@ -235,7 +235,7 @@ def test_x_and_y_come_from_the_hooks_of_a_cache(tmp_path):
     assert inferred.hash == saes[0].hash
     with pytest.raises(ValueError, match="hook_name_out='z' is not in the cache, which holds p, q"):
         train(TranscoderConfig(8, 2, hook_name_out="z"), cache, options, hook_name="p", progress=False)
-    with pytest.raises(ValueError, match="several hooks; give hook_name, one of p, q"):
+    with pytest.raises(ValueError, match="several hooks; set hook_name to one of p, q"):
         train(configs[1], cache, options, progress=False)
 
 
@@ -252,7 +252,7 @@ def test_iterators_of_batches():
     sae = train(TranscoderConfig(16, 2), iter(chunks), SMALL, progress=False)
     assert isinstance(sae, TranscoderSAE)
     torch.testing.assert_close(sae.center_out, batch.y[:100].mean(0))
-    with pytest.raises(ValueError, match="must have x and y, this one has x"):
+    with pytest.raises(ValueError, match="must have x and y; this one has x"):
         train(TranscoderConfig(16, 2), iter([chunks[0], batch.x, *chunks]), SMALL, progress=False)
 
 
@@ -261,7 +261,7 @@ def test_iterators_of_batches():
     [
         (pairs(64).x, r"hook_name_out='b' needs rows of that hook.*Batch\(x, y\)"),
         (Batch(torch.ones(64, 3), torch.ones(63, 3)), r"must have the same number of rows, got \[64, 63\]"),
-        (Batch(torch.ones(64, 3), torch.full((64, 3), torch.inf)), "64 of 64 rows hold NaN"),
+        (Batch(torch.ones(64, 3), torch.full((64, 3), torch.inf)), "64 of 64 rows contain NaN"),
         (torch.ones(64, 2, 3), "hook_name_out='b' needs rows"),
     ],
 )

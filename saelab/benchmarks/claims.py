@@ -1,7 +1,7 @@
-"""Claims of the papers about their variants, each as a comparison of two numbers that a benchmark measures.
+"""The papers' claims about their variants, each as a comparison of two numbers that a benchmark measures.
 
-A claim is held if the comparison goes its way on every seed. Nothing is tuned to achieve that: a claim that is not held
-is printed as such, with the numbers.
+A claim counts as held if the comparison comes out as claimed on every seed. Nothing is tuned to achieve that: a claim that
+does not hold is printed as such, with the numbers.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ CLAIMS = [
     ),
     Claim("States get their own codes", "fsm", Side("codebook", "purity"), 0.9, below=False),
     Claim(
-        "A model with codebooks keeps the machine's rules",
+        "A model with codebooks follows the machine's rules",
         "fsm",
         Side("codebook", "accuracy"),
         Side("codebook", "accuracy_bare"),

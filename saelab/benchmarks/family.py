@@ -69,12 +69,12 @@ def run_family(
     All variants are trained at the first of `l0`; topk, batch_topk, jumprelu and relu also at the others. A codebook keeps its
     default `k`; a crosscoder reads all hooks of the cache and is skipped if there is only one. `out_dir` defaults to
     RUN/family: `rows.json` and `rows.csv` grow row by row, and `seed-N/` (a RUN for the dashboard) holds each seed's SAEs and
-    reports. The same call resumes where it was interrupted, also in the middle of training. `lm` defaults to the model that
+    reports. The same call resumes where it was interrupted, even in the middle of training. `lm` defaults to the model that
     the cache names. Raises `ValueError` for a variant that is unknown or cannot be trained this way, for an empty `l0` and
     for empty `seeds`.
     """
     if not seeds:
-        raise ValueError("seeds is empty: give at least one.")
+        raise ValueError("seeds is empty: list at least one.")
     config, cache = config or FamilyConfig(), ActivationCache(Path(run) / "cache")
     configs = _configs(variants, config, l0, len(cache.hook_names))
     out_dir = Path(out_dir) if out_dir is not None else Path(run) / "family"
@@ -94,7 +94,7 @@ def _configs(
 ) -> dict[tuple[str, int], Any]:
     """The config of each (variant, L0)."""
     if not l0:
-        raise ValueError("l0 is empty: give at least one number of active features per token.")
+        raise ValueError("l0 is empty: list at least one number of active features per token.")
     check_variants(variants or ())
     for name in variants or ():
         if _config(name, config, l0[0], n_hooks) is None:

@@ -1,14 +1,14 @@
 """Codebook benchmark on a finite-state machine: does the model learn it, do codes represent states, and do they steer?
 
-A small transformer is trained from scratch on texts of the machine; a copy of it is trained for as many further steps with
-codebooks (k = 1) at the heads and the MLP of each layer. Then, on fresh texts:
+A small transformer is trained from scratch on texts of the machine; a copy of it is trained for the same number
+of further steps with codebooks (k = 1) at the heads and the MLP of each layer. Then, on fresh texts:
 
 - first-transition accuracy: fraction of the next states sampled after a random walk that are reachable by an edge;
 - purity of a state: fraction of its tokens (last digits) whose code represents it. A code represents the state on which it
-  was active most often in other texts. Reported is the mean over states, at the hook that was best on those other texts;
-- steering: all codes of a token are forced to the most common ones of another state. Reported are the Jensen-Shannon
+  was active most often in other texts. We report the mean over states, at the hook that was best on those other texts;
+- steering: all codes of a token are forced to the most common ones of another state. We report the Jensen-Shannon
   divergence between the next-token distribution and the true one of that state, before and after, and the fraction of whole
-  next states that an edge leads to from there (later digits are generated with attention to the unchanged earlier digits).
+  next states reachable by an edge from there (later digits are generated with attention to the unchanged earlier digits).
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ class FSMResult:
     js_forced: float
     """The same with the codes of the target state forced at every hook."""
     js_own: float
-    """The same on texts that do end in the target state, with nothing forced: the best that forcing can reach."""
+    """The same on texts that really end in the target state, with nothing forced: the best that forcing can achieve."""
     accuracy_forced: float
-    """Fraction of the next states sampled after forcing that an edge leads to from the target state."""
+    """Fraction of the next states sampled after forcing that are reachable by an edge from the target state."""
 
     @property
     def claims(self) -> list[tuple[str, bool]]:
@@ -176,13 +176,13 @@ def purity(codes_fit: Tensor, states_fit: Tensor, codes: Tensor, states: Tensor)
 
 
 def transition_accuracy(lm: LanguageModel, machine: Machine, walks: Int[Tensor, "n length"], seed: int) -> float:
-    """Fraction of sampled next states that an edge of the machine leads to."""
+    """Fraction of sampled next states that are reachable by an edge of the machine."""
     states = sample_next(lm, machine, machine.write(walks), seed)
     return allowed_share(machine, walks[:, -1], states)
 
 
 def allowed_share(machine: Machine, before: Int[Tensor, " n"], after: Int[Tensor, " n"]) -> float:
-    """Fraction of these pairs with an edge; -1 stands for an invalid state."""
+    """Fraction of these pairs with an edge; -1 means an invalid state."""
     return (machine.allowed[before, after.clamp_min(0)] & (after >= 0)).float().mean().item()
 
 

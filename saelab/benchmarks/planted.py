@@ -2,8 +2,8 @@
 
     x = sum_i z_i f_i + noise,   |f_i| = 1,   z_i = |N(1, 1/4)| where feature i is active, else 0
 
-The kinds of data differ in which features are active: with equal or Zipf frequencies, equally many in every token or not,
-with both signs, as children of a parent, or with other strengths in a second model (then x is (n_sources, d_in)).
+The kinds of data differ in which features are active: with equal or Zipf frequencies, a fixed or a varying number per
+token, with both signs, as children of a parent, or with different strengths in a second model (then x is (n_sources, d_in)).
 """
 
 from __future__ import annotations

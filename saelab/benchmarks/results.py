@@ -25,7 +25,7 @@ _ABSENT = {"rules": 1, "rows_of": ANY, "model": ANY}
 
 class Rows:
     """The rows of a benchmark. `settings` are shared by all rows; `keys` name the columns that identify a row; `order` is the
-    sort key of the rows (None: order of insertion). Raises `SaelabError` if the file is foreign or has other settings."""
+    sort key of the rows (None: order of insertion). Raises `SaelabError` for another kind of file, or other settings."""
 
     def __init__(
         self,
@@ -44,10 +44,10 @@ class Rows:
     def _read(self, path: Path) -> list[Row]:
         saved = read_json(path)
         if not isinstance(saved, dict) or not isinstance(saved.get("rows"), list):
-            raise SaelabError(f"{path} was not written by a benchmark. Move it away, or give another --out-dir.")
+            raise SaelabError(f"{path} was not written by a benchmark. Move it away, or choose another --out-dir.")
         different = differences(saved.get("settings") or {}, self.settings, _ABSENT)
         if different:
-            raise SaelabError(refusal(path.parent, "benchmark", different, "give another --out-dir"))
+            raise SaelabError(refusal(path.parent, "benchmark", different, "choose another --out-dir"))
         return saved["rows"]
 
     def find(self, **key: Any) -> Row | None:
@@ -88,7 +88,7 @@ def open_rows(
         return
     folder = Path(folder)
     with locked(
-        folder, f"Another process is running the benchmark in {folder}. Wait for it, or give another --out-dir."
+        folder, f"Another process is running the benchmark in {folder}. Wait for it, or choose another --out-dir."
     ):
         yield Rows(folder, settings, keys, stem, order)
 
@@ -104,7 +104,7 @@ def to_csv(rows: Sequence[Row]) -> str:
 
 
 def spread(values: Iterable[float | None], digits: int = 3) -> str:
-    """Mean over seeds with, from two seeds on, the standard deviation: "0.123 ± 0.004"; "-" without values."""
+    """Mean over seeds and, with two or more, the standard deviation: "0.123 ± 0.004"; "-" without values."""
     known = [value for value in values if value is not None]
     if not known:
         return "-"

@@ -1,4 +1,4 @@
-"""Plots of benchmark rows as SVG text, which a README can show without scripts. Colours of Okabe and Ito."""
+"""Plots of benchmark rows as SVG text, which a README can show without scripts. Colours are those of Okabe and Ito."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def curves(series: Mapping[str, Points], x_name: str, y_name: str) -> str:
     """The points `(x, y)` of each series joined by a line, on log-log axes with a legend. Raises `ValueError` without points."""
     points = [point for row in series.values() for point in row]
     if not points:
-        raise ValueError("There are no points to draw: give at least one series with a point.")
+        raise ValueError("There are no points to draw: pass at least one series with a point.")
     width, height, left, top = 520, 340, 64, 16
     x_low, x_high = _around([x for x, _ in points])
     y_low, y_high = _around([y for _, y in points])

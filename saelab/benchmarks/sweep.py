@@ -75,7 +75,7 @@ def run_sweep(
 
     Returns all rows of `out_dir`, including those of earlier calls, sorted by variant, requested L0 and FVU. `out_dir`
     defaults to RUN: `sweep.json` and `sweep.csv` grow row by row beside the SAEs and their reports, and the same call resumes
-    where it was interrupted, also in the middle of training. `lm` defaults to the model that the cache names. Under `torchrun`
+    where it was interrupted, even in the middle of training. `lm` defaults to the model that the cache names. Under `torchrun`
     each rank trains its share of the SAEs without communication; rank 0 evaluates all, the others return no rows. Raises
     `ValueError`, before anything is written, for an empty list and for an SAE that cannot be trained.
     """
@@ -117,7 +117,7 @@ def sweep_points(
     lists = {"variants": variants, "d_sae": d_sae, "k": k, "lr": lr, "seeds": seeds}
     for name, values in lists.items():
         if not values:
-            raise ValueError(f"{name} is empty: give at least one.")
+            raise ValueError(f"{name} is empty: list at least one.")
     check_variants(variants)
     points = []
     for values in itertools.product(*(dict.fromkeys(one) for one in lists.values())):
@@ -182,7 +182,7 @@ def _train(
     try:
         return train(configs, cache, trains, home, hook_name=config.hook_name, progress=progress)
     except AnotherRunError as error:  # from a sweep with other settings, interrupted before its first row
-        raise TrainingError(refusal(error.folder, "run", error.different, "give another --out-dir")) from error
+        raise TrainingError(refusal(error.folder, "run", error.different, "choose another --out-dir")) from error
 
 
 def _order(row: Row) -> tuple[Any, ...]:

@@ -85,7 +85,7 @@ def run_synthetic(
     overrides the number of steps of every kind. Raises `ValueError` for an unknown kind of data and for empty `seeds`.
     """
     if not seeds:
-        raise ValueError("seeds is empty: give at least one.")
+        raise ValueError("seeds is empty: list at least one.")
     if unknown := [name for name in data if name not in DATA]:
         raise ValueError(f"data={unknown[0]!r} must be one of {', '.join(DATA)}.")
     runs = [(name, label, seed) for name in data for label in _labels(name) for seed in seeds]
@@ -97,7 +97,7 @@ def run_synthetic(
 def at_l0(variant: str, d_sae: int, l0: int, **options: Any) -> Any:
     """The config of a variant with `l0` features per token, set by `k`, or by `target_l0` if a penalty enforces sparsity.
 
-    None if there is no such variant, or if its config lacks that field and `l1_coefficient` is not given. Options that the
+    None if there is no such variant, or if its config lacks that field and `l1_coefficient` is not passed. Options that the
     config does not have are ignored.
     """
     if variant not in VARIANTS:
@@ -119,7 +119,7 @@ def check_variants(names: Sequence[str]) -> None:
 
 
 def _labels(data: str) -> list[str]:
-    """The labels of the SAEs for a kind of data, as far as their variants are available."""
+    """The labels of the SAEs for a kind of data whose variants are available."""
     if data == FSM:
         return ["codebook"] if "codebook" in VARIANTS and find_spec("saelab.benchmarks.fsm") else []
     return [label for label in KINDS[data].saes if _config(data, label) is not None]

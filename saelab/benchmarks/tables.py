@@ -69,7 +69,7 @@ def synthetic_picture(rows: Sequence[Row]) -> str:
 
 
 def family_tables(rows: Sequence[Row]) -> list[Any]:
-    """One rich table for the SAEs, and one per kind with another target: mean and standard deviation over the seeds."""
+    """One rich table for the SAEs, and one per kind with a different target: mean and standard deviation over the seeds."""
     names = _distinct(rows, "table")
     return [_family_table(name, [row for row in rows if row["table"] == name]) for name in names]
 
@@ -129,7 +129,7 @@ def comparisons(rows: Sequence[Row]) -> list[str]:
     """FVU of BatchTopK and AbsTopK against TopK, and of every variant against ReLU, at equal held-out L0.
 
     Each row is compared with the other variant's row of the same seed with the nearest held-out L0. A variant wins or loses if
-    it does so on every seed and each pair of L0 is within 5 %; otherwise the comparison is undecided.
+    it does so on every seed and each pair of L0s is within 5 %; otherwise the comparison is undecided.
     """
     rows = [row for row in rows if row["table"] == "sae"]
     variants = [name for name in _distinct(rows, "variant") if name != "relu"]

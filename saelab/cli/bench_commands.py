@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg, subcommand
 
-Seeds = Annotated[tuple[int, ...], arg(help="One full run per seed; tables give mean and standard deviation.")]
+Seeds = Annotated[tuple[int, ...], arg(help="One full run per seed; tables show mean and standard deviation.")]
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Family:
     eval_tokens: Annotated[int | None, arg(help="Held-out tokens to evaluate on; None uses all.")] = None
     hook_name: Annotated[str | None, arg(help="Hook to train on, if the cache holds several.")] = None
     hook_name_out: Annotated[str | None, arg(help="Hook that transcoders predict; None skips transcoders.")] = None
-    out_dir: Annotated[Path | None, arg(help="Folder for rows, SAEs and plot; None is RUN/family.")] = None
+    out_dir: Annotated[Path | None, arg(help="Folder for rows, SAEs and plot; None means RUN/family.")] = None
 
     def run(self) -> None:
         """Run the benchmark, then print the table and the comparisons."""
@@ -137,7 +137,7 @@ def sweep(
         tuple[int, ...], arg(help="Features per token: k, or target_l0 for variants with a sparsity penalty.")
     ] = (32,),
     d_sae: Annotated[tuple[int, ...], arg(help="Numbers of features.")] = (4096,),
-    lr: Annotated[tuple[float | None, ...], arg(help="Learning rates; None is the variant's default.")] = (None,),
+    lr: Annotated[tuple[float | None, ...], arg(help="Learning rates; None means the variant's default.")] = (None,),
     seeds: Annotated[
         tuple[int, ...], arg(help="Seeds of weights and batch order; the cache is read once per seed.")
     ] = (0,),
@@ -145,7 +145,7 @@ def sweep(
     eval_tokens: Annotated[int | None, arg(help="Held-out tokens to evaluate on; None uses all.")] = None,
     hook_name: Annotated[str | None, arg(help="Hook to train on, if the cache holds several.")] = None,
     hook_name_out: Annotated[str | None, arg(help="Hook that transcoders predict.")] = None,
-    out_dir: Annotated[Path | None, arg(help="Folder for SAEs and table; None is RUN.")] = None,
+    out_dir: Annotated[Path | None, arg(help="Folder for SAEs and table; None means RUN.")] = None,
 ) -> None:
     """Train an SAE on RUN/cache for each combination of the lists, side by side, and evaluate all in one table."""
     from saelab.benchmarks.sweep import SweepConfig, run_sweep

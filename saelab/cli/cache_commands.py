@@ -70,7 +70,7 @@ class Repair:
     """Rebuild only the damaged files of RUN's cache, from its texts and its model."""
 
     run_folder: Folder
-    texts: Annotated[str | None, arg(help="Where the texts are now; None is where they were.")] = None
+    texts: Annotated[str | None, arg(help="Where the texts are now; None means where they were.")] = None
     column: Annotated[str, arg(help="Column that holds the text.")] = "text"
 
     def run(self) -> None:
@@ -86,7 +86,7 @@ class Repair:
         rebuilt = repair(cache, lm, texts)
         for file, same in rebuilt.items():
             print(
-                f"{file}: rebuilt, {'byte for byte' if same else 'up to rounding (another torch version or machine)'}"
+                f"{file}: rebuilt, {'byte for byte' if same else 'up to rounding (different torch version or machine)'}"
             )
         print(f"{len(rebuilt)} of {len(cache.files())} files of {cache.path} were damaged.")
 

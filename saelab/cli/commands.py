@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 Run = Annotated[Positional[Path], arg(metavar="RUN", help="Run folder; after training also one SAE folder in it.")]
 Model = Annotated[str, arg(help="smollm2, a Hugging Face id, or a model folder.")]
-OwnModel = Annotated[str | None, arg(help="Language model; None is the one the SAE was trained on.")]
+OwnModel = Annotated[str | None, arg(help="Language model; None means the one the SAE was trained on.")]
 Dtype = Annotated[
-    Literal["bfloat16", "float32"] | None, arg(help="dtype of the language model; None is bfloat16 where that is fast.")
+    Literal["bfloat16", "float32"] | None, arg(help="dtype of the language model; None: bfloat16 where that is fast.")
 ]
 _SOURCES = "demo, concepts, a parquet, jsonl, csv or txt file, a save_to_disk folder, or a Hugging Face dataset id."
 Texts = Annotated[str, arg(help=_SOURCES)]
@@ -37,7 +37,7 @@ OwnTexts = Annotated[str | None, arg(help="Texts, as for harvest; None uses thos
 Column = Annotated[str, arg(help="Column of the texts that holds strings or token ids.")]
 Documents = Literal["train", "held_out", "all"]
 Split = Annotated[
-    Documents | None, arg(help="Which documents; None is held_out for the SAE's own texts and all for others.")
+    Documents | None, arg(help="Which documents; None means held_out for the SAE's own texts and all for others.")
 ]
 
 
@@ -83,7 +83,7 @@ def harvest(
 
 @dataclass(frozen=True)
 class StreamFlags:
-    """Flags of `saelab train --stream`, as those of `harvest`."""
+    """Flags of `saelab train --stream`, the same as those of `harvest`."""
 
     model: Model = "smollm2"
     texts: Texts = "demo"
@@ -129,7 +129,7 @@ def _open_stream(hooks: tuple[str, ...], model: str, texts: str, column: str, dt
 def check_has_cache(run: Path) -> None:
     if not (run / "cache").is_dir():
         raise ValueError(
-            f"{run} holds no cache; make one: saelab harvest {run} --hook-name HOOK --n-tokens NUMBER; or train without one: "
+            f"{run} holds no cache; create one: saelab harvest {run} --hook-name HOOK --n-tokens NUMBER; or train without one: "
             f"saelab train {run} --stream HOOK"
         )
 
@@ -142,7 +142,7 @@ def evaluate(
     split: Split = None,
     json: Annotated[bool, arg(help="Print only one JSON object on standard output.")] = False,
     allow_train: Annotated[bool, arg(help="Score documents the SAE was trained on instead of refusing.")] = False,
-    n_tokens: Annotated[int | None, arg(help="Maximum number of tokens to score; None is all of them.")] = None,
+    n_tokens: Annotated[int | None, arg(help="Maximum number of tokens to score; None means all of them.")] = None,
     dtype: Dtype = None,
 ) -> None:
     """Evaluate the SAEs of RUN on held-out text; writes a report.json for each."""
@@ -171,7 +171,7 @@ def features(
     texts: OwnTexts = None,
     column: Column = "text",
     split: Split = None,
-    n_tokens: Annotated[int | None, arg(help="Tokens to read; None is all of them.")] = None,
+    n_tokens: Annotated[int | None, arg(help="Tokens to read; None means all of them.")] = None,
     top_k: Annotated[int, arg(help="Examples to keep per feature.")] = 20,
     dtype: Dtype = None,
 ) -> None:
@@ -201,7 +201,7 @@ def steer(
     run: Run,
     feature: Annotated[int, arg(help="Index of the feature, as in the dashboard.")],
     prompt: Annotated[str, arg(help="Text to continue.")] = "The weather today",
-    strength: Annotated[float, arg(help="In units of the feature's p99; for scale a factor, unused by ablate.")] = 2.0,
+    strength: Annotated[float, arg(help="In units of the feature's p99; for scale, a factor; unused by ablate.")] = 2.0,
     end: Annotated[
         Literal["dominant", "positive", "negative"],
         arg(
@@ -259,7 +259,7 @@ def _with_model(sae_dir: Path, model: str | None, dtype: str | None) -> tuple[SA
     known = sae.provenance.origin.get("models") or {"": sae.provenance.origin.get("model", {})}
     names = [model] if model else [one.get("name") for one in known.values()]
     if None in names:
-        raise ValueError("This SAE was trained on bare tensors and records no language model; give --model.")
+        raise ValueError("This SAE was trained on bare tensors and records no language model; set --model.")
     lms = [_load_model(name, dtype) for name in names]
     return sae.to(lms[0].device), lms if len(lms) > 1 else lms[0]
 

@@ -1,4 +1,4 @@
-"""`saelab demo`: from text to a trained, evaluated, browsable and steered SAE, with the calls of the README."""
+"""`saelab demo`: from text to a trained, evaluated, browsable and steered SAE, with the same calls as in the README."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _say(step: int, what: str) -> None:
 
 
 def _number(value: float | None) -> str:
-    return "not defined" if value is None else f"{value:.4f}"
+    return "undefined" if value is None else f"{value:.4f}"
 
 
 def _show_steering(lm: LanguageModel, store: FeatureStore) -> None:

@@ -40,7 +40,7 @@ def _variant(args: Sequence[str]) -> str:
         owners = [name for name in VARIANTS if word.replace("_", "-") in flags[name]]
         if owners and variant not in owners:
             raise ValueError(
-                f"{word} is not a flag of {variant} (but of {', '.join(owners)}); {variant} has {', '.join(flags[variant])}: "
+                f"{word} is not a flag of {variant} (only of {', '.join(owners)}); {variant} has {', '.join(flags[variant])}: "
                 f"saelab train --variant {variant} --help"
             )
     return variant
@@ -81,7 +81,7 @@ def _streams(args: Sequence[str]) -> bool:
     return any(word.partition("=")[0] == "--stream" for word in args)
 
 
-# Aliases of a three-valued flag: without either the tokenizer decides.
+# Aliases of a three-valued flag: with neither, the tokenizer decides.
 _YES_AND_NO = {"--prepend-bos": ["--prepend-bos", "True"], "--no-prepend-bos": ["--prepend-bos", "False"]}
 _EPILOG = "Run saelab COMMAND --help for details. SAELAB_DEBUG=1 shows the traceback of an error."
 
@@ -96,7 +96,7 @@ def main(args: Sequence[str] | None = None) -> int:
                 warnings.showwarning = _show_warning if not rank else _silent
             return _run(args)
     except KeyboardInterrupt as stopped:
-        if rank:  # rank 0 says what was saved
+        if rank:  # rank 0 reports what was saved
             return 130
         kept = f"{stopped}. " if str(stopped) else ""
         print(f"\nInterrupted. {kept}Repeat the same command to resume from what is on disk.", file=sys.stderr)

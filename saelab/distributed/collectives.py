@@ -73,7 +73,7 @@ class Ranks:
         return self._reduced(x, dist.ReduceOp.MIN)
 
     def all_reduce_any(self, x: Bool[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
-        """Elementwise: True if it is on any rank."""
+        """Elementwise logical or over the ranks."""
         return x if self.group is None else self._reduced(x.to(torch.uint8), dist.ReduceOp.MAX).bool()
 
     def any_rank(self, flag: bool, device: torch.device | None = None) -> bool:
@@ -134,7 +134,7 @@ class Ranks:
         except RuntimeError as error:  # the peer's socket closed, or the timeout expired
             reason = str(error).strip().partition("\n")[0].partition(". ")[0]  # gloo appends more
             raise TrainingError(
-                f"Rank {self.rank} of {self.size} lost contact with another rank, which was killed, stopped or hangs "
+                f"Rank {self.rank} of {self.size} lost contact with another rank, which was killed, stopped or is hanging "
                 f"({reason}). See the message of the rank that ended first; the same call resumes from the last "
                 "checkpoint."
             ) from error

@@ -13,7 +13,7 @@ from saelab.distributed.collectives import SINGLE_PROCESS, Ranks
 
 @dataclass(frozen=True)
 class Mesh:
-    """This rank's place in the mesh. Rank r of `world` has feature shard r % S and row share r // S."""
+    """This rank's position in the mesh. Rank r of `world` has feature shard r % S and row share r // S."""
 
     world: Ranks = SINGLE_PROCESS
     data: Ranks = SINGLE_PROCESS
@@ -30,8 +30,8 @@ def build_mesh(world: Ranks, feature_shards: int, device: str | None = None) -> 
         return Mesh(world, world)
     if world.size % feature_shards:
         raise ValueError(
-            f"feature_shards={feature_shards} needs a multiple of {feature_shards} processes, this job has {world.size}: "
-            f"torchrun --nproc-per-node {feature_shards}, or another feature_shards."
+            f"feature_shards={feature_shards} needs a multiple of {feature_shards} processes; this job has {world.size}: "
+            f"use torchrun --nproc-per-node {feature_shards}, or change feature_shards."
         )
     shape = (world.size // feature_shards, feature_shards)
     device_type = torch.device(device).type if device else "cuda" if torch.cuda.is_available() else "cpu"

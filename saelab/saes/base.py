@@ -29,7 +29,7 @@ SHORT_RUN = 4_000_000
 
 
 class SAE(nn.Module):
-    """A sparse autoencoder. `W_enc` and `W_dec` are both `(d_sae, d_in)`: one feature, one row.
+    """A sparse autoencoder. `W_enc` and `W_dec` are both `(d_sae, d_in)`, one row per feature.
 
     A variant overrides `encode_normalized` and `loss`, plus whichever other `extension_points` it needs: weights
     (`make_weights` to `fold`), units (`set_normalization` to `denormalize`), or what other modules query on the class.
@@ -147,7 +147,7 @@ class SAE(nn.Module):
         if x.ndim != 2 or x.shape[1] != self.d_in:
             raise ValueError(
                 f"This SAE reads activations of width d_in={self.d_in}, got a tensor of shape {tuple(x.shape)}; "
-                "give (n_tokens, d_in) from the hook it was trained on."
+                "pass (n_tokens, d_in) from the hook it was trained on."
             )
         return (x.to(self.center) - self.center).mul_(self.scale)
 
@@ -162,7 +162,7 @@ class SAE(nn.Module):
         """Initialise biases and thresholds as if the data were centred, with standard deviation 1 (`start_at`).
 
         Call before the first step, after `set_normalization` with the same arguments. Does nothing for "center_and_scale",
-        which leaves neither a mean nor another scale.
+        which already removes mean and scale.
         """
         if self.config.normalize == "center_and_scale":
             return
@@ -253,7 +253,7 @@ class SAE(nn.Module):
     @torch.no_grad()
     def fold_decoder_norms(self) -> None:
         """Rescale decoder rows to norm 1 and move their norms into the encoder: reconstructions are unchanged, and all
-        features activate in the same unit. Zero rows stay; does nothing if training keeps rows at norm 1."""
+        features activate in the same unit. Zero rows are unchanged; does nothing if training keeps rows at norm 1."""
         if not self.unit_norm:
             norms = self.decoder_norms
             self.fold(torch.where(norms > 0, norms, 1))

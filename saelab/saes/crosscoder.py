@@ -52,7 +52,7 @@ class CrosscoderConfig(SelectionConfig):
     target_l0: float | None = None
     """Adapt lambda during the run, from `l1_coefficient`, so that this many features fire per token; None keeps it fixed."""
     aux_rank: Literal["norm", "value"] = field(default="norm", metadata=LATER)
-    """How AuxK ranks dead features: by u times the sum of decoder norms, like the selection and the authors, or by u alone."""
+    """How AuxK ranks dead features: by u times the sum of decoder norms, as the selection and the authors do, or by u alone."""
     init_norm: float | None = None
     """Initial norm of a row in each source; None means 1 for "batch_topk" and 0.08 for "l1"."""
     hook_names: tuple[str, ...] | None = None
@@ -63,7 +63,9 @@ class CrosscoderConfig(SelectionConfig):
             names = [self.hook_names] if isinstance(self.hook_names, str) else self.hook_names
             object.__setattr__(self, "hook_names", tuple(names))  # JSON has a list
             if not self.hook_names or len(set(self.hook_names)) < len(self.hook_names):
-                raise ValueError(f"hook_names={self.hook_names} must name one hook or more, each once; None is all.")
+                raise ValueError(
+                    f"hook_names={self.hook_names} must name one hook or more, each only once; None means all."
+                )
         super().__post_init__()
         check_sparsity(self, "l1")
         if self.init_norm is not None and not self.init_norm > 0:
@@ -149,7 +151,7 @@ class CrosscoderSAE(ThresholdSAE):
         if sources.ndim != 3 or sources.shape[1:] != (self.n_sources, self.d_in):
             raise ValueError(
                 f"This crosscoder reads n_sources={self.n_sources} of width d_in={self.d_in}, got a tensor of shape "
-                f"{tuple(x.shape)}; give (n_tokens, n_sources, d_in) from the hooks it was trained on, in their order."
+                f"{tuple(x.shape)}; pass (n_tokens, n_sources, d_in) from the hooks it was trained on, in their order."
             )
         sources = (sources.to(self.center) - self.center) * self.scale[:, None]
         return rearrange(sources, "token source d -> token (source d)")

@@ -2,8 +2,8 @@
 pre-activation is largest, so that no feature can die; the m_i add up to k B.
 
 The capacities m_i follow Zipf's law over the features' frequency ranks (or are all equal). With `progressive` the first half
-of the run is Mutual Choice; then the capacities move from what that selection gives each feature to those of Zipf's law, and
-the last quarter is Feature Choice alone (the paper does not publish its formulas; these are ours). At inference each feature
+of the run is Mutual Choice; then the capacities move from what that selection grants each feature to Zipf's law, and the
+last quarter is Feature Choice alone (the paper does not publish its formulas; these are ours). At inference each feature
 has its own threshold (`threshold.py`).
 """
 
@@ -104,7 +104,7 @@ class FeatureChoiceSAE(ThresholdSAE):
     ) -> Float[Tensor, " d_sae"]:
         """For each feature, the midpoint of the smallest value kept and the largest one dropped.
 
-        The smallest kept value itself would lose half a firing per feature and batch, as the threshold is strict. A feature
+        Using the smallest kept value itself would lose half a firing per feature and batch, as the threshold is strict. A feature
         with capacity to spare keeps every positive value; for it the smallest one is returned.
         """
         last = info.ranks.all_reduce_min(_smallest(feature_acts))

@@ -50,10 +50,10 @@ def _joined(tensors: list[Tensor]) -> Tensor:
 
 
 def one_hook(names: Sequence[str], hook_name: str | None, output: str | None = None) -> HooksUsed:
-    """One hook to read, and `output` to predict if that is another. Raises `ValueError` if the choice is ambiguous."""
+    """One hook to read, and `output` to predict if that is a different one. Raises `ValueError` if the choice is ambiguous."""
     others = [name for name in names if name != output] or list(names)
     if hook_name is None and len(others) > 1:
-        raise ValueError(f"The cache holds several hooks; give hook_name, one of {', '.join(others)}.")
+        raise ValueError(f"The cache holds several hooks; set hook_name to one of {', '.join(others)}.")
     inputs = chosen_hooks("hook_name", (hook_name or others[0],), names)
     return HooksUsed(inputs, inputs if output is None else chosen_hooks("hook_name_out", (output,), names))
 

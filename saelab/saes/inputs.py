@@ -21,7 +21,7 @@ def as_activations(x: Any) -> Tensor:
     if not isinstance(x, Tensor):
         fix = "convert nested lists with torch.tensor(x, dtype=torch.float32)"
     elif not x.is_floating_point():
-        fix = "token ids are not activations: read those with lm.stream_activations(...); convert integer data with x.float()"
+        fix = "token ids are not activations: get those from lm.stream_activations(...); convert integer data with x.float()"
     else:
         return x.contiguous()  # the layout decides the order of a sum, and so its last bit
     raise ValueError(

@@ -63,11 +63,11 @@ class JumpReLUConfig:
     target_l0: float | None = None
     """Adapt lambda during the run, from `sparsity_coefficient`, until this many features fire per token; None keeps it fixed."""
     bandwidth: float = 0.1
-    """Width of the window around a threshold in which pre-activations contribute to its gradient; unit as `initial_threshold`."""
+    """Width of the window around a threshold in which pre-activations affect its gradient; same unit as `initial_threshold`."""
     ste_to_input: bool = field(default=False, metadata=LATER)
     """Pass the straight-through gradient of the window on to pre-activations too, and so to all weights, not just thresholds."""
     initial_threshold: float | None = None
-    """Initial theta of every feature; None is where 8 times `target_l0` (32 if unset) features fire, at any `normalize`, or
+    """Initial theta of every feature; None means where 8 times `target_l0` (32 if unset) features fire, at any `normalize`, or
     `bandwidth` if that is larger."""
     pre_bias: bool = False
     """Subtract `b_dec` from the input before the encoder."""
@@ -92,7 +92,7 @@ class JumpReLUConfig:
             raise ValueError(f"pre_act_coefficient={self.pre_act_coefficient} must not be negative; 0 turns it off.")
         if self.loss == "l0_target" and self.target_l0 is None:
             raise ValueError(
-                "loss='l0_target' needs target_l0: give the number of features that should fire per token."
+                "loss='l0_target' needs target_l0: set it to the number of features that should fire per token."
             )
 
     @property

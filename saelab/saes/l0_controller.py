@@ -1,7 +1,7 @@
 """The sparsity coefficient of a loss: constant, or adapted during the run until the batch L0 reaches a target.
 
 A PI controller with anti-windup. The setpoint moves, in log(L0), from the L0 of the first step to `target_l0` over the first
-`RAMP_FRACTION` of the run, so that the error stays small; an L0 between setpoint and target counts as no error. With e the
+`RAMP_FRACTION` of the run, so that the error stays small; an L0 between setpoint and target counts as zero error. With e the
 error of log(L0), clipped at `ERROR_CLIP`, and m its exponential moving average,
 
     log coefficient = I + PROPORTIONAL_GAIN * m,   I += INTEGRAL_GAIN * m,
@@ -117,7 +117,7 @@ def check_sparsity(config: Any, kind: str) -> None:
     if coefficient < 0:
         raise ValueError(f"{kind}_coefficient={coefficient} must not be negative.")
     if not 0 <= warmup <= 1:
-        raise ValueError(f"{kind}_warmup={warmup} is a fraction of the run: give 0 to 1.")
+        raise ValueError(f"{kind}_warmup={warmup} is a fraction of the run: use a value from 0 to 1.")
     if target is None:
         return
     if not 0 < target <= config.d_sae:
@@ -126,7 +126,7 @@ def check_sparsity(config: Any, kind: str) -> None:
         )
     if not coefficient:
         raise ValueError(
-            f"{kind}_coefficient=0 cannot be adapted to reach target_l0={target}: give a positive initial value."
+            f"{kind}_coefficient=0 cannot be adapted to reach target_l0={target}: use a positive initial value."
         )
 
 

@@ -44,7 +44,7 @@ class MatchingPursuitConfig:
     signed: bool = False
     """Allow negative activations: the largest |<r, d_i>| is chosen."""
     residual_threshold: float = 0.0
-    """Stop a token once its residual norm is below this fraction of sqrt(d_in), the inputs' root-mean-square norm."""
+    """Stop for a token once its residual norm is below this fraction of sqrt(d_in), the inputs' root-mean-square norm."""
     auxk_alpha: float = 1 / 32
     """Weight of the aux loss that revives dead features."""
     normalize: str = "center_and_scale"

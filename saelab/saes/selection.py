@@ -39,7 +39,7 @@ class SelectionConfig:
     """Features that the aux loss trains: dead ones; with "aux_zipf" also any below a tenth of their density under Zipf's law."""
     encoder_decay: float = 0.0
     """AdamW weight decay of `W_enc`. About 1 helps in short runs of several epochs, which then memorise fewer rows. At a learning
-    rate of 3e-3 a decay of 1 halves a row without gradient every 231 steps: keep 0 in long runs or where features are rare."""
+    rate of 3e-3 a decay of 1 halves a row without gradient every 231 steps: use 0 in long runs or if features are rare."""
     normalize: str = "center_and_scale"
     """Input normalisation: "center_and_scale", "scale" or "none"; stored with the SAE."""
 
@@ -92,7 +92,7 @@ class SelectionSAE(SAE):
 
     @property
     def rows(self) -> tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, "d_sae d_out"], Float[Tensor, " d_out"]]:
-        """`W_enc`, `W_dec` and `b_dec` as the kernels read them: one feature, one row."""
+        """`W_enc`, `W_dec` and `b_dec` as the kernels read them: one row per feature."""
         return self.W_enc, self.W_dec, self.b_dec
 
     @property

@@ -1,4 +1,4 @@
-"""What an SAE is given in a training step, and what it returns."""
+"""What an SAE receives in a training step, and what it returns."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from saelab.distributed import SINGLE_PROCESS, Ranks
 from saelab.kernels.sparse_acts import SparseActs
 
 RULES = 4
-"""Version of the training rules. A change that alters the bits of a run raises it; runs already started keep theirs."""
+"""Version of the training rules. A change that alters the bits of a run increments it; runs already started keep theirs."""
 
 
 class SAEOutput(NamedTuple):
@@ -31,7 +31,7 @@ class Batch(NamedTuple):
 
 
 class StepInfo(NamedTuple):
-    """What a loss is told about the run."""
+    """Information about the run that `loss` receives."""
 
     dead: Bool[Tensor, " d_sae"]
     """Features that have not fired for `TrainConfig.dead_after_tokens` tokens."""

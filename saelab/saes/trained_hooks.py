@@ -9,8 +9,8 @@ from saelab.saes.hooks_used import HooksUsed
 
 
 def hooks_of(sae: SAE, hook_name: str | Sequence[str] | None = None) -> HooksUsed:
-    """The hooks of a trained SAE, or those given: one hook, all of a crosscoder's in order, or a transcoder's input and
-    output. Raises `ValueError` if neither the SAE nor `hook_name` says, or for a wrong number of sources.
+    """The hooks of a trained SAE, or those in `hook_name`: one hook, all of a crosscoder's in order, or a transcoder's input
+    and output. Raises `ValueError` if neither the SAE nor `hook_name` names any, or for a wrong number of sources.
     """
     given = (hook_name,) if isinstance(hook_name, str) else tuple(hook_name or ())
     n_sources, output = sae.shape.get("n_sources", 1), _output(sae)
@@ -18,10 +18,10 @@ def hooks_of(sae: SAE, hook_name: str | Sequence[str] | None = None) -> HooksUse
         given, output = given[:1], given[1]
     inputs = given or _inputs(sae)
     if not inputs:
-        raise ValueError("This SAE does not say which hook it reads (it was trained on bare tensors): give hook_name.")
+        raise ValueError("This SAE does not say which hook it reads (it was trained on bare tensors): pass hook_name.")
     if len(inputs) != n_sources:
         raise ValueError(
-            f"This SAE reads {n_sources} source{'s' * (n_sources > 1)}, hook_name names {len(inputs)} ({', '.join(inputs)}): "
+            f"This SAE reads {n_sources} source{'s' * (n_sources > 1)}; hook_name names {len(inputs)} ({', '.join(inputs)}): "
             "name each source once, in order."
         )
     return HooksUsed(inputs, inputs if output is None else (output,))

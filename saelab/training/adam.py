@@ -22,7 +22,7 @@ def default_eps(batch_size: int, width: int) -> float:
     """1e-8, or less if a step reconstructs more than `SMALL_STEP` numbers, as gradients are then smaller too.
 
     FVU is a mean over all numbers of a batch, so the gradient of a weight is proportional to 1 / (batch_size * width), and
-    in large runs a fixed eps would be of similar size. At 8,192 tokens of width 4,096 this is 6.25e-10 (Gao et al. 2024).
+    in large runs a fixed eps would be of comparable size. At 8,192 tokens of width 4,096 this is 6.25e-10 (Gao et al. 2024).
     """
     return EPS * min(1.0, SMALL_STEP / (batch_size * width))
 
@@ -40,7 +40,7 @@ class Adam:
     ) -> None:
         self.parameters = list(parameters)
         self.betas, self.eps = betas, eps
-        # Moments below this move no weight. Those of features that do not fire would decay to denormal numbers and stay
+        # Moments below this change no weight. Those of features that do not fire would decay to denormal numbers and stay
         # there, which makes a CPU five to ten times slower; they are set to 0 every `_EVERY` steps.
         self._nothing = {"exp_avg": min(1e-30, 1e-19 * eps), "exp_avg_sq": min(1e-36, (1e-7 * eps) ** 2)}
         self._decay = [(decay or {}).get(p, 0.0) for p in self.parameters]
@@ -82,7 +82,7 @@ class Adam:
             parameter.grad = None
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The moments by "INDEX.NAME", indexed in the order of the parameters; not copies, so that writing to them restores."""
+        """The moments by "INDEX.NAME", in the order of the parameters; not copies, so that writing to them restores the state."""
         return {
             f"{index}.{name}": self._state[name][index] for index in range(len(self.parameters)) for name in _MOMENTS
         }

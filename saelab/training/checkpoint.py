@@ -44,11 +44,13 @@ _NAME = re.compile(r"step-(\d{8})(\.safetensors)?")
 
 
 class AnotherRunError(TrainingError):
-    """A folder holds a run of other arguments, `different`."""
+    """A folder holds a run with different arguments, listed in `different`."""
 
     def __init__(self, folder: Path, different: list[str]):
         super().__init__(
-            refusal(folder, "run", different, "train elsewhere (--name NAME or another RUN; in Python another out_dir)")
+            refusal(
+                folder, "run", different, "train elsewhere (--name NAME or another RUN; in Python, another out_dir)"
+            )
         )
         self.folder, self.different = folder, different
 
@@ -85,7 +87,7 @@ def note_latest(folder: Path, step: int, keep: int) -> None:
 def load_checkpoint(folder: Path, n_steps: int, state: Mapping[str, Tensor]) -> int:
     """Restore the latest checkpoint of the run into `state`; returns the step to resume at, 0 if there is none.
 
-    One that is damaged, or from another run, is skipped with a warning in favour of the newest of the others.
+    One that is damaged, or from another run, is skipped with a warning, in favour of the newest of the others.
     """
 
     def read(path: Path, step: int) -> None:
@@ -128,7 +130,7 @@ def check_checkpoint(path: Path, step: int, n_steps: int) -> None:
 
 
 def state_of(sae: SAE, adam: Adam, dead: DeadFeatures, running: RunningNorm | None) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, no copies."""
+    """The tensors of a checkpoint, not copied."""
     tensors: dict[str, Tensor] = {f"sae.{name}": value for name, value in sae.state_dict().items()}
     tensors |= {f"adam.{name}": value for name, value in adam.state_dict().items()}
     tensors |= {} if running is None else {"gradient_norm": running.state}
@@ -150,7 +152,7 @@ def _tensors_of(path: Path, step: int, n_steps: int) -> dict[str, Tensor]:
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
     if metadata.get("step") != str(step) or step >= n_steps:
-        raise ValueError(f"it is from step {metadata.get('step')}, the run has {n_steps} steps")
+        raise ValueError(f"it is from step {metadata.get('step')}; the run has {n_steps} steps")
     tensors = load_file(path)
     if metadata.get("sha256") != tensors_hash(tensors):
         raise ValueError("it was altered: SHA-256 differs")
@@ -164,7 +166,7 @@ def claimed(folder: Path | None) -> Iterator[None]:
         yield
         return
     home = (folder / RUN_FILE).parent
-    busy = f"Another process is training in {folder}: wait for it, or give another out_dir (--name NAME, another RUN)."
+    busy = f"Another process is training in {folder}: wait for it, or use another out_dir (--name NAME, another RUN)."
     with locked(home, busy):
         remove_leftovers(home)
         yield
@@ -182,9 +184,9 @@ def claim_run(folder: Path, arguments: Mapping[str, Any], rules: int, environmen
     before = read_json(path)
     environment_then = before.pop("environment", None) if isinstance(before, dict) else None
     if not isinstance(environment_then, dict):
-        raise TrainingError(f"{path} is not what train wrote: restore it from a backup, or train elsewhere.")
+        raise TrainingError(f"{path} was not written by train: restore it from a backup, or train elsewhere.")
     before.pop("rules", None)  # a run keeps the rules it was started with (rules.py)
-    asked = json.loads(json.dumps(arguments))  # tuples are lists there
+    asked = json.loads(json.dumps(arguments))  # as in the file, where tuples are lists
     different = differences(before, asked, {"rows": ANY})
     if different:
         raise AnotherRunError(folder, different)
@@ -211,7 +213,7 @@ class State:
         self._device = dead.tokens_since_fired.device
 
     def save(self, step: int) -> None:
-        """Write the state before `step`; the newest `keep` stay. With sharded features all ranks write."""
+        """Write the state before `step`; the newest `keep` are kept. With sharded features all ranks write."""
         first = self.mesh.world.is_main_process
         if self.folder is None or not step:
             return

@@ -17,7 +17,7 @@ class OptimizerConfig:
     eps: float | None = None
     """Adam's epsilon; None means 1e-8, or less if batch_size times the width of the target exceeds 2**21."""
     clip_relative: float | None = None
-    """Clip gradients at this multiple of the running mean of their norm, e.g. 3, besides clip_norm; None: no such limit."""
+    """Clip gradients at this multiple of the running mean of their norm, e.g. 3, in addition to clip_norm; None: no limit."""
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -29,9 +29,7 @@ class OptimizerConfig:
                 f"eps={self.eps} must be a positive number, or None: Adam divides by it where nothing fires."
             )
         if self.clip_relative is not None and not self.clip_relative >= 1:
-            raise ValueError(
-                f"clip_relative={self.clip_relative} must be at least 1, or None, which sets no such limit."
-            )
+            raise ValueError(f"clip_relative={self.clip_relative} must be at least 1, or None for no limit.")
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ class TrainConfig(OptimizerConfig):
         if self.lr is not None and not (self.lr > 0 and math.isfinite(self.lr)):
             raise ValueError(f"lr={self.lr} must be a positive number, or None for the variant's own.")
         if not 0 <= self.decay_fraction <= 1:
-            raise ValueError(f"decay_fraction={self.decay_fraction} is a fraction of the run: give 0 to 1.")
+            raise ValueError(f"decay_fraction={self.decay_fraction} is a fraction of the run: use a value from 0 to 1.")
         if not self.clip_norm > 0:
             raise ValueError(f"clip_norm={self.clip_norm} must be positive; float('inf') turns clipping off.")
 
@@ -116,7 +114,7 @@ class TrainConfig(OptimizerConfig):
         return self.n_tokens // 20
 
     def settings(self) -> dict[str, str]:
-        """What decides the result, as recorded in `run.json` and `sae.json`: without `keep_checkpoints` and `feature_shards`.
+        """What determines the result, as recorded in `run.json` and `sae.json`: without `keep_checkpoints` and `feature_shards`.
 
         Fields added after the first version are omitted at their defaults, since the files of older runs lack them.
         """

@@ -24,7 +24,7 @@ from saelab.training.tensor_data import as_rows, from_iterator, from_tensors
 def open_data(data: Any, hook_name: str | None, rules: int = RULES) -> DataSource:
     """Make a `DataSource` from any data that `saelab.train` accepts. Raises `ValueError` for anything else.
 
-    `rules` are the training rules of the run, which decide whether rows are held out of the batches.
+    `rules` are the training rules of the run, which determine whether rows are held out of the batches.
     """
     if isinstance(data, str | Path):
         data = ActivationCache(data)
@@ -35,7 +35,7 @@ def open_data(data: Any, hook_name: str | None, rules: int = RULES) -> DataSourc
     if isinstance(data, Iterable):
         return from_iterator(iter(data))
     raise ValueError(
-        f"Cannot train on {type(data).__name__}: give a cache, its path, a stream, a tensor or NumPy array (n, d_in), a "
+        f"Cannot train on {type(data).__name__}: pass a cache, its path, a stream, a tensor or NumPy array (n, d_in), a "
         "Batch(x, y) of them, or an iterator of these."
     )
 

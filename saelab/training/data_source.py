@@ -17,7 +17,7 @@ from saelab.saes import SAE
 from saelab.saes.hooks_used import HooksUsed
 
 MIN_VARIANCE = 5e-7
-"""As a fraction of the mean square: below it rows differ by float32 rounding only."""
+"""As a fraction of the mean square: below this variance, rows differ by float32 rounding only."""
 Rows = Mapping[str, Tensor]
 """Rows by hook name; row i is the same token in each."""
 Stream = Callable[[Sequence[str], int, int, int], Iterator[Rows]]
@@ -44,7 +44,7 @@ class View(NamedTuple):
     fingerprint: str
     origin: dict[str, Any]
     rows: str
-    """SHA-256 of everything that decides the rows of a cache; "" for other data, where `fingerprint` covers it."""
+    """SHA-256 of everything that determines the rows of a cache; "" for other data, where `fingerprint` covers it."""
 
     @property
     def width(self) -> int:
@@ -102,7 +102,7 @@ class DataSource:
         widths = {name: one.mean.shape[-1] for name, one in zip(names, several, strict=True)}
         if len(set(widths.values())) > 1:
             raise ValueError(
-                f"The sources of a crosscoder must have the same width, these have {widths}: choose other hook_names."
+                f"The sources of a crosscoder must have the same width; these have {widths}: choose other hook_names."
             )
         return Moments(*(torch.stack(each) for each in zip(*several, strict=True)))
 

@@ -1,5 +1,5 @@
-"""Counts, for each feature, the training tokens since it last fired (had a non-zero activation, not merely was selected),
-and decides after how many it is dead."""
+"""Counts, for each feature, the training tokens since it last fired (had a non-zero activation; being selected
+is not enough), and decides after how many it is dead."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def dead_window(train: TrainConfig, variant: type[SAE], config: Any, rules: int)
 
     With L0 of `d_sae` features firing per token, a feature fires once in `d_sae / L0` tokens on average. Frequencies have a
     long tail (Zipf), so the window is `PERIODS` times that: a feature a hundred times rarer than the average is silent for
-    that long with probability exp(-4) = 2 %. (Gao et al. 2024 use 10 million tokens at any size.) It is capped at
+    that long with probability exp(-4) = 2 %. (Gao et al. 2024 use 10 million tokens for all sizes.) It is capped at
     `train.longest_dead_window`, so that dead features can be revived during most of any run.
     """
     if train.dead_after_tokens is not None:

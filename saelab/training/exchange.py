@@ -27,7 +27,7 @@ class Exchange:
             gradient_sum()
 
     def sum_metrics(self, values: dict[str, float], device: torch.device) -> dict[str, float]:
-        """Sum over rows; L0 is summed over features too, of the other metrics every shard has the full value."""
+        """Sum over rows, and for L0 over features too: of the other metrics, every shard already has the full value."""
         if self.mesh.world.size == 1:
             return values
         copies = self.mesh.feature.size

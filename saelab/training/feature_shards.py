@@ -82,7 +82,7 @@ class FeatureShard(SelectionSAE):
 
 
 class TopKShard(FeatureShard, TopKSAE):
-    """A token's k largest over all shards are among the k largest of the single shards."""
+    """A token's k largest over all shards are among the k largest of the individual shards."""
 
     def select(self, x: Float[Tensor, "batch d_in"], info: StepInfo) -> SparseActs:
         feature_acts = self._best(x, self.config.k)

@@ -76,14 +76,14 @@ def train(
     rank 0 writes. With `feature_shards` S the features of each SAE are sharded over S ranks, and rank 0 returns the whole
     SAE.
 
-    Raises `ValueError` for bad arguments, `TrainingError` if memory does not suffice, if activations or loss become
+    Raises `ValueError` for bad arguments, `TrainingError` if there is not enough memory, if activations or loss become
     non-finite, or if `out_dir` holds another run.
     """
     keep_freed_memory()
     several = isinstance(config, Sequence)
     configs = list(config) if several else [config]
     if not configs:
-        raise ValueError("The list of SAE configs is empty; give at least one.")
+        raise ValueError("The list of SAE configs is empty; pass at least one.")
     trains = _train_configs(train_config, configs, several)
     ranks = init_distributed()
     mesh = build_mesh(ranks, trains[0].feature_shards, trains[0].device)
@@ -121,7 +121,7 @@ def _check_memory(each: list[tuple[Any, TrainConfig, Path | None]], source: Data
 
 
 _COMMON = ("n_tokens", "batch_size", "seed", "feature_shards")
-"""Fields of `TrainConfig` that decide batches and placement, so they must agree for SAEs trained side by side."""
+"""Fields of `TrainConfig` that determine batches and placement, so they must be the same for SAEs trained side by side."""
 
 
 def _train_configs(given: Any, configs: list[Any], several: bool) -> list[TrainConfig]:
@@ -129,10 +129,10 @@ def _train_configs(given: Any, configs: list[Any], several: bool) -> list[TrainC
     trains = list(given) if several and isinstance(given, Sequence) else [given] * len(configs)
     for train in trains:
         if not isinstance(train, TrainConfig):
-            raise ValueError(f"train_config={train!r} is not a saelab.TrainConfig; give TrainConfig(n_tokens=...).")
+            raise ValueError(f"train_config={train!r} is not a saelab.TrainConfig; pass TrainConfig(n_tokens=...).")
     if len(trains) != len(configs):
         raise ValueError(
-            f"{len(trains)} TrainConfigs for {len(configs)} SAE configs: give one for all, or one for each."
+            f"{len(trains)} TrainConfigs for {len(configs)} SAE configs: pass one for all, or one for each."
         )
     for name in _COMMON:
         values = list(dict.fromkeys(getattr(train, name) for train in trains))
@@ -145,7 +145,7 @@ def _train_configs(given: Any, configs: list[Any], several: bool) -> list[TrainC
 
 
 def _warn_if_few(source: DataSource, batch_size: int) -> None:
-    """Warn, at the line that called `train`, when all rows together do not fill a batch."""
+    """Warn, at the line that called `train`, if all rows together do not fill a batch."""
     if source.n_rows is not None and source.n_rows < batch_size:
         warnings.warn(
             f"There are {source.n_rows:,} different rows, fewer than one batch of {batch_size:,}: the SAE will "
@@ -170,7 +170,7 @@ def _train_all(runs: list[Run], source: DataSource, config: TrainConfig, progres
             rows = next(batches, None)
             if rows is None:
                 raise TrainingError(
-                    f"The data ended after {step * config.batch_size} of {config.n_tokens} tokens; give more, or lower n_tokens."
+                    f"The data ended after {step * config.batch_size} of {config.n_tokens} tokens; pass more, or lower n_tokens."
                 )
             for run in runs:
                 if run.step == step:
@@ -190,7 +190,7 @@ def _stop(runs: list[Run]) -> NoReturn:
     for run in runs:
         run.checkpoint()
     kept = [f"{run.folder} resumes from step {run.step}" for run in runs if run.folder is not None and run.step]
-    raise KeyboardInterrupt("; ".join(kept) or "Nothing of this training was saved")
+    raise KeyboardInterrupt("; ".join(kept) or "Nothing from this training run was saved")
 
 
 def _summary(runs: list[Run], bar: Any, batch_size: int) -> str:

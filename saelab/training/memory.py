@@ -1,4 +1,4 @@
-"""Estimates the memory of a run before anything is allocated: one that does not fit is refused instead of killed midway.
+"""Estimates the memory of a run before anything is allocated: one that does not fit is refused rather than killed midway.
 
 Weights, gradients and Adam's moments are exact but for the biases. Batches and workspace are estimated from the sizes of a
 step's tensors; tests compare them with real steps. A fraction `DEAD` of the features is taken to be dead, as the aux loss

@@ -1,4 +1,4 @@
-"""Training rules: a run that an earlier saelab started keeps its rules to the end, so that it resumes bit for bit.
+"""Training rules: a run that an earlier version of saelab started keeps its rules to the end, so that it resumes bit for bit.
 
 `run.json` records their number; if it has none, they are rules 1, those of the first version. Code that later rules changed
 checks `StepInfo.rules`, or the run's.
@@ -45,6 +45,6 @@ def _begun_by(folder: Path) -> int:
     rules = noted.get("rules", FIRST) if isinstance(noted, dict) else FIRST
     if not isinstance(rules, int) or not FIRST <= rules <= RULES:
         raise TrainingError(
-            f"{folder / RUN_FILE} follows training rules {rules!r}, this saelab supports {FIRST} to {RULES}: update saelab."
+            f"{folder / RUN_FILE} follows training rules {rules!r}; this saelab supports {FIRST} to {RULES}: update saelab."
         )
     return rules

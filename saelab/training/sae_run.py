@@ -40,7 +40,7 @@ def variant_of(config: Any) -> type[SAE]:
         if type(config) is cls.Config:
             return cls
     known = ", ".join(cls.Config.__name__ for cls in VARIANTS.values())
-    raise ValueError(f"{config!r} is not an SAE config; give one of {known} (saelab.saes).")
+    raise ValueError(f"{config!r} is not an SAE config; pass one of {known} (saelab.saes).")
 
 
 class Run:
@@ -241,7 +241,7 @@ def _check_shares(variant: type[SAE], config: Any, train: TrainConfig, ranks: Ra
         return
     if not variant.supports_data_parallel:
         raise ValueError(
-            f"{variant.variant} trains in a single process, this job has {ranks.size}: start it without torchrun."
+            f"{variant.variant} trains in a single process; this job has {ranks.size}: start it without torchrun."
         )
     smallest = min(len(micro_batch) for micro_batch in train.micro_batches)
     if smallest < ranks.size:
@@ -259,12 +259,12 @@ def device_of(train: TrainConfig) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"device={name!r} cannot be used here ({reason}): give 'cpu', or None for what is available."
+            f"device={name!r} cannot be used here ({reason}): use 'cpu', or None for what is available."
         ) from error
 
 
 def environment(device: torch.device, mesh: Mesh) -> dict[str, Any]:
-    """What decides the bits of a run besides seed and data."""
+    """What determines the bits of a run besides seed and data."""
     return {
         "torch": torch.__version__,
         "device": str(device),
@@ -275,10 +275,10 @@ def environment(device: torch.device, mesh: Mesh) -> dict[str, Any]:
 
 
 def _warn_if_elsewhere(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Warn if a run resumes under another torch, device, thread count or number of ranks: its bits may then differ."""
+    """Warn if a run resumes with a different torch, device, thread count or number of ranks: its bits may then differ."""
     before = {"ranks": 1} | before
     different = [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
     if different:
         warnings.warn(
-            f"This run resumes under other conditions ({', '.join(different)}): bits may differ.", stacklevel=5
+            f"This run resumes under different conditions ({', '.join(different)}): bits may differ.", stacklevel=5
         )

@@ -56,21 +56,21 @@ def save_shard(path: Path, step: int, state: Mapping[str, Tensor], rows: set[str
             shutil.rmtree(path, ignore_errors=True)
             temporary.replace(path)
             fsync_dir(path.parent)
-    mesh.world.barrier(number.device)  # no rank continues before the folder has its name
+    mesh.world.barrier(number.device)  # no rank continues before the folder has its final name
 
 
 def check_folder(path: Path, step: int, n_steps: int) -> None:
     """Raises `ValueError` unless the folder is complete, unaltered and from this step."""
     known = read_json(path / FILES)
     if known.get("step") != step or step >= n_steps:
-        raise ValueError(f"it is from step {known.get('step')}, the run has {n_steps} steps")
+        raise ValueError(f"it is from step {known.get('step')}; the run has {n_steps} steps")
     for name, digest in known["files"].items():
         if sha256_file(path / name) != digest:
             raise ValueError(f"{name} was altered: SHA-256 differs")
 
 
 def read_folder(path: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The whole tensors of a sharded checkpoint, read by one process. Raises `ValueError` for other shapes than `like`."""
+    """The whole tensors of a sharded checkpoint, read by one process. Raises `ValueError` if shapes differ from `like`."""
     tensors = {name: torch.empty_like(x, device="cpu") for name, x in like.items()}
     _load(path, tensors, no_dist=True)
     return tensors
@@ -98,7 +98,7 @@ def _load(path: Path, state: Mapping[str, Any], no_dist: bool = False) -> None:
 
 
 def _placed(state: Mapping[str, Tensor], rows: set[str], mesh: Mesh) -> dict[str, Any]:
-    """The tensors with their place in the whole, as `torch.distributed.checkpoint` expects; not copied."""
+    """The tensors with their position in the whole, as `torch.distributed.checkpoint` expects; not copied."""
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     placements = [Replicate(), Shard(0)]

@@ -38,7 +38,7 @@ def check_start(sae: SAE, l0: float) -> None:
 
 @torch.no_grad()
 def check_promise(sae: SAE, x: Float[Tensor, "n ..."]) -> None:
-    """Log a warning if the L0 on raw rows `x` is over 5 % off what the config promises."""
+    """Log a warning if the L0 on raw rows `x` is more than 5 % off what the config promises."""
     promised = sae.expected_l0(sae.config)
     if promised is None or not len(x):
         return
@@ -51,7 +51,7 @@ def check_promise(sae: SAE, x: Float[Tensor, "n ..."]) -> None:
 
 
 def check_end(sae: SAE, l0: float) -> None:
-    """If nothing fires at the end, warns, or raises `TrainingError` for an SAE that is left without a threshold."""
+    """If nothing fires at the end, warns, or raises `TrainingError` for an SAE left without a threshold."""
     if l0 > 0:
         return
     said = (

@@ -18,13 +18,13 @@ from saelab.training.kept_out import n_kept_out
 
 
 def from_tensors(rows: Rows, rules: int) -> DataSource:
-    """A source of the rows of one tensor, or of x and y. Raises `ValueError` where they are empty or not finite."""
+    """A source of the rows of one tensor, or of x and y. Raises `ValueError` if they are empty or not finite."""
     for name, x in rows.items():
         if not x.numel():
-            raise ValueError(f"A tensor to train on must be (n, d_in) with both above 0, {name} is {tuple(x.shape)}.")
+            raise ValueError(f"A tensor to train on must be (n, d_in) with both above 0; {name} is {tuple(x.shape)}.")
         if not bool(x.isfinite().all()):
             raise ValueError(
-                f"{int((~x.isfinite()).flatten(1).any(1).sum())} of {len(x)} rows hold NaN or infinite values."
+                f"{int((~x.isfinite()).flatten(1).any(1).sum())} of {len(x)} rows contain NaN or infinite values."
             )
 
     def batches(names: Sequence[str], batch_size: int, seed: int, start_step: int) -> Iterator[Rows]:
@@ -53,20 +53,20 @@ def from_tensors(rows: Rows, rules: int) -> DataSource:
 
 
 def _tensor_hooks(variant: type[SAE], config: Any, rows: Rows) -> HooksUsed:
-    """x, and y if it was given, which only a transcoder may have."""
+    """x, and y if there is one, which only a transcoder may have."""
     predicts = "d_out" in variant.extra_dims
     several = config.hook_names if "n_sources" in variant.extra_dims else None
     if "y" in rows and not predicts:
         raise ValueError(
-            f"{type(config).__name__} reconstructs its input: give a tensor to train on, not a Batch(x, y)."
+            f"{type(config).__name__} reconstructs its input: pass a tensor to train on, not a Batch(x, y)."
         )
     if "y" not in rows and predicts and config.hook_name_out is not None:
         raise ValueError(
-            f"hook_name_out={config.hook_name_out!r} needs rows of that hook to train on: give Batch(x, y), or a cache."
+            f"hook_name_out={config.hook_name_out!r} needs rows of that hook to train on: pass a Batch(x, y), or a cache."
         )
     n_sources = rows["x"].shape[1] if rows["x"].ndim == 3 else 1
     if several is not None and len(several) != n_sources:
-        raise ValueError(f"hook_names={several} names {len(several)} sources, the tensor to train on has {n_sources}.")
+        raise ValueError(f"hook_names={several} names {len(several)} sources; the tensor to train on has {n_sources}.")
     return HooksUsed(("x",), ("y",) if "y" in rows else ("x",))
 
 
@@ -74,7 +74,7 @@ def as_rows(data: Any, like: Rows | None = None) -> Rows:
     """fp32 rows, named "x" and "y", of a tensor, an array, or a Batch of them. Raises `ValueError` for a wrong shape or type."""
     given = {"x": data.x, "y": data.y} if isinstance(data, Batch) else {"x": data}
     if like is not None and given.keys() != like.keys():
-        raise ValueError(f"Every chunk to train on must have {' and '.join(like)}, this one has {' and '.join(given)}.")
+        raise ValueError(f"Every chunk to train on must have {' and '.join(like)}; this one has {' and '.join(given)}.")
     rows = {name: _as_floats(one, None if like is None else like[name].shape[1:]) for name, one in given.items()}
     if len({len(x) for x in rows.values()}) > 1:
         raise ValueError(
@@ -99,7 +99,7 @@ def _as_floats(rows: Any, row_shape: Sequence[int] | None = None) -> Tensor:
 
 
 def _shuffled(n: int, batch_size: int, seed: int, start_step: int) -> Iterator[Tensor]:
-    """Row indices of endless batches; each epoch is a permutation seeded by (seed, epoch), and batches may span two."""
+    """Row indices of endless batches; each epoch is a permutation seeded by (seed, epoch), and batches may span two epochs."""
     epoch, skip = divmod(start_step * batch_size, n)
     waiting = torch.zeros(0, dtype=torch.int64)
     while True:
@@ -112,11 +112,11 @@ def _shuffled(n: int, batch_size: int, seed: int, start_step: int) -> Iterator[T
 
 
 def from_iterator(chunks: Iterator[Any]) -> DataSource:
-    """Rows in their order; statistics of the first chunk set the normalisation. A resume skips rows already used."""
+    """Rows in the order they come; statistics of the first chunk set the normalisation. A resume skips rows already used."""
     given = next(chunks, None)
     if given is None:
         raise ValueError("The iterator to train on yielded nothing.")
-    start = from_tensors(first := as_rows(given), rules=1)  # no row is held out: more may come
+    start = from_tensors(first := as_rows(given), rules=1)  # no rows are held out: more may come
 
     def batches(names: Sequence[str], batch_size: int, seed: int, start_step: int) -> Iterator[Rows]:
         skip, waiting = start_step * batch_size, {name: first[name] for name in names}

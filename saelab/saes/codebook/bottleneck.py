@@ -23,7 +23,7 @@ class Bottleneck:
         self.loss: Tensor | None = None
 
     def forget(self) -> None:
-        """Before a pass: what `seen`, `ids` and `loss` hold afterwards is that pass's own."""
+        """Called before a pass, so that what `seen`, `ids` and `loss` hold afterwards comes from that pass."""
         self.seen = self.ids = self.loss = None
 
     def __call__(self, x: Float[Tensor, "batch seq *d_in"]) -> Float[Tensor, "batch seq *d_in"]:

@@ -24,7 +24,7 @@ FORMAT_VERSION = 1
 
 
 def save(inserted: Inserted, folder: str | Path) -> Path:
-    """Write codebooks, and the model's weights if they were trained. Of the base model only the hash is saved."""
+    """Write codebooks, and the model's weights if they were trained. Only the hash of the base model is saved."""
     folder = claim_folder(folder, "codebooks.json", "codebooks")
     trained = inserted.base_hash is not None
     files = {"codebooks.safetensors": _codebook_state(inserted)} | (
@@ -54,7 +54,7 @@ def load(lm: LanguageModel, folder: str | Path) -> Inserted:
         raise SaelabError(f"{folder / 'codebooks.json'} was altered ({error!r}): restore it from a backup.") from error
     if version > FORMAT_VERSION:
         raise SaelabError(
-            f"{folder} has format version {version}, this saelab reads up to {FORMAT_VERSION}: update saelab."
+            f"{folder} has format version {version}; this saelab reads up to {FORMAT_VERSION}: update saelab."
         )
     if lm.hash != base_hash:
         raise SaelabError(
@@ -91,7 +91,7 @@ def _read(path: Path, expected: str) -> dict[str, Tensor]:
     except (SafetensorError, OSError) as error:
         raise SaelabError(f"{path} is missing, truncated or altered ({error}).") from error
     if tensors_hash(tensors) != expected:
-        raise SaelabError(f"{path} was altered: its hash is not that in codebooks.json. Restore it from a backup.")
+        raise SaelabError(f"{path} was altered: its hash is not the one in codebooks.json. Restore it from a backup.")
     return tensors
 
 
@@ -100,6 +100,6 @@ def _fill(targets: dict[str, Tensor], tensors: dict[str, Tensor], path: Path) ->
     """Copy in place, all or nothing."""
     shapes: list[Any] = [{name: tensor.shape for name, tensor in each.items()} for each in (targets, tensors)]
     if shapes[0] != shapes[1]:
-        raise SaelabError(f"{path} does not fit the model and the configs of codebooks.json.")
+        raise SaelabError(f"{path} does not fit the model and the configs in codebooks.json.")
     for name, tensor in targets.items():
         tensor.copy_(tensors[name])

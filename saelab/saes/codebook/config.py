@@ -40,8 +40,8 @@ class CodebookConfig:
     start: Start = "kmeans"
     """Initial codes: k-means on the first batch, or N(0, 1)."""
     revive: Revive = "replace"
-    """Dead-code revival: "replace" sets unused codes to inputs; "online" moves codes towards inputs, the less used the further
-    (Zheng & Vedaldi 2023); "simvq" learns a linear map of frozen codes, with its own start (Zhu et al. 2024); or "none"."""
+    """Dead-code revival: "replace" sets unused codes to inputs; "online" moves codes towards inputs, the less used, the further
+    (Zheng & Vedaldi 2023); "simvq" learns a linear map of frozen codes, initialised differently (Zhu et al. 2024); or "none"."""
     replace_every: int = 100
     """Steps after which codes that went unused are replaced ("replace")."""
     normalize: str = "center_and_scale"

@@ -21,7 +21,7 @@ from saelab.validation import check_integer
 
 @dataclass(frozen=True, eq=False)
 class CodeEdit:
-    """One code at one hook. Made by `Inserted.force` and `Inserted.block`."""
+    """One code at one hook. Created by `Inserted.force` and `Inserted.block`."""
 
     hook_name: str
     bottleneck: Bottleneck
@@ -35,7 +35,7 @@ class CodeEdit:
     def made(
         cls, bottlenecks: Mapping[str, Bottleneck], hook_name: str, code: int, mode: Any, positions: Any, slot: int = -1
     ) -> CodeEdit:
-        """A checked edit. Raises `ValueError` for a hook without codebook, or an invalid code, slot or position."""
+        """A checked edit. Raises `ValueError` for a hook without a codebook, or an invalid code, slot or position."""
         if hook_name not in bottlenecks:
             raise ValueError(f"hook_name={hook_name!r} has no codebook; there is one at {', '.join(bottlenecks)}.")
         book = bottlenecks[hook_name].codebook
@@ -62,7 +62,9 @@ class CodeEdit:
         """`x`, the codebook's output, with the codes changed. Raises `ValueError` if the codebook is not in the model."""
         seen, ids = self.bottleneck.seen, self.bottleneck.ids
         if seen is None or ids is None or len(ids) != positions.numel():
-            raise ValueError(f"{self!r}: its codebook is no longer in the model; insert it again and make a new edit.")
+            raise ValueError(
+                f"{self!r}: its codebook is no longer in the model; insert it again and create a new edit."
+            )
         here = (positions >= 0).flatten()
         if self.positions is not None:
             here &= torch.isin(positions.flatten(), torch.tensor(self.positions, device=positions.device))

@@ -101,7 +101,7 @@ def _trained(lm: LanguageModel, inserted: Inserted | None, train_lm: bool) -> It
         list(lm.model.parameters()) if train_lm else []
     )
     if not parameters:
-        raise ValueError("There is nothing to train: insert codebooks, or let train_lm be True.")
+        raise ValueError("There is nothing to train: insert codebooks, or set train_lm=True.")
     if inserted is not None and train_lm and inserted.base_hash is None:
         inserted.base_hash = lm.hash
     for book in codebooks:
@@ -135,7 +135,7 @@ def _from_texts(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     source = load_texts(texts)
     if next(source.documents(split), None) is None:
-        raise ValueError(f"{source.name} has no documents in split {split!r}: give more texts, or another split.")
+        raise ValueError(f"{source.name} has no documents in split {split!r}: pass more texts, or another split.")
     while True:
         for batch in pack(source.documents(split), lm, ctx_len, batch_size):
             yield batch.ids, batch.ids.masked_fill(batch.doc < 0, -100)

@@ -50,7 +50,7 @@ class Inserted:
         """Remove the codebooks; the model then computes without them, with its current weights."""
         while self._handles:
             self._handles.pop().remove()
-        for bottleneck in self.bottlenecks.values():  # no edit may take an old pass for its own
+        for bottleneck in self.bottlenecks.values():  # no edit may mistake an old pass for its own
             bottleneck.forget()
 
     @property
@@ -93,10 +93,10 @@ def insert(
     """
     names = [hook_names] if isinstance(hook_names, str) else list(hook_names)
     if not names or len(set(names)) < len(names):
-        raise ValueError(f"hook_names={names!r}: give at least one hook, and each once.")
+        raise ValueError(f"hook_names={names!r}: name at least one hook, and each only once.")
     if isinstance(config, Mapping) and set(config) != set(names):
         raise ValueError(
-            f"config is for {', '.join(config)}, hook_names are {', '.join(names)}: give one config for each."
+            f"config is for {', '.join(config)}, hook_names are {', '.join(names)}: pass one config for each."
         )
     made: dict[str, Bottleneck] = {}
     for index, name in enumerate(names):
@@ -112,7 +112,7 @@ def insert(
 
 
 def reached(bottleneck: Bottleneck, value: Tensor | None) -> Tensor:
-    """What the codebook kept of the last pass. Raises `ModelError` where the pass did not come through it."""
+    """What the codebook kept from the last pass. Raises `ModelError` if the pass did not go through it."""
     if value is None:
         raise ModelError(
             f"The forward pass did not reach the codebook at {bottleneck.hook_name!r}, so the model ran without it. The layer "

@@ -45,7 +45,7 @@ class Codebook(nn.Module):
         self._anchors: Tensor | None = None
 
     def _make_codes(self, rows: Tensor) -> None:
-        if self.config.revive == "simvq":  # c = c0 A, initially of the same size as other codes
+        if self.config.revive == "simvq":  # c = c0 A, initially the same size as other codes
             size = math.sqrt(self.width)
             self.register_buffer("frozen", rows / size)
             self.map = nn.Parameter(size * torch.eye(self.width).repeat(self.n_groups, 1, 1))

@@ -1,6 +1,6 @@
 """Initial codes and dead-code revival: k-means, replacement by inputs, the online clustered codebook.
 
-All functions handle one codebook (group). Random numbers come from a generator that the caller seeds by seed and step.
+All functions handle one codebook (group). Random numbers come from a generator that the caller seeds with seed and step.
 """
 
 from __future__ import annotations
