@@ -103,7 +103,7 @@ def test_rows_left_out_of_a_cache_are_in_no_batch_and_all_others_are(shuffle):
 
 
 def test_rows_left_out_of_tensors_are_in_no_batch_and_x_and_y_stay_together(monkeypatch):
-    monkeypatch.setattr(kept_out, "LEAST", 4)
+    monkeypatch.setattr(kept_out, "MIN_ROWS", 4)
     x = torch.arange(640.0)[:, None].expand(-1, 3) + torch.arange(3)
     source = open_data(Batch(x, 2 * x), None)
     epoch = next(source.batches(["x", "y"], 600, 0, 0))
