@@ -12,9 +12,9 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 # What is changed in the code before it runs.
 SMALLER = {
     "steering.ipynb": {
-        "n_tokens=25_000": "n_tokens=5_000",
+        "n_tokens=25_000": "n_tokens=3_000",
         "n_tokens=200_000, batch_size=1024": "n_tokens=40_000, batch_size=512",
-        "n_tokens=20_000": "n_tokens=4_000",
+        "n_tokens=20_000": "n_tokens=2_500",
         "max_new_tokens=30": "max_new_tokens=8",
     },
     "steering_effect.py": {", store)": ", store, n_features=3, n_random=3)"},
