@@ -358,9 +358,9 @@ def test_hooks_that_are_not_there_are_named():
 
 def test_sites_given_must_be_as_many_as_sources():
     sae = build()
-    with pytest.raises(ValueError, match="set hook_name"):
+    with pytest.raises(ValueError, match="pass hook_name"):
         hooks_of(sae)
-    with pytest.raises(ValueError, match=r"reads 3 sources, hook_name names 2 \(a, b\)"):
+    with pytest.raises(ValueError, match=r"reads 3 sources; hook_name names 2 \(a, b\)"):
         hooks_of(sae, ["a", "b"])
     assert hooks_of(sae, ["a", "b", "c"]).inputs == ("a", "b", "c")
 

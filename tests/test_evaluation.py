@@ -358,7 +358,7 @@ class Put:
 
 
 def test_sites_that_do_not_fit_are_named(tiny_lm):
-    with pytest.raises(ValueError, match=r"reads 2 sources, hook_name names 1"):
+    with pytest.raises(ValueError, match=r"reads 2 sources; hook_name names 1"):
         measure_at(crosscoder(), tiny_lm, HOOK)
     sae = TranscoderSAE(TranscoderConfig(4, 1, hook_name_out="blocks.1.hook_mlp_out"), 32, d_out=7)
     with pytest.raises(ValueError, match=r"hook_mlp_out of .* has width 32, but the SAE writes d_out=7"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from saelab.cli import main
 from saelab.errors import SaelabError
 from saelab.models.caching import Remembered
 from saelab.models.multi_model import together
+from saelab.steering import diff_means
 
 HOOK = "blocks.1.hook_resid_post"
 IDS = torch.tensor([[5, 17, 30, 44]])
@@ -101,3 +104,40 @@ def _first(lm):
 def test_a_hooks_bare_name_is_one_hook(tiny_lm, reader):
     (found,) = READERS[reader](tiny_lm, HOOK).items()
     assert found[0].endswith(HOOK) and found[1].shape[-1] == 32
+
+
+NO_SAE = """
+import sys, saelab
+lm = saelab.load_model(sys.argv[1])
+for given in ("runs/demo/sae", lm):
+    for call in (
+        lambda: saelab.evaluate(given, lm, ["a text"], progress=False),
+        lambda: saelab.collect_features(given, lm, ["a text"], out_dir=sys.argv[2]),
+        lambda: saelab.save_sae(given, sys.argv[2]),
+    ):
+        try:
+            call()
+        except ValueError as error:
+            print(error)
+"""
+
+
+def test_something_else_in_place_of_an_sae_is_named(tiny_folder, tmp_path):
+    """In a process of its own: here the annotations are checked first."""
+    command = [sys.executable, "-c", NO_SAE, str(tiny_folder), str(tmp_path / "out")]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    needs, calls = "needs an SAE, such as saelab.load_sae(folder); got a", ("scoring", "scoring", "save_sae")
+    assert said == [f"{call} {needs} {kind}." for kind in ("str", "LanguageModel") for call in calls]
+    assert not (tmp_path / "out").exists()
+
+
+def test_texts_of_one_mean_have_no_direction(tiny_lm):
+    with pytest.raises(ValueError, match="same mean activation at blocks.0.hook_resid_post: give texts that differ"):
+        diff_means(tiny_lm, ["The weather"], ["The weather"], "blocks.0.hook_resid_post")
+
+
+def test_text_without_a_tokenizer_names_the_call_for_ids(tiny_lm):
+    bare = saelab.load_model(tiny_lm.model)
+    with pytest.raises(ValueError, match="use generate_ids"):
+        bare.generate([5, 6, 7])
+    assert len(bare.generate_ids([5, 6, 7], 2).ids) == 5

@@ -303,7 +303,7 @@ def test_steer_refuses_what_is_no_edit(tiny_lm):
     with pytest.raises(ValueError, match="width 48.*has width\\s+32"), tiny_lm.steer(Wide("blocks.0.hook_resid_post")):
         pass
     with (
-        pytest.raises(ValueError, match="hook_name and apply"),
+        pytest.raises(ValueError, match="steer needs edits, such as `feature . 2.0`.*lacks a hook_name or apply"),
         tiny_lm.steer(SimpleNamespace(hook_name=3, apply=print)),
     ):
         pass

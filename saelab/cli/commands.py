@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from saelab.models import LanguageModel
     from saelab.saes import SAE
 
-Run = Annotated[Positional[Path], arg(metavar="RUN", help="Run folder; after training also one SAE folder in it.")]
+Run = Annotated[Positional[Path], arg(metavar="RUN", help="Run folder, or that of one of its trained SAEs.")]
 Model = Annotated[str, arg(help="smollm2, a Hugging Face id, or a model folder.")]
 OwnModel = Annotated[str | None, arg(help="Language model; None means the one the SAE was trained on.")]
 Dtype = Annotated[

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,20 +23,26 @@ class Shown(logging.Handler):
         print(record.getMessage(), file=sys.stderr if to_stderr else sys.stdout, flush=True)
 
 
+_handler, _blocks, _lock = Shown(), list[int](), threading.Lock()
+
+
 @contextmanager
 def shown() -> Iterator[None]:
     """Show the library's messages inside a `with` block; nested use has no effect."""
-    if any(isinstance(handler, Shown) for handler in _LOG.handlers):
-        yield
-        return
-    handler, level = Shown(), _LOG.level
-    _LOG.addHandler(handler)
-    _LOG.setLevel(logging.INFO)
+    with _lock:
+        level = _blocks[0] if _blocks else _LOG.level  # the logger's own, before any block
+        if not _blocks:
+            _LOG.addHandler(_handler)
+            _LOG.setLevel(logging.INFO)
+        _blocks.append(level)
     try:
         yield
     finally:
-        _LOG.removeHandler(handler)
-        _LOG.setLevel(level)
+        with _lock:  # the last block to end, in whichever thread
+            level = _blocks.pop()
+            if not _blocks:
+                _LOG.removeHandler(_handler)
+                _LOG.setLevel(level)
 
 
 @contextmanager

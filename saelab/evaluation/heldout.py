@@ -19,6 +19,7 @@ from saelab.errors import ModelError
 from saelab.models import LanguageModel
 from saelab.models.multi_model import ModelsTogether, names_and_hashes
 from saelab.saes import SAE, Batch
+from saelab.saes.base import check_is_sae
 from saelab.saes.hooks_used import HooksUsed
 from saelab.saes.trained_hooks import hooks_of
 from saelab.tokens import Texts, TokenBatch, document_id, load_texts
@@ -108,7 +109,7 @@ def open_score_stream(
     other. Raises `ValueError` if the SAE does not fit the hook, if the model is being steered, if nothing is left to
     score, or, naming the count, if a document is among those the SAE was trained on (unless `allow_train`).
     """
-    check_scoring(lm, n_tokens=n_tokens, ctx_len=ctx_len, batch_size=batch_size)
+    check_scoring(sae, lm, n_tokens=n_tokens, ctx_len=ctx_len, batch_size=batch_size)
     origin = sae.provenance.origin
     source = load_texts(texts) if texts is not None else own_texts(origin, lm)
     same_texts = source.spec is not None and source.spec == origin.get("texts")
@@ -167,8 +168,9 @@ def _check_fit(sae: SAE, lm: LanguageModel, hooks: HooksUsed) -> None:
         )
 
 
-def check_scoring(lm: LanguageModel, **sizes: Any) -> None:
-    """Raise `ValueError` for a steered model, and for sizes that are not positive integers (or None)."""
+def check_scoring(sae: SAE, lm: LanguageModel, **sizes: Any) -> None:
+    """Raise `ValueError` for what is not an SAE, a steered model, and sizes that are not positive integers (or None)."""
+    check_is_sae(sae, "scoring")
     refuse_steered(lm)
     for name, value in sizes.items():
         if value is not None:

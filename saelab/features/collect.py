@@ -52,15 +52,15 @@ def collect_features(
 ) -> FeatureStore:
     """Collect statistics, top examples and logits of every feature into a store in `out_dir`, and open it.
 
-    `texts=None` reads the held-out tenth of the SAE's own text source; other texts are read whole; `split` overrides
-    both. Packing, mask, `lm` and `hook_name` are as in `saelab.evaluate`. `n_tokens` stops after that many tokens (whole
-    contexts); `top_k` examples are kept per feature. A finished store is returned at once by the same call.
+    `texts=None` reads the held-out tenth of the SAE's own text source; other texts are read whole; `split` overrides both.
+    Packing, mask, `lm` and `hook_name` are as in `saelab.evaluate`. `n_tokens` is in whole contexts; `top_k` examples are kept
+    per feature. The same call returns a finished store.
 
-    Raises `ValueError` when the SAE does not fit the model, when no token is left, or when `out_dir` holds something
-    else; `StoreError` when it holds a store made with other arguments, naming them.
+    Raises `ValueError` if the SAE does not fit the model, no token is left, or `out_dir` holds something else; `StoreError`
+    if it holds a store made with other arguments, naming them.
     """
     numbers = {"n_tokens": n_tokens, "top_k": top_k, "batch_size": batch_size}
-    check_scoring(lm := together(lm), **numbers)
+    check_scoring(sae, lm := together(lm), **numbers)
     out_dir = claim_folder(out_dir, schema.MANIFEST, "feature store").resolve()
     request = _request(sae, lm, source := _source(sae, lm, texts), split, hook_name, ctx_len) | numbers
     if (out_dir / schema.MANIFEST).exists():
@@ -113,7 +113,7 @@ def _refuse_other_request(out_dir: Path, request: dict[str, Any]) -> None:
     absent = {f"scoring.{key}": value for key, value in scoring_absent(manifest.get("tokenizer_hash")).items()}
     different = differences(manifest.get("request", {}), request, {"scoring": ANY, **absent})
     if different:
-        elsewhere = "remove that folder (in Python, or give another out_dir)"
+        elsewhere = "remove that folder, or in Python give another out_dir"
         raise StoreError(refusal(out_dir, "feature store", different, elsewhere))
 
 

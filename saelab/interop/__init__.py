@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from saelab import io
 from saelab.io import load_sae
+from saelab.saes.base import check_is_sae
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -31,6 +32,7 @@ def save_sae(
     their feature activations, which loading checks. By default they are random inputs around the SAE's centre.
     Raises `ValueError` for an unknown format.
     """
+    check_is_sae(sae, "save_sae")
     if format not in _WRITERS:
         raise ValueError(f"format={format!r} is unknown; saelab writes {', '.join(map(repr, _WRITERS))}.")
     return _WRITERS[format](sae, folder, golden_inputs=golden_inputs)

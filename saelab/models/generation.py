@@ -15,7 +15,7 @@ from saelab.models.hooks import Edit, tapped
 from saelab.models.prompts import Batch, Prompt
 from saelab.models.sampling import Generation, OnToken, Sampling, sample
 from saelab.tokens.documents import whole_numbers
-from saelab.tokens.tokenizing import check_tokenizer, to_continue
+from saelab.tokens.tokenizing import to_continue
 
 
 class Generates:
@@ -52,7 +52,10 @@ class Generates:
         Raises `ValueError` for an invalid prompt, a request that cannot be met, or without a tokenizer; `ModelError` for
         NaN or infinite logits.
         """
-        check_tokenizer(self.tokenizer)
+        if self.tokenizer is None:
+            raise ValueError(
+                "This model has no tokenizer to write text with: use generate_ids, or load_model(model, tokenizer)."
+            )
         rows = self._rows(prompt, attention_mask)
         how = Sampling(max_new_tokens, temperature, seed, num_return_sequences, self._stop_ids)
         is_list = isinstance(prompt, list | tuple) and whole_numbers(prompt) is None

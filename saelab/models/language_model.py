@@ -270,7 +270,8 @@ class LanguageModel(Generates):
     def _check_edit(self, edit: Any) -> None:
         if not isinstance(getattr(edit, "hook_name", None), str) or not callable(getattr(edit, "apply", None)):
             raise ValueError(
-                f"steer got {edit!r}; an edit has a hook_name and apply(x, positions). Try `feature * 2.0`."
+                f"steer needs edits, such as `feature * 2.0` or `direction * 4.0`; it got a {type(edit).__name__}, which lacks a "
+                f"hook_name or apply(x, positions): {repr(edit)[:80]}."
             )
         if edit.hook_name not in self.backend.hook_places:
             raise unknown_hook(edit.hook_name, self.hook_names, f"the editable hooks of {self.name}")

@@ -28,6 +28,12 @@ SHORT_RUN = 4_000_000
 """Runs of up to this many tokens count as short: they are likely to see rows several times."""
 
 
+def check_is_sae(sae: Any, call: str) -> None:
+    """Raise `ValueError` where something else was given, such as a folder or a language model."""
+    if not isinstance(sae, SAE):
+        raise ValueError(f"{call} needs an SAE, such as saelab.load_sae(folder); got a {type(sae).__name__}.")
+
+
 class SAE(nn.Module):
     """A sparse autoencoder. `W_enc` and `W_dec` are both `(d_sae, d_in)`, one row per feature.
 

@@ -22,7 +22,10 @@ def diff_means(lm: LanguageModel, pos: Any, neg: Any, hook_name: str) -> Directi
     Raises `ValueError` when a side has no texts or no tokens left, or for an unknown hook.
     """
     lm.check_hook(hook_name)
-    return Direction(_mean(lm, pos, hook_name, "pos") - _mean(lm, neg, hook_name, "neg"), hook_name)
+    difference = _mean(lm, pos, hook_name, "pos") - _mean(lm, neg, hook_name, "neg")
+    if not bool(difference.any()):
+        raise ValueError(f"pos and neg have the same mean activation at {hook_name}: give texts that differ.")
+    return Direction(difference, hook_name)
 
 
 def _mean(lm: LanguageModel, texts: Any, hook_name: str, side: str) -> Float[Tensor, " d_in"]:
