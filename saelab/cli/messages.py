@@ -31,7 +31,7 @@ def shown() -> Iterator[None]:
     """Show the library's messages inside a `with` block; nested use has no effect."""
     with _lock:
         level = _blocks[0] if _blocks else _LOG.level  # the logger's own, before any block
-        if not _blocks:
+        if _handler not in _LOG.handlers:
             _LOG.addHandler(_handler)
             _LOG.setLevel(logging.INFO)
         _blocks.append(level)
