@@ -105,7 +105,7 @@ class Generates:
                     f"Generation needs positions that count from 0, got {real[:8].tolist()}: omit position_ids."
                 )
         rows = batch.rows()
-        return [to_continue(row, self.tokenizer) for row in rows] if isinstance(prompt, Mapping) else rows
+        return to_continue(rows, self.tokenizer) if isinstance(prompt, Mapping) else rows
 
     def _generate(self, rows: list[Tensor], how: Sampling, on_token: OnToken | None) -> list[Generation]:
         how.check(max(map(len, rows)), self.max_ctx, self.name)

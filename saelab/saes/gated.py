@@ -23,8 +23,7 @@ from saelab.kernels.decode import decode_error
 from saelab.kernels.encode_threshold import encode_threshold
 from saelab.kernels.precision import widened
 from saelab.kernels.sparse_acts import SparseActs
-from saelab.saes.base import SAE
-from saelab.saes.l0_controller import L0Controller, L1Config, quiet_level, start_l0, start_quiet
+from saelab.saes.l0_controller import L1SAE, L0Controller, L1Config, quiet_level, start_quiet
 from saelab.saes.step import Batch, Loss, StepInfo
 
 
@@ -33,7 +32,7 @@ class GatedConfig(L1Config):
     """A dictionary of `d_sae` features; an L1 penalty on their gates sets how many fire per token."""
 
 
-class GatedSAE(SAE):
+class GatedSAE(L1SAE):
     """A gate selects the features of a token; magnitudes share its weights."""
 
     variant = "gated"
@@ -49,14 +48,6 @@ class GatedSAE(SAE):
         self.sparsity = L0Controller(config.l1_coefficient, config.l1_warmup, config.target_l0)
         if config.target_l0 is not None and config.normalize != "none":
             self.b_enc.data.fill_(-quiet_level(self.d_sae, config.target_l0))
-
-    @classmethod
-    def expected_l0(cls, config: L1Config) -> float | None:
-        return config.target_l0
-
-    @classmethod
-    def peak_l0(cls, config: L1Config) -> float:
-        return start_l0(config.d_sae, config.target_l0)
 
     def start_at(self, x: Float[Tensor, " d_in"], y: Float[Tensor, " d_in"], spread: float) -> None:
         start_quiet(self.b_enc, self.sparsity, spread)

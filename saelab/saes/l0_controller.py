@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from saelab.kernels.sparse_acts import SparseActs
+from saelab.saes.base import SAE
 from saelab.saes.config import check_config
 from saelab.saes.step import StepInfo
 
@@ -148,3 +149,15 @@ class L1Config:
     def __post_init__(self) -> None:
         check_config(self)
         check_sparsity(self, "l1")
+
+
+class L1SAE(SAE):
+    """What the variants with an `L1Config` promise."""
+
+    @classmethod
+    def expected_l0(cls, config: L1Config) -> float | None:
+        return config.target_l0
+
+    @classmethod
+    def peak_l0(cls, config: L1Config) -> float:
+        return start_l0(config.d_sae, config.target_l0)

@@ -18,8 +18,7 @@ from saelab.kernels.decode import decode_error
 from saelab.kernels.encode_threshold import encode_threshold
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.losses import weighted_l1
-from saelab.saes.base import SAE
-from saelab.saes.l0_controller import L0Controller, L1Config, quiet_level, start_l0, start_quiet
+from saelab.saes.l0_controller import L1SAE, L0Controller, L1Config, quiet_level, start_quiet
 from saelab.saes.step import Batch, Loss, StepInfo
 
 
@@ -28,7 +27,7 @@ class ReLUConfig(L1Config):
     """A dictionary of `d_sae` features; the L1 penalty sets how many fire per token."""
 
 
-class ReLUSAE(SAE):
+class ReLUSAE(L1SAE):
     """Keeps every positive pre-activation; sparsity comes from the loss."""
 
     variant = "relu"
@@ -44,14 +43,6 @@ class ReLUSAE(SAE):
         self.sparsity = L0Controller(config.l1_coefficient, config.l1_warmup, config.target_l0)
         if config.target_l0 is not None and config.normalize != "none":
             self.b_enc.data.fill_(-quiet_level(self.d_sae, config.target_l0))
-
-    @classmethod
-    def expected_l0(cls, config: L1Config) -> float | None:
-        return config.target_l0
-
-    @classmethod
-    def peak_l0(cls, config: L1Config) -> float:
-        return start_l0(config.d_sae, config.target_l0)
 
     @property
     def pre_bias(self) -> None:

@@ -64,10 +64,11 @@ def _added(tokenizer: Any) -> tuple[list[int], list[int]]:
     return [], []
 
 
-def to_continue(row: Tensor, tokenizer: Any) -> Tensor:
+def to_continue(rows: list[Tensor], tokenizer: Any) -> list[Tensor]:
     """Ids `(n)` of a tokenizer's output without what it appends to a text, such as EOS, which would end the text."""
     end = [] if tokenizer is None else _added(tokenizer)[1]
-    return row[: -len(end)] if end and len(row) > len(end) and row[-len(end) :].tolist() == end else row
+    n = len(end)
+    return [row[:-n] if n and len(row) > n and row[-n:].tolist() == end else row for row in rows]
 
 
 def _of_its_vocabulary(tokenizer: Any, n: int = 50) -> Iterator[str]:
