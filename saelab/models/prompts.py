@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from saelab.tokens.documents import whole_numbers, zero_or_one
+from saelab.tokens.documents import is_table, whole_numbers, zero_or_one
 from saelab.tokens.tokenizing import text_ids
 
 Prompt = Any
@@ -46,8 +46,8 @@ def several(prompts: Any, name: str) -> Iterable[Any]:
         isinstance(prompts, Mapping) and not set(prompts) - _ENCODED and "input_ids" in prompts
     ):
         return [prompts]
-    is_table = hasattr(prompts, "columns") or hasattr(prompts, "column_names")
-    if isinstance(prompts, Mapping | bytes | bytearray | Set) or not isinstance(prompts, Iterable) or is_table:
+    other = isinstance(prompts, Mapping | bytes | bytearray | Set) or not isinstance(prompts, Iterable)
+    if other or is_table(prompts):
         raise ValueError(
             f"{name} is a {type(prompts).__name__}: give a list of prompts, such as one column of a table, "
             "list(table['text'])."

@@ -47,6 +47,11 @@ def check_split(split: str) -> None:
         raise ValueError(f"split={split!r} does not exist; use one of {', '.join(map(repr, SPLITS))}.")
 
 
+def is_table(given: Any) -> bool:
+    """Whether it is a data frame or a dataset, which as a list would yield the names of its columns or rows of dicts."""
+    return hasattr(given, "columns") or hasattr(given, "column_names")
+
+
 def whole_numbers(value: Any) -> list[int] | None:
     """The integers of a one-dimensional list, tuple, array or tensor, as a list; None for anything else."""
     if isinstance(value, Tensor):

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from saelab.tokens.documents import Document, whole_numbers
+from saelab.tokens.documents import Document, is_table, whole_numbers
 from saelab.tokens.sources import without_lone_surrogates
 
 Bos = bool | Sequence[int] | None
@@ -147,11 +147,7 @@ def tokenized(
     """Token ids of each non-empty document, tokenised in groups; `on_document(index, document)` is called before they are
     yielded. A leading `start` is dropped, and an `eos` at the end of a document given as ids."""
     tokenizer, index = getattr(lm_or_tokenizer, "tokenizer", lm_or_tokenizer), 0
-    if (
-        isinstance(documents, str | bytes | Mapping)
-        or hasattr(documents, "columns")
-        or hasattr(documents, "column_names")
-    ):
+    if isinstance(documents, str | bytes | Mapping) or is_table(documents):
         raise ValueError(
             f'documents is a {type(documents).__name__}: give a list of documents, or load_texts(...).documents("all").'
         )
