@@ -121,6 +121,16 @@ class SparseActs:
         return cls(dense[rows, features], features, offsets_of(counts), dense.shape[1])
 
 
+def join_features(parts: list[SparseActs]) -> SparseActs:
+    """Consecutive groups of features as one `SparseActs`: the inverse of `split_features`."""
+    first = torch.tensor([0, *(part.d_sae for part in parts)]).cumsum(0).tolist()
+    order = stable_argsort(torch.cat([part.rows for part in parts]))
+    values = torch.cat([part.values for part in parts])[order]
+    features = torch.cat([part.features + start for part, start in zip(parts, first, strict=False)])[order]
+    counts = torch.stack([part.counts for part in parts]).sum(0)
+    return SparseActs(values, features, offsets_of(counts), first[-1])
+
+
 def replace_rows(feature_acts: SparseActs, rows: Int[Tensor, " n"], by: SparseActs) -> SparseActs:
     """`feature_acts` with the rows `rows[i]` replaced by row i of `by`."""
     values, features, counts = (

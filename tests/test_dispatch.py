@@ -17,6 +17,7 @@ from saelab.kernels import candidates, dispatch
 from saelab.kernels.decode import Decode, DecodeError, decode
 from saelab.kernels.encode_batch_topk import encode_batch_topk
 from saelab.kernels.encode_feature_topk import encode_feature_topk
+from saelab.kernels.encode_groupmax import encode_groupmax
 from saelab.kernels.encode_threshold import encode_threshold
 from saelab.kernels.encode_topk import encode_topk
 from saelab.kernels.jump_relu import JumpReLU, jump_relu
@@ -133,7 +134,7 @@ def parameters(function: Any) -> list[tuple[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    "op", [encode_topk, encode_batch_topk, encode_feature_topk, encode_threshold, decode, jump_relu]
+    "op", [encode_topk, encode_batch_topk, encode_feature_topk, encode_groupmax, encode_threshold, decode, jump_relu]
 )
 def test_every_op_has_a_reference_of_its_signature(op):
     name = op.__name__

@@ -11,6 +11,7 @@ from tiny_runs import write_texts
 from tiny_saes import config_of
 
 from saelab.app import serve
+from saelab.benchmarks.family import TRANSCODERS
 from saelab.cli import main
 from saelab.features.store import load_features
 from saelab.saes import VARIANTS
@@ -19,8 +20,7 @@ HOOKS = ("blocks.1.hook_resid_post", "blocks.1.hook_mlp_out")
 MAIN = str(Path(serve.__file__).with_name("main.py"))
 FLAGS = {
     "crosscoder": [],
-    "transcoder": ["--hook-name", HOOKS[0], "--hook-name-out", HOOKS[1]],
-    "skip_transcoder": ["--hook-name", HOOKS[0], "--hook-name-out", HOOKS[1]],
+    **dict.fromkeys(TRANSCODERS, ["--hook-name", HOOKS[0], "--hook-name-out", HOOKS[1]]),
 }
 
 

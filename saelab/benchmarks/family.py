@@ -23,12 +23,8 @@ from saelab.training import TrainConfig, train
 
 ALL_L0 = ("topk", "batch_topk", "jumprelu", "relu")
 """Variants that are trained at every L0; the others only at the first."""
-TABLES = {
-    "crosscoder": "crosscoder",
-    "transcoder": "transcoder",
-    "skip_transcoder": "transcoder",
-    "codebook": "codebook",
-}
+TRANSCODERS = tuple(name for name, variant in VARIANTS.items() if "d_out" in variant.extra_dims)
+TABLES = {"crosscoder": "crosscoder", **dict.fromkeys(TRANSCODERS, "transcoder"), "codebook": "codebook"}
 """Table of each variant whose target or encoding is not comparable with the rest; all other variants are in "sae"."""
 KEYS = ("variant", "target_l0", "seed")
 
@@ -106,7 +102,7 @@ def _configs(
 
 _NEEDS = {
     "crosscoder": "needs a cache with at least two hooks",
-    **dict.fromkeys(("transcoder", "skip_transcoder"), "needs hook_name_out: a second hook of the cache"),
+    **dict.fromkeys(TRANSCODERS, "needs hook_name_out: a second hook of the cache"),
 }
 
 

@@ -2,9 +2,9 @@
 
     h' = h + (z' - z) W_dec / scale
 
-z is the feature activation the SAE itself encodes, so its reconstruction error and all other features stay unchanged and
-TopK does not select again. A token whose z does not change stays bit-identical. Position 0 (the attention sink, excluded from
-training) and padding are not edited.
+(times the token's size, for an SAE that normalises each token by itself). z is the feature activation the SAE itself encodes,
+so its reconstruction error and all other features stay unchanged and TopK does not select again. A token whose z does not
+change stays bit-identical. Position 0 (the attention sink, excluded from training) and padding are not edited.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ class FeatureEdit:
         decoder, scale = self.sae.decoder(self.source)
         direction = (decoder[self.feature].float() / scale.float()).to(x.device)
         edited = flat.clone()
-        edited[rows] = (flat[rows].float() + change[:, None] * direction).to(x.dtype)
+        before = flat[rows].float()
+        edited[rows] = (before + change[:, None] * self.sae.token_sizes(before) * direction).to(x.dtype)
         return edited.reshape(x.shape)
 
     def _change(self, flat: Tensor, rows: Tensor, positions: Tensor) -> Float[Tensor, " n_rows"]:

@@ -8,10 +8,12 @@ from saelab.saes.crosscoder import CrosscoderConfig, CrosscoderSAE
 from saelab.saes.feature_choice import FeatureChoiceConfig, FeatureChoiceSAE
 from saelab.saes.gated import GatedConfig, GatedSAE
 from saelab.saes.jumprelu import JumpReLUConfig, JumpReLUSAE
+from saelab.saes.jumprelu_transcoder import JumpReLUTranscoderConfig, JumpReLUTranscoderSAE
 from saelab.saes.matching_pursuit import MatchingPursuitConfig, MatchingPursuitSAE
 from saelab.saes.matryoshka import MatryoshkaConfig, MatryoshkaSAE
 from saelab.saes.mutual_choice import MutualChoiceConfig, MutualChoiceSAE
 from saelab.saes.relu import ReLUConfig, ReLUSAE
+from saelab.saes.relu_transcoder import ReLUTranscoderConfig, ReLUTranscoderSAE
 from saelab.saes.skip_transcoder import SkipTranscoderConfig, SkipTranscoderSAE
 from saelab.saes.step import Batch, Loss, SAEOutput, StepInfo
 from saelab.saes.topk import TopKConfig, TopKSAE
@@ -32,6 +34,8 @@ VARIANTS: dict[str, type[SAE]] = {
     "crosscoder": CrosscoderSAE,
     "transcoder": TranscoderSAE,
     "skip_transcoder": SkipTranscoderSAE,
+    "relu_transcoder": ReLUTranscoderSAE,
+    "jumprelu_transcoder": JumpReLUTranscoderSAE,
 }
 
 __all__ = [
@@ -52,6 +56,8 @@ __all__ = [
     "GatedSAE",
     "JumpReLUConfig",
     "JumpReLUSAE",
+    "JumpReLUTranscoderConfig",
+    "JumpReLUTranscoderSAE",
     "Loss",
     "MatchingPursuitConfig",
     "MatchingPursuitSAE",
@@ -61,6 +67,8 @@ __all__ = [
     "MutualChoiceSAE",
     "ReLUConfig",
     "ReLUSAE",
+    "ReLUTranscoderConfig",
+    "ReLUTranscoderSAE",
     "SAEOutput",
     "SkipTranscoderConfig",
     "SkipTranscoderSAE",

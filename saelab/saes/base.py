@@ -20,9 +20,10 @@ from saelab.kernels.primitives import unit_norm_
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.saes.config import normalization
 from saelab.saes.hooks_used import HooksUsed, one_hook
-from saelab.saes.inputs import HALF, as_activations, check_dtype
+from saelab.saes.inputs import HALF, as_activations, check_dtype, check_finite
 from saelab.saes.provenance import Provenance
 from saelab.saes.step import Batch, Loss, SAEOutput, StepInfo
+from saelab.saes.token_norm import TOKEN_NORMS, normalize_tokens, restore_tokens, token_sizes
 
 SHORT_RUN = 4_000_000
 """Runs of up to this many tokens count as short: they are likely to see rows several times."""
@@ -45,7 +46,7 @@ class SAE(nn.Module):
     extension_points: ClassVar[frozenset[str]] = frozenset({
         "encode_normalized", "loss", "decode", "forward", "after_step", "calibrate",
         "make_weights", "decoder", "decoder_norms", "pre_bias", "weight_decay", "start_at", "fold",
-        "set_normalization", "normalize", "normalize_target", "normalized", "denormalize",
+        "set_normalization", "normalize", "normalize_target", "normalized", "denormalize", "token_sizes", "sparse_target",
         "variant", "Config", "selection_rule", "extra_dims", "tied", "unit_norm", "supports_data_parallel",
         "base_lr", "cpu_preset", "short_preset", "expected_l0", "peak_l0", "has_dense_aux", "hooks",
     })
@@ -155,7 +156,7 @@ class SAE(nn.Module):
                 f"This SAE reads activations of width d_in={self.d_in}, got a tensor of shape {tuple(x.shape)}; "
                 "pass (n_tokens, d_in) from the hook it was trained on."
             )
-        return (x.to(self.center) - self.center).mul_(self.scale)
+        return (normalize_tokens(self.config.normalize, x.to(self.center)) - self.center).mul_(self.scale)
 
     @torch.no_grad()
     def start_from(
@@ -167,10 +168,10 @@ class SAE(nn.Module):
     ) -> None:
         """Initialise biases and thresholds as if the data were centred, with standard deviation 1 (`start_at`).
 
-        Call before the first step, after `set_normalization` with the same arguments. Does nothing for "center_and_scale",
-        which already removes mean and scale.
+        Call before the first step, after `set_normalization` with the same arguments. Does nothing for "center_and_scale"
+        (mean and scale are removed) and for normalisations by token (whose mean these statistics do not tell).
         """
-        if self.config.normalize == "center_and_scale":
+        if self.config.normalize not in ("scale", "none"):
             return
         x = self.normalize(mean[None])[0]
         square = torch.as_tensor(mean_square, dtype=torch.float64) * self.scale.cpu().double().square()
@@ -199,9 +200,24 @@ class SAE(nn.Module):
         x = self.normalize(batch.x)
         return x, x if batch.y is batch.x else self.normalize_target(batch.y)
 
-    def denormalize(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
-        """Map back to the units of the raw activations."""
-        return x / self.scale + self.center
+    def denormalize(self, x_norm: Float[Tensor, "batch d_in"], x: Any = None) -> Float[Tensor, "batch d_in"]:
+        """Map back to the units of the raw activations `x`, which only a normalisation by token needs.
+
+        Raises `ValueError` if it needs them and they are missing.
+        """
+        raw = x_norm / self.scale + self.center
+        if self.config.normalize not in TOKEN_NORMS:
+            return raw
+        if x is None:
+            raise ValueError(
+                f"This SAE normalises every token by its own size (normalize={self.config.normalize!r}): pass the "
+                "activations too, sae.decode(feature_acts, x), or call sae(x)."
+            )
+        return restore_tokens(self.config.normalize, raw, as_activations(x).to(raw))
+
+    def token_sizes(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch 1"]:
+        """Size in raw units, at each token, of 1 in the decoder's units over its scale: 1 unless tokens are normalised."""
+        return token_sizes(self.config.normalize, x)
 
     def encode(self, x: Any) -> SparseActs:
         """Feature activations of raw activations `x (batch, d_in)`, a tensor or NumPy array of floats.
@@ -212,34 +228,33 @@ class SAE(nn.Module):
 
     def checked(self, x: Float[Tensor, "batch width"]) -> Float[Tensor, "batch width"]:
         """Return `x`, or raise if it is not finite: no threshold keeps NaN, so the token would seem to have no features."""
-        if not bool(x.detach().sum().isfinite()):  # one pass; a sum may also be too large
-            bad = (~x.isfinite().all(1)).nonzero().flatten().tolist()
-            if bad:
-                hook = self.provenance.origin.get("hook_name")
-                raise ValueError(
-                    f"{len(bad)} of {len(x)} activations{f' of {hook}' if hook else ''} are NaN, infinite or too large for "
-                    f"{x.dtype} (the first is row {bad[0]}): leave them out, or run the model in float32."
-                )
+        check_finite(x, self.provenance.origin.get("hook_name"))
         return x
 
     def encode_normalized(self, x: Float[Tensor, "batch d_in"]) -> SparseActs:
         """Feature activations of inputs that `normalize` has mapped."""
         raise NotImplementedError
 
-    def decode(self, feature_acts: SparseActs) -> Float[Tensor, "batch d_in"]:
-        """Reconstruction in raw units, `(batch, d_in)`."""
-        return self.denormalize(decode(feature_acts, self.W_dec, self.b_dec))
+    def decode(self, feature_acts: SparseActs, x: Any = None) -> Float[Tensor, "batch d_in"]:
+        """Reconstruction in raw units, `(batch, d_in)`; a normalisation by token needs the raw activations `x` again."""
+        return self.denormalize(decode(feature_acts, self.W_dec, self.b_dec), x)
 
     def forward(self, x: Any) -> SAEOutput:
-        """Encode and decode: `x_hat == decode(encode(x))`, to which a skip transcoder adds `skip(x)`."""
+        """Encode and decode: `x_hat == decode(encode(x), x)`, to which a skip transcoder adds `skip(x)`."""
         feature_acts = self.encode(x)
-        return SAEOutput(self.decode(feature_acts), feature_acts)
+        return SAEOutput(self.decode(feature_acts, x), feature_acts)
 
     def calibrate(self, x: Float[Tensor, "n ..."]) -> bool:
         """At the end of training, adjust thresholds so that the mean L0 on held-out raw rows `x` is the configured one.
 
         Returns whether anything was calibrated: False if the selection is exact or the config sets no L0."""
         return False
+
+    def sparse_target(
+        self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"]
+    ) -> Float[Tensor, "batch d_out"]:
+        """What the features have to reconstruct: the target minus what a variant adds in another way."""
+        return target
 
     def loss(self, batch: Batch, info: StepInfo) -> Loss:
         """The training loss of one batch."""

@@ -9,12 +9,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from saelab.saes.token_norm import TOKEN_NORMS
 from saelab.validation import check_choices, check_integer, check_numbers
 
 LATER = {"since": 2}
 """Metadata of config fields that the first version did not have (see `settings`)."""
 _MIN_SQUARE = 1e-70  # keeps the scale finite in float32
-NORMALIZATIONS = ("center_and_scale", "scale", "none")
+NORMALIZATIONS = ("center_and_scale", "scale", "none", *TOKEN_NORMS)
 
 
 def normalization(
@@ -22,7 +23,7 @@ def normalization(
 ) -> tuple[Float[Tensor, "*sources d"], Float[Tensor, "*sources"]]:
     """Centre and scale (fp64) for data with this mean and mean squared norm; see `SAE.set_normalization`."""
     mean, mean_square = mean.double(), torch.as_tensor(mean_square, dtype=torch.float64)
-    if kind == "none":
+    if kind not in ("center_and_scale", "scale"):
         return torch.zeros_like(mean), torch.ones_like(mean_square)
     if kind == "center_and_scale":
         mean_square = mean_square - mean.square().sum(-1)

@@ -35,6 +35,7 @@ from saelab.saes.l0_controller import L0Controller, check_sparsity, start_l0
 from saelab.saes.selection import SelectionConfig
 from saelab.saes.step import Batch, Loss, StepInfo
 from saelab.saes.threshold import ThresholdSAE, smallest
+from saelab.saes.token_norm import TOKEN_NORMS
 
 INIT_NORMS = {"batch_topk": 1.0, "l1": 0.08}  # of a decoder row in each source; Kissane et al.'s code for L1
 
@@ -68,6 +69,8 @@ class CrosscoderConfig(SelectionConfig):
                 )
         super().__post_init__()
         check_sparsity(self, "l1")
+        if self.normalize in TOKEN_NORMS:
+            raise ValueError(f"normalize={self.normalize!r} is not supported by crosscoders: use 'center_and_scale'.")
         if self.init_norm is not None and not self.init_norm > 0:
             raise ValueError(f"init_norm={self.init_norm} must be positive, or None.")
 
@@ -156,8 +159,8 @@ class CrosscoderSAE(ThresholdSAE):
         sources = (sources.to(self.center) - self.center) * self.scale[:, None]
         return rearrange(sources, "token source d -> token (source d)")
 
-    def denormalize(self, x: Float[Tensor, "batch width"]) -> Float[Tensor, "batch *sources d_in"]:
-        sources = rearrange(x, "token (source d) -> token source d", source=self.n_sources)
+    def denormalize(self, x_norm: Float[Tensor, "batch width"], x: Any = None) -> Float[Tensor, "batch *sources d_in"]:
+        sources = rearrange(x_norm, "token (source d) -> token source d", source=self.n_sources)
         raw = sources / self.scale[:, None] + self.center
         return raw.squeeze(1) if self.n_sources == 1 else raw
 
@@ -171,7 +174,7 @@ class CrosscoderSAE(ThresholdSAE):
     def calibrate(self, x: Float[Tensor, "n ..."]) -> bool:
         return self.config.sparsity == "batch_topk" and super().calibrate(x)
 
-    def decode(self, feature_acts: SparseActs) -> Float[Tensor, "batch *sources d_in"]:
+    def decode(self, feature_acts: SparseActs, x: Any = None) -> Float[Tensor, "batch *sources d_in"]:
         return self.denormalize(decode(feature_acts, *self.rows[1:]))
 
     def select(self, x: Float[Tensor, "batch width"], info: StepInfo) -> SparseActs:

@@ -12,7 +12,7 @@ where `x_hat_frozen` decodes ReLU(pi_gate) with W_dec and b_dec detached: this t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +23,7 @@ from saelab.kernels.decode import decode_error
 from saelab.kernels.encode_threshold import encode_threshold
 from saelab.kernels.precision import widened
 from saelab.kernels.sparse_acts import SparseActs
+from saelab.saes.config import LATER
 from saelab.saes.l0_controller import L1SAE, L0Controller, L1Config, quiet_level, start_quiet
 from saelab.saes.step import Batch, Loss, StepInfo
 
@@ -30,6 +31,9 @@ from saelab.saes.step import Batch, Loss, StepInfo
 @dataclass(frozen=True)
 class GatedConfig(L1Config):
     """A dictionary of `d_sae` features; an L1 penalty on their gates sets how many fire per token."""
+
+    pre_bias: bool = field(default=True, metadata=LATER)
+    """Subtract `b_dec` from the input before the encoder."""
 
 
 class GatedSAE(L1SAE):
@@ -52,6 +56,10 @@ class GatedSAE(L1SAE):
     def start_at(self, x: Float[Tensor, " d_in"], y: Float[Tensor, " d_in"], spread: float) -> None:
         start_quiet(self.b_enc, self.sparsity, spread)
         super().start_at(x, y, spread)
+
+    @property
+    def pre_bias(self) -> Float[Tensor, " d_in"] | None:
+        return self.b_dec if self.config.pre_bias else None
 
     @property
     def b_gate(self) -> Float[Tensor, " d_sae"]:

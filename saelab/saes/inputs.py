@@ -34,3 +34,15 @@ def check_dtype(dtype: torch.dtype) -> None:
     if dtype not in DTYPES:
         names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
         raise ValueError(f"An SAE's weights must be one of {names}, not {str(dtype).removeprefix('torch.')}.")
+
+
+def check_finite(x: Tensor, hook_name: str | None) -> None:
+    """Raise `ValueError` if an activation is NaN, infinite, or too large for its dtype."""
+    if bool(x.detach().sum().isfinite()):  # one pass; a sum may also be too large
+        return
+    bad = (~x.isfinite().all(1)).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"{len(bad)} of {len(x)} activations{f' of {hook_name}' if hook_name else ''} are NaN, infinite or too large for "
+            f"{x.dtype} (the first is row {bad[0]}): leave them out, or run the model in float32."
+        )

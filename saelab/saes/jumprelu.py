@@ -182,7 +182,7 @@ class JumpReLUSAE(SAE):
         pre_acts = encode_threshold(x, self.W_enc, self.b_enc, theta, bandwidth / 2, self.pre_bias)
         # Includes zeros within the window, which carry theta's gradient.
         feature_acts, steps = jump_relu(pre_acts, theta, bandwidth, self.config.ste_to_input)
-        error, residual = decode_error(feature_acts, self.W_dec, self.b_dec, target)
+        error, residual = decode_error(feature_acts, self.W_dec, self.b_dec, self.sparse_target(x, target))
         n = max(len(target), 1)
         fired = feature_acts.where(feature_acts.values != 0)
         terms = {"sse": error / n, "sparsity": self._sparsity(feature_acts, steps, fired, info)}

@@ -12,7 +12,7 @@ token among dead features only (ours: AuxK of Gao et al. 2024, Appendix A.2, wit
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from saelab.kernels.primitives import sddmm, spmm, spmm_transposed
 from saelab.kernels.sparse_acts import SparseActs, offsets_of
 from saelab.losses import auxk, sum_of_squares, total_variance
 from saelab.saes.base import SAE
-from saelab.saes.config import check_config
+from saelab.saes.config import LATER, check_config
 from saelab.saes.step import RULES, Batch, Loss, StepInfo
 from saelab.validation import check_integer
 
@@ -45,6 +45,8 @@ class MatchingPursuitConfig:
     """Allow negative activations: the largest |<r, d_i>| is chosen."""
     residual_threshold: float = 0.0
     """Stop for a token once its residual norm is below this fraction of sqrt(d_in), the inputs' root-mean-square norm."""
+    stop_on_duplicate: bool = field(default=False, metadata=LATER)
+    """Stop for a token once it chooses a feature a second time, which still counts (SAELens' `stop_on_duplicate_support`)."""
     auxk_alpha: float = 1 / 32
     """Weight of the aux loss that revives dead features."""
     normalize: str = "center_and_scale"
@@ -112,12 +114,18 @@ class MatchingPursuitSAE(SAE):
         """The choices of each step, and the residuals before the first step and after each."""
         no_bias = self.W_dec.new_zeros(self.d_sae)
         choices, residuals = [], [residual]
+        unfinished = torch.ones(len(residual), dtype=torch.bool, device=residual.device)
         for _ in range(n_steps):
             best = encode_topk(residuals[-1], self.W_dec, no_bias, 1, "magnitude" if self.config.signed else "value")
             if self.config.residual_threshold:
-                best = best.where(self._unfinished(residuals[-1])[best.rows])
+                unfinished &= self._unfinished(residuals[-1])
+            best = best.where(unfinished[best.rows])
             if not best.nnz:
                 break
+            if self.config.stop_on_duplicate:
+                for earlier in choices:
+                    again = earlier.rows[earlier.features == _chosen(best, earlier.rows)]
+                    unfinished[again] = False
             choices.append(best)
             residuals.append(residuals[-1] - decode(best, self.W_dec))
         return choices, residuals
@@ -141,6 +149,13 @@ class MatchingPursuitSAE(SAE):
             terms["auxk"] = auxk(residual, residual, rows, no_bias, rows, 1, self.config.signed, info.ranks)
             total = total + self.config.auxk_alpha * terms["auxk"]
         return Loss(total, feature_acts, -residual, target, terms)
+
+
+def _chosen(choice: SparseActs, rows: Tensor) -> Tensor:
+    """The feature that `choice` has in each of these rows; -1 for none."""
+    by_row = choice.features.new_full((choice.batch,), -1)
+    by_row[choice.rows] = choice.features
+    return by_row[rows]
 
 
 def _sum(choices: list[SparseActs], d_sae: int, like: Float[Tensor, "batch d_in"]) -> SparseActs:

@@ -62,7 +62,6 @@ class SelectionSAE(SAE):
     extension_points = SAE.extension_points | {
         "select",
         "rebuild",
-        "sparse_target",
         "aux_term",
         "aux_norms",
         "zipf_law",
@@ -99,12 +98,6 @@ class SelectionSAE(SAE):
     def zipf_law(self) -> tuple[float, float]:
         """Exponent and shift of the law that aux_zipf compares feature densities with."""
         return 1.0, 0.0
-
-    def sparse_target(
-        self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"]
-    ) -> Float[Tensor, "batch d_out"]:
-        """What the features have to reconstruct: the target minus what a variant adds in another way."""
-        return target
 
     def select(self, x: Float[Tensor, "batch d_in"], info: StepInfo) -> SparseActs:
         """Feature activations of a normalised training batch."""

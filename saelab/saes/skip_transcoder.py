@@ -1,22 +1,13 @@
-"""Skip transcoder (Paulo, Shabalin & Belrose 2025, "Transcoders beat sparse autoencoders for interpretability"):
+"""Skip transcoder (Paulo, Shabalin & Belrose 2025, "Transcoders beat sparse autoencoders for interpretability"): the TopK
+transcoder of `transcoder.py` with a linear skip,
 
     y_hat = W_dec z + b_dec + W_skip x
-
-The linear part of the map from x to y bypasses the features, which model the nonlinear rest. `W_skip (d_out, d_in)` starts
-at 0 (a plain transcoder), has no regulariser and does not count towards L0. `decode(feature_acts)` is the features' part;
-`forward` adds the skip, which needs x.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from jaxtyping import Float
-from torch import Tensor, nn
-
-from saelab.saes.step import SAEOutput
 from saelab.saes.transcoder import TranscoderConfig, TranscoderSAE
 
 
@@ -31,21 +22,6 @@ class SkipTranscoderSAE(TranscoderSAE):
     variant = "skip_transcoder"
     Config = SkipTranscoderConfig
 
-    def __init__(self, config: SkipTranscoderConfig, d_in: int, seed: int = 0, d_out: int | None = None) -> None:
-        super().__init__(config, d_in, seed, d_out)
-        self.W_skip = nn.Parameter(torch.zeros(self.d_out, d_in))
-
-    def sparse_target(
-        self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"]
-    ) -> Float[Tensor, "batch d_out"]:
-        return target - x @ self.W_skip.T.to(x)
-
-    def forward(self, x: Any) -> SAEOutput:
-        """`x_hat == decode(feature_acts) + skip(x)`."""
-        feature_acts = self.encode(x)
-        return SAEOutput(self.decode(feature_acts) + self.skip(x), feature_acts)
-
-    def skip(self, x: Any) -> Float[Tensor, "batch d_out"]:
-        """The output of the skip connection, in the units of y."""
-        x = self.normalize(x)
-        return x @ self.W_skip.T.to(x) / self.scale_out
+    @property
+    def has_skip(self) -> bool:
+        return True

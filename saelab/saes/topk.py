@@ -2,22 +2,28 @@
 
     z = ReLU(TopK(W_enc (x - b_dec) + b_enc)),   x_hat = W_dec z + b_dec,   L = FVU + auxk_alpha * AuxK
 
-`multi_topk` adds 1/8 of the FVU with the 4 k largest (section 5.3.1), so that more than k may be kept at inference.
+`multi_topk` adds 1/8 of the FVU with the 4 k largest (section 5.3.1), so that more than k may be kept at inference. With
+`select="groupmax"` (sparsify's `activation`) the features form k consecutive groups, of which each keeps its largest u.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor
 
 from saelab.kernels.decode import decode_error
+from saelab.kernels.encode_groupmax import encode_groupmax
 from saelab.kernels.encode_topk import encode_topk
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.losses import total_variance
+from saelab.saes.config import LATER
 from saelab.saes.selection import SelectionConfig, SelectionSAE
 from saelab.saes.step import Batch, Loss, StepInfo
+
+GROUPMAX = "the largest u of each of k groups of features, where positive"
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,16 @@ class TopKConfig(SelectionConfig):
 
     multi_topk: bool = False
     """Add 1/8 of the FVU with the 4 k largest pre-activations to the loss."""
+    select: Literal["topk", "groupmax"] = field(default="topk", metadata=LATER)
+    """"topk": the k largest of all pre-activations; "groupmax": the largest of each of k groups of d_sae / k features."""
+    score: Literal["value", "decoder_norm"] = field(default="value", metadata=LATER)
+    """What is compared: the pre-activations, or these times the norms of their decoder rows."""
+    pre_bias: bool = field(default=True, metadata=LATER)
+    """Subtract `b_dec` from the input before the encoder."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_groups(self.select, self.d_sae, self.k)
 
 
 class TopKSAE(SelectionSAE):
@@ -36,15 +52,32 @@ class TopKSAE(SelectionSAE):
     config: TopKConfig
     selection_rule = "the k largest u of the token, where positive"
 
+    def __init__(self, config: TopKConfig, d_in: int, seed: int = 0) -> None:
+        super().__init__(config, d_in, seed)
+        if config.select == "groupmax":
+            self.selection_rule = GROUPMAX
+        if config.score == "decoder_norm":
+            self.selection_rule = self.selection_rule.replace(" u ", " u |d| ")
+
     @classmethod
     def peak_l0(cls, config: TopKConfig) -> float:
         return config.k * (5 if config.multi_topk else 1)
 
+    @property
+    def pre_bias(self) -> Float[Tensor, " d_in"] | None:
+        return self.b_dec if self.config.pre_bias else None
+
     def encode_normalized(self, x: Float[Tensor, "batch d_in"]) -> SparseActs:
+        if self.config.select == "groupmax":
+            return encode_groupmax(x, self.W_enc, self.b_enc, self.config.k, self._norms, self.pre_bias)
         return self._best(x, self.config.k)
 
+    @property
+    def _norms(self) -> Float[Tensor, " d_sae"] | None:
+        return self.decoder_norms.detach() if self.config.score == "decoder_norm" else None
+
     def _best(self, x: Tensor, k: int) -> SparseActs:
-        return encode_topk(x, self.W_enc, self.b_enc, k, center=self.pre_bias)
+        return encode_topk(x, self.W_enc, self.b_enc, k, self.config.score, self._norms, self.pre_bias)
 
     def loss(self, batch: Batch, info: StepInfo) -> Loss:
         loss = super().loss(batch, info)
@@ -54,3 +87,9 @@ class TopKSAE(SelectionSAE):
         error, _ = decode_error(self._best(x, min(4 * self.config.k, self.d_sae)), self.W_dec, self.b_dec, target)
         more = error / total_variance(target, info.ranks)
         return loss._replace(total=loss.total + more / 8, terms=loss.terms | {"multi_topk": more})
+
+
+def check_groups(select: str, d_sae: int, k: int) -> None:
+    """Raise `ValueError` if "groupmax" cannot divide `d_sae` features into k groups of one size."""
+    if select == "groupmax" and d_sae % k:
+        raise ValueError(f"select='groupmax' needs k groups of one size: d_sae={d_sae} is not a multiple of k={k}.")

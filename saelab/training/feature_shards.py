@@ -28,7 +28,7 @@ from saelab.saes.base import SAE
 from saelab.saes.batch_topk import BatchTopKSAE
 from saelab.saes.selection import SelectionSAE
 from saelab.saes.step import StepInfo
-from saelab.saes.topk import TopKConfig, TopKSAE
+from saelab.saes.topk import TopKSAE
 
 ROWS = ("W_enc", "b_enc", "W_dec")
 """Parameters with one row per feature."""
@@ -120,6 +120,9 @@ def among_best(scores: Float[Tensor, "batch m"], k: int, shards: Ranks) -> Bool[
     return kept.split(k, dim=1)[shards.rank][:, :m]
 
 
+_TOPK_OPTIONS = ("multi_topk", "select", "score", "pre_bias")
+
+
 def check_shardable(variant: type[SAE], config: Any, feature_shards: int) -> None:
     """Raises `ValueError` if this SAE cannot be split into `feature_shards` shards."""
     if variant.variant not in SHARDS:
@@ -132,9 +135,12 @@ def check_shardable(variant: type[SAE], config: Any, feature_shards: int) -> Non
             f"d_sae={config.d_sae} must be a multiple of feature_shards={feature_shards}, each shard with at least "
             f"k={config.k} features."
         )
-    if config.aux != "auxk" or (isinstance(config, TopKConfig) and config.multi_topk):
+    alone = [
+        name for name in ("aux", *_TOPK_OPTIONS) if getattr(config, name, None) != getattr(type(config), name, None)
+    ]
+    if alone:
         raise ValueError(
-            f"feature_shards={feature_shards} supports only aux='auxk', without multi_topk: change the config."
+            f"feature_shards={feature_shards} supports only the defaults of {', '.join(alone)}: change the config."
         )
 
 

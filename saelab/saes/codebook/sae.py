@@ -8,6 +8,8 @@ In the paper codebooks are inside a model that is trained with them: `saelab.sae
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -67,9 +69,9 @@ class CodebookSAE(SAE):
     def encode_normalized(self, x: Float[Tensor, "batch d_in"]) -> SparseActs:
         return self.codebook.encode(x)
 
-    def decode(self, feature_acts: SparseActs) -> Float[Tensor, "batch d_in"]:
+    def decode(self, feature_acts: SparseActs, x: Any = None) -> Float[Tensor, "batch d_in"]:
         check_feature_acts(feature_acts, self.d_sae)
-        return self.denormalize(self.codebook.decode(feature_acts))
+        return self.denormalize(self.codebook.decode(feature_acts), x)
 
     def loss(self, batch: Batch, info: StepInfo) -> Loss:
         x, target = self.normalized(batch)

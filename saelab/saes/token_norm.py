@@ -1,0 +1,57 @@
+"""Normalisation of each token by its own statistics (`normalize="layer_norm"` or "constant_norm"):
+
+    layer_norm:     x_norm = (x - mean(x)) / (std(x) + 1e-5),   x_hat = x_hat_norm std(x) + mean(x)
+    constant_norm:  x_norm = x sqrt(d_in) / |x|,                x_hat = x_hat_norm |x| / sqrt(d_in)
+
+with mean and (unbiased) standard deviation over the d_in dimensions of the token. The first is that of OpenAI's SAEs (Gao et
+al. 2024 and their code); both are options of SAELens (`layer_norm`, `constant_norm_rescale`). To reconstruct, an SAE then
+needs the raw activations again.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saelab.kernels.primitives import sddmm
+
+TOKEN_NORMS = ("layer_norm", "constant_norm")
+_EPS = 1e-5
+
+
+def normalize_tokens(kind: str, x: Float[Tensor, "batch d"]) -> Float[Tensor, "batch d"]:
+    """Each token in normalised units; zeros stay zero. `x` itself for any other kind of normalisation."""
+    if kind == "layer_norm":
+        return (x - _means(x)) / (token_sizes(kind, x) + _EPS)
+    if kind == "constant_norm":
+        return x / token_sizes(kind, x).clamp_min(torch.finfo(x.dtype).tiny)
+    return x
+
+
+def restore_tokens(kind: str, normalized: Float[Tensor, "batch d"], x: Float[Tensor, "batch d"]) -> Tensor:
+    """`(batch, d)` in normalised units, mapped to mean and size of the tokens `x`."""
+    restored = normalized * token_sizes(kind, x)
+    return restored + _means(x) if kind == "layer_norm" else restored
+
+
+def token_sizes(kind: str, x: Float[Tensor, "batch d"]) -> Float[Tensor, "batch 1"]:
+    """One normalised unit in raw units, for each token: 1 unless tokens are normalised one by one."""
+    if kind == "layer_norm":
+        return _norms(x - _means(x)) / math.sqrt(max(x.shape[1] - 1, 1))
+    if kind == "constant_norm":
+        return _norms(x) / math.sqrt(x.shape[1])
+    return torch.ones_like(x[:, :1])
+
+
+def _means(x: Float[Tensor, "batch d"]) -> Float[Tensor, "batch 1"]:
+    """By `sddmm`, whose result for a row is independent of the rest of the batch, as torch's sums are not everywhere."""
+    ids = torch.arange(len(x) + 1, device=x.device)
+    return sddmm(x, torch.ones_like(x[:1]), torch.zeros_like(ids[1:]), ids)[:, None] / x.shape[1]
+
+
+def _norms(x: Float[Tensor, "batch d"]) -> Float[Tensor, "batch 1"]:
+    ids = torch.arange(len(x) + 1, device=x.device)
+    return sddmm(x, x, ids[:-1], ids).sqrt()[:, None]
