@@ -23,7 +23,7 @@ from saelab.saes.hooks_used import HooksUsed, one_hook
 from saelab.saes.inputs import HALF, as_activations, check_dtype, check_finite
 from saelab.saes.provenance import Provenance
 from saelab.saes.step import Batch, Loss, SAEOutput, StepInfo
-from saelab.saes.token_norm import TOKEN_NORMS, normalize_tokens, restore_tokens, token_sizes
+from saelab.saes.token_norm import TOKEN_NORMS, normalize_tokens, normalized_moments, restore_tokens, token_sizes
 
 SHORT_RUN = 4_000_000
 """Runs of up to this many tokens count as short: they are likely to see rows several times."""
@@ -168,13 +168,16 @@ class SAE(nn.Module):
     ) -> None:
         """Initialise biases and thresholds as if the data were centred, with standard deviation 1 (`start_at`).
 
-        Call before the first step, after `set_normalization` with the same arguments. Does nothing for "center_and_scale"
-        (mean and scale are removed) and for normalisations by token (whose mean these statistics do not tell).
+        Call before the first step, after `set_normalization` with the same arguments. Does nothing for "center_and_scale",
+        which already removes mean and scale.
         """
-        if self.config.normalize not in ("scale", "none"):
+        if self.config.normalize == "center_and_scale":
             return
-        x = self.normalize(mean[None])[0]
-        square = torch.as_tensor(mean_square, dtype=torch.float64) * self.scale.cpu().double().square()
+        if self.config.normalize in TOKEN_NORMS:
+            x, square = normalized_moments(self.config.normalize, mean.to(self.center), mean_square)
+        else:
+            x = self.normalize(mean[None])[0]
+            square = torch.as_tensor(mean_square, dtype=torch.float64) * self.scale.cpu().double().square()
         variance = (square.sum() - x.cpu().double().square().sum()).clamp_min(0)
         self.start_at(
             x, x if mean_out is None else self.normalize_target(mean_out[None])[0], math.sqrt(variance / len(x))
@@ -201,10 +204,7 @@ class SAE(nn.Module):
         return x, x if batch.y is batch.x else self.normalize_target(batch.y)
 
     def denormalize(self, x_norm: Float[Tensor, "batch d_in"], x: Any = None) -> Float[Tensor, "batch d_in"]:
-        """Map back to the units of the raw activations `x`, which only a normalisation by token needs.
-
-        Raises `ValueError` if it needs them and they are missing.
-        """
+        """Map back to raw units. Raises `ValueError` if a normalisation by token lacks the raw activations `x`."""
         raw = x_norm / self.scale + self.center
         if self.config.normalize not in TOKEN_NORMS:
             return raw
@@ -236,7 +236,7 @@ class SAE(nn.Module):
         raise NotImplementedError
 
     def decode(self, feature_acts: SparseActs, x: Any = None) -> Float[Tensor, "batch d_in"]:
-        """Reconstruction in raw units, `(batch, d_in)`; a normalisation by token needs the raw activations `x` again."""
+        """Reconstruction in raw units, `(batch, d_in)`; a normalisation by token needs the raw activations `x`."""
         return self.denormalize(decode(feature_acts, self.W_dec, self.b_dec), x)
 
     def forward(self, x: Any) -> SAEOutput:
@@ -267,7 +267,7 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Called after each optimiser step: rescales decoder rows to norm 1 if the variant keeps them there."""
+        """Called after each optimiser step: rescales decoder rows to norm 1 where they are kept there."""
         if self.unit_norm:
             unit_norm_(self.W_dec)
 

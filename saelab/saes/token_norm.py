@@ -46,6 +46,14 @@ def token_sizes(kind: str, x: Float[Tensor, "batch d"]) -> Float[Tensor, "batch 
     return torch.ones_like(x[:, :1])
 
 
+def normalized_moments(kind: str, mean: Float[Tensor, " d"], mean_square: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Mean `(d)` and mean squared norm (fp64) of normalised tokens, from the moments of the raw ones, as if all had one size."""
+    d, square = len(mean), float(mean_square)
+    middle = float(mean.mean()) if kind == "layer_norm" else 0.0
+    size = max((square - d * middle**2) / d, torch.finfo(torch.float32).tiny) ** 0.5
+    return (mean - middle) / size, torch.tensor(float(d), dtype=torch.float64)
+
+
 def _means(x: Float[Tensor, "batch d"]) -> Float[Tensor, "batch 1"]:
     """By `sddmm`, whose result for a row is independent of the rest of the batch, as torch's sums are not everywhere."""
     ids = torch.arange(len(x) + 1, device=x.device)

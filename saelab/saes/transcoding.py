@@ -22,6 +22,7 @@ from saelab.saes.config import normalization
 from saelab.saes.hooks_used import HooksUsed, one_hook
 from saelab.saes.inputs import as_activations
 from saelab.saes.step import Batch, SAEOutput
+from saelab.saes.token_norm import TOKEN_NORMS
 
 
 class Transcoding(SAE):
@@ -68,13 +69,19 @@ class Transcoding(SAE):
         mean_out: Float[Tensor, " d_out"] | None = None,
         mean_square_out: float | Tensor | None = None,
     ) -> None:
-        """As for any SAE, and likewise for y, whose statistics default to those of x."""
+        """As for any SAE, and likewise for y, whose statistics default to those of x: "center_and_scale" if x is normalised by
+        token."""
         super().set_normalization(mean, mean_square)
         if mean_out is None or mean_square_out is None:
             mean_out, mean_square_out = mean, mean_square
-        center, scale = normalization(self.config.normalize, mean_out, mean_square_out)
+        kind = "center_and_scale" if self.config.normalize in TOKEN_NORMS else self.config.normalize
+        center, scale = normalization(kind, mean_out, mean_square_out)
         self.center_out.copy_(center)
         self.scale_out.copy_(scale)
+
+    def start_at(self, x: Float[Tensor, " d_in"], y: Float[Tensor, " d_out"], spread: float) -> None:
+        centered = self.config.normalize in TOKEN_NORMS  # of x; y is then centred by its statistics
+        super().start_at(x, torch.zeros_like(y) if centered else y, spread)
 
     def normalized(self, batch: Batch) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, "batch d_out"]]:
         """As for any SAE. Raises `ValueError` for a target of the wrong shape."""

@@ -135,12 +135,12 @@ def check_shardable(variant: type[SAE], config: Any, feature_shards: int) -> Non
             f"d_sae={config.d_sae} must be a multiple of feature_shards={feature_shards}, each shard with at least "
             f"k={config.k} features."
         )
-    alone = [
+    changed = [
         name for name in ("aux", *_TOPK_OPTIONS) if getattr(config, name, None) != getattr(type(config), name, None)
     ]
-    if alone:
+    if changed:
         raise ValueError(
-            f"feature_shards={feature_shards} supports only the defaults of {', '.join(alone)}: change the config."
+            f"feature_shards={feature_shards} supports only the defaults of {', '.join(changed)}: change the config."
         )
 
 
