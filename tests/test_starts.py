@@ -1,6 +1,8 @@
 """Where training starts: something fires at the first step, whatever the variant, the normalisation and the data's place and
 size, or the run is refused; and the data's mean is known from the start."""
 
+from typing import Any
+
 import pytest
 import torch
 from tiny_saes import config_of
@@ -53,7 +55,7 @@ def test_something_fires_at_the_start(name, normalize, offset, size):
     ):  # no reconstruction starts further from the rows than their mean is, by more than its codes
         assert float(loss.residual.square().sum()) < 30 * float((loss.y - loss.y.mean(0)).square().sum())
         exact = normalize not in TOKEN_NORMS  # those start as if all tokens had one size
-        bounds = {"rtol": 1e-4, "atol": 1e-4 * size} if exact else {"rtol": 0.1, "atol": 0.1}
+        bounds: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4 * size} if exact else {"rtol": 0.1, "atol": 0.1}
         torch.testing.assert_close(sae.b_dec.detach().flatten(), loss.y.mean(0), **bounds)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from saelab.errors import SaelabError
 from saelab.saes import SAE
-from saelab.saes.trained_hooks import needs_other_hooks, steered_hook
+from saelab.saes.trained_hooks import needs_other_hooks, refuse_partial, steered_hook
 
 UNITS = ("p99", "max", "mean", "raw")
 
@@ -195,6 +195,7 @@ class FeatureHandle:
     def _edit(
         self, mode: Literal["add", "clamp", "scale"], value: float | Tensor, where: str = "always"
     ) -> FeatureEdit:
+        refuse_partial(self.sae, "steered")
         value = value if isinstance(value, Tensor) else finite(value)
         if mode != "add" and needs_other_hooks(self.sae):
             raise ValueError(

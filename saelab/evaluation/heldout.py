@@ -156,7 +156,7 @@ def _check_fit(sae: SAE, lm: LanguageModel, hooks: HooksUsed) -> None:
     trained_on = list((models or {"": origin.get("model")}).values())
     here = list(names_and_hashes(lm).values()) or [{"name": lm.name, "hash": lm.hash}]
     for then, now in zip(trained_on, here, strict=False):
-        if then and then["hash"] != now["hash"]:
+        if then and then.get("hash", now["hash"]) != now["hash"]:
             warnings.warn(
                 f"The SAE was trained on {then['name']}, but this is {now['name']}: its weights differ.", stacklevel=4
             )

@@ -24,6 +24,7 @@ from saelab.identity import differences, of_scoring, scoring_absent
 from saelab.models import LanguageModel
 from saelab.models.multi_model import together
 from saelab.saes import SAE, SAEOutput
+from saelab.saes.trained_hooks import refuse_partial
 from saelab.tokens import Texts, load_texts
 from saelab.tokens.mask import token_mask
 
@@ -114,11 +115,11 @@ def evaluate(
 
     Reconstruction is measured on every token (or the first `n_tokens`), the language model's loss on the first
     `n_tokens_ce`, which takes four full forward passes. A report at `path` for the same weights, texts, tokenizer and
-    arguments is returned as is. Raises `ValueError` if the SAE was trained on a scored document (naming how many;
-    `allow_train=True` overrides), does not fit, or nothing is left to score. For a crosscoder of several models, `lm` is the
-    list of them; `hook_name` may list all hooks of a crosscoder, or the two of a transcoder.
+    arguments is returned as is. Raises `ValueError` if the SAE was trained on a scored document (`allow_train=True` overrides)
+    or does not fit. `lm` is a list for a crosscoder of several models; `hook_name` may list all hooks that the SAE uses.
     """
     check_scoring(sae, lm := together(lm), n_tokens=n_tokens, n_tokens_ce=n_tokens_ce or None)
+    refuse_partial(sae, "scored")
     source = own_texts(sae.provenance.origin, lm) if texts is None else load_texts(texts)
     request = {"split": split, "hook_name": _listed(hook_name), "n_tokens": n_tokens, "n_tokens_ce": n_tokens_ce}
     request |= {"ctx_len": ctx_len, "batch_size": batch_size, "allow_train": allow_train, **_meaning(sae, lm, source)}

@@ -1,15 +1,17 @@
-"""Loads and saves SAEs: saelab's own format for now; each foreign format will get its own file here."""
+"""Loads and saves SAEs: saelab's own format (`saelab.io`) and those of other libraries, one file each (`formats.py`)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from saelab import io
-from saelab.io import load_sae
+from saelab.errors import SaelabError
 from saelab.saes.base import check_is_sae
 
 if TYPE_CHECKING:
+    import torch
     from jaxtyping import Float
     from torch import Tensor
 
@@ -17,6 +19,54 @@ if TYPE_CHECKING:
 
 __all__ = ["load_sae", "save_sae"]
 _WRITERS = {"saelab": io.save_sae}
+
+
+def load_sae(
+    source: str | Path,
+    *,
+    format: str | None = None,
+    assume: Mapping[str, Any] | None = None,
+    revision: str | None = None,
+    device: str | torch.device | None = None,
+) -> SAE:
+    """Load an SAE: a RUN, an SAE folder or file of saelab or another library, or a hub id with a path behind it
+    ("google/gemma-scope-2-270m-pt/resid_post/layer_9_width_16k_l0_medium").
+
+    An existing local path wins; the hub is asked only otherwise, at `revision` (a branch, tag or commit). The format is found
+    out, or `format` names it (docs/released_saes.md). Where the files leave a meaning open, the SAE records what was assumed
+    (`sae.provenance.origin["imported"]["assumed"]`); `assume={"k": 64}` settles it, or overrides what they say.
+
+    Raises `SaelabError` for files that are missing, damaged, of no known format or without a needed number, `ValueError` for
+    an unknown `format` or key of `assume`.
+    """
+    path = Path(source)
+    if path.is_dir() and format in (None, "saelab") and (folder := _saelab_folder(path)) is not None:
+        if assume:
+            raise ValueError(
+                f"{folder} is in saelab's own format, whose sae.json says everything: assume is for other formats."
+            )
+        return io.load_sae(folder, device or "cpu")
+    from saelab.interop.formats import FORMATS
+    from saelab.interop.reading import read
+    from saelab.interop.source import LocalSource
+
+    if format == "saelab":
+        raise SaelabError(f"{path} holds no sae.json, so no finished SAE of saelab.")
+    if format is not None and format not in FORMATS:
+        raise ValueError(f"format={format!r} is unknown; saelab reads saelab, {', '.join(FORMATS)}.")
+    if not path.exists():
+        raise SaelabError(f"{path} does not exist.")
+    return read(LocalSource(path), format, assume).to(device or "cpu")
+
+
+def _saelab_folder(path: Path) -> Path | None:
+    """The SAE folder of saelab's format that `path` is, or holds as a RUN; None if there is none."""
+    if (path / "sae.json").exists():
+        return path
+    found = sorted(entry.parent for entry in path.glob("sae*/sae.json"))
+    if len(found) > 1:
+        raise SaelabError(f"{path} holds {len(found)} SAEs: name one of {', '.join(map(str, found))}.")
+    return found[0] if found else None
 
 
 def save_sae(

@@ -47,6 +47,12 @@ def needs_other_hooks(sae: SAE) -> bool:
     return sae.shape.get("n_sources", 1) > 1 or _output(sae) not in (None, *_inputs(sae))
 
 
+def refuse_partial(sae: SAE, what: str) -> None:
+    """Raise `ValueError` for an SAE that is a part of something larger, such as one layer of a cross-layer transcoder."""
+    if reason := sae.provenance.origin.get("partial"):
+        raise ValueError(f"This SAE cannot be {what}: {reason}.")
+
+
 def _inputs(sae: SAE) -> tuple[str, ...]:
     known = (
         sae.provenance.origin.get("hook_names")

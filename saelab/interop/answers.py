@@ -1,0 +1,51 @@
+"""`Answers`: what the user settles with `assume=`, and what a format assumes where its files leave a meaning open."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from saelab.errors import SaelabError
+from saelab.interop.blueprint import Blueprint
+
+SWITCHES = ("variant", "k", "threshold", "pre_bias", "normalize", "scale", "scale_out")
+OPTIONS = ("select", "score", "stop_on_duplicate", "residual_threshold", "signed")
+ORIGIN = ("hook_name", "hook_name_out", "model", "prepend_bos", "ctx_len")
+
+
+class Answers:
+    """`given` is the user's `assume`; `assumed` collects what the files do not say, with the value taken."""
+
+    def __init__(self, given: Mapping[str, Any] | None = None) -> None:
+        self.given = dict(given or {})
+        self.assumed: dict[str, Any] = {}
+        unknown = [key for key in self.given if key not in (*SWITCHES, *OPTIONS, *ORIGIN)]
+        if unknown:
+            raise ValueError(
+                f"assume has {', '.join(map(repr, unknown))}; it takes {', '.join((*SWITCHES, *OPTIONS, *ORIGIN))}."
+            )
+
+    def need(self, key: str, found: Any, where: str) -> Any:
+        """`found`, or the user's answer. Raises `SaelabError` if there is neither."""
+        value = self.given.get(key, found)
+        if value is None:
+            raise SaelabError(f"{where} does not say {key}: pass assume={{'{key}': ...}}.")
+        return value
+
+    def assume(self, key: str, value: Any) -> Any:
+        """The user's answer, or `value`, which is then reported as assumed."""
+        if key in self.given:
+            return self.given[key]
+        self.assumed[key] = value
+        return value
+
+
+def revised(plan: Blueprint, given: Mapping[str, Any]) -> Blueprint:
+    """The blueprint with the user's answers instead of what the files say or a format assumed."""
+    switches = {key: value for key, value in given.items() if key in SWITCHES}
+    options = {key: value for key, value in given.items() if key in OPTIONS}
+    origin = {key: value for key, value in given.items() if key in ORIGIN}
+    if "model" in origin:
+        origin["model"] = {"name": str(origin["model"])}
+    return dataclasses.replace(plan, **switches, options={**plan.options, **options}, origin={**plan.origin, **origin})

@@ -1,0 +1,103 @@
+"""llamascopium (OpenMOSS): `config.json` with `sae_weights.safetensors` or `.pt`, or `checkpoints/final.*`. SAEs, transcoders
+(two hook points) and crosscoders of one gate per token.
+
+With norm_activation "dataset-wise" inputs and outputs have scales of their own, kept in the weights file. With
+sparsity_include_decoder_norm the gate compares u times the norm of the feature's decoder row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from saelab.errors import SaelabError
+from saelab.interop.answers import Answers
+from saelab.interop.blueprint import Blueprint
+from saelab.interop.llama_scope import by_decoder_norm, scales
+from saelab.interop.source import Source
+
+NAME = "llamascopium"
+WANTS = "config.json (with sae_type) and sae_weights.safetensors, sae_weights.pt or checkpoints/final.*"
+_WEIGHTS = ("sae_weights.safetensors", "sae_weights.pt", "checkpoints/final.safetensors", "checkpoints/final.pt")
+_NORM = "dataset_average_activation_norm."
+
+
+def matches(source: Source) -> bool:
+    return (
+        source.has("config.json")
+        and not source.has("cfg.json")
+        and any(source.has(name) for name in _WEIGHTS)
+        and "sae_type" in source.json("config.json")
+    )
+
+
+def load(source: Source, answers: Answers) -> Blueprint:
+    cfg = source.json("config.json")
+    if cfg["sae_type"] != "sae":
+        raise SaelabError(f"{source.label} has sae_type={cfg['sae_type']!r}; saelab reads sae.")
+    if cfg.get("use_glu_encoder"):
+        raise SaelabError(f"{source.label} has a GLU encoder (use_glu_encoder), which saelab does not read.")
+    name = next(name for name in _WEIGHTS if source.has(name))
+    tensors = {key.removeprefix("sae."): tensor for key, tensor in source.tensors(name).items()}
+    missing = [key for key in ("W_E", "W_D", "b_E") if key not in tensors]
+    if missing:
+        raise SaelabError(f"{source.label}: {name} has no {' and no '.join(missing)}: download it again.")
+    W_enc, W_dec = tensors["W_E"].float().T.contiguous(), tensors["W_D"].float()
+    origin = _origin(cfg)
+    transcodes = "hook_name_out" in origin
+    scaled = _scaling(cfg, tensors, W_enc, W_dec, answers, source)
+    return Blueprint(
+        W_enc=W_enc,
+        W_dec=W_dec,
+        b_enc=tensors["b_E"],
+        b_dec=tensors.get("b_D"),
+        origin=origin,
+        **_selection(cfg, tensors, W_dec, transcodes, answers, source.label),
+        **({**scaled, "scale_out": scaled.get("scale_out") if transcodes else None} if scaled else {}),
+    )
+
+
+def _selection(
+    cfg: dict[str, Any], tensors: dict[str, Tensor], W_dec: Tensor, transcodes: bool, answers: Answers, where: str
+) -> dict[str, Any]:
+    act_fn, by_norm = str(cfg.get("act_fn", "relu")).lower(), cfg.get("sparsity_include_decoder_norm", True)
+    if act_fn == "relu":  # a gate at 0 is the same in any unit
+        return {"variant": "relu_transcoder" if transcodes else "relu"}
+    if act_fn == "topk" and not transcodes:
+        score = {"score": "decoder_norm"} if by_norm else {}
+        return {"variant": "topk", "k": int(answers.need("k", cfg.get("top_k"), where)), "options": score}
+    if act_fn == "jumprelu":
+        log_threshold = tensors.get("activation_function.log_jumprelu_threshold", tensors.get("log_jumprelu_threshold"))
+        threshold = answers.need("threshold", None if log_threshold is None else log_threshold.float().exp(), where)
+        threshold = by_decoder_norm(threshold, W_dec) if by_norm else threshold
+        return {"variant": "jumprelu_transcoder" if transcodes else "jumprelu", "threshold": threshold}
+    raise SaelabError(
+        f"{where} has act_fn={act_fn!r}{' as a transcoder' if transcodes else ''}; saelab reads relu, jumprelu and, of SAEs, "
+        "topk. (batchtopk keeps no threshold, so its activations depend on the batch.)"
+    )
+
+
+def _scaling(
+    cfg: dict[str, Any], tensors: dict[str, Tensor], W_enc: Tensor, W_dec: Tensor, answers: Answers, source: Source
+) -> dict[str, Any]:
+    how = cfg.get("norm_activation", "dataset-wise")
+    if how == "inference":
+        return {}
+    if how == "token-wise":
+        return {"normalize": "constant_norm"}
+    if how != "dataset-wise":
+        raise SaelabError(
+            f"{source.label} has norm_activation={how!r}, with which a token depends on its batch; saelab reads dataset-wise, "
+            "token-wise and inference."
+        )
+    norms = {key.removeprefix(_NORM): float(value) for key, value in tensors.items() if key.startswith(_NORM)}
+    hooks = cfg.get("hook_point_in", ""), cfg.get("hook_point_out", "")
+    scale, scale_out = scales(norms, hooks, W_enc, W_dec, answers, source)
+    return {"scale": scale, "scale_out": scale_out}
+
+
+def _origin(cfg: dict[str, Any]) -> dict[str, Any]:
+    hook_in, hook_out = cfg.get("hook_point_in"), cfg.get("hook_point_out")
+    origin: dict[str, Any] = {"hook_name": hook_in} if hook_in else {}
+    return origin | ({"hook_name_out": hook_out} if hook_out not in (None, hook_in) else {})

@@ -1,0 +1,75 @@
+"""sparsify (EleutherAI): `cfg.json` and `sae.safetensors` in a folder named after the hook point; `config.json` of the whole run
+above it. `W_dec` is `(d_sae, d_in)`; `b_dec` is subtracted from the input unless it is a transcoder.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from saelab.errors import SaelabError
+from saelab.interop.answers import Answers
+from saelab.interop.blueprint import Blueprint
+from saelab.interop.names import hook_of_module
+from saelab.interop.source import Source, read_object
+
+NAME = "sparsify"
+WANTS = "cfg.json and sae.safetensors"
+_SELECT = {"topk": "topk", "groupmax": "groupmax"}
+
+
+def matches(source: Source) -> bool:
+    return source.has("cfg.json", "sae.safetensors")
+
+
+def load(source: Source, answers: Answers) -> Blueprint:
+    cfg, tensors = source.json("cfg.json"), source.tensors("sae.safetensors")
+    missing = [name for name in ("encoder.weight", "encoder.bias", "W_dec", "b_dec") if name not in tensors]
+    if missing:
+        raise SaelabError(f"{source.label}: sae.safetensors has no {' and no '.join(missing)}: download it again.")
+    if cfg.get("signed"):
+        raise SaelabError(f"{source.label} is a signed TopK SAE of an early sparsify, which saelab does not read.")
+    activation = cfg.get("activation", "topk")
+    if activation not in _SELECT:
+        raise SaelabError(f"{source.label} has activation={activation!r}; saelab reads {', '.join(_SELECT)}.")
+    named = cfg.get("num_latents") or (cfg["d_in"] * cfg["expansion_factor"] if "expansion_factor" in cfg else None)
+    if named and named != len(tensors["encoder.weight"]):
+        raise SaelabError(
+            f"{source.label}: cfg.json says {named} latents, sae.safetensors holds {len(tensors['encoder.weight'])}."
+        )
+    transcode = bool(cfg.get("transcode", False))
+    skip = tensors.get("W_skip") if cfg.get("skip_connection") else None
+    if cfg.get("skip_connection") and skip is None:
+        raise SaelabError(f"{source.label}: cfg.json says skip_connection, but sae.safetensors has no W_skip.")
+    if skip is not None and not transcode:
+        raise SaelabError(
+            f"{source.label} has a skip but is no transcoder (transcode false), which saelab does not read."
+        )
+    variant = "topk" if not transcode else "transcoder" if skip is None else "skip_transcoder"
+    return Blueprint(
+        variant=variant,
+        W_enc=tensors["encoder.weight"].float(),
+        W_dec=tensors["W_dec"].float(),
+        b_enc=tensors["encoder.bias"],
+        b_dec=tensors["b_dec"],
+        W_skip=skip,
+        k=int(answers.need("k", cfg.get("k"), source.label)),
+        pre_bias=not transcode,
+        options={"select": _SELECT[activation]},
+        origin=_origin(source, answers, transcode),
+    )
+
+
+def _origin(source: Source, answers: Answers, transcode: bool) -> dict[str, Any]:
+    """From the folder's name and the run's config."""
+    point = source.label.rstrip("/").rpartition("/")[2]
+    origin: dict[str, Any] = {"hook_name": hook_of_module(point, "input" if transcode else "output")}
+    if transcode:
+        origin["hook_name_out"] = hook_of_module(point)
+    path = source.above("config.json")
+    config = read_object(path) if path else {}
+    if config.get("model"):
+        origin["model"] = {"name": str(config["model"])}
+    if config.get("ctx_len"):
+        origin["ctx_len"] = int(config["ctx_len"])
+    origin["prepend_bos"] = answers.assume("prepend_bos", False)  # sparsify tokenises documents without it
+    return {key: value for key, value in origin.items() if value is not None}
