@@ -284,7 +284,7 @@ def test_what_is_asked_wrongly_is_refused(tmp_path):
         saelab.load_sae(path)
     assert saelab.load_sae(path, format="sae_lens").config.k == 4
     own = saelab.save_sae(saelab.load_sae(path, format="sae_lens"), tmp_path / "own")
-    with pytest.raises(ValueError, match=r"is in saelab's own format, whose sae.json says everything"):
+    with pytest.raises(ValueError, match=r"is in saelab's own format, whose sae.json says everything: omit assume"):
         saelab.load_sae(own, assume={"k": 2})
 
 

@@ -36,7 +36,7 @@ ONLY_IN = {
     "transformers": r"saelab/models/\w+\.py",
     "transformer_lens": r"saelab/models/\w+\.py",
     "gguf": r"saelab/models/\w+\.py",
-    "huggingface_hub": r"saelab/(models/\w+|tokens/hf_datasets)\.py",
+    "huggingface_hub": r"saelab/(models/\w+|tokens/hf_datasets|interop/hub\w*)\.py",
     "datasets": r"saelab/tokens/hf_datasets\.py",
     "streamlit": r"app/.*",
     "triton": r"kernels/.*",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
+    from saelab.interop.source import Source
     from saelab.saes import SAE
 
 __all__ = ["load_sae", "save_sae"]
@@ -42,21 +44,40 @@ def load_sae(
     path = Path(source)
     if path.is_dir() and format in (None, "saelab") and (folder := _saelab_folder(path)) is not None:
         if assume:
-            raise ValueError(
-                f"{folder} is in saelab's own format, whose sae.json says everything: assume is for other formats."
-            )
+            raise ValueError(f"{folder} is in saelab's own format, whose sae.json says everything: omit assume.")
         return io.load_sae(folder, device or "cpu")
+    return _load_other(source, format, assume, revision).to(device or "cpu")
+
+
+def _load_other(source: str | Path, format: str | None, assume: Mapping[str, Any] | None, revision: str | None) -> SAE:
+    """Files of another library, or of any on the hub."""
     from saelab.interop.formats import FORMATS
+    from saelab.interop.hub import HubSource, parse
     from saelab.interop.reading import read
     from saelab.interop.source import LocalSource
 
-    if format == "saelab":
-        raise SaelabError(f"{path} holds no sae.json, so no finished SAE of saelab.")
-    if format is not None and format not in FORMATS:
+    path = Path(source)
+    if format is not None and format not in ("saelab", *FORMATS):
         raise ValueError(f"format={format!r} is unknown; saelab reads saelab, {', '.join(FORMATS)}.")
-    if not path.exists():
-        raise SaelabError(f"{path} does not exist.")
-    return read(LocalSource(path), format, assume).to(device or "cpu")
+    if format == "saelab" and path.exists():
+        raise SaelabError(f"{path} holds no sae.json, so no finished SAE of saelab.")
+    if path.exists():
+        return read(LocalSource(path), format, assume)
+    if (where := parse(str(source))) is None:
+        raise SaelabError(f"{source} does not exist, and is no id of the hub (org/repo/path).")
+    remote = HubSource(where, revision)
+    if remote.has("sae.json") and format in (None, "saelab"):
+        return _saelab_from_hub(remote)
+    return read(remote, format, assume)
+
+
+def _saelab_from_hub(remote: Source) -> SAE:
+    """An SAE in saelab's own format on the hub; its `origin` gets the commit."""
+    folders = {remote.fetch(name).parent for name in ("sae.json", "sae.safetensors", "golden.safetensors")}
+    sae = io.load_sae(folders.pop())
+    origin = {**sae.provenance.origin, "hub": remote.record}
+    sae.provenance = dataclasses.replace(sae.provenance, origin=origin)
+    return sae
 
 
 def _saelab_folder(path: Path) -> Path | None:

@@ -54,9 +54,20 @@ def format_of(source: Source, name: str | None = None) -> Format:
     if found:
         names = ", ".join(one.name for one in found)
         raise SaelabError(f"{source.label} matches several formats ({names}): say which, format={found[0].name!r}.")
+    if several := _holds(source):
+        raise SaelabError(
+            f"{source.label} holds {len(several)} SAEs: name one, such as {source.label}/{several[0]} (others: "
+            f"{', '.join(several[1:4])}{' ...' if len(several) > 4 else ''})."
+        )
     seen = ", ".join(source.names[:8]) or "no file"
     wanted = "; ".join(f"{one.name}: {one.wants}" for one in FORMATS.values())
     raise SaelabError(
         f"{source.label} is of no format that saelab reads. It holds {seen}{' ...' if len(source.names) > 8 else ''}. Wanted are "
         f"sae.json for saelab's own; {wanted}."
     )
+
+
+def _holds(source: Source) -> list[str]:
+    """Folders below that look like SAEs, if there are several."""
+    marks = ("sae.json", "cfg.json", "params.npz", "params.safetensors", "ae.pt", "hyperparams.json")
+    return sorted({name.rpartition("/")[0] for name in source.names if name.rpartition("/")[2] in marks} - {""})
