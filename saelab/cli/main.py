@@ -19,9 +19,13 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import OmitArgPrefixes, arg
 
-from saelab.cli.commands import COMMANDS, Run, StreamFlags, check_has_cache, train
+from saelab.cli import commands
+from saelab.cli.commands import Run, StreamFlags, check_has_cache, train
+from saelab.cli.interop_commands import INTEROP
 from saelab.cli.messages import shown
 from saelab.errors import SaelabError
+
+COMMANDS = commands.COMMANDS | INTEROP
 
 
 def _variant(args: Sequence[str]) -> str:

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from saelab.saes import SAE
 
 __all__ = ["load_sae", "save_sae"]
-_WRITERS = {"saelab": io.save_sae}
 
 
 def load_sae(
@@ -101,9 +100,22 @@ def save_sae(
 
     `golden_inputs` are raw activations (at least one row, in the units the SAE was trained on): 64 of them are stored with
     their feature activations, which loading checks. By default they are random inputs around the SAE's centre.
-    Raises `ValueError` for an unknown format.
+
+    `format` may name another library's: "sae_lens", "sparsify", "dictionary_learning" or "gemma_scope_2"; centre and scale are
+    folded into the weights. Raises `ValueError` for an unknown format, `SaelabError` for what a format cannot hold.
     """
     check_is_sae(sae, "save_sae")
-    if format not in _WRITERS:
-        raise ValueError(f"format={format!r} is unknown; saelab writes {', '.join(map(repr, _WRITERS))}.")
-    return _WRITERS[format](sae, folder, golden_inputs=golden_inputs)
+    if format == "saelab":
+        return io.save_sae(sae, folder, golden_inputs=golden_inputs)
+    from saelab.interop.describing import blueprint_of
+    from saelab.interop.formats import FORMATS
+
+    written = {name: one.save for name, one in FORMATS.items() if one.save is not None}
+    if format not in written:
+        raise ValueError(f"format={format!r} is unknown; saelab writes {', '.join(map(repr, ('saelab', *written)))}.")
+    if golden_inputs is not None:
+        raise ValueError(f"golden_inputs are stored in saelab's own format alone; omit them with format={format!r}.")
+    plan = blueprint_of(sae)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    written[format](plan, Path(folder))
+    return Path(folder)

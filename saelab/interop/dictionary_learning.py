@@ -6,13 +6,19 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from saelab.errors import SaelabError
+from saelab.files import atomic_path, atomic_write_json
 from saelab.interop.answers import Answers
 from saelab.interop.blueprint import Blueprint
+from saelab.interop.describing import as_thresholds, refuse, with_pre_bias
+from saelab.interop.names import layer_of
+from saelab.interop.pickles import save_pickle
 from saelab.interop.source import Source, read_object
 
 NAME = "dictionary_learning"
@@ -162,3 +168,93 @@ def _origin(trainer: dict[str, Any], buffer: dict[str, Any]) -> dict[str, Any]:
     if buffer.get("ctx_len"):
         origin["ctx_len"] = int(buffer["ctx_len"])
     return origin
+
+
+def save(plan: Blueprint, folder: Path) -> None:
+    """Write `ae.pt`, a torch file of plain tensors, and `config.json`. Raises `SaelabError` for what it cannot hold."""
+    if plan.normalize != "none":
+        raise refuse(NAME, f"normalize={plan.normalize!r}")
+    if plan.options.get("select", "topk") != "topk" or plan.options.get("score", "value") != "value":
+        raise refuse(NAME, "a TopK other than that of the k largest pre-activations")
+    kind, plan = _class_for(plan)
+    tensors = _TENSORS[kind](plan)
+    trainer = {"dict_class": kind, "activation_dim": plan.d_in, "dict_size": plan.d_sae, "k": plan.k}
+    origin = plan.origin
+    trainer |= {
+        "lm_name": (origin.get("model") or {}).get("name"),
+        "layer": layer_of(str(origin.get("hook_name")), r"blocks\.(\d+)"),
+    }
+    trainer |= {"submodule_name": str(origin.get("hook_name") or "").rpartition("hook_")[2] or None}
+    config = {"trainer": {key: value for key, value in trainer.items() if value is not None}}
+    config["buffer"] = {"ctx_len": origin["ctx_len"]} if origin.get("ctx_len") else {}
+    with atomic_path(folder / "ae.pt") as path:
+        save_pickle(tensors, path)
+    atomic_write_json(folder / "config.json", config)
+
+
+def _class_for(plan: Blueprint) -> tuple[str, Blueprint]:
+    """The class that computes this, and the blueprint with b_dec subtracted as that class does."""
+    scalar = plan.threshold is not None and torch.as_tensor(plan.threshold).numel() == 1
+    if plan.variant in ("batch_topk", "mutual_choice") and scalar:
+        return "BatchTopKSAE", with_pre_bias(plan, True)
+    if plan.variant == "matryoshka" and scalar:
+        return "MatryoshkaBatchTopKSAE", with_pre_bias(plan, True)
+    if plan.variant == "topk":
+        return "AutoEncoderTopK", with_pre_bias(plan, True)
+    if plan.variant == "gated":
+        return "GatedAutoEncoder", with_pre_bias(plan, True)
+    if plan.variant == "relu":
+        return ("AutoEncoder" if plan.pre_bias else "AutoEncoderNew"), plan
+    if plan.variant in ("jumprelu", "feature_choice"):
+        return "JumpReluAutoEncoder", with_pre_bias(as_thresholds(plan), False)
+    raise refuse(NAME, f"a {plan.variant}")
+
+
+def _linear_of(plan: Blueprint) -> dict[str, Tensor]:
+    return {"encoder.weight": plan.W_enc, "decoder.weight": plan.W_dec.T}
+
+
+def _matrices_of(plan: Blueprint) -> dict[str, Tensor]:
+    return {"W_enc": plan.W_enc.T, "W_dec": plan.W_dec, "b_enc": _b_enc(plan), "b_dec": _b_dec(plan)}
+
+
+def _b_enc(plan: Blueprint) -> Tensor:
+    return torch.zeros(plan.d_sae) if plan.b_enc is None else plan.b_enc
+
+
+def _b_dec(plan: Blueprint) -> Tensor:
+    return torch.zeros(plan.d_out) if plan.b_dec is None else plan.b_dec
+
+
+def _counts(plan: Blueprint) -> dict[str, Tensor]:
+    """k, and the threshold (-1: none)."""
+    threshold = -1.0 if plan.threshold is None else float(torch.as_tensor(plan.threshold))
+    return {"k": torch.tensor(plan.k, dtype=torch.int32), "threshold": torch.tensor(threshold)}
+
+
+def _groups(plan: Blueprint) -> Tensor:
+    ends = torch.tensor(plan.options["group_fractions"], dtype=torch.float64).cumsum(0) * plan.d_sae
+    return ends.round().long().diff(prepend=torch.zeros(1, dtype=torch.int64))
+
+
+_TENSORS: dict[str, Any] = {
+    "AutoEncoder": lambda plan: _linear_of(plan) | {"encoder.bias": _b_enc(plan), "bias": _b_dec(plan)},
+    "AutoEncoderNew": lambda plan: _linear_of(plan) | {"encoder.bias": _b_enc(plan), "decoder.bias": _b_dec(plan)},
+    "AutoEncoderTopK": lambda plan: (
+        _linear_of(plan) | {"encoder.bias": _b_enc(plan), "b_dec": _b_dec(plan)} | _counts(plan)
+    ),
+    "BatchTopKSAE": lambda plan: (
+        _linear_of(plan) | {"encoder.bias": _b_enc(plan), "b_dec": _b_dec(plan)} | _counts(plan)
+    ),
+    "MatryoshkaBatchTopKSAE": lambda plan: _matrices_of(plan) | _counts(plan) | {"group_sizes": _groups(plan)},
+    "JumpReluAutoEncoder": lambda plan: _matrices_of(plan) | {"threshold": plan.threshold},
+    "GatedAutoEncoder": lambda plan: (
+        _linear_of(plan)
+        | {
+            "decoder_bias": _b_dec(plan),
+            "gate_bias": _b_enc(plan),
+            "mag_bias": plan.tensors["b_mag"],
+            "r_mag": plan.tensors["r_mag"],
+        }
+    ),
+}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from saelab.errors import SaelabError
@@ -34,13 +35,17 @@ class Format(NamedTuple):
     matches: Callable[[Source], bool]
     load: Callable[[Source, Answers], Blueprint]
     """Reads them. Raises `SaelabError` for what is missing, damaged or not supported."""
+    save: Callable[[Blueprint, Path], None] | None = None
+    """Writes a folder, where saelab writes this format. Raises `SaelabError` for what it cannot hold."""
 
 
 _MODULES: tuple[Any, ...] = (
     sae_lens, dictionary_learning, sparsify, gemma_scope, gemma_scope_2, llama_scope, llamascopium, openai, goodfire, qwen_scope,
     mwhanna, mntss,
 )  # fmt: skip
-FORMATS: dict[str, Format] = {one.NAME: Format(one.NAME, one.WANTS, one.matches, one.load) for one in _MODULES}
+FORMATS: dict[str, Format] = {
+    one.NAME: Format(one.NAME, one.WANTS, one.matches, one.load, getattr(one, "save", None)) for one in _MODULES
+}
 """By name."""
 
 

@@ -9,16 +9,18 @@ so FVU, loss and steering of one of them mean nothing.
 from __future__ import annotations
 
 import re
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from saelab.errors import SaelabError
+from saelab.files import atomic_save_safetensors, atomic_write_json
 from saelab.interop.answers import Answers
 from saelab.interop.blueprint import Blueprint
-from saelab.interop.names import hook_of_module, layer_of, model_id
+from saelab.interop.describing import as_thresholds, refuse, with_pre_bias
+from saelab.interop.names import hook_of_module, layer_of, model_id, module_of_hook
 from saelab.interop.source import Source
 
 NAME = "gemma_scope_2"
@@ -103,10 +105,12 @@ def _origin(label: str, config: dict[str, Any]) -> dict[str, Any]:
     inside = f"model.layers.{layer}"
     point_in = config.get("hf_hook_point_in") or (f"{inside}.{_KINDS[kind]}" if kind and layer is not None else None)
     point_out = config.get("hf_hook_point_out") or (f"{inside}.{_OUT}" if kind in ("transcoder", "clt") else None)
-    if point_in:
-        origin["hook_name"] = hook_of_module(point_in)
-    if point_out:
-        origin["hook_name_out"] = hook_of_module(point_out)
+    if hook := config.get("hook_name") or (point_in and hook_of_module(point_in)):
+        origin["hook_name"] = hook
+    if hook := config.get("hook_name_out") or (point_out and hook_of_module(point_out)):
+        origin["hook_name_out"] = hook
+    if "prepend_bos" in config:
+        origin["prepend_bos"] = bool(config["prepend_bos"])
     name = config.get("model_name") or _model_of(label)
     if name:
         name = str(name).replace("-v3", "-3")
@@ -122,16 +126,31 @@ def _model_of(label: str) -> str | None:
     return f"google/gemma-3-{found.group(1)}" if found else None
 
 
-def to_tensors(plan: Blueprint) -> dict[str, Tensor]:
-    """A JumpReLU blueprint under Gemma Scope 2's names."""
-    zeros = torch.zeros
+def save(plan: Blueprint, folder: Path) -> None:
+    """Write any SAE or transcoder with a threshold, or ReLU, as JumpReLU. Raises `SaelabError` for what it cannot hold."""
+    plan = as_thresholds(plan)
+    if plan.variant not in ("jumprelu", "jumprelu_transcoder"):
+        raise refuse(NAME, f"a {plan.variant} (only thresholds)")
+    if plan.normalize != "none":
+        raise refuse(NAME, f"normalize={plan.normalize!r}")
+    if plan.variant == "jumprelu":
+        plan = with_pre_bias(plan, False)
     tensors = {
         "w_enc": plan.W_enc.T,
         "w_dec": plan.W_dec,
-        "b_enc": zeros(plan.d_sae) if plan.b_enc is None else plan.b_enc,
-        "b_dec": zeros(plan.d_out) if plan.b_dec is None else plan.b_dec,
+        "b_enc": torch.zeros(plan.d_sae) if plan.b_enc is None else plan.b_enc,
+        "b_dec": torch.zeros(plan.d_out) if plan.b_dec is None else plan.b_dec,
         "threshold": torch.as_tensor(plan.threshold, dtype=torch.float32).expand(plan.d_sae),
     }
-    if plan.W_skip is not None:
-        tensors["affine_skip_connection"] = plan.W_skip.T
-    return {name: tensor.detach().float().contiguous() for name, tensor in tensors.items()}
+    tensors |= {} if plan.W_skip is None else {"affine_skip_connection": plan.W_skip.T}
+    origin = plan.origin
+    config: dict[str, Any] = {"architecture": "jump_relu", "model_name": (origin.get("model") or {}).get("name")}
+    hooks = origin.get("hook_name"), origin.get("hook_name_out")
+    config |= {"hf_hook_point_in": module_of_hook(hooks[0]), "hook_name": hooks[0]}
+    if plan.variant == "jumprelu_transcoder":
+        config |= {"hf_hook_point_out": module_of_hook(hooks[1]), "hook_name_out": hooks[1]}
+        config["affine_connection"] = plan.W_skip is not None
+    if origin.get("prepend_bos") is not None:
+        config["prepend_bos"] = bool(origin["prepend_bos"])
+    atomic_save_safetensors(folder / "params.safetensors", {k: v.float().contiguous() for k, v in tensors.items()})
+    atomic_write_json(folder / "config.json", {key: value for key, value in config.items() if value is not None})

@@ -71,3 +71,18 @@ def hook_of_module(path: str, side: str = "output") -> str | None:
         if re.fullmatch(pattern, rest):
             return f"blocks.{layer}.{hook}"
     return None
+
+
+def module_of_hook(hook_name: str | None) -> str | None:
+    """Hugging Face's path of a hook, as Gemma Scope 2 writes it: the inverse of `hook_of_module` for models named as Gemma 3."""
+    found = re.fullmatch(r"blocks\.(\d+)\.(.+)", hook_name or "")
+    inside = {
+        "hook_resid_post": "output",
+        "hook_resid_pre": "input",
+        "attn.hook_z": "self_attn.o_proj.input",
+        "hook_mlp_out": "post_feedforward_layernorm.output",
+        "mlp.hook_in": "pre_feedforward_layernorm.output",
+    }
+    if not found or found.group(2) not in inside:
+        return None
+    return f"model.layers.{found.group(1)}.{inside[found.group(2)]}"

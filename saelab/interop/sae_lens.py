@@ -7,20 +7,25 @@ their scale or whitening stands in `activation_scaler.json` and `activation_whit
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from saelab.errors import SaelabError
+from saelab.files import atomic_save_safetensors, atomic_write_json
 from saelab.interop.answers import Answers
 from saelab.interop.blueprint import Blueprint
+from saelab.interop.describing import as_thresholds, refuse
 from saelab.interop.folding import fold_decoder_norms, fold_whitening
-from saelab.interop.names import model_id
+from saelab.interop.names import model_id, module_of_hook
 from saelab.interop.source import Source
 
 NAME = "sae_lens"
 WANTS = "cfg.json and sae_weights.safetensors"
+WRITTEN_FOR = "6.54.0"
+"""The version of SAELens whose config is written."""
 VARIANT_OF = {
     "standard": "relu",
     "gated": "gated",
@@ -189,3 +194,64 @@ def claimed_l0(source: Source) -> float | None:
         return None
     sparsity = source.tensors("sparsity.safetensors").get("sparsity")
     return None if sparsity is None else float(torch.pow(10.0, sparsity.double()).sum())
+
+
+def save(plan: Blueprint, folder: Path) -> None:
+    """Write version 6, folded. Raises `SaelabError` for what it cannot hold."""
+    if plan.options.get("select", "topk") != "topk":
+        raise refuse(NAME, "a selection by groups (groupmax)")
+    if plan.options.get("score", "value") != "value":
+        raise refuse(NAME, "pre-activations compared after multiplication by decoder norms, with activations before it")
+    if plan.variant in ("transcoder", "skip_transcoder"):
+        raise refuse(NAME, "a TopK transcoder")
+    if plan.options.get("signed"):
+        raise refuse(NAME, "a matching pursuit with negative activations")
+    plan = plan if plan.variant in ("relu", "relu_transcoder") else as_thresholds(plan)
+    architecture = {"relu": "standard", "abs_topk": "abstopk", "relu_transcoder": "transcoder"}.get(
+        plan.variant, plan.variant
+    )
+    if plan.W_skip is not None:
+        architecture = architecture.replace("transcoder", "skip_transcoder")
+    norm = next(name for name, kind in NORMALIZE_OF.items() if kind == plan.normalize)
+    if norm != "none" and architecture.endswith("transcoder"):
+        raise refuse(NAME, f"a transcoder with normalize={plan.normalize!r}")
+    cfg: dict[str, Any] = {"architecture": architecture, "d_in": plan.d_in, "d_sae": plan.d_sae, "dtype": "float32"}
+    cfg |= {"device": "cpu", "apply_b_dec_to_input": plan.pre_bias, "normalize_activations": norm}
+    hook = str(plan.origin.get("hook_name") or "")
+    cfg |= {"reshape_activations": "hook_z" if hook.endswith("hook_z") else "none"}
+    if plan.variant in ("topk", "abs_topk"):
+        cfg |= {"k": plan.k, "rescale_acts_by_decoder_norm": False}
+    if plan.variant == "matching_pursuit":
+        cfg |= {"max_iterations": plan.k, "residual_threshold": plan.options["residual_threshold"] * plan.d_in**0.5}
+        cfg |= {"stop_on_duplicate_support": plan.options.get("stop_on_duplicate", False)}
+    if architecture.endswith("transcoder"):
+        cfg |= {"d_out": plan.d_out, "apply_b_dec_to_input": False}
+    atomic_save_safetensors(folder / "sae_weights.safetensors", _tensors(plan))
+    atomic_write_json(folder / "cfg.json", cfg | {"metadata": _metadata(plan)})
+
+
+def _tensors(plan: Blueprint) -> dict[str, Tensor]:
+    tensors = {"W_dec": plan.W_dec, "b_dec": torch.zeros(plan.d_out) if plan.b_dec is None else plan.b_dec}
+    b_enc = torch.zeros(plan.d_sae) if plan.b_enc is None else plan.b_enc
+    if plan.variant != "matching_pursuit":
+        tensors |= {"W_enc": plan.W_enc.T, "b_gate" if plan.variant == "gated" else "b_enc": b_enc}
+    if plan.threshold is not None:
+        tensors["threshold"] = torch.as_tensor(plan.threshold, dtype=torch.float32).expand(plan.d_sae)
+    if plan.W_skip is not None:
+        tensors["W_skip"] = plan.W_skip
+    return {name: tensor.float().contiguous() for name, tensor in (tensors | dict(plan.tensors)).items()}
+
+
+def _metadata(plan: Blueprint) -> dict[str, Any]:
+    """Model, hooks and how texts are read, in SAELens' words."""
+    origin = plan.origin
+    hook_name = origin.get("hook_name")
+    model, bos = origin.get("model") or {}, origin.get("prepend_bos")
+    found = {"sae_lens_version": WRITTEN_FOR, "sae_lens_training_version": None, "model_name": model.get("name")}
+    found |= {
+        "hook_name": hook_name,
+        "hook_name_out": origin.get("hook_name_out"),
+        "context_size": origin.get("ctx_len"),
+    }
+    found |= {"prepend_bos": None if bos is None else bool(bos), "hf_hook_name": module_of_hook(hook_name)}
+    return {key: value for key, value in found.items() if value is not None} | {"sae_lens_training_version": None}

@@ -4,11 +4,16 @@ above it. `W_dec` is `(d_sae, d_in)`; `b_dec` is subtracted from the input unles
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from saelab.errors import SaelabError
+from saelab.files import atomic_save_safetensors, atomic_write_json
 from saelab.interop.answers import Answers
 from saelab.interop.blueprint import Blueprint
+from saelab.interop.describing import refuse, with_pre_bias
 from saelab.interop.names import hook_of_module
 from saelab.interop.source import Source, read_object
 
@@ -73,3 +78,32 @@ def _origin(source: Source, answers: Answers, transcode: bool) -> dict[str, Any]
         origin["ctx_len"] = int(config["ctx_len"])
     origin["prepend_bos"] = answers.assume("prepend_bos", False)  # sparsify tokenises documents without it
     return {key: value for key, value in origin.items() if value is not None}
+
+
+def save(plan: Blueprint, folder: Path) -> None:
+    """Write a TopK SAE or transcoder. Raises `SaelabError` for what it cannot hold."""
+    if plan.variant not in ("topk", "transcoder", "skip_transcoder"):
+        raise refuse(NAME, f"a {plan.variant} (only a k per token)")
+    if plan.normalize != "none":
+        raise refuse(NAME, f"normalize={plan.normalize!r}")
+    if plan.options.get("score", "value") != "value":
+        raise refuse(NAME, "pre-activations compared after multiplication by decoder norms")
+    if plan.d_in != plan.d_out:
+        raise refuse(NAME, f"a transcoder from width {plan.d_in} to {plan.d_out}")
+    transcode = plan.variant != "topk"
+    plan = plan if transcode else with_pre_bias(plan, True)
+    zeros = torch.zeros
+    tensors = {
+        "encoder.weight": plan.W_enc,
+        "encoder.bias": zeros(plan.d_sae) if plan.b_enc is None else plan.b_enc,
+        "W_dec": plan.W_dec,
+        "b_dec": zeros(plan.d_out) if plan.b_dec is None else plan.b_dec,
+    }
+    tensors |= {} if plan.W_skip is None else {"W_skip": plan.W_skip}
+    cfg = {"activation": plan.options.get("select", "topk"), "num_latents": plan.d_sae, "k": plan.k, "d_in": plan.d_in}
+    cfg |= {"expansion_factor": max(plan.d_sae // plan.d_in, 1), "normalize_decoder": False, "multi_topk": False}
+    cfg |= {"skip_connection": plan.W_skip is not None, "transcode": transcode}
+    atomic_save_safetensors(
+        folder / "sae.safetensors", {name: tensor.float().contiguous() for name, tensor in tensors.items()}
+    )
+    atomic_write_json(folder / "cfg.json", cfg)

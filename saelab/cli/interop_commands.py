@@ -1,0 +1,95 @@
+"""Commands for SAEs of other libraries."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import Positional, arg
+
+_SOURCE = "A folder or file, or a hub id with the path of the SAE behind it (org/repo/path)."
+_ASSUME = (
+    "What the files leave open or say wrongly, as KEY=VALUE: k=64, pre_bias=False, hook_name=..., normalize=layer_norm."
+)
+
+
+def import_(
+    source: Annotated[Positional[str], arg(metavar="SOURCE", help=_SOURCE)],
+    run: Annotated[Positional[Path], arg(metavar="RUN", help="Run folder to create.")],
+    format: Annotated[str | None, arg(help="Name of the format; None: it is found out.")] = None,
+    model: Annotated[str | None, arg(help="Language model; None: the one named in the files.")] = None,
+    texts: Annotated[str, arg(help="Texts to check it on, as for harvest.")] = "demo",
+    assume: Annotated[tuple[str, ...], arg(help=_ASSUME)] = (),
+    revision: Annotated[str | None, arg(help="Branch, tag or commit on the hub.")] = None,
+    n_tokens: Annotated[int, arg(help="Tokens to check it on.")] = 4096,
+    dtype: Annotated[
+        Literal["bfloat16", "float32"] | None, arg(help="dtype of the model; None: bfloat16 where fast.")
+    ] = None,
+) -> None:
+    """Check an SAE of another library on real activations and put it into RUN/sae, where every other command works on it."""
+    import torch
+
+    import saelab
+    from saelab.errors import SaelabError
+    from saelab.interop.importing import import_sae, open_source
+    from saelab.interop.reading import read_blueprint
+
+    answers = dict(_answer(one) for one in assume)
+    options: dict[str, Any] = {"format": format, "assume": answers, "revision": revision}
+    if model is None:
+        known = read_blueprint(open_source(source, revision), format, answers).origin.get("model")
+        if known is None:
+            raise SaelabError(f"{source} does not name its language model: pass --model.")
+        model = str(known["name"])
+    lm = saelab.load_model(model, dtype=getattr(torch, dtype) if dtype else None)
+    found = import_sae(source, run, lm, texts, n_tokens=n_tokens, **options)
+    print(_described(found))
+    print(f"The SAE is in {found.folder}")
+    print(f"Next: saelab eval {run}; saelab features {run}; saelab dash {run}")
+
+
+def _answer(word: str) -> tuple[str, Any]:
+    """ "k=64" as a key and a number, bool or text."""
+    key, equals, value = word.partition("=")
+    if not equals:
+        raise ValueError(f"--assume takes KEY=VALUE, such as k=64; got {word!r}.")
+    try:
+        return key, json.loads(value.lower() if value in ("True", "False") else value)
+    except json.JSONDecodeError:
+        return key, value
+
+
+def _described(found: Any) -> str:
+    """What was read, assumed and measured."""
+    origin, check = found.sae.provenance.origin, found.check
+    imported = origin["imported"]
+    hooks = origin["hook_name"] + (f" -> {origin['hook_name_out']}" if origin.get("hook_name_out") else "")
+    lines = [f"{imported['source']}: {imported['format']}, {found.sae.variant}, {found.sae.d_sae:,} features, {hooks}"]
+    if imported["assumed"]:
+        said = ", ".join(f"{key}={value!r}" for key, value in imported["assumed"].items())
+        lines.append(f"Assumed, as the files do not say: {said}")
+    claim = "" if check.claimed_l0 is None else f" (claimed: {check.claimed_l0:g})"
+    measured = f"On {check.n_tokens:,} tokens: L0 {check.assumed.l0:.1f}{claim}"
+    if found.report is not None:
+        recovered = found.report.ce_loss_recovered
+        measured += f", FVU {check.assumed.fvu:.4f}"
+        measured += f", CE recovered {recovered:.4f}" if recovered is not None else ", CE recovered not defined"
+    lines.append(measured)
+    tried = [f"{trial.name}: L0 {trial.l0:.1f}" + _fvu(trial.fvu) for trial in check.alternatives]
+    lines.append("Tried instead: " + "; ".join(tried))
+    return "\n".join(lines + [f"Warning: {said}" for said in check.warnings()])
+
+
+def _fvu(fvu: float | None) -> str:
+    return "" if fvu is None else f", FVU {fvu:.4f}"
+
+
+INTEROP: dict[str, tuple[Callable[..., None], str]] = {
+    "import": (
+        import_,
+        "saelab import google/gemma-scope-2-270m-pt/resid_post/layer_9_width_16k_l0_medium runs/scope\n"
+        "saelab import downloads/sae runs/other --model smollm2 --assume k=64 prepend_bos=False",
+    ),
+}
