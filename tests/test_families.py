@@ -39,6 +39,7 @@ DENSE = [
 FAMILIES: dict[str, dict[str, Any]] = dict.fromkeys([*DENSE, *RECURRENT], {}) | {
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 16},
     "gptj": {"rotary_dim": 4},
+    "falcon": {"new_decoder_architecture": False, "parallel_attn": True, "alibi": False, "multi_query": True},
     "codegen": {"rotary_dim": 4},
     "gpt_neo": {"attention_types": [[["global"], 2]]},
     "mamba2": {"num_heads": 8, "n_groups": 1, "state_size": 8},
@@ -71,13 +72,14 @@ class Family(NamedTuple):
     lm: saelab.models.LanguageModel
 
 
-def build(family: str) -> Any:
+def build(family: str, more: dict[str, Any] | None = None) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        family, **(FAMILIES["gemma3"] if family == "gemma3" else SIZES | FAMILIES.get(family, {}))
-    )
+    sizes = SIZES | FAMILIES.get(family, {}) | (more or {})
+    if family == "falcon":  # it computes the size of a head
+        sizes.pop("head_dim")
+    config = AutoConfig.for_model(family, **(FAMILIES["gemma3"] if family == "gemma3" else sizes))
     return AutoModelForCausalLM.from_config(config).eval()
 
 

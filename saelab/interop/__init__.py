@@ -110,12 +110,12 @@ def save_sae(
     from saelab.interop.describing import blueprint_of
     from saelab.interop.formats import FORMATS
 
-    written = {name: one.save for name, one in FORMATS.items() if one.save is not None}
-    if format not in written:
-        raise ValueError(f"format={format!r} is unknown; saelab writes {', '.join(map(repr, ('saelab', *written)))}.")
+    writers = {name: one.save for name, one in FORMATS.items() if one.save is not None}
+    if format not in writers:
+        raise ValueError(f"format={format!r} is unknown; saelab writes {', '.join(map(repr, ('saelab', *writers)))}.")
     if golden_inputs is not None:
         raise ValueError(f"golden_inputs are stored in saelab's own format alone; omit them with format={format!r}.")
     plan = blueprint_of(sae)
     Path(folder).mkdir(parents=True, exist_ok=True)
-    written[format](plan, Path(folder))
+    writers[format](plan, Path(folder))
     return Path(folder)

@@ -24,7 +24,7 @@ from saelab.interop.answers import revised
 from saelab.interop.blueprint import TRANSCODERS, Blueprint, build
 from saelab.models import LanguageModel
 from saelab.models.caching import Remembered
-from saelab.saes import SAE, SAEOutput
+from saelab.saes import SAE
 
 BETTER = 0.8
 """An alternative is reported below this fraction of the assumed FVU."""
@@ -59,7 +59,7 @@ class Check:
     @property
     def better(self) -> list[Trial]:
         """Alternatives that reconstruct clearly better or alone have the claimed L0, the best first."""
-        found = [trial for trial in self.alternatives if self._lower(trial) or self._fits_alone(trial)]
+        found = [trial for trial in self.alternatives if self._lower(trial) or self._fits_better(trial)]
         return sorted(
             found, key=lambda trial: (not self._lower(trial), trial.fvu if trial.fvu is not None else trial.l0)
         )
@@ -67,7 +67,7 @@ class Check:
     def _lower(self, trial: Trial) -> bool:
         return trial.fvu is not None and self.assumed.fvu is not None and trial.fvu < BETTER * self.assumed.fvu
 
-    def _fits_alone(self, trial: Trial) -> bool:
+    def _fits_better(self, trial: Trial) -> bool:
         """Only where it also reconstructs about as well: an L0 can fit by chance."""
         as_good = trial.fvu is None or self.assumed.fvu is None or trial.fvu <= self.assumed.fvu
         return as_good and self._fits(trial) and not self._fits(self.assumed)
@@ -162,8 +162,7 @@ def _measured(
         if bool(kept.any()):
             x, y = batch.x[kept].float(), batch.y[kept].float()
             norms += float(x.flatten(1).norm(dim=1).sum())
-            output = sae(x)
-            measures.add(y, SAEOutput(output.x_hat, output.acts))
+            measures.add(y, sae(x))
     results, n = measures.results(), measures.variance.n
     fvu = None if plan.origin.get("partial") else results["fvu"]
     return Trial(change, float(results["l0"] or 0.0), fvu), norms / n, n

@@ -27,6 +27,38 @@ def blueprint_of(sae: SAE) -> Blueprint:
     Raises `SaelabError` for variants that are more than one encoder and one decoder, and where folding would change feature
     activations.
     """
+    _refuse_other_units(sae)
+    scale, center = sae.scale.double(), sae.center.double()
+    out = (sae.scale_out.double(), sae.center_out.double()) if isinstance(sae, Transcoding) else (scale, center)
+    W_enc = sae.W_enc.double() * (1.0 if isinstance(sae, MatchingPursuitSAE) else scale)
+    b_enc, tensors = (sae.b_enc.double() if hasattr(sae, "b_enc") else None), _gate(sae)
+    if sae.pre_bias is None and bool(center.any()):  # otherwise b_dec below subtracts it
+        b_enc = (W_enc.new_zeros(sae.d_sae) if b_enc is None else b_enc) - W_enc @ center
+        if tensors:
+            tensors["b_mag"] = tensors["b_mag"] - tensors["r_mag"].exp() * (W_enc @ center)
+    b_dec, W_skip = sae.b_dec.double() / out[0] + out[1], None
+    if isinstance(sae, Transcoding) and sae.has_skip:
+        W_skip = sae.W_skip.double() * scale / out[0]
+        b_dec = b_dec - W_skip @ center
+    return Blueprint(
+        variant=sae.variant,
+        W_enc=W_enc.float(),
+        W_dec=(sae.W_dec.double() / out[0]).float(),
+        b_enc=None if b_enc is None else b_enc.float(),
+        b_dec=b_dec.float(),
+        W_skip=None if W_skip is None else W_skip.float(),
+        threshold=_threshold(sae),
+        k=getattr(sae.config, "k", None),
+        pre_bias=sae.pre_bias is not None,
+        normalize=sae.config.normalize if sae.config.normalize in TOKEN_NORMS else "none",
+        tensors={name: tensor.float() for name, tensor in tensors.items()},
+        options={name: getattr(sae.config, name) for name in _OPTIONS if hasattr(sae.config, name)},
+        origin=dict(sae.provenance.origin),
+    )
+
+
+def _refuse_other_units(sae: SAE) -> None:
+    """Raise `SaelabError` for what is no encoder and decoder of raw activations."""
     if sae.variant in ("crosscoder", "codebook"):
         raise SaelabError(
             f"A {sae.variant} is in no other library's format; save it in saelab's own (format='saelab')."
@@ -36,42 +68,11 @@ def blueprint_of(sae: SAE) -> Blueprint:
             "This transcoder compares its features in the units before its decoder norms were folded, which no other format "
             "can hold; save it in saelab's own (format='saelab')."
         )
-    scale, center = sae.scale.double(), sae.center.double()
-    scale_out, center_out = (
-        (sae.scale_out.double(), sae.center_out.double()) if isinstance(sae, Transcoding) else (scale, center)
-    )
-    if isinstance(sae, MatchingPursuitSAE) and float(scale) != 1:
+    if isinstance(sae, MatchingPursuitSAE) and float(sae.scale) != 1:
         raise SaelabError(
-            f"This matching pursuit SAE scales its input by {float(scale):.4g}, and its encoder is its decoder: no other "
+            f"This matching pursuit SAE scales its input by {float(sae.scale):.4g}, and its encoder is its decoder: no other "
             "format can hold the scale; train one with normalize='none' to export it."
         )
-    W_enc, b_dec = sae.W_enc.double() * (1.0 if isinstance(sae, MatchingPursuitSAE) else scale), sae.b_dec.double()
-    b_enc = None if not hasattr(sae, "b_enc") else sae.b_enc.double()
-    pre_bias = sae.pre_bias is not None
-    tensors = _gate(sae)
-    if not pre_bias and bool(center.any()):  # otherwise b_dec below subtracts it
-        b_enc = (W_enc.new_zeros(sae.d_sae) if b_enc is None else b_enc) - W_enc @ center
-        if tensors:
-            tensors["b_mag"] = tensors["b_mag"] - tensors["r_mag"].exp() * (W_enc @ center)
-    b_dec, W_skip = b_dec / scale_out + center_out, None
-    if isinstance(sae, Transcoding) and sae.has_skip:
-        W_skip = sae.W_skip.double() * scale / scale_out
-        b_dec = b_dec - W_skip @ center
-    return Blueprint(
-        variant=sae.variant,
-        W_enc=W_enc.float(),
-        W_dec=(sae.W_dec.double() / scale_out).float(),
-        b_enc=None if b_enc is None else b_enc.float(),
-        b_dec=b_dec.float(),
-        W_skip=None if W_skip is None else W_skip.float(),
-        threshold=_threshold(sae),
-        k=getattr(sae.config, "k", None),
-        pre_bias=pre_bias,
-        normalize=sae.config.normalize if sae.config.normalize in TOKEN_NORMS else "none",
-        tensors={name: tensor.float() for name, tensor in tensors.items()},
-        options={name: getattr(sae.config, name) for name in _OPTIONS if hasattr(sae.config, name)},
-        origin=dict(sae.provenance.origin),
-    )
 
 
 def _gate(sae: SAE) -> dict[str, torch.Tensor]:

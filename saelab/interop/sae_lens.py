@@ -24,7 +24,7 @@ from saelab.interop.source import Source
 
 NAME = "sae_lens"
 WANTS = "cfg.json and sae_weights.safetensors"
-WRITTEN_FOR = "6.54.0"
+FOR_VERSION = "6.54.0"
 """The version of SAELens whose config is written."""
 VARIANT_OF = {
     "standard": "relu",
@@ -247,7 +247,7 @@ def _metadata(plan: Blueprint) -> dict[str, Any]:
     origin = plan.origin
     hook_name = origin.get("hook_name")
     model, bos = origin.get("model") or {}, origin.get("prepend_bos")
-    found = {"sae_lens_version": WRITTEN_FOR, "sae_lens_training_version": None, "model_name": model.get("name")}
+    found = {"sae_lens_version": FOR_VERSION, "sae_lens_training_version": None, "model_name": model.get("name")}
     found |= {
         "hook_name": hook_name,
         "hook_name_out": origin.get("hook_name_out"),

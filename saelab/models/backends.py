@@ -109,7 +109,8 @@ class HFBackend(Backend):
             tapped(self.hook_places, (), None, (pre, attention, mlp, post), seen),
         ):
             self.trunk(ids)
-        risen = seen[pre].float() + seen[attention].float() + seen[mlp].float()
+        by = float(getattr(self.decoder.config, "residual_multiplier", 1.0))  # Granite
+        risen = seen[pre].float() + by * (seen[attention].float() + seen[mlp].float())
         return float((risen - seen[post].float()).abs().max()) <= tolerance(seen[post])
 
     def trunk(self, ids: Int[Tensor, "batch seq"], positions: Int[Tensor, "batch seq"] | None = None) -> None:

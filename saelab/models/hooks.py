@@ -96,7 +96,8 @@ def tapped(
         for name in sorted(groups, key=list(hook_places).index):
             handles += attach(hook_places[name], _counted(name, fired, _editor(groups[name], positions)))
         for name in wanted:
-            capture = _capturer(name, wanted, captured if captured is not None else {})
+            copied = hook_places[name].copied
+            capture = _capturer(name, wanted, captured if captured is not None else {}, copied)
             handles += attach(hook_places[name], _counted(name, fired, capture))
         yield
     except CutForward:
@@ -135,9 +136,9 @@ def _layer_of(name: str) -> float:
     return int(found[1]) if found else float("inf")
 
 
-def _capturer(name: str, wanted: set[str], captured: dict[str, Tensor]) -> Callable[[Tensor], None]:
+def _capturer(name: str, wanted: set[str], captured: dict[str, Tensor], copied: bool) -> Callable[[Tensor], None]:
     def capture(x: Tensor) -> None:
-        captured[name] = x
+        captured[name] = x.clone() if copied else x
         if len(captured) == len(wanted):
             raise CutForward
 
@@ -178,6 +179,8 @@ def attach(place: HookPlace, function: Callable[[Tensor], Tensor | None]) -> lis
 
     Returns handles with `remove()`. Functions are called in the order in which they were attached.
     """
+    if place.flattened:
+        return _attach_flattened(place, function)
     if place.kind == "point":
         return [_HookPointHandle(place.module, function)]
     if place.kind == "output":
@@ -185,6 +188,24 @@ def attach(place: HookPlace, function: Callable[[Tensor], Tensor | None]) -> lis
     if place.kind == "input":
         return [place.module.register_forward_pre_hook(_replace_input(function), with_kwargs=True)]
     return _attach_mid(place, function)
+
+
+def _attach_flattened(place: HookPlace, function: Callable[[Tensor], Tensor | None]) -> list[Any]:
+    """`function` gets `(batch, seq, d)` where the model has `(batch * seq, d)`; the layer's input has the sizes."""
+    assert place.layer is not None
+    sizes: list[int] = []
+
+    def note(x: Tensor) -> None:
+        sizes[:] = x.shape[:-1]
+
+    def unflattened(x: Tensor) -> Tensor | None:
+        result = function(x.reshape(*sizes, -1))
+        return None if result is None else result.reshape(x.shape)
+
+    return [
+        *attach(HookPlace(place.layer, "input"), note),
+        *attach(place._replace(flattened=False), unflattened),
+    ]
 
 
 def _attach_mid(place: HookPlace, function: Callable[[Tensor], Tensor | None]) -> list[Any]:
@@ -199,7 +220,7 @@ def _attach_mid(place: HookPlace, function: Callable[[Tensor], Tensor | None]) -
         return result
 
     def at_layer_end(x: Tensor) -> Tensor | None:
-        return x + change.pop() if change else None
+        return x + change.pop().reshape(x.shape) if change else None
 
     return [
         *attach(HookPlace(place.module, "input"), at_norm),
