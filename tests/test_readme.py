@@ -32,6 +32,7 @@ REWRITES = [
     (r"--n-tokens 250_000", "--n-tokens 2000 --texts small.jsonl", 1),
     (r"--n-tokens 2_000_000", "--n-tokens 2048", 1),
     (r"--d-sae 4096 --k 32", "--d-sae 64 --k 8", 1),
+    (r"--model smollm2", "--model smollm2 --texts small.jsonl --n-tokens 300", 1),
     (r"saelab dash runs/mlp", "saelab dash runs/mlp --port PORT", 1),
 ]
 

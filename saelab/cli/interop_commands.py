@@ -50,6 +50,20 @@ def import_(
     print(f"Next: saelab eval {run}; saelab features {run}; saelab dash {run}")
 
 
+def export(
+    run: Annotated[Positional[Path], arg(metavar="RUN", help="Run folder, or that of one of its SAEs.")],
+    out: Annotated[Positional[Path], arg(metavar="OUT", help="Folder to write.")],
+    format: Annotated[
+        Literal["saelab", "sae_lens", "sparsify", "dictionary_learning", "gemma_scope_2"], arg(help="Format to write.")
+    ] = "sae_lens",
+) -> None:
+    """Write the SAE of RUN in the format of another library; what that format cannot hold is refused."""
+    import saelab
+
+    folder = saelab.save_sae(saelab.load_sae(run), out, format=format)
+    print(f"The SAE is in {folder}, as {format} reads it")
+
+
 def _answer(word: str) -> tuple[str, Any]:
     """ "k=64" as a key and a number, bool or text."""
     key, equals, value = word.partition("=")
@@ -91,5 +105,10 @@ INTEROP: dict[str, tuple[Callable[..., None], str]] = {
         import_,
         "saelab import google/gemma-scope-2-270m-pt/resid_post/layer_9_width_16k_l0_medium runs/scope\n"
         "saelab import downloads/sae runs/other --model smollm2 --assume k=64 prepend_bos=False",
+    ),
+    "export": (
+        export,
+        "saelab export runs/demo runs/for-saelens --format sae_lens\n"
+        "saelab export runs/mlp/sae-l1 out --format dictionary_learning",
     ),
 }
