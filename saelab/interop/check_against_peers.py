@@ -35,14 +35,14 @@ class Row(NamedTuple):
     direction: str
     format: str
     kind: str
-    acts: float
+    feature_acts: float
     """Relative difference of the feature activations."""
     x_hat: float
     reason: str = ""
 
     @property
     def agrees(self) -> bool:
-        return not self.reason and max(self.acts, self.x_hat) <= TOLERANCE
+        return not self.reason and max(self.feature_acts, self.x_hat) <= TOLERANCE
 
 
 def ours() -> Iterator[tuple[str, SAE]]:
@@ -106,8 +106,8 @@ def _row(direction: str, format: str, kind: str, folder: Path, sae: SAE, x: Tens
         return Row(direction, format, kind, float("nan"), float("nan"), reason)
     theirs, output = load_file(folder / "computed.safetensors"), sae(x)
     pairs = (output.acts.to_dense(), theirs["acts"]), (output.x_hat, theirs["x_hat"])
-    acts, x_hat = (float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in pairs)
-    return Row(direction, format, kind, acts, x_hat)
+    feature_acts, x_hat = (float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in pairs)
+    return Row(direction, format, kind, feature_acts, x_hat)
 
 
 def main() -> int:
@@ -121,7 +121,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         rows = run(arguments.environment, Path(folder))
     for row in rows:
-        said = row.reason or f"activations {row.acts:.1e}, reconstructions {row.x_hat:.1e}"
+        said = row.reason or f"activations {row.feature_acts:.1e}, reconstructions {row.x_hat:.1e}"
         print(f"{'ok' if row.agrees else 'DIFFERS':8}{row.direction:19}{row.format:21}{row.kind:60}{said}")
     print(f"{sum(row.agrees for row in rows)} of {len(rows)} agree to {TOLERANCE:g}")
     return int(not all(row.agrees for row in rows))

@@ -61,7 +61,7 @@ def read(format: str, folder: Path) -> Computes:
     return of_dictionary(library("dictionary_learning.utils").load_dictionary(str(folder), "cpu")[0])
 
 
-def written_by_sae_lens(folder: Path) -> Iterator[tuple[Path, Computes]]:
+def made_by_sae_lens(folder: Path) -> Iterator[tuple[Path, Computes]]:
     registry = library("sae_lens.registry")
     library("sae_lens")
     bases = ("standard", "topk", "abstopk", "gated", "jumprelu", "matching_pursuit")
@@ -86,7 +86,7 @@ def written_by_sae_lens(folder: Path) -> Iterator[tuple[Path, Computes]]:
         yield folder / kind, of_sae_lens(sae)
 
 
-def written_by_sparsify(folder: Path) -> Iterator[tuple[Path, Computes]]:
+def made_by_sparsify(folder: Path) -> Iterator[tuple[Path, Computes]]:
     sparsify = library("sparsify")
     for activation in ("topk", "groupmax"):
         for transcode, skip in ((False, False), (True, False), (True, True)):
@@ -104,7 +104,7 @@ def written_by_sparsify(folder: Path) -> Iterator[tuple[Path, Computes]]:
             yield folder / kind, of_sparsify(coder)
 
 
-def written_by_dictionary_learning(folder: Path) -> Iterator[tuple[Path, Computes]]:
+def made_by_dictionary_learning(folder: Path) -> Iterator[tuple[Path, Computes]]:
     dictionaries, top = library("dictionary_learning.dictionary"), library("dictionary_learning.trainers.top_k")
     batch, nested = (
         library(f"dictionary_learning.trainers.{name}") for name in ("batch_top_k", "matryoshka_batch_top_k")
@@ -130,18 +130,19 @@ def written_by_dictionary_learning(folder: Path) -> Iterator[tuple[Path, Compute
 
 
 WRITERS = {
-    "sae_lens": written_by_sae_lens,
-    "sparsify": written_by_sparsify,
-    "dictionary_learning": written_by_dictionary_learning,
+    "sae_lens": made_by_sae_lens,
+    "sparsify": made_by_sparsify,
+    "dictionary_learning": made_by_dictionary_learning,
 }
 
 
 @torch.no_grad()
 def leave(folder: Path, run: Callable[[], Computes], x: torch.Tensor) -> None:
     try:
-        acts, x_hat = run()(x[:, :])
+        feature_acts, x_hat = run()(x)
         save_file(
-            {"acts": acts.float().contiguous(), "x_hat": x_hat.float().contiguous()}, folder / "computed.safetensors"
+            {"acts": feature_acts.float().contiguous(), "x_hat": x_hat.float().contiguous()},
+            folder / "computed.safetensors",
         )
     except Exception:
         (folder / "failed.txt").write_text(traceback.format_exc())
