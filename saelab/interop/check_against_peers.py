@@ -104,8 +104,8 @@ def _row(direction: str, format: str, kind: str, folder: Path, sae: SAE, x: Tens
     if (folder / "failed.txt").exists():
         reason = (folder / "failed.txt").read_text().strip().splitlines()[-1]
         return Row(direction, format, kind, float("nan"), float("nan"), reason)
-    theirs, output = load_file(folder / "computed.safetensors"), sae(x)
-    pairs = (output.acts.to_dense(), theirs["acts"]), (output.x_hat, theirs["x_hat"])
+    theirs = load_file(folder / "computed.safetensors")
+    pairs = (sae.encode(x).to_dense(), theirs["acts"]), (sae(x).x_hat, theirs["x_hat"])
     feature_acts, x_hat = (float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in pairs)
     return Row(direction, format, kind, feature_acts, x_hat)
 

@@ -41,9 +41,9 @@ def of_sae_lens(sae: Any) -> Computes:
 
 def of_sparsify(coder: Any) -> Computes:
     def run(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        output = coder(x)
+        x_hat, values, features, *_ = coder(x)
         dense = torch.zeros(len(x), coder.num_latents)
-        return dense.scatter(1, output.latent_indices, output.latent_acts.float()), output.sae_out
+        return dense.scatter(1, features, values.float()), x_hat
 
     return run
 
