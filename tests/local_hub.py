@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -33,10 +35,84 @@ class Hub(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._serve(body=True)
 
+    uploads: Path | None = None
+    """Where repositories are created; None: nothing may be uploaded."""
+    blobs: dict[str, bytes] = {}
+    broken_puts = 0
+    """How many uploads of large files still break."""
+
     def do_POST(self) -> None:
-        length = int(self.headers.get("Content-Length", 0))
-        posted = self.rfile.read(length).decode()
-        self._serve(body=True, posted=posted)
+        path, posted = unquote(urlsplit(self.path).path), self._posted().decode()
+        if self.uploads is None or not self._uploading(path, posted):
+            self._serve(body=True, posted=posted)
+
+    def do_PUT(self) -> None:
+        content = self._posted()
+        self.requests.append(f"PUT {self.path}")
+        if Hub.broken_puts:
+            Hub.broken_puts -= 1
+            return self._fail("Broken", 500)
+        Hub.blobs[self.path.rpartition("/")[2]] = content
+        return self._send(200, b"", {}, True)
+
+    def _posted(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            content = b""
+            while size := int(self.rfile.readline().strip(), 16):
+                content += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
+            return content
+        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+
+    def _uploading(self, path: str, posted: str) -> bool:
+        """Answer a request of an upload; False if it is none."""
+        address = f"http://{self.headers['Host']}"
+        if path == "/api/repos/create":
+            asked = json.loads(posted)
+            name = asked["name"] if "/" in asked["name"] else f"{asked.get('organization', 'me')}/{asked['name']}"
+            self.repos.setdefault(f"models/{name}", self._created(name))
+            self._json({"url": f"{address}/{name}"}, True)
+        elif path == "/api/validate-yaml":
+            self._json({"errors": [], "warnings": []}, True)
+        elif re.fullmatch(r"/api/models/[^/]+/[^/]+/preupload/.+", path):
+            files = [{"path": one["path"], "size": one["size"]} for one in json.loads(posted)["files"]]
+            modes = [one | {"uploadMode": "lfs" if one["path"].endswith("tensors") else "regular"} for one in files]
+            self._json({"files": [one | {"shouldIgnore": False, "oid": None} for one in modes]}, True)
+        elif path.endswith("/info/lfs/objects/batch"):
+            found = [self._action(one, address) for one in json.loads(posted)["objects"]]
+            self._json({"transfer": "basic", "objects": found}, True)
+        elif committed := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/.+", path):
+            self._commit(self.repos[f"models/{committed[1]}"], posted)
+            self._json(
+                {"success": True, "commitOid": COMMIT, "commitUrl": f"{address}/{committed[1]}/commit/{COMMIT}"}, True
+            )
+        else:
+            return False
+        self.requests.append(f"POST {path}")
+        return True
+
+    def _created(self, name: str) -> Path:
+        assert self.uploads is not None
+        folder = self.uploads / name
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def _action(self, one: dict[str, Any], address: str) -> dict[str, Any]:
+        if one["oid"] in Hub.blobs:
+            return one
+        return one | {"actions": {"upload": {"href": f"{address}/lfs/{one['oid']}"}}}
+
+    def _commit(self, folder: Path, posted: str) -> None:
+        """All files of a commit at once."""
+        for line in map(json.loads, posted.splitlines()):
+            value = line["value"]
+            if line["key"] == "header":
+                continue
+            to = folder / value["path"]
+            to.parent.mkdir(parents=True, exist_ok=True)
+            content = base64.b64decode(value["content"]) if line["key"] == "file" else Hub.blobs[value["oid"]]
+            to.write_bytes(content)
 
     def log_message(self, format: str, *args: object) -> None:
         pass

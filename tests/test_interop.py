@@ -13,9 +13,12 @@ from foreign_saes import CASES, D_IN, D_SAE, Foreign
 from safetensors.torch import load_file, save_file
 
 import saelab
+from saelab.cli import main
 from saelab.edits.feature_edit import FeatureHandle
 from saelab.errors import SaelabError
+from saelab.interop import reading
 from saelab.interop.formats import FORMATS
+from saelab.interop.releases import Release, known, releases, search
 
 every = pytest.mark.parametrize("name", CASES)
 
@@ -320,3 +323,45 @@ def test_a_layer_of_a_cross_layer_transcoder_is_only_browsed(tmp_path, tiny_lm):
         saelab.evaluate(sae, tiny_lm, ["a text"])
     with pytest.raises(ValueError, match=rf"cannot be steered: it is {reason}"):
         FeatureHandle(sae, 3).add(1.0, "raw")
+
+
+def test_the_list_of_releases_needs_no_network():
+    found = search(["gemma-scope-2", "270m", "resid_post/layer_9_", "16k"])
+    assert {one.format for one in found} == {"gemma_scope_2"} and all(one.l0 for one in found)
+    assert any(one.source == "google/gemma-scope-2-270m-pt/resid_post/layer_9_width_16k_l0_medium" for one in found)
+    assert {one.format for one in releases()} <= set(FORMATS) and len(releases()) > 13_000
+    families = {"gemma_scope", "gemma_scope_2", "llama_scope", "qwen_scope", "goodfire", "mwhanna", "mntss", "sae_lens"}
+    assert families <= {one.format for one in releases()}
+    assert all("/" in one.model or one.model == "gpt2" for one in releases() if one.format.startswith("gemma"))
+    assert search(["NO SUCH"]) == [] and known("tiny/other/sae") is None
+
+
+def test_what_is_listed_fills_what_the_files_leave_out(tmp_path, monkeypatch):
+    path = write("sae_lens standard", tmp_path)
+    edit_json(
+        path / "cfg.json", normalize_activations="expected_average_only_in", metadata={"sae_lens_version": "6.0.0"}
+    )
+    with pytest.raises(SaelabError, match="does not say scale"):
+        saelab.load_sae(path)
+    entry = Release("r", "a/b", "c", "sae_lens", "meta-llama/Llama-3.1-8B", 50.0, 0.25)
+    monkeypatch.setattr(reading, "known", lambda label: entry)
+    sae = saelab.load_sae(path)
+    assert float(sae.scale) == 0.25 and sae.provenance.origin["imported"]["assumed"] == {"scale": 0.25}
+    assert sae.provenance.origin["claims"] == {"l0": 50.0} and sae.provenance.origin["model"]["name"] == entry.model
+
+
+def test_releases_are_listed_on_the_command_line(capsys):
+    assert main.main(["releases", "gemma-scope-2", "270m", "--limit", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "gemma-scope-2-270m-pt-res" in said and "google/gemma-3-270m" in said and "more; add words" in said
+    assert said.count("google/gemma-scope-2-270m-it/") >= 2
+    assert main.main(["releases", "nothing-like-it"]) == 2
+    assert "no release matches 'nothing-like-it'" in capsys.readouterr().err
+
+
+def test_export_on_the_command_line(tmp_path, capsys):
+    saelab.save_sae(saelab.load_sae(write("sae_lens jumprelu", tmp_path)), tmp_path / "run" / "sae")
+    assert main.main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--format", "gemma_scope_2"]) == 0
+    assert (tmp_path / "out" / "params.safetensors").exists()
+    assert main.main(["export", str(tmp_path / "run"), str(tmp_path / "no"), "--format", "sparsify"]) == 2
+    assert "The format sparsify cannot hold a jumprelu" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -64,6 +65,47 @@ def export(
     print(f"The SAE is in {folder}, as {format} reads it")
 
 
+def push(
+    run: Annotated[Positional[Path], arg(metavar="RUN", help="Run folder, or that of one of its SAEs.")],
+    repo_id: Annotated[Positional[str], arg(metavar="REPO_ID", help="Repository: your-name/name-of-the-sae.")],
+    private: Annotated[bool, arg(help="Create a private repository.")] = False,
+    license: Annotated[str | None, arg(help="Licence of the SAE, as the hub writes it, such as apache-2.0.")] = None,
+) -> None:
+    """Upload the SAE of RUN to the Hugging Face hub, in one commit, with a model card."""
+    from saelab.interop.hub_push import push as upload
+
+    done = upload(run, repo_id, private=private, license=license)
+    print(f"{len(done.files)} files are in {done.repo} at commit {done.commit}")
+    print(f'Load it: saelab.load_sae("{done.repo}", revision="{done.commit[:12]}")')
+
+
+def releases(
+    words: Annotated[Positional[tuple[str, ...]], arg(metavar="WORDS", help="Words that must all occur.")] = (),
+    limit: Annotated[int, arg(help="SAEs to list of the releases found.")] = 20,
+) -> None:
+    """List released SAEs that saelab reads, from a table that needs no network: by release, then one by one."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from saelab.interop.releases import search
+
+    found = search(words)
+    if not found:
+        raise ValueError(f"no release matches {' '.join(words)!r}; try fewer words, such as a model's name.")
+    groups = dict[str, list[Any]]()
+    for one in found:
+        groups.setdefault(one.release, []).append(one)
+    table = Table("release", "SAEs", "model", "format", "repository")
+    for name, members in groups.items():
+        table.add_row(name, f"{len(members):,}", members[0].model, members[0].format, members[0].repo)
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    console.print(table)
+    for one in found[:limit]:
+        print(f"{one.source}" + (f"  L0 {one.l0:g}" if one.l0 else ""))
+    left = len(found) - limit
+    print(f"... and {left:,} more; add words to narrow it down." if left > 0 else "Open one: saelab import SOURCE RUN")
+
+
 def _answer(word: str) -> tuple[str, Any]:
     """ "k=64" as a key and a number, bool or text."""
     key, equals, value = word.partition("=")
@@ -106,6 +148,8 @@ INTEROP: dict[str, tuple[Callable[..., None], str]] = {
         "saelab import google/gemma-scope-2-270m-pt/resid_post/layer_9_width_16k_l0_medium runs/scope\n"
         "saelab import downloads/sae runs/other --model smollm2 --assume k=64 prepend_bos=False",
     ),
+    "push": (push, "saelab push runs/demo my-name/my-sae --license apache-2.0"),
+    "releases": (releases, "saelab releases gemma-scope-2 270m resid_post\nsaelab releases qwen3 transcoder"),
     "export": (
         export,
         "saelab export runs/demo runs/for-saelens --format sae_lens\n"

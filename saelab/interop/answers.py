@@ -15,10 +15,12 @@ ORIGIN = ("hook_name", "hook_name_out", "model", "prepend_bos", "ctx_len")
 
 
 class Answers:
-    """`given` is the user's `assume`; `assumed` collects what the files do not say, with the value taken."""
+    """`given` is the user's `assume`, `listed` what a list of releases says; `assumed` collects what the files do not say, with
+    the value taken."""
 
-    def __init__(self, given: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, given: Mapping[str, Any] | None = None, listed: Mapping[str, Any] | None = None) -> None:
         self.given = dict(given or {})
+        self.listed = dict(listed or {})
         self.assumed: dict[str, Any] = {}
         unknown = [key for key in self.given if key not in (*SWITCHES, *OPTIONS, *ORIGIN)]
         if unknown:
@@ -27,8 +29,10 @@ class Answers:
             )
 
     def need(self, key: str, found: Any, where: str) -> Any:
-        """`found`, or the user's answer. Raises `SaelabError` if there is neither."""
+        """The user's answer, `found`, or what is listed. Raises `SaelabError` if there is none."""
         value = self.given.get(key, found)
+        if value is None and self.listed.get(key) is not None:
+            return self.assume(key, self.listed[key])
         if value is None:
             raise SaelabError(f"{where} does not say {key}: pass assume={{'{key}': ...}}.")
         return value

@@ -12,6 +12,7 @@ from saelab.errors import SaelabError
 from saelab.interop.answers import Answers, revised
 from saelab.interop.blueprint import Blueprint, build
 from saelab.interop.formats import format_of
+from saelab.interop.releases import Release, known
 from saelab.interop.source import Source
 from saelab.saes import SAE
 
@@ -30,7 +31,9 @@ def read(source: Source, format: str | None = None, assume: Mapping[str, Any] | 
 
 def read_blueprint(source: Source, format: str | None = None, assume: Mapping[str, Any] | None = None) -> Blueprint:
     """What the files describe, with `origin["imported"]`: format, source, hash of the weights, what was assumed."""
-    answers, chosen = Answers(assume), format_of(source, format)
+    entry = known(source.label)
+    answers = Answers(assume, {} if entry is None else {"scale": entry.scale})
+    chosen = format_of(source, format or (entry.format if entry else None))
     try:
         plan = chosen.load(source, answers)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -40,10 +43,18 @@ def read_blueprint(source: Source, format: str | None = None, assume: Mapping[st
             f"{source.label} does not hold what {chosen.name} files hold ({type(error).__name__}: {error}): check its config, or "
             "say another format=."
         ) from error
-    plan = revised(plan, answers.given)
+    plan = revised(_with_listed(plan, entry), answers.given)
     imported = {"format": chosen.name, **source.record, "weights_sha256": _weights_hash(source)}
     imported |= {"assumed": answers.assumed, "given": {key: _plain(value) for key, value in answers.given.items()}}
     return dataclasses.replace(plan, origin={**plan.origin, "imported": imported})
+
+
+def _with_listed(plan: Blueprint, entry: Release | None) -> Blueprint:
+    """With the model and the L0 of the list of releases, where the files name none."""
+    if entry is None:
+        return plan
+    listed = {"model": {"name": entry.model}} | ({"claims": {"l0": entry.l0}} if entry.l0 else {})
+    return dataclasses.replace(plan, origin=listed | dict(plan.origin))
 
 
 def build_from(plan: Blueprint, label: str) -> SAE:
