@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-D_IN, D_OUT, D_SAE = 8, 6, 24
+D_IN, D_OUT, D_SAE = 32, 64, 96
 
 
 @dataclass
@@ -371,7 +371,7 @@ DICTIONARIES: dict[str, tuple[dict[str, Tensor], Any, bool]] = {
         True,
     ),
     "MatryoshkaBatchTopKSAE": (
-        lens_tensors(weights()) | {"k": K, "threshold": THRESHOLD, "group_sizes": torch.tensor([2, 6, 16])},
+        lens_tensors(weights()) | {"k": K, "threshold": THRESHOLD, "group_sizes": torch.tensor([8, 24, 64])},
         lambda u, w: jump(u, 0.7),
         True,
     ),

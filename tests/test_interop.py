@@ -149,8 +149,8 @@ BAD: dict[str, tuple[str, Callable[[Path], Any], str | None]] = {
     ),
     "a k of more than all": (
         "sae_lens topk",
-        lambda p: edit_json(p / "cfg.json", k=99),
-        "k=99 must be between 1 and d_sae=24",
+        lambda p: edit_json(p / "cfg.json", k=999),
+        "k=999 must be between 1 and d_sae=96",
     ),
     "a head alone": (
         "sae_lens standard",
@@ -162,7 +162,7 @@ BAD: dict[str, tuple[str, Callable[[Path], Any], str | None]] = {
         lambda p: edit_tensors(
             p / "sae_weights.safetensors", W_dec=load_file(p / "sae_weights.safetensors")["W_dec"].T
         ),
-        "W_enc is of 24 features and width 8, W_dec of 8 features and width 24",
+        "W_enc is of 96 features and width 32, W_dec of 32 features and width 96",
     ),
     "a bias of another width": (
         "sae_lens standard",
@@ -171,13 +171,13 @@ BAD: dict[str, tuple[str, Callable[[Path], Any], str | None]] = {
     ),
     "not finite": (
         "sae_lens standard",
-        lambda p: edit_tensors(p / "sae_weights.safetensors", b_dec=torch.full((8,), torch.nan)),
+        lambda p: edit_tensors(p / "sae_weights.safetensors", b_dec=torch.full((32,), torch.nan)),
         "b_dec hold NaN or infinite",
     ),
     "a config against its tensors": (
         "sparsify topk",
         lambda p: edit_json(p / "cfg.json", num_latents=99),
-        "cfg.json says 99 latents, sae.safetensors holds 24",
+        "cfg.json says 99 latents, sae.safetensors holds 96",
     ),
     "a skip that is missing": (
         "sparsify topk transcode",
@@ -187,7 +187,7 @@ BAD: dict[str, tuple[str, Callable[[Path], Any], str | None]] = {
     "groups of unequal size": (
         "sparsify groupmax",
         lambda p: edit_json(p / "cfg.json", k=7),
-        "d_sae=24 is not a multiple of k=7",
+        "d_sae=96 is not a multiple of k=7",
     ),
     "a threshold that was never set": (
         "dictionary_learning BatchTopKSAE",

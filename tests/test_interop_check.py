@@ -116,8 +116,8 @@ def test_what_cannot_be_imported_leaves_nothing(released, tmp_path, tiny_lm, cap
     assert main.main(["import", str(tmp_path / "none"), str(run), *words]) == 2
     assert "does not exist, and is no id of the hub" in capsys.readouterr().err
     wider = CASES["sae_lens standard"](tmp_path / "wide").path
-    with pytest.raises(ValueError, match=r"has width 32, but the SAE reads d_in=8"):
-        import_sae(wider, run, tiny_lm, texts, assume={"hook_name": HOOK}, progress=False)
+    with pytest.raises(ValueError, match=r"has width 64, but the SAE reads d_in=32"):
+        import_sae(wider, run, tiny_lm, texts, assume={"hook_name": "blocks.1.mlp.hook_post"}, progress=False)
     nameless = CASES["dictionary_learning checkpoint without its class"](tmp_path / "nameless").path
     assert main.main(["import", str(nameless), str(run), *words]) == 2
     assert "does not name its language model: pass --model" in capsys.readouterr().err
