@@ -35,7 +35,7 @@ LAYERS = [
 ONLY_IN = {
     "transformers": r"saelab/models/\w+\.py",
     "transformer_lens": r"saelab/models/\w+\.py",
-    "gguf": r"saelab/models/\w+\.py",
+    "gguf": r"saelab/(models/\w+|interop/directions)\.py",
     "huggingface_hub": r"saelab/(models/\w+|tokens/hf_datasets|interop/hub\w*)\.py",
     "datasets": r"saelab/tokens/hf_datasets\.py",
     "streamlit": r"app/.*",

@@ -34,7 +34,7 @@ FOUND = 0.9
 
 @dataclass(frozen=True)
 class LargeConfig:
-    """Sizes of the data and of the SAEs; with the defaults, two variants take under an hour on 2 cores."""
+    """Sizes of the data and of the SAEs; with the defaults, two variants take about an hour on 2 cores."""
 
     d_in: int = 256
     """Width of the data."""

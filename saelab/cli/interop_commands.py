@@ -55,14 +55,35 @@ def export(
     run: Annotated[Positional[Path], arg(metavar="RUN", help="Run folder, or that of one of its SAEs.")],
     out: Annotated[Positional[Path], arg(metavar="OUT", help="Folder to write.")],
     format: Annotated[
-        Literal["saelab", "sae_lens", "sparsify", "dictionary_learning", "gemma_scope_2"], arg(help="Format to write.")
+        Literal["saelab", "sae_lens", "sparsify", "dictionary_learning", "gemma_scope_2", "gguf", "directions"],
+        arg(help="Format to write; gguf and directions: steering vectors of features, in one file."),
     ] = "sae_lens",
+    feature: Annotated[tuple[int, ...], arg(help="Features of a gguf or directions file.")] = (),
+    strength: Annotated[float, arg(help="Their strength, in units of each feature's p99.")] = 2.0,
 ) -> None:
-    """Write the SAE of RUN in the format of another library; what that format cannot hold is refused."""
+    """Write the SAE of RUN in the format of another library, or steering vectors of its features; what a format cannot hold is
+    refused."""
     import saelab
 
-    folder = saelab.save_sae(saelab.load_sae(run), out, format=format)
-    print(f"The SAE is in {folder}, as {format} reads it")
+    if format in ("gguf", "directions"):
+        _export_vectors(run, out, format, feature, strength)
+    elif feature:
+        raise ValueError(f"--feature is for the formats gguf and directions, not {format}.")
+    else:
+        print(f"The SAE is in {saelab.save_sae(saelab.load_sae(run), out, format=format)}, as {format} reads it")
+
+
+def _export_vectors(run: Path, out: Path, format: str, features: tuple[int, ...], strength: float) -> None:
+    import saelab
+    from saelab.interop.directions import save_directions, save_gguf
+
+    if not features:
+        raise ValueError(f"--format {format} needs features: --feature 17, or several.")
+    store = saelab.load_features(run)
+    model = str((store.sae.provenance.origin.get("model") or {}).get("name") or "unknown")
+    write = save_gguf if format == "gguf" else save_directions
+    path = write([store.feature(i) * strength for i in features], out, model)
+    print(f"{strength:g} times p99 of {', '.join(map(str, features))} is in {path}")
 
 
 def push(
@@ -153,6 +174,7 @@ INTEROP: dict[str, tuple[Callable[..., None], str]] = {
     "export": (
         export,
         "saelab export runs/demo runs/for-saelens --format sae_lens\n"
-        "saelab export runs/mlp/sae-l1 out --format dictionary_learning",
+        "saelab export runs/mlp/sae-l1 out --format dictionary_learning\n"
+        "saelab export runs/demo topic.gguf --format gguf --feature 17 --strength 1.5",
     ),
 }

@@ -27,45 +27,47 @@ def model_card(
     for_sae_lens: bool,
 ) -> str:
     """README.md with its YAML header. `report` is the content of `report.json`, `picture` a file beside the card."""
-    origin = sae.provenance.origin
-    model = (origin.get("model") or {}).get("name")
+    model = (sae.provenance.origin.get("model") or {}).get("name")
     header = {"library_name": "saelab", "tags": ["sparse-autoencoder", "interpretability", sae.variant]}
     header |= {"base_model": model} if model and "/" in model else {}
     header |= {"license": license} if license else {}
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in header.items()), "---", "", f"# {repo}", ""]
-    hooks = str(origin.get("hook_name") or "not recorded")
-    if origin.get("hook_name_out"):
-        hooks += f" -> {origin['hook_name_out']}"
     lines += [f"A sparse autoencoder ({sae.variant}) with {sae.d_sae:,} features, trained with saelab.", ""]
-    lines += [
-        "| | |",
-        "|---|---|",
-        f"| language model | {_cell(model or 'not recorded')} |",
-        f"| hook | {_cell(hooks)} |",
-    ]
-    lines += [
-        f"| width | {sae.d_in} |",
-        f"| selection | {_cell(sae.selection_rule)} |",
-        f"| texts | {_cell(_texts(origin))} |",
-    ]
-    lines += [f"| trained | {_cell(_trained(sae))} |", f"| licence | {_cell(license or 'not stated')} |", ""]
+    lines += ["| | |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in _facts(sae, license).items()), ""]
     if report is not None:
         lines += ["## Report", "", f"On {_cell(report.get('texts', 'texts'))}, split {report.get('split')}.", ""]
         lines += ["| measure | value |", "|---|---|", *_rows(report), ""]
     if picture is not None:
         lines += [f"![FVU against L0 of SAEs trained side by side]({picture})", ""]
-    lines += ["## Load it", "", "```python", "import saelab", "", f'sae = saelab.load_sae("{repo}")', "```", ""]
+    lines += ["## Load it", "", *_code("import saelab", "", f'sae = saelab.load_sae("{repo}")')]
     if for_sae_lens:
+        imports = "from huggingface_hub import snapshot_download", "from sae_lens import SAE"
         lines += [
             "With SAELens:",
             "",
-            "```python",
-            "from huggingface_hub import snapshot_download",
-            "from sae_lens import SAE",
-            "",
+            *_code(*imports, "", f'sae = SAE.load_from_disk(snapshot_download("{repo}") + "/sae_lens")'),
         ]
-        lines += [f'sae = SAE.load_from_disk(snapshot_download("{repo}") + "/sae_lens")', "```", ""]
     return "\n".join(lines)
+
+
+def _facts(sae: SAE, license: str | None) -> dict[str, str]:
+    origin = sae.provenance.origin
+    hooks = str(origin.get("hook_name") or "not recorded")
+    if origin.get("hook_name_out"):
+        hooks += f" -> {origin['hook_name_out']}"
+    return {
+        "language model": str((origin.get("model") or {}).get("name") or "not recorded"),
+        "hook": hooks,
+        "width": str(sae.d_in),
+        "selection": sae.selection_rule,
+        "texts": _texts(origin),
+        "trained": _trained(sae),
+        "licence": license or "not stated",
+    }
+
+
+def _code(*lines: str) -> list[str]:
+    return ["```python", *lines, "```", ""]
 
 
 def _rows(report: Mapping[str, Any]) -> list[str]:
