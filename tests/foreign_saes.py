@@ -33,6 +33,11 @@ class Foreign:
     """What `sae.json` must say."""
     assumed: tuple[str, ...] = ()
     partial: bool = False
+    n_sources: int = 1
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """Tokens `(n, d_in)`, or several sources of them."""
+        return x if self.n_sources == 1 else torch.stack([x.roll(i, 0) for i in range(self.n_sources)], dim=1)
 
 
 Case = Callable[[Path], Foreign]
@@ -630,6 +635,35 @@ for act_fn in ("relu", "jumprelu", "topk"):
 
                     origin: dict[str, Any] = dict(zip(("hook_name", "hook_name_out"), hooks, strict=False))
                     return Foreign(path, "llamascopium", run, origin=origin)
+
+
+for how in ("dataset-wise", "inference"):
+
+    @case(f"llamascopium crosscoder, {how}")
+    def _(path: Path, how: str = how) -> Foreign:
+        W_E, W_D, b_E, b_D = rand(2, D_IN, D_SAE), rand(2, D_SAE, D_IN), rand(2, D_SAE), rand(2, D_IN)
+        path.mkdir(parents=True)
+        hooks, sizes = ["blocks.1.hook_resid_post", "blocks.2.hook_resid_post"], (5.0, 9.0)
+        cfg = {
+            "sae_type": "crosscoder",
+            "d_model": D_IN,
+            "expansion_factor": 3.0,
+            "act_fn": "relu",
+            "norm_activation": how,
+        }
+        (path / "config.json").write_text(json.dumps(cfg | {"hook_points": hooks}))
+        norms = {
+            f"dataset_average_activation_norm.{h}": torch.tensor(size) for h, size in zip(hooks, sizes, strict=True)
+        }
+        save_file({"W_E": W_E, "W_D": W_D, "b_E": b_E, "b_D": b_D, **norms}, path / "sae_weights.safetensors")
+        by = torch.tensor([D_IN**0.5 / size for size in sizes])[:, None] if how == "dataset-wise" else torch.ones(2, 1)
+
+        def run(x: Tensor) -> tuple[Tensor, Tensor]:
+            z = (torch.einsum("nhd,hdm->nm", x * by, W_E) + b_E.sum(0)).relu()
+            return z, (torch.einsum("nm,hmd->nhd", z, W_D) + b_D) / by
+
+        origin = {"hook_names": hooks, "hook_name": hooks[-1]}
+        return Foreign(path, "llamascopium", run, origin=origin, n_sources=2)
 
 
 @case("qwen_scope")

@@ -39,7 +39,7 @@ def close(got: torch.Tensor, want: torch.Tensor) -> bool:
 @torch.no_grad()
 def test_it_computes_what_its_library_computes(name, tmp_path):
     foreign: Foreign = CASES[name](tmp_path / "sae")
-    sae, x = saelab.load_sae(foreign.path, assume=foreign.assume), tokens()
+    sae, x = saelab.load_sae(foreign.path, assume=foreign.assume), foreign.inputs(tokens())
     acts, x_hat = foreign.run(x)
     output = sae(x)
     assert close(output.acts.to_dense(), acts) and close(output.x_hat, x_hat)
@@ -62,7 +62,7 @@ def test_its_format_is_found_and_recorded(name, tmp_path):
 @every
 def test_it_is_saved_and_opened_as_any_other(name, tmp_path):
     foreign: Foreign = CASES[name](tmp_path / "sae")
-    sae, x = saelab.load_sae(foreign.path, assume=foreign.assume), tokens()
+    sae, x = saelab.load_sae(foreign.path, assume=foreign.assume), foreign.inputs(tokens())
     again = saelab.load_sae(saelab.save_sae(sae, tmp_path / "copy"))
     assert again.hash == sae.hash and torch.equal(again(x).x_hat, sae(x).x_hat)
     assert again.selection_rule == sae.selection_rule and again.provenance.origin == sae.provenance.origin
@@ -245,6 +245,11 @@ BAD: dict[str, tuple[str, Callable[[Path], Any], str | None]] = {
         "gemma_scope_2 clt",
         lambda p: p.rename(p.with_name("layer_7_width_16k.safetensors")),
         None,
+    ),
+    "a crosscoder of several gates": (
+        "llamascopium crosscoder, inference",
+        lambda p: edit_json(p / "config.json", act_fn="jumprelu"),
+        "whose heads each have a gate",
     ),
     "a norm that stands nowhere": (
         "llama_scope",

@@ -13,6 +13,7 @@ from foreign_saes import CASES, D_OUT
 from tiny_runs import write_texts
 
 import saelab
+from saelab.interop.sae_dashboard import save_store
 from saelab.saes import Batch, StepInfo
 
 HOOK, MLP_OUT, MLP_POST = "blocks.1.hook_resid_post", "blocks.1.hook_mlp_out", "blocks.1.mlp.hook_post"
@@ -23,10 +24,14 @@ def kinds(folder: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     for i, name in enumerate(CASES):
         sae = saelab.load_sae(CASES[name](folder / str(i)).path)
-        later = {
-            key: value for key, value in dataclasses.asdict(sae.config).items() if key not in ("hook_name_out", "k")
-        }
-        units = [sae.config.normalize, bool(sae.scale != 1), sae.shape, bool(sae.provenance.origin.get("partial"))]
+        names = ("hook_name_out", "hook_names", "k")
+        later = {key: value for key, value in dataclasses.asdict(sae.config).items() if key not in names}
+        units = [
+            sae.config.normalize,
+            bool((sae.scale != 1).any()),
+            sae.shape,
+            bool(sae.provenance.origin.get("partial")),
+        ]
         found.setdefault(json.dumps([sae.variant, later, units], default=str), name)
     return found
 
@@ -51,8 +56,10 @@ def _works(name: str, folder: Path, texts: Path, lm: Any) -> None:
     sae: Any = saelab.load_sae(foreign.path)
     transcodes = "d_out" in sae.extra_dims
     wide = transcodes and sae.d_out == D_OUT
-    hooks = {"hook_name": HOOK, "prepend_bos": False, "ctx_len": 32}
+    hooks: dict[str, Any] = {"hook_name": HOOK, "prepend_bos": False, "ctx_len": 32}
     hooks |= {"hook_name_out": MLP_POST if wide else MLP_OUT} if transcodes else {}
+    if sae.variant == "crosscoder":
+        hooks = {"hook_names": [HOOK, "blocks.2.hook_resid_post"], "prepend_bos": False, "ctx_len": 32}
     sae = saelab.load_sae(foreign.path, assume=hooks)
     store = saelab.collect_features(sae, lm, texts, out_dir=folder / "features", n_tokens=300, progress=False)
     fired = int(store.column("density").argmax())
@@ -60,6 +67,7 @@ def _works(name: str, folder: Path, texts: Path, lm: Any) -> None:
     assert feature.examples(3) and "<" in feature._repr_html_()
     if foreign.partial or wide:  # a hook of that width is read through a bridge, where nothing is edited
         return
+    _is_written_for_dashboards(store, folder / "dashboards")
     report = saelab.evaluate(sae, lm, texts, n_tokens=300, n_tokens_ce=64, progress=False)
     assert report.l0 > 0 and report.fvu is not None and report.fvu >= 0
     before = lm.logits("a text")
@@ -68,9 +76,26 @@ def _works(name: str, folder: Path, texts: Path, lm: Any) -> None:
     _trains_on(sae)
 
 
+def _is_written_for_dashboards(store: Any, folder: Path) -> None:
+    """SAEDashboard's files hold what the store says."""
+    files = save_store(store, folder, batch_size=40)
+    batches = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+    assert [path.name for path in files] == [f"batch-{i}.json" for i in range(len(files))]
+    found = {one["feature_index"]: one for batch in batches for one in batch["features"]}
+    assert set(found) == {i for i in range(len(store)) if store.feature(i).n_fired}
+    assert batches[0]["layer"] == int(store.hook_name.split(".")[1])
+    feature = store.feature(min(found))
+    one, example = found[min(found)], feature.examples(1)[0]
+    assert one["frac_nonzero"] == feature.density and sum(one["freq_hist_data_bar_heights"]) == feature.n_fired
+    strongest = one["activations"][0]
+    assert strongest["values"][strongest["qualifying_token_index"]] == pytest.approx(example.value)
+    assert len(strongest["tokens"]) == len(example.token_ids)
+
+
 def _trains_on(sae: Any) -> None:
     """A loss with a gradient for the weights that decode."""
     x = torch.randn(16, sae.d_in, generator=torch.Generator().manual_seed(0))
+    x = torch.stack([x, x], 1) if sae.variant == "crosscoder" else x
     y = x @ torch.ones(sae.d_in, sae.d_out) / sae.d_in if "d_out" in sae.extra_dims else x
     loss = sae.loss(Batch(x, y), StepInfo(torch.zeros(sae.d_sae, dtype=torch.bool), 10, 100))
     loss.total.backward()

@@ -110,7 +110,7 @@ def test_every_block_runs_in_order(user):
     found = [0] * len(REWRITES)
     codes = [(language, small(code, found)) for language, code in blocks(README)]
     assert found == [count for _, _, count in REWRITES]
-    assert [language for language, _ in codes] == ["sh", "sh", "python", "sh"]
+    assert [language for language, _ in codes] == ["sh", "sh", "python", "sh", "sh"]
     write_small_texts(folder / "small.jsonl")
     commands, dash = codes[-1][1].strip().rsplit("\n", 1)
     assert codes.pop(0) == codes[0]  # make demo is saelab demo, and test_cli.py repeats one

@@ -55,18 +55,33 @@ def export(
     run: Annotated[Positional[Path], arg(metavar="RUN", help="Run folder, or that of one of its SAEs.")],
     out: Annotated[Positional[Path], arg(metavar="OUT", help="Folder to write.")],
     format: Annotated[
-        Literal["saelab", "sae_lens", "sparsify", "dictionary_learning", "gemma_scope_2", "gguf", "directions"],
-        arg(help="Format to write; gguf and directions: steering vectors of features, in one file."),
+        Literal[
+            "saelab",
+            "sae_lens",
+            "sparsify",
+            "dictionary_learning",
+            "gemma_scope_2",
+            "gguf",
+            "directions",
+            "sae_dashboard",
+        ],
+        arg(
+            help="Format to write; gguf, directions: steering vectors of features, in one file; sae_dashboard: the feature store."
+        ),
     ] = "sae_lens",
     feature: Annotated[tuple[int, ...], arg(help="Features of a gguf or directions file.")] = (),
     strength: Annotated[float, arg(help="Their strength, in units of each feature's p99.")] = 2.0,
 ) -> None:
-    """Write the SAE of RUN in the format of another library, or steering vectors of its features; what a format cannot hold is
+    """Write the SAE of RUN for another library, or steering vectors or the store of its features; what a format cannot hold is
     refused."""
     import saelab
 
     if format in ("gguf", "directions"):
         _export_vectors(run, out, format, feature, strength)
+    elif format == "sae_dashboard":
+        from saelab.interop.sae_dashboard import save_store
+
+        print(f"{len(save_store(saelab.load_features(run), out))} files with the features that fired are in {out}")
     elif feature:
         raise ValueError(f"--feature is for the formats gguf and directions, not {format}.")
     else:

@@ -11,7 +11,7 @@ from saelab.interop.blueprint import Blueprint
 
 SWITCHES = ("variant", "k", "threshold", "pre_bias", "normalize", "scale", "scale_out")
 OPTIONS = ("select", "score", "stop_on_duplicate", "residual_threshold", "signed")
-ORIGIN = ("hook_name", "hook_name_out", "model", "prepend_bos", "ctx_len")
+ORIGIN = ("hook_name", "hook_names", "hook_name_out", "model", "prepend_bos", "ctx_len")
 
 
 class Answers:
@@ -52,4 +52,7 @@ def revised(plan: Blueprint, given: Mapping[str, Any]) -> Blueprint:
     origin = {key: value for key, value in given.items() if key in ORIGIN}
     if "model" in origin:
         origin["model"] = {"name": str(origin["model"])}
+    if "hook_names" in origin:  # of a crosscoder
+        options["hook_names"] = tuple(origin["hook_names"])
+        origin |= {"hook_names": list(origin["hook_names"]), "hook_name": origin["hook_names"][-1]}
     return dataclasses.replace(plan, **switches, options={**plan.options, **options}, origin={**plan.origin, **origin})

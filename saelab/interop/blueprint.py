@@ -30,7 +30,10 @@ _CENTERED = ("topk", "abs_topk", "relu", "jumprelu", "gated")
 
 @dataclass(frozen=True, kw_only=True)
 class Blueprint:
-    """Weights `(d_sae, d_in)` and `(d_sae, d_out)`, biases, and the meaning of all that a format leaves implicit."""
+    """Weights `(d_sae, d_in)` and `(d_sae, d_out)`, biases, and the meaning of all that a format leaves implicit.
+
+    Those of a crosscoder have an axis of sources in front, as its biases and scales have.
+    """
 
     variant: str
     W_enc: Tensor
@@ -46,7 +49,7 @@ class Blueprint:
     pre_bias: bool = False
     normalize: str = "none"
     """"layer_norm" or "constant_norm": of each token; otherwise "none"."""
-    scale: float = 1.0
+    scale: float | Tensor = 1.0
     """What the input is multiplied by; a transcoder's output has its own."""
     scale_out: float | None = None
     """None is the same as `scale`."""
@@ -59,15 +62,15 @@ class Blueprint:
 
     @property
     def d_sae(self) -> int:
-        return self.W_enc.shape[0]
+        return self.W_enc.shape[-2]
 
     @property
     def d_in(self) -> int:
-        return self.W_enc.shape[1]
+        return self.W_enc.shape[-1]
 
     @property
     def d_out(self) -> int:
-        return self.W_dec.shape[1]
+        return self.W_dec.shape[-1]
 
 
 @torch.no_grad()
@@ -75,13 +78,14 @@ def build(plan: Blueprint) -> SAE:
     """The SAE. Raises `SaelabError` for tensors that do not fit together."""
     _check_shapes(plan)
     variant = VARIANTS[plan.variant]
-    shape = {"d_out": plan.d_out} if "d_out" in variant.extra_dims else {}
+    sizes = {"d_out": plan.d_out, "n_sources": len(plan.W_enc)}
+    shape = {name: sizes[name] for name in variant.extra_dims}
     sae = variant(variant.Config(**_config(plan)), plan.d_in, **shape)
     state = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
     given = {"W_dec": plan.W_dec, "b_dec": plan.b_dec, "b_enc": plan.b_enc} | _thresholds(plan) | dict(plan.tensors)
     given |= {} if variant.tied else {"W_enc": plan.W_enc}
     scale_out = plan.scale if plan.scale_out is None else plan.scale_out
-    given |= {"scale": torch.tensor(plan.scale), "scale_out": torch.tensor(scale_out)}
+    given |= {"scale": torch.as_tensor(plan.scale), "scale_out": torch.as_tensor(scale_out)}
     if plan.W_skip is not None:  # ours reads the scaled input and is divided by scale_out
         given["W_skip"] = plan.W_skip * (scale_out / plan.scale)
     for name, tensor in given.items():
@@ -95,9 +99,9 @@ def build(plan: Blueprint) -> SAE:
 def _config(plan: Blueprint) -> dict[str, Any]:
     fields = {one.name for one in dataclasses.fields(VARIANTS[plan.variant].Config)}
     config: dict[str, Any] = {"d_sae": plan.d_sae, "normalize": plan.normalize}
-    if plan.scale != 1 or plan.scale_out not in (None, 1):
+    if bool((torch.as_tensor(plan.scale) != 1).any()) or plan.scale_out not in (None, 1):
         if plan.normalize != "none":
-            raise SaelabError(f"A scale of {plan.scale:g} besides normalize={plan.normalize!r} is not supported.")
+            raise SaelabError(f"A scale of {plan.scale} besides normalize={plan.normalize!r} is not supported.")
         config["normalize"] = "scale"
     if plan.k is not None and "k" in fields:
         config["k"] = plan.k
@@ -133,11 +137,13 @@ def _fitted(name: str, tensor: Tensor, like: Tensor) -> Tensor:
 
 def _check_shapes(plan: Blueprint) -> None:
     for name in ("W_enc", "W_dec"):
-        if getattr(plan, name).ndim != 2:
-            raise SaelabError(f"{name} has shape {tuple(getattr(plan, name).shape)}, but a matrix was expected.")
-    if plan.W_dec.shape[0] != plan.d_sae:
+        if getattr(plan, name).ndim != (3 if plan.variant == "crosscoder" else 2):
+            raise SaelabError(
+                f"{name} has shape {tuple(getattr(plan, name).shape)}, which is none of a {plan.variant}."
+            )
+    if plan.W_dec.shape[-2] != plan.d_sae:
         raise SaelabError(
-            f"W_enc is of {plan.d_sae} features and width {plan.d_in}, W_dec of {plan.W_dec.shape[0]} features and width "
+            f"W_enc is of {plan.d_sae} features and width {plan.d_in}, W_dec of {plan.W_dec.shape[-2]} features and width "
             f"{plan.d_out}: the tensors do not belong together, or one of them is transposed."
         )
     if plan.d_out != plan.d_in and plan.variant not in TRANSCODERS:

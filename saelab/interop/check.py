@@ -121,6 +121,8 @@ def alternatives(plan: Blueprint, mean_norm: float) -> Iterator[dict[str, Any]]:
     """One changed assumption each, as `assume=` takes it; `mean_norm` is that of the activations that are read."""
     if plan.origin.get("prepend_bos") is not None:
         yield {"prepend_bos": not plan.origin["prepend_bos"]}
+    if plan.variant == "crosscoder":
+        return
     if plan.variant in ("topk", "abs_topk", "relu", "jumprelu", "gated"):
         yield {"pre_bias": not plan.pre_bias}
     if plan.scale == 1 and plan.scale_out in (None, 1) and plan.W_skip is None:

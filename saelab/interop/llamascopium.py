@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from saelab.errors import SaelabError
@@ -34,8 +35,8 @@ def matches(source: Source) -> bool:
 
 def load(source: Source, answers: Answers) -> Blueprint:
     cfg = source.json("config.json")
-    if cfg["sae_type"] != "sae":
-        raise SaelabError(f"{source.label} has sae_type={cfg['sae_type']!r}; saelab reads sae.")
+    if cfg["sae_type"] not in ("sae", "crosscoder"):
+        raise SaelabError(f"{source.label} has sae_type={cfg['sae_type']!r}; saelab reads sae and crosscoder.")
     if cfg.get("use_glu_encoder"):
         raise SaelabError(f"{source.label} has a GLU encoder (use_glu_encoder), which saelab does not read.")
     name = next(name for name in _WEIGHTS if source.has(name))
@@ -43,6 +44,8 @@ def load(source: Source, answers: Answers) -> Blueprint:
     missing = [key for key in ("W_E", "W_D", "b_E") if key not in tensors]
     if missing:
         raise SaelabError(f"{source.label}: {name} has no {' and no '.join(missing)}: download it again.")
+    if cfg["sae_type"] == "crosscoder":
+        return _crosscoder(cfg, tensors, source)
     W_enc, W_dec = tensors["W_E"].float().T.contiguous(), tensors["W_D"].float()
     origin = _origin(cfg)
     transcodes = "hook_name_out" in origin
@@ -56,6 +59,40 @@ def load(source: Source, answers: Answers) -> Blueprint:
         **_selection(cfg, tensors, W_dec, transcodes, answers, source.label),
         **({**scaled, "scale_out": scaled.get("scale_out") if transcodes else None} if scaled else {}),
     )
+
+
+def _crosscoder(cfg: dict[str, Any], tensors: dict[str, Tensor], source: Source) -> Blueprint:
+    """One z for all heads, as it is with ReLU alone: any other gate compares u times the head's own decoder norm, so that a
+    feature may fire in one head and not in another."""
+    if str(cfg.get("act_fn", "relu")).lower() != "relu":
+        raise SaelabError(
+            f"{source.label} is a crosscoder with act_fn={cfg.get('act_fn')!r}, whose heads each have a gate of their own; "
+            "saelab reads crosscoders with relu."
+        )
+    hooks = tuple(cfg.get("hook_points") or ())
+    return Blueprint(
+        variant="crosscoder",
+        W_enc=tensors["W_E"].float().transpose(1, 2).contiguous(),
+        W_dec=tensors["W_D"].float(),
+        b_enc=tensors["b_E"].float().sum(0),
+        b_dec=tensors.get("b_D"),
+        scale=_scales_of_heads(cfg, tensors, hooks, source.label),
+        options={"sparsity": "l1", "hook_names": hooks or None},
+        origin={"hook_names": list(hooks), "hook_name": hooks[-1]} if hooks else {},
+    )
+
+
+def _scales_of_heads(cfg: dict[str, Any], tensors: dict[str, Tensor], hooks: tuple[str, ...], where: str) -> Tensor:
+    how = cfg.get("norm_activation", "dataset-wise")
+    if how == "inference":
+        return torch.ones(len(tensors["W_E"]))
+    norms = [tensors[f"{_NORM}{hook}"].float().reshape(()) for hook in hooks if f"{_NORM}{hook}" in tensors]
+    if how != "dataset-wise" or len(norms) != len(tensors["W_E"]):
+        raise SaelabError(
+            f"{where} is a crosscoder with norm_activation={how!r} and {len(norms)} average norms for {len(tensors['W_E'])} "
+            "heads; saelab reads dataset-wise, with a norm for each of hook_points, and inference."
+        )
+    return tensors["W_E"].shape[1] ** 0.5 / torch.stack(norms)
 
 
 def _selection(

@@ -8,8 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from saelab.saes.relu import ReLUConfig, ReLUSAE
 from saelab.saes.transcoding import Transcoding
+
+INIT_NORM = 1.0
+"""Of a decoder row: at 0, where the other transcoders start, the penalty `z |d|` would hold it."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,11 @@ class ReLUTranscoderSAE(Transcoding, ReLUSAE):
     variant = "relu_transcoder"
     Config = ReLUTranscoderConfig
     config: ReLUTranscoderConfig
+
+    def __init__(self, config: ReLUTranscoderConfig, d_in: int, seed: int = 0, d_out: int | None = None) -> None:
+        super().__init__(config, d_in, seed, d_out)
+        rows = torch.randn(self.W_dec.shape, generator=torch.Generator().manual_seed(seed + 1))
+        self.W_dec.data.copy_(INIT_NORM * rows / rows.norm(dim=1, keepdim=True))
 
 
 def check_no_pre_bias(pre_bias: bool) -> None:
