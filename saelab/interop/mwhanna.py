@@ -7,11 +7,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from saelab.errors import SaelabError
 from saelab.interop.answers import Answers
 from saelab.interop.blueprint import Blueprint
 from saelab.interop.names import layer_of
-from saelab.interop.source import Source
+from saelab.interop.source import Source, check_present
 
 NAME = "mwhanna"
 WANTS = "layer_N.safetensors with W_enc, W_dec, b_enc, b_dec"
@@ -23,16 +22,10 @@ def matches(source: Source) -> bool:
 
 
 def load(source: Source, answers: Answers) -> Blueprint:
-    found = [name for name in source.tensor_files if _FILE.search(name)]
-    if len(found) > 1:
-        raise SaelabError(
-            f"{source.label} holds {len(found)} transcoders: name one of these files ({', '.join(found[:3])}, ...)."
-        )
-    tensors = source.tensors(found[0])
-    missing = [key for key in ("W_enc", "W_dec", "b_enc", "b_dec") if key not in tensors]
-    if missing:
-        raise SaelabError(f"{source.label} has no {' and no '.join(missing)}: download it again.")
-    layer = layer_of(found[0], r"layer_(\d+)")
+    file = source.one_of(_FILE)
+    tensors = source.tensors(file)
+    check_present(tensors, ("W_enc", "W_dec", "b_enc", "b_dec"), source.label)
+    layer = layer_of(file, r"layer_(\d+)")
     origin: dict[str, Any] = {
         "hook_name": f"blocks.{layer}.mlp.hook_in",
         "hook_name_out": f"blocks.{layer}.hook_mlp_out",

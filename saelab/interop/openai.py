@@ -10,7 +10,7 @@ from saelab.errors import SaelabError
 from saelab.interop.answers import Answers
 from saelab.interop.blueprint import Blueprint
 from saelab.interop.names import layer_of
-from saelab.interop.source import Source
+from saelab.interop.source import Source, check_present
 
 NAME = "openai"
 WANTS = "one .pt file with encoder.weight, decoder.weight, pre_bias and latent_bias"
@@ -33,9 +33,7 @@ def load(source: Source, answers: Answers) -> Blueprint:
     name = _file(source)
     assert name is not None
     tensors, words = source.tensors(name), source.words(name)
-    missing = [key for key in _TENSORS if key not in tensors]
-    if missing:
-        raise SaelabError(f"{source.label} has no {' and no '.join(missing)}: download it again.")
+    check_present(tensors, _TENSORS, source.label)
     k, activation = tensors.get("activation_state_dict.k"), words.get("activation")
     if activation is None:
         activation = "ReLU" if k is None else "TopK"

@@ -7,11 +7,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from saelab.errors import SaelabError
 from saelab.interop.answers import Answers
 from saelab.interop.blueprint import Blueprint
 from saelab.interop.names import layer_of
-from saelab.interop.source import Source
+from saelab.interop.source import Source, check_present
 
 NAME = "qwen_scope"
 WANTS = "layerN.sae.pt, in a folder or repository named ...-W{thousands}K-L0_{k}"
@@ -23,19 +22,13 @@ def matches(source: Source) -> bool:
 
 
 def load(source: Source, answers: Answers) -> Blueprint:
-    found = [name for name in source.tensor_files if _FILE.search(name)]
-    if len(found) > 1:
-        raise SaelabError(
-            f"{source.label} holds {len(found)} SAEs: name one of these files ({', '.join(found[:3])}, ...)."
-        )
-    tensors = source.tensors(found[0])
-    missing = [key for key in ("W_enc", "W_dec", "b_enc", "b_dec") if key not in tensors]
-    if missing:
-        raise SaelabError(f"{source.label} has no {' and no '.join(missing)}: download it again.")
+    file = source.one_of(_FILE)
+    tensors = source.tensors(file)
+    check_present(tensors, ("W_enc", "W_dec", "b_enc", "b_dec"), source.label)
     named = re.search(r"SAE-Res-(.+)-W\d+K-L0_\d+", source.label)
     k = re.search(r"-L0_(\d+)", source.label)
     where = f"{source.label} (neither the file nor a folder named ...-L0_k)"
-    layer = layer_of(found[0], r"layer(\d+)")
+    layer = layer_of(file, r"layer(\d+)")
     origin: dict[str, Any] = {"hook_name": f"blocks.{layer}.hook_resid_post"}
     origin["prepend_bos"] = answers.assume("prepend_bos", False)  # Qwen's tokenizers have no BOS
     return Blueprint(

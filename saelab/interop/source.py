@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,15 @@ class Source:
     def tensor_files(self) -> tuple[str, ...]:
         """The files that may hold weights; the one file if the source is a file."""
         return (self.only,) if self.only else tuple(name for name in self.names if name.endswith(TENSOR_FILES))
+
+    def one_of(self, pattern: re.Pattern[str]) -> str:
+        """The one weight file that matches. Raises `SaelabError` if there are several, as in a folder of all layers."""
+        found = [name for name in self.tensor_files if pattern.search(name)]
+        if len(found) > 1:
+            raise SaelabError(
+                f"{self.label} holds {len(found)} SAEs: name one of these files ({', '.join(found[:3])}, ...)."
+            )
+        return found[0]
 
     def has(self, *names: str) -> bool:
         """Whether all these files are there."""
@@ -119,6 +129,13 @@ def _files_below(folder: Path) -> Iterator[str]:
                 yield entry.relative_to(folder).as_posix()
             elif entry.is_dir() and depth < _DEPTH and not entry.name.startswith("."):
                 pending.append((entry, depth + 1))
+
+
+def check_present(tensors: Mapping[str, Tensor], names: Sequence[str], where: str) -> None:
+    """Raise `SaelabError` naming the tensors that are missing."""
+    missing = [name for name in names if name not in tensors]
+    if missing:
+        raise SaelabError(f"{where} has no {' and no '.join(missing)}: download it again.")
 
 
 def read_object(path: Path) -> dict[str, Any]:

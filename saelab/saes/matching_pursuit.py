@@ -119,7 +119,8 @@ class MatchingPursuitSAE(SAE):
             best = encode_topk(residuals[-1], self.W_dec, no_bias, 1, "magnitude" if self.config.signed else "value")
             if self.config.residual_threshold:
                 unfinished &= self._unfinished(residuals[-1])
-            best = best.where(unfinished[best.rows])
+            if self.config.residual_threshold or self.config.stop_on_duplicate:
+                best = best.where(unfinished[best.rows])
             if not best.nnz:
                 break
             if self.config.stop_on_duplicate:
