@@ -81,8 +81,8 @@ def with_eos(tokenizer, token_id: int):
     return other
 
 
-def build_tiny_llama(folder: Path, n_layers: int = 3, seed: int = 0) -> Path:
-    """Save a random Llama (d_model 32, 4 heads, 128 positions, fp32) and its tokenizer in `folder`."""
+def build_tiny_llama(folder: Path, n_layers: int = 3, seed: int = 0, positions: int = 128) -> Path:
+    """Save a random Llama (d_model 32, 4 heads, fp32) and its tokenizer in `folder`."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = build_tokenizer()
@@ -93,7 +93,7 @@ def build_tiny_llama(folder: Path, n_layers: int = 3, seed: int = 0) -> Path:
         num_hidden_layers=n_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=128,
+        max_position_embeddings=positions,
         initializer_range=0.15,
         tie_word_embeddings=True,
         bos_token_id=0,  # <s>
@@ -111,6 +111,12 @@ def build_tiny_llama(folder: Path, n_layers: int = 3, seed: int = 0) -> Path:
 def tiny_folder(tmp_path_factory) -> Path:
     """Folder with a tiny random Llama: 3 layers, d_model 32, 4 heads, 300 tokens, 128 positions."""
     return build_tiny_llama(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def deep_folder(tmp_path_factory) -> Path:
+    """As `tiny_folder`, with 16 layers and 256 positions: it has the hooks that examples and README name."""
+    return build_tiny_llama(tmp_path_factory.mktemp("models") / "deep-llama", n_layers=16, positions=256)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The notebook and every script of examples/ run in an empty folder, at smaller sizes than they stand there with."""
+"""The notebook and every script of examples/ run in an empty folder, with a tiny model and smaller sizes than they stand with."""
 
 import os
 from pathlib import Path
@@ -13,6 +13,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 SMALLER = {
     "steering.ipynb": {
         "n_tokens=25_000": "n_tokens=3_000",
+        "d_sae=1024, k=32": "d_sae=128, k=8",
         "n_tokens=200_000, batch_size=1024": "n_tokens=40_000, batch_size=512",
         "n_tokens=20_000": "n_tokens=2_500",
         "max_new_tokens=30": "max_new_tokens=8",
@@ -20,15 +21,17 @@ SMALLER = {
     "steering_effect.py": {", store)": ", store, n_features=3, n_random=3)"},
     "train_relu.py": {
         "n_tokens=16_000": "n_tokens=5_000",
-        "n_tokens=120_000, batch_size=1024": "n_tokens=60_000, batch_size=512",
+        "d_sae=1024, target_l0=32.0": "d_sae=128, target_l0=8.0",
+        "d_sae=1024, k=32": "d_sae=128, k=8",
+        "n_tokens=120_000, batch_size=1024": "n_tokens=120_000, batch_size=256",
         "n_tokens=8_000, n_tokens_ce=1_000": "n_tokens=2_000, n_tokens_ce=256",
     },
 }
 
 
-def smaller(name: str) -> str:
+def smaller(name: str, model: Path) -> str:
     """The text of that example, which makes less of everything."""
-    code = (EXAMPLES / name).read_text(encoding="utf-8")
+    code = (EXAMPLES / name).read_text(encoding="utf-8").replace("smollm2", str(model))
     for old, new in SMALLER[name].items():
         assert old in code, (name, old)
         code = code.replace(old, new)
@@ -43,16 +46,16 @@ def test_all_examples_are_covered():
 
 
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory):
+def outputs(tmp_path_factory, deep_folder):
     """What the notebook put out, then what each script printed; and the folder they ran in.
 
     The scripts run in the notebook's kernel, each as a program of its own (`%run`): in another process each would import
     torch and transformers anew.
     """
     folder = tmp_path_factory.mktemp("examples")
-    notebook = nbformat.reads(smaller("steering.ipynb"), as_version=4)
+    notebook = nbformat.reads(smaller("steering.ipynb", deep_folder), as_version=4)
     for name, run in (("steering_effect.py", "runs/steering"), ("train_relu.py", "run")):
-        (folder / name).write_text(smaller(name), encoding="utf-8")
+        (folder / name).write_text(smaller(name, deep_folder), encoding="utf-8")
         notebook.cells.append(nbformat.v4.new_code_cell(f"%run {name} {run}"))
     own = {"IPYTHONDIR": str(folder / "ipython"), "JUPYTER_RUNTIME_DIR": str(folder / "jupyter")}
     client = NotebookClient(notebook, timeout=550, resources={"metadata": {"path": str(folder)}})
@@ -85,4 +88,4 @@ def test_train_relu(outputs):
     measures = [line for line in outputs[2].splitlines() if " fvu " in line]
     assert [line.split()[0] for line in measures] == ["relu", "topk"]
     assert all(0.0 < float(line.split()[2]) < 0.7 for line in measures), measures
-    assert (outputs[3] / "run" / "sae-relu-1024-l32" / "sae.json").exists()
+    assert (outputs[3] / "run" / "sae-relu-128-l8" / "sae.json").exists()

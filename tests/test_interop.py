@@ -110,7 +110,7 @@ BAD: dict[str, tuple[str, Callable[[Path], Any], str | None]] = {
     "no weights tensor": (
         "sae_lens standard",
         lambda p: edit_tensors(p / "sae_weights.safetensors", b_enc=None),
-        "standard SAE without b_enc",
+        "a standard SAE, has no b_enc",
     ),
     "truncated": (
         "sae_lens standard",

@@ -13,7 +13,6 @@ from foreign_saes import CASES, D_OUT
 from tiny_runs import write_texts
 
 import saelab
-from saelab.interop.sae_dashboard import save_store
 from saelab.saes import Batch, StepInfo
 
 HOOK, MLP_OUT, MLP_POST = "blocks.1.hook_resid_post", "blocks.1.hook_mlp_out", "blocks.1.mlp.hook_post"
@@ -67,29 +66,12 @@ def _works(name: str, folder: Path, texts: Path, lm: Any) -> None:
     assert feature.examples(3) and "<" in feature._repr_html_()
     if foreign.partial or wide:  # a hook of that width is read through a bridge, where nothing is edited
         return
-    _is_written_for_dashboards(store, folder / "dashboards")
     report = saelab.evaluate(sae, lm, texts, n_tokens=300, n_tokens_ce=64, progress=False)
     assert report.l0 > 0 and report.fvu is not None and report.fvu >= 0
     before = lm.logits("a text")
     with lm.steer(feature * 2.0):
         assert not torch.equal(lm.logits("a text"), before)
     _trains_on(sae)
-
-
-def _is_written_for_dashboards(store: Any, folder: Path) -> None:
-    """SAEDashboard's files hold what the store says."""
-    files = save_store(store, folder, batch_size=40)
-    batches = [json.loads(path.read_text(encoding="utf-8")) for path in files]
-    assert [path.name for path in files] == [f"batch-{i}.json" for i in range(len(files))]
-    found = {one["feature_index"]: one for batch in batches for one in batch["features"]}
-    assert set(found) == {i for i in range(len(store)) if store.feature(i).n_fired}
-    assert batches[0]["layer"] == int(store.hook_name.split(".")[1])
-    feature = store.feature(min(found))
-    one, example = found[min(found)], feature.examples(1)[0]
-    assert one["frac_nonzero"] == feature.density and sum(one["freq_hist_data_bar_heights"]) == feature.n_fired
-    strongest = one["activations"][0]
-    assert strongest["values"][strongest["qualifying_token_index"]] == pytest.approx(example.value)
-    assert len(strongest["tokens"]) == len(example.token_ids)
 
 
 def _trains_on(sae: Any) -> None:

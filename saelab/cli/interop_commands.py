@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from collections.abc import Callable
@@ -64,9 +65,11 @@ def export(
             "gguf",
             "directions",
             "sae_dashboard",
+            "neuronpedia",
         ],
         arg(
-            help="Format to write; gguf, directions: steering vectors of features, in one file; sae_dashboard: the feature store."
+            help="Format to write; gguf, directions: steering vectors of features, in one file; sae_dashboard, neuronpedia: the "
+            "feature store."
         ),
     ] = "sae_lens",
     feature: Annotated[tuple[int, ...], arg(help="Features of a gguf or directions file.")] = (),
@@ -78,10 +81,9 @@ def export(
 
     if format in ("gguf", "directions"):
         _export_vectors(run, out, format, feature, strength)
-    elif format == "sae_dashboard":
-        from saelab.interop.sae_dashboard import save_store
-
-        print(f"{len(save_store(saelab.load_features(run), out))} files with the features that fired are in {out}")
+    elif format in ("sae_dashboard", "neuronpedia"):
+        save_store = importlib.import_module(f"saelab.interop.{format}").save_store
+        print(f"{len(save_store(saelab.load_features(run), out))} files with the features of {run} are in {out}")
     elif feature:
         raise ValueError(f"--feature is for the formats gguf and directions, not {format}.")
     else:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from saelab.errors import SaelabError
 from saelab.interop.blueprint import Blueprint
+from saelab.interop.source import check_present
 
 
 def fold_decoder_norms(plan: Blueprint) -> Blueprint:
@@ -32,9 +33,7 @@ def fold_decoder_norms(plan: Blueprint) -> Blueprint:
 
 def fold_whitening(plan: Blueprint, whitening: Mapping[str, Tensor]) -> Blueprint:
     """An SAE of whitened activations `(x - mean) M` as one of raw activations (`mean`, `matrix` M, `inverse_matrix`)."""
-    missing = [name for name in ("mean", "matrix", "inverse_matrix") if name not in whitening]
-    if missing:
-        raise SaelabError(f"activation_whitening.safetensors has no {' and no '.join(missing)}.")
+    check_present(whitening, ("mean", "matrix", "inverse_matrix"), "activation_whitening.safetensors")
     if plan.variant == "matching_pursuit":
         raise SaelabError(
             "A matching pursuit SAE of whitened activations has no form for raw ones: its encoder is tied."

@@ -14,7 +14,7 @@ from saelab.errors import SaelabError
 from saelab.interop.answers import Answers
 from saelab.interop.blueprint import Blueprint
 from saelab.interop.names import layer_of
-from saelab.interop.source import Source
+from saelab.interop.source import Source, check_present
 
 NAME = "gemma_scope"
 WANTS = "params.npz"
@@ -27,9 +27,7 @@ def matches(source: Source) -> bool:
 
 def load(source: Source, answers: Answers) -> Blueprint:
     found = {key.lower(): value for key, value in source.tensors(source.only or "params.npz").items()}
-    missing = [name for name in _TENSORS if name.lower() not in found]
-    if missing:
-        raise SaelabError(f"{source.label}: params.npz has no {' and no '.join(missing)}: download it again.")
+    check_present(found, [name.lower() for name in _TENSORS], f"{source.label}: params.npz")
     if "scaling_factor" in found and not bool((found["scaling_factor"] == 1).all()):
         raise SaelabError(f"{source.label} has a scaling_factor other than 1, which saelab does not read.")
     tensors = {name: found[name.lower()] for name in _TENSORS}

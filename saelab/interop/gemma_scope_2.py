@@ -21,7 +21,7 @@ from saelab.interop.answers import Answers
 from saelab.interop.blueprint import Blueprint
 from saelab.interop.describing import as_thresholds, refuse, with_pre_bias
 from saelab.interop.names import hook_of_module, layer_of, model_id, module_of_hook
-from saelab.interop.source import Source
+from saelab.interop.source import Source, check_present
 
 NAME = "gemma_scope_2"
 WANTS = "params.safetensors (and config.json), or clt/NAME.safetensors"
@@ -45,9 +45,7 @@ def matches(source: Source) -> bool:
 def load(source: Source, answers: Answers) -> Blueprint:
     name = source.only or "params.safetensors"
     found = source.tensors(name)
-    missing = [key for key in _TENSORS if key not in found]
-    if missing:
-        raise SaelabError(f"{source.label}: {name} has no {' and no '.join(missing)}: download it again.")
+    check_present(found, _TENSORS, f"{source.label}: {name}")
     config = source.json("config.json") if source.has("config.json") else {}
     if config.get("architecture", "jump_relu") != "jump_relu":
         raise SaelabError(f"{source.label} has architecture={config['architecture']!r}; Gemma Scope 2 has jump_relu.")

@@ -10,10 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from saelab.errors import SaelabError
 from saelab.interop.answers import Answers
 from saelab.interop.blueprint import Blueprint
-from saelab.interop.source import Source
+from saelab.interop.source import Source, check_present
 
 NAME = "llama_scope"
 WANTS = "hyperparams.json and checkpoints/final.safetensors"
@@ -26,9 +25,7 @@ def matches(source: Source) -> bool:
 
 def load(source: Source, answers: Answers) -> Blueprint:
     cfg, tensors = source.json("hyperparams.json"), source.tensors(_WEIGHTS)
-    missing = [name for name in ("encoder.weight", "encoder.bias", "decoder.weight") if name not in tensors]
-    if missing:
-        raise SaelabError(f"{source.label}: {_WEIGHTS} has no {' and no '.join(missing)}: download it again.")
+    check_present(tensors, ("encoder.weight", "encoder.bias", "decoder.weight"), f"{source.label}: {_WEIGHTS}")
     origin, W_enc = _origin(cfg), tensors["encoder.weight"].float()
     W_dec = tensors["decoder.weight"].float().T.contiguous()
     threshold = float(answers.need("threshold", cfg.get("jump_relu_threshold"), source.label))

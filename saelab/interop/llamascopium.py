@@ -16,7 +16,7 @@ from saelab.errors import SaelabError
 from saelab.interop.answers import Answers
 from saelab.interop.blueprint import Blueprint
 from saelab.interop.llama_scope import by_decoder_norm, scales
-from saelab.interop.source import Source
+from saelab.interop.source import Source, check_present
 
 NAME = "llamascopium"
 WANTS = "config.json (with sae_type) and sae_weights.safetensors, sae_weights.pt or checkpoints/final.*"
@@ -41,9 +41,7 @@ def load(source: Source, answers: Answers) -> Blueprint:
         raise SaelabError(f"{source.label} has a GLU encoder (use_glu_encoder), which saelab does not read.")
     name = next(name for name in _WEIGHTS if source.has(name))
     tensors = {key.removeprefix("sae."): tensor for key, tensor in source.tensors(name).items()}
-    missing = [key for key in ("W_E", "W_D", "b_E") if key not in tensors]
-    if missing:
-        raise SaelabError(f"{source.label}: {name} has no {' and no '.join(missing)}: download it again.")
+    check_present(tensors, ("W_E", "W_D", "b_E"), f"{source.label}: {name}")
     if cfg["sae_type"] == "crosscoder":
         return _crosscoder(cfg, tensors, source)
     W_enc, W_dec = tensors["W_E"].float().T.contiguous(), tensors["W_D"].float()

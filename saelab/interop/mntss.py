@@ -12,7 +12,7 @@ from saelab.errors import SaelabError
 from saelab.interop.answers import Answers
 from saelab.interop.blueprint import Blueprint
 from saelab.interop.gemma_scope_2 import cross_layer
-from saelab.interop.source import Source
+from saelab.interop.source import Source, check_present
 
 NAME = "mntss"
 WANTS = "W_enc_N.safetensors and W_dec_N.safetensors, with config.yaml"
@@ -32,15 +32,17 @@ def load(source: Source, answers: Answers) -> Blueprint:
     layer = layers[0]
     folder = source.tensor_files[0].rpartition("W_")[0]
     encoder = source.tensors(f"{folder}W_enc_{layer}.safetensors")
-    decoders = source.tensors(f"{folder}W_dec_{layer}.safetensors").get(f"W_dec_{layer}")
-    missing = [key for key in (f"W_enc_{layer}", f"b_enc_{layer}", f"b_dec_{layer}") if key not in encoder]
-    if missing or decoders is None or decoders.ndim != 3:
+    decoders = source.tensors(f"{folder}W_dec_{layer}.safetensors")
+    check_present(encoder, (f"W_enc_{layer}", f"b_enc_{layer}", f"b_dec_{layer}"), source.label)
+    check_present(decoders, (f"W_dec_{layer}",), source.label)
+    W_dec = decoders[f"W_dec_{layer}"]
+    if W_dec.ndim != 3:
         raise SaelabError(
-            f"{source.label} lacks {', '.join(missing) or f'W_dec_{layer} (d_sae, n_layers, d_out)'}: download it again."
+            f"{source.label}: W_dec_{layer} has shape {tuple(W_dec.shape)}, expected (d_sae, n_layers, d_out)."
         )
     config: dict[str, Any] = source.yaml("config.yaml") if source.has("config.yaml") else {}
     origin: dict[str, Any] = {
-        "partial": cross_layer(decoders.shape[1]),
+        "partial": cross_layer(W_dec.shape[1]),
         "prepend_bos": answers.assume("prepend_bos", True),
     }
     for key, named in (("hook_name", "feature_input_hook"), ("hook_name_out", "feature_output_hook")):
@@ -51,7 +53,7 @@ def load(source: Source, answers: Answers) -> Blueprint:
     return Blueprint(
         variant="relu_transcoder",
         W_enc=encoder[f"W_enc_{layer}"].float(),
-        W_dec=decoders[:, 0].float().contiguous(),
+        W_dec=W_dec[:, 0].float().contiguous(),
         b_enc=encoder[f"b_enc_{layer}"],
         b_dec=encoder[f"b_dec_{layer}"],
         origin=origin,

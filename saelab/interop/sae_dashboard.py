@@ -37,11 +37,16 @@ def save_store(store: Any, folder: str | Path, *, batch_size: int = BATCH) -> li
     return files
 
 
-def _header(store: Any) -> dict[str, Any]:
+def layer_of_store(store: Any) -> int:
+    """The layer of the store's hook; 0 for a hook outside the layers."""
     layer = re.search(r"blocks\.(\d+)\.", store.hook_name)
+    return int(layer.group(1)) if layer else 0
+
+
+def _header(store: Any) -> dict[str, Any]:
     return {
         "model_id": store.manifest["model"]["name"],
-        "layer": int(layer.group(1)) if layer else 0,
+        "layer": layer_of_store(store),
         "sae_set": f"{store.manifest['sae']['variant']}-{store.hook_name.rpartition('.')[2]}",
         "sae_id_suffix": None,
     }
@@ -49,10 +54,21 @@ def _header(store: Any) -> dict[str, Any]:
 
 def _feature(store: Any, index: int) -> dict[str, Any]:
     feature, manifest = store.feature(index), store.manifest
+    return {
+        "feature_index": index,
+        **tables(feature),
+        "n_prompts_total": int(manifest["n_sequences"]),
+        "n_tokens_in_prompt": int(manifest["ctx_len"]),
+        "dataset": str(manifest["texts"]["name"]),
+        "activations": list(_examples(feature)),
+    }
+
+
+def tables(feature: Any) -> dict[str, Any]:
+    """Density, histogram and logits of a feature under the names of SAEDashboard and Neuronpedia."""
     logits, histogram = feature.top_logits, feature.histogram
     edges = histogram.edges
     return {
-        "feature_index": index,
         **{name: [] for name in _EMPTY},
         "neg_str": [token for token, _ in logits.negative],
         "neg_values": [float(value) for _, value in logits.negative],
@@ -61,20 +77,16 @@ def _feature(store: Any, index: int) -> dict[str, Any]:
         "frac_nonzero": float(feature.density),
         "freq_hist_data_bar_values": [float(middle) for middle in (edges[1:] + edges[:-1]) / 2],
         "freq_hist_data_bar_heights": [float(count) for count in histogram.counts],
-        "n_prompts_total": int(manifest["n_sequences"]),
-        "n_tokens_in_prompt": int(manifest["ctx_len"]),
-        "dataset": str(manifest["texts"]["name"]),
-        "activations": list(_examples(feature)),
     }
 
 
 def _examples(feature: Any) -> Iterator[dict[str, Any]]:
     for example in feature.examples():
-        yield {
-            "bin_min": _TOP,
-            "bin_max": _TOP,
-            "bin_contains": _TOP,
-            "tokens": [piece.decode("utf-8", "replace") for piece in example.pieces],
-            "values": [float(value) for value in example.values],
-            "qualifying_token_index": int(example.peak),
-        }
+        tokens, values = example_values(example)
+        marks = {"bin_min": _TOP, "bin_max": _TOP, "bin_contains": _TOP, "qualifying_token_index": int(example.peak)}
+        yield {**marks, "tokens": tokens, "values": values}
+
+
+def example_values(example: Any) -> tuple[list[str], list[float]]:
+    """The tokens of an example as text, and the feature's activation on each."""
+    return [piece.decode("utf-8", "replace") for piece in example.pieces], [float(value) for value in example.values]

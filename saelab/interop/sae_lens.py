@@ -20,7 +20,7 @@ from saelab.interop.blueprint import Blueprint
 from saelab.interop.describing import as_thresholds, refuse
 from saelab.interop.folding import fold_decoder_norms, fold_whitening
 from saelab.interop.names import model_id, module_of_hook
-from saelab.interop.source import Source
+from saelab.interop.source import Source, check_present
 
 NAME = "sae_lens"
 WANTS = "cfg.json and sae_weights.safetensors"
@@ -91,9 +91,7 @@ def _plan(
     cfg: dict[str, Any], architecture: str, tensors: dict[str, Tensor], answers: Answers, where: str
 ) -> Blueprint:
     variant = VARIANT_OF[architecture]
-    missing = [name for name in _wanted(architecture) if name not in tensors]
-    if missing:
-        raise SaelabError(f"{where} is a {architecture} SAE without {' and '.join(missing)}: download it again.")
+    check_present(tensors, _wanted(architecture), f"{where}, a {architecture} SAE,")
     W_dec, scaling = tensors["W_dec"], tensors.get("scaling_factor", tensors.get("finetuning_scaling_factor"))
     if scaling is not None:  # it multiplies feature activations, in the decoder alone
         W_dec = W_dec * scaling.flatten()[:, None]

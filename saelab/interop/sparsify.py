@@ -15,7 +15,7 @@ from saelab.interop.answers import Answers
 from saelab.interop.blueprint import Blueprint
 from saelab.interop.describing import refuse, with_pre_bias
 from saelab.interop.names import hook_of_module
-from saelab.interop.source import Source, read_object
+from saelab.interop.source import Source, check_present, read_object
 
 NAME = "sparsify"
 WANTS = "cfg.json and sae.safetensors"
@@ -28,9 +28,7 @@ def matches(source: Source) -> bool:
 
 def load(source: Source, answers: Answers) -> Blueprint:
     cfg, tensors = source.json("cfg.json"), source.tensors("sae.safetensors")
-    missing = [name for name in ("encoder.weight", "encoder.bias", "W_dec", "b_dec") if name not in tensors]
-    if missing:
-        raise SaelabError(f"{source.label}: sae.safetensors has no {' and no '.join(missing)}: download it again.")
+    check_present(tensors, ("encoder.weight", "encoder.bias", "W_dec", "b_dec"), f"{source.label}: sae.safetensors")
     if cfg.get("signed"):
         raise SaelabError(f"{source.label} is a signed TopK SAE of an early sparsify, which saelab does not read.")
     activation = cfg.get("activation", "topk")
