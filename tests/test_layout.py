@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from for_each import for_each
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -151,7 +152,7 @@ def _may_import_anything(name: str) -> bool:
     return name == "saelab/__init__.py" or name.startswith("kernels/bench/")
 
 
-@pytest.mark.parametrize("name", [name for name in SOURCES if not _may_import_anything(name)])
+@for_each([name for name in SOURCES if not _may_import_anything(name)])
 def test_imports_point_downward(name: str):
     own = unit_of(module_name(SOURCES[name]))
     for line, module in imported_modules(TREES[name]):
@@ -190,7 +191,7 @@ def test_the_top_of_the_house_is_small():
     assert len(top) <= 9, top
 
 
-@pytest.mark.parametrize("name", [name for name in SOURCES if not re.search(r"(^|/)(bench(marks)?/|check_a)", name)])
+@for_each([name for name in SOURCES if not re.search(r"(^|/)(bench(marks)?/|check_a)", name)])
 def test_production_imports_no_bench(name: str):
     for line, module in imported_modules(TREES[name]):
         assert not re.search(r"^saelab\.(kernels|activation_cache)\.bench\b", module), f"{name}:{line} imports {module}"
@@ -201,7 +202,7 @@ def test_production_imports_no_bench(name: str):
 PRINTING = r"(saelab/(cli|benchmarks)/.*|(kernels|activation_cache)/bench/.*|app/serve\.py|.*/check_against_peers\.py)"
 
 
-@pytest.mark.parametrize("name", [name for name in SOURCES if not re.fullmatch(PRINTING, name)])
+@for_each([name for name in SOURCES if not re.fullmatch(PRINTING, name)])
 def test_the_library_logs_and_does_not_print(name: str):
     for node in ast.walk(TREES[name]):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
@@ -214,7 +215,7 @@ def test_storage_knows_no_model():
             assert unit_of(module) != "models", f"activation_cache/{name}.py:{line} {module}"
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@for_each(SOURCES)
 def test_banned_imports(name: str):
     for line, module in imported_modules(TREES[name]):
         top = module.split(".")[0]
@@ -246,7 +247,7 @@ def test_nothing_is_pickled():
     assert "weights_only=True" in SOURCES["saelab/interop/pickles.py"].read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@for_each(SOURCES)
 def test_files_and_functions_are_short(name: str):
     lines = len(SOURCES[name].read_text(encoding="utf-8").splitlines())
     assert lines <= 300, f"{name} has {lines} lines"

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 
 import pytest
+from for_each import for_each
 from test_layout import ROOT, SOURCES, TREES
 
 REPLACED = {
@@ -151,7 +152,7 @@ def offence(file: str, name: str) -> str:
     return ""
 
 
-@pytest.mark.parametrize("file", SOURCES)
+@for_each(SOURCES)
 def test_one_vocabulary(file: str):
     module = file.rpartition("/")[2].removesuffix(".py")
     found = [(1, module), *identifiers(TREES[file])]
