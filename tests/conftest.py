@@ -187,6 +187,12 @@ def cpu_alone(request, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def counted_anew():
+    """The first calls of every function in every test are checked against their annotations."""
+    runtime_types.begin_test()
+
+
+@pytest.fixture(autouse=True)
 def messages():
     """What the library logs is shown as the command line shows it, for `capsys` to read."""
     from saelab.cli.messages import shown
