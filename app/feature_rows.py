@@ -1,65 +1,77 @@
-"""A table with one row per feature: link, metrics, the token it promotes most, and its strongest example."""
+"""A table with one row per feature: label, metrics and its strongest example; the whole row is a link."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import streamlit as st
 
 from saelab.app import state
 from saelab.features import Example, FeatureStore
-from saelab.features.render import around_peak, cosine, number, percent
-from saelab.features.visible import chip_text, escape
+from saelab.features.render import around_peak, cosine, fixed, percent
+from saelab.features.visible import escape
 
-_HEADS = {"density": "Density", "n_fired": "Fired", "p99": "p99", "max": "Max", "cosine": "Enc\u2013dec"}
+_HEADS = {
+    "label": ("Label", "", "Written by hand or by a model, else the commonest words at its peaks."),
+    "density": ("Density", "sa-num", "Share of counted tokens on which it fires."),
+    "sharpness": ("Bits", "sa-num sa-wide", "Sharpness: bits that its firing says about the word it fires on."),
+    "p99": ("p99", "sa-num sa-wider", "99th percentile of its activations: the unit of steering strengths."),
+    "max": ("Max", "sa-num sa-wider", "Its largest activation."),
+    "cosine": ("Enc\u2013dec", "sa-num sa-wider", "Cosine similarity of its encoder and decoder rows."),
+    "example": ("Strongest example", "sa-last", "The text around its largest activation."),
+}
+_DENSE, DASH = 0.1, "\u2013"
+_MARK = '<span class="sa-mark-dense" title="Fires on more than 10 % of tokens">dense</span> '
 
 
-def show_rows(store: FeatureStore, rows: list[dict[str, Any]], sort: str = "", descending: bool = True) -> None:
-    """The table; an arrow marks the column it is sorted by."""
-    arrow = "\u2193" if descending else "\u2191"
-    names = {key: f"{label} {arrow}" if key == sort else label for key, label in _HEADS.items()}
-    density, *others = names.values()
-    cells = f"<span>{density}</span>" + "".join(f'<span class="sa-num">{name}</span>' for name in others)
+def show_rows(
+    store: FeatureStore,
+    rows: list[dict[str, Any]],
+    sort: str = "",
+    descending: bool = True,
+    query: dict[str, str] | None = None,
+) -> None:
+    """The table; an arrow marks the column it is sorted by. Links carry `query`, so that Next follows the table."""
+    arrow, labels = "\u2193" if descending else "\u2191", store.labels
+    cells = "".join(
+        f'<span class="{classes}" title="{meaning}">{name}{f" {arrow}" if key == sort else ""}</span>'
+        for key, (name, classes, meaning) in _HEADS.items()
+    )
     first, second = _columns()
     first.html(f'<div class="sa-head">{f"Feature {arrow}" if sort == "feature" else "Feature"}</div>')
-    second.html(f'<div class="sa-grid sa-head">{cells}<span>Promotes</span><span>Best example</span></div>')
+    second.html(f'<div class="sa-grid sa-head">{cells}</div>')
     for row in rows:
-        first, second = _columns()
-        with first:
-            state.link("feature", str(row["feature"]), feature=row["feature"])
-        second.html(_strip(store, row))
+        with st.container(key=f"sa-row-{row['feature']}"):
+            first, second = _columns()
+            with first:
+                state.link("feature", str(row["feature"]), feature=row["feature"], **(query or {}))
+            second.html(_strip(store, row, labels.get(row["feature"])))
 
 
 def _columns() -> list[Any]:
     return list(st.columns([1, 13], vertical_alignment="center", gap="small", wrap=False))
 
 
-def _strip(store: FeatureStore, row: dict[str, Any]) -> str:
+def _strip(store: FeatureStore, row: dict[str, Any], given: str | None) -> str:
     example = store.feature(row["feature"]).examples(1)
-    promoted = "\u2013"
-    if row["top_logit"] is not None:
-        token = store.pieces([row["top_logit"]])[0].decode("utf-8", "backslashreplace")
-        promoted = f'<bdi class="sa-chip">{chip_text(token)}</bdi>'
     preview = _preview(example[0]) if example else '<span class="sa-never">never fired</span>'
     minus = '<span title="mostly negative">\u2212</span>' if row["sign"] == -1 else ""
-    sizes = [minus + number(row[name]) for name in ("p99", "max")]
-    numbers = [f"{row['n_fired']:,}", *sizes, cosine(row["cosine"])]
-    cells = "".join(f'<span class="sa-num sa-wide">{value}</span>' for value in numbers)
-    return (
-        f'<div class="sa-grid">{_bar(row["density"], store.n_tokens)}{cells}'
-        f'<span class="sa-clip sa-wide">{promoted}</span><span class="sa-clip sa-wide">{preview}</span></div>'
-    )
-
-
-def _bar(density: float, n_tokens: int) -> str:
-    """Density as text and as a bar, on a log scale from one token to all tokens."""
-    lowest = np.log10(1 / max(n_tokens, 10))
-    width = 0.0 if density <= 0 else max(2.0, 100 * (1 - np.log10(density) / lowest))
-    return f'<span class="sa-bar"><span>{percent(density)}</span><i><b style="width:{width:.0f}%"></b></i></span>'
+    marks = _MARK if row["density"] > _DENSE else ""
+    label = given or row["label"]
+    cells = {
+        "label": f'<bdi class="sa-label">{marks}{escape(label or DASH)}</bdi>',
+        "density": percent(row["density"]),
+        "sharpness": fixed(row["sharpness"], 1),
+        "p99": minus + fixed(row["p99"], 2),
+        "max": minus + fixed(row["max"], 2),
+        "cosine": cosine(row["cosine"]),
+        "example": preview,
+    }
+    spans = "".join(f'<span class="{_HEADS[key][1] or "sa-first"}">{value}</span>' for key, value in cells.items())
+    return f'<div class="sa-grid">{spans}</div>'
 
 
 def _preview(example: Example) -> str:
-    """One line around the peak."""
-    before, peak, after = map(escape, around_peak(example, left=6, right=10))
+    """One line around the peak, which begins near it so that it is never cut off."""
+    before, peak, after = map(escape, around_peak(example, left=3, right=12))
     return f'<bdi>{before}<bdi class="sa-mark">{peak}</bdi>{after}</bdi>'

@@ -2,7 +2,7 @@
 
 import streamlit as st
 
-from saelab.app import page_dead, page_feature, page_features, page_runs, page_steer, state
+from saelab.app import page_dead, page_feature, page_features, page_prompt, page_runs, page_steer, state
 from saelab.app.style import ICON, PAGE_STYLE
 
 st.set_page_config(page_title="saelab", page_icon=ICON, layout="wide")
@@ -11,10 +11,12 @@ pages = {
     "features": st.Page(page_features.show, title="Features", icon=":material/table_rows:", url_path="features"),
     "feature": st.Page(page_feature.show, title="Feature", icon=":material/article:", url_path="feature"),
     "dead": st.Page(page_dead.show, title="Dead features", icon=":material/bedtime:", url_path="dead"),
+    "prompt": st.Page(page_prompt.show, title="Prompt", icon=":material/edit_note:", url_path="prompt"),
     "steer": st.Page(page_steer.show, title="Steer", icon=":material/tune:", url_path="steer"),
 }
 st.session_state["pages"] = pages
 page = st.navigation(list(pages.values()))
+state.page_title(page.title)
 st.html(PAGE_STYLE)
 with state.friendly_errors():
     state.show_sidebar()

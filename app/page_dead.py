@@ -5,6 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from saelab.app import charts, state
+from saelab.app.dead_reasons import show_reasons
 from saelab.app.feature_rows import show_rows
 from saelab.features.render import percent
 
@@ -41,5 +42,7 @@ def show() -> None:
     pages = -(-rare // PER_PAGE)
     page = state.url_int("page", 1, 1, pages)
     where = {"n_fired": (None, at_most)}
-    show_rows(store, store.table("n_fired", False, where, PER_PAGE, (page - 1) * PER_PAGE), "n_fired", descending=False)
+    rows = store.table("n_fired", False, where, PER_PAGE, (page - 1) * PER_PAGE)
+    show_reasons(store, [row["feature"] for row in rows])
+    show_rows(store, rows, "n_fired", descending=False)
     state.show_pagination(pages, page)

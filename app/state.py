@@ -109,11 +109,12 @@ def counted(store: FeatureStore) -> str:
 
 
 def default_feature(store: FeatureStore) -> int:
-    """The feature this session viewed last, else the densest one at or below 1 %, else 0."""
+    """The feature this session viewed last, else the sharpest one at or below 1 %, else 0."""
     last = st.session_state.get("feature", -1)
     if 0 <= last < store.d_sae:
         return last
-    rows = store.table("density", True, {"density": (None, 1e-2), "n_fired": (1, None)}, limit=1)
+    sort = "sharpness" if store.manifest["version"] >= 3 else "density"
+    rows = store.table(sort, True, {"density": (None, 1e-2), "n_fired": (1, None)}, limit=1)
     return rows[0]["feature"] if rows else 0
 
 
@@ -183,9 +184,26 @@ def show_pagination(pages: int, page: int) -> None:
         st.pagination(pages, default=page, key=key, on_change=_write_url, args=("page", key))
 
 
+def go_button(label: str, icon: str, shortcut: str | None = None, *, disabled: bool = False, **query: Any) -> None:
+    """Show a button that changes this page's URL parameters. (A link to the page one is on would leave the address as it is.)"""
+    st.button(label, key=f"go_{label}", icon=icon, shortcut=shortcut, disabled=disabled, on_click=_go, kwargs=query)
+
+
+def _go(**query: Any) -> None:
+    for name, value in query.items():
+        st.query_params[name] = str(value)
+
+
+def page_title(title: str) -> None:
+    """Set the browser tab's title, so that tabs and history can be told apart."""
+    st.set_page_config(page_title=f"{title} \u00b7 saelab")
+
+
 def _write_url(name: str, key: str) -> None:
     st.query_params[name] = str(st.session_state[key])
-    if name in ("sort", "order", "show", "fired"):
+    if name == "q" and not st.session_state[key]:
+        del st.query_params[name]
+    if name in ("q", "list", "sort", "order", "show", "fired"):
         st.query_params.pop("page", None)  # page numbers are meaningless in another order
 
 

@@ -6,8 +6,16 @@ _OWN = """
 .block-container, [data-testid="stMainBlockContainer"]{padding-top:2.6rem;max-width:1360px}
 [data-testid="stMetricValue"]{font-size:1.45rem;font-variant-numeric:tabular-nums}
 .sa-sub{opacity:.75;font-size:.9rem;margin:-.4rem 0 .2rem}
-.sa-grid{display:grid;grid-template-columns:8.5rem 4.6rem 4rem 4rem 4rem 7rem minmax(0,1fr);gap:.9rem;
+.sa-grid{display:grid;grid-template-columns:minmax(9rem,1fr) 4.8rem 3.2rem 4.2rem 4.2rem 4.4rem minmax(0,2fr);gap:.3rem .9rem;
 align-items:center;font-size:.9rem;font-variant-numeric:tabular-nums}
+.sa-first,.sa-last{min-width:0;overflow-wrap:anywhere}.sa-last{white-space:nowrap;overflow:hidden;text-overflow:ellipsis}
+.sa-label{font-weight:600}
+.sa-mark-dense{border:1px solid currentColor;border-radius:4px;padding:0 .3em;font-size:.72rem;font-weight:400}
+[class*="st-key-sa-row-"]{position:relative;border-radius:4px}
+[class*="st-key-sa-row-"]:hover{background:rgba(128,128,128,.1)}
+[class*="st-key-sa-row-"] [data-testid="stPageLink-NavLink"]::after{content:"";position:absolute;inset:0}
+[class*="st-key-sa-row-"] [data-testid="stPageLink"],[class*="st-key-sa-row-"] [data-testid="stPageLink-NavLink"],
+[class*="st-key-sa-row-"] [data-testid="stColumn"]:first-child *{position:static}
 .sa-head{font-size:.76rem;opacity:.8;font-weight:600;border-bottom:1px solid rgba(128,128,128,.4);padding-bottom:.35rem}
 .sa-num{text-align:right}
 .sa-clip{white-space:nowrap;overflow:hidden;text-overflow:ellipsis}
@@ -31,7 +39,19 @@ padding:.9rem 1rem;line-height:1.6;min-height:7rem}
 .sa-levels{flex-direction:column;text-align:right;line-height:1;margin:-.35rem 0}.sa-ends{grid-column:2}
 .sa-cfg{display:grid;grid-template-columns:max-content minmax(0,1fr);gap:.2rem 1.2rem;font-size:.86rem;margin:0}
 .sa-cfg dt{opacity:.75}.sa-cfg dd{margin:0;overflow-wrap:anywhere}
-@media (max-width:800px){.sa-grid{grid-template-columns:minmax(0,1fr) 4rem}.sa-wide{display:none}}
+@media (max-width:1250px){.sa-wider{display:none}
+.sa-grid{grid-template-columns:minmax(8rem,1fr) 4.8rem 3.2rem minmax(0,2fr)}}
+@media (max-width:900px){.sa-wide{display:none}.sa-grid{grid-template-columns:minmax(0,1fr) 4.8rem}.sa-last{grid-column:1/-1}}
+.sa-strip{line-height:2.1;overflow-wrap:anywhere;white-space:pre-wrap}
+.sa-tokens{display:grid;grid-template-columns:minmax(5rem,max-content) minmax(0,1fr);gap:.25rem 1rem;font-size:.9rem;margin:0}
+.sa-tokens dt{text-align:right;white-space:pre;overflow:hidden;text-overflow:ellipsis}.sa-tokens dd{margin:0}
+.sa-pill{border:1px solid rgba(128,128,128,.4);border-radius:4px;padding:0 .35em;margin-right:.35em;display:inline-block}
+.sa-pill small{opacity:.75}
+.sa-table{width:100%;border-collapse:collapse;font-size:.88rem;font-variant-numeric:tabular-nums}
+.sa-table th{font-weight:600;font-size:.76rem;opacity:.8;text-align:right;padding:.15rem .4rem}
+.sa-table td{text-align:right;padding:.15rem .4rem;border-top:1px solid rgba(128,128,128,.2)}
+.sa-table th:first-child,.sa-table td:first-child{text-align:left;overflow-wrap:anywhere;padding-left:0}
+.sa-table a{color:inherit;text-decoration:underline;text-underline-offset:2px}
 """
 
 PAGE_STYLE = f"<style>{STYLE}{_OWN}</style>"

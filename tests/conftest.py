@@ -37,7 +37,15 @@ CHAT_TEMPLATE = (
 # The longest first.
 LONG_FILES = [
     *("test_compile_report", "test_readme", "test_examples", "test_cli", "test_family", "test_synthetic"),
-    *("test_training", "test_browser", "test_dispatch", "test_sweep", "test_crash"),
+    *("test_training", "test_browser", "test_dispatch", "test_sweep", "test_crash", "test_variants_everywhere"),
+    *(
+        "test_distributed_batches",
+        "test_distributed_features",
+        "test_families",
+        "test_family_hooks",
+        "test_variant_training",
+    ),
+    *("test_torchrun_harvest", "test_triton_screen", "test_kernel_benches", "test_hub", "test_interop_hub"),
 ]
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from types import FunctionType, SimpleNamespace
 from typing import Any, get_args, get_type_hints
@@ -59,7 +60,7 @@ def _checked(fn: Any, typechecker: Any) -> Any:
     def sampled(*args: Any, **kwargs: Any) -> Any:
         __tracebackhide__ = True
         _counts[key] = n = _counts.get(key, 0) + 1
-        if n > ALWAYS and n % ONE_IN:
+        if (n > ALWAYS and n % ONE_IN) or sys.is_finalizing():
             return fn(*args, **kwargs)
         inner, has_shapes = made[0] if made else made.append(_checker(fn, typechecker)) or made[0]
         if not has_shapes:

@@ -23,9 +23,10 @@ from saelab.app.style import PAGE_STYLE
 from saelab.errors import SaelabError
 from saelab.features.records import Histogram
 from saelab.features.store import load_features
+from saelab.features.visible import escape
 
 MAIN = str(Path(serve.__file__).with_name("main.py"))
-PAGES = ("runs", "features", "feature", "dead", "steer")
+PAGES = ("runs", "features", "feature", "dead", "prompt", "steer")
 
 
 @pytest.fixture
@@ -55,7 +56,14 @@ def html_of(app):
 @pytest.mark.parametrize("page", PAGES)
 def test_every_page_opens(open_page, page):
     app = open_page(page)
-    titles = {"runs": "Runs", "features": "Features", "feature": "Feature ", "dead": "Dead features", "steer": "Steer"}
+    titles = {
+        "runs": "Runs",
+        "features": "Features",
+        "feature": "Feature ",
+        "dead": "Dead features",
+        "prompt": "Prompt",
+    }
+    titles["steer"] = "Steer"
     assert not app.exception and not app.error
     assert app.title[0].value.startswith(titles[page])
 
@@ -79,8 +87,10 @@ def test_features_are_sorted_filtered_and_linked(open_page, hostile_run):
     assert links == [str(row["feature"]) for row in store.table("p99", descending=False, limit=25)]
     app = open_page("features", show="all", page=2)
     links = [link.proto for link in app.get("page_link")]
-    assert [link.label for link in links] == [str(row["feature"]) for row in store.table(limit=25, offset=25)]
-    assert all(link.query_string == f"feature={link.label}" for link in links)
+    assert [link.label for link in links] == [
+        str(row["feature"]) for row in store.table("sharpness", limit=25, offset=25)
+    ]
+    assert all(link.query_string == f"feature={link.label}&show=all" for link in links)
 
 
 def test_a_widget_writes_the_url(open_page):
@@ -96,10 +106,108 @@ def test_feature_shows_its_examples(open_page, hostile_run):
     index = store.table("density", limit=1)[0]["feature"]
     app = open_page("feature", feature=index)
     assert app.title[0].value == f"Feature {index}"
-    assert html_of(app).count('role="listitem"') == len(store.feature(index).examples())
+    assert html_of(app).count('class="sl-row"') == len(store.feature(index).examples())
     assert "<script" not in html_of(app) and "<img" not in html_of(app)
+    assert escape(store.feature(index).label or "") in html_of(app)
     app.number_input[0].set_value(3).run()
-    assert app.query_params["feature"] == "3" and app.title[0].value == "Feature 3"
+    assert app.query_params["feature"] == ["3"] or app.query_params["feature"] == "3"
+    assert app.title[0].value == "Feature 3"
+
+
+def test_next_and_previous_follow_the_table(open_page, hostile_run):
+    store = load_features(hostile_run)
+    order = store.features("p99", False, {"n_fired": (1, None)})
+    app = open_page("feature", feature=order[4], sort="p99", order="up")
+    buttons = {button.label: button for button in app.button}
+    buttons["Next"].click().run()
+    assert app.title[0].value == f"Feature {order[5]}"
+    {button.label: button for button in app.button}["Previous"].click().run()
+    {button.label: button for button in app.button}["Previous"].click().run()
+    assert app.title[0].value == f"Feature {order[3]}" and not app.exception
+    app = open_page("feature", feature=order[0], sort="p99", order="up")
+    assert {button.label: button.disabled for button in app.button}["Previous"]
+    found = [row["feature"] for row in store.search("the")]
+    app = open_page("feature", feature=found[0], q="the")
+    {button.label: button for button in app.button}["Next"].click().run()
+    assert app.title[0].value == f"Feature {found[1]}"
+
+
+def test_a_search_finds_words_and_tokens(open_page, hostile_run):
+    store = load_features(hostile_run)
+    app = open_page("features", q="weather")
+    links = [link.proto.label for link in app.get("page_link")]
+    assert links == [str(row["feature"]) for row in store.search("weather", 25)] and links
+    assert "best match first" in html_of(app)
+    (piece,) = store.pieces([store.table("n_fired", limit=1)[0]["peak_token"]])
+    app = open_page("features", q=f'"{piece.decode()}"')
+    assert [link.proto.label for link in app.get("page_link")] == [
+        str(row["feature"]) for row in store.firing_on(piece.decode(), 25)
+    ]
+    app = open_page("features", q="xyzzy <script>alert(1)</script>")
+    assert not app.exception and "Search for other words" in app.info[0].value
+    app = open_page("features")
+    app.text_input[0].set_value("weather").run()
+    assert app.query_params["q"] in ("weather", ["weather"])
+
+
+@pytest.mark.parametrize("kind", ["quantile", "uniform", "near_miss"])
+def test_examples_of_every_kind_are_shown(open_page, hostile_run, kind):
+    store = load_features(hostile_run)
+    index = store.table("n_fired", limit=1)[0]["feature"]
+    app = open_page("feature", feature=index, kind=kind)
+    assert not app.exception and not app.error
+    assert html_of(app).count('class="sl-row"') == len(store.feature(index).examples(20, kind=kind))
+
+
+def test_labels_stars_lists_and_notes_are_kept(open_page, hostile_run, tmp_path):
+    run = Path(shutil.copytree(hostile_run, tmp_path / "run"))
+    app = open_page("feature", run, feature=7)
+    texts = {one.label: one for one in app.text_input}
+    texts["Label"].set_value("about <b>storms</b>").run()
+    app.text_area[0].set_value("a note").run()
+    app.toggle[0].set_value(True).run()
+    app.multiselect[0].set_value(["starred", "weather"]).run() if "weather" in app.multiselect[0].options else None
+    store = load_features(run)
+    assert store.feature(7).label == "about <b>storms</b>" and store.lists["starred"] == [7]
+    assert [entry.value for entry in store.annotations.latest("note")] == ["a note"]
+    assert "about &lt;b&gt;storms" in html_of(open_page("feature", run, feature=7))
+    app = open_page("features", run, list="starred", show="all")
+    assert [link.proto.label for link in app.get("page_link")] == ["7"]
+    texts = {one.label: one for one in open_page("feature", run, feature=7).text_input}
+    texts["Label"].set_value("").run()
+    assert load_features(run).feature(7).label == load_features(run).feature(7).row["label"]
+
+
+def test_neighbours_and_coactivation_stand_beside(open_page, hostile_run):
+    store = load_features(hostile_run)
+    index = store.table("n_fired", limit=1)[0]["feature"]
+    shown = html_of(open_page("feature", feature=index, by="encoder"))
+    assert shown.count("<table") == 2
+    for other in (*store.neighbours(index, by="encoder", k=8), *store.coactivation(index, 8)):
+        assert f">{other['feature']}</a>" in shown
+
+
+def test_the_prompt_page_reads_a_text(open_page, hostile_run):
+    store = load_features(hostile_run)
+    index = store.table("n_fired", limit=1)[0]["feature"]
+    app = open_page("prompt", feature=index, text="The <b>weather</b> today")
+    assert not app.exception and app.text_area[0].value == "The <b>weather</b> today"
+    app.button[0].click().run()
+    assert not app.exception and not app.error
+    assert "&lt;" in html_of(app) and "<b>" not in html_of(app)
+    assert html_of(app).count('class="sl-row"') == 1 and html_of(app).count("<dt>") >= 4
+    for text, said in (("  ", "The text is empty"), ("word " * 1500, "tokens exceed the context")):
+        app = open_page("prompt")
+        app.text_area[0].set_value(text)
+        app.button[0].click().run()
+        assert not app.exception and said in app.error[0].value.replace("\\", "")
+
+
+def test_dead_features_have_a_diagnosis(tmp_path, open_page, hostile_run):
+    app = open_page("dead", _copy_with_dead_feature(hostile_run, tmp_path))
+    assert not app.exception and not app.error
+    rows = app.dataframe[0].value
+    assert 5 in rows["Feature"].tolist() and rows["Reason"].str.len().min() > 5
 
 
 def test_a_feature_that_never_fired_has_an_empty_state(tmp_path, open_page, hostile_run):

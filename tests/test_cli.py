@@ -252,14 +252,14 @@ def test_debug_shows_where_an_error_came_from(monkeypatch, tmp_path):
 def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys, tmp_path):
     for kept in ("", "40 activations are in RUN"):
         stopped = KeyboardInterrupt(kept) if kept else KeyboardInterrupt()
-        monkeypatch.setattr(commands, "_find_saes", Mock(side_effect=stopped))
+        monkeypatch.setattr(commands, "runs_of", Mock(side_effect=stopped))
         assert main.main(["eval", str(tmp_path)]) == 130
         said = f"Interrupted. {kept + '. ' if kept else ''}Repeat the same command to resume from what is on disk.\n"
         assert capsys.readouterr().err == "\n" + said
 
 
 def test_sigterm_ends_a_command_as_ctrl_c_does(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(commands, "_find_saes", lambda run: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(commands, "runs_of", lambda run: os.kill(os.getpid(), signal.SIGTERM))
     assert main.main(["eval", str(tmp_path)]) == 130
     assert "resume from what is on disk" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

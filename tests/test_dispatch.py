@@ -99,9 +99,9 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_a_whole_triton_step_never_makes_a_dense_code(monkeypatch, device):
-    """k * g = 64 < d_sae / 4: neither forward nor backward holds batch * d_sae elements; the dense step does."""
+    """k * g = 64 < d_sae / 4 = 80: neither forward nor backward holds batch * d_sae elements; the dense step does."""
     monkeypatch.setattr(candidates, "fast_bf16", lambda _: True)
-    batch, d_sae = 80, 640
+    batch, d_sae = 40, 320
     sae, x = TopKSAE(TopKConfig(d_sae=d_sae, k=2), 8).to(device), make(batch, 8, device=device)[0]
     dead, seen = torch.zeros(d_sae, dtype=torch.bool, device=device), {}
     for name in ("triton", "reference"):

@@ -1,8 +1,7 @@
 """The feature store: what one pass collects, how it is kept, and what a feature can do."""
 
-import errno
+import contextlib
 import json
-import os
 import re
 import shutil
 import sqlite3
@@ -18,9 +17,13 @@ import torch
 import saelab
 from saelab.errors import ModelError, SaelabError, StoreError
 from saelab.evaluation.heldout import open_score_stream
-from saelab.features import accumulate, collect, schema
-from saelab.features.accumulate import Accumulator
+from saelab.features import schema
 from saelab.features.blob import pack_arrays, unpack_arrays
+from saelab.features.collecting import accumulate, collect
+from saelab.features.collecting.accumulate import Accumulator
+from saelab.features.collecting.collector import Collector
+from saelab.features.collecting.entries import sorted_entries
+from saelab.features.collecting.token_sample import TokenSample
 from saelab.features.store import FeatureStore, load_features
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.saes import CrosscoderConfig, CrosscoderSAE, TopKConfig, TopKSAE, TranscoderConfig, TranscoderSAE
@@ -93,27 +96,17 @@ def test_a_link_to_a_folder_and_an_unrelated_hidden_neighbour_do_no_harm(sae, ti
     assert (tmp_path / ".real.tmp-old").read_text() == "mine"
 
 
-@pytest.mark.parametrize("obstacle", ["the folder one is in", "a file of a living process", "a busy folder", "a file"])
-def test_a_folder_that_cannot_be_replaced_is_refused_before_the_pass(sae, tiny_lm, tmp_path, monkeypatch, obstacle):
-    out_dir = tmp_path / "features"
-    out_dir.mkdir()
-    monkeypatch.setattr(collect, "_run", lambda *_: pytest.fail("read all tokens first"))
-    if obstacle == "the folder one is in":
-        monkeypatch.chdir(out_dir)
-    elif obstacle == "a file of a living process":
-        (out_dir / f".x.tmp-{os.getpid()}").write_text("")
-    elif obstacle == "a file":
-        (tmp_path / "file").write_text("")
-        out_dir = tmp_path / "file" / "features"
-    else:
+def test_a_file_in_the_way_is_refused_before_the_pass(sae, tiny_lm, tmp_path, monkeypatch):
+    monkeypatch.setattr(collect, "_collected", lambda *_: pytest.fail("read all tokens first"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SaelabError, match="there is a file where a folder must be"):
+        _collect(sae, tiny_lm, tmp_path / "file" / "features")
 
-        def busy(*_):
-            raise OSError(errno.EBUSY, "Device or resource busy")
 
-        monkeypatch.setattr(Path, "replace", busy)
-    with pytest.raises(SaelabError, match="features"):
-        _collect(sae, tiny_lm, out_dir)
-    assert [path for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+def test_the_folder_one_is_in_can_be_filled(sae, tiny_lm, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert len(_collect(sae, tiny_lm, Path(), n_tokens=64)) == 48
 
 
 @pytest.mark.parametrize("name", [schema.DATABASE, schema.TOKENS])
@@ -210,54 +203,47 @@ def test_no_logits_off_the_residual_stream(tiny_lm, tmp_path):
     assert "No direct path" in store.feature(0)._repr_html_()
 
 
-def test_batches_do_not_change_the_state():
-    torch.manual_seed(0)
-    codes = torch.relu(torch.randn(400, 20) - 1.0)
-    tokens, docs = torch.arange(400) * 2 + 1, torch.arange(400) // 13
-    states = []
-    for size in (400, 37):
-        state = Accumulator(20, 50, 4)
-        for part in torch.arange(400).split(size):
-            state.update(SparseActs.from_dense(codes[part]), tokens[part], docs[part])
-        states.append(state)
-    one, many = states
-    for name in ("n_fired", "maximum", "histogram", "top_value", "top_token", "top_doc"):
-        assert torch.equal(getattr(one, name), getattr(many, name)), name
-    assert torch.equal(one.quantile(0.99)[0], many.quantile(0.99)[0])
-    torch.testing.assert_close(one.total, many.total)
-
-
 def test_equal_values_keep_the_earlier_token():
     state = Accumulator(1, 10, 2)
     for start in (0, 5):
-        acts = SparseActs.from_dense(torch.ones(5, 1))
-        state.update(acts, torch.arange(start, start + 5), torch.arange(start, start + 5))
-    assert state.top_token.tolist() == [[0, 1]]
+        tokens = torch.arange(start, start + 5)
+        entries = sorted_entries(SparseActs.from_dense(torch.ones(5, 1)), tokens, tokens)
+        state.add(entries, entries)
+    assert state.kept["examples"].examples.token.tolist() == [0, 1]
 
 
-def test_p99_of_a_sample_when_values_are_too_many(monkeypatch):
-    monkeypatch.setattr(accumulate, "MAX_VALUES", 4000)
+def test_p99_is_exact_or_near_when_values_are_too_many():
     torch.manual_seed(0)
-    state, seen = Accumulator(2, 100, 1), []
+    state, seen = Accumulator(3, 100, 1), []
     for start in range(0, 40_000, 1000):
-        codes = torch.rand(1000, 2) + 0.01
-        codes[:, 1] *= torch.arange(1000) % 500 == 0  # a rare feature loses nothing
+        codes = torch.rand(1000, 3) + 0.01
+        codes[:, 1] *= torch.arange(1000) % 500 == 0  # a rare feature
+        codes[:, 2] = codes[:, 2].log().neg() + 1e-3
         seen.append(codes)
-        state.update(
-            SparseActs.from_dense(codes), torch.arange(start, start + 1000), torch.zeros(1000, dtype=torch.int64)
-        )
-        assert state._sampled <= 4000
+        tokens = torch.arange(start, start + 1000)
+        entries = sorted_entries(SparseActs.from_dense(codes), tokens, torch.zeros(1000, dtype=torch.int64))
+        state.add(entries, entries)
     codes = torch.cat(seen).double()
     p99, exact = state.quantile(0.99)
-    assert exact.tolist() == [False, True]
-    assert float(p99[0]) == pytest.approx(float(codes[:, 0].quantile(0.99)), abs=0.02)
+    assert exact.tolist() == [False, True, False]
+    for feature in (0, 2):
+        values = codes[:, feature][codes[:, feature] > 0]
+        assert float(p99[feature]) == pytest.approx(float(values.quantile(0.99)), rel=0.03)
     assert float(p99[1]) == pytest.approx(float(codes[:, 1][codes[:, 1] > 0].quantile(0.99)))
+    few = accumulate.N_LARGEST
+    for n in (1, 2, 99, 100, 101, 100 * few - few, 100 * few + 2 * few):
+        state, values = Accumulator(1, 100, 1), torch.rand(n, 1) + 1
+        entries = sorted_entries(SparseActs.from_dense(values), torch.arange(n), torch.zeros(n, dtype=torch.int64))
+        state.add(entries, entries)
+        p99, exact = state.quantile(0.99)
+        assert bool(exact[0]) == (n <= 100 * few)
+        assert float(p99[0]) == pytest.approx(float(values.double().quantile(0.99)), rel=1e-6 if exact[0] else 0.02)
 
 
 def test_same_call_returns_and_other_arguments_are_refused(sae, tiny_lm, tmp_path, monkeypatch):
     first = _collect(sae, tiny_lm, tmp_path / "f", n_tokens=200)
     stamp = (tmp_path / "f" / schema.DATABASE).stat().st_mtime_ns
-    monkeypatch.setattr(collect, "_run", None)  # a second pass would fail
+    monkeypatch.setattr(collect, "_collected", None)  # a second pass would fail
     again = _collect(sae, tiny_lm, tmp_path / "f", n_tokens=200)
     assert again.manifest == first.manifest
     assert (tmp_path / "f" / schema.DATABASE).stat().st_mtime_ns == stamp
@@ -268,10 +254,72 @@ def test_same_call_returns_and_other_arguments_are_refused(sae, tiny_lm, tmp_pat
     again.verify()
 
 
-def test_an_interrupted_pass_leaves_nothing_to_see(sae, tiny_lm, tmp_path, monkeypatch):
-    stale = tmp_path / ".f.tmp-999999999"
-    stale.mkdir()
+def tables(folder: Path) -> dict[str, list]:
+    """Every row of a store's database, and its manifest."""
+    with contextlib.closing(sqlite3.connect(folder / schema.DATABASE)) as database:
+        names = ("feature", "blob", "token", "peak")
+        rows = {name: database.execute(f"SELECT * FROM {name} ORDER BY 1, 2").fetchall() for name in names}
+    manifest = json.loads((folder / schema.MANIFEST).read_text(encoding="utf-8"))
+    for key in ("files", "request"):  # the files of SQLite are not the same bytes
+        del manifest[key]
+    return rows | {"manifest": [manifest]}
 
+
+@contextlib.contextmanager
+def interrupted_after(n: int, lm, monkeypatch):
+    """In the forward pass behind `n` batches; an earlier pass looks for the limit on norms."""
+    real, passes = type(lm).stream_activations, []
+
+    def stops(self, batches, hook_names):
+        passes.append(hook_names)
+        is_second = len(passes) == 2
+        for number, found in enumerate(real(self, batches, hook_names)):
+            if number == n and is_second:
+                raise KeyboardInterrupt
+            yield found
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(type(lm), "stream_activations", stops)
+        yield
+
+
+def test_a_state_that_is_cut_inside_a_batch_is_not_kept(sae, tiny_lm, tmp_path, monkeypatch):
+    """Half of its statistics would know a batch that the others do not."""
+    whole = _collect(sae, tiny_lm, tmp_path / "whole", n_tokens=300)
+    real = TokenSample.update
+
+    def stops(self, feature_acts, tokens):
+        if int(tokens[0]) > 150:
+            raise KeyboardInterrupt
+        real(self, feature_acts, tokens)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(TokenSample, "update", stops)
+        _collect(sae, tiny_lm, tmp_path / "f", n_tokens=300)
+    assert list((tmp_path / "f").iterdir()) == []
+    assert (
+        _collect(sae, tiny_lm, tmp_path / "f", n_tokens=300).column("n_fired").tolist()
+        == whole.column("n_fired").tolist()
+    )
+
+
+def test_an_interrupted_pass_shows_nothing_and_goes_on(sae, tiny_lm, tmp_path, monkeypatch):
+    whole = _collect(sae, tiny_lm, tmp_path / "whole", n_tokens=600)
+    with interrupted_after(2, tiny_lm, monkeypatch):
+        _collect(sae, tiny_lm, tmp_path / "f", n_tokens=600)
+    assert [path.name for path in (tmp_path / "f").iterdir()] == ["state.0-of-1.safetensors"]
+    with pytest.raises(StoreError, match="holds no feature store"):
+        load_features(tmp_path / "f")
+    with pytest.raises(StoreError, match="unfinished feature store.*top_k: 6 -> 7"):
+        _collect(sae, tiny_lm, tmp_path / "f", n_tokens=600, top_k=7)
+    again, before = [], Collector.update
+    monkeypatch.setattr(Collector, "update", lambda *arguments: (again.append(0), before(*arguments)))
+    _collect(sae, tiny_lm, tmp_path / "f", n_tokens=600)
+    assert len(again) == len(whole.manifest and range(-(-whole.manifest["n_sequences"] // 5))) - 2
+    assert tables(tmp_path / "f") == tables(tmp_path / "whole")
+
+
+def test_a_store_that_is_cut_while_it_is_written_is_written_again(sae, tiny_lm, tmp_path, monkeypatch):
     def interrupted(folder: Path, *_):
         (folder / schema.DATABASE).write_bytes(b"half")
         raise KeyboardInterrupt
@@ -279,9 +327,73 @@ def test_an_interrupted_pass_leaves_nothing_to_see(sae, tiny_lm, tmp_path, monke
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(collect, "write_store", interrupted)
         _collect(sae, tiny_lm, tmp_path / "f", n_tokens=100)
-    assert list((tmp_path / "f").iterdir()) == []
-    assert [entry.name for entry in tmp_path.iterdir()] == ["f"]
+    with pytest.raises(StoreError):
+        load_features(tmp_path / "f")
+    monkeypatch.setattr(Collector, "update", None)  # a second pass would fail
     assert len(_collect(sae, tiny_lm, tmp_path / "f", n_tokens=100)) == 48
+
+
+def test_a_finished_store_is_extended(sae, tiny_lm, tmp_path, monkeypatch):
+    _collect(sae, tiny_lm, tmp_path / "f", n_tokens=200)
+    real, seen = Collector.update, []
+    monkeypatch.setattr(Collector, "update", lambda self, *given: (seen.append(given[2]), real(self, *given)))
+    grown = _collect(sae, tiny_lm, tmp_path / "f", n_tokens=600)
+    assert min(int(tokens.min()) for tokens in seen) >= 200
+    fresh = _collect(sae, tiny_lm, tmp_path / "fresh", n_tokens=600)
+    assert grown.n_tokens == fresh.n_tokens and grown.manifest["n_masked"] == fresh.manifest["n_masked"]
+    for index in range(48):
+        a, b = grown.feature(index), fresh.feature(index)
+        assert a.n_fired == b.n_fired and [one.position for one in a.examples()] == [
+            one.position for one in b.examples()
+        ]
+    with pytest.raises(StoreError, match="n_tokens: 600 -> 200"):
+        _collect(sae, tiny_lm, tmp_path / "f", n_tokens=200)
+    smaller = _collect(sae, tiny_lm, tmp_path / "f", n_tokens=200, renew=True)
+    assert smaller.n_tokens < 230 and not smaller.folder.joinpath("state.0-of-1.safetensors").exists()
+
+
+def test_a_share_that_was_merged_is_not_counted_twice(sae, tiny_lm, tmp_path, monkeypatch):
+    """Killed after the merged state is written and before the shares are removed."""
+    whole = _collect(sae, tiny_lm, tmp_path / "f", n_tokens=300)
+    share = tmp_path / "f" / "state.0-of-1.safetensors"
+    shutil.copy(tmp_path / "f" / schema.STATE, share)
+    (tmp_path / "f" / schema.MANIFEST).unlink()
+    again = _collect(sae, tiny_lm, tmp_path / "f", n_tokens=300)
+    assert again.n_tokens == whole.n_tokens and not share.exists()
+    assert again.manifest["n_masked"] == whole.manifest["n_masked"]
+    with monkeypatch.context() as patch:  # the same while it was extended
+        patch.setattr(Path, "unlink", lambda path, missing_ok=False: None)
+        longer = _collect(sae, tiny_lm, tmp_path / "f", n_tokens=600)
+    (tmp_path / "f" / schema.MANIFEST).unlink()
+    assert len(list((tmp_path / "f").glob("state*"))) == 2
+    assert _collect(sae, tiny_lm, tmp_path / "f", n_tokens=600).n_tokens == longer.n_tokens
+
+
+def test_processes_share_a_pass(sae, tiny_lm, tmp_path, monkeypatch):
+    """Ranks one after another, as the last to finish is rank 0 here; also where one of them had stopped in the middle."""
+    whole = _collect(sae, tiny_lm, tmp_path / "whole")
+
+    def rank(number: int):
+        monkeypatch.setenv("RANK", str(number))
+        monkeypatch.setenv("WORLD_SIZE", "3")
+        return _collect(sae, tiny_lm, tmp_path / "f")
+
+    with interrupted_after(1, tiny_lm, monkeypatch):
+        rank(1)
+    monkeypatch.setattr(collect, "FeatureStore", lambda *_: whole)
+    monkeypatch.setattr(collect, "wait_for", lambda path: None)
+    for number in (2, 1, 0):
+        rank(number)
+    found, wanted = tables(tmp_path / "f"), tables(tmp_path / "whole")
+    assert found.keys() == wanted.keys()
+    for name in ("blob", "token", "peak", "manifest"):
+        assert found[name] == wanted[name], name
+    assert [row[:3] for row in found["feature"]] == [row[:3] for row in wanted["feature"]]
+    for row, other in zip(found["feature"], wanted["feature"], strict=True):
+        for a, b in zip(row, other, strict=True):
+            assert a == b or a == pytest.approx(b, rel=1e-9)
+    assert sorted(path.name for path in (tmp_path / "f").glob("state*")) == ["state.safetensors"]
+    assert whole.n_tokens == found["manifest"][0]["n_tokens"]
 
 
 def test_a_full_disk_names_the_fix(sae, tiny_lm, tmp_path, monkeypatch):
@@ -291,7 +403,7 @@ def test_a_full_disk_names_the_fix(sae, tiny_lm, tmp_path, monkeypatch):
     monkeypatch.setattr(collect, "write_store", full)
     with pytest.raises(SaelabError, match="free some space"):
         _collect(sae, tiny_lm, tmp_path / "f", n_tokens=100)
-    assert list((tmp_path / "f").iterdir()) == []
+    assert not (tmp_path / "f" / schema.MANIFEST).exists()
 
 
 def test_bad_calls_name_the_value(sae, tiny_lm, tmp_path):
@@ -482,7 +594,7 @@ def test_a_crosscoders_features_are_read_at_its_last_hook(tiny_lm, tmp_path):
     assert store.feature(5).top_logits.positive[0][1] == pytest.approx(effect.max().item(), abs=1e-6)
     flat = [W.detach()[:, 5].flatten() for W in (sae.W_enc, sae.W_dec)]
     assert store.feature(5).cosine == pytest.approx(torch.cosine_similarity(*flat, dim=0).item(), abs=1e-6)
-    again = saelab.features.collect.collect_features(
+    again = saelab.features.collecting.collect.collect_features(
         sae,
         tiny_lm,
         DOCUMENTS,

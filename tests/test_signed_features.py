@@ -20,10 +20,9 @@ from saelab.app import charts, page_steer, serve
 from saelab.errors import SaelabError, StoreError
 from saelab.evaluation.heldout import open_score_stream
 from saelab.features import schema
-from saelab.features.accumulate import Accumulator
+from saelab.features.collecting.signed import SignedAccumulator
 from saelab.features.records import Example
 from saelab.features.render import examples_html, feature_card, number
-from saelab.features.signed import SignedAccumulator
 from saelab.io import save_sae
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.saes import AbsTopKConfig, AbsTopKSAE, MatchingPursuitConfig, MatchingPursuitSAE, TopKConfig, TopKSAE
@@ -146,7 +145,7 @@ def test_examples_of_both_ends(world, pattern):
         assert [side * example.value for example in examples] == [value for value in best if value > 0][:20]
         assert all(example.values[example.peak] == example.value for example in examples)
         assert len(examples) > 5 or not len(ends[side])
-    with pytest.raises(ValueError, match="'top' or 'bottom'"):
+    with pytest.raises(ValueError, match="expected one of top, bottom"):
         feature.examples(kind="loud")
 
 
@@ -299,24 +298,29 @@ def test_ties_in_firings_go_to_the_greater_sum():
 
 
 def test_a_window_shows_both_signs_and_ends_may_begin_late():
-    state, alone = SignedAccumulator(1, 10, 3), Accumulator(1, 10, 3)
+    state, alone = SignedAccumulator(1, 10, 3), SignedAccumulator(1, 10, 3)
     first, second = torch.tensor([[2.0], [1.0]]), torch.tensor([[3.0], [-5.0]])
-    state.update(SparseActs.from_dense(first), torch.arange(2), torch.zeros(2, dtype=torch.int64))
-    alone.update(SparseActs.from_dense(first), torch.arange(2), torch.zeros(2, dtype=torch.int64))
-    assert state.negative is None and torch.equal(state.positive.top_window, alone.top_window)
+    for one in (state, alone):
+        one.update(SparseActs.from_dense(first), torch.arange(2), torch.zeros(2, dtype=torch.int64))
+    assert state.negative is None
+    assert torch.equal(windows(state.positive), windows(alone.positive))
     state.update(SparseActs.from_dense(second), torch.arange(2, 4), torch.ones(2, dtype=torch.int64))
-    assert state.negative is not None and state.negative.top_value[0, 0] == 5.0
+    assert state.negative is not None and state.negative.kept["examples"].examples.value.tolist() == [5.0]
     middle = schema.WINDOW_LEFT
-    assert state.negative.top_window[0, 0, middle - 1 : middle + 1].tolist() == [3.0, -5.0]
-    assert state.positive.top_window[0, 0, middle : middle + 2].tolist() == [3.0, -5.0]
+    assert windows(state.negative)[0, middle - 1 : middle + 1].tolist() == [3.0, -5.0]
+    assert windows(state.positive)[0, middle : middle + 2].tolist() == [3.0, -5.0]
 
 
-def test_a_store_without_negative_values_is_written_as_before(tiny_lm, tmp_path):
+def windows(end):
+    return end.kept["examples"].examples.windows.dense()
+
+
+def test_a_store_without_negative_values_has_one_end(tiny_lm, tmp_path):
     sae = TopKSAE(TopKConfig(d_sae=16, k=2, normalize="none"), 32)
     store = saelab.collect_features(
         sae, tiny_lm, DOCUMENTS, out_dir=tmp_path / "f", hook_name=HOOK, ctx_len=32, n_tokens=200, progress=False
     )
-    assert store.manifest["version"] == 1 and store.signed is False and store.manifest["signed"] is False
+    assert store.signed is False and store.manifest["signed"] is False
     assert store._query("SELECT count(*) FROM sqlite_master WHERE name = 'feature_end'") == [(0,)]
     assert {row["sign"] for row in store.table(limit=16)} <= {1, None}
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from saelab.errors import SaelabError
-from saelab.features.collect import _top_logits
+from saelab.features.collecting.promoted import top_logits
 from saelab.models import load_model
 from saelab.saes import (
     CrosscoderConfig,
@@ -402,7 +402,7 @@ def test_hooks_with_logits_are_those_that_effects_are_measured_at(tiny_lm, site,
     """`collect_features` and `effect_table` ask one list; at a hook of the same width that is not in it both say no."""
     hook = f"blocks.1.{site}"
     inside = TopKSAE(TopKConfig(d_sae=8, k=2, normalize="none"), d_in=tiny_lm.d_in(hook))
-    assert (_top_logits(inside, tiny_lm, hook) is not None) == writes
+    assert (top_logits(inside, tiny_lm, hook) is not None) == writes
     handle = FeatureHandle(inside, 3, hook, units={"p99": 1.0})
     if writes:
         (row,) = effect_table(tiny_lm, [handle], ["The weather"], n_random=1, show=False).rows

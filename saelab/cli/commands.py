@@ -148,7 +148,7 @@ def evaluate(
     """Evaluate the SAEs of RUN on held-out text; writes a report.json for each."""
     import saelab
 
-    runs = _find_saes(run)
+    runs = runs_of(run)
     if json and len(runs) > 1:
         names = ", ".join(str(found.sae_dir) for found in runs)
         raise ValueError(f"--json prints one report, but {run} holds {len(runs)} SAEs; name one of {names}")
@@ -156,34 +156,13 @@ def evaluate(
     options: dict[str, Any] = {"split": split, "allow_train": allow_train, "n_tokens": n_tokens}
     for found in runs:
         with on_stderr() if json else contextlib.nullcontext():
-            sae, lm = _with_model(found.sae_dir, model, dtype)
+            sae, lm = with_model(found.sae_dir, model, dtype)
             report = saelab.evaluate(sae, lm, corpus, path=found.report_path, **options)
         aside = sys.stderr if json else sys.stdout
         print(report, file=aside)
         print(f"The report is in {found.report_path}", file=aside)
         if json:
             print(report.to_json())
-
-
-def features(
-    run: Run,
-    model: OwnModel = None,
-    texts: OwnTexts = None,
-    column: Column = "text",
-    split: Split = None,
-    n_tokens: Annotated[int | None, arg(help="Tokens to read; None means all of them.")] = None,
-    top_k: Annotated[int, arg(help="Examples to keep per feature.")] = 20,
-    dtype: Dtype = None,
-) -> None:
-    """Collect the strongest examples, histogram and logits of every feature for the dashboard."""
-    import saelab
-
-    corpus = saelab.load_texts(texts, column=column) if texts else None
-    for found in _find_saes(run):
-        (sae, lm), out_dir = _with_model(found.sae_dir, model, dtype), found.features_dir
-        saelab.collect_features(sae, lm, corpus, out_dir=out_dir, split=split, n_tokens=n_tokens, top_k=top_k)
-        print(f"The features are in {out_dir}")
-    print(f"Next: saelab dash {run}")
 
 
 def dash(
@@ -221,7 +200,7 @@ def steer(
     """Continue a prompt twice: with the unsteered model, and with one feature steered."""
     import saelab
 
-    found = _find_saes(run)
+    found = runs_of(run)
     if len(found) > 1:
         named = " or ".join(f"saelab steer {one.sae_dir}" for one in found)
         raise ValueError(f"{run} holds {len(found)} SAEs, each with its own features; choose one: {named}")
@@ -237,7 +216,7 @@ def steer(
         print(f"{name}, {mode}{'' if mode == 'ablate' else f' {strength:g}'}: {lm.generate(prompt, **options)}")
 
 
-def _find_saes(run: Path) -> list[Any]:
+def runs_of(run: Path) -> list[Any]:
     from saelab.runs import find_saes
 
     return find_saes(run)
@@ -251,7 +230,7 @@ def _load_model(model: str, dtype: str | None) -> LanguageModel:
     return saelab.load_model(model, dtype=getattr(torch, dtype) if dtype else None)
 
 
-def _with_model(sae_dir: Path, model: str | None, dtype: str | None) -> tuple[SAE, Any]:
+def with_model(sae_dir: Path, model: str | None, dtype: str | None) -> tuple[SAE, Any]:
     """The SAE and the model (or models) whose activations it reads, on the same device."""
     import saelab
 
@@ -288,7 +267,6 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
         evaluate,
         "saelab eval runs/mlp\nsaelab eval runs/mlp/sae --json\nsaelab eval runs/mlp --texts concepts --n-tokens 20_000",
     ),
-    "features": (features, "saelab features runs/mlp\nsaelab features runs/mlp/sae-l1 --n-tokens 20_000"),
     "cache": (cache, "saelab cache info runs/demo\nsaelab cache verify runs/demo"),
     "dash": (dash, "saelab dash runs/demo\nsaelab dash runs/demo --port 8600"),
     "bench": (bench, "saelab bench synthetic\nsaelab bench family runs/demo"),

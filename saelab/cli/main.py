@@ -21,11 +21,12 @@ from tyro.conf import OmitArgPrefixes, arg
 
 from saelab.cli import commands
 from saelab.cli.commands import Run, StreamFlags, check_has_cache, train
+from saelab.cli.feature_commands import FEATURES
 from saelab.cli.interop_commands import INTEROP
 from saelab.cli.messages import shown
 from saelab.errors import SaelabError
 
-COMMANDS = commands.COMMANDS | INTEROP
+COMMANDS = commands.COMMANDS | FEATURES | INTEROP
 
 
 def _variant(args: Sequence[str]) -> str:

@@ -25,7 +25,7 @@ from saelab.saes.trained_hooks import hooks_of
 from saelab.tokens import Texts, TokenBatch, document_id, load_texts
 from saelab.tokens.mask import MASK_RULE, Mask, NormRule, row_norms
 from saelab.tokens.packing import PACKED, contexts
-from saelab.tokens.tokenizing import resolved_bos
+from saelab.tokens.tokenizing import context_start, resolved_bos
 from saelab.validation import check_integer
 
 
@@ -58,6 +58,11 @@ class ScoreStream:
     def hook_name(self) -> str:
         """The hook that the SAE writes to, the last if there are several: where features are steered, and their logits read."""
         return self.hooks.outputs[-1]
+
+    @property
+    def start(self) -> list[int]:
+        """Ids that every context begins with."""
+        return context_start(self.lm, self.prepend_bos)
 
     @property
     def max_norm(self) -> float | dict[str, float] | None:

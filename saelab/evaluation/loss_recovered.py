@@ -21,6 +21,8 @@ from saelab.saes import SAE
 from saelab.saes.hooks_used import HooksUsed
 
 ARMS = ("sae", "zero", "mean")
+MAX_LOGITS = 1 << 25
+"""Logits of one forward pass at most, unless one context has more: 128 MiB in float32, of which several copies are needed."""
 
 
 @dataclass
@@ -53,6 +55,12 @@ class LossRecovered:
         self, ids: Int[Tensor, "batch seq"], keep: Bool[Tensor, "batch seq"], real: Bool[Tensor, "batch seq"]
     ) -> None:
         """Score one batch; `real` is True where a token is not padding."""
+        d_vocab = locate(self.lm, self.hooks.outputs[-1])[0].d_vocab
+        n_contexts = max(1, MAX_LOGITS // (ids.shape[1] * d_vocab))
+        for one in zip(*(tensor.split(n_contexts) for tensor in (ids, keep, real)), strict=True):
+            self._add(*one)
+
+    def _add(self, ids: Int[Tensor, "n seq"], keep: Bool[Tensor, "n seq"], real: Bool[Tensor, "n seq"]) -> None:
         scored = keep[:, :-1] & real[:, 1:]  # replaced here, and a token follows
         if not bool(scored.any()):
             return

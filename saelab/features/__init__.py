@@ -11,14 +11,14 @@ from saelab.features.records import Example
 from saelab.features.store import FeatureStore, load_features
 
 if TYPE_CHECKING:
-    from saelab.features.collect import collect_features
+    from saelab.features.collecting.collect import collect_features
 
 __all__ = ["End", "Example", "Feature", "FeatureStore", "collect_features", "load_features"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "collect_features":
-        from saelab.features.collect import collect_features
+        from saelab.features.collecting.collect import collect_features
 
         return collect_features
     raise AttributeError(f"module 'saelab.features' has no attribute {name!r}; it has {', '.join(__all__)}")

@@ -63,9 +63,11 @@ class End(Steerable):
         """ "positive" or "negative"."""
         return "positive" if self.sign > 0 else "negative"
 
-    def examples(self, limit: int | None = None) -> list[Example]:
-        """The strongest examples at this end, one per document, strongest first."""
-        return self.store.examples(self.feature, self.sign, limit)
+    def examples(self, limit: int | None = None, *, kind: str = "top") -> list[Example]:
+        """Examples at this end: the strongest ("top"), or of kind "quantile" or "uniform" (see `Feature.examples`)."""
+        if kind not in ("top", "quantile", "uniform"):
+            raise ValueError(f"kind={kind!r} is unknown; an end has top, quantile and uniform examples.")
+        return self.store.examples(self.feature, self.sign, limit, kind)
 
     @property
     def histogram(self) -> Histogram:

@@ -9,9 +9,10 @@ import numpy as np
 from saelab.errors import SaelabError, StoreError
 from saelab.features.end import End, Steerable
 from saelab.features.manifest import SIGNS_MIXED
-from saelab.features.reader import StoreReader
 from saelab.features.records import Example, Histogram, Logits
 from saelab.features.render import feature_card, feature_text
+
+EXAMPLE_KINDS = ("top", "bottom", "quantile", "uniform", "near_miss")
 
 
 class Feature(Steerable):
@@ -22,7 +23,7 @@ class Feature(Steerable):
     `sign`, 1 or -1. `positive` and `negative` are the two ends. `cosine` is between the encoder and decoder rows.
     """
 
-    def __init__(self, store: StoreReader, row: dict[str, Any]) -> None:
+    def __init__(self, store: Any, row: dict[str, Any]) -> None:
         self.store = store
         self.row = row
         self.feature: int = row["feature"]
@@ -35,7 +36,26 @@ class Feature(Steerable):
         self.p99: float | None = row["p99"]
         self.max: float | None = row["max"]
         self.cosine: float | None = row["cosine"]
+        self.sharpness: float | None = row["sharpness"]
         self._ends: tuple[End, ...] | None = None
+
+    @property
+    def label(self) -> str | None:
+        """The label written by hand, else by a model, else the words at its peaks; None if it never fired."""
+        return self.store.labels.get(self.feature) or self.row["label"]
+
+    @property
+    def scores(self) -> dict[str, Any]:
+        """Scores of its label and of steering with it, by name, from the annotations."""
+        kinds = ("score", "steer", "effect")
+        found = [
+            entry for kind in kinds for entry in self.store.annotations.latest(kind) if entry.feature == self.feature
+        ]
+        return {entry.name or entry.kind: entry.value for entry in found}
+
+    def neighbours(self, *, by: str = "decoder", k: int = 20) -> list[dict[str, Any]]:
+        """As `store.neighbours`."""
+        return self.store.neighbours(self.feature, by=by, k=k)
 
     @property
     def ends(self) -> tuple[End, ...]:
@@ -74,17 +94,21 @@ class Feature(Steerable):
         return self.top_logits.mirrored() if self.sign == -1 else self.top_logits
 
     def examples(self, limit: int | None = None, *, kind: str = "top") -> list[Example]:
-        """The strongest examples, one per document, strongest first: all that are stored, or `limit` of them.
+        """Examples: all that are stored, or `limit` of them; [] where the feature never fired.
 
-        `kind="top"` is the dominant end, "bottom" the other one; [] where the feature never fired. Raises `ValueError` for an
-        unknown kind, `StoreError` for "bottom" in a store that mixed the signs.
+        `kind="top"`: the strongest of the dominant end, one per document; "bottom": those of the other end. "quantile": from five
+        groups of equally many firings, the strongest group first; "uniform": a uniform sample of firings; both of the dominant
+        end. "near_miss": tokens on which the feature nearly fired. Raises `ValueError` for an unknown kind, `StoreError` for
+        "bottom" in a store that mixed the signs, and for what a store of an earlier saelab does not hold.
         """
-        if kind not in ("top", "bottom"):
-            raise ValueError(f"kind={kind!r} is unknown; expected 'top' or 'bottom'.")
+        if kind not in EXAMPLE_KINDS:
+            raise ValueError(f"kind={kind!r} is unknown; expected one of {', '.join(EXAMPLE_KINDS)}.")
         if kind == "bottom" and self.store.signed is None:
             raise StoreError(f"Feature {self.feature}: {SIGNS_MIXED}")
         sign = self.sign or 1
-        return self.store.examples(self.feature, sign if kind == "top" else -sign, limit)
+        if kind == "bottom":
+            return self.store.examples(self.feature, -sign, limit)
+        return self.store.examples(self.feature, sign, limit, kind)
 
     @property
     def histogram(self) -> Histogram:

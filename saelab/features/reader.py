@@ -9,7 +9,7 @@ import sqlite3
 import threading
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from saelab.errors import SaelabError, StoreError
 from saelab.features import schema
 from saelab.features.blob import unpack_arrays
 from saelab.features.manifest import COLLECT_AGAIN, read_manifest, signed_features
+from saelab.features.quantiles import chosen
 from saelab.features.records import Example, Histogram, Logits
 from saelab.features.token_text import trim_to_characters
 from saelab.files import read_json
@@ -37,7 +38,7 @@ class StoreReader:
         than `sae`."""
         self.folder = Path(folder)
         self.manifest: dict[str, Any] = read_manifest(self.folder)
-        self.verify()
+        self.verify_files()
         self._local = threading.local()
         self._tokens: Any = None
         self._sae = None
@@ -93,13 +94,34 @@ class StoreReader:
         rows: list[dict[str, Any]] = [dict(zip(schema.END_COLUMNS, row, strict=True)) for row in found]
         return sorted(rows, key=lambda end: end["sign"] != row["sign"])
 
-    def examples(self, feature: int, sign: int, limit: int | None = None) -> list[Example]:
-        """The strongest examples at one end, one per document, strongest first: all that are stored, or `limit` of them."""
+    def examples(self, feature: int, sign: int, limit: int | None = None, kind: str = "top") -> list[Example]:
+        """Examples at one end, all that are stored or `limit` of them: the strongest, one per document ("top"); from groups of
+        equally many firings, the largest group first ("quantile"); a uniform sample of firings ("uniform"); or tokens on which
+        the feature nearly fired ("near_miss")."""
         if limit is not None and limit < 0:
             raise ValueError(f"limit={limit} is negative; give 0 or more, or None for all.")
-        arrays = self.arrays(feature, schema.blob_kind("examples", sign))
+        if kind == "quantile":
+            return self._quantiles(feature, sign)[:limit]
+        stored = {"top": "examples", "uniform": "uniform", "near_miss": "near_miss"}[kind]
+        if kind != "top":
+            self.check_version(f"{kind} examples")
+        arrays = self.arrays(feature, schema.blob_kind(stored, 1 if kind == "near_miss" else sign))
         count = len(arrays.get("value", ()))
         return [self._example(arrays, i) for i in range(count if limit is None else min(limit, count))]
+
+    def _quantiles(self, feature: int, sign: int) -> list[Example]:
+        self.check_version("quantile examples")
+        samples = [self.arrays(feature, schema.blob_kind(kind, sign)) for kind in ("uniform", "octave", "examples")]
+        found = chosen(samples, self.histogram(feature, sign))
+        return [replace(self._example(samples[number], row), quantile=bounds) for number, row, bounds in found]
+
+    def check_version(self, what: str) -> None:
+        """Raise `StoreError` with the command that renews the store if it was made before stores held `what`."""
+        if self.manifest["version"] < 3:
+            raise StoreError(
+                f"{self.folder} was collected by an earlier saelab and holds no {what}: renew it with "
+                f"`saelab features {self.sae_folder or 'RUN'} --renew`."
+            )
 
     def histogram(self, feature: int, sign: int = 1) -> Histogram:
         """Log-histogram of the magnitudes at one end; empty where the feature never fired."""
@@ -136,6 +158,7 @@ class StoreReader:
             pieces=tuple(pieces),
             values=tuple(values.tolist()),
             peak=position - start,
+            document_position=int(arrays["document_position"][i]) if "document_position" in arrays else None,
         )
 
     def pieces(self, ids: Iterable[int]) -> list[bytes]:
@@ -145,6 +168,10 @@ class StoreReader:
             rows = self._query("SELECT bytes FROM token WHERE id = ?", [index])
             self._pieces[index] = rows[0][0] if rows else f"<{index}>".encode()
         return [self._pieces[index] for index in ids]
+
+    def context_ids(self, index: int) -> np.ndarray:
+        """As `sequence`."""
+        return self.sequence(index)
 
     def sequence(self, index: int) -> np.ndarray:
         """Token ids `(ctx_len,)` of one packed context."""
@@ -178,7 +205,7 @@ class StoreReader:
         folder = self.manifest["sae"]["folder"]
         return None if folder is None else (self.folder / folder).resolve()
 
-    def verify(self) -> None:
+    def verify_files(self) -> None:
         """Compare every file with its SHA-256 in the manifest, as opening does. Raises `StoreError` naming one that differs."""
         from saelab.files import sha256_file
 
@@ -202,9 +229,12 @@ class StoreReader:
 
     def _rows(self, tail: str, values: list[Any]) -> list[dict[str, Any]]:
         sign = {True: '"sign"', False: "CASE WHEN n_fired THEN 1 END", None: "NULL"}[self.signed]
-        names = ", ".join([*(f'"{name}"' for name in schema.COLUMNS), sign])
+        known = self.manifest["version"] >= 3
+        columns = [f'"{name}"' for name in schema.COLUMNS]
+        columns += [f'"{name}"' if known else f'NULL AS "{name}"' for name in schema.LABEL_COLUMNS]
+        names = ", ".join([*columns, sign])
         return [
-            dict(zip([*schema.COLUMNS, "sign"], row, strict=True))
+            dict(zip([*schema.COLUMNS, *schema.LABEL_COLUMNS, "sign"], row, strict=True))
             for row in self._query(f"SELECT {names} FROM feature {tail}", values)
         ]
 

@@ -41,7 +41,9 @@ class Example:
 
     `value` is the feature's activation at the peak (negative at its negative end), `values[i]` that on token `token_ids[i]`
     (0 where it is silent or masked), `peak` the index of the peak in these tuples; `pieces` are the tokens' bytes.
-    `document`, `sequence` (the number of the context) and `position` locate the peak in the pass.
+    `document`, `sequence` (the number of the context) and `position` locate the peak in the pass, `document_position` in its
+    document (None in a store of an earlier saelab). `quantile` are the shares of firings between which the example lies,
+    where it was chosen for that. A near miss did not fire: `value` is what it lacked, 0 or less.
     """
 
     value: float
@@ -52,6 +54,8 @@ class Example:
     pieces: tuple[bytes, ...]
     values: tuple[float, ...]
     peak: int
+    document_position: int | None = None
+    quantile: tuple[float, float] | None = None
 
     @property
     def text(self) -> str:
@@ -89,6 +93,8 @@ class FeatureNumbers(Protocol):
 
     @property
     def store(self) -> Any: ...
+    @property
+    def label(self) -> str | None: ...
     @property
     def ends(self) -> Sequence[EndNumbers]: ...
     @property

@@ -22,6 +22,7 @@ STYLE = """
 .sl-row{display:grid;grid-template-columns:5.4rem minmax(0,1fr);gap:1rem;padding:.6rem .1rem;align-items:baseline;
 border-bottom:1px solid rgba(128,128,128,.22)}
 .sl-row:last-child{border-bottom:0}
+.sl-group{font-size:.76rem;font-weight:600;opacity:.8;padding:.7rem .1rem 0}
 .sl-val{font-variant-numeric:tabular-nums;text-align:right;font-weight:600}
 .sl-src{display:block;white-space:nowrap;font-weight:400;font-size:.72rem;opacity:.72}
 .sl-text{overflow-wrap:anywhere;white-space:pre-wrap;font-size:.95rem;line-height:1.75}
@@ -46,9 +47,28 @@ def examples_html(
     negative values to `negative`, their largest magnitude (None: `maximum`)."""
     if not examples:
         return '<div class="sl">No examples: the feature did not fire on any counted token.</div>'
-    scale = _Scale(maximum, negative)
-    rows = "".join(_example_row(example, scale) for example in examples)
-    return f'<div class="sl" role="list" aria-label="{kind.capitalize()} examples">{rows}</div>'
+    scale, rows, group = _Scale(maximum, negative), [], None
+    for example in examples:
+        if example.quantile != group:
+            group = example.quantile
+            rows.append(_group_head(group))
+        rows.append(_example_row(example, scale))
+    name = kind.replace("_", " ").capitalize()
+    return f'<div class="sl" role="list" aria-label="{name} examples">{"".join(rows)}</div>'
+
+
+def _group_head(bounds: tuple[float, float] | None) -> str:
+    if bounds is None:
+        return ""
+    low, high = bounds
+    text = (
+        f"the strongest {1 - low:.0%}"
+        if high == 1
+        else f"the weakest {high:.0%}"
+        if low == 0
+        else f"{low:.0%} to {high:.0%}"
+    )
+    return f'<div class="sl-group" role="listitem">{text} of firings</div>'
 
 
 class _Scale(NamedTuple):
@@ -62,10 +82,13 @@ class _Scale(NamedTuple):
 
 
 def _example_row(example: Example, scale: _Scale) -> str:
-    where = f"doc&nbsp;{example.document}&thinsp;:&thinsp;{example.position}"
+    token, of = example.document_position, "document"
+    if token is None:
+        token, of = example.position, "context"
+    title = f"document {example.document}, token {token} of the {of}"
     return (
         f'<div class="sl-row" role="listitem"><div class="sl-val">{number(example.value)}'
-        f'<span class="sl-src">{where}</span></div>'
+        f'<span class="sl-src" title="{title}">doc&nbsp;{example.document}&thinsp;:&thinsp;{token}</span></div>'
         f'<div class="sl-text"><bdi>{_example_text(example, scale)}</bdi></div></div>'
     )
 
@@ -111,6 +134,11 @@ def number(value: float | None) -> str:
     return f"{value:,.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
+def fixed(value: float | None, digits: int) -> str:
+    """A metric with this many decimals, so that those of a column line up; an en dash for None."""
+    return "\u2013" if value is None else f"{value:,.{digits}f}"
+
+
 def model_label(name: str) -> str:
     """A model's name; for a local path, its last component."""
     return name.rstrip("/").rpartition("/")[2] if name.startswith("/") else name
@@ -135,7 +163,7 @@ _CARD_STYLE = (
 font-family:system-ui,sans-serif;background:#fff;color:#1f2328}
 @media (prefers-color-scheme:dark){.sl-card{background:#16181d;color:#e8eaed}}
 .sl-card h3{margin:0;font-size:1.15rem}.sl-card h4{margin:.9rem 0 .3rem;font-size:.85rem;font-weight:600}
-.sl-sub{font-size:.8rem;opacity:.75;margin:.1rem 0 .7rem}
+.sl-sub{font-size:.8rem;opacity:.75;margin:.1rem 0 .7rem}.sl-label{margin:.1rem 0;font-weight:600}
 .sl-stats{display:flex;flex-wrap:wrap;gap:.3rem 1.6rem;margin:0;font-variant-numeric:tabular-nums}
 .sl-stats div{display:flex;flex-direction:column}.sl-stats dt{font-size:.72rem;opacity:.75}
 .sl-stats dd{margin:0;font-weight:600}
@@ -158,6 +186,7 @@ def feature_card(feature: FeatureNumbers, n_examples: int = 10) -> str:
         other = f"<h4>{title}</h4>{feature_examples_html(feature, n_examples, 'bottom')}"
     return (
         f'<style>{_CARD_STYLE}</style><div class="sl-card"><h3>Feature {feature.feature}</h3>'
+        f'<p class="sl-label"><bdi>{escape(feature.label or "")}</bdi></p>'
         f'<p class="sl-sub">{escape(feature.hook_name)} \u00b7 {escape(model)}</p>'
         f'<dl class="sl-stats">{stats}</dl>{note}'
         f"<h4>Top examples</h4>{feature_examples_html(feature, n_examples)}{other}"
@@ -227,13 +256,12 @@ def _fill(right_edge: float) -> str:
 
 
 def feature_text(feature: FeatureNumbers) -> str:
-    """The feature as text for a terminal: metrics, promoted tokens, and three examples per end with the peak in brackets."""
-    lines = [f"Feature {feature.feature} of {feature.hook_name}"]
+    """The feature as text for a terminal: label, metrics, and three examples per end with the peak in brackets."""
+    label = f": {visible(feature.label)}" if feature.label else ""
+    lines = [f"Feature {feature.feature} of {feature.hook_name}{label}"]
     lines.append("  " + ", ".join(f"{name} {value}" for name, value in _stats(feature)))
     if signs := signs_text(feature):
         lines.append("  " + signs)
-    if promoted := feature.dominant_logits.positive:
-        lines.append("  promotes " + ", ".join(repr(visible(text)) for text, _ in promoted[:8]))
     shown = feature.examples(3) + (feature.examples(3, kind="bottom") if len(feature.ends) > 1 else [])
     lines += [f"  {number(example.value):>7}  {example_line(example)}" for example in shown]
     return "\n".join(lines)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 FORMAT = "saelab features"
-VERSION, UNSIGNED_VERSION = 2, 1
-"""A store without negative activations is written as version 1, which has no table `feature_end` and no column "sign"."""
-MANIFEST, DATABASE, TOKENS = "manifest.json", "store.sqlite", "tokens.safetensors"
+VERSION = 3
+"""Versions 1 and 2 hold no labels, samples and near misses, and no search index; only a store with negative activations has the
+table `feature_end` and the column "sign"."""
+MANIFEST, DATABASE, TOKENS, SAMPLE = "manifest.json", "store.sqlite", "tokens.safetensors", "sample.safetensors"
+STATE = "state.safetensors"
+"""The collector's state, from which a store is extended; nothing else reads it."""
 
 WINDOW_LEFT, WINDOW_RIGHT = 32, 16
 BINS_PER_OCTAVE, LOWEST_OCTAVE, OCTAVES = 4, -24, 48
@@ -22,28 +25,39 @@ COLUMNS = {
     "cosine": "cosine between encoder and decoder row",
     "peak_token": "token id at the largest",
     "top_logit": "token id that the feature promotes most at that end",
-    "p99_exact": "1 when p99 was read off every value, 0 when off a uniform sample",
+    "p99_exact": "1 when p99 was read off the values, 0 when interpolated in the histogram",
 }
+LABEL_COLUMNS = {
+    "label": "commonest words at the feature's peaks, and what follows them",
+    "label_share": "share of the activation at sampled peaks that falls on the words of the label",
+    "sharpness": "bits that the feature's firing says about the word it fires on",
+    "position": "the position in the context at which nearly all firings lie, counted from 0",
+}
+"""Of version 3. NULL where a feature fired too seldom."""
 """The dominant end of a feature is the sign it fires with most often; a feature that is never negative has only one end."""
 END_COLUMNS = ("sign", "n_fired", "mean", "std", "p99", "max", "p99_exact")
-SORTABLE = ("feature", "n_fired", "density", "mean", "std", "p99", "max", "cosine")
+SORTABLE = ("feature", "n_fired", "density", "mean", "std", "p99", "max", "cosine", "sharpness", "label_share")
 
-_INTEGERS = {"feature", "n_fired", "peak_token", "top_logit", "p99_exact"}
-_TABLE = ", ".join(
-    f'"{name}" ' + ("INTEGER PRIMARY KEY" if name == "feature" else "INTEGER" if name in _INTEGERS else "REAL")
-    for name in COLUMNS
-)
+_TYPES = {"feature": "INTEGER PRIMARY KEY", "label": "TEXT"}
+_TYPES |= dict.fromkeys(("n_fired", "peak_token", "top_logit", "p99_exact", "position"), "INTEGER")
+_TABLE = ", ".join(f'"{name}" {_TYPES.get(name, "REAL")}' for name in (*COLUMNS, *LABEL_COLUMNS))
 DDL = [
     f"CREATE TABLE feature ({_TABLE})",
     "CREATE TABLE blob (feature INTEGER, kind TEXT, data BLOB, PRIMARY KEY (feature, kind)) WITHOUT ROWID",
-    "CREATE TABLE token (id INTEGER PRIMARY KEY, bytes BLOB)",
+    "CREATE TABLE token (id INTEGER PRIMARY KEY, bytes BLOB, word TEXT)",
+    "CREATE TABLE peak (token INTEGER, feature INTEGER, count INTEGER, share REAL, mean REAL, "
+    "PRIMARY KEY (token, feature)) WITHOUT ROWID",
+    "CREATE VIRTUAL TABLE words USING fts5(label, peaks, context, content='', tokenize=\"unicode61 remove_diacritics 2\")",
 ]
 SIGNED_DDL = [
     'ALTER TABLE feature ADD COLUMN "sign" INTEGER',
     'CREATE TABLE feature_end (feature INTEGER, "sign" INTEGER, "n_fired" INTEGER, "mean" REAL, "std" REAL, "p99" REAL, '
     '"max" REAL, "p99_exact" INTEGER, PRIMARY KEY (feature, sign)) WITHOUT ROWID',
 ]
-INDEXES = [f'CREATE INDEX feature_{name} ON feature ("{name}", feature)' for name in SORTABLE if name != "feature"]
+INDEXES = [
+    *(f'CREATE INDEX feature_{name} ON feature ("{name}", feature)' for name in SORTABLE if name != "feature"),
+    "CREATE INDEX token_word ON token (word)",
+]
 
 
 def blob_kind(kind: str, sign: int) -> str:

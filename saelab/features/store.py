@@ -10,9 +10,10 @@ import numpy as np
 
 from saelab.errors import SaelabError, StoreError
 from saelab.features import schema
+from saelab.features.annotations import ALL_FEATURES, Annotations
 from saelab.features.feature import Feature
 from saelab.features.manifest import COLLECT_AGAIN
-from saelab.features.reader import StoreReader
+from saelab.features.search import Search
 
 if TYPE_CHECKING:
     from saelab.saes import SAE
@@ -21,7 +22,7 @@ Bounds = Mapping[str, tuple[float | int | None, float | int | None]]
 """Inclusive (lowest, highest) bounds by column, None for open."""
 
 
-class FeatureStore(StoreReader):
+class FeatureStore(Search):
     """Statistics and examples of every feature of an SAE from one pass over held-out tokens. Open it with `load_features`.
 
     `manifest` is the content of manifest.json: hashes, text source and split, mask, and counts such as `n_tokens`.
@@ -39,10 +40,7 @@ class FeatureStore(StoreReader):
 
     def feature(self, feature: int) -> Feature:
         """The feature with this index. Raises `ValueError` outside 0 to d_sae - 1."""
-        if isinstance(feature, bool) or not isinstance(feature, int | np.integer):
-            raise ValueError(f"feature={feature!r} is not an integer; this SAE has features 0 to {self.d_sae - 1}.")
-        if not 0 <= feature < self.d_sae:
-            raise ValueError(f"feature={feature} does not exist; this SAE has features 0 to {self.d_sae - 1}.")
+        self.check_feature(feature)
         rows = self._rows("WHERE feature = ?", [int(feature)])
         if not rows:
             raise StoreError(f"{self._database} has no row for feature {feature}. {COLLECT_AGAIN}")
@@ -56,8 +54,8 @@ class FeatureStore(StoreReader):
         limit: int = 50,
         offset: int = 0,
     ) -> list[dict[str, Any]]:
-        """One page of the feature table: one dict per row with the keys of `schema.COLUMNS` and "sign" (of the dominant
-        end, None where a feature never fired). Missing metrics sort last.
+        """One page of the feature table: one dict per row with the keys of `schema.COLUMNS` and `LABEL_COLUMNS`, and "sign" (of
+        the dominant end, None where a feature never fired). Missing metrics sort last.
 
         `where` holds inclusive (lowest, highest) bounds by column, None for open: `{"density": (1e-4, None)}`.
         Raises `ValueError` for an unknown column or a negative `limit` or `offset`.
@@ -69,6 +67,57 @@ class FeatureStore(StoreReader):
         order = "DESC" if descending else "ASC"
         tail = f'{clause} ORDER BY "{sort}" IS NULL, "{sort}" {order}, feature LIMIT ? OFFSET ?'
         return self._rows(tail, [*values, limit, offset])
+
+    def features(self, sort: str = "density", descending: bool = True, where: Bounds | None = None) -> list[int]:
+        """The features within the bounds of `where`, in this order (see `table`)."""
+        _check_column(sort)
+        clause, values = _where(where)
+        order = "DESC" if descending else "ASC"
+        sql = f'SELECT feature FROM feature {clause} ORDER BY "{sort}" IS NULL, "{sort}" {order}, feature'
+        return [feature for (feature,) in self._query(sql, values)]
+
+    @property
+    def annotations(self) -> Annotations:
+        """What people and jobs added to the features: `annotations.sqlite` in the RUN."""
+        return Annotations(self.folder.resolve().parent / "annotations.sqlite", self.manifest["sae"]["hash"])
+
+    @property
+    def labels(self) -> dict[int, str]:
+        """Labels written by hand, else those of a model, by feature."""
+        found = {entry.feature: str(entry.value) for entry in self.annotations.latest("model_label")}
+        return found | {entry.feature: str(entry.value) for entry in self.annotations.latest("label")}
+
+    @property
+    def lists(self) -> dict[str, list[int]]:
+        """Named lists of features; "starred" holds those with a star."""
+        found: dict[str, list[int]] = {}
+        for entry in self.annotations.latest("list"):
+            found.setdefault(entry.name, []).append(entry.feature)
+        return found
+
+    def verify(self, lm: Any = None, n_examples: int = 100, *, progress: bool = True) -> Any:
+        """Compare every file with its SHA-256; with a model, check all numbers against each other and compute `n_examples` stored
+        examples again (and all others of their contexts), which the annotations then record. Raises `StoreError` naming what
+        differs."""
+        self.verify_files()
+        if lm is None:
+            return None
+        from saelab.features.verify import verify
+
+        found = verify(self, lm, n_examples, progress=progress)
+        self.record_verified(found)
+        return found
+
+    def record_verified(self, found: Any) -> None:
+        """Note in the annotations that the store was verified."""
+        self.annotations.add(ALL_FEATURES, "verified", found._asdict())
+
+    def top_features(self, lm: Any, text: Any, k: int = 10) -> list[list[dict[str, Any]]]:
+        """For each token of a text (or ids) the `k` features that stand out most: dicts with "feature", "value", "percentile"
+        (share of the feature's firings below that value) and "surprise" (-log10 of its density), ordered by their product."""
+        from saelab.features.reading import read_text
+
+        return read_text(self, lm, text).top(k)
 
     def count(self, where: Bounds | None = None) -> int:
         """Number of features within the bounds of `where` (see `table`)."""

@@ -6,12 +6,17 @@ without any pay nothing for it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from saelab.features.accumulate import Accumulator, sorted_entries
+from saelab.features.collecting.accumulate import Accumulator
+from saelab.features.collecting.entries import Entries, sorted_entries
 from saelab.kernels.sparse_acts import SparseActs
+
+_ENDS = {1: "positive", -1: "negative"}
 
 
 class SignedAccumulator:
@@ -22,18 +27,39 @@ class SignedAccumulator:
         self.positive = Accumulator(*self._size)
         self.negative: Accumulator | None = None
 
-    def update(self, feature_acts: SparseActs, tokens: Int[Tensor, " batch"], docs: Int[Tensor, " batch"]) -> None:
-        """Count one batch (see `sorted_entries`)."""
+    def update(self, feature_acts: SparseActs, tokens: Int[Tensor, " batch"], docs: Int[Tensor, " batch"]) -> Entries:
+        """Count one batch (see `sorted_entries`), and return its entries."""
         entries = sorted_entries(feature_acts, tokens, docs)
         below = entries.values < 0
         if self.negative is None and bool(below.any()):
             self.negative = Accumulator(*self._size)
         if self.negative is None:
             self.positive.add(entries, entries)
-            return
+            return entries
         self.positive.add(entries.take(~below), entries)
         magnitudes = entries.take(below)
         self.negative.add(magnitudes._replace(values=-magnitudes.values), entries)
+        return entries
+
+    def merge(self, other: SignedAccumulator) -> None:
+        """Add the statistics of other tokens."""
+        self.positive.merge(other.positive)
+        if other.negative is not None:
+            self.negative = self.negative or Accumulator(*self._size)
+            self.negative.merge(other.negative)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state as tensors for a file."""
+        return {f"{_ENDS[sign]}.{name}": one for sign, end in self.ends.items() for name, one in end.tensors().items()}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Continue from what `tensors` returned."""
+        for sign, name in _ENDS.items():
+            stored = {key.removeprefix(f"{name}."): one for key, one in tensors.items() if key.startswith(f"{name}.")}
+            if stored and sign < 0:
+                self.negative = Accumulator(*self._size)
+            if stored:
+                self.ends[sign].load(stored)
 
     @property
     def ends(self) -> dict[int, Accumulator]:

@@ -1,0 +1,122 @@
+"""Prompt page: which features fire on a text of one's own, and where one of them does."""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import urlencode
+
+import streamlit as st
+
+from saelab.app import state
+from saelab.app.feature_rows import DASH
+from saelab.features import FeatureStore
+from saelab.features.records import Example
+from saelab.features.render import examples_html, model_label
+from saelab.features.token_text import display_groups
+from saelab.features.visible import chip_text, escape
+
+MAX_CHARACTERS, MAX_TOKENS = 8000, 1000
+_PER_TOKEN = 5
+_ORDERS = {"surprise": "Standing out", "value": "Largest"}
+_DEFAULT = "The storm broke over the harbour, and the moon went out like a candle."
+
+
+def show() -> None:
+    """Render the page."""
+    store = state.store()
+    st.title("Prompt")
+    st.html(
+        '<p class="sa-sub">What the features read in a text of yours. The model '
+        f"{escape(model_label(store.manifest['model']['name']))} is loaded when you press the button.</p>"
+    )
+    index = state.url_int("feature", -1, -1, store.d_sae - 1)
+    by = state.url_choice("by", "surprise", list(_ORDERS))
+    with st.form("prompt", border=False):
+        text = st.text_area("Text", st.query_params.get("text", _DEFAULT)[:MAX_CHARACTERS], max_chars=MAX_CHARACTERS)
+        pressed = st.form_submit_button("Read", type="primary", icon=":material/play_arrow:")
+    if pressed:
+        st.query_params["text"] = text[:500]
+        with state.friendly_errors():
+            st.session_state["reading"] = (store.folder, _read(store, text))
+    folder, reading = st.session_state.get("reading", (None, None))
+    if reading is None or folder != store.folder:
+        return
+    if index >= 0:
+        _one(store, reading, index)
+    st.segmented_control(
+        "Order", list(_ORDERS), format_func=_ORDERS.__getitem__, required=True,
+        help="Standing out: the share of the feature's firings that are weaker, times its rarity (-log10 of its density).",
+        **state.bound("by", by),
+    )  # fmt: skip
+    _overall(store, reading.top(_PER_TOKEN, by=by), by)
+    _tokens(store, reading, by)
+
+
+def _read(store: FeatureStore, text: str) -> Any:
+    """Run the text. Raises `ValueError` naming what is wrong with it."""
+    if not text.strip():
+        raise ValueError("The text is empty: write a few words.")
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"The text has {len(text):,} characters; shorten it to at most {MAX_CHARACTERS:,}.")
+    from saelab.features.reading import read_text
+
+    with st.spinner("Reading ..."), state.MODEL_LOCK:
+        lm = state.load_model(store.manifest["model"]["name"])
+        ids = lm.to_ids(text)
+        most = min(MAX_TOKENS, lm.max_ctx)
+        if ids.shape[1] > most:
+            raise ValueError(f"The text has {ids.shape[1]:,} tokens; shorten it to at most {most:,}.")
+        return read_text(store, lm, ids)
+
+
+def _one(store: FeatureStore, reading: Any, index: int) -> None:
+    """The text with one feature's activations."""
+    values = reading.of(index)
+    feature = store.feature(index)
+    st.subheader(f"Feature {index} along the text")
+    st.caption(
+        f"{feature.label or 'never fired'}; largest here {max(values):.2f}, on the held-out text {feature.max or 0:.2f}."
+    )
+    peak = max(range(len(values)), key=lambda i: abs(values[i]))
+    shown = Example(values[peak], 0, 0, peak, tuple(reading.token_ids), tuple(reading.pieces), tuple(values), peak)
+    st.html(examples_html([shown], feature.max or max(values)))
+
+
+def _overall(store: FeatureStore, top: list[list[dict[str, Any]]], by: str) -> None:
+    """The features that stand out most anywhere in the text, as links."""
+    st.subheader("In the whole text")
+    best: dict[int, float] = {}
+    for row in (row for token in top[1:] or top for row in token):  # the first token of a context is masked in training
+        score = abs(row["value"]) if by == "value" else row["percentile"] * row["surprise"]
+        best[row["feature"]] = max(best.get(row["feature"], 0.0), score)
+    chosen = sorted(best, key=lambda feature: -best[feature])[:12]
+    labels, rows = store.labels, {row["feature"]: row for row in store.rows_of(chosen)}
+    with st.container(horizontal=True):
+        for feature in chosen:
+            label = labels.get(feature) or rows[feature]["label"] or ""
+            state.link("feature", state.plain(f"{feature} {label[:40]}"), feature=feature)
+
+
+def _tokens(store: FeatureStore, reading: Any, by: str) -> None:
+    """Each token with its features and the share of it that the SAE explains."""
+    st.subheader("Token by token")
+    top = reading.top(_PER_TOKEN, by=by)
+    labels = store.labels
+    rows = {row["feature"]: row for row in store.rows_of(sorted({one["feature"] for token in top for one in token}))}
+    lines = []
+    for group in display_groups(reading.pieces):
+        token = group.stop - 1
+        found = "".join(_pill(one, labels.get(one["feature"]) or rows[one["feature"]]["label"]) for one in top[token])
+        explained = f'<small title="explained variance">{max(float(reading.explained[token]), 0):.0%}</small>'
+        lines.append(f"<dt><bdi>{chip_text(group.text)}</bdi> {explained}</dt><dd>{found or DASH}</dd>")
+    st.html(f'<dl class="sa-tokens">{"".join(lines)}</dl>')
+
+
+def _pill(one: dict[str, Any], label: str | None) -> str:
+    address = escape("feature?" + urlencode({"feature": one["feature"]}))
+    title = escape(f"activation {one['value']:.2f}, above {one['percentile']:.0%} of its firings")
+    text = escape((label or "")[:32])
+    return (
+        f'<span class="sa-pill" title="{title}"><a href="{address}" target="_self">{one["feature"]}</a> '
+        f"<bdi>{text}</bdi> <small>{one['value']:.1f}</small></span>"
+    )

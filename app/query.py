@@ -1,0 +1,87 @@
+"""Which features the table shows, and in which order: read from the URL, so that Next and Previous follow it on every page."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import streamlit as st
+
+from saelab.app import state
+from saelab.features import FeatureStore
+
+SORTS = {
+    "sharpness": ("Sharpness", "Bits that its firing says about the word it fires on: the larger, the more one thing."),
+    "density": ("Density", "Share of counted tokens on which it fires."),
+    "p99": ("p99", "99th percentile of its activations: the unit of steering strengths."),
+    "max": ("Max", "Its largest activation."),
+    "mean": ("Mean", "Mean of its activations."),
+    "cosine": ("Cosine", "Cosine similarity of its encoder and decoder rows."),
+    "feature": ("Index", "Row of the weights."),
+}
+ORDERS = {"down": "High to low", "up": "Low to high"}
+SHOWS: dict[str, tuple[str, dict[str, tuple[float | int | None, float | int | None]]]] = {
+    "firing": ("Firing", {"n_fired": (1, None)}),
+    "common": ("0.01 % to 1 %", {"density": (1e-4, 1e-2)}),
+    "dense": ("Over 10 %", {"density": (0.1, None)}),
+    "all": ("All", {}),
+}
+MAX_SEARCH = 200
+_MOST_FOUND = 1000
+
+
+class Query(NamedTuple):
+    """A search, or an order and a range of density."""
+
+    words: str
+    sort: str
+    order: str
+    show: str
+    among: str
+    """The list that features are taken from, or ""."""
+
+    @property
+    def where(self) -> dict[str, Any]:
+        return SHOWS[self.show][1]
+
+    def parameters(self) -> dict[str, str]:
+        """What differs from the default view, for links."""
+        names = {"q": self.words, "sort": self.sort, "order": self.order, "show": self.show, "list": self.among}
+        default = {"q": "", "sort": "sharpness", "order": "down", "show": "firing", "list": ""}
+        return {name: value for name, value in names.items() if value != default[name]}
+
+
+def from_url(store: FeatureStore) -> Query:
+    """The query in the URL; unknown values show a notice."""
+    lists = sorted(store.lists)
+    known = store.manifest["version"] >= 3
+    sort = state.url_choice("sort", "sharpness" if known else "density", list(SORTS))
+    order, show = state.url_choice("order", "down", list(ORDERS)), state.url_choice("show", "firing", list(SHOWS))
+    among = state.url_choice("list", "", ["", *lists])
+    return Query(st.query_params.get("q", "")[:MAX_SEARCH], sort, order, show, among)
+
+
+def ids(store: FeatureStore, query: Query) -> list[int]:
+    """The features of a query, in its order."""
+    if query.words.strip():
+        return [row["feature"] for row in found(store, query.words)]
+    if query.among:
+        chosen = set(store.lists.get(query.among, []))
+        return [feature for feature in _ordered(store, query) if feature in chosen]
+    return _ordered(store, query)
+
+
+def found(store: FeatureStore, words: str) -> list[dict[str, Any]]:
+    """Rows for words, or for a token in double quotes."""
+    words = words.strip()
+    if len(words) > 2 and words[0] == words[-1] == '"':
+        return store.firing_on(words[1:-1], _MOST_FOUND)
+    return store.search(words, _MOST_FOUND)
+
+
+def _ordered(store: FeatureStore, query: Query) -> list[int]:
+    return _cached_order(store.manifest["files"]["store.sqlite"]["sha256"], query.sort, query.order, query.show, store)
+
+
+@st.cache_data(max_entries=64, show_spinner=False)
+def _cached_order(version: str, sort: str, order: str, show: str, _store: FeatureStore) -> list[int]:
+    return _store.features(sort, order == "down", SHOWS[show][1])

@@ -1,0 +1,202 @@
+"""Finds features by words, by the token at their peaks, and by direction or co-activation with another feature."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from saelab.errors import StoreError
+from saelab.features import schema
+from saelab.features.reader import StoreReader
+
+_WEIGHTS = "10.0, 5.0, 1.0"
+"""Of the columns of the search index: label, words at peaks, text around them."""
+
+
+class Search(StoreReader):
+    """The calls of a store that lead from one thing to features."""
+
+    @property
+    def labels(self) -> dict[int, str]:
+        """Labels that were added to features."""
+        return {}
+
+    def search(self, words: str, limit: int = 50) -> list[dict[str, Any]]:
+        """Rows of the table (as `table` returns them) for features that these words find, the best first.
+
+        Looks for words that begin so in labels, in the words at peaks and in the text around them; all of the words, or any of
+        them where no feature has all. Labels written by hand or by a model are searched first. Text without letters or digits
+        is looked for as a token. Raises `ValueError` for an empty text.
+        """
+        terms = words.split()
+        if not terms:
+            raise ValueError("search needs at least one word, such as store.search('weather').")
+        self.check_version("search index")
+        labelled = [feature for feature, text in self.labels.items() if _all_in(terms, text)]
+        quoted = ['"' + term.replace('"', '""') + '"*' for term in terms if any(char.isalnum() for char in term)]
+        if not quoted:
+            return self.firing_on(words.strip(), limit)
+        sql = f"SELECT rowid FROM words WHERE words MATCH ? ORDER BY bm25(words, {_WEIGHTS}) LIMIT ?"
+        found = self._query(sql, [" ".join(quoted), limit]) or self._query(sql, [" OR ".join(quoted), limit])
+        return self.rows_of(list(dict.fromkeys([*sorted(labelled), *(feature for (feature,) in found)]))[:limit])
+
+    def firing_on(self, token: str | int, limit: int = 50) -> list[dict[str, Any]]:
+        """Rows of the table for features whose sampled peaks are that token, with "peak_share" (the share of their peaks) and
+        "peak_mean" (their mean activation there); the largest share first.
+
+        A text is taken exactly (" dog" with its space), or, if no token is spelled so, without spaces and case. An int is a token
+        id.
+        """
+        self.check_version("token index")
+        ids = [int(token)] if isinstance(token, int | np.integer) else self._ids_of(token)
+        if not ids:
+            return []
+        marks = ", ".join("?" * len(ids))
+        found = self._query(
+            f"SELECT feature, SUM(share), SUM(mean * count) / SUM(count) FROM peak WHERE token IN ({marks}) "
+            "GROUP BY feature ORDER BY 2 DESC, 3 DESC, 1 LIMIT ?",
+            [*ids, limit],
+        )
+        rows = self.rows_of([feature for feature, _, _ in found])
+        return [
+            row | {"peak_share": share, "peak_mean": mean} for row, (_, share, mean) in zip(rows, found, strict=True)
+        ]
+
+    def _ids_of(self, text: str) -> list[int]:
+        if not text:
+            raise ValueError("firing_on needs a token, such as store.firing_on(' dog').")
+        exact = self._query("SELECT id FROM token WHERE bytes = ?", [text.encode()])
+        found = exact or self._query("SELECT id FROM token WHERE word = ?", [text.strip().casefold()])
+        return [index for (index,) in found]
+
+    def rows_of(self, features: list[int]) -> list[dict[str, Any]]:
+        """Rows of the table for these features, in this order."""
+        if not features:
+            return []
+        rows = {
+            row["feature"]: row for row in self._rows(f"WHERE feature IN ({', '.join('?' * len(features))})", features)
+        }
+        return [rows[feature] for feature in features]
+
+    def row_of(self, feature: int) -> dict[str, Any]:
+        """The row of one feature, read once."""
+        if feature not in self._known_rows:
+            (self._known_rows[feature],) = self._rows("WHERE feature = ?", [feature])
+        return self._known_rows[feature]
+
+    @cached_property
+    def _known_rows(self) -> dict[int, dict[str, Any]]:
+        return {}
+
+    def neighbours(self, feature: int, *, by: str = "decoder", k: int = 20) -> list[dict[str, Any]]:
+        """The `k` features of largest cosine to this one, as dicts with "feature" and "cosine", by their rows in the decoder or
+        the encoder (all sources of a crosscoder concatenated). Raises `ValueError` for another `by`."""
+        if by not in ("decoder", "encoder"):
+            raise ValueError(f"by={by!r} is unknown; neighbours are by 'decoder' or 'encoder'.")
+        self.check_feature(feature)
+        cosines = self._directions(by) @ self._directions(by)[feature]
+        cosines[feature] = -np.inf
+        best = _largest(cosines, min(k, self.d_sae - 1))
+        return [{"feature": int(i), "cosine": float(cosines[i])} for i in best]
+
+    def _directions(self, by: str) -> np.ndarray:
+        if by not in self._unit_rows:
+            rows = self.weights["W_enc" if by == "encoder" else "W_dec"]
+            if rows.ndim == 3:
+                rows = rows.swapaxes(0, 1).reshape(rows.shape[1], -1)
+            self._unit_rows[by] = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+        return self._unit_rows[by]
+
+    @cached_property
+    def _unit_rows(self) -> dict[str, np.ndarray]:
+        return {}
+
+    @cached_property
+    def weights(self) -> dict[str, np.ndarray]:
+        """Weights of the SAE by name in float32, read from its folder without torch where they are stored so."""
+        folder = self.sae_folder
+        path = None if folder is None else folder / "sae.safetensors"
+        if self._sae is None and path is not None and path.is_file():
+            from safetensors import SafetensorError, safe_open
+
+            try:
+                with safe_open(path, framework="np") as file:
+                    found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                if {"W_enc", "W_dec"} <= found.keys():
+                    return {name: array.astype(np.float32) for name, array in found.items()}
+            except (SafetensorError, OSError, TypeError, AttributeError):
+                pass  # bfloat16, which NumPy does not know
+        sae = self.sae
+        named = {
+            name: tensor for name in ("W_enc", "W_dec", "b_enc") if (tensor := getattr(sae, name, None)) is not None
+        }
+        return {name: tensor.detach().float().cpu().numpy() for name, tensor in named.items()}
+
+    def coactivation(self, feature: int, k: int = 20) -> list[dict[str, Any]]:
+        """The `k` features that fire most often on the tokens on which this one fires, by exact counts over the token sample.
+
+        Dicts with "feature", "n_both", "jaccard" (both / either), "lift" (P(both) / (P(this) P(other))), "p_given_this" =
+        P(other | this) and "p_this_given" = P(this | other); the largest Jaccard first. [] where it fired on no token of the
+        sample.
+        """
+        self.check_feature(feature)
+        self.check_version("token sample")
+        sample = self._sample
+        begins = sample["feature_offsets"]
+        rows = sample["by_feature"][begins[feature] : begins[feature + 1]]
+        if not len(rows):
+            return []
+        offsets = sample["offsets"]
+        here = np.concatenate([sample["features"][offsets[row] : offsets[row + 1]] for row in rows.tolist()])
+        both = np.bincount(here, minlength=self.d_sae)
+        counts = np.diff(begins)
+        jaccard = both / np.maximum(counts + len(rows) - both, 1)
+        jaccard[feature] = -1.0
+        best = [int(i) for i in _largest(jaccard, min(k, self.d_sae - 1)) if both[i]]
+        n = len(sample["tokens"])
+        return [
+            {
+                "feature": i,
+                "n_both": int(both[i]),
+                "jaccard": float(jaccard[i]),
+                "lift": float(both[i] * n / (counts[i] * len(rows))),
+                "p_given_this": float(both[i] / len(rows)),
+                "p_this_given": float(both[i] / counts[i]),
+            }
+            for i in best
+        ]
+
+    @cached_property
+    def _sample(self) -> dict[str, np.ndarray]:
+        from safetensors import SafetensorError, safe_open
+
+        path = self.folder / schema.SAMPLE
+        try:
+            with safe_open(path, framework="np") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise StoreError(f"{path} cannot be read ({error}).") from error
+
+    def check_feature(self, feature: int) -> None:
+        """Raise `ValueError` for what is not the index of a feature."""
+        if isinstance(feature, bool) or not isinstance(feature, int | np.integer):
+            raise ValueError(f"feature={feature!r} is not an integer; this SAE has features 0 to {self.d_sae - 1}.")
+        if not 0 <= feature < self.d_sae:
+            raise ValueError(f"feature={feature} does not exist; this SAE has features 0 to {self.d_sae - 1}.")
+
+
+def _largest(values: np.ndarray, k: int) -> np.ndarray:
+    """Indices of the `k` largest values, the largest first; the smaller index wins a tie."""
+    if k < len(values):
+        chosen = np.argpartition(-values, k - 1)[:k]
+        chosen = np.flatnonzero(values >= values[chosen].min())
+    else:
+        chosen = np.arange(len(values))
+    return chosen[np.lexsort((chosen, -values[chosen]))][:k]
+
+
+def _all_in(terms: list[str], text: str) -> bool:
+    folded = text.casefold()
+    return all(term.casefold() in folded for term in terms)
