@@ -145,7 +145,7 @@ BAD: dict[str, tuple[str, Callable[[Path], Any], str | None]] = {
     "a k of no number": (
         "sae_lens topk",
         lambda p: edit_json(p / "cfg.json", k="many"),
-        "does not hold what sae_lens files hold",
+        "says k='many', but a whole number of 1 or more was expected",
     ),
     "a k of more than all": (
         "sae_lens topk",

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from foreign_saes import CASES
+from safetensors.torch import load_file, save_file
 from tiny_runs import write_texts
 
 import saelab
@@ -128,7 +129,7 @@ def test_what_cannot_be_imported_leaves_nothing(released, tmp_path, tiny_lm, cap
     assert not run.exists()
     import_sae(source, run, tiny_lm, texts, n_tokens=500, progress=False)
     other = spoiled(released, tmp_path)
-    (other / "sae_weights.safetensors").unlink()
-    shutil.copy(CASES["sae_lens topk"](tmp_path / "topk").path / "sae_weights.safetensors", other)
+    tensors = load_file(other / "sae_weights.safetensors")
+    save_file(tensors | {"b_dec": tensors["b_dec"] + 1}, other / "sae_weights.safetensors")
     with pytest.raises(SaelabError, match="holds another SAE: import into another RUN folder"):
         import_sae(other, run, tiny_lm, texts, progress=False)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Annotated
 
 from tyro.conf import arg
 
 from saelab.cli.commands import Column, Dtype, OwnModel, OwnTexts, Run, Split, runs_of, with_model
+from saelab.cli.messages import on_stderr
 
 
 def features(
@@ -62,7 +64,41 @@ def verify(
             )
 
 
+def label(
+    run: Run,
+    address: Annotated[str | None, arg(help="Server of OpenAI's protocol, such as http://127.0.0.1:8000/v1.")] = None,
+    model: Annotated[str | None, arg(help="Name of the model there; without --address, a model to load here.")] = None,
+    feature: Annotated[tuple[int, ...], arg(help="Features to label; none: all that fired, the sharpest first.")] = (),
+    n_features: Annotated[int | None, arg(help="How many of them at most.")] = None,
+    seed: Annotated[int, arg(help="Seed of the texts that scores are made on.")] = 0,
+    as_json: Annotated[bool, arg(name="json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """Label features by a language model and score the labels. Examples are sent to --address, and nowhere without one. The key
+    is read from the environment variable OPENAI_API_KEY. Repeated, it goes on where it stopped."""
+    import saelab
+    from saelab.labels import Endpoint, LocalModel, label_features
+
+    if model is None:
+        raise ValueError("label needs --model: the name at --address, or a model to load here, such as smollm2.")
+    explainer = Endpoint(address, model) if address else LocalModel(saelab.load_model(model))
+    for found in runs_of(run):
+        store = saelab.load_features(found.features_dir)
+        chosen = list(feature) or store.features("sharpness", True, {"n_fired": (1, None)})
+        with on_stderr() if as_json else nullcontext():
+            counts = label_features(store, explainer, chosen[:n_features], seed=seed, progress=not as_json)
+        if as_json:
+            print(json.dumps({"folder": str(store.folder), **counts}))
+        else:
+            said = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items())
+            print(f"Labels and scores of {store.folder} are in {store.annotations.path}: {said}")
+
+
 FEATURES: dict[str, tuple[Callable[..., None], str]] = {
     "features": (features, "saelab features runs/mlp\nsaelab features runs/mlp/sae-l1 --n-tokens 20_000"),
+    "label": (
+        label,
+        "saelab label runs/demo --address http://127.0.0.1:8000/v1 --model qwen --n-features 100\n"
+        "saelab label runs/demo --model smollm2 --feature 17 88",
+    ),
     "verify": (verify, "saelab verify runs/demo\nsaelab verify runs/demo --n-examples 1000 --json"),
 }

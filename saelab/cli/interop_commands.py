@@ -173,7 +173,8 @@ def _described(found: Any) -> str:
     lines.append(measured)
     tried = [f"{trial.name}: L0 {trial.l0:.1f}" + _fvu(trial.fvu) for trial in check.alternatives]
     lines.append("Tried instead: " + "; ".join(tried))
-    return "\n".join(lines + [f"Warning: {said}" for said in check.warnings()])
+    verdict = [f"Warning: {said}" for said in check.warnings()] or ["None of these fits better."]
+    return "\n".join(lines + verdict)
 
 
 def _fvu(fvu: float | None) -> str:

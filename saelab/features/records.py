@@ -58,6 +58,11 @@ class Example:
     quantile: tuple[float, float] | None = None
 
     @property
+    def where(self) -> tuple[int, int]:
+        """The context of the peak, and its position in it."""
+        return self.sequence, self.position
+
+    @property
     def text(self) -> str:
         """The text, byte-exact where the tokens are whole characters."""
         return "".join(group.text for group in display_groups(self.pieces))

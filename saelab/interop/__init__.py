@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from saelab import io
 from saelab.errors import SaelabError
+from saelab.files import writing
 from saelab.saes.base import check_is_sae
 
 if TYPE_CHECKING:
@@ -41,7 +42,13 @@ def load_sae(
     an unknown `format` or key of `assume`.
     """
     path = Path(source)
+    if path.is_file() and path.name in ("sae.json", "sae.safetensors") and (path.parent / "sae.json").exists():
+        path = path.parent
     if path.is_dir() and format in (None, "saelab") and (folder := _saelab_folder(path)) is not None:
+        if format is None and (others := [name for name, mark in _MARKS.items() if (folder / mark).exists()][1:]):
+            raise SaelabError(
+                f"{folder} holds SAEs in several formats (saelab, {', '.join(others)}): say which, format='saelab'."
+            )
         if assume:
             raise ValueError(f"{folder} is in saelab's own format, whose sae.json says everything: omit assume.")
         return io.load_sae(folder, device or "cpu")
@@ -106,16 +113,36 @@ def save_sae(
     """
     check_is_sae(sae, "save_sae")
     if format == "saelab":
+        _refuse_other_files(Path(folder), format)
         return io.save_sae(sae, folder, golden_inputs=golden_inputs)
+    from saelab.interop.blueprint import check_numbers
     from saelab.interop.describing import blueprint_of
     from saelab.interop.formats import FORMATS
 
     writers = {name: one.save for name, one in FORMATS.items() if one.save is not None}
-    if format not in writers:
+    if not isinstance(format, str) or format not in writers:
         raise ValueError(f"format={format!r} is unknown; saelab writes {', '.join(map(repr, ('saelab', *writers)))}.")
     if golden_inputs is not None:
         raise ValueError(f"golden_inputs are stored in saelab's own format alone; omit them with format={format!r}.")
+    _refuse_other_files(Path(folder), format)
     plan = blueprint_of(sae)
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    writers[format](plan, Path(folder))
+    check_numbers(plan)
+    with writing(folder):
+        writers[format](plan, Path(folder))
     return Path(folder)
+
+
+_MARKS = {
+    "saelab": "sae.json", "sae_lens": "sae_weights.safetensors", "sparsify": "cfg.json", "dictionary_learning": "ae.pt",
+    "gemma_scope_2": "params.safetensors",
+}  # fmt: skip
+"""A file that each format writes; sparsify's config has the name of SAELens'."""
+
+
+def _refuse_other_files(folder: Path, format: str) -> None:
+    """Raise `SaelabError` if the folder holds an SAE in another format: its files would mix, or be overwritten."""
+    here = [name for name, mark in _MARKS.items() if (folder / mark).exists()]
+    if "sae_lens" in here and "sparsify" in here:
+        here.remove("sparsify")
+    if others := [name for name in here if name != format]:
+        raise SaelabError(f"{folder} already holds an SAE in the format {others[0]}: choose an empty or new folder.")

@@ -8,6 +8,8 @@ from typing import Any
 
 from saelab.errors import SaelabError
 from saelab.interop.blueprint import Blueprint
+from saelab.interop.values import check_given, check_used
+from saelab.saes import VARIANTS
 
 SWITCHES = ("variant", "k", "threshold", "pre_bias", "normalize", "scale", "scale_out")
 OPTIONS = ("select", "score", "stop_on_duplicate", "residual_threshold", "signed")
@@ -19,14 +21,10 @@ class Answers:
     the value taken."""
 
     def __init__(self, given: Mapping[str, Any] | None = None, listed: Mapping[str, Any] | None = None) -> None:
+        check_given({} if given is None else given)
         self.given = dict(given or {})
         self.listed = dict(listed or {})
         self.assumed: dict[str, Any] = {}
-        unknown = [key for key in self.given if key not in (*SWITCHES, *OPTIONS, *ORIGIN)]
-        if unknown:
-            raise ValueError(
-                f"assume has {', '.join(map(repr, unknown))}; it takes {', '.join((*SWITCHES, *OPTIONS, *ORIGIN))}."
-            )
 
     def need(self, key: str, found: Any, where: str) -> Any:
         """The user's answer, `found`, or what is listed. Raises `SaelabError` if there is none."""
@@ -47,6 +45,8 @@ class Answers:
 
 def revised(plan: Blueprint, given: Mapping[str, Any]) -> Blueprint:
     """The blueprint with the user's answers instead of what the files say or a format assumed."""
+    variant = given.get("variant", plan.variant)
+    check_used(given, variant, VARIANTS[variant].Config, OPTIONS)
     switches = {key: value for key, value in given.items() if key in SWITCHES}
     options = {key: value for key, value in given.items() if key in OPTIONS}
     origin = {key: value for key, value in given.items() if key in ORIGIN}

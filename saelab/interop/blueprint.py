@@ -148,9 +148,23 @@ def _check_shapes(plan: Blueprint) -> None:
         )
     if plan.d_out != plan.d_in and plan.variant not in TRANSCODERS:
         raise SaelabError(f"W_enc has width {plan.d_in} and W_dec {plan.d_out}, but only a transcoder's may differ.")
-    infinite = [name for name in ("W_enc", "W_dec", "b_enc", "b_dec") if not _finite(getattr(plan, name))]
+    check_numbers(plan)
+
+
+def check_numbers(plan: Blueprint) -> None:
+    """Raise `SaelabError` for NaN, infinite weights, and thresholds and scales that are none."""
+    named = {name: getattr(plan, name) for name in ("W_enc", "W_dec", "b_enc", "b_dec", "W_skip")} | dict(plan.tensors)
+    infinite = [name for name, tensor in named.items() if not _finite(tensor)]
     if infinite:
         raise SaelabError(f"{' and '.join(infinite)} hold NaN or infinite numbers: the file is damaged.")
+    if plan.threshold is not None:  # an infinite one is that of a feature that never fires
+        threshold = torch.as_tensor(plan.threshold, dtype=torch.float32)
+        if threshold.ndim > 1 or (threshold.ndim == 1 and len(threshold) != plan.d_sae):
+            raise SaelabError(
+                f"threshold has shape {tuple(threshold.shape)}, but one number or {plan.d_sae} were expected."
+            )
+        if bool(threshold.isnan().any()):
+            raise SaelabError("threshold holds NaN: the file is damaged.")
 
 
 def _finite(tensor: Tensor | None) -> bool:

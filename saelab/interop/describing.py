@@ -82,7 +82,15 @@ def _gate(sae: SAE) -> dict[str, torch.Tensor]:
 def _threshold(sae: SAE) -> Any:
     if isinstance(sae, JumpReLUSAE):
         return sae.threshold.float()
-    return sae.known_threshold().float() if isinstance(sae, ThresholdSAE) else None
+    if not isinstance(sae, ThresholdSAE):
+        return None
+    threshold = sae.known_threshold().float()
+    if bool((threshold < 0).any()):
+        raise SaelabError(
+            f"This {sae.variant} SAE has a threshold below 0, so it keeps negative pre-activations, which no other library's "
+            "format can hold; save it in saelab's own (format='saelab')."
+        )
+    return threshold
 
 
 def with_pre_bias(plan: Blueprint, pre_bias: bool) -> Blueprint:

@@ -20,6 +20,7 @@ from saelab.interop.describing import as_thresholds, refuse, with_pre_bias
 from saelab.interop.names import layer_of
 from saelab.interop.pickles import save_pickle
 from saelab.interop.source import Source, read_object
+from saelab.interop.values import check_sizes, integer
 
 NAME = "dictionary_learning"
 WANTS = "ae.pt (or ae_STEP.pt) with config.json beside it or above it"
@@ -48,6 +49,7 @@ def load(source: Source, answers: Answers) -> Blueprint:
         raise SaelabError(
             f"{source.label} is said to be a {kind}, but its tensors lack {error}: check config.json."
         ) from error
+    check_sizes(trainer, {"activation_dim": plan.d_in, "dict_size": plan.d_sae}, source.label)
     return dataclasses.replace(plan, origin=_origin(trainer, buffer))
 
 
@@ -95,7 +97,7 @@ def _matrices(tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 def _k(tensors: dict[str, Tensor], answers: Answers, where: str) -> int:
     found = tensors.get("k")
-    return int(answers.need("k", None if found is None else int(found), where))
+    return integer(answers.need("k", None if found is None else found.item(), where), "k", where)
 
 
 def _threshold(tensors: dict[str, Tensor], answers: Answers, where: str) -> float:

@@ -134,6 +134,10 @@ def save(plan: Blueprint, folder: Path) -> None:
         raise refuse(NAME, f"normalize={plan.normalize!r}")
     if plan.variant == "jumprelu":
         plan = with_pre_bias(plan, False)
+    elif not plan.origin.get("hook_name_out"):
+        raise refuse(
+            NAME, "a transcoder that does not name the hook it predicts (hook_name_out), by which it is known there"
+        )
     tensors = {
         "w_enc": plan.W_enc.T,
         "w_dec": plan.W_dec,
@@ -145,9 +149,9 @@ def save(plan: Blueprint, folder: Path) -> None:
     origin = plan.origin
     config: dict[str, Any] = {"architecture": "jump_relu", "model_name": (origin.get("model") or {}).get("name")}
     hooks = origin.get("hook_name"), origin.get("hook_name_out")
-    config |= {"hf_hook_point_in": module_of_hook(hooks[0]), "hook_name": hooks[0]}
+    config |= {"hf_hook_point_in": module_of_hook(hooks[0], config["model_name"]), "hook_name": hooks[0]}
     if plan.variant == "jumprelu_transcoder":
-        config |= {"hf_hook_point_out": module_of_hook(hooks[1]), "hook_name_out": hooks[1]}
+        config |= {"hf_hook_point_out": module_of_hook(hooks[1], config["model_name"]), "hook_name_out": hooks[1]}
         config["affine_connection"] = plan.W_skip is not None
     if origin.get("prepend_bos") is not None:
         config["prepend_bos"] = bool(origin["prepend_bos"])

@@ -37,7 +37,7 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)(?:\.(.*))?$")
 
 def model_id(name: str | None) -> str | None:
     """The Hugging Face id of a model that may be named as TransformerLens does, without its owner."""
-    if not name or "/" in name:
+    if not name or "/" in name or name == "smollm2":  # saelab's own name of its embedded model
         return name or None
     if name.lower() in _MODELS:
         return _MODELS[name.lower()]
@@ -73,15 +73,16 @@ def hook_of_module(path: str, side: str = "output") -> str | None:
     return None
 
 
-def module_of_hook(hook_name: str | None) -> str | None:
-    """Hugging Face's path of a hook, as Gemma Scope 2 writes it: the inverse of `hook_of_module` for models named as Gemma 3."""
+def module_of_hook(hook_name: str | None, model: str | None) -> str | None:
+    """Hugging Face's path of a hook, as Gemma Scope 2 writes it: the inverse of `hook_of_module`."""
+    has_norms = re.search(r"gemma-?v?[23]", model or "") is not None
     found = re.fullmatch(r"blocks\.(\d+)\.(.+)", hook_name or "")
     inside = {
         "hook_resid_post": "output",
         "hook_resid_pre": "input",
         "attn.hook_z": "self_attn.o_proj.input",
-        "hook_mlp_out": "post_feedforward_layernorm.output",
-        "mlp.hook_in": "pre_feedforward_layernorm.output",
+        "hook_mlp_out": "post_feedforward_layernorm.output" if has_norms else "mlp.output",
+        "mlp.hook_in": "pre_feedforward_layernorm.output" if has_norms else "mlp.input",
     }
     if not found or found.group(2) not in inside:
         return None

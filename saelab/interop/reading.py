@@ -18,6 +18,11 @@ from saelab.saes import SAE
 
 log = logging.getLogger(__name__)
 
+_UNREADABLE = (
+    KeyError, IndexError, TypeError, AttributeError, ValueError, AssertionError, RuntimeError, ZeroDivisionError,
+)  # fmt: skip
+"""What code that reads files of a known form raises where they are of another."""
+
 
 def read(source: Source, format: str | None = None, assume: Mapping[str, Any] | None = None) -> SAE:
     """The SAE in these files. Raises `SaelabError` naming the file and the fix, `ValueError` for unknown keys of `assume`."""
@@ -36,7 +41,7 @@ def read_blueprint(source: Source, format: str | None = None, assume: Mapping[st
     chosen = format_of(source, format or (entry.format if entry else None))
     try:
         plan = chosen.load(source, answers)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except _UNREADABLE as error:
         if isinstance(error, ValueError) and "assume" in str(error):
             raise
         raise SaelabError(
@@ -61,7 +66,7 @@ def build_from(plan: Blueprint, label: str) -> SAE:
     """`build`, whose errors then name the source."""
     try:
         return build(plan)
-    except (SaelabError, ValueError, TypeError) as error:
+    except (SaelabError, *_UNREADABLE) as error:
         raise SaelabError(f"{label}: {error}") from error
 
 

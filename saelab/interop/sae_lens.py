@@ -21,6 +21,7 @@ from saelab.interop.describing import as_thresholds, refuse
 from saelab.interop.folding import fold_decoder_norms, fold_whitening
 from saelab.interop.names import model_id, module_of_hook
 from saelab.interop.source import Source, check_present
+from saelab.interop.values import boolean, check_sizes, check_unused, integer
 
 NAME = "sae_lens"
 WANTS = "cfg.json and sae_weights.safetensors"
@@ -67,7 +68,8 @@ def load(source: Source, answers: Answers) -> Blueprint:
         )
     if cfg.get("hook_head_index") is not None:
         raise SaelabError(f"{source.label} reads head {cfg['hook_head_index']} alone; saelab reads whole hooks.")
-    tensors = {name: tensor.float() for name, tensor in source.tensors("sae_weights.safetensors").items()}
+    stored = source.tensors("sae_weights.safetensors")
+    tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in stored.items()}
     plan = _plan(cfg, architecture, tensors, answers, source.label)
     if cfg.get("rescale_acts_by_decoder_norm"):  # a threshold is in rescaled units already
         plan = dataclasses.replace(fold_decoder_norms(plan), threshold=plan.threshold)
@@ -91,20 +93,19 @@ def _plan(
     cfg: dict[str, Any], architecture: str, tensors: dict[str, Tensor], answers: Answers, where: str
 ) -> Blueprint:
     variant = VARIANT_OF[architecture]
-    check_present(tensors, _wanted(architecture), f"{where}, a {architecture} SAE,")
+    _check(cfg, architecture, tensors, where)
     W_dec, scaling = tensors["W_dec"], tensors.get("scaling_factor", tensors.get("finetuning_scaling_factor"))
     if scaling is not None:  # it multiplies feature activations, in the decoder alone
         W_dec = W_dec * scaling.flatten()[:, None]
-    pre_bias = bool(cfg.get("apply_b_dec_to_input", True)) and not architecture.endswith("transcoder")
+    subtracts = boolean(cfg.get("apply_b_dec_to_input"), "apply_b_dec_to_input", where, default=True)
+    pre_bias = subtracts and not architecture.endswith("transcoder")
     options, extra, k, threshold = {}, {}, None, None
     if variant in ("topk", "abs_topk"):
-        k = int(answers.need("k", cfg.get("k"), where))
+        k = integer(answers.need("k", cfg.get("k"), where), "k", where)
     elif variant == "gated":
         extra = {"b_mag": tensors["b_mag"], "r_mag": tensors["r_mag"]}
     elif variant == "matching_pursuit":
-        k = int(cfg.get("max_iterations") or W_dec.shape[1])
-        options["residual_threshold"] = float(cfg.get("residual_threshold", 1e-2)) / W_dec.shape[1] ** 0.5
-        options["stop_on_duplicate"] = bool(cfg.get("stop_on_duplicate_support", True))
+        k, options = _pursuit(cfg, W_dec.shape[1], where)
     elif variant.startswith("jumprelu"):
         threshold = _threshold(tensors, answers, where)
     b_dec = tensors["b_dec"] if variant != "matching_pursuit" or pre_bias else None
@@ -122,6 +123,24 @@ def _plan(
         options=options,
         origin=_origin(cfg),
     )
+
+
+def _pursuit(cfg: dict[str, Any], d_in: int, where: str) -> tuple[int, dict[str, Any]]:
+    """Steps and options of a matching pursuit."""
+    most = cfg.get("max_iterations")
+    k = d_in if most is None else integer(most, "max_iterations", where)
+    stops = boolean(cfg.get("stop_on_duplicate_support"), "stop_on_duplicate_support", where, default=True)
+    return k, {"residual_threshold": float(cfg.get("residual_threshold", 1e-2)) / d_in**0.5, "stop_on_duplicate": stops}
+
+
+def _check(cfg: dict[str, Any], architecture: str, tensors: dict[str, Tensor], where: str) -> None:
+    """Raise `SaelabError` for tensors that this architecture lacks or has no use for, and for other sizes in the config."""
+    name, wanted = f"{where}, a {architecture} SAE,", _wanted(architecture)
+    check_present(tensors, wanted, name)
+    thresholds = ["threshold", "log_threshold"] if VARIANT_OF[architecture].startswith("jumprelu") else []
+    check_unused(tensors, [*wanted, *thresholds], name)
+    d_sae, d_in = tensors["W_enc"].T.shape if "W_enc" in tensors else tensors["W_dec"].shape
+    check_sizes(cfg, {"d_in": d_in, "d_sae": d_sae}, where)
 
 
 def _wanted(architecture: str) -> list[str]:
@@ -194,6 +213,11 @@ def claimed_l0(source: Source) -> float | None:
     return None if sparsity is None else float(torch.pow(10.0, sparsity.double()).sum())
 
 
+def _module(hook_name: str | None, model: str | None) -> str | None:
+    """Hugging Face's path of the hook for the models that SAELens reads so; other families name their modules otherwise."""
+    return module_of_hook(hook_name, model) if "gemma" in (model or "") else None
+
+
 def save(plan: Blueprint, folder: Path) -> None:
     """Write version 6, folded. Raises `SaelabError` for what it cannot hold."""
     if plan.options.get("select", "topk") != "topk":
@@ -251,5 +275,5 @@ def _metadata(plan: Blueprint) -> dict[str, Any]:
         "hook_name_out": origin.get("hook_name_out"),
         "context_size": origin.get("ctx_len"),
     }
-    found |= {"prepend_bos": None if bos is None else bool(bos), "hf_hook_name": module_of_hook(hook_name)}
+    found |= {"prepend_bos": None if bos is None else bool(bos), "hf_hook_name": _module(hook_name, model.get("name"))}
     return {key: value for key, value in found.items() if value is not None} | {"sae_lens_training_version": None}

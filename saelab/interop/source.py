@@ -136,6 +136,11 @@ def check_present(tensors: Mapping[str, Tensor], names: Sequence[str], where: st
     missing = [name for name in names if name not in tensors]
     if missing:
         raise SaelabError(f"{where} has no {' and no '.join(missing)}: download it again.")
+    for name in names:
+        tensor = tensors[name]
+        if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
+            kind = f"{tensor.dtype}, {tensor.layout}".replace("torch.", "")
+            raise SaelabError(f"{where} holds {name} as {kind}, but weights are dense tensors of floats.")
 
 
 def read_object(path: Path) -> dict[str, Any]:

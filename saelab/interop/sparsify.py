@@ -16,6 +16,7 @@ from saelab.interop.blueprint import Blueprint
 from saelab.interop.describing import refuse, with_pre_bias
 from saelab.interop.names import hook_of_module
 from saelab.interop.source import Source, check_present, read_object
+from saelab.interop.values import boolean, check_sizes, check_unused, integer
 
 NAME = "sparsify"
 WANTS = "cfg.json and sae.safetensors"
@@ -34,14 +35,16 @@ def load(source: Source, answers: Answers) -> Blueprint:
     activation = cfg.get("activation", "topk")
     if activation not in _SELECT:
         raise SaelabError(f"{source.label} has activation={activation!r}; saelab reads {', '.join(_SELECT)}.")
-    named = cfg.get("num_latents") or (cfg["d_in"] * cfg["expansion_factor"] if "expansion_factor" in cfg else None)
-    if named and named != len(tensors["encoder.weight"]):
-        raise SaelabError(
-            f"{source.label}: cfg.json says {named} latents, sae.safetensors holds {len(tensors['encoder.weight'])}."
-        )
-    transcode = bool(cfg.get("transcode", False))
-    skip = tensors.get("W_skip") if cfg.get("skip_connection") else None
-    if cfg.get("skip_connection") and skip is None:
+    latents, width = tensors["encoder.weight"].shape
+    check_sizes(cfg, {"d_in": width}, source.label)
+    named = cfg.get("num_latents") or (width * cfg["expansion_factor"] if cfg.get("expansion_factor") else None)
+    if named and named != latents:
+        raise SaelabError(f"{source.label}: cfg.json says {named} latents, sae.safetensors holds {latents}.")
+    transcode = boolean(cfg.get("transcode"), "transcode", source.label)
+    skips = boolean(cfg.get("skip_connection"), "skip_connection", source.label)
+    check_unused(tensors, ["W_skip"] if skips else [], f"{source.label}, of which cfg.json says no skip_connection,")
+    skip = tensors.get("W_skip") if skips else None
+    if skips and skip is None:
         raise SaelabError(f"{source.label}: cfg.json says skip_connection, but sae.safetensors has no W_skip.")
     if skip is not None and not transcode:
         raise SaelabError(
@@ -55,7 +58,7 @@ def load(source: Source, answers: Answers) -> Blueprint:
         b_enc=tensors["encoder.bias"],
         b_dec=tensors["b_dec"],
         W_skip=skip,
-        k=int(answers.need("k", cfg.get("k"), source.label)),
+        k=integer(answers.need("k", cfg.get("k"), source.label), "k", source.label),
         pre_bias=not transcode,
         options={"select": _SELECT[activation]},
         origin=_origin(source, answers, transcode),
