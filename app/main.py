@@ -16,7 +16,7 @@ pages = {
 }
 st.session_state["pages"] = pages
 page = st.navigation(list(pages.values()))
-state.page_title(page.title)
+state.page_title({id(one): name.capitalize() for name, one in pages.items()}.get(id(page), "saelab"))
 st.html(PAGE_STYLE)
 with state.friendly_errors():
     state.show_sidebar()

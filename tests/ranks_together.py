@@ -7,11 +7,15 @@ find they leave in `folder`. A worker stands in a module of its own, which the p
 from __future__ import annotations
 
 import multiprocessing
+import sys
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+import pytest
 
 SECONDS = 60
 
@@ -25,8 +29,12 @@ def together(n: int, worker: Callable[..., None], folder: Path, *arguments: Any)
     for old in folder.glob("error-*.txt"):
         old.unlink()
     started = [context.Process(target=_work, args=(worker, rank, n, folder, *arguments)) for rank in range(n)]
-    for process in started:
-        process.start()
+    with (
+        pytest.MonkeyPatch.context() as patch
+    ):  # each process would run the main module first, here perhaps a Streamlit page
+        patch.setitem(sys.modules, "__main__", ModuleType("__main__"))
+        for process in started:
+            process.start()
     for process in started:
         process.join(SECONDS)
     hung = [rank for rank, process in enumerate(started) if process.is_alive()]
