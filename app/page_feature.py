@@ -8,7 +8,7 @@ from saelab.app import charts, feature_notes, query, related, state
 from saelab.errors import StoreError
 from saelab.features import Feature
 from saelab.features.render import cosine, examples_html, feature_examples_html, number, percent, signs_text
-from saelab.features.visible import escape
+from saelab.features.visible import chip_text, escape
 
 _KINDS = {
     "top": ("Strongest", "The strongest example from each document."),
@@ -140,8 +140,6 @@ def _logits(feature: Feature) -> None:
 
 
 def _logit_rows(tokens: list[tuple[str, float]]) -> str:
-    from saelab.features.visible import chip_text
-
     rows = "".join(
         f'<span class="sa-clip"><bdi class="sa-chip">{chip_text(text)}</bdi></span>'
         f'<span class="sa-num">{value:+.2f}</span>'

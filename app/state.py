@@ -98,8 +98,14 @@ def show_sidebar() -> None:
             st.caption(
                 f"{plain(sae.name)} \u00b7 {manifest['sae']['hash'][:10]}  \n{plain(manifest['hook_name'])}  \n"
                 f"{plain(model_label(manifest['model']['name']))}  \n"
-                f"features counted on {counted(store())}"
+                f"features counted on {counted(store())}  \n{verified(store())}"
             )
+
+
+def verified(store: FeatureStore) -> str:
+    """When `saelab verify` last found that the store holds, as text."""
+    entries = store.annotations.latest("verified")
+    return f"verified on {entries[0].time[:10]}" if entries else "not verified yet"
 
 
 def counted(store: FeatureStore) -> str:

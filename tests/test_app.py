@@ -203,6 +203,14 @@ def test_the_prompt_page_reads_a_text(open_page, hostile_run):
         assert not app.exception and said in app.error[0].value.replace("\\", "")
 
 
+def test_the_sidebar_says_when_a_store_was_verified(open_page, hostile_run, tmp_path):
+    run = Path(shutil.copytree(hostile_run, tmp_path / "run", ignore=shutil.ignore_patterns("cache")))
+    assert "not verified yet" in text_of(open_page("features", run))
+    annotations = load_features(run).annotations
+    annotations.add(-1, "verified", {"n_examples": 3})
+    assert f"verified on {annotations.latest('verified')[0].time[:10]}" in text_of(open_page("features", run))
+
+
 def test_dead_features_have_a_diagnosis(tmp_path, open_page, hostile_run):
     app = open_page("dead", _copy_with_dead_feature(hostile_run, tmp_path))
     assert not app.exception and not app.error

@@ -381,9 +381,11 @@ def test_processes_share_a_pass(sae, tiny_lm, tmp_path, monkeypatch):
     with interrupted_after(1, tiny_lm, monkeypatch):
         rank(1)
     monkeypatch.setattr(collect, "FeatureStore", lambda *_: whole)
-    monkeypatch.setattr(collect, "wait_for", lambda path: None)
+    monkeypatch.setattr(collect, "wait_for", lambda *_: None)
     for number in (2, 1, 0):
         rank(number)
+    with pytest.raises(ValueError, match="renew with one process"):
+        _collect(sae, tiny_lm, tmp_path / "f", renew=True)
     found, wanted = tables(tmp_path / "f"), tables(tmp_path / "whole")
     assert found.keys() == wanted.keys()
     for name in ("blob", "token", "peak", "manifest"):

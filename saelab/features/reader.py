@@ -169,10 +169,6 @@ class StoreReader:
             self._pieces[index] = rows[0][0] if rows else f"<{index}>".encode()
         return [self._pieces[index] for index in ids]
 
-    def context_ids(self, index: int) -> np.ndarray:
-        """As `sequence`."""
-        return self.sequence(index)
-
     def sequence(self, index: int) -> np.ndarray:
         """Token ids `(ctx_len,)` of one packed context."""
         if self._tokens is None:

@@ -140,7 +140,7 @@ def _recomputed(
     sae: SAE = store.sae
     hooks = HooksUsed(tuple(store.manifest["sites"]["reads"]), tuple(store.manifest["sites"]["writes"]))
     contexts = sorted(by_context)
-    batches = (torch.from_numpy(store.context_ids(context).astype(np.int64))[None] for context in contexts)
+    batches = (torch.from_numpy(store.sequence(context).astype(np.int64))[None] for context in contexts)
     stream = lm.stream_activations(batches, list(hooks.all))
     n, largest = 0, 0.0
     for context, found in tqdm(zip(contexts, stream, strict=True), total=len(contexts), disable=not progress):

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from saelab.distributed import rank_and_world_size
 from saelab.errors import StoreError
 from saelab.evaluation.heldout import ScoreStream, check_scoring, open_score_stream
 from saelab.features import schema
@@ -83,6 +84,7 @@ def _claimed(out_dir: Path) -> Path:
 def _collected(
     sae: SAE, stream: ScoreStream, out_dir: Path, request: dict[str, Any], top_k: int, progress: bool
 ) -> FeatureStore:
+    before = _changed_at(out_dir / schema.MANIFEST)
     pass_ = SharedPass(out_dir, request, (sae.d_sae, stream.batches[0].ids.shape[1], top_k))
     for path in pass_.files():
         _refuse_other_state(path, request)
@@ -90,28 +92,33 @@ def _collected(
     with torch.inference_mode():
         state, masked = pass_.run(sae, stream, progress)
     if pass_.rank:
-        wait_for(out_dir / schema.MANIFEST)
+        wait_for(out_dir / schema.MANIFEST, before)
         return FeatureStore(out_dir, sae)
     if not state.n_tokens:
-        _forget(out_dir)
         raise ValueError(f"The mask leaves no token of {stream.texts.name}: {masked}. Give more text.")
     stream.n_tokens, stream.n_masked = state.n_tokens, masked
     manifest = _manifest(sae, stream, state, out_dir) | {"request": request, "top_k": top_k}
-    (out_dir / schema.MANIFEST).unlink(missing_ok=True)  # that of the store which is extended
     logits = top_logits(sae, stream.lm, stream.hook_name)
+    (out_dir / schema.MANIFEST).unlink(missing_ok=True)  # that of the store which is extended
     with writing(out_dir):
         write_store(out_dir, manifest, state, logits, _cosine(sae), stream)
     return FeatureStore(out_dir, sae)
 
 
-def wait_for(path: Path) -> None:
-    """Wait until another process has written a file."""
-    while not path.exists():
+def wait_for(path: Path, before: int | None) -> None:
+    """Wait until another process has written a file, which was there `before` if its store is extended."""
+    while _changed_at(path) in (None, before):
         time.sleep(0.5)
 
 
+def _changed_at(path: Path) -> int | None:
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
 def _forget(out_dir: Path) -> None:
-    """Remove a store, its manifest first."""
+    """Remove a store, its manifest first. Raises `ValueError` where other processes may have begun it already."""
+    if rank_and_world_size()[1] > 1:
+        raise ValueError(f"renew=True would remove what other processes write to {out_dir}: renew with one process.")
     for name in (schema.MANIFEST, schema.DATABASE, schema.TOKENS, schema.SAMPLE):
         (out_dir / name).unlink(missing_ok=True)
     for path in out_dir.glob("state*.safetensors"):

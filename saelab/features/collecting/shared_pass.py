@@ -46,11 +46,11 @@ class SharedPass:
         return sorted([*self.folder.glob(schema.STATE), *self.folder.glob("state.*-of-*.safetensors")])
 
     def run(self, sae: SAE, stream: ScoreStream, progress: bool) -> tuple[Collector, dict[str, int]]:
-        """Collect what is missing; returns the whole state and the counts of masked tokens (None on ranks other than 0, which
-        return once their share is done)."""
+        """Collect what is missing; returns the state and the counts of masked tokens: of all contexts on rank 0, which waits for
+        the others, of its share on another rank."""
         share = _ours(self.folder, self.rank, self.n_ranks)
         covered = [one for path in self.files() if not path.name.endswith(f"-of-{self.n_ranks}.safetensors")
-                   for one in self._read(path)[1]]  # fmt: skip
+                   for one in read_state(path)[1]]  # fmt: skip
         state, done = Collector(*self._size), Ranges()
         masked = dict.fromkeys(_REASONS, 0)
         if share.exists():
@@ -91,24 +91,27 @@ class SharedPass:
     def _merged(self, stream: ScoreStream) -> tuple[Collector, dict[str, int]]:
         """All files as one state, saved as such once the other ranks are done."""
         wanted = {context for batch in stream.batches for context in _contexts(batch)}
-        while True:
-            merged, covered, masked = Collector(*self._size), set[int](), dict.fromkeys(_REASONS, 0)
-            found = [({one for pair in self._read(path)[1] for one in range(*pair)}, path) for path in self.files()]
-            for contexts, path in sorted(found, key=lambda pair: -len(pair[0])):
-                # A share that was merged before it could be removed is skipped.
-                if contexts and not contexts & covered:
-                    state, _, counts = self._load(path)
-                    merged.merge(state)
-                    covered |= contexts
-                    masked = {name: masked[name] + counts[name] for name in _REASONS}
-            if wanted <= covered:
-                break
+        found = self._covered()
+        while not wanted <= set[int]().union(*(contexts for contexts, _ in found)):
             time.sleep(0.5)
+            found = self._covered()
+        merged, covered, masked = Collector(*self._size), set[int](), dict.fromkeys(_REASONS, 0)
+        for contexts, path in sorted(found, key=lambda pair: -len(pair[0])):
+            # A share that was merged before it could be removed is skipped.
+            if contexts and not contexts & covered:
+                state, _, counts = self._load(path)
+                merged.merge(state)
+                covered |= contexts
+                masked = {name: masked[name] + counts[name] for name in _REASONS}
         self._save(self.folder / schema.STATE, merged, _ranges(covered), masked)
         for path in self.files():
             if path.name != schema.STATE:
                 path.unlink()
         return merged, masked
+
+    def _covered(self) -> list[tuple[set[int], Path]]:
+        """The contexts that each state file covers."""
+        return [({one for pair in read_state(path)[1] for one in range(*pair)}, path) for path in self.files()]
 
     def _save(self, path: Path, state: Collector, done: Ranges, masked: dict[str, int]) -> None:
         covered = _ranges({one for first, last in done for one in range(first, last)})
@@ -117,12 +120,8 @@ class SharedPass:
 
     def _load(self, path: Path) -> tuple[Collector, Ranges, dict[str, int]]:
         state = Collector(*self._size)
-        metadata, ranges = state.load(path), self._read(path)[1]
+        metadata, ranges = state.load(path), read_state(path)[1]
         return state, ranges, json.loads(metadata["masked"])
-
-    def _read(self, path: Path) -> tuple[dict[str, Any], Ranges]:
-        """What a state file is of, and the contexts it covers."""
-        return read_state(path)
 
 
 def read_state(path: Path) -> tuple[dict[str, Any], Ranges]:
