@@ -235,6 +235,10 @@ def test_labels_name_words_what_follows_and_positions():
     assert found.text == "don \u2192 't"
     dull = labelled([16 * i + 2 for i in range(40)], filler, pieces, np.arange(40) % 14)
     assert dull.sharpness is not None and dull.sharpness < 0.2
+    words = dict(enumerate([b" the", *(f" word{chr(97 + i)}".encode() for i in range(10))]))
+    once = np.zeros((10, 16), dtype=int)
+    once[:, 5] = np.arange(1, 11)
+    assert labelled([16 * i + 5 for i in range(10)], once, words, np.arange(10)).sharpness == 0.0  # none comes twice
     second = labelled([16 * i + 1 for i in range(40)], filler, pieces)
     assert second.position == 1 and second.text is not None and second.text.startswith("token 2 of a context (")
     assert labelled([5], stars, pieces).sharpness is None

@@ -17,6 +17,7 @@ from saelab.cli.main import main
 from saelab.errors import StoreError
 from saelab.features import schema
 from saelab.features.blob import pack_arrays, unpack_arrays
+from saelab.features.verify import check_numbers
 
 
 @pytest.fixture
@@ -97,6 +98,14 @@ def test_a_store_that_was_hashed_again_does_not_hold(run, tiny_lm, name):
     store = saelab.load_features(run)
     with pytest.raises(StoreError, match=f"feature {feature}\\b.*altered"):
         store.verify(tiny_lm, 400, progress=False)
+
+
+def test_a_value_has_to_be_that_of_its_window(run):
+    feature = alive(run)
+    altered(run, feature, "uniform", lambda a: set_value(a, -1, 0.9))
+    hash_again(run)
+    with pytest.raises(StoreError, match="uniform examples differs from the one in its window"):
+        check_numbers(saelab.load_features(run), feature)
 
 
 @pytest.mark.parametrize(("column", "value"), [("n_fired", 3), ("max", 1e3), ("density", 0.5)])
