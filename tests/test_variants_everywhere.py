@@ -47,7 +47,7 @@ def _an_unmodified_code_changes_no_bit(lm, feature):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_from_the_command_line_to_the_dashboard(run, name, tiny_lm, capsys, monkeypatch):
     sae = run / f"sae-{name}"
-    size = ["--d-sae", "48", "--n-tokens", "10_000", "--batch-size", "200"]
+    size = ["--d-sae", "48", "--n-tokens", "6_000", "--batch-size", "200"]
     size += ["--k", "4"] if hasattr(config_of(name), "k") else []
     flags = FLAGS.get(name, ["--hook-name", HOOKS[0]])
     for step in (["train", str(run), "--name", name, "--variant", name, *size, *flags], ["features", str(sae)]):
