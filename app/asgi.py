@@ -74,8 +74,9 @@ async def _send_page(start: dict[str, Any], body: bytes, send: Any) -> None:
 
 def _warm_up() -> None:
     """Import the page modules while the browser is still loading its scripts."""
-    for page in ("runs", "features", "feature", "dead", "prompt", "steer"):
+    for page in ("runs", "features", "feature", "dead", "prompt", "steer", "jobs"):
         import_module(f"saelab.app.page_{page}")
+    import_module("pandas")  # through which Streamlit draws charts
 
 
 # Against DNS rebinding: a foreign domain that resolves to this address still sends its own name as Host.
