@@ -124,7 +124,8 @@ def scatter(rows: Sequence[Summary]) -> dict[str, Any]:
         "encoding": {
             "x": {
                 "field": "L0", "type": "quantitative", "title": "L0 (features per token)",
-                "scale": {"type": "log"} if wide else {"zero": False, "padding": 20}, "axis": {"tickCount": 5, "labelFlush": True},
+                "scale": {"type": "log"} if wide else {"zero": False, "padding": 20},
+                "axis": {"tickCount": 5, "labelFlush": True},
             },
             "y": {"field": "FVU", "type": "quantitative", "title": "FVU", "scale": {"zero": False, "padding": 20}},
             "color": {"field": "variant", "type": "nominal", "scale": colour, "legend": legend},
