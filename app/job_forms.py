@@ -45,7 +45,7 @@ def show(sae: SaeRun, name: str) -> None:
             f"Start: {kind.title.lower()}", type="primary", icon=":material/play_arrow:", key="start_job", disabled=not allowed,
             on_click=_start, args=(sae.name, kind),
         )  # fmt: skip
-        with st.expander("The same as a command and in Python", icon=":material/content_copy:"):
+        with st.expander("Copy as command or Python", icon=":material/content_copy:"):
             st.code(command(kind, sae), language=None, wrap_lines=True)
             st.code(kind.python(sae), language=None, wrap_lines=True)
     show_refusal()

@@ -1,7 +1,8 @@
-"""The training curves of the chosen SAEs over each other, drawn again every two seconds while one of them is being trained."""
+"""The training curves of the chosen SAEs over each other, drawn again every two seconds while one of them is trained."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from saelab.features.visible import escape
 from saelab.runs import SaeRun, training
 from saelab.runs.curves import METRICS, Training, curve, read_metrics
 
-_EVERY = 2.0
+_EVERY = {"running": 2.0, "stopped": 10.0, "ended": math.inf}
+"""Seconds after which the curves are drawn again, by the state of training."""
 _SEPARATOR = ","
 
 
@@ -27,8 +29,9 @@ def show(found: Sequence[SaeRun]) -> None:
         help="  \n".join(f"**{one.title}**: {one.meaning}" for one in QUANTITIES.values()), **state.bound("curve", key),
     )  # fmt: skip
     shown = _chosen(found)
-    live = any(training(sae).state == "running" for sae in shown)
-    st.fragment(_draw, run_every=_EVERY if live else None)(shown, key, live)
+    before = {sae.name: training(sae).state for sae in shown}
+    seconds = min(_EVERY[found] for found in before.values())
+    st.fragment(_draw, run_every=seconds if seconds < math.inf else None)(shown, key, before)
 
 
 def _chosen(found: Sequence[SaeRun]) -> list[SaeRun]:
@@ -37,10 +40,11 @@ def _chosen(found: Sequence[SaeRun]) -> list[SaeRun]:
     default = names[:MAX_CURVES]
     if len(found) == 1:
         return list(found)
-    text = st.query_params.get("curves")
-    chosen = [name for name in (text or "").split(_SEPARATOR) if name in names][:MAX_CURVES]
-    if text is not None and len(chosen) != len(text.split(_SEPARATOR)):
-        state.url_choice("curves", "", [_SEPARATOR.join(chosen or default)])
+    asked = st.query_params.get("curves", "").split(_SEPARATOR)
+    chosen = [name for name in names if name in asked][:MAX_CURVES]
+    if "curves" in st.query_params and len(chosen) != len(asked):
+        chosen = []
+        state.url_choice("curves", "", [_SEPARATOR.join(default)])
     chosen = chosen or default
     st.session_state["curves_box"] = chosen
     st.multiselect(
@@ -63,10 +67,10 @@ def _choose() -> None:
         st.query_params.pop("curves", None)
 
 
-def _draw(shown: Sequence[SaeRun], key: str, live: bool) -> None:
+def _draw(shown: Sequence[SaeRun], key: str, before: dict[str, str]) -> None:
     states = {sae.name: training(sae) for sae in shown}
-    if live and all(one.state != "running" for one in states.values()):
-        st.rerun()  # the whole page: what was trained is there now
+    if any(found.state != before[name] for name, found in states.items()):
+        st.rerun()  # the whole page: what was trained may be there now
     curves = {sae.name: curve(_points(sae), key) for sae in shown}
     curves = {name: points for name, points in curves.items() if points}
     st.html(_legend(states, curves, key))

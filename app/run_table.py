@@ -83,7 +83,7 @@ def show(rows: Sequence[Summary], chosen: str) -> None:
     if numbers := scored_apart(rows):
         st.caption(
             f"These SAEs were scored on different numbers of tokens ({', '.join(f'{n:,}' for n in numbers)}), so small "
-            "differences may come from the texts. `saelab eval` with the same `--n-tokens` for all makes them comparable."
+            "differences may come from the texts: saelab eval, with the same --n-tokens for all, makes them comparable."
         )
 
 

@@ -259,6 +259,7 @@ def _copy_with_dead_feature(run, folder):
         ("steer", {"strength": "nan"}),
         ("steer", {"strength": "1e400"}),
         ("dead", {"fired": "7"}),
+        ("runs", {"curve": "<script>alert(1)</script>"}),
     ],
 )
 def test_bad_urls_fall_back_with_a_notice(open_page, page, query):
@@ -315,6 +316,14 @@ def test_several_saes_are_chosen_by_url(tmp_path, open_page, hostile_run):
     assert app.query_params["sae"] == "sae-a"
     app = open_page("runs", tmp_path)
     assert html_of(app).count('<dl class="sa-run"') == 2 and len(app.metric) == 6
+    assert app.multiselect[0].value == ["sae-a", "sae-b"] and len(app.get("vega_lite_chart")) == 2
+    app.multiselect[0].set_value(["sae-b"]).run()
+    assert app.query_params["curves"] in ("sae-b", ["sae-b"])
+    app = open_page("runs", tmp_path, sort="fvu; DROP TABLE x", order="sideways", curves="sae-b,../a", sae="../b")
+    assert (
+        len(app.warning) == 4 and not app.exception and not set(app.query_params) & {"sort", "order", "curves", "sae"}
+    )
+    assert app.multiselect[0].value == ["sae-a", "sae-b"]
 
 
 def test_steer_writes_default_and_steered_text(open_page, hostile_run, tiny_lm, monkeypatch):

@@ -34,32 +34,30 @@ def metrics(folder, n):
     )
 
 
-def names(page):  # noqa: F811
-    return page.locator("[class*='st-key-sa-run-'] .sa-run").evaluate_all(
-        "rows => rows.map(row => row.closest('[class*=st-key-sa-run-]').querySelector('button p').innerText)"
-    )
+ORDER = """names => JSON.stringify(names) == JSON.stringify([...document.querySelectorAll("[class*='st-key-sa-run-'] .sa-run")]
+    .map(row => row.closest("[class*='st-key-sa-run-']").querySelector("button p")?.innerText))"""
 
 
 def test_the_table_sorts_and_fits_every_screen(page):  # noqa: F811
     page.goto("/")
     heading(page, "Runs")
     page.locator("[data-testid=stVegaLiteChart]").nth(1).wait_for()
-    assert names(page) == ["sae-a", "sae-b", "sae-live"]
+    page.wait_for_function(ORDER, arg=["sae-a", "sae-b", "sae-live"])
     page.get_by_text("scored on different numbers of tokens").wait_for()
     page.get_by_role("button", name="FVU", exact=True).click()
     page.wait_for_url("**sort=fvu**")
     page.get_by_role("button", name="FVU \u2191", exact=True).wait_for()
-    assert names(page) == ["sae-b", "sae-a", "sae-live"]  # without a report: last
+    page.wait_for_function(ORDER, arg=["sae-b", "sae-a", "sae-live"])  # without a report: last
     page.get_by_role("button", name="FVU \u2191", exact=True).press("Enter")
     page.wait_for_url("**order=down**")
     page.get_by_role("button", name="FVU \u2193", exact=True).wait_for()
-    assert names(page) == ["sae-a", "sae-b", "sae-live"]
+    page.wait_for_function(ORDER, arg=["sae-a", "sae-b", "sae-live"])
     page.get_by_role("button", name="sae-b", exact=True).click()
     page.wait_for_url("**sae=sae-b**")
     page.get_by_role("heading", name="sae-b").wait_for()
     page.reload()
     page.get_by_role("heading", name="sae-b").wait_for()
-    assert names(page) == ["sae-a", "sae-b", "sae-live"]
+    page.wait_for_function(ORDER, arg=["sae-a", "sae-b", "sae-live"])
     for width in (400, 800, 1280, 1920):
         page.set_viewport_size({"width": width, "height": 900})
         page.wait_for_function("width => window.innerWidth == width", arg=width)

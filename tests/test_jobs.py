@@ -18,7 +18,10 @@ from test_labels import serve  # noqa: F401
 
 from saelab.cli import feature_commands
 from saelab.errors import SaelabError, StoreError
+from saelab.features import collect_features
 from saelab.features.store import load_features
+from saelab.files import locked
+from saelab.io import load_sae
 from saelab.jobs import Collect, Job, Label, Verify, cancel, jobs, start
 from saelab.jobs.control import sae_of
 from saelab.jobs.job import ACTIVE, PROGRESS, RECORD, read_job
@@ -129,6 +132,17 @@ def test_a_verified_store_is_noted(run):
     assert load_features(run).annotations.latest("verified")
 
 
+def test_a_store_that_is_read_is_not_replaced(run, tiny_lm):
+    (sae,) = find_saes(run)
+    before = (run / "features" / "manifest.json").read_bytes()
+    with (
+        locked(sae.features_dir, "busy", shared=True),
+        pytest.raises(SaelabError, match="collects or reads the features"),
+    ):
+        collect_features(load_sae(sae.sae_dir), tiny_lm, out_dir=sae.features_dir, renew=True, progress=False)
+    assert (run / "features" / "manifest.json").read_bytes() == before
+
+
 def test_another_process_with_the_same_number_is_left_alone():
     here = this_process()
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
@@ -174,6 +188,9 @@ def test_states_of_jobs_that_left_only_their_record(tmp_path):
     "fields",
     [
         {"created": "yesterday"},
+        {"created": float("nan")},
+        {"end": {"state": "done", "time": 1e30, "text": ""}},
+        {"end": {"state": "done", "time": 1.0, "text": 3}},
         {"process": {"pid": 3}},
         {"process": {"host": "a", "pid": "-1", "started": "x"}},
         {"end": {"state": "running", "time": 0, "text": ""}},
@@ -186,6 +203,25 @@ def test_an_altered_record_is_a_job_that_failed(tmp_path, fields):
         _recorded(tmp_path, **fields)
     (job,) = jobs(tmp_path)
     assert job.state == "failed" and job.end is not None and "it was altered" in job.end.text
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "3",
+        '{"what": "x"}',
+        '{"time": 1, "what": "x", "done": NaN, "total": 3, "unit": ""}',
+        "{",
+        '{"done": "many", "total": 3}',
+    ],
+)
+def test_a_line_that_says_nothing_is_passed_over(tmp_path, line):
+    job = _recorded(tmp_path)
+    good = {"time": 1.0, "what": "Labels", "done": 2, "total": 4, "unit": "feature", "remaining": 3.5}
+    (job.folder / PROGRESS).write_text(f"{json.dumps(good)}\n{line}\n")
+    assert job.progress == (1.0, "Labels", 2.0, 4.0, "feature", 3.5)
+    (job.folder / PROGRESS).write_text(f"{line}\n")
+    assert job.progress is None
 
 
 def test_only_names_that_are_ours_are_jobs(tmp_path):

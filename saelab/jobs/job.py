@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import time
@@ -20,6 +21,7 @@ RECORD, PROGRESS, LOG, CANCEL = "job.json", "progress.jsonl", "log.txt", "cancel
 NAME = re.compile(r"\d{8}-\d{6}-[0-9a-f]{4}")
 STARTING_SECONDS, SILENT_SECONDS = 30.0, 60.0
 _TAIL = 20_000
+_LATEST = 1e11  # seconds since 1970 that are a time
 ACTIVE = ("starting", "running", "stopping")
 
 
@@ -36,11 +38,11 @@ class Progress(NamedTuple):
     """How far a job is, when it last said so."""
 
     time: float
-    what: str = ""
-    done: float = 0
-    total: float | None = None
-    unit: str = ""
-    remaining: float | None = None
+    what: str
+    done: float
+    total: float | None
+    unit: str
+    remaining: float | None
     """Seconds, as far as can be told."""
 
 
@@ -90,10 +92,8 @@ class Job:
     def progress(self) -> Progress | None:
         """The last that it said of itself; None before it has."""
         for line in reversed(_lines(self.folder / PROGRESS)):
-            with suppress(TypeError, ValueError):
-                said = Progress(**{key: value for key, value in line.items() if key in Progress._fields})
-                if said.what and float(said.done) >= 0 and (said.total is None or float(said.total) > 0):
-                    return said
+            with suppress(KeyError, TypeError, ValueError):
+                return _progress(line)
         return None
 
     def kind_of_work(self) -> Kind:
@@ -110,8 +110,9 @@ class Job:
 def jobs(run: Path) -> list[Job]:
     """The jobs of a RUN, the newest first."""
     home = home_of(run)
-    found = sorted((one for one in home.iterdir() if NAME.fullmatch(one.name)), reverse=True) if home.is_dir() else []
-    return [_read_or_say(folder) for folder in found if (folder / RECORD).exists()]
+    folders = [one for one in home.iterdir() if NAME.fullmatch(one.name)] if home.is_dir() else []
+    found = [_read_or_say(folder) for folder in folders if (folder / RECORD).exists()]
+    return sorted(found, key=lambda job: (job.created, job.id), reverse=True)
 
 
 def home_of(run: Path) -> Path:
@@ -126,18 +127,18 @@ def read_job(folder: Path) -> Job:
     try:
         process = Process(**record["process"]) if record["process"] else None
         end = End(**record["end"]) if record["end"] else None
-        made = Job(
-            folder, record["kind"], record["sae"], dict(record["arguments"]), float(record["created"]), process, end
-        )
-        if not isinstance(made.kind, str) or not isinstance(made.sae, str) or (end and end.state in ACTIVE):
-            raise ValueError("wrong value")
-        if process is not None and not isinstance(process.pid, int):
-            raise ValueError("wrong process")
+        texts = [record["kind"], record["sae"], *(end or ["", 0, ""])[::2], *(process or [""])[:1]]
+        if not all(isinstance(text, str) for text in texts) or (process and not isinstance(process.pid, int)):
+            raise ValueError("a value is of another type")
+        if end is not None and (end.state not in ("done", "failed", "cancelled") or not 0 <= end.time < _LATEST):
+            raise ValueError("it ended in no way that is known")
+        if not 0 <= record["created"] < _LATEST:
+            raise ValueError("it was never created")
+        return Job(folder, record["kind"], record["sae"], dict(record["arguments"]), record["created"], process, end)
     except (KeyError, TypeError, ValueError) as error:
         raise SaelabError(
             f"{folder / RECORD} is no record of a job ({error}): it was altered; remove its folder."
         ) from error
-    return made
 
 
 def _read_or_say(folder: Path) -> Job:
@@ -146,6 +147,15 @@ def _read_or_say(folder: Path) -> Job:
     except SaelabError as error:
         when = (folder / RECORD).stat().st_mtime
         return Job(folder, "?", "?", {}, when, None, End("failed", when, str(error)))
+
+
+def _progress(line: dict[str, Any]) -> Progress:
+    """A line of progress. Raises `KeyError`, `TypeError` or `ValueError` if it says nothing of how far the job is."""
+    done, total, remaining = float(line["done"]), float(line["total"] or 0), float(line.get("remaining") or 0)
+    if not (0 <= done < math.inf and 0 <= total < math.inf and 0 <= remaining < math.inf):
+        raise ValueError("no share")
+    left = remaining if "remaining" in line else None
+    return Progress(float(line["time"]), str(line["what"]), done, total or None, str(line["unit"]), left)
 
 
 def _tail(path: Path) -> str:

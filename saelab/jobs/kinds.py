@@ -1,6 +1,5 @@
-"""The kinds of jobs. Each has arguments and four methods: `check` raises `ValueError` for an argument and `SaelabError` where the
-RUN lacks something, `options` are the flags of the same command, `python` is the same call, and `run` does it and returns in a
-line what came of it."""
+"""The kinds of jobs. Each has arguments and three methods: `check` raises `ValueError` for an argument and `SaelabError` where
+the RUN lacks something, `python` is the same call, and `run` does it and returns in a line what came of it."""
 
 from __future__ import annotations
 
@@ -33,9 +32,6 @@ class Verify:
         check_integer("n_examples", self.n_examples, 1, 100_000)
         _check_store(sae)
 
-    def options(self) -> list[str]:
-        return _flags(self)
-
     def python(self, sae: SaeRun) -> str:
         store = f"store = saelab.load_features({str(sae.features_dir)!r})"
         return f"import saelab\n\n{store}\nstore.verify({_models(sae)}, n_examples={self.n_examples})"
@@ -66,9 +62,6 @@ class Collect:
             raise ValueError(f"renew={self.renew!r} must be True or False.")
         if not (sae.sae_dir / "sae.json").exists():
             raise SaelabError(f"{sae.name} is still being trained: collect its features once training has ended.")
-
-    def options(self) -> list[str]:
-        return _flags(self)
 
     def python(self, sae: SaeRun) -> str:
         n_tokens = "" if self.n_tokens is None else f", n_tokens={self.n_tokens:_}"
@@ -117,9 +110,6 @@ class Label:
             check_address(self.address)
         _check_store(sae)
 
-    def options(self) -> list[str]:
-        return _flags(self)
-
     def python(self, sae: SaeRun) -> str:
         explainer, made = "LocalModel", f"LocalModel(saelab.load_model({self.model!r}))"
         if self.address:
@@ -167,7 +157,7 @@ def from_arguments(name: str, arguments: Mapping[str, Any]) -> Kind:
 
 def command(kind: Kind, sae: SaeRun) -> str:
     """The same as a command."""
-    return shlex.join(["saelab", kind.name, str(sae.sae_dir), *kind.options()])
+    return shlex.join(["saelab", kind.name, str(sae.sae_dir), *_flags(kind)])
 
 
 def check_address(address: str) -> None:
