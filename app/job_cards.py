@@ -106,7 +106,7 @@ def _open(job_id: str) -> None:
 def _progress(job: Job) -> None:
     said, silent = job.progress, job.silent_seconds
     if said is None:
-        st.progress(0.0, "Reading model and SAE ..." if job.process else "Starting ...")
+        st.progress(0.0, "Preparing ..." if job.process else "Starting ...")
     else:
         part = min(said.done / said.total, 1.0) if said.total else 0.0
         total = f" of {said.total:,.0f}" if said.total else ""
