@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from saelab.runs.summary import Summary
+from saelab.run_folder.summary import Summary
 
 Points = Sequence[tuple[float, float]]
 

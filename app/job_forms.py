@@ -13,7 +13,8 @@ from saelab.errors import SaelabError
 from saelab.features.schema import MANIFEST
 from saelab.jobs import Collect, Kind, Label, Verify, start
 from saelab.jobs.kinds import MAX_TEXT, check_address, command
-from saelab.runs import SaeRun, summary
+from saelab.run_folder import summary
+from saelab.runs import SaeRun
 
 _MEANINGS = {
     "verify": "Checks every byte of the feature store by its hash, the numbers of all features against each other, and "

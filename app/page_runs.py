@@ -11,8 +11,9 @@ import streamlit as st
 from saelab.app import run_curves, run_table, state
 from saelab.app.curves import scatter
 from saelab.features.render import model_label, number, percent
-from saelab.runs import SaeRun, summary
-from saelab.runs.summary import Summary
+from saelab.run_folder import summary
+from saelab.run_folder.summary import Summary
+from saelab.runs import SaeRun
 
 _MEASURES = {
     "fvu": ("FVU", "Fraction of variance unexplained on held-out tokens; lower is better."),

@@ -12,8 +12,9 @@ import streamlit as st
 from saelab.app import state
 from saelab.app.curves import MAX_CURVES, QUANTITIES, line_sample, overlay
 from saelab.features.visible import escape
-from saelab.runs import SaeRun, training
-from saelab.runs.curves import METRICS, Training, curve, read_metrics
+from saelab.run_folder import training
+from saelab.run_folder.curves import METRICS, Training, curve, read_metrics
+from saelab.runs import SaeRun
 
 _EVERY = {"running": 2.0, "stopped": 10.0, "ended": math.inf}
 """Seconds after which the curves are drawn again, by the state of training."""

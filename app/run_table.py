@@ -11,7 +11,7 @@ import streamlit as st
 from saelab.app import state
 from saelab.features.render import fixed
 from saelab.features.visible import escape
-from saelab.runs.summary import Summary, ordered, scored_apart
+from saelab.run_folder.summary import Summary, ordered, scored_apart
 
 DASH = "\u2013"
 

@@ -24,7 +24,7 @@ LINKS = {"saelab/" + name.removeprefix("saelab."): folder for name, folder in PA
 LAYERS = [
     {"app", "cli", "jobs"},
     {"labels"},
-    {"benchmarks", "features", "training", "evaluation", "interop", "runs", "presets"},
+    {"benchmarks", "features", "training", "evaluation", "interop", "runs", "run_folder", "presets"},
     {"steering"},
     {"edits"},
     {"activation_cache", "io", "identity"},

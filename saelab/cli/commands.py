@@ -18,7 +18,7 @@ from saelab.cli.bench_commands import bench, sweep
 from saelab.cli.cache_commands import cache
 from saelab.cli.demo import demo
 from saelab.cli.messages import on_stderr
-from saelab.runs.opening import load_lm, with_model
+from saelab.run_folder.opening import load_lm, with_model
 
 Run = Annotated[Positional[Path], arg(metavar="RUN", help="Run folder, or that of one of its trained SAEs.")]
 Model = Annotated[str, arg(help="smollm2, a Hugging Face id, or a model folder.")]

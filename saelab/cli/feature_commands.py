@@ -11,7 +11,7 @@ from tyro.conf import arg
 
 from saelab.cli.commands import Column, Dtype, OwnModel, OwnTexts, Run, Split, runs_of
 from saelab.cli.messages import on_stderr
-from saelab.runs.opening import with_model
+from saelab.run_folder.opening import with_model
 
 
 def features(

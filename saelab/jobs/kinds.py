@@ -38,7 +38,7 @@ class Verify:
 
     def run(self, sae: SaeRun) -> str:
         from saelab.features.store import load_features
-        from saelab.runs.opening import with_model
+        from saelab.run_folder.opening import with_model
 
         opened, lm = with_model(sae.sae_dir)
         found = load_features(sae.features_dir, opened).verify(lm, self.n_examples)
@@ -73,7 +73,7 @@ class Collect:
 
     def run(self, sae: SaeRun) -> str:
         from saelab.features import collect_features
-        from saelab.runs.opening import with_model
+        from saelab.run_folder.opening import with_model
 
         opened, lm = with_model(sae.sae_dir)
         store = collect_features(opened, lm, out_dir=sae.features_dir, n_tokens=self.n_tokens, renew=self.renew)

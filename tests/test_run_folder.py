@@ -7,9 +7,10 @@ import pytest
 
 from saelab.errors import SaelabError
 from saelab.files import is_locked, locked
-from saelab.runs import find_saes, sae_run, summary, training
-from saelab.runs.curves import curve, read_metrics
-from saelab.runs.summary import ordered, scored_apart
+from saelab.run_folder import summary, training
+from saelab.run_folder.curves import curve, read_metrics
+from saelab.run_folder.summary import ordered, scored_apart
+from saelab.runs import find_saes, sae_run
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 399, 400, 401, 800, 1001, 12_345])
