@@ -48,7 +48,7 @@ class LocalPage:
             else:
                 body.extend(message.get("body", b""))
                 if not message.get("more_body"):
-                    await _send_page(start, bytes(body), send)
+                    await _send_page(start, bytes(body), send, scope["path"])
 
         # The HTML is rewritten here, so Streamlit must not send it compressed or answer 304 Not Modified.
         hidden = (b"accept-encoding", b"if-none-match", b"if-modified-since")
@@ -57,10 +57,10 @@ class LocalPage:
         await self.app(scope, receive, complete)
 
 
-async def _send_page(start: dict[str, Any], body: bytes, send: Any) -> None:
+async def _send_page(start: dict[str, Any], body: bytes, send: Any, path: str) -> None:
     if not _warming.is_set():
         _warming.set()
-        Thread(target=_warm_up, daemon=True).start()
+        Thread(target=_warm_up, args=(path,), daemon=True).start()
     headers = MutableHeaders(scope=start)
     if body:  # a HEAD response has none
         body = body.replace(b"<head>", _BASE, 1)
@@ -72,10 +72,12 @@ async def _send_page(start: dict[str, Any], body: bytes, send: Any) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-def _warm_up() -> None:
-    """Import the page modules while the browser is still loading its scripts."""
-    for page in ("runs", "features", "feature", "dead", "prompt", "steer"):
+def _warm_up(path: str) -> None:
+    """Import the page modules, and what the page at `path` draws with, while the browser is still loading its scripts."""
+    for page in ("runs", "features", "feature", "dead", "prompt", "steer", "jobs"):
         import_module(f"saelab.app.page_{page}")
+    if path in ("/", "/runs"):
+        import_module("pandas")  # Streamlit's way to a Vega chart
 
 
 # Against DNS rebinding: a foreign domain that resolves to this address still sends its own name as Host.

@@ -1,12 +1,10 @@
-"""Charts of the dashboard as pure functions of the data, without Streamlit. Okabe-Ito colours, backed up by patterns.
+"""Plotly charts of the dashboard as pure functions of the data, without Streamlit. Okabe-Ito colours, backed up by patterns.
 
-Plotly figures, except for the training curves: the first page should not wait for 5 MB of scripts.
+Those of the first page are in `curves.py`: it should not wait for 5 MB of scripts.
 """
 
 from __future__ import annotations
 
-import base64
-import html
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,47 +15,6 @@ from saelab.features.records import Histogram
 BLUE, VERMILLION = "#0072b2", "#d55e00"
 _FAINT = "rgba(128,128,128,.25)"
 _MAX_POINTS = 1500  # per trace: points are drawn as SVG, because WebGL would need a policy that allows eval
-
-
-def training_curve(tokens: Sequence[float], values: Sequence[float], name: str, percent: bool = False) -> str:
-    """One logged quantity over training tokens, as HTML; the vertical axis goes from 0 to a round number.
-
-    The line is an image (Streamlit's sanitiser drops inline SVG); the labels are text and follow the page's colours.
-    """
-    top, span = _round_up(max(values)) if max(values) > 1e-9 else 1.0, max(tokens[-1] - tokens[0], 1)
-    points = " ".join(
-        f"{100 * (token - tokens[0]) / span:.2f},{100 - 100 * min(max(value / top, 0.0), 1.0):.2f}"
-        for token, value in zip(tokens, values, strict=True)
-    )
-    rules = "".join(f'<path d="M0 {y}H100" stroke="#808080" stroke-opacity=".35"/>' for y in (0, 50, 100))
-    svg = (
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 100 100" preserveAspectRatio="none">'
-        "<style>*{vector-effect:non-scaling-stroke;fill:none}</style>"
-        f'{rules}<polyline points="{points}" stroke="{BLUE}" stroke-width="2"/></svg>'
-    )
-    source = "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
-    shown = (lambda value: f"{value:.3g}") if not percent else (lambda value: f"{100 * value:.3g}%")
-    levels = "".join(f"<span>{shown(top * share)}</span>" for share in (1, 0.5, 0))
-    middle = f"{_short(tokens[0] + span / 2)} tokens"
-    ends = "".join(f"<span>{end}</span>" for end in (_short(tokens[0]), middle, _short(tokens[-1])))
-    label = html.escape(f"{name} over training tokens, at the end {shown(values[-1])}", quote=True)
-    return (
-        f'<figure class="sa-curve"><figcaption>{html.escape(name)} <span>{shown(values[-1])}</span></figcaption>'
-        f'<div class="sa-levels">{levels}</div><img alt="{label}" src="{source}"><div class="sa-ends">{ends}</div></figure>'
-    )
-
-
-def _round_up(value: float) -> float:
-    """`value` rounded up to 1, 2, 4, 6, 8 or 10 times a power of ten."""
-    power = 10.0 ** np.floor(np.log10(value))
-    return float(next(step for step in (1, 2, 4, 6, 8, 10) if step * power >= value * (1 - 1e-9)) * power)
-
-
-def _short(tokens: float) -> str:
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if tokens >= size:
-            return f"{tokens / size:.3g}{letter}"
-    return f"{tokens:.0f}"
 
 
 def value_histogram(histogram: Histogram, ends: Sequence[tuple[float, float]] = ()) -> go.Figure:

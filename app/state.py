@@ -192,10 +192,11 @@ def show_pagination(pages: int, page: int) -> None:
 
 def go_button(label: str, icon: str, shortcut: str | None = None, *, disabled: bool = False, **query: Any) -> None:
     """Show a button that changes this page's URL parameters. (A link to the page one is on would leave the address as it is.)"""
-    st.button(label, key=f"go_{label}", icon=icon, shortcut=shortcut, disabled=disabled, on_click=_go, kwargs=query)
+    st.button(label, key=f"go_{label}", icon=icon, shortcut=shortcut, disabled=disabled, on_click=go, kwargs=query)
 
 
-def _go(**query: Any) -> None:
+def go(**query: Any) -> None:
+    """Change this page's URL parameters; for a button's `on_click`."""
     for name, value in query.items():
         st.query_params[name] = str(value)
 

@@ -31,12 +31,36 @@ padding:.9rem 1rem;line-height:1.6;min-height:7rem}
 .sa-out .sa-prompt{opacity:.62}
 .sa-logits{display:grid;grid-template-columns:minmax(0,1fr) 3.4rem;gap:.12rem .6rem;font-size:.88rem;align-items:center}
 .sa-logits div{position:relative}
-.sa-curve{display:grid;grid-template-columns:2.6rem 1fr;gap:.3rem .5rem;margin:.4rem 0 0}
-.sa-curve figcaption{grid-column:1/-1;font-size:.9rem;font-weight:600;margin-bottom:.2rem}
-.sa-curve figcaption span{font-weight:400;opacity:.75;margin-left:.5rem}
-.sa-curve img{width:100%;height:8.5rem;display:block}
-.sa-levels,.sa-ends{display:flex;justify-content:space-between;font-size:.76rem;opacity:.75;font-variant-numeric:tabular-nums}
-.sa-levels{flex-direction:column;text-align:right;line-height:1;margin:-.35rem 0}.sa-ends{grid-column:2}
+.sa-legend{list-style:none;margin:0 0 .3rem;padding:0!important;display:flex;flex-wrap:wrap;gap:.25rem 1.2rem;font-size:.86rem;
+font-variant-numeric:tabular-nums}
+.sa-legend li{display:flex;gap:.45rem;margin:0;min-width:0;align-items:baseline}
+.sa-legend span{min-width:0;overflow-wrap:anywhere}.sa-legend small{opacity:.75}
+.sa-line{flex:none;width:28px;height:3px;align-self:center}
+.st-key-sa-runs{container-type:inline-size}
+.sa-run{display:grid;grid-template-columns:var(--widths);margin:0;padding:0!important;font-size:.86rem;font-variant-numeric:tabular-nums;
+align-items:center}
+.sa-run div{padding:.25rem .35rem;min-width:0;overflow-wrap:anywhere}
+.sa-run dt{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}.sa-run dd{margin:0}
+.st-key-sa-runs-head{border-bottom:1px solid rgba(128,128,128,.4)}
+[class*="st-key-sa-run-"]{border-bottom:1px solid rgba(128,128,128,.2)}
+[class*="st-key-sa-run-chosen-"]{background:rgba(128,128,128,.12)}
+.st-key-sa-runs [data-testid="stColumn"]{min-width:0}
+[data-tag]{background:rgba(128,128,128,.2)!important;color:inherit!important}[data-tag] *{color:inherit!important}
+.st-key-sa-runs button{justify-content:flex-start;text-align:left;padding:.2rem .35rem;min-height:0;width:100%}
+.st-key-sa-runs button>div,.st-key-sa-runs button>div>span{width:100%;justify-content:inherit;text-align:inherit}
+.st-key-sa-runs button p{white-space:normal;overflow-wrap:anywhere;font-size:.86rem}
+.st-key-sa-runs-head button p{font-size:.76rem;font-weight:600}
+[class*="st-key-sa-sort-number-"] button{justify-content:flex-end;text-align:right}
+.st-key-sa-charts{container-type:inline-size}
+@container (max-width:760px){.st-key-sa-charts [data-testid="stHorizontalBlock"]{flex-wrap:wrap}
+.st-key-sa-charts [data-testid="stColumn"]{flex:1 1 100%;min-width:100%}}
+@container (max-width:760px){
+.st-key-sa-runs-head [data-testid="stHorizontalBlock"]{flex-wrap:wrap;gap:0 .3rem}
+.st-key-sa-runs-head [data-testid="stColumn"]{flex:0 0 auto;width:auto;min-width:0;max-width:100%}
+[class*="st-key-sa-run-"] [data-testid="stHorizontalBlock"]{flex-direction:column;align-items:stretch}
+[class*="st-key-sa-run-"] [data-testid="stColumn"]{flex:none;width:100%}
+.sa-run{grid-template-columns:repeat(auto-fill,minmax(7rem,1fr))}
+.sa-run .sa-num{text-align:left}.sa-run dt{position:static;width:auto;height:auto;clip-path:none;font-size:.72rem;opacity:.75}}
 .sa-cfg{display:grid;grid-template-columns:max-content minmax(0,1fr);gap:.2rem 1.2rem;font-size:.86rem;margin:0}
 .sa-cfg dt{opacity:.75}.sa-cfg dd{margin:0;overflow-wrap:anywhere}
 @media (max-width:1250px){.sa-wider{display:none}

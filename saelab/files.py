@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from saelab.errors import SaelabError
 
@@ -128,17 +128,39 @@ _FIXES = {
 
 
 @contextmanager
-def locked(folder: Path, busy: str) -> Iterator[None]:
-    """Hold the lock of `folder`, released however the process ends. Raises `SaelabError(busy)` if another holds it."""
+def locked(folder: Path, busy: str, *, shared: bool = False) -> Iterator[None]:
+    """Hold the lock of `folder`, released however the process ends; several may hold it `shared`. Raises `SaelabError(busy)` if
+    another process holds it."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK).open("ab")
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise SaelabError(busy) from error
+        if not _acquired(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, _LOCK_ATTEMPTS):
+            raise SaelabError(busy)
         yield
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process on this machine holds the lock of `folder`."""
+    try:
+        with (folder / LOCK).open("rb") as file:
+            return not _acquired(file, fcntl.LOCK_SH, 1)
+    except OSError:
+        return False
+
+
+_LOCK_ATTEMPTS = 10  # in 0.2 s: `is_locked` holds the lock for a moment
+
+
+def _acquired(file: IO[bytes], kind: int, attempts: int) -> bool:
+    for attempt in range(attempts):
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.02 if attempt + 1 < attempts else 0)
+        else:
+            return True
+    return False
 
 
 def fsync_dir(path: str | Path) -> None:

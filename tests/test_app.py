@@ -1,9 +1,7 @@
 """The dashboard's pages through Streamlit's AppTest, its charts and server settings; see test_browser.py too."""
 
-import base64
 import json
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -18,15 +16,14 @@ from streamlit.util import calc_hash
 
 import saelab.app
 from saelab.activation_cache import layout
-from saelab.app import charts, page_runs, page_steer, serve, state
-from saelab.app.style import PAGE_STYLE
+from saelab.app import charts, page_steer, serve, state
 from saelab.errors import SaelabError
 from saelab.features.records import Histogram
 from saelab.features.store import load_features
 from saelab.features.visible import escape
 
 MAIN = str(Path(serve.__file__).with_name("main.py"))
-PAGES = ("runs", "features", "feature", "dead", "prompt", "steer")
+PAGES = ("runs", "features", "feature", "dead", "prompt", "steer", "jobs")
 
 
 @pytest.fixture
@@ -63,7 +60,7 @@ def test_every_page_opens(open_page, page):
         "dead": "Dead features",
         "prompt": "Prompt",
     }
-    titles["steer"] = "Steer"
+    titles |= {"steer": "Steer", "jobs": "Jobs"}
     assert not app.exception and not app.error
     assert app.title[0].value.startswith(titles[page])
 
@@ -74,7 +71,8 @@ def test_runs_shows_the_report_and_the_curves(open_page, hostile_run):
     shown = {metric.label: metric.value for metric in app.metric}
     assert float(shown["FVU"]) == pytest.approx(report["fvu"], rel=1e-2)
     assert {"FVU", "FVU unmasked", "L0", "Dead", "CE recovered", "KL"} <= set(shown)
-    assert html_of(app).count("sa-curve") == 3 + PAGE_STYLE.count("sa-curve")
+    (chart,) = app.get("vega_lite_chart")
+    assert json.loads(chart.proto.spec)["layer"] and "FVU over training tokens" in chart.proto.alt
     assert "blocks.1.hook_resid_post" in html_of(app)
     assert f"The report scored {report['n_tokens']:,} tokens" in text_of(app)
     assert "features counted on" in text_of(app)
@@ -261,6 +259,7 @@ def _copy_with_dead_feature(run, folder):
         ("steer", {"strength": "nan"}),
         ("steer", {"strength": "1e400"}),
         ("dead", {"fired": "7"}),
+        ("runs", {"curve": "<script>alert(1)</script>"}),
     ],
 )
 def test_bad_urls_fall_back_with_a_notice(open_page, page, query):
@@ -302,7 +301,7 @@ def test_runs_bears_altered_files(tmp_path, open_page, hostile_run, file, conten
     (copy / file).write_text(content)
     app = open_page("runs", copy)
     assert not app.exception and not app.error
-    assert content != "[1]" or "holds a list, expected an object" in app.warning[0].value
+    assert content != "[1]" or "holds a list, expected an object" in app.warning[0].value.replace("\\", "")
 
 
 def test_several_saes_are_chosen_by_url(tmp_path, open_page, hostile_run):
@@ -316,7 +315,15 @@ def test_several_saes_are_chosen_by_url(tmp_path, open_page, hostile_run):
     app.selectbox[0].set_value("sae-a").run()
     assert app.query_params["sae"] == "sae-a"
     app = open_page("runs", tmp_path)
-    assert len(app.dataframe) == 1 and len(app.metric) == 12
+    assert html_of(app).count('<dl class="sa-run"') == 2 and len(app.metric) == 6
+    assert app.multiselect[0].value == ["sae-a", "sae-b"] and len(app.get("vega_lite_chart")) == 2
+    app.multiselect[0].set_value(["sae-b"]).run()
+    assert app.query_params["curves"] in ("sae-b", ["sae-b"])
+    app = open_page("runs", tmp_path, sort="fvu; DROP TABLE x", order="sideways", curves="sae-b,../a", sae="../b")
+    assert (
+        len(app.warning) == 4 and not app.exception and not set(app.query_params) & {"sort", "order", "curves", "sae"}
+    )
+    assert app.multiselect[0].value == ["sae-a", "sae-b"]
 
 
 def test_steer_writes_default_and_steered_text(open_page, hostile_run, tiny_lm, monkeypatch):
@@ -362,7 +369,7 @@ def test_browsing_loads_neither_torch_nor_a_model(hostile_run):
     code = (
         "import sys; from streamlit.testing.v1 import AppTest; from streamlit.util import calc_hash\n"
         f"app = AppTest.from_file({MAIN!r}, default_timeout=60)\n"
-        "for page in ('', 'features', 'feature', 'dead', 'steer'):\n"
+        "for page in ('', 'features', 'feature', 'dead', 'steer', 'jobs'):\n"
         "    app._page_hash = page and calc_hash(page); app.run(); assert not app.exception and not app.error, page\n"
         "print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
     )
@@ -406,14 +413,6 @@ def test_serve_refuses_a_folder_without_sae(tmp_path):
         serve.serve(tmp_path)
 
 
-def test_metrics_are_thinned_and_torn_lines_passed_over(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps({"step": i}) + "\n" for i in range(5000)) + '{"step": 50')
-    points = page_runs.read_metrics(path)
-    assert 500 < len(points) <= 1001 and points[0] == {"step": 0}
-    assert page_runs.read_metrics(tmp_path / "none") == []
-
-
 def _traces(figure: Any) -> Any:
     return figure.data
 
@@ -430,16 +429,6 @@ def test_charts_are_figures_of_their_data():
     assert list(_traces(figure)[0].customdata) == [3] and list(_traces(figure)[1].customdata) == [0, 1, 2]
     assert _traces(figure)[0].marker.symbol != _traces(figure)[1].marker.symbol
     charts.density_histogram(np.zeros(4), 100)  # nothing fired at all
-
-
-def test_a_curve_is_drawn_from_zero_to_a_round_number():
-    curve = charts.training_curve([0, 500_000, 1_000_000], [1.0, 0.25, 0.5], "FVU <&>")
-    (picture,) = re.findall('base64,([^"]*)', curve)
-    assert 'points="0.00,0.00 50.00,75.00 100.00,50.00"' in base64.b64decode(picture).decode()
-    assert ">500k tokens<" in curve and ">1M<" in curve and ">0.5<" in curve and "FVU &lt;&amp;&gt;" in curve
-    assert ">20%<" in charts.training_curve([0, 1], [0.0, 0.17], "Dead", percent=True)
-    flat = charts.training_curve([5, 5], [0.0, 0.0], "flat", percent=True)
-    assert "<span>100%</span><span>50%</span><span>0%</span>" in flat  # nothing to show: the axis is the whole share
 
 
 def test_the_app_computes_nothing_heavy():

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
@@ -18,10 +18,7 @@ from saelab.cli.bench_commands import bench, sweep
 from saelab.cli.cache_commands import cache
 from saelab.cli.demo import demo
 from saelab.cli.messages import on_stderr
-
-if TYPE_CHECKING:
-    from saelab.models import LanguageModel
-    from saelab.saes import SAE
+from saelab.run_folder.opening import load_lm, with_model
 
 Run = Annotated[Positional[Path], arg(metavar="RUN", help="Run folder, or that of one of its trained SAEs.")]
 Model = Annotated[str, arg(help="smollm2, a Hugging Face id, or a model folder.")]
@@ -73,9 +70,9 @@ def harvest(
     options |= {"prepend_bos": prepend_bos, "max_bytes": max_bytes, "storage": storage, "shuffle": shuffle}
     options |= {"chat": chat, "block_contexts": block_contexts, "progress": is_main_process()}
     options |= {"hook_names": list(hook_name), "n_tokens": n_tokens, "out_dir": run / "cache"}
-    template = _load_model(model, dtype) if chat else None
+    template = load_lm(model, dtype) if chat else None
     corpus = saelab.load_texts(texts, column=column, chat=template)  # before the model, which takes longer to load
-    cache = saelab.harvest(template or _load_model(model, dtype), corpus, **options)
+    cache = saelab.harvest(template or load_lm(model, dtype), corpus, **options)
     if options["progress"]:
         print(f"{cache.n_rows:,} activations of {', '.join(cache.hook_names)} are in {run / 'cache'}")
         print(f"Next: saelab train {run} --d-sae 4096 --k 32 --n-tokens 2_000_000")
@@ -123,7 +120,7 @@ def _open_stream(hooks: tuple[str, ...], model: str, texts: str, column: str, dt
     from saelab.activation_cache.streaming import stream
 
     corpus = saelab.load_texts(texts, column=column)  # before the model, which takes longer to load
-    return stream(_load_model(model, dtype), corpus, list(hooks), **options)
+    return stream(load_lm(model, dtype), corpus, list(hooks), **options)
 
 
 def check_has_cache(run: Path) -> None:
@@ -207,7 +204,7 @@ def steer(
     store = saelab.load_features(run)
     chosen = store.feature(feature)
     steered = chosen if end == "dominant" else getattr(chosen, end)
-    lm = _load_model(model or store.manifest["model"]["name"], dtype)
+    lm = load_lm(model or store.manifest["model"]["name"], dtype)
     edit = steered.ablate() if mode == "ablate" else getattr(steered, mode)(strength)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     print(f"default: {lm.generate(prompt, **options)}\n")
@@ -220,27 +217,6 @@ def runs_of(run: Path) -> list[Any]:
     from saelab.runs import find_saes
 
     return find_saes(run)
-
-
-def _load_model(model: str, dtype: str | None) -> LanguageModel:
-    import torch
-
-    import saelab
-
-    return saelab.load_model(model, dtype=getattr(torch, dtype) if dtype else None)
-
-
-def with_model(sae_dir: Path, model: str | None, dtype: str | None) -> tuple[SAE, Any]:
-    """The SAE and the model (or models) whose activations it reads, on the same device."""
-    import saelab
-
-    sae = saelab.load_sae(sae_dir)
-    known = sae.provenance.origin.get("models") or {"": sae.provenance.origin.get("model", {})}
-    names = [model] if model else [one.get("name") for one in known.values()]
-    if None in names:
-        raise ValueError("This SAE was trained on bare tensors and records no language model; set --model.")
-    lms = [_load_model(name, dtype) for name in names]
-    return sae.to(lms[0].device), lms if len(lms) > 1 else lms[0]
 
 
 COMMANDS: dict[str, tuple[Callable[..., None], str]] = {

@@ -9,8 +9,9 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from saelab.cli.commands import Column, Dtype, OwnModel, OwnTexts, Run, Split, runs_of, with_model
+from saelab.cli.commands import Column, Dtype, OwnModel, OwnTexts, Run, Split, runs_of
 from saelab.cli.messages import on_stderr
+from saelab.run_folder.opening import with_model
 
 
 def features(
@@ -58,10 +59,7 @@ def verify(
         if as_json:
             print(json.dumps({"folder": str(store.folder), **result._asdict()}))
         else:
-            print(
-                f"{store.folder} holds: hashes, the numbers of {result.n_features} features, and {result.n_examples} activations "
-                f"of {result.n_contexts} contexts, computed again; largest difference {result.largest_error:.1e} of a p99."
-            )
+            print(f"{store.folder} holds: {result}")
 
 
 def label(
@@ -77,6 +75,7 @@ def label(
     is read from the environment variable OPENAI_API_KEY. Repeated, it goes on where it stopped."""
     import saelab
     from saelab.labels import Endpoint, LocalModel, label_features
+    from saelab.labels.labelling_run import said
 
     if model is None:
         raise ValueError("label needs --model: the name at --address, or a model to load here, such as smollm2.")
@@ -89,8 +88,7 @@ def label(
         if as_json:
             print(json.dumps({"folder": str(store.folder), **counts}))
         else:
-            said = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items())
-            print(f"Labels and scores of {store.folder} are in {store.annotations.path}: {said}")
+            print(f"Labels and scores of {store.folder} are in {store.annotations.path}: {said(counts)}")
 
 
 FEATURES: dict[str, tuple[Callable[..., None], str]] = {

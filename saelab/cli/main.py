@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from traceback import walk_tb
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -24,7 +23,7 @@ from saelab.cli.commands import Run, StreamFlags, check_has_cache, train
 from saelab.cli.feature_commands import FEATURES
 from saelab.cli.interop_commands import INTEROP
 from saelab.cli.messages import shown
-from saelab.errors import SaelabError
+from saelab.errors import explain
 
 COMMANDS = commands.COMMANDS | FEATURES | INTEROP
 
@@ -112,32 +111,6 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         print(f"saelab{f' (rank {rank})' if rank else ''}:", " ".join(said.split()), file=sys.stderr)
         return 2
-
-
-def explain(error: Exception) -> str | None:
-    """One line for an error the user can fix: from saelab, the system, or another library. None for a bug in saelab, which
-    needs its traceback.
-    """
-    if isinstance(error, ValueError | SaelabError) and not _is_foreign(error):
-        return str(error)
-    kind = type(error).__name__
-    if isinstance(error, ImportError):
-        return f"{error}: install that package (pip install 'saelab[wandb,notebook]' installs the optional ones)."
-    if isinstance(error, OSError | MemoryError) or kind == "OutOfMemoryError":
-        return f"{kind}: {error}. Check the path, free disk space and free memory."
-    if _is_foreign(error):
-        return f"{_raised_in(error)} raised {kind}: {error}. Set SAELAB_DEBUG=1 for the traceback."
-    return None
-
-
-def _is_foreign(error: Exception) -> bool:
-    return _raised_in(error) not in ("saelab", *sys.stdlib_module_names)
-
-
-def _raised_in(error: Exception) -> str:
-    """The package whose code raised the error; standard-library frames count as their caller's."""
-    packages = [frame.f_globals.get("__name__", "").partition(".")[0] for frame, _ in walk_tb(error.__traceback__)]
-    return next((name for name in reversed(packages) if name not in sys.stdlib_module_names), "saelab")
 
 
 @contextmanager

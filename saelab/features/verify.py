@@ -38,6 +38,12 @@ class Verified(NamedTuple):
     largest_error: float
     """Of their activations, relative to the feature's p99."""
 
+    def __str__(self) -> str:
+        return (
+            f"hashes, the numbers of {self.n_features} features, and {self.n_examples} activations of {self.n_contexts} "
+            f"contexts, computed again; largest difference {self.largest_error:.1e} of a p99."
+        )
+
 
 class _Stored(NamedTuple):
     """A stored non-zero activation."""
@@ -142,8 +148,8 @@ def _recomputed(
     contexts = sorted(by_context)
     batches = (torch.from_numpy(store.sequence(context).astype(np.int64))[None] for context in contexts)
     stream = lm.stream_activations(batches, list(hooks.all))
-    n, largest = 0, 0.0
-    for context, found in tqdm(zip(contexts, stream, strict=True), total=len(contexts), disable=not progress):
+    n, largest, shown = 0, 0.0, {"desc": "Verifying", "unit": "context", "disable": not progress}
+    for context, found in tqdm(zip(contexts, stream, strict=True), total=len(contexts), **shown):
         x = hooks.batch(found).x[0]
         tolerance = _TOLERANCE.get(x.dtype, _HALF)
         stored = by_context[context]

@@ -44,13 +44,18 @@ def label_features(
     chosen = list(features) if features is not None else store.features("sharpness", True, {"n_fired": (1, None)})
     known = {entry.feature for entry in store.annotations.latest("model_label", _name(explainer))}
     counts = {"labelled": 0, "left_out": 0, "unusable": 0}
-    for index in tqdm(chosen, desc="Labels", disable=not progress):
+    for index in tqdm(chosen, desc="Labels", unit="feature", disable=not progress):
         feature = store.feature(index)
         if index in known or not feature.n_fired:
             counts["left_out"] += 1
             continue
         counts["labelled" if _label(feature, explainer, scores, seed) else "unusable"] += 1
     return counts
+
+
+def said(counts: dict[str, int]) -> str:
+    """What `label_features` returned, in words."""
+    return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items())
 
 
 def _label(feature: Feature, explainer: Explainer, scores: Sequence[str], seed: int) -> bool:

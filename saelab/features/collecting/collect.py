@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from saelab.features.collecting.shared_pass import SharedPass, read_state
 from saelab.features.collecting.writer import write_store
 from saelab.features.manifest import read_manifest
 from saelab.features.store import FeatureStore
-from saelab.files import claim_folder, writing
+from saelab.files import claim_folder, locked, writing
 from saelab.identity import ANY, differences, of_scoring, refusal, scoring_absent
 from saelab.models import LanguageModel
 from saelab.models.multi_model import locate, together
@@ -70,9 +71,16 @@ def collect_features(
         sae, lm, source, split=split, allow_train=True, hook_name=hook_name,
         n_tokens=n_tokens, ctx_len=ctx_len, batch_size=batch_size,
     )  # fmt: skip
-    if renew:
-        _forget(out_dir)
-    return _collected(sae, stream, out_dir, request, top_k, progress)
+    with _writing_store(out_dir):
+        if renew:
+            _forget(out_dir)
+        return _collected(sae, stream, out_dir, request, top_k, progress)
+
+
+def _writing_store(out_dir: Path) -> AbstractContextManager[None]:
+    """Hold the store's lock, on rank 0 for all ranks."""
+    busy = f"Another process collects or reads the features in {out_dir}: wait until it has ended, or cancel it."
+    return nullcontext() if rank_and_world_size()[0] else locked(out_dir, busy)
 
 
 def _claimed(out_dir: Path) -> Path:
