@@ -48,7 +48,8 @@ def _add_bars(
 ) -> None:
     counts, _ = np.histogram(values, edges)
     hover = [
-        f"{name}<br>{what} {low:g} to {high:g}<br>{n:,} features" for low, high, n in zip(edges, edges[1:], counts)
+        f"{name}<br>{what} {low:g} to {high:g}<br>{n:,} features"
+        for low, high, n in zip(edges, edges[1:], counts, strict=False)
     ]
     pattern = {"shape": shape, "fillmode": "overlay", "fgcolor": "white", "size": 5}
     middle = (edges[1:] + edges[:-1]) / 2

@@ -34,8 +34,8 @@ def show(store: FeatureStore, sources: list[str]) -> None:
         alt="Histogram of the cosine between the two decoder rows of each feature",
     )  # fmt: skip
     st.caption(
-        "Relative norm: 0 where a feature writes to the first source only, 1 to the second only, 0.5 to both alike. A small norm does "
-        "not prove that a source lacks a feature: `saelab.evaluation.latent_scaling` checks it on activations."
+        "Relative norm: 0 where a feature writes to the first source only, 1 to the second only, 0.5 to both alike. A small norm "
+        "does not prove that a source lacks a feature: `saelab.evaluation.latent_scaling` checks it on activations."
     )
     _table(store, found, names)
 

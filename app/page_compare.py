@@ -9,14 +9,13 @@ import streamlit as st
 
 from saelab.app import compare_charts, compare_sides, state
 from saelab.app.compare_table import Column, show_table
-from saelab.errors import StoreError
 from saelab.features import FeatureStore
 from saelab.features.changes import Changes, changes
 from saelab.features.matching import Matching, match
 from saelab.features.pairs import Pair, pairs
 from saelab.features.schema import DATABASE, MANIFEST
 from saelab.features.sides import sources_of
-from saelab.runs import SaeRun, step_of
+from saelab.runs import SaeRun, follows
 
 PER_PAGE = 25
 _COSINES = ["0.5", "0.6", "0.7", "0.8", "0.9"]
@@ -40,8 +39,8 @@ def show() -> None:
     views |= {"pair": "Another SAE"} if others else {}
     if not views:
         st.info(
-            "There is only one SAE with features here. Train another one with `saelab train RUN --name NAME`, or keep snapshots of "
-            "a training with `--snapshot-every N`, and collect their features: `saelab features RUN`, `saelab features RUN "
+            "There is only one SAE with features here. Train another one with `saelab train RUN --name NAME`, or keep snapshots "
+            "of a training with `--snapshot-every N`, and collect their features: `saelab features RUN`, `saelab features RUN "
             "--snapshots`.",
             icon=":material/compare_arrows:",
         )
@@ -59,6 +58,8 @@ def show() -> None:
 
 def _pair(first: SaeRun, store: FeatureStore, others: list[SaeRun]) -> None:
     names = {one.name: one for one in others}
+    if st.query_params.get("with") == first.name:  # the first was changed to what the second was
+        del st.query_params["with"]
     second = names[state.url_choice("with", _default(first, others).name, list(names))]
     given = [one.name for one in state.with_snapshots() if (one.features_dir / MANIFEST).exists()]
     left, right = st.columns(2)
@@ -107,17 +108,8 @@ def _warn(store: FeatureStore, other: FeatureStore) -> None:
         st.info(f"These SAEs write to different hooks, {hooks}.", icon=":material/info:")
 
 
-def _is_later(first: SaeRun, second: SaeRun) -> bool:
-    """Whether both are of one training run, in this order."""
-    steps = step_of(first.sae_dir), step_of(second.sae_dir)
-    homes = [
-        one.sae_dir.parent.parent if step is not None else one.sae_dir for one, step in zip((first, second), steps)
-    ]
-    return homes[0] == homes[1] and steps[0] is not None and (steps[1] is None or steps[1] > steps[0])
-
-
 def _numbers(matching: Matching, found: Changes, first: SaeRun, second: SaeRun) -> None:
-    later = _is_later(first, second)
+    later = follows(first, second)
     jaccard = matching.of_a.jaccard[matching.mutual]
     known = jaccard[~np.isnan(jaccard)]
     middle = f"{np.median(known):.2f}" if len(known) else "\u2013"
@@ -166,7 +158,7 @@ def _table(
     stores: tuple[FeatureStore, FeatureStore],
     saes: tuple[SaeRun, SaeRun],
 ) -> None:
-    later = _is_later(*saes)
+    later = follows(*saes)
     shows = {
         "all": "All",
         "mutual": "Both ways",

@@ -63,6 +63,13 @@ def step_of(sae_dir: str | Path) -> int | None:
     return int(match[1]) if match and sae_dir.parent.name == SNAPSHOTS else None
 
 
+def follows(first: SaeRun, second: SaeRun) -> bool:
+    """Whether the first is a snapshot, and the second a later one of the same training, or its end."""
+    begun, ended = step_of(first.sae_dir), step_of(second.sae_dir)
+    home = second.sae_dir if ended is None else second.sae_dir.parent.parent
+    return begun is not None and first.sae_dir.parent.parent == home and (ended is None or begun < ended)
+
+
 def _snapshot(folder: Path) -> SaeRun:
     """Results of a snapshot stand beside it: `features-step-00000250`, `report-step-00000250.json`."""
     above, name = folder.parent, folder.name

@@ -31,8 +31,8 @@ def pairs(matching: Matching, show: str = "all", order: str = "unlike", cosine: 
     """Pairs of a matching, in an order.
 
     `show="all"`: each feature of a that fired, and the most similar of b; "mutual": only where that holds both ways; "only_a",
-    "only_b": features without a counterpart, and the most similar of the other; "split", "merged": as in `changes`. `cosine` is the
-    smallest of a counterpart. `order`: by cosine ("unlike" first, "alike" first), by the Jaccard of their firings ("apart",
+    "only_b": features without a counterpart, and the most similar of the other; "split", "merged": as in `changes`. `cosine` is
+    the smallest of a counterpart. `order`: by cosine ("unlike" first, "alike" first), by the Jaccard of their firings ("apart",
     "together"; unknown last), or by "index". Raises `ValueError` for another `show` or `order`.
     """
     if show not in SHOWS or order not in ORDERS:

@@ -50,8 +50,8 @@ def sources_of(store: Search) -> list[str]:
 
 
 def sides(store: Search, a: int = 0, b: int = -1) -> Sides:
-    """Compare the decoder rows of two sources of a crosscoder. Raises `ValueError` for another SAE, and for sources that it does not
-    have or that are one and the same."""
+    """Compare the decoder rows of two sources of a crosscoder. Raises `ValueError` for another SAE, and for sources that it does
+    not have or that are one and the same."""
     rows = store.weights["W_dec"]
     n_sources = len(rows) if rows.ndim == 3 else 1
     chosen = [source + n_sources if source < 0 else source for source in (a, b)]
