@@ -23,12 +23,11 @@ def cosines(a: np.ndarray, b: np.ndarray, names: tuple[str, str], same: float) -
     return _two(figure)
 
 
-def relative_norms(relative: np.ndarray, names: tuple[str, str]) -> go.Figure:
+def relative_norms(relative: np.ndarray) -> go.Figure:
     """Histogram of relative decoder norms: 0 only the first source, 1 only the second."""
     figure, edges = go.Figure(), np.round(np.linspace(0, 1, 41), 3)
     _add_bars(figure, relative[~np.isnan(relative)], edges, "features", BLUE, "", "relative norm")
-    ends = [f"0: only {_short(names[0])}", "0.5: both", f"1: only {_short(names[1])}"]
-    figure.update_xaxes(title="relative decoder norm", tickvals=[0, 0.5, 1], ticktext=ends, range=[-0.02, 1.02])
+    figure.update_xaxes(title="relative decoder norm: 0 only first, 1 only second", range=[-0.02, 1.02])
     figure.update_yaxes(title="features")
     return finish(figure, 250)
 
@@ -63,8 +62,3 @@ def _two(figure: go.Figure) -> go.Figure:
     finish(figure, 250)
     figure.update_layout(barmode="group", showlegend=True, legend={"orientation": "h", "y": 1.2, "x": 0})
     return figure
-
-
-def _short(name: str) -> str:
-    """The end of a hook's name, which tells it from others."""
-    return name if len(name) <= 14 else f"\u2026{name[-13:]}"

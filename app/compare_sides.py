@@ -26,7 +26,7 @@ def show(store: FeatureStore, sources: list[str]) -> None:
     left, right = st.columns(2, gap="large")
     shared = int((found.kind == 1).sum())
     left.plotly_chart(
-        compare_charts.relative_norms(found.relative, names), key="norms", config=_CONFIG,
+        compare_charts.relative_norms(found.relative), key="norms", config=_CONFIG,
         alt=f"Histogram of relative decoder norms; {shared:,} of {store.d_sae:,} features are shared",
     )  # fmt: skip
     right.plotly_chart(

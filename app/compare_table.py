@@ -23,10 +23,15 @@ class Column:
     address: str = ""
     """The start of a link, which the feature completes."""
 
+    @property
+    def kind(self) -> str:
+        """Its CSS class."""
+        return "sa-of" if self.store is not None else "sa-cell"
+
     def cells(self) -> list[str]:
         """Their HTML."""
         if self.store is None:
-            return [f'<td class="sa-cell">{escape(text)}</td>' for text in self.texts]
+            return [f"<td>{escape(text)}</td>" for text in self.texts]
         rows = {row["feature"]: row for row in self.store.rows_of([one for one in set(self.features) if one >= 0])}
         given = self.store.labels
         return [self._feature(one, given.get(one) or rows[one]["label"] if one >= 0 else None) for one in self.features]
@@ -40,7 +45,7 @@ class Column:
 
 def show_table(columns: list[Column], caption: str) -> None:
     """Show the columns side by side."""
-    head = "".join(f'<th scope="col">{escape(column.name)}</th>' for column in columns)
+    head = "".join(f'<th scope="col" class="{one.kind}">{escape(one.name)}</th>' for one in columns)
     lines = "".join(f"<tr>{''.join(cells)}</tr>" for cells in zip(*(one.cells() for one in columns), strict=True))
     st.html(
         f'<table class="sa-table sa-pairs"><caption class="sa-sub">{escape(caption)}</caption>'

@@ -178,6 +178,12 @@ def url_choice(name: str, default: str, options: Sequence[str]) -> str:
     return default
 
 
+def url_refused(name: str, text: str, expected: str, default: Any) -> Any:
+    """Show the notice for a URL parameter that is not as expected; returns `default`."""
+    _notice(name, text, expected, "")
+    return default
+
+
 def _notice(name: str, text: str, expected: str, default: Any) -> None:
     shown = plain(repr(text[:40]))
     meant = plain(expected)
@@ -215,14 +221,17 @@ def page_title(title: str) -> None:
     st.set_page_config(page_title=f"{title} \u00b7 saelab")
 
 
-_ORDERING = ("q", "list", "sort", "order", "show", "fired", "with", "same", "view", "side", "left", "right")
+_ORDERING = ("q", "list", "sort", "order", "show", "fired", "with", "same", "view", "side", "left", "right", "near")
 """Parameters that change what is on which page of a table."""
 
 
 def _write_url(name: str, key: str) -> None:
-    st.query_params[name] = str(st.session_state[key])
-    if name == "q" and not st.session_state[key]:
+    value = st.session_state[key]
+    st.query_params[name] = str(value)
+    if value in (None, "") and name in ("q", "near"):
         del st.query_params[name]
+    if name == "near":  # one choice at a time
+        st.query_params.pop("lasso", None)
     if name in _ORDERING:
         st.query_params.pop("page", None)  # page numbers are meaningless in another order
 

@@ -52,7 +52,8 @@ padding:.9rem 1rem;line-height:1.6;min-height:7rem}
 .sa-table td{text-align:right;padding:.15rem .4rem;border-top:1px solid rgba(128,128,128,.2)}
 .sa-table th:first-child,.sa-table td:first-child{text-align:left;overflow-wrap:anywhere;padding-left:0}
 .sa-table caption{text-align:left;padding:.3rem 0}.sa-pairs{table-layout:fixed}
-.sa-pairs th,.sa-pairs td{overflow-wrap:anywhere;vertical-align:top}.sa-pairs .sa-of{text-align:left;width:34%}
+.sa-pairs th,.sa-pairs td{overflow-wrap:anywhere;vertical-align:top}
+.sa-pairs th.sa-of,.sa-pairs td.sa-of{text-align:left;width:34%}
 .sa-table a{color:inherit;text-decoration:underline;text-underline-offset:2px}
 """
 

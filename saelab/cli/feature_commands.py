@@ -75,6 +75,20 @@ def verify(
             )
 
 
+def map_(
+    run: Run,
+    seed: Annotated[int, arg(help="Seed of the layout; the same seed gives the same map.")] = 0,
+) -> None:
+    """Place the features of RUN in the plane by t-SNE of their decoder rows, for the dashboard's Map page; takes minutes."""
+    from saelab.features import load_features
+    from saelab.features.layout import layout_path, make_layout
+
+    for found in runs_of(run):
+        store = load_features(found.features_dir)
+        make_layout(store, seed=seed)
+        print(f"The map of {store.folder} is in {layout_path(store)}")
+
+
 def label(
     run: Run,
     address: Annotated[str | None, arg(help="Server of OpenAI's protocol, such as http://127.0.0.1:8000/v1.")] = None,
@@ -111,5 +125,6 @@ FEATURES: dict[str, tuple[Callable[..., None], str]] = {
         "saelab label runs/demo --address http://127.0.0.1:8000/v1 --model qwen --n-features 100\n"
         "saelab label runs/demo --model smollm2 --feature 17 88",
     ),
+    "map": (map_, "saelab map runs/demo"),
     "verify": (verify, "saelab verify runs/demo\nsaelab verify runs/demo --n-examples 1000 --json"),
 }
