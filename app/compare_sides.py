@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from urllib.parse import urlencode
-
 import streamlit as st
 
 from saelab.app import compare_charts, state
@@ -16,8 +14,8 @@ PER_PAGE = 25
 _CONFIG = {"displayModeBar": False}
 
 
-def show(store: FeatureStore, sources: list[str]) -> None:
-    """Render this part of the page."""
+def show(store: FeatureStore, sources: list[str], address: str) -> None:
+    """Render this part of the page; `address` is the start of a link to a feature, which its number completes."""
     a, b = _chosen(sources)
     if a == b:
         st.info("Choose two different sources.", icon=":material/compare_arrows:")
@@ -37,7 +35,7 @@ def show(store: FeatureStore, sources: list[str]) -> None:
         "Relative norm: 0 where a feature writes to the first source only, 1 to the second only, 0.5 to both alike. A small norm "
         "does not prove that a source lacks a feature: `saelab.evaluation.latent_scaling` checks it on activations."
     )
-    _table(store, found, names)
+    _table(store, found, names, address)
 
 
 def _chosen(sources: list[str]) -> tuple[int, int]:
@@ -53,7 +51,7 @@ def _chosen(sources: list[str]) -> tuple[int, int]:
     return int(a), int(b)
 
 
-def _table(store: FeatureStore, found: Sides, names: tuple[str, str]) -> None:
+def _table(store: FeatureStore, found: Sides, names: tuple[str, str], address: str) -> None:
     kinds = {"a": "a only", "shared": "shared", "b": "b only", "other": "other", "all": ""}
     said = {"a": "First only", "shared": "Shared", "b": "Second only", "other": "Between", "all": "All"}
     counts = {key: int((found.kind == CLASSES.index(kind)).sum()) for key, kind in kinds.items() if kind}
@@ -69,7 +67,6 @@ def _table(store: FeatureStore, found: Sides, names: tuple[str, str]) -> None:
     pages = -(-len(features) // PER_PAGE)
     page = state.url_int("page", 1, 1, pages)
     shown = features[(page - 1) * PER_PAGE : page * PER_PAGE]
-    address = "feature?" + urlencode({**state.sae_parameter(), "feature": ""})
     rows = {row["feature"]: row for row in store.rows_of(shown)}
     norms = [[f"{norm[i]:.3g}" for i in shown] for norm in (found.norm_a, found.norm_b)]
     show_table(

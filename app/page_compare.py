@@ -31,9 +31,12 @@ _ORDERS = {
 def show() -> None:
     """Render the page."""
     st.title("Compare")
+    given = [one for one in state.with_snapshots() if (one.features_dir / MANIFEST).exists()]
     first = state.chosen_sae()
-    store = state.store()
-    others = [one for one in state.with_snapshots() if one != first and (one.features_dir / MANIFEST).exists()]
+    if first not in given and given and "sae" not in st.query_params:  # in training: its snapshots may have features
+        first = given[0]
+    store = state.store_of(first)
+    others = [one for one in given if one != first]
     sources = sources_of(store)
     views = {"sides": "Its sides"} if len(sources) > 1 else {}
     views |= {"pair": "Another SAE"} if others else {}
@@ -51,19 +54,19 @@ def show() -> None:
             "Compare with", list(views), format_func=views.__getitem__, required=True, **state.bound("view", view)
         )
     if view == "sides":
-        compare_sides.show(store, sources)
+        compare_sides.show(store, sources, _address(first))
     else:
-        _pair(first, store, others)
+        _pair(first, store, given)
 
 
-def _pair(first: SaeRun, store: FeatureStore, others: list[SaeRun]) -> None:
+def _pair(first: SaeRun, store: FeatureStore, given: list[SaeRun]) -> None:
+    others = [one for one in given if one != first]
     names = {one.name: one for one in others}
     if st.query_params.get("with") == first.name:  # the first was changed to what the second was
         del st.query_params["with"]
-    second = names[state.url_choice("with", _default(first, others).name, list(names))]
-    given = [one.name for one in state.with_snapshots() if (one.features_dir / MANIFEST).exists()]
+    second = names[state.url_choice("with", _default(first, given).name, list(names))]
     left, right = st.columns(2)
-    left.selectbox("First", given, **state.bound("sae", first.name))
+    left.selectbox("First", [one.name for one in given], **state.bound("sae", first.name))
     right.selectbox("Second", list(names), **state.bound("with", second.name))
     other = state.store_of(second)
     _warn(store, other)
@@ -80,11 +83,10 @@ def _pair(first: SaeRun, store: FeatureStore, others: list[SaeRun]) -> None:
     _table(matching, found, float(text), (store, other), (first, second))
 
 
-def _default(first: SaeRun, others: list[SaeRun]) -> SaeRun:
-    """The one that follows in the run, else the last."""
-    names = [one.name for one in state.with_snapshots()]
-    after = [one for one in others if names.index(one.name) > names.index(first.name)]
-    return after[0] if after else others[-1]
+def _default(first: SaeRun, given: list[SaeRun]) -> SaeRun:
+    """The one that follows in the run, else the one before."""
+    place = given.index(first)
+    return given[place + 1] if place + 1 < len(given) else given[place - 1]
 
 
 def _key(store: FeatureStore) -> str:

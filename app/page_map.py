@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from urllib.parse import urlencode
 
 import numpy as np
 import streamlit as st
@@ -94,9 +95,16 @@ def _points(store: FeatureStore, layout: Layout, colour: str, among: str, corner
     low, high = (shown(float(value)) for value in np.percentile(known, [1, 99])) if len(known) else ("\u2013", "\u2013")
     legend = [f"{_COLOURS[colour]} {low}", high + (f"; squares: {among[:MAX_LIST]}" if among else "")]
     alt = f"Map of {len(here):,} features that fired, coloured by {_COLOURS[colour].lower()}; the table below has those chosen."
-    labels = _labels(store)
+    labels, address = _labels(store), "feature?" + urlencode({**state.sae_parameter(), "feature": ""})
     return scatter.packed(
-        layout.xy[here], shade, here.tolist(), [labels[i] for i in here.tolist()], lasso=corners, legend=legend, alt=alt
+        layout.xy[here],
+        shade,
+        here.tolist(),
+        [labels[i] for i in here.tolist()],
+        lasso=corners,
+        legend=legend,
+        alt=alt,
+        address=address,
     )
 
 
@@ -113,11 +121,8 @@ def _own_labels(_store: FeatureStore, version: str) -> list[str]:
 
 
 def _follow(event: object) -> None:
-    """Open the feature that was clicked, or choose what is inside the lasso; both through the URL."""
-    opened, lasso = getattr(event, "open", None), getattr(event, "lasso", None)
-    if isinstance(opened, int) and not isinstance(opened, bool):
-        parameters = {"feature": str(opened)} | state.sae_parameter()
-        st.switch_page(st.session_state["pages"]["feature"], query_params=parameters)
+    """Choose what is inside the lasso, through the URL."""
+    lasso = getattr(event, "lasso", None)
     if isinstance(lasso, list) and 3 <= len(lasso) <= MAX_CORNERS:
         st.query_params["lasso"] = ",".join(f"{float(value):g}" for corner in lasso for value in corner)
         for name in ("near", "page"):

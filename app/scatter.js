@@ -1,6 +1,6 @@
 // The map of the Map page: points on a canvas, with a tooltip, a lasso, and a click that opens a feature.
 //
-// data: Uint8Array of a little-endian uint32 (length of the header), the header (JSON: labels, ids, lasso, names, legend), and for
+// data: Uint8Array of a little-endian uint32 (length of the header), the header (JSON: labels, ids, lasso, legend, alt, address), and for
 // each point float32 x, y and uint8 shade (0 to 254 by colour; 255: one of the list, drawn as a larger square).
 
 const RAMP = [[0, 34, 78], [65, 77, 107], [124, 123, 120], [188, 175, 111], [254, 232, 56]]; // cividis
@@ -121,7 +121,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
       if (corners.length > 2) setTriggerValue("lasso", corners.map(([x, y]) => [round(x), round(y)]));
     } else if (drawn.length) {
       const found = nearest(...drawn[0]);
-      if (found >= 0) setTriggerValue("open", head.ids[found]);
+      if (found >= 0) window.location.assign(head.address + head.ids[found]);
     }
     drawLines();
   };

@@ -59,8 +59,8 @@ def shades(values: np.ndarray) -> np.ndarray:
 
 
 def show(points: bytes, key: str) -> Any:
-    """Show the points; the result has "open" (a feature that was clicked) and "lasso" (corners of a polygon), or None."""
-    return _mount(key=key, data=points, on_open_change=_nothing, on_lasso_change=_nothing)
+    """Show the points; "lasso" of the result are the corners of a polygon that was just drawn, or None."""
+    return _mount(key=key, data=points, on_lasso_change=_nothing)
 
 
 def _nothing() -> None:

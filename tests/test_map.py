@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -81,8 +82,21 @@ def test_a_polygon_holds_what_is_inside_and_the_nearest_come_first():
             layout.inside(wrong)
 
 
-def test_t_sne_is_kept_beside_the_store_and_repeats(hostile_run, tmp_path, capsys):
-    pytest.importorskip("openTSNE", reason="the extra `map` is not installed")
+class StandIn:
+    """In place of openTSNE where it is not installed: the first two columns."""
+
+    TSNE = classmethod(lambda cls, **options: cls())
+
+    def fit(self, rows):
+        return rows[:, :2]
+
+
+@pytest.mark.parametrize("installed", [False, True], ids=["stand-in", "openTSNE"])
+def test_t_sne_is_kept_beside_the_store_and_repeats(hostile_run, tmp_path, monkeypatch, installed):
+    if installed:
+        pytest.importorskip("openTSNE", reason="the extra `map` is not installed")
+    else:
+        monkeypatch.setitem(sys.modules, "openTSNE", StandIn)
     run = Path(shutil.copytree(hostile_run, tmp_path / "run", ignore=shutil.ignore_patterns("cache")))
     before = {path.name: path.read_bytes() for path in (run / "features").iterdir()}
     assert main(["map", str(run)]) == 0
@@ -95,7 +109,7 @@ def test_t_sne_is_kept_beside_the_store_and_repeats(hostile_run, tmp_path, capsy
 
 
 def test_without_the_extra_the_command_says_how_to_get_it(hostile_run, monkeypatch, capsys):
-    monkeypatch.setitem(__import__("sys").modules, "openTSNE", None)
+    monkeypatch.setitem(sys.modules, "openTSNE", None)
     with pytest.raises(SaelabError, match=r"pip install 'saelab\[map\]'"):
         make_layout(load_features(hostile_run))
     assert main(["map", str(hostile_run)]) == 2 and "saelab[map]" in capsys.readouterr().err

@@ -19,7 +19,7 @@ from saelab.features.changes import changes
 from saelab.features.matching import match
 from saelab.features.store import load_features
 from saelab.runs import find_saes, find_snapshots, sae_run, snapshot_folder, step_of
-from saelab.saes import BatchTopKConfig, TopKConfig
+from saelab.saes import Batch, BatchTopKConfig, TopKConfig
 from saelab.training import TrainConfig, snapshots, train
 
 PLAIN = TrainConfig(n_tokens=64 * 40, batch_size=64, warmup_steps=5, checkpoint_every=10, log_every=5)
@@ -116,6 +116,22 @@ def test_the_option_makes_no_other_run(tmp_path, monkeypatch, undisturbed, first
     assert list(kept(tmp_path / "sae")) == ([21, 28, 35] if then is KEEPING else [7, 14, 21])
     assert train(config, rows(), then, plain, progress=False).hash == saelab.load_sae(keeping).hash
     assert "snapshot_every" not in json.dumps(json.loads((keeping / "checkpoints" / "run.json").read_text()))
+
+
+def test_every_variant_can_be_watched(tmp_path):
+    """A snapshot is an SAE of its own, whatever its thresholds and averages are at that time."""
+    few = dataclasses.replace(KEEPING, n_tokens=64 * 4, snapshot_every=3, device="cpu", checkpoint_every=0)
+    for name, variant in saelab.VARIANTS.items():
+        x = rows()
+        data = torch.stack([x, x.flip(1)], 1) if name == "crosscoder" else x
+        if "d_out" in variant.extra_dims:
+            data = Batch(x, x.flip(1))
+        config = variant.Config(d_sae=32)
+        train(config, data, few, tmp_path / name, progress=False)
+        train(config, data, dataclasses.replace(few, snapshot_every=None), tmp_path / f"{name}-plain", progress=False)
+        assert weights(tmp_path / name) == weights(tmp_path / f"{name}-plain"), name
+        (one,) = find_snapshots(tmp_path / name)
+        assert saelab.load_sae(one.sae_dir).variant == name
 
 
 def test_a_snapshot_that_cannot_be_written_leaves_none(tmp_path, monkeypatch):
