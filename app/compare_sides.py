@@ -73,10 +73,10 @@ def _table(store: FeatureStore, found: Sides, names: tuple[str, str], address: s
         [
             Column("Feature", features=shown, store=store, address=address),
             Column("Density", [percent(rows[i]["density"]) for i in shown]),
-            Column("Relative norm", [cosine(found.relative[i]) for i in shown]),
+            Column("Relative norm", [cosine(float(found.relative[i])) for i in shown]),
             Column(f"Norm at {names[0]}", norms[0]),
             Column(f"Norm at {names[1]}", norms[1]),
-            Column("Cosine", [cosine(found.cosine[i]) for i in shown]),
+            Column("Cosine", [cosine(float(found.cosine[i])) for i in shown]),
         ],
         f"{len(features):,} features, from those of the first source to those of the second",
     )

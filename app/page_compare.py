@@ -111,44 +111,25 @@ def _warn(store: FeatureStore, other: FeatureStore) -> None:
 
 
 def _numbers(matching: Matching, found: Changes, first: SaeRun, second: SaeRun) -> None:
-    later = follows(first, second)
-    jaccard = matching.of_a.jaccard[matching.mutual]
-    known = jaccard[~np.isnan(jaccard)]
-    middle = f"{np.median(known):.2f}" if len(known) else "\u2013"
+    died, born = ("Died", "Born") if follows(first, second) else ("Only in first", "Only in second")
+    middle = matching.median_jaccard
+    shared = f"on the {matching.n_shared:,} tokens that both stores sampled"
+    several = "that are the counterpart of several which fire within them."
     entries = [
-        (
-            "Most alike both ways",
-            f"{matching.mutual.sum():,}",
-            "Pairs in which each feature is the most similar one of the other.",
-        ),
-        (
-            "Their Jaccard",
-            middle,
-            f"Median over these pairs, on the {matching.n_shared:,} tokens that both stores sampled.",
-        ),
-        ("Died" if later else "Only in first", f"{len(found.died):,}", "Features of the first without a counterpart."),
-        (
-            "Born" if later else "Only in second",
-            f"{len(found.born):,}",
-            "Features of the second without a counterpart.",
-        ),
-        (
-            "Split",
-            f"{len(found.split):,}",
-            "Features of the first that are the counterpart of several which fire within them.",
-        ),
-        (
-            "Merged",
-            f"{len(found.merged):,}",
-            "Features of the second that are the counterpart of several which fire within them.",
-        ),
+        ("Most alike both ways", matching.mutual.sum(), "Pairs in which each is the most similar one of the other."),
+        ("Their Jaccard", None, f"Tokens on which both fire over those on which either does: the median, {shared}."),
+        (died, len(found.died), "Features of the first without a counterpart."),
+        (born, len(found.born), "Features of the second without a counterpart."),
+        ("Split", len(found.split), f"Features of the first {several}"),
+        ("Merged", len(found.merged), f"Features of the second {several}"),
     ]
     with st.container(horizontal=True):
-        for name, value, meaning in entries:
+        for name, count, meaning in entries:
+            value = f"{count:,}" if count is not None else "\u2013" if middle is None else f"{middle:.2f}"
             st.metric(name, value, help=meaning, width=150)
     st.caption(
-        f"{matching.of_a.alive.sum():,} and {matching.of_b.alive.sum():,} features fired and are matched, by the cosine of their "
-        "decoder rows. Firings are compared on tokens that both stores sampled"
+        f"{matching.of_a.alive.sum():,} and {matching.of_b.alive.sum():,} features fired and are matched, by the cosine of "
+        "their decoder rows. Firings are compared on tokens that both stores sampled"
         + ("." if matching.n_shared else ", of which there are none: they were collected on other texts.")
     )
 

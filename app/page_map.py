@@ -110,12 +110,12 @@ def _points(store: FeatureStore, layout: Layout, colour: str, among: str, corner
 
 def _labels(store: FeatureStore) -> list[str]:
     given = store.labels
-    own = _own_labels(store, store.manifest["files"][DATABASE]["sha256"])
-    return [visible(given[i])[:_SHOWN] if i in given else text for i, text in enumerate(own)]
+    found = _found_labels(store, store.manifest["files"][DATABASE]["sha256"])
+    return [visible(given[i])[:_SHOWN] if i in given else text for i, text in enumerate(found)]
 
 
 @st.cache_resource(max_entries=4, show_spinner=False)
-def _own_labels(_store: FeatureStore, version: str) -> list[str]:
+def _found_labels(_store: FeatureStore, version: str) -> list[str]:
     rows = _store.table("feature", False, limit=_store.d_sae)
     return [visible(row["label"] or "")[:_SHOWN] for row in rows]
 

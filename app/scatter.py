@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import streamlit as st
+from streamlit.components.v2 import component
 
 LISTED = 255
 """The shade of features in the list."""
@@ -37,7 +37,7 @@ button{min-width:2rem;padding:.1rem .5rem;border:1px solid rgba(128,128,128,.6);
 font:inherit;cursor:pointer}
 button:focus-visible{outline:2px solid currentColor}
 """
-_mount = st.components.v2.component(
+_mount = component(
     "saelab_map", html=_HTML, css=_CSS, js=Path(__file__).with_name("scatter.js").read_text(encoding="utf-8")
 )
 

@@ -21,7 +21,7 @@ from saelab.features.matching import Counterparts, Matching, match
 from saelab.features.pairs import ORDERS, SHOWS, pairs
 from saelab.features.sides import CLASSES, sides, sources_of
 from saelab.runs import find_snapshots, follows, sae_run
-from saelab.saes import CrosscoderConfig, TopKConfig, TopKSAE
+from saelab.saes import CrosscoderConfig, CrosscoderSAE, TopKConfig, TopKSAE
 
 MAIN = str(Path(serve.__file__).with_name("main.py"))
 HOOKS = ["blocks.0.hook_resid_post", HOOK]
@@ -44,8 +44,10 @@ def run(tmp_path_factory, tiny_lm):
         )
         hook = None if name == "sae-cross" else HOOK
         sae = saelab.train(config, cache, train, folder / name, hook_name=hook, progress=False)
-        more = {"n_tokens": 512 if name == "sae-b" else 1024}
-        saelab.collect_features(sae, tiny_lm, out_dir=sae_run(folder / name).features_dir, progress=False, **more)
+        n_tokens = 512 if name == "sae-b" else 1024
+        saelab.collect_features(
+            sae, tiny_lm, out_dir=sae_run(folder / name).features_dir, n_tokens=n_tokens, progress=False
+        )
     collect_snapshots(folder / "sae-a", tiny_lm, n_tokens=384, progress=False)
     return folder
 
@@ -175,7 +177,9 @@ def test_pairs_are_chosen_and_ordered(run):
 
 def test_the_sides_of_a_crosscoder_are_those_of_the_evaluation(run):
     store = load_features(run / "features-cross")
-    ours, theirs = sides(store), compare_decoders(store.sae)
+    sae = store.sae
+    assert isinstance(sae, CrosscoderSAE)
+    ours, theirs = sides(store), compare_decoders(sae)
     np.testing.assert_allclose(ours.relative, theirs.delta.numpy(), atol=1e-6)
     np.testing.assert_allclose(ours.cosine, theirs.cosine.numpy(), atol=1e-6)
     assert ours.kind.tolist() == theirs.classes.tolist() and sources_of(store) == HOOKS

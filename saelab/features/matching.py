@@ -63,6 +63,13 @@ class Matching(NamedTuple):
         best = self.of_a.best
         return (best >= 0) & (self.of_b.best[best] == np.arange(len(best)))
 
+    @property
+    def median_jaccard(self) -> float | None:
+        """The median Jaccard of the pairs that are mutual; None where no firings of any are known."""
+        known = self.of_a.jaccard[self.mutual]
+        known = known[~np.isnan(known)]
+        return float(np.median(known)) if len(known) else None
+
 
 def match(a: FeatureStore | SAE, b: FeatureStore | SAE) -> Matching:
     """Match two SAEs of the same width, given as feature stores or as SAEs, by exact search.
