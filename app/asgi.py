@@ -18,10 +18,11 @@ from streamlit.starlette import App
 
 _BASE = b"<head><script>window.__streamlit={BACKEND_BASE_URL:window.location.origin}</script>"
 _POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
+    "default-src 'self'; script-src 'self' 'unsafe-inline' blob:; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' blob: data:; worker-src 'self' blob:; "
     "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
 )
+# Streamlit imports the script of a component from a blob; what can make one can also run inline.
 _warming = Event()
 
 
@@ -74,7 +75,7 @@ async def _send_page(start: dict[str, Any], body: bytes, send: Any, path: str) -
 
 def _warm_up(path: str) -> None:
     """Import the page modules, and what the page at `path` draws with, while the browser is still loading its scripts."""
-    for page in ("runs", "features", "feature", "dead", "prompt", "steer", "jobs"):
+    for page in ("runs", "features", "feature", "dead", "prompt", "steer", "map", "compare", "jobs"):
         import_module(f"saelab.app.page_{page}")
     if path in ("/", "/runs"):
         import_module("pandas")  # Streamlit's way to a Vega chart

@@ -46,7 +46,7 @@ def value_histogram(histogram: Histogram, ends: Sequence[tuple[float, float]] = 
     values, labels = _signed_ticks(edges)
     figure.update_xaxes(title="activation (log scale)", tickvals=values, ticktext=labels)
     figure.update_yaxes(title="tokens")
-    return _finish(figure, 250)
+    return finish(figure, 250)
 
 
 def _log_positions(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
@@ -100,7 +100,7 @@ def density_histogram(density: np.ndarray, n_tokens: int) -> go.Figure:
         tickvals=[lowest - 0.6, *ticks], ticktext=["never", *(_power(tick) for tick in ticks)],
     )  # fmt: skip
     figure.update_yaxes(title="features")
-    return _finish(figure, 280)
+    return finish(figure, 280)
 
 
 def cosine_scatter(density: np.ndarray, cosine: np.ndarray, n_tokens: int, at_most: int) -> go.Figure:
@@ -127,7 +127,7 @@ def cosine_scatter(density: np.ndarray, cosine: np.ndarray, n_tokens: int, at_mo
         )
     figure.update_xaxes(type="log", title="density (never: far left)", exponentformat="power", dtick=1)
     figure.update_yaxes(title="encoder\u2013decoder cosine", range=[min(0.0, float(np.nanmin(cosine))) - 0.05, 1.08])
-    _finish(figure, 280)
+    finish(figure, 280)
     figure.update_layout(showlegend=True, legend={"orientation": "h", "y": 1.14, "x": 0})
     return figure
 
@@ -144,7 +144,8 @@ def _power(exponent: int) -> str:
     return "1" if exponent == 0 else f"10<sup>{exponent}</sup>"
 
 
-def _finish(figure: go.Figure, height: int) -> go.Figure:
+def finish(figure: go.Figure, height: int) -> go.Figure:
+    """The height, margins and grid that all figures have."""
     margin = {"l": 8, "r": 8, "t": 22, "b": 8}
     figure.update_layout(height=height, margin=margin, bargap=0.02, showlegend=False)
     figure.update_xaxes(gridcolor=_FAINT, zeroline=False)

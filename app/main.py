@@ -2,7 +2,18 @@
 
 import streamlit as st
 
-from saelab.app import page_dead, page_feature, page_features, page_jobs, page_prompt, page_runs, page_steer, state
+from saelab.app import (
+    page_compare,
+    page_dead,
+    page_feature,
+    page_features,
+    page_jobs,
+    page_map,
+    page_prompt,
+    page_runs,
+    page_steer,
+    state,
+)
 from saelab.app.style import ICON, PAGE_STYLE
 
 st.set_page_config(page_title="saelab", page_icon=ICON, layout="wide")
@@ -13,6 +24,8 @@ pages = {
     "dead": st.Page(page_dead.show, title="Dead features", icon=":material/bedtime:", url_path="dead"),
     "prompt": st.Page(page_prompt.show, title="Prompt", icon=":material/edit_note:", url_path="prompt"),
     "steer": st.Page(page_steer.show, title="Steer", icon=":material/tune:", url_path="steer"),
+    "map": st.Page(page_map.show, title="Map", icon=":material/scatter_plot:", url_path="map"),
+    "compare": st.Page(page_compare.show, title="Compare", icon=":material/compare_arrows:", url_path="compare"),
     "jobs": st.Page(page_jobs.show, title="Jobs", icon=":material/pending_actions:", url_path="jobs"),
 }
 st.session_state["pages"] = pages

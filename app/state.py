@@ -20,7 +20,7 @@ from saelab.errors import SaelabError, StoreError
 from saelab.features import FeatureStore
 from saelab.features.render import model_label
 from saelab.features.schema import MANIFEST
-from saelab.runs import SaeRun, find_saes
+from saelab.runs import SaeRun, find_saes, find_snapshots
 
 MODEL_LOCK = threading.Lock()  # one session generates at a time: two would compete for the same cores
 
@@ -52,9 +52,14 @@ def saes() -> list[SaeRun]:
     return find_saes(run_folder())
 
 
+def with_snapshots() -> list[SaeRun]:
+    """Every SAE in the run, each followed by its snapshots."""
+    return [one for sae in saes() for one in (sae, *find_snapshots(sae.sae_dir))]
+
+
 def chosen_sae() -> SaeRun:
-    """The SAE named in the URL, else the one this session chose last, else the first."""
-    found = {sae.name: sae for sae in saes()}
+    """The SAE (or snapshot) named in the URL, else the one this session chose last, else the first."""
+    found = {sae.name: sae for sae in with_snapshots()}
     name = url_choice("sae", st.session_state.get("sae_name", ""), ["", *found])
     sae = found.get(name) or next(iter(found.values()))
     st.session_state["sae_name"] = sae.name
@@ -63,7 +68,11 @@ def chosen_sae() -> SaeRun:
 
 def store() -> FeatureStore:
     """The open feature store of the chosen SAE. Raises `StoreError`, which says how to make one, when there is none."""
-    sae = chosen_sae()
+    return store_of(chosen_sae())
+
+
+def store_of(sae: SaeRun) -> FeatureStore:
+    """The open feature store of an SAE, as `store`."""
     manifest = sae.features_dir / MANIFEST
     if not manifest.exists():
         raise StoreError(
@@ -89,9 +98,10 @@ def show_sidebar() -> None:
     """Show the SAE picker and a summary of the current run, SAE and store."""
     found, sae = saes(), chosen_sae()
     with st.sidebar:
-        if len(found) > 1:
+        if sae_parameter():
             st.session_state["sae_box"] = sae.name
-            st.selectbox("SAE", [each.name for each in found], key="sae_box", on_change=_choose_sae)
+            names = list(dict.fromkeys([*(each.name for each in found), sae.name]))
+            st.selectbox("SAE", names, key="sae_box", on_change=_choose_sae)
         st.caption(f"Run **{plain(run_folder().name)}**")
         with suppress(StoreError):  # the pages that need the store report the error
             manifest = store().manifest
@@ -168,6 +178,12 @@ def url_choice(name: str, default: str, options: Sequence[str]) -> str:
     return default
 
 
+def url_refused(name: str, text: str, expected: str, default: Any) -> Any:
+    """Show the notice for a URL parameter that is not as expected; returns `default`."""
+    _notice(name, text, expected, "")
+    return default
+
+
 def _notice(name: str, text: str, expected: str, default: Any) -> None:
     shown = plain(repr(text[:40]))
     meant = plain(expected)
@@ -206,17 +222,28 @@ def page_title(title: str) -> None:
     st.set_page_config(page_title=f"{title} \u00b7 saelab")
 
 
+_ORDERING = ("q", "list", "sort", "order", "show", "fired", "with", "same", "view", "side", "left", "right", "near")
+"""Parameters that change what is on which page of a table."""
+
+
 def _write_url(name: str, key: str) -> None:
-    st.query_params[name] = str(st.session_state[key])
-    if name == "q" and not st.session_state[key]:
+    value = st.session_state[key]
+    st.query_params[name] = str(value)
+    if value in (None, "") and name in ("q", "near"):
         del st.query_params[name]
-    if name in ("q", "list", "sort", "order", "show", "fired"):
+    if name == "near":  # one choice at a time
+        st.query_params.pop("lasso", None)
+    if name in _ORDERING:
         st.query_params.pop("page", None)  # page numbers are meaningless in another order
+
+
+def sae_parameter() -> dict[str, str]:
+    """The URL parameter that keeps the chosen SAE; {} where a run has only one."""
+    found, chosen = saes(), chosen_sae()
+    return {"sae": chosen.name} if len(found) > 1 or chosen.name != found[0].name else {}
 
 
 def link(page: str, label: str, icon: str | None = None, **query: Any) -> None:
     """Show a link to another page that keeps the chosen SAE."""
-    parameters = {name: str(value) for name, value in query.items()}
-    if len(saes()) > 1:
-        parameters["sae"] = chosen_sae().name
+    parameters = {name: str(value) for name, value in query.items()} | sae_parameter()
     st.page_link(st.session_state["pages"][page], label=label, icon=icon, query_params=parameters)

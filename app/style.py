@@ -75,6 +75,9 @@ align-items:center}
 .sa-table th{font-weight:600;font-size:.76rem;opacity:.8;text-align:right;padding:.15rem .4rem}
 .sa-table td{text-align:right;padding:.15rem .4rem;border-top:1px solid rgba(128,128,128,.2)}
 .sa-table th:first-child,.sa-table td:first-child{text-align:left;overflow-wrap:anywhere;padding-left:0}
+.sa-table caption{text-align:left;padding:.3rem 0}.sa-pairs{table-layout:fixed}
+.sa-pairs th,.sa-pairs td{overflow-wrap:anywhere;vertical-align:top}
+.sa-pairs th.sa-of,.sa-pairs td.sa-of{text-align:left;width:34%}
 .sa-table a{color:inherit;text-decoration:underline;text-underline-offset:2px}
 """
 

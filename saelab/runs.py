@@ -1,18 +1,25 @@
-"""The layout of a RUN folder: `cache/`, and `sae/`, `features/` and `report.json`, or `sae-NAME/` etc. for several SAEs."""
+"""The layout of a RUN folder: `cache/`, and `sae/`, `features/` and `report.json`, or `sae-NAME/` etc. for several SAEs.
+
+Snapshots of a training run are in its SAE's folder, `sae/snapshots/step-00000250/`, each with its own `features-step-00000250/`.
+"""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 from saelab.errors import SaelabError
+
+SNAPSHOTS = "snapshots"
+_STEP = re.compile(r"step-(\d{8,})")
 
 
 class SaeRun(NamedTuple):
     """One SAE of a RUN and where its results go."""
 
     name: str
-    """"sae", or "sae-NAME"."""
+    """"sae", or "sae-NAME"; of a snapshot "sae/step-00000250"."""
     sae_dir: Path
     features_dir: Path
     report_path: Path
@@ -21,6 +28,8 @@ class SaeRun(NamedTuple):
 def sae_run(sae_dir: str | Path) -> SaeRun:
     """The results that belong to one SAE folder: `sae-x` has `features-x` and `report-x.json` beside it."""
     sae_dir = Path(sae_dir)
+    if step_of(sae_dir) is not None:
+        return _snapshot(sae_dir)
     suffix = sae_dir.name.removeprefix("sae")
     return SaeRun(sae_dir.name, sae_dir, sae_dir.parent / f"features{suffix}", sae_dir.parent / f"report{suffix}.json")
 
@@ -34,6 +43,37 @@ def find_saes(run: str | Path) -> list[SaeRun]:
     if not found:
         raise SaelabError(f"{run} {_what_is_missing(run)}")
     return [sae_run(entry) for entry in found]
+
+
+def find_snapshots(sae_dir: str | Path) -> list[SaeRun]:
+    """The snapshots of an SAE (`TrainConfig.snapshot_every`), from the earliest step on; [] if there are none."""
+    found = (entry for entry in (Path(sae_dir) / SNAPSHOTS).glob("step-*") if step_of(entry) is not None)
+    return [_snapshot(entry) for entry in sorted(found) if (entry / "sae.json").exists()]
+
+
+def snapshot_folder(sae_dir: str | Path, step: int) -> Path:
+    """Where the snapshot before step `step` of a training run is kept."""
+    return Path(sae_dir) / SNAPSHOTS / f"step-{step:08d}"
+
+
+def step_of(sae_dir: str | Path) -> int | None:
+    """The step of a snapshot's folder, None for any other."""
+    sae_dir = Path(sae_dir)
+    match = _STEP.fullmatch(sae_dir.name)
+    return int(match[1]) if match and sae_dir.parent.name == SNAPSHOTS else None
+
+
+def follows(first: SaeRun, second: SaeRun) -> bool:
+    """Whether the first is a snapshot, and the second a later one of the same training, or its end."""
+    begun, ended = step_of(first.sae_dir), step_of(second.sae_dir)
+    home = second.sae_dir if ended is None else second.sae_dir.parent.parent
+    return begun is not None and first.sae_dir.parent.parent == home and (ended is None or begun < ended)
+
+
+def _snapshot(folder: Path) -> SaeRun:
+    """Results of a snapshot stand beside it: `features-step-00000250`, `report-step-00000250.json`."""
+    above, name = folder.parent, folder.name
+    return SaeRun(f"{above.parent.name}/{name}", folder, above / f"features-{name}", above / f"report-{name}.json")
 
 
 def _what_is_missing(run: Path) -> str:

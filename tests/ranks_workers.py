@@ -140,6 +140,7 @@ def train_sharded(name: str, folder: Path, shards: int, n_chunks: int = 8) -> No
         "n_tokens": 8 * TRAIN.batch_size,
         "feature_shards": shards,
         "checkpoint_every": 3,
+        "snapshot_every": 4,
         "grad_accumulation": 1,
         "dead_after_tokens": 70,
         "clip_relative": 1e6,  # its state is kept; that it clips is float32's affair

@@ -11,6 +11,7 @@ from ranks_workers import RESUMED, SHARDED, lines, reference, resume_at_four, sa
 from safetensors.torch import load_file
 
 from saelab import TrainConfig, saes, train
+from saelab.runs import snapshot_folder
 from saelab.training.checkpoint import list_checkpoints
 
 
@@ -44,6 +45,16 @@ def test_shards_equal_the_whole_dictionary(trained, name, kind):
     assert any("auxk" in line for line in lines(trained / f"whole-{name}"))
     described = json.loads((trained / kind.format(name) / "sae.json").read_text())
     assert (described["d_sae"], described["config"]["d_sae"]) == (SHARDED[name].d_sae,) * 2
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_a_snapshot_holds_all_shards(trained, name):
+    expected = load_file(snapshot_folder(trained / f"whole-{name}", 4) / "sae.safetensors")
+    for kind in ("two-{}", "four-{}-4", "resumed-{}-1"):
+        got = load_file(snapshot_folder(trained / kind.format(name), 4) / "sae.safetensors")
+        assert got.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(got[key], value, rtol=1e-12, atol=1e-14, msg=key)
 
 
 @pytest.mark.parametrize(("name", "end"), [(name, end) for name, ends in RESUMED.items() for end in ends])

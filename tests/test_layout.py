@@ -43,6 +43,7 @@ ONLY_IN = {
     "streamlit": r"app/.*",
     "triton": r"kernels/.*",
     "wandb": r"saelab/training/.*",
+    "openTSNE": r"saelab/features/layout\.py",
     "kernels": None,
     "tests": None,
     "pickle": r"saelab/interop/pickles\.py",

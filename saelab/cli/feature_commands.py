@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import arg
 
 from saelab.cli.commands import Column, Dtype, OwnModel, OwnTexts, Run, Split, runs_of
 from saelab.cli.messages import on_stderr
 from saelab.run_folder.opening import with_model
+from saelab.runs import find_snapshots
 
 
 def features(
@@ -23,17 +24,27 @@ def features(
     n_tokens: Annotated[int | None, arg(help="Tokens to read; None means all of them.")] = None,
     top_k: Annotated[int, arg(help="Strongest examples to keep per feature.")] = 20,
     renew: Annotated[bool, arg(help="Collect anew what is there, such as a store of an earlier saelab.")] = False,
+    snapshots: Annotated[
+        bool,
+        arg(help="Collect those of the snapshots of training (saelab train --snapshot-every) instead, on few tokens."),
+    ] = False,
     dtype: Dtype = None,
 ) -> None:
     """Collect examples, label and histogram of every feature. An interrupted pass goes on; more tokens extend a finished one."""
     import saelab
+    from saelab.features.collecting.snapshots import N_TOKENS, collect_snapshots
 
     corpus = saelab.load_texts(texts, column=column) if texts else None
+    options: dict[str, Any] = {"split": split, "top_k": top_k, "renew": renew}
     for found in runs_of(run):
+        if snapshots:
+            first = (find_snapshots(found.sae_dir) or [found])[0]  # an SAE in training has no other yet
+            _, lm = with_model(first.sae_dir, model, dtype)
+            stores = collect_snapshots(found.sae_dir, lm, corpus, n_tokens=n_tokens or N_TOKENS, **options)
+            print(f"The features of {len(stores)} snapshots are in {stores[0].folder.parent}")
+            continue
         (sae, lm), out_dir = with_model(found.sae_dir, model, dtype), found.features_dir
-        saelab.collect_features(
-            sae, lm, corpus, out_dir=out_dir, split=split, n_tokens=n_tokens, top_k=top_k, renew=renew
-        )
+        saelab.collect_features(sae, lm, corpus, out_dir=out_dir, n_tokens=n_tokens, **options)
         print(f"The features are in {out_dir}")
     print(f"Next: saelab dash {run}")
 
@@ -60,6 +71,20 @@ def verify(
             print(json.dumps({"folder": str(store.folder), **result._asdict()}))
         else:
             print(f"{store.folder} holds: {result}")
+
+
+def map_(
+    run: Run,
+    seed: Annotated[int, arg(help="Seed of the layout; the same seed gives the same map.")] = 0,
+) -> None:
+    """Place the features of RUN in the plane by t-SNE of their decoder rows, for the dashboard's Map page; takes minutes."""
+    from saelab.features import load_features
+    from saelab.features.layout import layout_path, make_layout
+
+    for found in runs_of(run):
+        store = load_features(found.features_dir)
+        make_layout(store, seed=seed)
+        print(f"The map of {store.folder} is in {layout_path(store)}")
 
 
 def label(
@@ -98,5 +123,6 @@ FEATURES: dict[str, tuple[Callable[..., None], str]] = {
         "saelab label runs/demo --address http://127.0.0.1:8000/v1 --model qwen --n-features 100\n"
         "saelab label runs/demo --model smollm2 --feature 17 88",
     ),
+    "map": (map_, "saelab map runs/demo"),
     "verify": (verify, "saelab verify runs/demo\nsaelab verify runs/demo --n-examples 1000 --json"),
 }

@@ -1,6 +1,6 @@
 """Feature stores: one pass over held-out tokens collects them; each can then be browsed, rendered as HTML or steered.
 
-Browsing a store does not import torch: `collect_features` is loaded on first use.
+Browsing a store does not import torch: what collects is loaded on first use.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -12,8 +12,9 @@ from saelab.features.store import FeatureStore, load_features
 
 if TYPE_CHECKING:
     from saelab.features.collecting.collect import collect_features
+    from saelab.features.collecting.snapshots import collect_snapshots
 
-__all__ = ["End", "Example", "Feature", "FeatureStore", "collect_features", "load_features"]
+__all__ = ["End", "Example", "Feature", "FeatureStore", "collect_features", "collect_snapshots", "load_features"]
 
 
 def __getattr__(name: str) -> Any:
@@ -21,4 +22,8 @@ def __getattr__(name: str) -> Any:
         from saelab.features.collecting.collect import collect_features
 
         return collect_features
+    if name == "collect_snapshots":
+        from saelab.features.collecting.snapshots import collect_snapshots
+
+        return collect_snapshots
     raise AttributeError(f"module 'saelab.features' has no attribute {name!r}; it has {', '.join(__all__)}")

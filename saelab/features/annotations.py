@@ -11,7 +11,7 @@ import getpass
 import json
 import sqlite3
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -52,12 +52,17 @@ class Annotations:
     def add(self, feature: int, kind: str, value: Any, name: str = "", author: str | None = None) -> None:
         """Add an entry; `value` is anything that JSON holds, None takes the earlier one back. Raises `ValueError` for an unknown
         kind, `StoreError` if the file cannot be written."""
+        self.add_all([feature], kind, value, name, author)
+
+    def add_all(
+        self, features: Iterable[int], kind: str, value: Any, name: str = "", author: str | None = None
+    ) -> None:
+        """As `add`, the same entry for several features: all of them, or none where the file cannot be written."""
         if kind not in KINDS:
             raise ValueError(f"kind={kind!r} is unknown; expected one of {', '.join(KINDS)}.")
         text = None if value is None else json.dumps(value, ensure_ascii=False, allow_nan=False)
-        time = datetime.now(UTC).isoformat(timespec="microseconds")
-        row = (uuid.uuid4().hex, self.sae_hash, int(feature), kind, name, text, author or _author(), time)
-        self._insert([row])
+        time, author = datetime.now(UTC).isoformat(timespec="microseconds"), author or _author()
+        self._insert([(uuid.uuid4().hex, self.sae_hash, int(one), kind, name, text, author, time) for one in features])
 
     def latest(self, kind: str, name: str | None = None) -> list[Entry]:
         """The latest entry of each feature and name that has not been taken back, by feature and name."""

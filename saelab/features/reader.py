@@ -171,6 +171,15 @@ class StoreReader:
 
     def sequence(self, index: int) -> np.ndarray:
         """Token ids `(ctx_len,)` of one packed context."""
+        return self._token_file.get_slice("ids")[index]
+
+    @property
+    def contexts(self) -> np.ndarray:
+        """Token ids of all packed contexts, `(n_contexts, ctx_len)`."""
+        return self._token_file.get_tensor("ids")
+
+    @property
+    def _token_file(self) -> Any:
         if self._tokens is None:
             from safetensors import safe_open
 
@@ -179,7 +188,7 @@ class StoreReader:
                 self._tokens = safe_open(str(path), framework="np").__enter__()
             except Exception as error:
                 raise StoreError(f"{path} cannot be read ({error}). {COLLECT_AGAIN}") from error
-        return self._tokens.get_slice("ids")[index]
+        return self._tokens
 
     @property
     def sae(self) -> SAE:

@@ -96,17 +96,15 @@ class Search(StoreReader):
         if by not in ("decoder", "encoder"):
             raise ValueError(f"by={by!r} is unknown; neighbours are by 'decoder' or 'encoder'.")
         self.check_feature(feature)
-        cosines = self._directions(by) @ self._directions(by)[feature]
+        cosines = self.directions(by) @ self.directions(by)[feature]
         cosines[feature] = -np.inf
         best = _largest(cosines, min(k, self.d_sae - 1))
         return [{"feature": int(i), "cosine": float(cosines[i])} for i in best]
 
-    def _directions(self, by: str) -> np.ndarray:
+    def directions(self, by: str = "decoder") -> np.ndarray:
+        """The rows of the decoder, or of the encoder, at norm 1, `(d_sae, width)` float32; all sources of a crosscoder in one."""
         if by not in self._unit_rows:
-            rows = self.weights["W_enc" if by == "encoder" else "W_dec"]
-            if rows.ndim == 3:
-                rows = rows.swapaxes(0, 1).reshape(rows.shape[1], -1)
-            self._unit_rows[by] = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+            self._unit_rows[by] = unit_rows(self.weights["W_enc" if by == "encoder" else "W_dec"])
         return self._unit_rows[by]
 
     @cached_property
@@ -143,7 +141,7 @@ class Search(StoreReader):
         """
         self.check_feature(feature)
         self.check_version("token sample")
-        sample = self._sample
+        sample = self.sample
         begins = sample["feature_offsets"]
         rows = sample["by_feature"][begins[feature] : begins[feature + 1]]
         if not len(rows):
@@ -169,7 +167,9 @@ class Search(StoreReader):
         ]
 
     @cached_property
-    def _sample(self) -> dict[str, np.ndarray]:
+    def sample(self) -> dict[str, np.ndarray]:
+        """The token sample (`collecting/token_sample.py`): "tokens", "offsets" and "features"; by feature, "by_feature" (rows of
+        the sample) and "feature_offsets"."""
         from safetensors import SafetensorError, safe_open
 
         path = self.folder / schema.SAMPLE
@@ -185,6 +185,13 @@ class Search(StoreReader):
             raise ValueError(f"feature={feature!r} is not an integer; this SAE has features 0 to {self.d_sae - 1}.")
         if not 0 <= feature < self.d_sae:
             raise ValueError(f"feature={feature} does not exist; this SAE has features 0 to {self.d_sae - 1}.")
+
+
+def unit_rows(rows: np.ndarray) -> np.ndarray:
+    """Rows `(d_sae, d)` at norm 1; those of a crosscoder, `(n_sources, d_sae, d)`, with all sources in one row."""
+    if rows.ndim == 3:
+        rows = rows.swapaxes(0, 1).reshape(rows.shape[1], -1)
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 
 def _largest(values: np.ndarray, k: int) -> np.ndarray:

@@ -32,6 +32,10 @@ class OptimizerConfig:
             raise ValueError(f"clip_relative={self.clip_relative} must be at least 1, or None for no limit.")
 
 
+_NO_DIFFERENCE = ("keep_checkpoints", "feature_shards", "snapshot_every")
+"""Fields of `TrainConfig` that may change when a run goes on: its result is the same."""
+
+
 @dataclass(frozen=True)
 class TrainConfig(OptimizerConfig):
     """One training run; every SAE in it sees the same batches."""
@@ -64,6 +68,8 @@ class TrainConfig(OptimizerConfig):
     """"cpu", "cuda", ...; None uses a GPU if there is one."""
     feature_shards: int = 1
     """Ranks over which the features of one SAE are sharded (topk, batch_topk); such groups of ranks share the rows."""
+    snapshot_every: int | None = None
+    """Steps between snapshots: the SAE as it then is, kept in its folder to watch features form; None keeps none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,8 +85,9 @@ class TrainConfig(OptimizerConfig):
         ):
             check_integer(name, getattr(self, name), smallest)
         check_integer("seed", self.seed, 0, 2**32 - 1)
-        if self.dead_after_tokens is not None:
-            check_integer("dead_after_tokens", self.dead_after_tokens, 0)
+        for name, smallest in (("dead_after_tokens", 0), ("snapshot_every", 1)):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), smallest)
         if self.n_tokens < self.batch_size:
             raise ValueError(
                 f"n_tokens={self.n_tokens} is less than one batch of {self.batch_size}; raise n_tokens or lower batch_size."
@@ -114,7 +121,7 @@ class TrainConfig(OptimizerConfig):
         return self.n_tokens // 20
 
     def settings(self) -> dict[str, str]:
-        """What determines the result, as recorded in `run.json` and `sae.json`: without `keep_checkpoints` and `feature_shards`.
+        """What determines the result, as recorded in `run.json` and `sae.json`: without the fields of `_NO_DIFFERENCE`.
 
         Fields added after the first version are omitted at their defaults, since the files of older runs lack them.
         """
@@ -122,5 +129,5 @@ class TrainConfig(OptimizerConfig):
         return {
             name: str(value)
             for name, value in asdict(self).items()
-            if name not in ("keep_checkpoints", "feature_shards") and value != later.get(name, ...)
+            if name not in _NO_DIFFERENCE and value != later.get(name, ...)
         }

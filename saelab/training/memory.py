@@ -47,6 +47,7 @@ def plan_memory(variant: type[SAE], config: Any, view: View, train: TrainConfig,
         "gradients": weights,
         "Adam": 2 * weights,
         "batches": _BATCHES * train.batch_size * max(width, width_out) * 4,
+        "snapshot": weights if train.snapshot_every else 0,
         "workspace": screen + rounded + again + _step_bytes(variant, config, n_rows, width, weights),
     }
     if device.type == "cpu":

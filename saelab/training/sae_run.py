@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import platform
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +24,13 @@ from saelab.training.checkpoint import State, claim_run, list_checkpoints
 from saelab.training.config import TrainConfig
 from saelab.training.data_source import DataSource, Rows, View
 from saelab.training.dead_features import DeadFeatures, dead_window
+from saelab.training.environment import environment, warn_if_elsewhere
 from saelab.training.exchange import Exchange
 from saelab.training.feature_shards import FeatureShard, check_shardable, gather_into, shard_of
 from saelab.training.metrics_log import MetricsLog
 from saelab.training.optimizer import apply_step, learning_rate
 from saelab.training.running_norm import RunningNorm
+from saelab.training.snapshots import has_snapshot, is_due, save_snapshot
 from saelab.training.start import check_end, check_promise, check_start
 
 
@@ -111,7 +111,7 @@ class Run:
             return
         self.step = self.state.load(self.train.n_steps)
         if self.step:
-            _warn_if_elsewhere(begun, here)
+            warn_if_elsewhere(begun, here)
 
     def _identity(self, config: Any, view: View) -> dict[str, Any]:
         """What must be unchanged for a run to be resumed; the number of ranks may change."""
@@ -144,6 +144,8 @@ class Run:
         self._spent, self._spent_on = self._spent + time.perf_counter() - start, self._spent_on + 1
         if logged:
             self._write_log(sums, lr)
+        if is_due(self.train.snapshot_every, self.step, self.train.n_steps):
+            self._snapshot(rows)
         if (
             self.train.checkpoint_every
             and self.step % self.train.checkpoint_every == 0 < self.train.n_steps - self.step
@@ -174,10 +176,7 @@ class Run:
     def finish(self, rows: Rows, unseen: Rows, kept_out: bool) -> SAE:
         """Calibrate the trained SAE on the `unseen` rows (`kept_out`: whether they were held out of training), and save it
         with golden inputs taken from `rows`. With sharded features rank 0 gets the whole SAE."""
-        if isinstance(self.sae, FeatureShard):
-            if self.mesh.data.is_main_process:
-                gather_into(self._unsharded, self.sae)
-            self.sae = self._unsharded or self.sae
+        self.sae = self._full_sae()
         if self.log is not None:
             self.log.close()
         if self.rules >= 2:
@@ -187,20 +186,42 @@ class Run:
         calibrated = self.rules > 1 and not isinstance(self.sae, FeatureShard) and self.sae.calibrate(inputs)
         if self.rules > 1 and not isinstance(self.sae, FeatureShard) and self.ranks.is_main_process:
             check_promise(self.sae, inputs)
-        trained = {
-            "train": self.train.settings(),
-            "rules": self.rules,
-            "n_tokens": self.train.n_steps * self.train.batch_size,
-            "metrics": self.last,
-            "calibration": {"n_rows": len(inputs), "kept_out": kept_out} if calibrated else None,
-        } | environment(self.device, self.mesh)
-        origin = self.sae.provenance.origin
-        self.sae.provenance = Provenance(origin, trained, self._documents())
+        calibration = {"n_rows": len(inputs), "kept_out": kept_out} if calibrated else None
+        self.sae.provenance = self._provenance(self.last, calibration)
         self.sae.eval()
         if self.folder is not None:
             save_sae(self.sae, self.folder, golden_inputs=self.hooks.batch(rows).x)
         self.finished = True
         return self.sae
+
+    def _full_sae(self) -> SAE:
+        """The SAE; with sharded features its shards put together on rank 0, on the other ranks their shard."""
+        if not isinstance(self.sae, FeatureShard):
+            return self.sae
+        if self.mesh.data.is_main_process:
+            gather_into(self._unsharded, self.sae)
+        return self._unsharded or self.sae
+
+    def _provenance(self, metrics: dict[str, Any] | None, calibration: dict[str, Any] | None) -> Provenance:
+        """Where the SAE comes from as it now is."""
+        trained = {
+            "train": self.train.settings(),
+            "rules": self.rules,
+            "n_tokens": self.step * self.train.batch_size,
+            "metrics": metrics,
+            "calibration": calibration,
+        } | environment(self.device, self.mesh)
+        return Provenance(self.sae.provenance.origin, trained, self._documents())
+
+    def _snapshot(self, rows: Rows) -> None:
+        """Keep the SAE as it is before the next step, unless the run had come so far before it was interrupted."""
+        missing = self.folder is not None and not has_snapshot(self.folder, self.step)
+        if not self.ranks.any_rank(missing, self.device):
+            return
+        sae = self._full_sae()
+        if self.folder is not None:
+            provenance, x = self._provenance(None, None), self.hooks.batch(rows).x
+            save_snapshot(self.folder, self.step, sae, provenance, x, fold=self.rules >= 2)
 
     def _write_log(self, sums: dict[str, Any], lr: float) -> None:
         # Counts this SAE's steps only: others may share the data.
@@ -261,24 +282,3 @@ def device_of(train: TrainConfig) -> torch.device:
         raise ValueError(
             f"device={name!r} cannot be used here ({reason}): use 'cpu', or None for what is available."
         ) from error
-
-
-def environment(device: torch.device, mesh: Mesh) -> dict[str, Any]:
-    """What determines the bits of a run besides seed and data."""
-    return {
-        "torch": torch.__version__,
-        "device": str(device),
-        "threads": torch.get_num_threads(),
-        "backend": platform.machine(),
-        "ranks": mesh.world.size if mesh.feature.size == 1 else f"{mesh.data.size} x {mesh.feature.size}",
-    }
-
-
-def _warn_if_elsewhere(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Warn if a run resumes with a different torch, device, thread count or number of ranks: its bits may then differ."""
-    before = {"ranks": 1} | before
-    different = [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
-    if different:
-        warnings.warn(
-            f"This run resumes under different conditions ({', '.join(different)}): bits may differ.", stacklevel=5
-        )
