@@ -164,9 +164,10 @@ class StoreReader:
     def pieces(self, ids: Iterable[int]) -> list[bytes]:
         """The bytes of each token, from the store's own table."""
         ids = list(ids)
-        for index in set(ids) - self._pieces.keys():
-            rows = self._query("SELECT bytes FROM token WHERE id = ?", [index])
-            self._pieces[index] = rows[0][0] if rows else f"<{index}>".encode()
+        if unknown := list(set(ids) - self._pieces.keys()):
+            marks = ", ".join("?" * len(unknown))
+            found = dict(self._query(f"SELECT id, bytes FROM token WHERE id IN ({marks})", unknown))
+            self._pieces |= {index: found.get(index, f"<{index}>".encode()) for index in unknown}
         return [self._pieces[index] for index in ids]
 
     def sequence(self, index: int) -> np.ndarray:

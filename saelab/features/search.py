@@ -38,9 +38,16 @@ class Search(StoreReader):
         quoted = ['"' + term.replace('"', '""') + '"*' for term in terms if any(char.isalnum() for char in term)]
         if not quoted:
             return self.firing_on(words.strip(), limit)
+        both, either = " ".join(quoted), " OR ".join(quoted)
+        found = self._matching(f"{{label peaks}} : ({both})", limit)
+        if len(found) < limit:  # ranking all texts that hold a common word takes long, and these come after the others
+            found += self._matching(both, limit)
+        found = found or self._matching(either, limit)
+        return self.rows_of(list(dict.fromkeys([*sorted(labelled), *found]))[:limit])
+
+    def _matching(self, match: str, limit: int) -> list[int]:
         sql = f"SELECT rowid FROM words WHERE words MATCH ? ORDER BY bm25(words, {_WEIGHTS}) LIMIT ?"
-        found = self._query(sql, [" ".join(quoted), limit]) or self._query(sql, [" OR ".join(quoted), limit])
-        return self.rows_of(list(dict.fromkeys([*sorted(labelled), *(feature for (feature,) in found)]))[:limit])
+        return [feature for (feature,) in self._query(sql, [match, limit])]
 
     def firing_on(self, token: str | int, limit: int = 50) -> list[dict[str, Any]]:
         """Rows of the table for features whose sampled peaks are that token, with "peak_share" (the share of their peaks) and

@@ -64,16 +64,13 @@ class FeatureStore(Search):
         if limit < 0 or offset < 0:
             raise ValueError(f"limit={limit}, offset={offset}: both must be 0 or more.")
         clause, values = _where(where)
-        order = "DESC" if descending else "ASC"
-        tail = f'{clause} ORDER BY "{sort}" IS NULL, "{sort}" {order}, feature LIMIT ? OFFSET ?'
-        return self._rows(tail, [*values, limit, offset])
+        return self._rows(f"{clause} {_order(sort, descending)} LIMIT ? OFFSET ?", [*values, limit, offset])
 
     def features(self, sort: str = "density", descending: bool = True, where: Bounds | None = None) -> list[int]:
         """The features within the bounds of `where`, in this order (see `table`)."""
         _check_column(sort)
         clause, values = _where(where)
-        order = "DESC" if descending else "ASC"
-        sql = f'SELECT feature FROM feature {clause} ORDER BY "{sort}" IS NULL, "{sort}" {order}, feature'
+        sql = f"SELECT feature FROM feature {clause} {_order(sort, descending)}"
         return [feature for (feature,) in self._query(sql, values)]
 
     @property
@@ -158,6 +155,12 @@ def load_features(path: str | Path, sae: SAE | None = None) -> FeatureStore:
 def _check_column(name: str) -> None:
     if name not in schema.SORTABLE:
         raise ValueError(f"column {name!r} does not exist; there are {', '.join(schema.SORTABLE)}.")
+
+
+def _order(sort: str, descending: bool) -> str:
+    """Missing values last; equal ones by index, in the same direction, so that SQLite reads the column's index and sorts nothing."""
+    direction = "DESC" if descending else "ASC"
+    return f'ORDER BY "{sort}" {direction} NULLS LAST, feature {direction}'
 
 
 def _where(where: Bounds | None) -> tuple[str, list[float]]:
