@@ -118,8 +118,8 @@ def _says_where_it_sends(kind: Kind) -> bool:
         return True
     check_address(kind.address)
     st.html(
-        f'<p class="sa-sends">Texts around examples of up to {kind.n_features:,} features are sent to <b>{escape(kind.address)}</b> '
-        f"(model {escape(kind.model)}), and nowhere else.</p>"
+        f'<p class="sa-sends">Texts around examples of up to {kind.n_features:,} features are sent to '
+        f"<b>{escape(kind.address)}</b> (model {escape(kind.model)}), and nowhere else.</p>"
     )
     host = urlsplit(kind.address).hostname or ""
     return host in _NEAR or st.checkbox(f"Send them to {state.plain(host)}", key=f"label_sends_{host}")
