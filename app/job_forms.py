@@ -11,6 +11,7 @@ import streamlit as st
 from saelab.app import state
 from saelab.errors import SaelabError
 from saelab.features.schema import MANIFEST
+from saelab.features.visible import escape
 from saelab.jobs import Collect, Kind, Label, Verify, start
 from saelab.jobs.kinds import MAX_TEXT, check_address, command
 from saelab.run_folder import summary
@@ -116,10 +117,9 @@ def _says_where_it_sends(kind: Kind) -> bool:
         st.caption("The model runs on this machine; nothing is sent.")
         return True
     check_address(kind.address)
-    st.info(
-        f"Texts around examples of up to {kind.n_features:,} features are sent to **{state.plain(kind.address)}** (model "
-        f"{state.plain(kind.model)}), and nowhere else.",
-        icon=":material/send:",
+    st.html(
+        f'<p class="sa-sends">Texts around examples of up to {kind.n_features:,} features are sent to '
+        f"<b>{escape(kind.address)}</b> (model {escape(kind.model)}), and nowhere else.</p>"
     )
     host = urlsplit(kind.address).hostname or ""
     return host in _NEAR or st.checkbox(f"Send them to {state.plain(host)}", key=f"label_sends_{host}")

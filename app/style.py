@@ -31,6 +31,7 @@ padding:.9rem 1rem;line-height:1.6;min-height:7rem}
 .sa-out .sa-prompt{opacity:.62}
 .sa-logits{display:grid;grid-template-columns:minmax(0,1fr) 3.4rem;gap:.12rem .6rem;font-size:.88rem;align-items:center}
 .sa-logits div{position:relative}
+.sa-sends{border-left:3px solid #d55e00;background:rgba(128,128,128,.12);padding:.5rem .9rem;margin:0;overflow-wrap:anywhere}
 .sa-legend{list-style:none;margin:0 0 .3rem;padding:0!important;display:flex;flex-wrap:wrap;gap:.25rem 1.2rem;font-size:.86rem;
 font-variant-numeric:tabular-nums}
 .sa-legend li{display:flex;gap:.45rem;margin:0;min-width:0;align-items:baseline}

@@ -27,7 +27,7 @@ def test_a_job_is_started_shown_and_cancelled(open_page, run, silent):  # noqa: 
     fields = {one.label: one for one in app.text_input}
     fields["Address"].set_value(silent.address)
     fields["Model"].set_value("m").run()
-    assert f"are sent to **{silent.address}** (model m), and nowhere else" in shown(app) and not silent.asked
+    assert f"are sent to <b>{silent.address}</b> (model m), and nowhere else" in html_of(app) and not silent.asked
     assert f"--address {silent.address} --model m --n-features" in app.code[0].value
     assert f"Endpoint('{silent.address}', 'm')" in app.code[1].value
     button(app, "Start: label features").click().run()
