@@ -26,7 +26,7 @@ from saelab.features.store import load_features
 from saelab.features.visible import escape
 
 MAIN = str(Path(serve.__file__).with_name("main.py"))
-PAGES = ("runs", "features", "feature", "dead", "prompt", "steer")
+PAGES = ("runs", "features", "feature", "dead", "prompt", "steer", "map", "compare")
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_every_page_opens(open_page, page):
         "dead": "Dead features",
         "prompt": "Prompt",
     }
-    titles["steer"] = "Steer"
+    titles |= {"steer": "Steer", "map": "Map", "compare": "Compare"}
     assert not app.exception and not app.error
     assert app.title[0].value.startswith(titles[page])
 
