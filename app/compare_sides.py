@@ -20,7 +20,7 @@ def show(store: FeatureStore, sources: list[str], address: str) -> None:
     if a == b:
         st.info("Choose two different sources.", icon=":material/compare_arrows:")
         return
-    found, names = sides(store, a, b), (sources[a], sources[b])
+    found = sides(store, a, b)
     left, right = st.columns(2, gap="large")
     shared = int((found.kind == 1).sum())
     left.plotly_chart(
@@ -35,7 +35,7 @@ def show(store: FeatureStore, sources: list[str], address: str) -> None:
         "Relative norm: 0 where a feature writes to the first source only, 1 to the second only, 0.5 to both alike. A small norm "
         "does not prove that a source lacks a feature: `saelab.evaluation.latent_scaling` checks it on activations."
     )
-    _table(store, found, names, address)
+    _table(store, found, address)
 
 
 def _chosen(sources: list[str]) -> tuple[int, int]:
@@ -51,13 +51,13 @@ def _chosen(sources: list[str]) -> tuple[int, int]:
     return int(a), int(b)
 
 
-def _table(store: FeatureStore, found: Sides, names: tuple[str, str], address: str) -> None:
+def _table(store: FeatureStore, found: Sides, address: str) -> None:
     kinds = {"a": "a only", "shared": "shared", "b": "b only", "other": "other", "all": ""}
     said = {"a": "First only", "shared": "Shared", "b": "Second only", "other": "Between", "all": "All"}
     counts = {key: int((found.kind == CLASSES.index(kind)).sum()) for key, kind in kinds.items() if kind}
     kind = state.url_choice("side", "a", list(kinds))
-    st.segmented_control(
-        "Features", list(kinds), required=True, **state.bound("side", kind),
+    st.selectbox(
+        "Features", list(kinds), width=260, **state.bound("side", kind),
         format_func=lambda key: f"{said[key]} ({counts[key]:,})" if key in counts else said[key],
     )  # fmt: skip
     features = found.features(kinds[kind]).tolist()
@@ -74,8 +74,8 @@ def _table(store: FeatureStore, found: Sides, names: tuple[str, str], address: s
             Column("Feature", features=shown, store=store, address=address),
             Column("Density", [percent(rows[i]["density"]) for i in shown]),
             Column("Relative norm", [cosine(float(found.relative[i])) for i in shown]),
-            Column(f"Norm at {names[0]}", norms[0]),
-            Column(f"Norm at {names[1]}", norms[1]),
+            Column("Norm at first", norms[0]),
+            Column("Norm at second", norms[1]),
             Column("Cosine", [cosine(float(found.cosine[i])) for i in shown]),
         ],
         f"{len(features):,} features, from those of the first source to those of the second",

@@ -153,14 +153,10 @@ def _table(
     show = state.url_choice("show", "mutual", list(shows))
     order = state.url_choice("order", "unlike", list(_ORDERS))
     with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
-        st.segmented_control(
-            "Features", list(shows), format_func=shows.__getitem__, required=True, **state.bound("show", show)
-        )
-        st.segmented_control(
-            "Order", list(_ORDERS), format_func=_ORDERS.__getitem__, required=True, **state.bound("order", order)
-        )
+        st.selectbox("Features", list(shows), format_func=shows.__getitem__, width=200, **state.bound("show", show))
+        st.selectbox("Order", list(_ORDERS), format_func=_ORDERS.__getitem__, width=200, **state.bound("order", order))
         st.selectbox(
-            "Counterpart from cosine", _COSINES, width=180, **state.bound("same", f"{cosine:g}"),
+            "Counterpart from cosine", _COSINES, width=200, **state.bound("same", f"{cosine:g}"),
             help="A feature of the other SAE counts as a counterpart if it is the most similar and at least that similar.",
         )  # fmt: skip
     rows = pairs(matching, show, order, cosine)

@@ -23,7 +23,7 @@ from saelab.features.store import load_features
 from saelab.features.visible import escape
 
 MAIN = str(Path(serve.__file__).with_name("main.py"))
-PAGES = ("runs", "features", "feature", "dead", "prompt", "steer", "jobs")
+PAGES = ("runs", "features", "feature", "dead", "prompt", "steer", "map", "compare", "jobs")
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_every_page_opens(open_page, page):
         "dead": "Dead features",
         "prompt": "Prompt",
     }
-    titles |= {"steer": "Steer", "jobs": "Jobs"}
+    titles |= {"steer": "Steer", "map": "Map", "compare": "Compare", "jobs": "Jobs"}
     assert not app.exception and not app.error
     assert app.title[0].value.startswith(titles[page])
 
