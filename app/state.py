@@ -196,6 +196,7 @@ def go_button(label: str, icon: str, shortcut: str | None = None, *, disabled: b
 
 
 def _go(**query: Any) -> None:
+    st.query_params.pop("doc", None)  # as in _write_url
     for name, value in query.items():
         st.query_params[name] = str(value)
 
@@ -207,15 +208,20 @@ def page_title(title: str) -> None:
 
 def _write_url(name: str, key: str) -> None:
     st.query_params[name] = str(st.session_state[key])
+    if name in ("feature", "kind"):
+        st.query_params.pop("doc", None)  # the open document is that of an example in the view which is left
     if name == "q" and not st.session_state[key]:
         del st.query_params[name]
     if name in ("q", "list", "sort", "order", "show", "fired"):
         st.query_params.pop("page", None)  # page numbers are meaningless in another order
 
 
+def sae_parameter() -> dict[str, str]:
+    """The URL parameter that keeps the chosen SAE; {} where there is only one."""
+    return {"sae": chosen_sae().name} if len(saes()) > 1 else {}
+
+
 def link(page: str, label: str, icon: str | None = None, **query: Any) -> None:
     """Show a link to another page that keeps the chosen SAE."""
-    parameters = {name: str(value) for name, value in query.items()}
-    if len(saes()) > 1:
-        parameters["sae"] = chosen_sae().name
+    parameters = {name: str(value) for name, value in query.items()} | sae_parameter()
     st.page_link(st.session_state["pages"][page], label=label, icon=icon, query_params=parameters)

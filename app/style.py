@@ -1,6 +1,6 @@
 """The dashboard's style sheet on top of Streamlit's theme; translucent colours work in light and dark mode."""
 
-from saelab.features.render import STYLE
+from saelab.features.style import STYLE
 
 _OWN = """
 .block-container, [data-testid="stMainBlockContainer"]{padding-top:2.6rem;max-width:1360px}
@@ -29,8 +29,6 @@ align-items:center;font-size:.9rem;font-variant-numeric:tabular-nums}
 .sa-out{white-space:pre-wrap;overflow-wrap:anywhere;border:1px solid rgba(128,128,128,.35);border-radius:6px;
 padding:.9rem 1rem;line-height:1.6;min-height:7rem}
 .sa-out .sa-prompt{opacity:.62}
-.sa-logits{display:grid;grid-template-columns:minmax(0,1fr) 3.4rem;gap:.12rem .6rem;font-size:.88rem;align-items:center}
-.sa-logits div{position:relative}
 .sa-curve{display:grid;grid-template-columns:2.6rem 1fr;gap:.3rem .5rem;margin:.4rem 0 0}
 .sa-curve figcaption{grid-column:1/-1;font-size:.9rem;font-weight:600;margin-bottom:.2rem}
 .sa-curve figcaption span{font-weight:400;opacity:.75;margin-left:.5rem}
@@ -47,11 +45,6 @@ padding:.9rem 1rem;line-height:1.6;min-height:7rem}
 .sa-tokens dt{text-align:right;white-space:pre;overflow:hidden;text-overflow:ellipsis}.sa-tokens dd{margin:0}
 .sa-pill{border:1px solid rgba(128,128,128,.4);border-radius:4px;padding:0 .35em;margin-right:.35em;display:inline-block}
 .sa-pill small{opacity:.75}
-.sa-table{width:100%;border-collapse:collapse;font-size:.88rem;font-variant-numeric:tabular-nums}
-.sa-table th{font-weight:600;font-size:.76rem;opacity:.8;text-align:right;padding:.15rem .4rem}
-.sa-table td{text-align:right;padding:.15rem .4rem;border-top:1px solid rgba(128,128,128,.2)}
-.sa-table th:first-child,.sa-table td:first-child{text-align:left;overflow-wrap:anywhere;padding-left:0}
-.sa-table a{color:inherit;text-decoration:underline;text-underline-offset:2px}
 """
 
 PAGE_STYLE = f"<style>{STYLE}{_OWN}</style>"

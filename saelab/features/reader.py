@@ -159,6 +159,7 @@ class StoreReader:
             values=tuple(values.tolist()),
             peak=position - start,
             document_position=int(arrays["document_position"][i]) if "document_position" in arrays else None,
+            store=self,
         )
 
     def pieces(self, ids: Iterable[int]) -> list[bytes]:
@@ -171,6 +172,14 @@ class StoreReader:
 
     def sequence(self, index: int) -> np.ndarray:
         """Token ids `(ctx_len,)` of one packed context."""
+        return self._token_file.get_slice("ids")[index]
+
+    def context_documents(self, index: int) -> np.ndarray:
+        """The document of each token of one context, `(ctx_len,)`; -1 on padding."""
+        return self._token_file.get_slice("doc")[index]
+
+    @property
+    def _token_file(self) -> Any:
         if self._tokens is None:
             from safetensors import safe_open
 
@@ -179,7 +188,7 @@ class StoreReader:
                 self._tokens = safe_open(str(path), framework="np").__enter__()
             except Exception as error:
                 raise StoreError(f"{path} cannot be read ({error}). {COLLECT_AGAIN}") from error
-        return self._tokens.get_slice("ids")[index]
+        return self._tokens
 
     @property
     def sae(self) -> SAE:
