@@ -46,15 +46,15 @@ def show(feature: Feature) -> None:
 
 def _lists(feature: Feature, kind: str) -> None:
     """The examples, and for the strongest ones those of the other end of a signed feature."""
-    lists = {kind: feature.examples(None if kind == "top" else _LIMIT, kind=kind)}
+    lists = [(kind, "", feature.examples(None if kind == "top" else _LIMIT, kind=kind))]
     if kind == "top" and len(feature.ends) > 1:
-        lists["bottom"] = feature.examples(kind="bottom")
-    places = [example.place for examples in lists.values() for example in examples]
+        lists.append(("bottom", f"The other end ({feature.ends[1].name})", feature.examples(kind="bottom")))
+    places = [example.place for _, _, examples in lists for example in examples]
     links = DocumentLinks(lambda place: _address(feature, place), state.url_choice("doc", "", ["", *places]))
     largest = {end.sign: end.max for end in feature.ends}
-    for name, examples in lists.items():
-        if name == "bottom":
-            st.subheader(f"The other end ({feature.ends[1].name})")
+    for name, title, examples in lists:
+        if title:
+            st.subheader(title)
         st.html(examples_html(examples, largest.get(1, feature.max), largest.get(-1), name, links))
 
 

@@ -55,7 +55,7 @@ class _Scored(NamedTuple):
 
 @torch.inference_mode()
 def measure_effect(
-    feature: Any, lm: Any, n_examples: int | None = None, *, on_example: Callable[[int, int], None] | None = None
+    feature: Any, lm: Any, n_examples: int | None = None, *, on_example: Callable[[int, int], Any] | None = None
 ) -> MeasuredEffect:
     """Zero a `Feature` at its strongest examples (all that are stored, or `n_examples` of them).
 
