@@ -29,12 +29,12 @@ def show(feature: Feature) -> None:
                 "How predictions change when the feature is zeroed at its strongest examples and all else is kept. Loads the "
                 "model; the result is kept in the run."
             )
+        else:
+            st.caption(state.plain(summary(effect)))
+            st.html(effect_html(effect))
         if st.button("Measure" if effect is None else "Measure again", icon=":material/science:", key="measure"):
             _measure(feature)
             st.rerun()
-        if effect is not None:
-            st.caption(state.plain(summary(effect)))
-            st.html(effect_html(effect))
 
 
 def _measure(feature: Feature) -> None:

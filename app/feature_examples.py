@@ -49,8 +49,8 @@ def _lists(feature: Feature, kind: str) -> None:
     lists = [(kind, "", feature.examples(None if kind == "top" else _LIMIT, kind=kind))]
     if kind == "top" and len(feature.ends) > 1:
         lists.append(("bottom", f"The other end ({feature.ends[1].name})", feature.examples(kind="bottom")))
-    places = [example.place for _, _, examples in lists for example in examples]
-    links = DocumentLinks(lambda place: _address(feature, place), state.url_choice("doc", "", ["", *places]))
+    shown = [example.place for _, _, examples in lists for example in examples]
+    links = DocumentLinks(lambda place: _address(feature, place), state.url_choice("doc", "", ["", *shown]))
     largest = {end.sign: end.max for end in feature.ends}
     for name, title, examples in lists:
         if title:

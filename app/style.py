@@ -29,6 +29,7 @@ align-items:center;font-size:.9rem;font-variant-numeric:tabular-nums}
 .sa-out{white-space:pre-wrap;overflow-wrap:anywhere;border:1px solid rgba(128,128,128,.35);border-radius:6px;
 padding:.9rem 1rem;line-height:1.6;min-height:7rem}
 .sa-out .sa-prompt{opacity:.62}
+.st-key-sl-marks [data-testid="stColumn"]{min-width:min(100%,19rem)}
 .sa-curve{display:grid;grid-template-columns:2.6rem 1fr;gap:.3rem .5rem;margin:.4rem 0 0}
 .sa-curve figcaption{grid-column:1/-1;font-size:.9rem;font-weight:600;margin-bottom:.2rem}
 .sa-curve figcaption span{font-weight:400;opacity:.75;margin-left:.5rem}

@@ -41,8 +41,8 @@ def test_documents_are_whole_to_the_byte(store):
     shown = [store.document(i) for i in range(len(TEXTS))]
     assert [b"".join(one.pieces).decode().removesuffix(END) for one in shown] == TEXTS
     assert shown[3].text == "".join(group.text for group in display_groups(shown[3].pieces))
-    assert len({int(row) for row in shown[4].sequence}) > 1  # of several contexts
-    where = zip(shown[4].sequence.tolist(), shown[4].position.tolist(), strict=True)
+    assert len({int(row) for row in shown[4].context}) > 1  # of several contexts
+    where = zip(shown[4].context.tolist(), shown[4].position.tolist(), strict=True)
     ids = [store.sequence(row)[place] for row, place in where]
     assert tuple(ids) == shown[4].token_ids and f"Document(4: {len(ids)} tokens" in repr(shown[4])
 

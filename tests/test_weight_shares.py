@@ -17,6 +17,7 @@ from saelab.errors import StoreError
 from saelab.evaluation.crosscoder import compare_decoders
 from saelab.features.collecting.promoted import top_logits
 from saelab.features.histogram_html import Quantile, histogram_html, quantiles_of
+from saelab.features.numbers import signed
 from saelab.features.quantiles import value_at
 from saelab.features.records import Histogram
 from saelab.features.schema import N_BINS, bin_edges, bin_name
@@ -115,7 +116,10 @@ def test_promoted_tokens_are_z_scores_among_features(tiny_lm, tmp_path):
     )
     mirrored = promoted.mirrored()
     assert mirrored.positive[0] == (promoted.negative[0].text, -promoted.negative[0].z, -promoted.negative[0].logit)
-    assert f"{promoted.positive[0].z:+.1f}, {promoted.positive[0].logit:+.2f}" in store.feature(7)._repr_html_()
+    assert (
+        f"{signed(promoted.positive[0].z, 1)}, {signed(promoted.positive[0].logit, 2)}"
+        in store.feature(7)._repr_html_()
+    )
 
 
 def test_promoted_tokens_of_an_older_store_are_by_logit(hostile_run):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -14,13 +14,13 @@ from saelab.features.token_text import display_groups
 class Document:
     """The tokens of one document, as far as the store's pass read it, without the BOS that packing put between them.
 
-    `sequence (n,)` and `position (n,)` are the context of each token and its place there.
+    `context (n,)` and `position (n,)` are the context of each token and its place there.
     """
 
     number: int
     token_ids: tuple[int, ...]
     pieces: tuple[bytes, ...]
-    sequence: np.ndarray
+    context: np.ndarray
     position: np.ndarray
 
     @property
@@ -36,18 +36,18 @@ class Document:
         that have them. Raises `ValueError` for an example of another document."""
         first = example.position - example.peak
         column = self.position - first  # of the window
-        has = (self.sequence == example.sequence) & (column >= 0) & (column < len(example.values))
+        has = (self.context == example.where[0]) & (column >= 0) & (column < len(example.values))
         peak = np.flatnonzero(has & (column == example.peak))
         if not len(peak):
             raise ValueError(f"The example is of document {example.document}, not of document {self.number}.")
         values = np.zeros(len(self.token_ids))
         values[has] = np.asarray(example.values)[column[has]]
         where = np.flatnonzero(has)
-        whole = Example(
-            value=example.value, document=self.number, sequence=example.sequence, position=example.position,
-            token_ids=self.token_ids, pieces=self.pieces, values=tuple(values.tolist()), peak=int(peak[0]),
+        full = replace(
+            example, document=self.number, token_ids=self.token_ids, pieces=self.pieces, values=tuple(values.tolist()),
+            peak=int(peak[0]),
         )  # fmt: skip
-        return whole, int(where[0]), int(where[-1]) + 1
+        return full, int(where[0]), int(where[-1]) + 1
 
 
 def tokens_of(docs: np.ndarray, number: int, n_start: int) -> tuple[np.ndarray, np.ndarray]:

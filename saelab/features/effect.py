@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from saelab.features.numbers import number, percent, signed
+from saelab.features.numbers import number, signed
 from saelab.features.style import STYLE
 from saelab.features.visible import chip_text, visible
 
@@ -23,8 +23,8 @@ class Estimate(NamedTuple):
     high: float | None
 
     def __str__(self) -> str:
-        interval = "" if self.low is None else f" (95 % interval {self.low:+.3g} to {self.high:+.3g})"
-        return f"{self.mean:+.3g}{interval}"
+        bounds = "" if self.low is None else f" (95 % interval {number(self.low)} to {number(self.high)})"
+        return (number(self.mean) + bounds).replace("-", "\u2212")
 
 
 class TokenChange(NamedTuple):
@@ -101,7 +101,7 @@ def summary(effect: MeasuredEffect) -> str:
     """One line: what was measured, on how much, and the control."""
     return (
         f"Zeroed in {effect.n_examples} of its strongest examples, {effect.n_tokens:,} tokens from the peaks on: loss per token "
-        f"{effect.loss} nats, KL divergence {effect.kl} nats. Zeroing nothing changes "
+        f"changes by {effect.loss} nats, KL divergence {effect.kl} nats. Zeroing nothing changes "
         f"{'nothing' if effect.control == 0 else f'a log-probability by up to {number(effect.control)}'}."
     )
 
@@ -115,25 +115,29 @@ def _table(title: str, tokens: Sequence[TokenChange]) -> str:
     if not tokens:
         return f'<div class="sl-sub">{title}: no token of a probability worth naming.</div>'
     rows = "".join(
-        f'<tr><td><bdi class="sl-chip">{chip_text(one.text)}</bdi></td><td>{signed(one.change.mean, 2)}</td>'
-        f"<td>{_interval(one.change)}</td><td>{percent(one.before)} \u2192 {percent(one.after)}</td></tr>"
+        f'<tr><td><bdi class="sl-chip">{chip_text(one.text)}</bdi></td><td>{signed(one.change.mean, 2)}'
+        f'<span class="sl-src">{_interval(one.change)}</span></td><td>{_share(one.before)} \u2192 {_share(one.after)}%</td></tr>'
         for one in tokens
     )
-    heads = "".join(f"<th>{head}</th>" for head in (title, "Log-prob.", "95 % interval", "Probability"))
+    heads = "".join(f"<th>{head}</th>" for head in (title, "Log-prob. (95 %)", "Probability"))
     return f'<table class="sl-table"><tr>{heads}</tr>{rows}</table>'
 
 
 def _interval(change: Estimate) -> str:
-    return "\u2013" if change.low is None else f"{signed(change.low, 2)} to {signed(change.high, 2)}"
+    return "one example" if change.low is None else f"{signed(change.low, 2)} to {signed(change.high, 2)}"
+
+
+def _share(probability: float) -> str:
+    return f"{100 * probability:.2g}" if probability < 0.995 else "100"
 
 
 def not_measurable(manifest: dict[str, Any]) -> str | None:
     """Why no feature of this store can be zeroed, in a sentence; None where it can."""
     hooks = manifest.get("sites") or {}
-    reads, writes = hooks.get("reads") or [manifest["hook_name"]], hooks.get("writes") or [manifest["hook_name"]]
-    if len(reads) == 1 and writes == reads:
+    inputs, outputs = (hooks.get(name) or [manifest["hook_name"]] for name in ("reads", "writes"))
+    if len(inputs) == 1 and outputs == inputs:
         return None
     return (
-        f"Its activation is computed from {', '.join(reads)}, so it cannot be zeroed at {writes[-1]} alone, where an edit acts: "
+        f"Its activation is computed from {', '.join(inputs)}, so it cannot be zeroed at {outputs[-1]} alone, where edits act: "
         "its effect is not measured."
     )

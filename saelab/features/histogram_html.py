@@ -81,14 +81,14 @@ def _bin(low: float, high: float) -> str:
 
 
 def _tick(one: Quantile, edges: np.ndarray, widths: np.ndarray) -> str:
-    """A line with its text, which stands where its own end has room for it: towards smaller magnitudes if it can."""
+    """A line with its text, which stands where its end has room for it: towards smaller magnitudes if it can."""
     total = np.concatenate([[0.0], np.cumsum(widths)]) / widths.sum()
     side = "right" if one.value > 0 else "left"  # a value on an edge belongs to the bin of larger magnitudes
     i = int(np.clip(np.searchsorted(edges, one.value, side=side) - 1, 0, len(widths) - 1))
     share = np.clip(np.log2(abs(one.value / edges[i])) / np.log2(abs(edges[i + 1] / edges[i])), 0, 1)
     at = float(total[i] + share * (total[i + 1] - total[i]))
-    own = np.flatnonzero(np.sign(edges) == np.sign(one.value))
-    left = at - total[own[0]] >= _ROOM if one.value > 0 else total[own[-1]] - at < _ROOM
+    here = np.flatnonzero(np.sign(edges) == np.sign(one.value))
+    left = at - total[here[0]] >= _ROOM if one.value > 0 else total[here[-1]] - at < _ROOM
     return (
         f'<span class="sl-tick sl-q{one.row}{" sl-left" if left else ""}" style="left:{100 * at:.2f}%">'
         f"<span>{one.name} {number(one.value)}</span></span>"

@@ -36,9 +36,11 @@ _RESAMPLES = 2000
 class _Case(NamedTuple):
     """An example to score."""
 
-    ids: Int[Tensor, " n"]
-    """Its context up to the last token that is predicted."""
+    ids: Int[Tensor, " ctx_len"]
+    """Its context."""
     peak: int
+    stop: int
+    """The last token that is predicted is the one before."""
 
 
 class _Scored(NamedTuple):
@@ -79,7 +81,7 @@ def measure_effect(
         )
     handle, scored, control = feature.handle, [], 0.0
     for batch in _batches(cases, lm.d_vocab):
-        ids = torch.nn.utils.rnn.pad_sequence([case.ids for case in batch], batch_first=True)
+        ids = torch.stack([case.ids for case in batch])[:, : max(case.stop for case in batch)]
         before, after = (
             lm.logits(ids) if edit is None else lm.run_with_edit(ids, edit) for edit in (None, handle.ablate())
         )
@@ -93,29 +95,26 @@ def measure_effect(
 
 
 def _case(store: Any, example: Example) -> _Case | None:
-    """The example's context up to the last scored token; None where no token of its document follows the peak in it."""
-    docs = store.context_documents(example.sequence)[example.position : example.position + N_SCORED + 1]
+    """The example with the tokens to score; None where no token of its document follows the peak in its context."""
+    context, peak = example.where
+    docs = store.context_documents(context)[peak : peak + N_SCORED + 1]
     n = int(np.argmin(docs == example.document)) or len(docs)  # up to the first token of another document
-    if n < 2:
-        return None
-    ids = store.sequence(example.sequence)[: example.position + n].astype(np.int64)
-    return _Case(torch.from_numpy(ids), example.position)
+    return _Case(torch.from_numpy(store.sequence(context).astype(np.int64)), peak, peak + n) if n > 1 else None
 
 
 def _batches(cases: list[_Case], d_vocab: int) -> Iterator[list[_Case]]:
     """As many examples at once as a forward pass may hold logits of."""
-    longest = max(len(case.ids) for case in cases)
-    size = max(1, MAX_LOGITS // (longest * d_vocab))
+    size = max(1, MAX_LOGITS // (max(case.stop for case in cases) * d_vocab))
     return (cases[first : first + size] for first in range(0, len(cases), size))
 
 
 def _log_probs(case: _Case, logits: Float[Tensor, "seq vocab"]) -> Float[Tensor, "n_scored vocab"]:
-    return logits[case.peak : len(case.ids) - 1].float().log_softmax(-1)
+    return logits[case.peak : case.stop - 1].float().log_softmax(-1)
 
 
 def _score(case: _Case, before: Float[Tensor, "seq vocab"], after: Float[Tensor, "seq vocab"]) -> _Scored:
     log_p, log_q = _log_probs(case, before), _log_probs(case, after)
-    targets = case.ids[case.peak + 1 :].to(log_p.device)
+    targets = case.ids[case.peak + 1 : case.stop].to(log_p.device)
     loss = (log_p - log_q).gather(1, targets[:, None]).double().mean()
     kl = (log_p.exp() * (log_p - log_q)).sum(1).double().mean()
     means = [values.mean(0).cpu() for values in (log_q - log_p, log_p.exp(), log_q.exp())]

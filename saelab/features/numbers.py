@@ -21,4 +21,4 @@ def percent(value: float | None) -> str:
 
 def signed(value: float | None, digits: int) -> str:
     """A change with its sign and this many decimals; an en dash for None."""
-    return "\u2013" if value is None else f"{value:+,.{digits}f}"
+    return "\u2013" if value is None else f"{value:+,.{digits}f}".replace("-", "\u2212")

@@ -115,17 +115,17 @@ def _place(example: Example, links: DocumentLinks | None) -> str:
 
 def _document(example: Example, scale: _Scale) -> str:
     """The whole document of an example: the window in which its values are stored between two bars, the rest plain text."""
-    whole, start, stop = example.store.document(example.document).around(example)
+    full, start, stop = example.store.document(example.document).around(example)
     first, last = max(0, start - _MAX_AROUND), stop + _MAX_AROUND
     before, after = (
-        "".join(g.text for g in display_groups(side)) for side in (whole.pieces[first:start], whole.pieces[stop:last])
+        "".join(g.text for g in display_groups(side)) for side in (full.pieces[first:start], full.pieces[stop:last])
     )
-    n = len(whole.pieces)
+    n = len(full.pieces)
     left_out = n - (min(last, n) - first)
     note = f"Document {example.document}: {n:,} tokens" + (
         f", of which {left_out:,} far away are left out" if left_out else ""
     )
-    window = replace(whole, pieces=whole.pieces[start:stop], values=whole.values[start:stop], peak=whole.peak - start)
+    window = replace(full, pieces=full.pieces[start:stop], values=full.values[start:stop], peak=full.peak - start)
     return (
         f'<div class="sl-doc sl-text" tabindex="0" role="region" aria-label="{note}"><div class="sl-sub">{note}. Activations are '
         f"stored for the {stop - start} tokens between the bars.</div><bdi>{_plain(before)}"

@@ -126,14 +126,14 @@ class FeatureStore(Search):
         number of no document."""
         bos = self.manifest.get("prepend_bos", True)
         n_start = int(bos) if isinstance(bos, bool) else len(bos)
-        sequence, position = tokens_of(self._token_file.get_tensor("doc"), number, n_start)
-        if number < 0 or not len(sequence):
+        context, position = tokens_of(self._token_file.get_tensor("doc"), number, n_start)
+        if number < 0 or not len(context):
             raise ValueError(
                 f"document={number} is none of the {self.manifest['n_documents']:,} documents of {self.folder}."
             )
-        first = int(sequence[0])
-        ids = self._token_file.get_slice("ids")[first : int(sequence[-1]) + 1][sequence - first, position].tolist()
-        return Document(int(number), tuple(ids), tuple(self.pieces(ids)), sequence, position)
+        first, last = int(context[0]), int(context[-1])
+        ids = self._token_file.get_slice("ids")[first : last + 1][context - first, position].tolist()
+        return Document(int(number), tuple(ids), tuple(self.pieces(ids)), context, position)
 
     def promoted(self, feature: int) -> Promoted:
         """Tokens whose logits its decoder row changes most against what other features do to them; empty off the residual stream,

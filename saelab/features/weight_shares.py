@@ -27,12 +27,11 @@ def head_shares(store: Search, feature: int) -> list[float] | None:
 def source_norms(store: Search, feature: int) -> list[dict[str, Any]] | None:
     """For each source of a crosscoder a dict with "source" (its hook), "norm" (of the feature's decoder row there, in units in
     which every source has the same mean square) and "share" (of the sum of these norms); None for any other SAE."""
-    rows = _rows(store, feature)
     hooks = (store.manifest.get("sites") or {}).get("writes") or []
-    if len(rows) < 2 or len(hooks) != len(rows):
+    if len(hooks) < 2:
         return None
-    norms = np.linalg.norm(rows, axis=1)
-    shares = _shares(norms) or [0.0] * len(rows)
+    norms = np.linalg.norm(_rows(store, feature), axis=1)
+    shares = _shares(norms) or [0.0] * len(norms)
     return [
         {"source": hook, "norm": float(norm), "share": share}
         for hook, norm, share in zip(hooks, norms, shares, strict=True)
