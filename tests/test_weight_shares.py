@@ -114,8 +114,9 @@ def test_promoted_tokens_are_z_scores_among_features(tiny_lm, tmp_path):
     assert [token.logit for token in promoted.negative] == pytest.approx(
         found["z_negative_logits"][7].tolist(), abs=1e-4
     )
-    mirrored = promoted.mirrored()
-    assert mirrored.positive[0] == (promoted.negative[0].text, -promoted.negative[0].z, -promoted.negative[0].logit)
+    mirrored, last = promoted.mirrored().positive[0], promoted.negative[0]
+    assert last.z is not None and last.z < 0 and mirrored.z == -last.z and mirrored.text == last.text
+    assert last.logit is not None and mirrored.logit == -last.logit
     assert (
         f"{signed(promoted.positive[0].z, 1)}, {signed(promoted.positive[0].logit, 2)}"
         in store.feature(7)._repr_html_()
