@@ -1,4 +1,4 @@
-"""ASGI application of the dashboard: Streamlit behind middleware that sets the page's base URL and security headers.
+"""ASGI application of the dashboard: Streamlit behind middleware that sets the page's base URL, script and security headers.
 
 Without the base URL, a deep link (`/feature?feature=17`) makes Streamlit's page probe `/feature/_stcore/health` and log
 a 404. The Content-Security-Policy stops the browser from contacting any other host.
@@ -16,7 +16,9 @@ from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from streamlit.starlette import App
 
-_BASE = b"<head><script>window.__streamlit={BACKEND_BASE_URL:window.location.origin}</script>"
+from saelab.app.script import SCRIPT
+
+_HEAD = f"<head><script>window.__streamlit={{BACKEND_BASE_URL:window.location.origin}};{SCRIPT}</script>".encode()
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' blob:; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' blob: data:; worker-src 'self' blob:; "
@@ -64,7 +66,7 @@ async def _send_page(start: dict[str, Any], body: bytes, send: Any, path: str) -
         Thread(target=_warm_up, args=(path,), daemon=True).start()
     headers = MutableHeaders(scope=start)
     if body:  # a HEAD response has none
-        body = body.replace(b"<head>", _BASE, 1)
+        body = body.replace(b"<head>", _HEAD, 1)
         headers["content-length"] = str(len(body))
     headers["content-security-policy"] = _POLICY
     headers["x-content-type-options"] = "nosniff"

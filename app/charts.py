@@ -10,60 +10,11 @@ from collections.abc import Sequence
 import numpy as np
 import plotly.graph_objects as go
 
-from saelab.features.records import Histogram
-
 BLUE, VERMILLION = "#0072b2", "#d55e00"
 _FAINT = "rgba(128,128,128,.25)"
 _MAX_POINTS = 1500  # per trace: points are drawn as SVG, because WebGL would need a policy that allows eval
 
 
-def value_histogram(histogram: Histogram, ends: Sequence[tuple[float, float]] = ()) -> go.Figure:
-    """Histogram of a feature's non-zero activations in log bins. Negative values are hatched and left of a gap; lines mark
-    the p99 and the maximum of each end."""
-    edges, counts = histogram.edges, histogram.counts
-    positions = _log_positions(edges, edges)
-    hover = [f"{low:.3g} to {high:.3g}<br>{n:,} tokens" for low, high, n in zip(edges, edges[1:], counts, strict=False)]
-    hatching = {
-        "shape": ["/" if high <= 0 else "" for high in edges[1:]],
-        "fillmode": "overlay",
-        "fgcolor": "white",
-        "size": 5,
-    }
-    figure = go.Figure(
-        go.Bar(
-            x=(positions[:-1] + positions[1:]) / 2, y=counts, width=np.diff(positions) * 0.94, marker_color=BLUE,
-            hovertext=hover, hoverinfo="text", marker_pattern=hatching,
-        )
-    )  # fmt: skip
-    for end in ends:
-        for name, value, dash in zip(
-            ("p99", "max"), _log_positions(np.array(end), edges), ("dash", "dot"), strict=True
-        ):
-            figure.add_vline(
-                x=float(value), line={"dash": dash, "width": 1.5, "color": VERMILLION},
-                annotation={"text": name, "yref": "paper", "y": 1.1 if name == "p99" else 1.0, "font": {"size": 11}},
-            )  # fmt: skip
-    values, labels = _signed_ticks(edges)
-    figure.update_xaxes(title="activation (log scale)", tickvals=values, ticktext=labels)
-    figure.update_yaxes(title="tokens")
-    return finish(figure, 250)
-
-
-def _log_positions(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Positions of values on an axis of log magnitudes. Negative values are mirrored; where `edges` has both signs, a gap of
-    a quarter of a decade separates them from the positive ones."""
-    both = edges[0] < 0 < edges[-1]
-    start = np.log10(np.abs(edges).min()) - 0.125 if both else 0.0
-    return np.sign(values) * (np.log10(np.abs(values)) - start)
-
-
-def _signed_ticks(edges: np.ndarray) -> tuple[list[float], list[str]]:
-    values: list[float] = []
-    for sign in (-1, 1):
-        side = sign * edges[np.sign(edges) == sign]
-        if len(side) > 1:
-            values += [sign * value for value in _round_numbers(float(side.min()), float(side.max()))]
-    return _log_positions(np.array(values), edges).tolist(), [f"{value:g}" for value in values]
 
 
 def density_histogram(density: np.ndarray, n_tokens: int) -> go.Figure:
@@ -130,14 +81,6 @@ def cosine_scatter(density: np.ndarray, cosine: np.ndarray, n_tokens: int, at_mo
     finish(figure, 280)
     figure.update_layout(showlegend=True, legend={"orientation": "h", "y": 1.14, "x": 0})
     return figure
-
-
-def _round_numbers(low: float, high: float) -> list[float]:
-    """1, 2 and 5 per decade between two positive values; powers of ten alone over more than four decades."""
-    decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
-    steps = (1, 2, 5) if len(decades) <= 4 else (1,)
-    values = [step * 10.0**decade for decade in decades for step in steps]
-    return [value for value in values if low * 0.99 <= value <= high * 1.01]
 
 
 def _power(exponent: int) -> str:

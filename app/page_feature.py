@@ -1,24 +1,13 @@
-"""Feature page: one feature's label, metrics, examples of every kind, activation histogram, and what is near it."""
+"""Feature page: one feature's label, metrics, examples of every kind, histogram, effect, and what is near it."""
 
 from __future__ import annotations
 
 import streamlit as st
 
-from saelab.app import charts, feature_notes, query, related, state
-from saelab.errors import StoreError
+from saelab.app import feature_effect, feature_examples, feature_notes, query, related, state
 from saelab.features import Feature
-from saelab.features.render import cosine, examples_html, feature_examples_html, number, percent, signs_text
-from saelab.features.visible import chip_text, escape
-
-_KINDS = {
-    "top": ("Strongest", "The strongest example from each document."),
-    "quantile": (
-        "Quantiles",
-        "Four examples from each of five groups of equally many firings, the strongest group first: does it still mean the same?",
-    ),
-    "uniform": ("Uniform", "A uniform sample of all tokens on which the feature fires."),
-    "near_miss": ("Near misses", "Tokens on which it nearly fired; the number is what it lacked, in units of the SAE."),
-}
+from saelab.features.render import cosine, feature_histogram_html, number, percent, signs_text
+from saelab.features.visible import escape
 
 
 def show() -> None:
@@ -41,15 +30,18 @@ def show() -> None:
             f"This feature did not fire on any of the {state.counted(store)}, so it has no examples.",
             icon=":material/bedtime:",
         )
-    left, right = st.columns([5, 3], gap="large")
+    with st.container(key="sl-marks"):  # within it, a token that is pointed at marks its bin in the histogram
+        left, right = st.columns([5, 3], gap="large")
     with left:
-        _examples(feature)
+        feature_examples.show(feature)
     with right:
         feature_notes.show(feature)
         _values(feature)
+        feature_effect.show(feature)
+        feature_effect.show_shares(feature)
         with state.friendly_errors():
             related.show(feature, asked.parameters())
-        _logits(feature)
+        feature_effect.show_promoted(feature)
 
 
 def _navigation(feature: Feature, asked: query.Query) -> None:
@@ -88,61 +80,6 @@ def _numbers(feature: Feature) -> None:
             st.metric(name, value, help=meaning, width=150)
 
 
-def _examples(feature: Feature) -> None:
-    st.subheader("Examples")
-    kind = state.url_choice("kind", "top", list(_KINDS))
-    names = {key: name for key, (name, _) in _KINDS.items()}
-    st.segmented_control(
-        "Which", list(_KINDS), format_func=names.__getitem__, required=True, label_visibility="collapsed",
-        **state.bound("kind", kind),
-    )  # fmt: skip
-    signs = " of that sign (blue: negative)" if feature.store.signed else ""
-    st.caption(
-        f"{_KINDS[kind][1]} Background: activation relative to the feature's maximum{signs}; outline: the peak. Point at a "
-        "token, or move to it with Tab, for its activation. Under the number: document, and the token's place in it."
-    )
-    if kind == "top":
-        st.html(feature_examples_html(feature))
-        if len(feature.ends) > 1:
-            st.subheader(f"The other end ({feature.ends[1].name})")
-            st.html(feature_examples_html(feature, kind="bottom"))
-        return
-    try:
-        st.html(examples_html(feature.examples(20, kind=kind), feature.max, kind=kind))
-    except StoreError as error:
-        st.info(state.plain(str(error)), icon=":material/update:")
-
-
 def _values(feature: Feature) -> None:
     st.subheader("Activations")
-    if not len(feature.histogram.counts):
-        st.caption("No activations: the feature never fired.")
-        return
-    ends = [(end.sign * end.p99, end.sign * end.max) for end in feature.ends]
-    figure = charts.value_histogram(feature.histogram, ends)
-    alt = f"Histogram of {feature.n_fired:,} non-zero activations, p99 {number(feature.p99)}, max {number(feature.max)}"
-    st.plotly_chart(figure, key="values", alt=alt, config={"displayModeBar": False})
-
-
-def _logits(feature: Feature) -> None:
-    logits = feature.dominant_logits
-    with st.expander("Tokens that its decoder row promotes"):
-        if not logits.positive:
-            st.caption("No direct path from this hook to the logits.")
-            return
-        end = " towards its negative end" if feature.sign == -1 else ""
-        st.caption(
-            "The direct effect of the decoder row on the logits, past all later layers: logit change per unit along it"
-            f"{end}. In an early or middle layer it says little; what the feature does is measured by steering."
-        )
-        for column, name, tokens in zip(st.columns(2), ("Promotes", "Suppresses"), logits, strict=True):
-            column.html(f'<div class="sa-head">{name}</div>{_logit_rows(tokens)}')
-
-
-def _logit_rows(tokens: list[tuple[str, float]]) -> str:
-    rows = "".join(
-        f'<span class="sa-clip"><bdi class="sa-chip">{chip_text(text)}</bdi></span>'
-        f'<span class="sa-num">{value:+.2f}</span>'
-        for text, value in tokens
-    )
-    return f'<div class="sa-logits" style="margin-top:.4rem">{rows}</div>'
+    st.html(feature_histogram_html(feature))

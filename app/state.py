@@ -213,6 +213,7 @@ def go_button(label: str, icon: str, shortcut: str | None = None, *, disabled: b
 
 def go(**query: Any) -> None:
     """Change this page's URL parameters; for a button's `on_click`."""
+    st.query_params.pop("doc", None)  # as in _write_url
     for name, value in query.items():
         st.query_params[name] = str(value)
 
@@ -229,6 +230,8 @@ _ORDERING = ("q", "list", "sort", "order", "show", "fired", "with", "same", "vie
 def _write_url(name: str, key: str) -> None:
     value = st.session_state[key]
     st.query_params[name] = str(value)
+    if name in ("feature", "kind"):
+        st.query_params.pop("doc", None)  # the open document is that of an example in the view which is left
     if value in (None, "") and name in ("q", "near"):
         del st.query_params[name]
     if name == "near":  # one choice at a time

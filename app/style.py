@@ -1,6 +1,6 @@
 """The dashboard's style sheet on top of Streamlit's theme; translucent colours work in light and dark mode."""
 
-from saelab.features.render import STYLE
+from saelab.features.style import STYLE
 
 _OWN = """
 .block-container, [data-testid="stMainBlockContainer"]{padding-top:2.6rem;max-width:1360px}
@@ -29,8 +29,6 @@ align-items:center;font-size:.9rem;font-variant-numeric:tabular-nums}
 .sa-out{white-space:pre-wrap;overflow-wrap:anywhere;border:1px solid rgba(128,128,128,.35);border-radius:6px;
 padding:.9rem 1rem;line-height:1.6;min-height:7rem}
 .sa-out .sa-prompt{opacity:.62}
-.sa-logits{display:grid;grid-template-columns:minmax(0,1fr) 3.4rem;gap:.12rem .6rem;font-size:.88rem;align-items:center}
-.sa-logits div{position:relative}
 .sa-sends{border-left:3px solid #d55e00;background:rgba(128,128,128,.12);padding:.5rem .9rem;margin:0;overflow-wrap:anywhere}
 .sa-legend{list-style:none;margin:0 0 .3rem;padding:0!important;display:flex;flex-wrap:wrap;gap:.25rem 1.2rem;font-size:.86rem;
 font-variant-numeric:tabular-nums}
@@ -62,6 +60,7 @@ align-items:center}
 [class*="st-key-sa-run-"] [data-testid="stColumn"]{flex:none;width:100%}
 .sa-run{grid-template-columns:repeat(auto-fill,minmax(7rem,1fr))}
 .sa-run .sa-num{text-align:left}.sa-run dt{position:static;width:auto;height:auto;clip-path:none;font-size:.72rem;opacity:.75}}
+.st-key-sl-marks [data-testid="stColumn"]{min-width:min(100%,19rem)}
 .sa-cfg{display:grid;grid-template-columns:max-content minmax(0,1fr);gap:.2rem 1.2rem;font-size:.86rem;margin:0}
 .sa-cfg dt{opacity:.75}.sa-cfg dd{margin:0;overflow-wrap:anywhere}
 @media (max-width:1250px){.sa-wider{display:none}
@@ -72,14 +71,9 @@ align-items:center}
 .sa-tokens dt{text-align:right;white-space:pre;overflow:hidden;text-overflow:ellipsis}.sa-tokens dd{margin:0}
 .sa-pill{border:1px solid rgba(128,128,128,.4);border-radius:4px;padding:0 .35em;margin-right:.35em;display:inline-block}
 .sa-pill small{opacity:.75}
-.sa-table{width:100%;border-collapse:collapse;font-size:.88rem;font-variant-numeric:tabular-nums}
-.sa-table th{font-weight:600;font-size:.76rem;opacity:.8;text-align:right;padding:.15rem .4rem}
-.sa-table td{text-align:right;padding:.15rem .4rem;border-top:1px solid rgba(128,128,128,.2)}
-.sa-table th:first-child,.sa-table td:first-child{text-align:left;overflow-wrap:anywhere;padding-left:0}
 .sa-table caption{text-align:left;padding:.3rem 0}.sa-pairs{table-layout:fixed}
 .sa-pairs th,.sa-pairs td{overflow-wrap:anywhere;vertical-align:top}
 .sa-pairs th.sa-of,.sa-pairs td.sa-of{text-align:left;width:34%}
-.sa-table a{color:inherit;text-decoration:underline;text-underline-offset:2px}
 """
 
 PAGE_STYLE = f"<style>{STYLE}{_OWN}</style>"

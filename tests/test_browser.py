@@ -178,6 +178,77 @@ def test_every_feature_is_shown_without_running_its_text(page, hostile_run):
         _screenshot(page, f"feature-{scheme}")
 
 
+def _strongest(run):
+    return load_features(run).table("n_fired", limit=1)[0]["feature"]
+
+
+_TOKEN = """() => {
+  const token = document.activeElement, marked = [...document.querySelectorAll(".sl-bin")].filter(
+    bar => getComputedStyle(bar, "::before").content.includes("\u25bc"));
+  return [token.className, token.dataset.v, getComputedStyle(token, "::after").content.replaceAll('"', ""),
+          marked.map(bar => bar.dataset.bin).join(), token.dataset.at ?? ""];
+}"""
+
+
+def test_a_focused_token_shows_its_value_and_its_bin(page, hostile_run):
+    store = load_features(hostile_run)
+    index = _strongest(hostile_run)
+    address = f"/feature?feature={index}"
+    page.goto(address)
+    page.locator(".sl-bars").wait_for()
+    idle(page)
+    examples = store.feature(index).examples()
+    stops = page.evaluate("[...document.querySelectorAll('.sl *')].filter(one => one.tabIndex >= 0).length")
+    assert stops == 2 * len(examples)  # the peak, and the link to the document
+    row = next(i for i, one in enumerate(examples) if sum(map(bool, one.values)) > 2)
+    page.locator(".sl-row").nth(row).locator(".sl-peak").focus()
+    seen = set()
+    for key in ("Home", "ArrowRight", "ArrowRight", "ArrowLeft", "End"):
+        page.keyboard.press(key)
+        name, value, shown, marked, own = page.evaluate(_TOKEN)
+        assert "sl-t" in name and value == shown and marked == own
+        seen.add(page.evaluate("[...document.querySelectorAll('.sl-t')].indexOf(document.activeElement)"))
+    page.wait_for_timeout(500)  # an arrow that stepped on would have done so by now
+    idle(page)
+    assert len(seen) >= 3 and page.url.endswith(address)  # the arrows did not step to the next feature
+    _screenshot(page, "feature-focus")
+    page.keyboard.press("Tab")
+    assert "sl-go" in page.evaluate("document.activeElement.className")
+    page.locator(".sl-peak").first.hover()
+    page.evaluate("document.activeElement.blur()")
+    assert page.evaluate(_TOKEN)[3] == page.locator(".sl-peak").first.get_attribute("data-at")
+    page.set_viewport_size({"width": 400, "height": 800})
+    for one in page.locator(".sl-t").all()[:40]:
+        one.focus()
+        assert page.evaluate(
+            "[...document.querySelectorAll('[data-testid=stMain]')].every(x => x.scrollWidth <= x.clientWidth)"
+        )
+    _screenshot(page, "feature-400")
+
+
+def test_an_example_opens_to_its_document_without_loading_the_page_again(page, hostile_run):
+    store = load_features(hostile_run)
+    example = store.feature(_strongest(hostile_run)).examples()[1]
+    page.goto(f"/feature?feature={_strongest(hostile_run)}")
+    page.locator(".sl-row").first.wait_for()
+    idle(page)
+    page.evaluate("window.same = true")
+    page.locator("a.sl-go").nth(1).click()
+    page.locator(".sl-doc").wait_for()
+    assert f"{len(store.document(example.document).pieces)} tokens" in page.locator(".sl-doc").inner_text()
+    _screenshot(page, "feature-document")
+    page.go_back()
+    page.locator(".sl-doc").wait_for(state="detached")
+    assert page.evaluate("window.same") is True
+    page.go_forward()
+    page.reload()
+    page.locator(".sl-doc .sl-window .sl-peak").wait_for()
+    page.locator("a.sl-go[aria-expanded=true]").click()
+    page.locator(".sl-doc").wait_for(state="detached")
+    page.get_by_role("button", name="Next").click()
+    page.wait_for_url(lambda url: "doc=" not in url and f"feature={_strongest(hostile_run)}" not in url)
+
+
 def test_deep_links_restore_every_page(page, hostile_run):
     page.goto("/features?sort=cosine&order=up&show=all&page=2")
     heading(page, "Features")

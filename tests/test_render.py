@@ -9,23 +9,16 @@ from conftest import HOSTILE
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saelab.features.records import Example, Histogram
-from saelab.features.render import (
-    chips_html,
-    escape,
-    example_line,
-    examples_html,
-    feature_card,
-    histogram_svg,
-    number,
-    percent,
-    visible,
-)
+from saelab.features.histogram_html import histogram_html
+from saelab.features.numbers import number, percent
+from saelab.features.records import Example, Histogram, PromotedToken
+from saelab.features.render import chips_html, example_line, examples_html, feature_card
 from saelab.features.store import load_features
 from saelab.features.token_text import display_groups, token_bytes, trim_to_characters
+from saelab.features.visible import escape, visible
 
 ALLOWED_TAGS = {"div", "span", "bdi", "wbr", "small"}
-ALLOWED_ATTRIBUTES = {"class", "role", "aria-label", "title", "tabindex", "style"}
+ALLOWED_ATTRIBUTES = {"class", "role", "aria-label", "title", "tabindex", "style", "data-at", "data-v", "data-bin"}
 
 
 class Page(HTMLParser):
@@ -40,7 +33,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.add(tag)
         self.attributes |= {name for name, _ in attrs}
-        self.titles += [value for name, value in attrs if name == "title"]
+        self.titles += [value for name, value in attrs if name == "aria-label"]
         self.open += tag != "wbr"
 
     def handle_endtag(self, tag):
@@ -68,7 +61,7 @@ def test_hostile_text_is_only_text(text):
     assert visible(text) in whole.text
     parts = [bytes([byte]) for byte in text.encode()]
     check_harmless(examples_html([example(parts)], 1.0))
-    check_harmless(chips_html([(text, 1.0)]))
+    check_harmless(chips_html([PromotedToken(text, 1.0, 2.0)]))
 
 
 @given(st.text(max_size=40), st.integers(1, 5))
@@ -134,6 +127,8 @@ def test_token_bytes_of_a_real_tokenizer(tiny_lm):
 def test_the_highlight_is_a_share_of_the_features_maximum():
     markup = examples_html([example([b"a", b"b", b"c"], [4.0, 2.0, 0.0])], 8.0)
     assert markup.count("tabindex") == 2  # the silent token is plain text
+    assert markup.count('tabindex="0"') == 1  # an example is one tab stop
+    assert markup.count('data-v="4"') == markup.count('data-v="2"') == 1
     assert "rgba(230,159,0,0.30)" in markup and "rgba(230,159,0,0.15)" in markup
     assert markup.count("sl-peak") == 1
 
@@ -145,7 +140,7 @@ def test_newlines_are_marked():
 def test_no_example_has_words_instead():
     assert "did not fire on any counted token" in examples_html([], None)
     empty = Histogram(np.zeros(1), np.zeros(0, dtype=np.int64))
-    assert "never fired" in histogram_svg(empty)
+    assert "never fired" in histogram_html(empty)
 
 
 def test_card_of_a_feature(hostile_run):
@@ -153,7 +148,7 @@ def test_card_of_a_feature(hostile_run):
     for row in store.table("density", limit=5) + store.table("n_fired", descending=False, limit=3):
         card = feature_card(store.feature(row["feature"]), n_examples=20)
         page = Page(card)
-        assert page.tags <= ALLOWED_TAGS | {"style", "h3", "h4", "p", "dl", "dt", "dd", "svg", "rect"}
+        assert page.tags <= ALLOWED_TAGS | {"style", "h3", "h4", "p", "dl", "dt", "dd"}
         assert not any(name.startswith("on") or name in ("href", "src") for name in page.attributes)
         assert len(card) < 200_000
         assert "prefers-color-scheme:dark" in card and f"Feature {row['feature']}" in page.text

@@ -4,6 +4,7 @@ The AbsTopK SAE here has one feature for each pattern. Its bias says which: all 
 """
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +17,14 @@ from streamlit.testing.v1 import AppTest
 from streamlit.util import calc_hash
 
 import saelab
-from saelab.app import charts, page_steer, serve
+from saelab.app import page_steer, serve
 from saelab.errors import SaelabError, StoreError
 from saelab.evaluation.heldout import open_score_stream
 from saelab.features import schema
 from saelab.features.collecting.signed import SignedAccumulator
+from saelab.features.numbers import number
 from saelab.features.records import Example
-from saelab.features.render import examples_html, feature_card, number
+from saelab.features.render import examples_html, feature_card, feature_histogram_html
 from saelab.io import save_sae
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.saes import AbsTopKConfig, AbsTopKSAE, MatchingPursuitConfig, MatchingPursuitSAE, TopKConfig, TopKSAE
@@ -83,6 +85,7 @@ def _dominant(ends):
     return 1 if len(ends[1]) >= len(ends[-1]) else -1
 
 
+_TICK = r'style="left:([\d.]+)%"><span>(\w+) ([^<]+)</span>'
 every_pattern = pytest.mark.parametrize("pattern", PATTERNS)
 firing = pytest.mark.parametrize("pattern", [name for name, share in PATTERNS.items() if share is not None])
 
@@ -126,13 +129,16 @@ def test_histogram_is_of_signed_values(world, pattern):
     assert counts.sum() == len(values) and (np.diff(edges) > 0).all() or not len(values)
     if len(values):
         assert (counts == np.histogram(values.numpy(), edges)[0]).all() and counts[0] and counts[-1]
-        figure = charts.value_histogram(
-            feature.histogram, [(end.sign * end.p99, end.sign * end.max) for end in feature.ends]
-        )
-        bars = np.array(figure.data[0].x)  # type: ignore[attr-defined]
-        lines = [shape.x0 for shape in figure.layout.shapes]  # type: ignore[attr-defined]
-        assert np.isfinite([*bars, *lines]).all() and (np.diff(bars) > 0).all() and len(lines) == 2 * len(feature.ends)
-        assert all(bars[0] - 0.2 < line < bars[-1] + 0.2 for line in lines)
+        markup = feature_histogram_html(feature)
+        heights = [
+            float(height) for height in re.findall(r'data-bin="[^"]*" title="[^"]*" style="height:([\d.]+)%', markup)
+        ]
+        assert heights == pytest.approx([max(100 * n / counts.max(), 1) for n in counts if n], abs=0.05)
+        at = {(name, value): float(left) for left, name, value in re.findall(_TICK, markup)}
+        for end in feature.ends:
+            lines = [at[name, number(end.sign * value)] for name, value in (("p99", end.p99), ("max", end.max))]
+            assert all(0 <= line <= 100 for line in lines) and end.sign * (lines[1] - lines[0]) >= 0
+        assert len(at) == 4 * len(feature.ends) and ("sl-neg" in markup) == any(end.sign < 0 for end in feature.ends)
 
 
 @every_pattern
@@ -154,9 +160,9 @@ def test_a_highlight_is_a_share_of_its_own_ends_maximum(world, pattern):
     feature, _, ends = _of(world, pattern)
     card = feature_card(feature)
     assert card.count("100% of maximum") >= len(feature.ends)  # the strongest of each end
-    assert ("at the negative end" in card) == bool(len(ends[-1])) == ("rgba(86,180,233" in card)
+    assert ("at the negative end" in card) == any(end.sign < 0 for end in feature.ends) == ("rgba(86,180,233" in card)
     assert ("The other end" in card or "Examples of the other end" in card) == (len(feature.ends) == 2)
-    assert ("A signed feature" in card) == bool(len(ends[-1]))
+    assert ("A signed feature" in card) == any(end.sign < 0 for end in feature.ends)
     if feature.p99:
         assert number(feature.p99) in card and number(feature.p99) in repr(feature)
     promoted = [token for token, _ in feature.dominant_logits.positive]
@@ -247,7 +253,7 @@ def test_pages_show_both_ends(world, pattern, page, monkeypatch):
     if page == "feature":
         shown = {metric.label: metric.value for metric in app.metric}
         assert (shown["p99"], shown["Max"]) == (number(feature.p99), number(feature.max))
-        assert ("A signed feature" in text) == bool(len(ends[-1]))
+        assert ("A signed feature" in text) == any(end.sign < 0 for end in feature.ends)
     elif feature.p99:
         assert f"adds {number(2 * feature.sign * feature.p99)}" in text
         assert f"{'maximum' if feature.sign == 1 else 'minimum'} is {number(feature.sign * feature.max)}" in text

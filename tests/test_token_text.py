@@ -5,7 +5,9 @@ from test_render import Page, example
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from saelab.app import feature_rows, page_feature, page_steer
+from saelab.app import feature_effect, feature_rows, page_steer
+from saelab.features.effect import Estimate, MeasuredEffect, TokenChange, effect_html
+from saelab.features.records import PromotedToken
 from saelab.features.render import chips_html, example_line, examples_html
 from saelab.features.token_text import _byte_alphabet, token_bytes
 from saelab.features.visible import escape, visible
@@ -80,11 +82,16 @@ def _id(tokenizer, piece) -> int:
 
 
 def _chip(text):
-    return chips_html([(text, 1.0)])
+    return chips_html([PromotedToken(text, 1.0, 2.0)])
 
 
 def _silent(text):
     return examples_html([example([b"x", text.encode()], [1.0, 0.0])], 1.0)
+
+
+def _effect(text):
+    change = Estimate(-1.0, -2.0, -0.5)
+    return MeasuredEffect(2, 9, change, change, (TokenChange(text, change, 0.5, 0.2),), (), 0.0)
 
 
 PLACES = {
@@ -92,7 +99,8 @@ PLACES = {
     "lit": lambda text: examples_html([example([text.encode()])], 1.0),
     "silent": _silent,
     "preview": lambda text: feature_rows._preview(example([text.encode()])),
-    "logits": lambda text: page_feature._logit_rows([(text, 1.0)]),
+    "promoted": lambda text: feature_effect._token_rows("Promotes", [PromotedToken(text, 1.0, 2.0)]),
+    "effect": lambda text: effect_html(_effect(text)),
     "generated": lambda text: page_steer._output(text, ""),
 }
 
@@ -125,7 +133,7 @@ def test_spaces_are_spaces_and_dots_in_chips(kind, text):
     for tokenizer in (learnt, added):
         index = _id(tokenizer, spelled)
         assert token_bytes(tokenizer, [index]) == {index: text.encode()}
-    assert Page(_chip(text)).text == text.replace(" ", "\u00b7") + "+1.00"
+    assert Page(_chip(text)).text == text.replace(" ", "\u00b7") + "+1.0, +2.00"
 
 
 @pytest.mark.parametrize(

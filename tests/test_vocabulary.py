@@ -103,7 +103,10 @@ PUBLIC_OR_ON_DISK = {
         "SAEOutput": "saelab/saes/step.py",
         "read": r"saelab/(benchmarks/synthetic|evaluation/(reconstruction|report)|io)\.py",
     },
-    "sequence": {"Example": r"saelab/features/(reader|records|verify)\.py", "read": r"saelab/cli/demo_steering\.py"},
+    "sequence": {
+        "Example": r"saelab/features/(reader|records|verify|measuring)\.py",
+        "read": r"saelab/cli/demo_steering\.py",
+    },
     "num_return_sequences": {"transformers' name": r"saelab/models/generation\.py"},
     "pool_shards": {"harvest": r"activation_cache/.*"},
     "js_own": {"a column": r"saelab/benchmarks/.*"},

@@ -64,11 +64,13 @@ class Annotations:
         time, author = datetime.now(UTC).isoformat(timespec="microseconds"), author or _author()
         self._insert([(uuid.uuid4().hex, self.sae_hash, int(one), kind, name, text, author, time) for one in features])
 
-    def latest(self, kind: str, name: str | None = None) -> list[Entry]:
-        """The latest entry of each feature and name that has not been taken back, by feature and name."""
+    def latest(self, kind: str, name: str | None = None, feature: int | None = None) -> list[Entry]:
+        """The latest entry of each feature and name that has not been taken back, by feature and name; of one feature alone if it
+        is given."""
         if not self.path.exists():
             return []
-        clause, values = ("AND name = ?", [name]) if name is not None else ("", [])
+        given = {key: value for key, value in (("name", name), ("feature", feature)) if value is not None}
+        clause, values = "".join(f"AND {key} = ? " for key in given), list(given.values())
         rows = self._read(
             "SELECT feature, kind, name, value, author, max(time || id), time FROM entry WHERE sae = ? AND kind = ? "
             f"{clause} GROUP BY feature, name ORDER BY feature, name",

@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 
 from saelab.errors import SaelabError, StoreError
+from saelab.features.effect import MeasuredEffect, read_effect
 from saelab.features.end import End, Steerable
 from saelab.features.manifest import SIGNS_MIXED
-from saelab.features.records import Example, Histogram, Logits
+from saelab.features.records import Example, Histogram, Logits, Promoted
 from saelab.features.render import feature_card, feature_text
+from saelab.features.weight_shares import head_shares, source_norms
 
 EXAMPLE_KINDS = ("top", "bottom", "quantile", "uniform", "near_miss")
 
@@ -48,10 +50,23 @@ class Feature(Steerable):
     def scores(self) -> dict[str, Any]:
         """Scores of its label and of steering with it, by name, from the annotations."""
         kinds = ("score", "steer", "effect")
-        found = [
-            entry for kind in kinds for entry in self.store.annotations.latest(kind) if entry.feature == self.feature
-        ]
+        found = [entry for kind in kinds for entry in self.store.annotations.latest(kind, feature=self.feature)]
         return {entry.name or entry.kind: entry.value for entry in found}
+
+    def effect(self, lm: Any = None, n_examples: int | None = None) -> MeasuredEffect | None:
+        """What zeroing the feature changes at its strongest examples, measured with `lm` and kept in the annotations; without a
+        model, what they hold, None if it has not been measured. See `measuring.measure_effect`, also for what is raised."""
+        if lm is not None:
+            from saelab.features.measuring import measure_effect
+
+            return self.keep_effect(measure_effect(self, lm, n_examples))
+        found = self.store.annotations.latest("effect", "", self.feature)
+        return read_effect(found[0].value) if found else None
+
+    def keep_effect(self, effect: MeasuredEffect) -> MeasuredEffect:
+        """Add a measured effect to the annotations."""
+        self.store.annotations.add(self.feature, "effect", effect.as_json())
+        return effect
 
     def neighbours(self, *, by: str = "decoder", k: int = 20) -> list[dict[str, Any]]:
         """As `store.neighbours`."""
@@ -93,6 +108,13 @@ class Feature(Steerable):
         """`top_logits` of the dominant end: what steering with positive strength promotes and suppresses."""
         return self.top_logits.mirrored() if self.sign == -1 else self.top_logits
 
+    @property
+    def promoted(self) -> Promoted:
+        """Tokens that its decoder row promotes and suppresses more than other rows do, at the dominant end. What the feature does
+        in the model is `effect`."""
+        found = self.store.promoted(self.feature)
+        return found.mirrored() if self.sign == -1 else found
+
     def examples(self, limit: int | None = None, *, kind: str = "top") -> list[Example]:
         """Examples: all that are stored, or `limit` of them; [] where the feature never fired.
 
@@ -109,6 +131,16 @@ class Feature(Steerable):
         if kind == "bottom":
             return self.store.examples(self.feature, -sign, limit)
         return self.store.examples(self.feature, sign, limit, kind)
+
+    @property
+    def head_shares(self) -> list[float] | None:
+        """As `weight_shares.head_shares`: for a feature at `hook_z`."""
+        return head_shares(self.store, self.feature)
+
+    @property
+    def source_norms(self) -> list[dict[str, Any]] | None:
+        """As `weight_shares.source_norms`: for a crosscoder's feature."""
+        return source_norms(self.store, self.feature)
 
     @property
     def histogram(self) -> Histogram:

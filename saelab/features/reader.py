@@ -159,6 +159,7 @@ class StoreReader:
             values=tuple(values.tolist()),
             peak=position - start,
             document_position=int(arrays["document_position"][i]) if "document_position" in arrays else None,
+            store=self,
         )
 
     def pieces(self, ids: Iterable[int]) -> list[bytes]:
@@ -178,6 +179,10 @@ class StoreReader:
     def contexts(self) -> np.ndarray:
         """Token ids of all packed contexts, `(n_contexts, ctx_len)`."""
         return self._token_file.get_tensor("ids")
+
+    def context_documents(self, index: int) -> np.ndarray:
+        """The document of each token of one context, `(ctx_len,)`; -1 on padding."""
+        return self._token_file.get_slice("doc")[index]
 
     @property
     def _token_file(self) -> Any:

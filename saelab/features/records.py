@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -35,6 +35,31 @@ class Logits(NamedTuple):
         return Logits(*([(token, -value) for token, value in side] for side in (self.negative, self.positive)))
 
 
+class PromotedToken(NamedTuple):
+    """A token whose logit the decoder row of a feature changes unusually much."""
+
+    text: str
+    z: float | None
+    """That change as a z-score among the changes by all features; None in a store of an earlier saelab."""
+    logit: float | None
+    """The change per unit of activation, its direct effect as in `Logits`; None where a store does not hold it."""
+
+
+class Promoted(NamedTuple):
+    """Tokens that a decoder row promotes and suppresses most, as z-scores: tokens that most features push are left out."""
+
+    positive: list[PromotedToken]
+    negative: list[PromotedToken]
+
+    def mirrored(self) -> Promoted:
+        """Those per unit of negative activation."""
+        return Promoted(*([_negated(token) for token in side] for side in (self.negative, self.positive)))
+
+
+def _negated(token: PromotedToken) -> PromotedToken:
+    return PromotedToken(token.text, *(None if value is None else -value for value in token[1:]))
+
+
 @dataclass(frozen=True)
 class Example:
     """A window of one context around a token on which the feature fires strongly.
@@ -56,6 +81,7 @@ class Example:
     peak: int
     document_position: int | None = None
     quantile: tuple[float, float] | None = None
+    store: Any = field(default=None, repr=False, compare=False)
 
     @property
     def where(self) -> tuple[int, int]:
@@ -63,9 +89,18 @@ class Example:
         return self.sequence, self.position
 
     @property
+    def place(self) -> str:
+        """Its document and the token's number there (in its context, in a store of an earlier saelab): "128:45"."""
+        return f"{self.document}:{self.position if self.document_position is None else self.document_position}"
+
+    @property
     def text(self) -> str:
         """The text, byte-exact where the tokens are whole characters."""
         return "".join(group.text for group in display_groups(self.pieces))
+
+    def document_text(self) -> str:
+        """The text of its whole document, as far as the pass read it; `store.document(example.document)` has the tokens."""
+        return self.store.document(self.document).text
 
 
 @runtime_checkable
@@ -80,6 +115,8 @@ class EndNumbers(Protocol):
     def sign(self) -> int: ...
     @property
     def name(self) -> str: ...
+    @property
+    def histogram(self) -> Histogram: ...
 
 
 @runtime_checkable
@@ -105,5 +142,5 @@ class FeatureNumbers(Protocol):
     @property
     def histogram(self) -> Histogram: ...
     @property
-    def dominant_logits(self) -> Logits: ...
+    def promoted(self) -> Promoted: ...
     def examples(self, limit: int | None = None, *, kind: str = "top") -> list[Example]: ...

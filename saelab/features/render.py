@@ -6,45 +6,53 @@ no script and loads nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
+from saelab.features.histogram_html import histogram_html, quantiles_of
 from saelab.features.manifest import SIGNS_MIXED
-from saelab.features.records import Example, FeatureNumbers, Histogram
+from saelab.features.numbers import number, percent, signed
+from saelab.features.records import Example, FeatureNumbers, PromotedToken
+from saelab.features.schema import bin_name
+from saelab.features.style import CARD_STYLE
 from saelab.features.token_text import Group, display_groups
 from saelab.features.visible import chip_text, escape, visible
 
 HIGHLIGHT, NEGATIVE = "230,159,0", "86,180,233"
 _MAX_ALPHA = 0.6
-
-STYLE = """
-.sl{font-family:inherit;color:inherit;line-height:1.5}
-.sl-row{display:grid;grid-template-columns:5.4rem minmax(0,1fr);gap:1rem;padding:.6rem .1rem;align-items:baseline;
-border-bottom:1px solid rgba(128,128,128,.22)}
-.sl-row:last-child{border-bottom:0}
-.sl-group{font-size:.76rem;font-weight:600;opacity:.8;padding:.7rem .1rem 0}
-.sl-val{font-variant-numeric:tabular-nums;text-align:right;font-weight:600}
-.sl-src{display:block;white-space:nowrap;font-weight:400;font-size:.72rem;opacity:.72}
-.sl-text{overflow-wrap:anywhere;white-space:pre-wrap;font-size:.95rem;line-height:1.75}
-.sl-t{border-radius:3px;padding:.1em 0}
-.sl-t:focus-visible{outline:2px solid currentColor;outline-offset:1px}
-.sl-peak{outline:1.5px solid currentColor;outline-offset:0;margin:0 2px;padding:.1em 1px;font-weight:700;
-text-decoration:underline;text-underline-offset:3px}
-.sl-g{opacity:.55}
-"""
+_MAX_AROUND = 10_000
+"""Tokens of a document that are rendered on each side of the window."""
 
 
-def feature_examples_html(feature: FeatureNumbers, limit: int | None = None, kind: str = "top") -> str:
+class DocumentLinks(NamedTuple):
+    """Makes the place of each example a link that opens its whole document below it."""
+
+    address: Callable[[str], str]
+    """The address at which the example of that `place` is open; "" for none."""
+    opened: str = ""
+    """The `place` of the example that is open."""
+
+
+def feature_examples_html(
+    feature: FeatureNumbers, limit: int | None = None, kind: str = "top", links: DocumentLinks | None = None
+) -> str:
     """HTML of the examples at one end of a feature; highlights are relative to the largest magnitude of the same sign."""
     largest = {end.sign: end.max for end in feature.ends}
-    return examples_html(feature.examples(limit, kind=kind), largest.get(1, feature.max), largest.get(-1), kind)
+    examples = feature.examples(limit, kind=kind)
+    return examples_html(examples, largest.get(1, feature.max), largest.get(-1), kind, links)
 
 
 def examples_html(
-    examples: Sequence[Example], maximum: float | None, negative: float | None = None, kind: str = "top"
+    examples: Sequence[Example],
+    maximum: float | None,
+    negative: float | None = None,
+    kind: str = "top",
+    links: DocumentLinks | None = None,
 ) -> str:
     """One HTML block for a list of examples; highlights are relative to `maximum`, the feature's largest value, and for
-    negative values to `negative`, their largest magnitude (None: `maximum`)."""
+    negative values to `negative`, their largest magnitude (None: `maximum`). A token shows its value while it is pointed at or
+    focused; each example is one tab stop, its peak."""
     if not examples:
         return '<div class="sl">No examples: the feature did not fire on any counted token.</div>'
     scale, rows, group = _Scale(maximum, negative), [], None
@@ -52,7 +60,7 @@ def examples_html(
         if example.quantile != group:
             group = example.quantile
             rows.append(_group_head(group))
-        rows.append(_example_row(example, scale))
+        rows.append(_example_row(example, scale, links))
     name = kind.replace("_", " ").capitalize()
     return f'<div class="sl" role="list" aria-label="{name} examples">{"".join(rows)}</div>'
 
@@ -81,15 +89,47 @@ class _Scale(NamedTuple):
         return min(1.0, abs(value) / largest) if largest else float(value != 0)
 
 
-def _example_row(example: Example, scale: _Scale) -> str:
-    token, of = example.document_position, "document"
-    if token is None:
-        token, of = example.position, "context"
-    title = f"document {example.document}, token {token} of the {of}"
+def _example_row(example: Example, scale: _Scale, links: DocumentLinks | None) -> str:
     return (
-        f'<div class="sl-row" role="listitem"><div class="sl-val">{number(example.value)}'
-        f'<span class="sl-src" title="{title}">doc&nbsp;{example.document}&thinsp;:&thinsp;{token}</span></div>'
-        f'<div class="sl-text"><bdi>{_example_text(example, scale)}</bdi></div></div>'
+        f'<div class="sl-row" role="listitem"><div class="sl-val">{number(example.value)}{_place(example, links)}</div>'
+        f'<div class="sl-text"><bdi>{_example_text(example, scale)}</bdi></div>'
+        f"{_document(example, scale) if links is not None and links.opened == example.place else ''}</div>"
+    )
+
+
+def _place(example: Example, links: DocumentLinks | None) -> str:
+    """Where the example is from."""
+    document, token = example.place.split(":")
+    where = f"document {document}, token {token} of the {'document' if example.document_position is not None else 'context'}"
+    shown = f"doc&nbsp;{document}&thinsp;:&thinsp;{token}"
+    if links is None:
+        return f'<span class="sl-src" title="{where}">{shown}</span>'
+    is_open = links.opened == example.place
+    address = escape(links.address("" if is_open else example.place))
+    title = f"{where}: {'close' if is_open else 'show'} the whole document"
+    return (
+        f'<a class="sl-src sl-go" href="{address}" target="_self" title="{title}" aria-label="{title}" '
+        f'aria-expanded="{str(is_open).lower()}">{shown}</a>'
+    )
+
+
+def _document(example: Example, scale: _Scale) -> str:
+    """The whole document of an example: the window in which its values are stored between two bars, the rest plain text."""
+    full, start, stop = example.store.document(example.document).around(example)
+    first, last = max(0, start - _MAX_AROUND), stop + _MAX_AROUND
+    before, after = (
+        "".join(g.text for g in display_groups(side)) for side in (full.pieces[first:start], full.pieces[stop:last])
+    )
+    n = len(full.pieces)
+    left_out = n - (min(last, n) - first)
+    note = f"Document {example.document}: {n:,} tokens" + (
+        f", of which {left_out:,} far away are left out" if left_out else ""
+    )
+    window = replace(full, pieces=full.pieces[start:stop], values=full.values[start:stop], peak=full.peak - start)
+    return (
+        f'<div class="sl-doc sl-text" tabindex="0" role="region" aria-label="{note}"><div class="sl-sub">{note}. Activations are '
+        f"stored for the {stop - start} tokens between the bars.</div><bdi>{_plain(before)}"
+        f'<span class="sl-window">{_example_text(window, scale)}</span>{_plain(after)}</bdi></div>'
     )
 
 
@@ -116,22 +156,12 @@ def _group_html(example: Example, group: Group, scale: _Scale) -> str:
     share = scale.share(strongest)
     said, end = ", ".join(number(value) for value in values), " at the negative end" if strongest < 0 else ""
     title = f"token '{group.text}', activation {said}, {share:.0%} of maximum{end}" + (", peak" if is_peak else "")
-    title = escape(title)
     style = f"background:rgba({NEGATIVE if strongest < 0 else HIGHLIGHT},{_MAX_ALPHA * share:.2f})"
-    name = "sl-t sl-peak" if is_peak else "sl-t"
+    at = f' data-at="{bin_name(strongest)}"' if strongest else ""
     return (
-        f'<bdi class="{name}" role="img" tabindex="0" title="{title}" aria-label="{title}" style="{style}">'
-        f"{_plain(group.text)}</bdi>"
+        f'<bdi class="sl-t{" sl-peak" if is_peak else ""}" role="img" tabindex="{0 if is_peak else -1}"{at} '
+        f'data-v="{number(strongest)}" aria-label="{escape(title)}" style="{style}">{_plain(group.text)}</bdi>'
     )
-
-
-def number(value: float | None) -> str:
-    """A metric to three significant digits; an en dash for None."""
-    if value is None:
-        return "\u2013"
-    if value and abs(value) < 1e-3:
-        return f"{value:.1e}"
-    return f"{value:,.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def fixed(value: float | None, digits: int) -> str:
@@ -149,35 +179,10 @@ def cosine(value: float | None) -> str:
     return "\u2013" if value is None else f"{value:.2f}"
 
 
-def percent(value: float | None) -> str:
-    """A fraction in per cent, with more digits below 1 %; an en dash for None."""
-    if value is None:
-        return "\u2013"
-    return "0%" if value == 0 else f"{value:.3%}" if value < 0.01 else f"{value:.2%}"
-
-
-_CARD_STYLE = (
-    STYLE
-    + """
-.sl-card{max-width:60rem;padding:1rem 1.2rem;border:1px solid rgba(128,128,128,.35);border-radius:8px;
-font-family:system-ui,sans-serif;background:#fff;color:#1f2328}
-@media (prefers-color-scheme:dark){.sl-card{background:#16181d;color:#e8eaed}}
-.sl-card h3{margin:0;font-size:1.15rem}.sl-card h4{margin:.9rem 0 .3rem;font-size:.85rem;font-weight:600}
-.sl-sub{font-size:.8rem;opacity:.75;margin:.1rem 0 .7rem}.sl-label{margin:.1rem 0;font-weight:600}
-.sl-stats{display:flex;flex-wrap:wrap;gap:.3rem 1.6rem;margin:0;font-variant-numeric:tabular-nums}
-.sl-stats div{display:flex;flex-direction:column}.sl-stats dt{font-size:.72rem;opacity:.75}
-.sl-stats dd{margin:0;font-weight:600}
-.sl-chips{display:flex;flex-wrap:wrap;gap:.3rem}
-.sl-chip{border:1px solid rgba(128,128,128,.4);border-radius:4px;padding:0 .4em;font-size:.85rem;white-space:pre}
-.sl-chip small{opacity:.7;margin-left:.4em}
-"""
-)
-
-
 def feature_card(feature: FeatureNumbers, n_examples: int = 10) -> str:
     """A self-contained notebook card: inline style, no script; follows the browser's light or dark mode."""
     stats = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in _stats(feature))
-    promoted, suppressed = feature.dominant_logits
+    promoted, suppressed = feature.promoted
     model = model_label(feature.store.manifest["model"]["name"])
     note = "".join(f'<p class="sl-sub">{escape(line)}</p>' for line in [signs_text(feature)] if line)
     other = ""
@@ -185,13 +190,14 @@ def feature_card(feature: FeatureNumbers, n_examples: int = 10) -> str:
         title = f"Examples of the other end ({feature.ends[1].name})"
         other = f"<h4>{title}</h4>{feature_examples_html(feature, n_examples, 'bottom')}"
     return (
-        f'<style>{_CARD_STYLE}</style><div class="sl-card"><h3>Feature {feature.feature}</h3>'
+        f'<style>{CARD_STYLE}</style><div class="sl-card sl-marks"><h3>Feature {feature.feature}</h3>'
         f'<p class="sl-label"><bdi>{escape(feature.label or "")}</bdi></p>'
         f'<p class="sl-sub">{escape(feature.hook_name)} \u00b7 {escape(model)}</p>'
         f'<dl class="sl-stats">{stats}</dl>{note}'
         f"<h4>Top examples</h4>{feature_examples_html(feature, n_examples)}{other}"
-        f"<h4>Values (log scale)</h4>{histogram_svg(feature.histogram)}"
-        f"<h4>Promotes</h4>{chips_html(promoted)}<h4>Suppresses</h4>{chips_html(suppressed)}</div>"
+        f"<h4>Activations</h4>{feature_histogram_html(feature)}"
+        f"<h4>Its decoder row promotes (z-score over features, logit change)</h4>{chips_html(promoted)}"
+        f"<h4>and suppresses</h4>{chips_html(suppressed)}</div>"
     )
 
 
@@ -222,37 +228,21 @@ def _stats(feature: FeatureNumbers) -> list[tuple[str, str]]:
     ]
 
 
-def chips_html(tokens: Sequence[tuple[str, float]]) -> str:
-    """Tokens with their logit changes, as a row of chips."""
+def feature_histogram_html(feature: FeatureNumbers) -> str:
+    """The histogram of a feature with the quantiles of each of its ends."""
+    quantiles = [one for end in feature.ends for one in quantiles_of(end, end.histogram)]
+    return histogram_html(feature.histogram, quantiles)
+
+
+def chips_html(tokens: Sequence[PromotedToken]) -> str:
+    """Tokens with the z-score and the size of their logit change, as a row of chips."""
     if not tokens:
         return '<div class="sl-sub">No direct path to the logits from this hook.</div>'
     chips = "".join(
-        f'<bdi class="sl-chip">{chip_text(text)}<small>{value:+.2f}</small></bdi>' for text, value in tokens
+        f'<bdi class="sl-chip">{chip_text(token.text)}<small>{signed(token.z, 1)}, {signed(token.logit, 2)}</small></bdi>'
+        for token in tokens
     )
     return f'<div class="sl-chips">{chips}</div>'
-
-
-def histogram_svg(histogram: Histogram, width: int = 480, height: int = 70) -> str:
-    """The log-histogram as inline SVG, with its range and largest count as text."""
-    counts = histogram.counts
-    if not len(counts):
-        return '<div class="sl-sub">No activations: the feature never fired.</div>'
-    step, tallest = width / len(counts), counts.max()
-    bars = "".join(
-        f'<rect x="{i * step:.1f}" y="{height - height * count / tallest:.1f}" width="{max(1.0, step - 1):.1f}" '
-        f'height="{height * count / tallest:.1f}"{_fill(edge)}/>'
-        for i, (count, edge) in enumerate(zip(counts, histogram.edges[1:], strict=True))
-    )
-    label = f"{number(histogram.edges[0])} to {number(histogram.edges[-1])}, at most {tallest:,} per bin"
-    return (
-        f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
-        f'aria-label="Histogram: {label}" '
-        f'style="max-width:100%;fill:rgb({HIGHLIGHT})">{bars}</svg><div class="sl-sub">{label}</div>'
-    )
-
-
-def _fill(right_edge: float) -> str:
-    return f' style="fill:rgb({NEGATIVE})"' if right_edge <= 0 else ""
 
 
 def feature_text(feature: FeatureNumbers) -> str:

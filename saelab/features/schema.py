@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 FORMAT = "saelab features"
 VERSION = 3
 """Versions 1 and 2 hold no labels, samples and near misses, and no search index; only a store with negative activations has the
@@ -70,3 +72,10 @@ def bin_edges() -> list[float]:
     mantissas = [1 + step / BINS_PER_OCTAVE for step in range(BINS_PER_OCTAVE)]
     edges = [m * 2.0 ** (LOWEST_OCTAVE + octave) for octave in range(OCTAVES) for m in mantissas]
     return [*edges, 2.0 ** (LOWEST_OCTAVE + OCTAVES)]
+
+
+def bin_name(value: float) -> str:
+    """The bin of a non-zero value, told apart from that of its negative: "-37"."""
+    mantissa, exponent = math.frexp(abs(value))  # in [0.5, 1): twice it lies in [1, 2)
+    place = BINS_PER_OCTAVE * (exponent - 1 - LOWEST_OCTAVE) + int((2 * mantissa - 1) * BINS_PER_OCTAVE)
+    return f"{'-' if value < 0 else ''}{min(max(place, 0), N_BINS - 1)}"

@@ -11,8 +11,10 @@ import numpy as np
 from saelab.errors import SaelabError, StoreError
 from saelab.features import schema
 from saelab.features.annotations import ALL_FEATURES, Annotations
+from saelab.features.documents import Document, tokens_of
 from saelab.features.feature import Feature
 from saelab.features.manifest import COLLECT_AGAIN
+from saelab.features.records import Promoted, PromotedToken
 from saelab.features.search import Search
 
 if TYPE_CHECKING:
@@ -115,6 +117,36 @@ class FeatureStore(Search):
         from saelab.features.reading import read_text
 
         return read_text(self, lm, text).top(k)
+
+    def document(self, number: int) -> Document:
+        """A whole document, by the number that its examples name: all of its tokens that the pass read. Raises `ValueError` for a
+        number of no document."""
+        bos = self.manifest.get("prepend_bos", True)
+        n_start = int(bos) if isinstance(bos, bool) else len(bos)
+        context, position = tokens_of(self._token_file.get_tensor("doc"), number, n_start)
+        if number < 0 or not len(context):
+            raise ValueError(
+                f"document={number} is none of the {self.manifest['n_documents']:,} documents of {self.folder}."
+            )
+        first, last = int(context[0]), int(context[-1])
+        ids = self._token_file.get_slice("ids")[first : last + 1][context - first, position].tolist()
+        return Document(int(number), tuple(ids), tuple(self.pieces(ids)), context, position)
+
+    def promoted(self, feature: int) -> Promoted:
+        """Tokens whose logits its decoder row changes most against what other features do to them; empty off the residual stream,
+        and by the size of the change in a store of an earlier saelab."""
+        arrays = self.arrays(feature, "logits")
+        sides = ("positive", "negative") if arrays else ()
+        return Promoted(*([self._promoted(arrays, side) for side in sides] or ([], [])))
+
+    def _promoted(self, arrays: dict[str, np.ndarray], side: str) -> list[PromotedToken]:
+        if f"z_{side}" not in arrays:
+            return [PromotedToken(text, None, logit) for text, logit in self._side(arrays, side)]
+        logits = arrays.get(f"z_{side}_logits")
+        found = self._side(arrays, f"z_{side}")
+        return [
+            PromotedToken(text, z, None if logits is None else float(logits[i])) for i, (text, z) in enumerate(found)
+        ]
 
     def count(self, where: Bounds | None = None) -> int:
         """Number of features within the bounds of `where` (see `table`)."""

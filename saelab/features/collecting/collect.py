@@ -206,6 +206,7 @@ def _manifest(sae: SAE, stream: ScoreStream, state: Collector, out_dir: Path) ->
         "hook_name": stream.hook_name,
         "sites": {"reads": list(stream.hooks.inputs), "writes": list(stream.hooks.outputs)},
         "model": {"name": lm.name, "hash": lm.hash},
+        "n_heads": lm.backend.n_heads,
         "tokenizer_hash": stream.lm.tokenizer_hash,
         "texts": {"name": stream.texts.name, "spec": stream.texts.spec, "fingerprint": stream.texts.fingerprint()},
         "split": stream.split,

@@ -24,7 +24,8 @@ def top_logits(sae: SAE, lm: LanguageModel, hook_name: str) -> dict[str, Tensor]
 
     The logit change is the direct effect of one unit along the decoder row: `logit_weights @ W_dec[f]`. A crosscoder's
     row is that of its last source. `z_...` rank tokens by the z-score of that change among all features, which leaves out
-    tokens that many features push. Warns, and returns None, where the logits do not follow from the unembedding.
+    tokens that many features push; `z_..._logits` are their changes. Warns, and returns None, where the logits do not follow
+    from the unembedding.
     """
     if not writes_to_residual(hook_name):
         return None
@@ -46,6 +47,8 @@ def top_logits(sae: SAE, lm: LanguageModel, hook_name: str) -> dict[str, Tensor]
                 best, ids = values.topk(n_top, 1, largest=largest)
                 found.setdefault(f"{prefix}{side}", []).append(best)
                 found.setdefault(f"{prefix}{side}_ids", []).append(ids)
+                if prefix:
+                    found.setdefault(f"{prefix}{side}_logits", []).append(logits.gather(1, ids))
     return {name: torch.cat(column) for name, column in found.items()}
 
 
