@@ -166,7 +166,7 @@ def sweep(
     config = SweepConfig(n_tokens, batch_size, eval_tokens, hook_name, hook_name_out)
     lists: dict[str, Any] = {"variants": variants, "d_sae": d_sae, "k": k, "lr": lr, "seeds": seeds}
     home = out_dir or run
-    with answering(as_json and is_main_process()) as answer:
+    with answering(as_json) as answer:
         rows = run_sweep(run, config, out_dir=home, **lists)
         if not is_main_process():
             return

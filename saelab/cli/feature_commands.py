@@ -1,16 +1,16 @@
-"""Commands that collect and check feature stores."""
+"""Commands that collect, read and check feature stores."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from contextlib import nullcontext
+from pathlib import Path
 from typing import Annotated
 
 from tyro.conf import arg
 
+from saelab.cli import feature_answers
+from saelab.cli.answers import AsJson, answering
 from saelab.cli.commands import Column, Dtype, OwnModel, OwnTexts, Run, Split, runs_of, with_model
-from saelab.cli.messages import on_stderr
 
 
 def features(
@@ -22,19 +22,57 @@ def features(
     n_tokens: Annotated[int | None, arg(help="Tokens to read; None means all of them.")] = None,
     top_k: Annotated[int, arg(help="Strongest examples to keep per feature.")] = 20,
     renew: Annotated[bool, arg(help="Collect anew what is there, such as a store of an earlier saelab.")] = False,
+    find: Annotated[
+        str | None, arg(help="Collect nothing; list the features that words find, or a token in double quotes.")
+    ] = None,
+    feature: Annotated[tuple[int, ...], arg(help="Collect nothing; show these features.")] = (),
+    contrast: Annotated[
+        tuple[Path, Path] | None,
+        arg(
+            metavar="FILE FILE",
+            help="Collect nothing; list the features that fire in more texts of one file than of the other. A .txt file holds a "
+            "text in each line.",
+        ),
+    ] = None,
+    limit: Annotated[int, arg(help="Features to list, or examples of each to show.")] = 20,
+    as_json: AsJson = False,
     dtype: Dtype = None,
 ) -> None:
-    """Collect examples, label and histogram of every feature. An interrupted pass goes on; more tokens extend a finished one."""
+    """Collect examples, label and histogram of every feature, or read what was collected: --find, --feature, --contrast. An
+    interrupted pass goes on; more tokens extend a finished one."""
     import saelab
+    from saelab.distributed import is_main_process
+    from saelab.features.plain import store_data
 
-    corpus = saelab.load_texts(texts, column=column) if texts else None
-    for found in runs_of(run):
-        (sae, lm), out_dir = with_model(found.sae_dir, model, dtype), found.features_dir
-        saelab.collect_features(
-            sae, lm, corpus, out_dir=out_dir, split=split, n_tokens=n_tokens, top_k=top_k, renew=renew
+    if find is not None or feature or contrast:
+        _check_reads(find=find is not None, feature=bool(feature), contrast=bool(contrast))
+        with answering(as_json) as answer:
+            store = saelab.load_features(run)
+            if find is not None:
+                feature_answers.find(answer, store, find, limit)
+            elif feature:
+                feature_answers.cards(answer, store, feature, limit)
+            elif contrast:
+                _, lm = with_model(store.sae_folder or run, model, dtype)
+                feature_answers.contrast(answer, store, lm, contrast, column, limit)
+        return
+    with answering(as_json) as answer:
+        corpus = saelab.load_texts(texts, column=column) if texts else None
+        for found in runs_of(run, one=as_json):
+            (sae, lm), out_dir = with_model(found.sae_dir, model, dtype), found.features_dir
+            store = saelab.collect_features(
+                sae, lm, corpus, out_dir=out_dir, split=split, n_tokens=n_tokens, top_k=top_k, renew=renew
+            )
+            if is_main_process():
+                answer(store_data(store), f"The features are in {out_dir}")
+        print(f"Next: saelab dash {run}")
+
+
+def _check_reads(**asked: bool) -> None:
+    if sum(asked.values()) > 1:
+        raise ValueError(
+            f"--{' and --'.join(name for name, here in asked.items() if here)} are two questions: ask one."
         )
-        print(f"The features are in {out_dir}")
-    print(f"Next: saelab dash {run}")
 
 
 def verify(
@@ -42,7 +80,7 @@ def verify(
     model: OwnModel = None,
     n_examples: Annotated[int, arg(help="Stored examples to compute again, with all others of their contexts.")] = 100,
     seed: Annotated[int, arg(help="Seed of their draw.")] = 0,
-    as_json: Annotated[bool, arg(name="json", help="Print one JSON object and nothing else.")] = False,
+    as_json: AsJson = False,
     dtype: Dtype = None,
 ) -> None:
     """Check a feature store: every byte by its hash, the numbers of every feature against each other, and stored examples against
@@ -50,18 +88,17 @@ def verify(
     import saelab
     from saelab.features.verify import verify as check
 
-    for found in runs_of(run):
-        sae, lm = with_model(found.sae_dir, model, dtype)
-        store = saelab.load_features(found.features_dir, sae)
-        result = check(store, lm, n_examples, seed=seed, progress=not as_json)
-        store.record_verified(result)
-        if as_json:
-            print(json.dumps({"folder": str(store.folder), **result._asdict()}))
-        else:
-            print(
+    with answering(as_json) as answer:
+        for found in runs_of(run, one=as_json):
+            sae, lm = with_model(found.sae_dir, model, dtype)
+            store = saelab.load_features(found.features_dir, sae)
+            result = check(store, lm, n_examples, seed=seed)
+            store.record_verified(result)
+            said = (
                 f"{store.folder} holds: hashes, the numbers of {result.n_features} features, and {result.n_examples} activations "
                 f"of {result.n_contexts} contexts, computed again; largest difference {result.largest_error:.1e} of a p99."
             )
+            answer({"folder": store.folder, **result._asdict()}, said)
 
 
 def label(
@@ -71,7 +108,7 @@ def label(
     feature: Annotated[tuple[int, ...], arg(help="Features to label; none: all that fired, the sharpest first.")] = (),
     n_features: Annotated[int | None, arg(help="How many of them at most.")] = None,
     seed: Annotated[int, arg(help="Seed of the texts that scores are made on.")] = 0,
-    as_json: Annotated[bool, arg(name="json", help="Print one JSON object and nothing else.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Label features by a language model and score the labels. Examples are sent to --address, and nowhere without one. The key
     is read from the environment variable OPENAI_API_KEY. Repeated, it goes on where it stopped."""
@@ -80,21 +117,25 @@ def label(
 
     if model is None:
         raise ValueError("label needs --model: the name at --address, or a model to load here, such as smollm2.")
-    explainer = Endpoint(address, model) if address else LocalModel(saelab.load_model(model))
-    for found in runs_of(run):
-        store = saelab.load_features(found.features_dir)
-        chosen = list(feature) or store.features("sharpness", True, {"n_fired": (1, None)})
-        with on_stderr() if as_json else nullcontext():
-            counts = label_features(store, explainer, chosen[:n_features], seed=seed, progress=not as_json)
-        if as_json:
-            print(json.dumps({"folder": str(store.folder), **counts}))
-        else:
+    with answering(as_json) as answer:
+        runs = runs_of(run, one=as_json)
+        explainer = Endpoint(address, model) if address else LocalModel(saelab.load_model(model))
+        for found in runs:
+            store = saelab.load_features(found.features_dir)
+            chosen = list(feature) or store.features("sharpness", True, {"n_fired": (1, None)})
+            counts = label_features(store, explainer, chosen[:n_features], seed=seed)
             said = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items())
-            print(f"Labels and scores of {store.folder} are in {store.annotations.path}: {said}")
+            done = f"Labels and scores of {store.folder} are in {store.annotations.path}: {said}"
+            answer({"folder": store.folder, **counts}, done)
 
 
 FEATURES: dict[str, tuple[Callable[..., None], str]] = {
-    "features": (features, "saelab features runs/mlp\nsaelab features runs/mlp/sae-l1 --n-tokens 20_000"),
+    "features": (
+        features,
+        "saelab features runs/mlp\nsaelab features runs/mlp/sae-l1 --n-tokens 20_000\n"
+        "saelab features runs/demo --find weather\nsaelab features runs/demo --feature 17 88 --json\n"
+        "saelab features runs/demo --contrast calm.txt angry.txt",
+    ),
     "label": (
         label,
         "saelab label runs/demo --address http://127.0.0.1:8000/v1 --model qwen --n-features 100\n"

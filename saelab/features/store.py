@@ -119,6 +119,13 @@ class FeatureStore(Search):
 
         return read_text(self, lm, text).top(k)
 
+    def contrast(self, lm: Any, a: Any, b: Any) -> Any:
+        """Which features fire in more texts of one list than of the other: see `contrast.Contrast`, whose `rows()` are sorted by
+        the difference. At least 10 texts in each are needed for a claim."""
+        from saelab.features.text_sets import contrast_texts
+
+        return contrast_texts(self, lm, a, b)
+
     def count(self, where: Bounds | None = None) -> int:
         """Number of features within the bounds of `where` (see `table`)."""
         clause, values = _where(where)
