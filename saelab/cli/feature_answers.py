@@ -28,25 +28,25 @@ def cards(answer: Answer, store: Any, features: Sequence[int], n_examples: int) 
     answer({"folder": store.folder, "features": found}, *(f"{one!r}\n" for one in chosen))
 
 
-def contrast(answer: Answer, store: Any, lm: Any, files: tuple[Path, Path], column: str, limit: int) -> None:
-    """The features that fire in more texts of one file than of the other."""
+def contrast(answer: Answer, store: Any, lm: Any, sets: Sequence[tuple[str, list[str]]], limit: int) -> None:
+    """The features that fire in more texts of one named set than of the other."""
     from tqdm.auto import tqdm
 
     from saelab.features.text_sets import contrast_texts
 
-    sets = [_texts(path, column) for path in files]
-    with tqdm(total=None, unit="texts", desc="Reading") as bar:
-        found = contrast_texts(store, lm, *sets, progress=lambda done, _: bar.update(done - bar.n))
-    sides = {str(path): found.rows(limit, side) for path, side in zip(files, ("a", "b"), strict=True)}
+    (name_a, a), (name_b, b) = sets
+    with tqdm(unit=" texts", desc="Reading") as bar:
+        found = contrast_texts(store, lm, a, b, progress=lambda done, _: bar.update(done - bar.n))
+    more = [found.rows(limit, "a"), found.rows(limit, "b")]
     lines = [f"{found.summary} Marked *; in brackets the 95 % interval of the difference."]
-    for path, rows in sides.items():
-        lines += ["", f"Fire in more texts of {path}:", *(_contrast_line(row) for row in rows)]
-    data = {"folder": store.folder, "files": files, "n_texts": [found.a.n_texts, found.b.n_texts]}
-    more = {"enough": found.enough, "n_tested": found.n_tested, "summary": found.summary}
-    answer(data | more | {"more_in_a": found.rows(limit, "a"), "more_in_b": found.rows(limit, "b")}, *lines)
+    for name, rows in zip((name_a, name_b), more, strict=True):
+        lines += ["", f"Fire in more texts of {name}:", *(_contrast_line(row) for row in rows)]
+    data = {"folder": store.folder, "texts": [name_a, name_b], "n_texts": [found.a.n_texts, found.b.n_texts]}
+    said = {"enough": found.enough, "n_tested": found.n_tested, "summary": found.summary}
+    answer(data | said | {"more_in_a": more[0], "more_in_b": more[1]}, *lines)
 
 
-def _texts(path: Path, column: str) -> list[str]:
+def texts(path: Path, column: str) -> list[str]:
     """The lines of a text file, or the texts of any other."""
     from saelab.features.contrast import lines
     from saelab.tokens import load_texts

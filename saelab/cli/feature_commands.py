@@ -53,8 +53,9 @@ def features(
             elif feature:
                 feature_answers.cards(answer, store, feature, limit)
             elif contrast:
+                sets = [(str(path), feature_answers.texts(path, column)) for path in contrast]
                 _, lm = with_model(store.sae_folder or run, model, dtype)
-                feature_answers.contrast(answer, store, lm, contrast, column, limit)
+                feature_answers.contrast(answer, store, lm, sets, limit)
         return
     with answering(as_json) as answer:
         corpus = saelab.load_texts(texts, column=column) if texts else None
