@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +13,7 @@ from tyro.conf import arg
 from saelab.cli import feature_answers
 from saelab.cli.answers import AsJson, answering
 from saelab.cli.commands import Column, Dtype, OwnModel, OwnTexts, Run, Split, runs_of, with_model
+from saelab.cli.messages import on_stderr
 
 
 def features(
@@ -130,6 +133,18 @@ def label(
             answer({"folder": store.folder, **counts}, done)
 
 
+def mcp(run: Run, model: OwnModel = None, dtype: Dtype = None) -> None:
+    """Answer an agent's questions about the features of RUN (Model Context Protocol, on standard input and output). Reads only,
+    and asks no other host; the language model is loaded when a text is first read."""
+    import saelab
+    from saelab.features.mcp_server import serve
+
+    os.environ.update(HF_HUB_OFFLINE="1", PIP_NO_INDEX="1")  # a model that is not here is not fetched
+    with on_stderr(), suppress(KeyboardInterrupt):
+        store = saelab.load_features(run)
+        serve(store, lambda: with_model(store.sae_folder or run, model, dtype)[1])
+
+
 FEATURES: dict[str, tuple[Callable[..., None], str]] = {
     "features": (
         features,
@@ -142,5 +157,6 @@ FEATURES: dict[str, tuple[Callable[..., None], str]] = {
         "saelab label runs/demo --address http://127.0.0.1:8000/v1 --model qwen --n-features 100\n"
         "saelab label runs/demo --model smollm2 --feature 17 88",
     ),
+    "mcp": (mcp, "saelab mcp runs/demo"),
     "verify": (verify, "saelab verify runs/demo\nsaelab verify runs/demo --n-examples 1000 --json"),
 }

@@ -46,6 +46,17 @@ class Reading(NamedTuple):
             result.append(sorted(rows, key=lambda row: -score(row))[:k])
         return result
 
+    def best(self, k: int = 12, *, by: str = "surprise") -> list[dict[str, Any]]:
+        """The `k` features that stand out most anywhere in the text, each at the token where it does: dicts as of `top`, with
+        "position". The first token of a context is masked in training, and left out if there are others."""
+        best: dict[int, dict[str, Any]] = {}
+        top, score = self.top(self.feature_acts.d_sae, by=by), _SCORES[by]
+        for position, rows in list(enumerate(top))[1 if len(top) > 1 else 0 :]:
+            for row in rows:
+                if row["feature"] not in best or score(row) > score(best[row["feature"]]):
+                    best[row["feature"]] = row | {"position": position}
+        return sorted(best.values(), key=lambda row: -score(row))[:k]
+
     def _entry(self, feature: int, value: float, percentile: float) -> dict[str, Any]:
         density = self.store.row_of(feature)["density"]
         surprise = -math.log10(max(density, 0.5 / self.store.n_tokens))
