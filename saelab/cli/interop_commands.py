@@ -68,10 +68,12 @@ def export(
             "directions",
             "sae_dashboard",
             "neuronpedia",
+            "parquet",
+            "csv",
         ],
         arg(
-            help="Format to write; gguf, directions: steering vectors of features, in one file; sae_dashboard, neuronpedia: the "
-            "feature store."
+            help="Format to write; gguf, directions: steering vectors of features, in one file; sae_dashboard, neuronpedia, "
+            "parquet, csv: the feature store, the last two as tables of features and of examples."
         ),
     ] = "sae_lens",
     feature: Annotated[tuple[int, ...], arg(help="Features of a gguf or directions file.")] = (),
@@ -86,6 +88,11 @@ def export(
     elif format in ("sae_dashboard", "neuronpedia"):
         save_store = importlib.import_module(f"saelab.interop.{format}").save_store
         print(f"{len(save_store(saelab.load_features(run), out))} files with the features of {run} are in {out}")
+    elif format in ("parquet", "csv"):
+        from saelab.features.tables import save_tables
+
+        files = save_tables(saelab.load_features(run), out, format=format)
+        print(f"The features of {run} and their examples are in {' and '.join(map(str, files))}")
     elif feature:
         raise ValueError(f"--feature is for the formats gguf and directions, not {format}.")
     else:
@@ -215,6 +222,7 @@ INTEROP: dict[str, tuple[Callable[..., None], str]] = {
         export,
         "saelab export runs/demo runs/for-saelens --format sae_lens\n"
         "saelab export runs/mlp/sae-l1 out --format dictionary_learning\n"
+        "saelab export runs/demo tables --format parquet\n"
         "saelab export runs/demo topic.gguf --format gguf --feature 17 --strength 1.5",
     ),
 }

@@ -8,13 +8,12 @@ from typing import Any
 from saelab.features.feature import Feature
 from saelab.features.records import Example
 from saelab.features.render import around_peak
-from saelab.features.store import FeatureStore
 
 _TOKENS = {"peak_token": "peak", "top_logit": "top_promoted"}
 """Columns that hold a token id, and the name of its text."""
 
 
-def store_data(store: FeatureStore) -> dict[str, Any]:
+def store_data(store: Any) -> dict[str, Any]:
     """What a store is of, and how far it was verified."""
     manifest, verified = store.manifest, store.annotations.latest("verified")
     return {
@@ -31,14 +30,14 @@ def store_data(store: FeatureStore) -> dict[str, Any]:
     }
 
 
-def rows_data(store: FeatureStore, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def rows_data(store: Any, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of the table, or dicts with a "feature" and other numbers of it: with the label that counts, and tokens as text."""
     features = [row["feature"] for row in rows]
     given, known = store.labels, {row["feature"]: row["label"] for row in store.rows_of(features)}
     return [_row(store, row, given.get(row["feature"]) or known[row["feature"]]) for row in rows]
 
 
-def _row(store: FeatureStore, row: dict[str, Any], label: str | None) -> dict[str, Any]:
+def _row(store: Any, row: dict[str, Any], label: str | None) -> dict[str, Any]:
     found = {"feature": row["feature"], **row, "label": label}
     for name, text in _TOKENS.items():
         if (token := found.pop(name, None)) is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,6 +125,12 @@ class FeatureStore(Search):
         from saelab.features.text_sets import contrast_texts
 
         return contrast_texts(self, lm, a, b)
+
+    def to_parquet(self, folder: str | Path, *, kinds: Sequence[str] | None = None) -> list[Path]:
+        """Write the features and their examples as two Parquet files into a new folder: see `tables.save_tables`."""
+        from saelab.features.tables import save_tables
+
+        return save_tables(self, folder, kinds=kinds)
 
     def count(self, where: Bounds | None = None) -> int:
         """Number of features within the bounds of `where` (see `table`)."""
