@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pyarrow.parquet
@@ -34,9 +33,25 @@ def annotate(store) -> None:
         store.annotations.add(5, "list", True, name=name)
 
 
+def check_examples(store, examples: list[dict], kinds) -> None:
+    """The rows are the stored examples of these kinds, and no others."""
+    by_place = {(row["feature"], row["kind"], row["rank"]): row for row in examples}
+    assert len(by_place) == len(examples) and {row["kind"] for row in examples} == set(kinds)
+    for index in range(0, len(store), 5):
+        for kind in EXAMPLE_KINDS:
+            found = store.feature(index).examples(kind=kind) if kind in kinds else []
+            assert (index, kind, len(found)) not in by_place
+            for rank, example in enumerate(found):
+                row = by_place[index, kind, rank]
+                assert row["value"] == example.value and row["values"] == list(example.values)
+                assert tuple(row["token_ids"]) == example.token_ids and row["text"] == example.text
+                assert (row["document"], row["context"], row["position"]) == (example.document, *example.where)
+                assert (row["quantile_low"], row["quantile_high"]) == (example.quantile or (None, None))
+
+
 def test_parquet_reads_back_as_the_store(store, tmp_path):
     annotate(store)
-    files = store.to_parquet(tmp_path / "out")
+    files = store.to_parquet(tmp_path / "out", kinds=["top", "near_miss"])
     assert [path.name for path in files] == ["features.parquet", "examples.parquet"]
     table = pyarrow.parquet.read_table(files[0])
     assert json.loads(table.schema.metadata[b"saelab"])["sae"]["hash"] == store.manifest["sae"]["hash"]
@@ -56,18 +71,7 @@ def test_parquet_reads_back_as_the_store(store, tmp_path):
     assert (rows[3]["label_by"], rows[4]["label_by"], rows[5]["label_by"]) == ("hand", "model", "words")
     assert json.loads(rows[4]["scores"]) == {"detection": {"balanced_accuracy": 0.8}}
     assert rows[5]["lists"] == ["starred", "weather"] and rows[6]["lists"] == []
-    by_place = {(row["feature"], row["kind"], row["rank"]): row for row in examples}
-    assert len(by_place) == len(examples)
-    for index in range(0, len(store), 11):
-        for kind in EXAMPLE_KINDS:
-            found = store.feature(index).examples(kind=kind)
-            assert (index, kind, len(found)) not in by_place
-            for rank, example in enumerate(found):
-                row = by_place[index, kind, rank]
-                assert row["value"] == example.value and row["values"] == list(example.values)
-                assert tuple(row["token_ids"]) == example.token_ids and row["text"] == example.text
-                assert (row["document"], row["context"], row["position"]) == (example.document, *example.where)
-                assert (row["quantile_low"], row["quantile_high"]) == (example.quantile or (None, None))
+    check_examples(store, examples, ["top", "near_miss"])
 
 
 def test_a_csv_starts_no_formula(store, tmp_path):
@@ -107,7 +111,8 @@ def test_both_ends_of_a_signed_feature(tmp_path, tiny_lm):
         ctx_len=32,
         progress=False,
     )
-    rows = pyarrow.parquet.read_table(store.to_parquet(tmp_path / "out", kinds=["bottom"])[0]).to_pylist()
+    rows, examples = (pyarrow.parquet.read_table(path).to_pylist() for path in store.to_parquet(tmp_path / "out"))
+    check_examples(store, examples, EXAMPLE_KINDS)
     two = [i for i in range(16) if len(store.feature(i).ends) == 2]
     assert two
     for row in rows:
@@ -139,10 +144,10 @@ def test_it_is_whole_or_not_at_all(store, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("format", ["parquet", "csv"])
-def test_the_command(store, tmp_path, capsys, format):
+def test_the_command(store, tmp_path, capsys, monkeypatch, format):
+    monkeypatch.setattr("saelab.features.tables.EXAMPLE_KINDS", ("top",))
     words = ["export", str(store.folder.parent), str(tmp_path / "out"), "--format", format]
     assert main(words) == 0
     said = capsys.readouterr().out
     assert str(Path(tmp_path / "out" / f"features.{format}")) in said and f"examples.{format}" in said
     assert main(words) == 2 and "holds something already" in capsys.readouterr().err
-    assert "pyarrow" in sys.modules

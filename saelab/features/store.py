@@ -126,11 +126,13 @@ class FeatureStore(Search):
 
         return contrast_texts(self, lm, a, b)
 
-    def to_parquet(self, folder: str | Path, *, kinds: Sequence[str] | None = None) -> list[Path]:
+    def to_parquet(
+        self, folder: str | Path, *, kinds: Sequence[str] | None = None, progress: bool = True
+    ) -> list[Path]:
         """Write the features and their examples as two Parquet files into a new folder: see `tables.save_tables`."""
         from saelab.features.tables import save_tables
 
-        return save_tables(self, folder, kinds=kinds)
+        return save_tables(self, folder, kinds=kinds, progress=progress)
 
     def count(self, where: Bounds | None = None) -> int:
         """Number of features within the bounds of `where` (see `table`)."""

@@ -14,6 +14,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from tqdm.auto import tqdm
+
 from saelab.errors import SaelabError
 from saelab.features import schema
 from saelab.features.feature import EXAMPLE_KINDS, Feature
@@ -32,7 +34,12 @@ _FORMULA = tuple("=+-@\t\r")
 
 
 def save_tables(
-    store: Any, folder: str | Path, *, format: str = "parquet", kinds: Sequence[str] | None = None
+    store: Any,
+    folder: str | Path,
+    *,
+    format: str = "parquet",
+    kinds: Sequence[str] | None = None,
+    progress: bool = True,
 ) -> list[Path]:
     """Write features.parquet and examples.parquet (or .csv) into a new or empty folder; returns the files.
 
@@ -56,8 +63,8 @@ def save_tables(
         remove_leftovers(folder.parent, folder.name)
         temporary.mkdir()
         stack.callback(shutil.rmtree, temporary, ignore_errors=True)
-        write(store, temporary / names[0], FEATURES, feature_rows(store))
-        write(store, temporary / names[1], EXAMPLES, example_rows(store, kinds))
+        write(store, temporary / names[0], FEATURES, feature_rows(store, progress))
+        write(store, temporary / names[1], EXAMPLES, example_rows(store, kinds, progress))
         fsync_dir(temporary)
         temporary.replace(folder)  # an empty folder is replaced
         fsync_dir(folder.parent)
@@ -71,13 +78,13 @@ def _known_kinds(store: Any) -> tuple[str, ...]:
     return ("top",) if store.signed is None else ("top", "bottom")
 
 
-def feature_rows(store: Any) -> Iterator[dict[str, Any]]:
+def feature_rows(store: Any, progress: bool = False) -> Iterator[dict[str, Any]]:
     """The rows of the first table."""
     notes = store.annotations
     by_hand = {entry.feature for entry in notes.latest("label")}
     by_model = {entry.feature for entry in notes.latest("model_label")}
     lists, scores = _members(store), _scores(store)
-    for rows in _pages(store):
+    for rows in _pages(store, FEATURES, progress):
         others = {row["feature"]: (store.ends(row["feature"]) if store.signed else [])[1:] for row in rows}
         for row, words in zip(rows_data(store, rows), (row["label"] for row in rows), strict=True):
             i = row["feature"]
@@ -91,9 +98,9 @@ def feature_rows(store: Any) -> Iterator[dict[str, Any]]:
             }  # fmt: skip
 
 
-def example_rows(store: Any, kinds: Sequence[str]) -> Iterator[dict[str, Any]]:
+def example_rows(store: Any, kinds: Sequence[str], progress: bool = False) -> Iterator[dict[str, Any]]:
     """The rows of the second table, by feature, kind and rank."""
-    for row in (row for page in _pages(store) for row in page):
+    for row in (row for page in _pages(store, EXAMPLES, progress) for row in page):
         feature = Feature(store, row)
         for kind in kinds:
             for rank, example in enumerate(feature.examples(kind=kind)):
@@ -117,9 +124,11 @@ def _example(example: Example) -> dict[str, Any]:
     }
 
 
-def _pages(store: Any) -> Iterator[list[dict[str, Any]]]:
-    for first in range(0, store.d_sae, _BATCH):
-        yield store.table("feature", False, limit=_BATCH, offset=first)
+def _pages(store: Any, name: str, progress: bool) -> Iterator[list[dict[str, Any]]]:
+    with tqdm(total=store.d_sae, desc=f"Writing {name}", unit="feature", disable=not progress) as bar:
+        for first in range(0, store.d_sae, _BATCH):
+            yield (page := store.table("feature", False, limit=_BATCH, offset=first))
+            bar.update(len(page))
 
 
 def _members(store: Any) -> dict[int, list[str]]:
