@@ -74,7 +74,7 @@ async def _send_page(start: dict[str, Any], body: bytes, send: Any) -> None:
 
 def _warm_up() -> None:
     """Import the page modules while the browser is still loading its scripts."""
-    for page in ("runs", "features", "feature", "dead", "prompt", "steer"):
+    for page in ("runs", "features", "feature", "dead", "prompt", "texts", "steer"):
         import_module(f"saelab.app.page_{page}")
 
 

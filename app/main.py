@@ -2,7 +2,17 @@
 
 import streamlit as st
 
-from saelab.app import page_dead, page_feature, page_features, page_prompt, page_runs, page_steer, state
+from saelab.app import (
+    as_python,
+    page_dead,
+    page_feature,
+    page_features,
+    page_prompt,
+    page_runs,
+    page_steer,
+    page_texts,
+    state,
+)
 from saelab.app.style import ICON, PAGE_STYLE
 
 st.set_page_config(page_title="saelab", page_icon=ICON, layout="wide")
@@ -12,6 +22,7 @@ pages = {
     "feature": st.Page(page_feature.show, title="Feature", icon=":material/article:", url_path="feature"),
     "dead": st.Page(page_dead.show, title="Dead features", icon=":material/bedtime:", url_path="dead"),
     "prompt": st.Page(page_prompt.show, title="Prompt", icon=":material/edit_note:", url_path="prompt"),
+    "texts": st.Page(page_texts.show, title="Texts", icon=":material/library_books:", url_path="texts"),
     "steer": st.Page(page_steer.show, title="Steer", icon=":material/tune:", url_path="steer"),
 }
 st.session_state["pages"] = pages
@@ -21,3 +32,4 @@ st.html(PAGE_STYLE)
 with state.friendly_errors():
     state.show_sidebar()
     page.run()
+    as_python.show()

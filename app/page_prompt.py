@@ -32,10 +32,10 @@ def show() -> None:
     index = state.url_int("feature", -1, -1, store.d_sae - 1)
     by = state.url_choice("by", "surprise", list(_ORDERS))
     with st.form("prompt", border=False):
-        text = st.text_area("Text", st.query_params.get("text", _DEFAULT)[:MAX_CHARACTERS], max_chars=MAX_CHARACTERS)
+        text = st.text_area("Text", max_chars=MAX_CHARACTERS, key=state.text_box_key("text", _DEFAULT, MAX_CHARACTERS))
         pressed = st.form_submit_button("Read", type="primary", icon=":material/play_arrow:")
     if pressed:
-        st.query_params["text"] = text[:500]
+        state.keep_texts({"text": text})
         with state.friendly_errors():
             st.session_state["reading"] = (store.folder, _read(store, text))
     folder, reading = st.session_state.get("reading", (None, None))
@@ -102,7 +102,7 @@ def _tokens(store: FeatureStore, reading: Any, by: str) -> None:
 
 
 def _pill(one: dict[str, Any], label: str | None) -> str:
-    address = escape("feature?" + urlencode({"feature": one["feature"]}))
+    address = escape("feature?" + urlencode({"feature": one["feature"], **state.sae_parameter()}))
     title = escape(f"activation {one['value']:.2f}, above {one['percentile']:.0%} of its firings")
     text = escape((label or "")[:32])
     return (

@@ -55,14 +55,10 @@ def _table(store: FeatureStore, heads: tuple[str, ...], rows: list[tuple[Any, ..
     lines = []
     for index, *values in rows:
         label = given.get(index) or rows_of[index]["label"] or "\u2013"
-        address = escape("feature?" + urlencode({**parameters, "feature": index, **_sae()}))
+        address = escape("feature?" + urlencode({**parameters, "feature": index, **state.sae_parameter()}))
         cells = "".join(f"<td>{value}</td>" for value in values)
         lines.append(
             f'<tr><td><a href="{address}" target="_self">{index}</a> <bdi>{escape(label)}</bdi></td>{cells}</tr>'
         )
     head = "".join(f"<th>{escape(name)}</th>" for name in heads)
     return f'<table class="sa-table"><tr>{head}</tr>{"".join(lines)}</table>'
-
-
-def _sae() -> dict[str, str]:
-    return {"sae": state.chosen_sae().name} if len(state.saes()) > 1 else {}
