@@ -76,11 +76,11 @@ def _read(store: FeatureStore, texts: dict[str, str]) -> Any:
                 f"{_BOXES[name]} have {len(found):,} lines and {len(texts[name]):,} characters; at most {MAX_TEXTS} and "
                 f"{MAX_CHARACTERS:,} are read here. More: saelab features RUN --contrast FILE FILE."
             )
-    from saelab.features.text_sets import contrast_texts
-
     bar, place = st.progress(0.0, "Waiting for the model ..."), st.empty()
     place.button("Cancel", icon=":material/close:", key="cancel_texts")  # a click ends this run at its next message
     try:
+        from saelab.features.text_sets import contrast_texts
+
         with state.MODEL_LOCK:
             lm = state.load_model(store.manifest["model"]["name"])
             return contrast_texts(
@@ -101,7 +101,7 @@ def _result(found: Any) -> None:
         "Fisher's exact test; \u2713: q at most 0.05. Mean: the mean activation over a text's tokens."
     )
     for side, label in _BOXES.items():
-        st.subheader(f"In more of the {label.lower()}")
+        st.subheader(f"Fire in more of the {label.lower()}")
         rows = found.rows(_ROWS, side)
         st.html(_table(rows, found.enough) if rows else '<p class="sa-sub">None.</p>')
 

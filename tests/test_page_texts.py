@@ -140,6 +140,8 @@ def test_a_pass_can_be_cancelled(open_texts, monkeypatch):
 
 @pytest.mark.skipif(not CHROMIUM and not REQUIRED, reason="no Chromium")
 def test_in_a_browser(page):  # noqa: F811
+    from playwright.sync_api import expect
+
     page.goto("/texts")
     heading(page, "Texts")
     idle(page)
@@ -147,13 +149,13 @@ def test_in_a_browser(page):  # noqa: F811
     for number, text in enumerate((A, B)):
         page.get_by_role("textbox", name="texts, one in each line").nth(number).fill(text)
     page.get_by_role("button", name="Compare").click()
-    page.locator(".sa-table").nth(1).wait_for()
+    page.locator(".sa-table").nth(1).wait_for(timeout=120_000)  # torch and the model are loaded first
     idle(page)
     first = page.locator(".sa-table a").first.inner_text()
     page.reload()
     heading(page, "Texts")
     idle(page)
-    assert page.get_by_role("textbox", name="texts, one in each line").nth(1).input_value() == B
+    expect(page.get_by_role("textbox", name="texts, one in each line").nth(1)).to_have_value(B)
     page.get_by_role("button", name="Compare").click()
     page.locator(".sa-table").nth(1).wait_for()
     idle(page)
