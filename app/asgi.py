@@ -77,7 +77,7 @@ async def _send_page(start: dict[str, Any], body: bytes, send: Any, path: str) -
 
 def _warm_up(path: str) -> None:
     """Import the page modules, and what the page at `path` draws with, while the browser is still loading its scripts."""
-    for page in ("runs", "features", "feature", "dead", "prompt", "steer", "map", "compare", "jobs"):
+    for page in ("runs", "features", "feature", "dead", "prompt", "texts", "steer", "map", "compare", "jobs"):
         import_module(f"saelab.app.page_{page}")
     if path in ("/", "/runs"):
         import_module("pandas")  # Streamlit's way to a Vega chart

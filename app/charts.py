@@ -15,8 +15,6 @@ _FAINT = "rgba(128,128,128,.25)"
 _MAX_POINTS = 1500  # per trace: points are drawn as SVG, because WebGL would need a policy that allows eval
 
 
-
-
 def density_histogram(density: np.ndarray, n_tokens: int) -> go.Figure:
     """Histogram of feature densities on a log scale; features that never fired get a separate hatched bar."""
     fired = density > 0

@@ -3,6 +3,7 @@
 import streamlit as st
 
 from saelab.app import (
+    as_python,
     page_compare,
     page_dead,
     page_feature,
@@ -12,6 +13,7 @@ from saelab.app import (
     page_prompt,
     page_runs,
     page_steer,
+    page_texts,
     state,
 )
 from saelab.app.style import ICON, PAGE_STYLE
@@ -23,6 +25,7 @@ pages = {
     "feature": st.Page(page_feature.show, title="Feature", icon=":material/article:", url_path="feature"),
     "dead": st.Page(page_dead.show, title="Dead features", icon=":material/bedtime:", url_path="dead"),
     "prompt": st.Page(page_prompt.show, title="Prompt", icon=":material/edit_note:", url_path="prompt"),
+    "texts": st.Page(page_texts.show, title="Texts", icon=":material/library_books:", url_path="texts"),
     "steer": st.Page(page_steer.show, title="Steer", icon=":material/tune:", url_path="steer"),
     "map": st.Page(page_map.show, title="Map", icon=":material/scatter_plot:", url_path="map"),
     "compare": st.Page(page_compare.show, title="Compare", icon=":material/compare_arrows:", url_path="compare"),
@@ -35,3 +38,4 @@ st.html(PAGE_STYLE)
 with state.friendly_errors():
     state.show_sidebar()
     page.run()
+    as_python.show()

@@ -12,10 +12,10 @@ from saelab.app.feature_rows import DASH
 from saelab.features import FeatureStore
 from saelab.features.records import Example
 from saelab.features.render import examples_html, model_label
+from saelab.features.text_size import MAX_CHARACTERS, bounded_ids, check_text
 from saelab.features.token_text import display_groups
 from saelab.features.visible import chip_text, escape
 
-MAX_CHARACTERS, MAX_TOKENS = 8000, 1000
 _PER_TOKEN = 5
 _ORDERS = {"surprise": "Standing out", "value": "Largest"}
 _DEFAULT = "The storm broke over the harbour, and the moon went out like a candle."
@@ -32,10 +32,10 @@ def show() -> None:
     index = state.url_int("feature", -1, -1, store.d_sae - 1)
     by = state.url_choice("by", "surprise", list(_ORDERS))
     with st.form("prompt", border=False):
-        text = st.text_area("Text", st.query_params.get("text", _DEFAULT)[:MAX_CHARACTERS], max_chars=MAX_CHARACTERS)
+        text = st.text_area("Text", max_chars=MAX_CHARACTERS, key=state.text_box_key("text", _DEFAULT, MAX_CHARACTERS))
         pressed = st.form_submit_button("Read", type="primary", icon=":material/play_arrow:")
     if pressed:
-        st.query_params["text"] = text[:500]
+        state.keep_texts({"text": text})
         with state.friendly_errors():
             st.session_state["reading"] = (store.folder, _read(store, text))
     folder, reading = st.session_state.get("reading", (None, None))
@@ -48,25 +48,18 @@ def show() -> None:
         help="Standing out: the share of the feature's firings that are weaker, times its rarity (-log10 of its density).",
         **state.bound("by", by),
     )  # fmt: skip
-    _overall(store, reading.top(_PER_TOKEN, by=by), by)
+    _overall(store, reading.best(by=by))
     _tokens(store, reading, by)
 
 
 def _read(store: FeatureStore, text: str) -> Any:
     """Run the text. Raises `ValueError` naming what is wrong with it."""
-    if not text.strip():
-        raise ValueError("The text is empty: write a few words.")
-    if len(text) > MAX_CHARACTERS:
-        raise ValueError(f"The text has {len(text):,} characters; shorten it to at most {MAX_CHARACTERS:,}.")
+    check_text(text)
     from saelab.features.reading import read_text
 
     with st.spinner("Reading ..."), state.MODEL_LOCK:
         lm = state.load_model(store.manifest["model"]["name"])
-        ids = lm.to_ids(text)
-        most = min(MAX_TOKENS, lm.max_ctx)
-        if ids.shape[1] > most:
-            raise ValueError(f"The text has {ids.shape[1]:,} tokens; shorten it to at most {most:,}.")
-        return read_text(store, lm, ids)
+        return read_text(store, lm, bounded_ids(lm, text))
 
 
 def _one(store: FeatureStore, reading: Any, index: int) -> None:
@@ -82,14 +75,10 @@ def _one(store: FeatureStore, reading: Any, index: int) -> None:
     st.html(examples_html([shown], feature.max or max(values)))
 
 
-def _overall(store: FeatureStore, top: list[list[dict[str, Any]]], by: str) -> None:
+def _overall(store: FeatureStore, best: list[dict[str, Any]]) -> None:
     """The features that stand out most anywhere in the text, as links."""
     st.subheader("In the whole text")
-    best: dict[int, float] = {}
-    for row in (row for token in top[1:] or top for row in token):  # the first token of a context is masked in training
-        score = abs(row["value"]) if by == "value" else row["percentile"] * row["surprise"]
-        best[row["feature"]] = max(best.get(row["feature"], 0.0), score)
-    chosen = sorted(best, key=lambda feature: -best[feature])[:12]
+    chosen = [row["feature"] for row in best]
     labels, rows = store.labels, {row["feature"]: row for row in store.rows_of(chosen)}
     with st.container(horizontal=True):
         for feature in chosen:
@@ -113,7 +102,7 @@ def _tokens(store: FeatureStore, reading: Any, by: str) -> None:
 
 
 def _pill(one: dict[str, Any], label: str | None) -> str:
-    address = escape("feature?" + urlencode({"feature": one["feature"]}))
+    address = escape("feature?" + urlencode({"feature": one["feature"], **state.sae_parameter()}))
     title = escape(f"activation {one['value']:.2f}, above {one['percentile']:.0%} of its firings")
     text = escape((label or "")[:32])
     return (

@@ -63,19 +63,11 @@ def from_url(store: FeatureStore) -> Query:
 def ids(store: FeatureStore, query: Query) -> list[int]:
     """The features of a query, in its order."""
     if query.words.strip():
-        return [row["feature"] for row in found(store, query.words)]
+        return [row["feature"] for row in store.search(query.words, _MOST_FOUND)]
     if query.among:
         chosen = set(store.lists.get(query.among, []))
         return [feature for feature in _ordered(store, query) if feature in chosen]
     return _ordered(store, query)
-
-
-def found(store: FeatureStore, words: str) -> list[dict[str, Any]]:
-    """Rows for words, or for a token in double quotes."""
-    words = words.strip()
-    if len(words) > 2 and words[0] == words[-1] == '"':
-        return store.firing_on(words[1:-1], _MOST_FOUND)
-    return store.search(words, _MOST_FOUND)
 
 
 def _ordered(store: FeatureStore, query: Query) -> list[int]:

@@ -199,6 +199,38 @@ def bound(name: str, value: Any) -> dict[str, Any]:
     return {"key": key, "on_change": _write_url, "args": (name, key)}
 
 
+MAX_ADDRESS = 1500
+"""Characters of text that an address holds: browsers and proxies cut longer ones."""
+
+
+def text_box_key(name: str, default: str, most: int) -> str:
+    """The key of a text box in a form, whose text is that of the URL parameter `name` whenever that has changed, else what was
+    typed last. (A box whose value followed the URL without a key would be another box after each submission, and lose the next
+    text.)"""
+    key, url, session = f"text_{name}", st.query_params.get(name), st.session_state
+    if key not in session or (url is not None and url != session.get(f"seen_{name}")):
+        session[key] = (session.get(f"typed_{name}", default) if url is None else url)[:most]
+    session[f"seen_{name}"] = url
+    return key
+
+
+def keep_texts(texts: dict[str, str]) -> None:
+    """Write submitted texts to the URL, by the names of their parameters, if it holds them (`fits_address`)."""
+    fits = fits_address(texts)
+    for name, text in texts.items():
+        st.session_state[f"typed_{name}"] = text
+        st.session_state[f"seen_{name}"] = text if fits else None
+        if fits:
+            st.query_params[name] = text
+        else:
+            st.query_params.pop(name, None)
+
+
+def fits_address(texts: dict[str, str]) -> bool:
+    """Whether texts are short enough, together, to be restored from the address."""
+    return sum(map(len, texts.values())) <= MAX_ADDRESS
+
+
 def show_pagination(pages: int, page: int) -> None:
     """Show page numbers bound to the URL; nothing where there is only one page."""
     if pages > 1:

@@ -41,6 +41,7 @@ ONLY_IN = {
     "huggingface_hub": r"saelab/(models/\w+|tokens/hf_datasets|interop/hub\w*)\.py",
     "datasets": r"saelab/tokens/hf_datasets\.py",
     "streamlit": r"app/.*",
+    "mcp": r"saelab/features/mcp_server\.py",
     "triton": r"kernels/.*",
     "wandb": r"saelab/training/.*",
     "openTSNE": r"saelab/features/layout\.py",

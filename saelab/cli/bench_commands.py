@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg, subcommand
+
+from saelab.cli.answers import AsJson, answering
 
 Seeds = Annotated[tuple[int, ...], arg(help="One full run per seed; tables show mean and standard deviation.")]
 
@@ -24,6 +25,7 @@ class Synthetic:
         tuple[str, ...], arg(help="Kinds of data: flat, zipf, mixed, signed, hierarchy, diffing, fsm; by default all.")
     ] = ()
     steps: Annotated[int | None, arg(help="Training steps per SAE; None uses the default of each kind of data.")] = None
+    as_json: AsJson = False
 
     def run(self) -> None:
         """Run the benchmark, then print tables and verdicts."""
@@ -31,10 +33,13 @@ class Synthetic:
         from saelab.benchmarks.synthetic import DATA, run_synthetic
         from saelab.benchmarks.tables import synthetic_picture, synthetic_tables
 
-        rows = run_synthetic(self.seeds, self.out_dir, data=self.data or DATA, n_steps=self.steps)
-        _show(synthetic_tables(rows))
-        print("\n".join(str(verdict) for verdict in check_all(rows)))
-        _keep(self.out_dir, synthetic_picture(rows))
+        with answering(self.as_json) as answer:
+            rows = run_synthetic(self.seeds, self.out_dir, data=self.data or DATA, n_steps=self.steps)
+            verdicts = check_all(rows)
+            claims = [{"claim": one.claim.text, "data": one.claim.data, "held": one.held} for one in verdicts]
+            kept = _keep(self.out_dir, synthetic_picture(rows))
+            data = {"folder": self.out_dir, "rows": rows, "claims": claims}
+            answer(data, *synthetic_tables(rows), *map(str, verdicts), kept)
 
 
 @dataclass
@@ -55,6 +60,7 @@ class Family:
     hook_name: Annotated[str | None, arg(help="Hook to train on, if the cache holds several.")] = None
     hook_name_out: Annotated[str | None, arg(help="Hook that transcoders predict; None skips transcoders.")] = None
     out_dir: Annotated[Path | None, arg(help="Folder for rows, SAEs and plot; None means RUN/family.")] = None
+    as_json: AsJson = False
 
     def run(self) -> None:
         """Run the benchmark, then print the table and the comparisons."""
@@ -65,11 +71,13 @@ class Family:
         config = FamilyConfig(*sizes, self.hook_name, self.hook_name_out)
         out_dir = self.out_dir or self.run_folder / "family"
         options: dict[str, Any] = {"variants": self.variants or None, "l0": self.l0, "seeds": self.seeds}
-        rows = run_family(self.run_folder, config, out_dir=out_dir, **options)
-        _show(family_tables(rows))
-        print("\n".join(comparisons(rows)))
-        if any(row["table"] == "sae" for row in rows):  # transcoders alone have no curve
-            _keep(out_dir, family_picture(rows))
+        with answering(self.as_json) as answer:
+            rows = run_family(self.run_folder, config, out_dir=out_dir, **options)
+            drawn = any(row["table"] == "sae" for row in rows)  # transcoders alone have no curve
+            kept = [_keep(out_dir, family_picture(rows))] if drawn else []
+            compared = comparisons(rows)
+            data = {"folder": out_dir, "rows": rows, "comparisons": compared}
+            answer(data, *family_tables(rows), *compared, *kept)
 
 
 @dataclass
@@ -93,6 +101,7 @@ class Large:
     seed: Annotated[int, arg(help="Seed of the planted features, tokens and weights.")] = 0
     device: Annotated[str | None, arg(help="cpu, cuda, ...; None uses a GPU if there is one.")] = None
     every: Annotated[int, arg(help="Tokens between progress lines.")] = 1_000_000
+    as_json: AsJson = False
 
     def run(self) -> None:
         """Train, printing a line every `every` tokens, then print the table."""
@@ -102,9 +111,10 @@ class Large:
         from saelab.benchmarks.tables import large_table
 
         config = LargeConfig(**{field.name: getattr(self, field.name) for field in fields(LargeConfig)})
-        rows = run_large(config, self.out_dir, variants=self.variants, every=self.every)
-        _show([large_table(rows)])
-        print(f"Rows are in {self.out_dir} (large.csv, large.json), and the SAEs next to them")
+        with answering(self.as_json) as answer:
+            rows = run_large(config, self.out_dir, variants=self.variants, every=self.every)
+            kept = f"Rows are in {self.out_dir} (large.csv, large.json), and the SAEs next to them"
+            answer({"folder": self.out_dir, "rows": rows}, large_table(rows), kept)
 
 
 def _described(command: type, examples: str) -> str:
@@ -146,6 +156,7 @@ def sweep(
     hook_name: Annotated[str | None, arg(help="Hook to train on, if the cache holds several.")] = None,
     hook_name_out: Annotated[str | None, arg(help="Hook that transcoders predict.")] = None,
     out_dir: Annotated[Path | None, arg(help="Folder for SAEs and table; None means RUN.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Train an SAE on RUN/cache for each combination of the lists, side by side, and evaluate all in one table."""
     from saelab.benchmarks.sweep import SweepConfig, run_sweep
@@ -155,26 +166,17 @@ def sweep(
     config = SweepConfig(n_tokens, batch_size, eval_tokens, hook_name, hook_name_out)
     lists: dict[str, Any] = {"variants": variants, "d_sae": d_sae, "k": k, "lr": lr, "seeds": seeds}
     home = out_dir or run
-    rows = run_sweep(run, config, out_dir=home, **lists)
-    if not is_main_process():
-        return
-    _show([sweep_table(rows)])
-    print(f"The SAEs are in {home}, and the table in {home / 'sweep.csv'} and {home / 'sweep.json'}")
-    print(f"Next: saelab dash {home}")
+    with answering(as_json) as answer:
+        rows = run_sweep(run, config, out_dir=home, **lists)
+        if not is_main_process():
+            return
+        kept = f"The SAEs are in {home}, and the table in {home / 'sweep.csv'} and {home / 'sweep.json'}"
+        answer({"folder": home, "rows": rows}, sweep_table(rows), kept, f"Next: saelab dash {home}")
 
 
-def _show(tables: Sequence[Any]) -> None:
-    from rich.console import Console
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)  # output to a file has no terminal width
-    for table in tables:
-        console.print(table)
-
-
-def _keep(out_dir: Path, picture: str) -> None:
+def _keep(out_dir: Path, picture: str) -> str:
+    """Save the picture; returns where everything is."""
     from saelab.files import atomic_write_text
 
     atomic_write_text(out_dir / "picture.svg", picture)
-    print(f"Rows and plot are in {out_dir} (rows.csv, rows.json, picture.svg)")
+    return f"Rows and plot are in {out_dir} (rows.csv, rows.json, picture.svg)"

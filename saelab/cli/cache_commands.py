@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg, subcommand
 
+from saelab.cli.answers import AsJson, answering
+
 if TYPE_CHECKING:
     from saelab.activation_cache.reader import ActivationCache
 
@@ -19,6 +21,7 @@ class Info:
     """Show what the cache of RUN holds, or the progress of an unfinished one."""
 
     run_folder: Folder
+    as_json: AsJson = False
 
     def run(self) -> None:
         """Print the table."""
@@ -26,30 +29,14 @@ class Info:
         from saelab.activation_cache.journal import rows_on_disk
 
         folder = _folder(self.run_folder)
-        if not (folder / layout.MANIFEST).exists() and (folder / layout.JOURNAL).exists():
-            print(
-                f"{folder} is unfinished with {rows_on_disk(folder):,} rows on disk: repeat the same harvest to resume it."
-            )
-            return
-        cache = _open(self.run_folder)
-        manifest, config = cache.manifest, cache.manifest["config"]
-        size = sum(known["bytes"] for known in cache.files().values())
-        masked = ", ".join(f"{n:,} {reason}" for reason, n in manifest["masked"].items())
-        _table(
-            {
-                "hooks": ", ".join(f"{hook} ({width} wide)" for hook, width in config["hooks"].items()),
-                "model": f"{manifest['model_name']}, {config['model_dtype']}",
-                "texts": f"{(manifest['texts'] or {}).get('source', 'given in Python')}, split {config['split']}",
-                "rows": f"{cache.n_rows:,} in {len(manifest['shards'])} shards, {config['dtype']}",
-                **_lost(cache, cache.hook_names),
-                "tokens": f"{manifest['n_tokens']:,} of {manifest['n_documents']:,} documents",
-                "masked": masked,
-                "contexts": f"{manifest['n_sequences']:,} of {config['ctx_len']} tokens",
-                "order": f"shuffled with seed {config['seed']}" if config.get("shuffle", True) else "as in the texts",
-                "size": layout.human_bytes(size),
-                "format": manifest["format_version"],
-            }
-        )
+        with answering(self.as_json) as answer:
+            if not (folder / layout.MANIFEST).exists() and (folder / layout.JOURNAL).exists():
+                rows = rows_on_disk(folder)
+                unfinished = f"{folder} is unfinished with {rows:,} rows on disk: repeat the same harvest to resume it."
+                answer({"folder": folder, "finished": False, "n_rows": rows}, unfinished)
+                return
+            cache = _open(self.run_folder)
+            answer({"folder": cache.path, "finished": True, **_content(cache)}, _table(_described_content(cache)))
 
 
 @dataclass
@@ -57,12 +44,15 @@ class Verify:
     """Check every file of RUN's cache against its SHA-256; names damaged files and exits with status 2."""
 
     run_folder: Folder
+    as_json: AsJson = False
 
     def run(self) -> None:
         """Print that all files are intact. Raises `CacheError` naming those that are not."""
-        cache = _open(self.run_folder)
-        cache.verify(progress=True)
-        print(f"All {len(cache.files())} files of {cache.path} are intact.")
+        with answering(self.as_json) as answer:
+            cache = _open(self.run_folder)
+            cache.verify(progress=True)
+            n = len(cache.files())
+            answer({"folder": cache.path, "n_files": n}, f"All {n} files of {cache.path} are intact.")
 
 
 @dataclass
@@ -96,47 +86,108 @@ class Stats:
     """Show norms and means of each hook in RUN's cache; percentages are of the mean squared norm."""
 
     run_folder: Folder
+    as_json: AsJson = False
 
     def run(self) -> None:
         """Print one block per hook."""
-        cache = _open(self.run_folder)
-        for hook in cache.hook_names:
-            stats = cache.stats(hook)
-            mean_square = stats["second_moment"].sum()
-            mean = f"{stats['mean'].norm():.4g}, {stats['mean'].square().sum() / mean_square:.1%} of the squared norm"
-            largest = stats["second_moment"].topk(min(3, cache.d_in(hook)))
-            dims = ", ".join(
-                f"{dim} ({share:.1%})"
-                for dim, share in zip(largest.indices.tolist(), largest.values / mean_square, strict=True)
-            )
-            print(f"{hook}, {stats['n']:,} rows")
-            _table(
-                {
-                    "mean norm": f"{stats['mean_norm']:.4g}",
-                    "median norm": f"{stats['median_norm']:.4g} (first 16,384 rows)",
-                    "largest norm kept": f"{cache.manifest['max_norm'][hook]:.4g}",
-                    "norm of the mean": mean,
-                    "largest dimensions": dims,
-                    **_lost(cache, [hook]),
-                }
-            )
+        with answering(self.as_json) as answer:
+            cache = _open(self.run_folder)
+            found = {hook: _statistics(cache, hook) for hook in cache.hook_names}
+            blocks = [
+                f"{hook}, {one['n_rows']:,} rows\n{_table(_described(cache, hook, one))}" for hook, one in found.items()
+            ]
+            answer({"folder": cache.path, "hooks": found}, *blocks)
 
 
-def _described(command: type, example: str) -> str:
+def _statistics(cache: ActivationCache, hook: str) -> dict[str, Any]:
+    """Norms and means of a hook; shares are of the mean squared norm."""
+    stats = cache.stats(hook)
+    mean_square = stats["second_moment"].sum()
+    largest = stats["second_moment"].topk(min(3, cache.d_in(hook)))
+    shares = (largest.values / mean_square).tolist()
+    return {
+        "n_rows": stats["n"],
+        "mean_norm": float(stats["mean_norm"]),
+        "median_norm": float(stats["median_norm"]),
+        "max_norm": cache.manifest["max_norm"][hook],
+        "norm_of_mean": float(stats["mean"].norm()),
+        "share_of_mean": float(stats["mean"].square().sum() / mean_square),
+        "largest_dimensions": dict(zip(largest.indices.tolist(), shares, strict=True)),
+    }
+
+
+def _described(cache: ActivationCache, hook: str, found: dict[str, Any]) -> dict[str, Any]:
+    dims = ", ".join(f"{dim} ({share:.1%})" for dim, share in found["largest_dimensions"].items())
+    return {
+        "mean norm": f"{found['mean_norm']:.4g}",
+        "median norm": f"{found['median_norm']:.4g} (first 16,384 rows)",
+        "largest norm kept": f"{found['max_norm']:.4g}",
+        "norm of the mean": f"{found['norm_of_mean']:.4g}, {found['share_of_mean']:.1%} of the squared norm",
+        "largest dimensions": dims,
+        **_lost(cache, [hook]),
+    }
+
+
+def _help(command: type, example: str) -> str:
     return f"{command.__doc__}\n\nExamples:\n  saelab cache {example}\n"
 
 
 Command = (
-    Annotated[Info, subcommand("info", description=_described(Info, "info runs/demo"))]
-    | Annotated[Verify, subcommand("verify", description=_described(Verify, "verify runs/demo"))]
-    | Annotated[Repair, subcommand("repair", description=_described(Repair, "repair runs/demo"))]
-    | Annotated[Stats, subcommand("stats", description=_described(Stats, "stats runs/demo"))]
+    Annotated[Info, subcommand("info", description=_help(Info, "info runs/demo"))]
+    | Annotated[Verify, subcommand("verify", description=_help(Verify, "verify runs/demo"))]
+    | Annotated[Repair, subcommand("repair", description=_help(Repair, "repair runs/demo"))]
+    | Annotated[Stats, subcommand("stats", description=_help(Stats, "stats runs/demo"))]
 )
 
 
 def cache(what: OmitSubcommandPrefixes[OmitArgPrefixes[Command]]) -> None:  # pyright: ignore[reportInvalidTypeArguments]
     """Inspect, verify or repair the activation cache of RUN."""
     what.run()
+
+
+def _content(cache: ActivationCache) -> dict[str, Any]:
+    """What a finished cache holds."""
+    manifest, config = cache.manifest, cache.manifest["config"]
+    measured = cache.hook_names if "storage" in manifest else []
+    return {
+        "hooks": config["hooks"],
+        "model": manifest["model_name"],
+        "model_dtype": config["model_dtype"],
+        "texts": (manifest["texts"] or {}).get("source"),
+        "split": config["split"],
+        "n_rows": cache.n_rows,
+        "n_shards": len(manifest["shards"]),
+        "storage": config["dtype"],
+        "quantisation_error": {hook: cache.storage_error(hook) for hook in measured},
+        "n_tokens": manifest["n_tokens"],
+        "n_documents": manifest["n_documents"],
+        "masked": manifest["masked"],
+        "n_contexts": manifest["n_sequences"],
+        "ctx_len": config["ctx_len"],
+        "shuffled": config.get("shuffle", True),
+        "seed": config["seed"],
+        "bytes": sum(known["bytes"] for known in cache.files().values()),
+        "format_version": manifest["format_version"],
+    }
+
+
+def _described_content(cache: ActivationCache) -> dict[str, Any]:
+    from saelab.activation_cache.layout import human_bytes
+
+    found = _content(cache)
+    return {
+        "hooks": ", ".join(f"{hook} ({width} wide)" for hook, width in found["hooks"].items()),
+        "model": f"{found['model']}, {found['model_dtype']}",
+        "texts": f"{found['texts'] or 'given in Python'}, split {found['split']}",
+        "rows": f"{found['n_rows']:,} in {found['n_shards']} shards, {found['storage']}",
+        **_lost(cache, cache.hook_names),
+        "tokens": f"{found['n_tokens']:,} of {found['n_documents']:,} documents",
+        "masked": ", ".join(f"{n:,} {reason}" for reason, n in found["masked"].items()),
+        "contexts": f"{found['n_contexts']:,} of {found['ctx_len']} tokens",
+        "order": f"shuffled with seed {found['seed']}" if found["shuffled"] else "as in the texts",
+        "size": human_bytes(found["bytes"]),
+        "format": found["format_version"],
+    }
 
 
 def _lost(cache: ActivationCache, hooks: list[str]) -> dict[str, str]:
@@ -173,6 +224,5 @@ def _model_of(cache: ActivationCache) -> Any:
     return together([load_model(name, dtype=getattr(torch, dtype)) for name, dtype in zip(names, dtypes, strict=True)])
 
 
-def _table(lines: dict[str, Any]) -> None:
-    for name, value in lines.items():
-        print(f"  {name:<20}{value}")
+def _table(lines: dict[str, Any]) -> str:
+    return "\n".join(f"  {name:<20}{value}" for name, value in lines.items())

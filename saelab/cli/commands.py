@@ -5,8 +5,7 @@ RUN is a folder with cache/, sae/ (or several sae-NAME/), features/ and report.j
 
 from __future__ import annotations
 
-import contextlib
-import sys
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,10 +13,10 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
+from saelab.cli.answers import AsJson, answering
 from saelab.cli.bench_commands import bench, sweep
 from saelab.cli.cache_commands import cache
 from saelab.cli.demo import demo
-from saelab.cli.messages import on_stderr
 from saelab.run_folder.opening import load_lm, with_model
 
 Run = Annotated[Positional[Path], arg(metavar="RUN", help="Run folder, or that of one of its trained SAEs.")]
@@ -137,7 +136,7 @@ def evaluate(
     texts: OwnTexts = None,
     column: Column = "text",
     split: Split = None,
-    json: Annotated[bool, arg(help="Print only one JSON object on standard output.")] = False,
+    as_json: AsJson = False,
     allow_train: Annotated[bool, arg(help="Score documents the SAE was trained on instead of refusing.")] = False,
     n_tokens: Annotated[int | None, arg(help="Maximum number of tokens to score; None means all of them.")] = None,
     dtype: Dtype = None,
@@ -145,21 +144,14 @@ def evaluate(
     """Evaluate the SAEs of RUN on held-out text; writes a report.json for each."""
     import saelab
 
-    runs = runs_of(run)
-    if json and len(runs) > 1:
-        names = ", ".join(str(found.sae_dir) for found in runs)
-        raise ValueError(f"--json prints one report, but {run} holds {len(runs)} SAEs; name one of {names}")
-    corpus = saelab.load_texts(texts, column=column) if texts else None
-    options: dict[str, Any] = {"split": split, "allow_train": allow_train, "n_tokens": n_tokens}
-    for found in runs:
-        with on_stderr() if json else contextlib.nullcontext():
+    with answering(as_json) as answer:
+        runs = runs_of(run, one=as_json)
+        corpus = saelab.load_texts(texts, column=column) if texts else None
+        options: dict[str, Any] = {"split": split, "allow_train": allow_train, "n_tokens": n_tokens}
+        for found in runs:
             sae, lm = with_model(found.sae_dir, model, dtype)
             report = saelab.evaluate(sae, lm, corpus, path=found.report_path, **options)
-        aside = sys.stderr if json else sys.stdout
-        print(report, file=aside)
-        print(f"The report is in {found.report_path}", file=aside)
-        if json:
-            print(report.to_json())
+            answer(json.loads(report.to_json()), str(report), f"The report is in {found.report_path}")
 
 
 def dash(
@@ -192,6 +184,7 @@ def steer(
     temperature: Annotated[float, arg(help="0 always takes the most likely token.")] = 0.0,
     seed: Annotated[int, arg(help="Seed of the sampling.")] = 0,
     model: OwnModel = None,
+    as_json: AsJson = False,
     dtype: Dtype = None,
 ) -> None:
     """Continue a prompt twice: with the unsteered model, and with one feature steered."""
@@ -204,19 +197,29 @@ def steer(
     store = saelab.load_features(run)
     chosen = store.feature(feature)
     steered = chosen if end == "dominant" else getattr(chosen, end)
-    lm = load_lm(model or store.manifest["model"]["name"], dtype)
-    edit = steered.ablate() if mode == "ablate" else getattr(steered, mode)(strength)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    print(f"default: {lm.generate(prompt, **options)}\n")
-    name = f"feature {feature}{'' if end == 'dominant' else f' ({end} end)'}"
-    with lm.steer(edit):
-        print(f"{name}, {mode}{'' if mode == 'ablate' else f' {strength:g}'}: {lm.generate(prompt, **options)}")
+    with answering(as_json) as answer:
+        lm = load_lm(model or store.manifest["model"]["name"], dtype)
+        edit = steered.ablate() if mode == "ablate" else getattr(steered, mode)(strength)
+        default = lm.generate(prompt, **options)
+        print(f"default: {default}\n")
+        with lm.steer(edit):
+            text = lm.generate(prompt, **options)
+        name = f"feature {feature}{'' if end == 'dominant' else f' ({end} end)'}"
+        asked = {"feature": feature, "end": end, "mode": mode, "strength": None if mode == "ablate" else strength}
+        data = asked | options | {"prompt": prompt, "default": default, "steered": text}
+        answer(data, f"{name}, {mode}{'' if mode == 'ablate' else f' {strength:g}'}: {text}")
 
 
-def runs_of(run: Path) -> list[Any]:
+def runs_of(run: Path, *, one: bool = False) -> list[Any]:
+    """The SAEs of RUN. Raises `ValueError` where it holds several and `one` is wanted, for --json."""
     from saelab.runs import find_saes
 
-    return find_saes(run)
+    found = find_saes(run)
+    if one and len(found) > 1:
+        names = ", ".join(str(each.sae_dir) for each in found)
+        raise ValueError(f"--json prints one object, but {run} holds {len(found)} SAEs; name one of {names}")
+    return found
 
 
 COMMANDS: dict[str, tuple[Callable[..., None], str]] = {

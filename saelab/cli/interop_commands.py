@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
+
+from saelab.cli.answers import AsJson, answering
 
 _SOURCE = "A folder or file, or a hub id with the path of the SAE behind it (org/repo/path)."
 _ASSUME = (
@@ -29,6 +30,7 @@ def import_(
     dtype: Annotated[
         Literal["bfloat16", "float32"] | None, arg(help="dtype of the model; None: bfloat16 where fast.")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Check an SAE of another library on real activations and put it into RUN/sae, where every other command works on it."""
     import torch
@@ -40,16 +42,16 @@ def import_(
 
     answers = dict(_answer(one) for one in assume)
     options: dict[str, Any] = {"format": format, "assume": answers, "revision": revision}
-    if model is None:
-        known = read_blueprint(open_source(source, revision), format, answers).origin.get("model")
-        if known is None:
-            raise SaelabError(f"{source} does not name its language model: pass --model.")
-        model = str(known["name"])
-    lm = saelab.load_model(model, dtype=getattr(torch, dtype) if dtype else None)
-    found = import_sae(source, run, lm, texts, n_tokens=n_tokens, **options)
-    print(_described(found))
-    print(f"The SAE is in {found.folder}")
-    print(f"Next: saelab eval {run}; saelab features {run}; saelab dash {run}")
+    with answering(as_json) as answer:
+        if model is None:
+            known = read_blueprint(open_source(source, revision), format, answers).origin.get("model")
+            if known is None:
+                raise SaelabError(f"{source} does not name its language model: pass --model.")
+            model = str(known["name"])
+        lm = saelab.load_model(model, dtype=getattr(torch, dtype) if dtype else None)
+        found = import_sae(source, run, lm, texts, n_tokens=n_tokens, **options)
+        after = f"Next: saelab eval {run}; saelab features {run}; saelab dash {run}"
+        answer(_content(found), _described(found), f"The SAE is in {found.folder}", after)
 
 
 def export(
@@ -66,10 +68,12 @@ def export(
             "directions",
             "sae_dashboard",
             "neuronpedia",
+            "parquet",
+            "csv",
         ],
         arg(
-            help="Format to write; gguf, directions: steering vectors of features, in one file; sae_dashboard, neuronpedia: the "
-            "feature store."
+            help="Format to write; gguf, directions: steering vectors of features, in one file; sae_dashboard, neuronpedia, "
+            "parquet, csv: the feature store, the last two as tables of features and of examples."
         ),
     ] = "sae_lens",
     feature: Annotated[tuple[int, ...], arg(help="Features of a gguf or directions file.")] = (),
@@ -84,6 +88,11 @@ def export(
     elif format in ("sae_dashboard", "neuronpedia"):
         save_store = importlib.import_module(f"saelab.interop.{format}").save_store
         print(f"{len(save_store(saelab.load_features(run), out))} files with the features of {run} are in {out}")
+    elif format in ("parquet", "csv"):
+        from saelab.features.tables import save_tables
+
+        files = save_tables(saelab.load_features(run), out, format=format)
+        print(f"The features of {run} and their examples are in {' and '.join(map(str, files))}")
     elif feature:
         raise ValueError(f"--feature is for the formats gguf and directions, not {format}.")
     else:
@@ -120,9 +129,9 @@ def push(
 def releases(
     words: Annotated[Positional[tuple[str, ...]], arg(metavar="WORDS", help="Words that must all occur.")] = (),
     limit: Annotated[int, arg(help="SAEs to list of the releases found.")] = 20,
+    as_json: AsJson = False,
 ) -> None:
     """List released SAEs that saelab reads, from a table that needs no network: by release, then one by one."""
-    from rich.console import Console
     from rich.table import Table
 
     from saelab.interop.releases import search
@@ -134,14 +143,20 @@ def releases(
     for one in found:
         groups.setdefault(one.release, []).append(one)
     table = Table("release", "SAEs", "model", "format", "repository")
-    for name, members in groups.items():
-        table.add_row(name, f"{len(members):,}", members[0].model, members[0].format, members[0].repo)
-    console = Console(width=None if sys.stdout.isatty() else 200)
-    console.print(table)
-    for one in found[:limit]:
-        print(f"{one.source}" + (f"  L0 {one.l0:g}" if one.l0 else ""))
+    rows = [(name, len(ones), ones[0].model, ones[0].format, ones[0].repo) for name, ones in groups.items()]
+    for name, n, *others in rows:
+        table.add_row(name, f"{n:,}", *others)
+    listed = [f"{one.source}" + (f"  L0 {one.l0:g}" if one.l0 else "") for one in found[:limit]]
     left = len(found) - limit
-    print(f"... and {left:,} more; add words to narrow it down." if left > 0 else "Open one: saelab import SOURCE RUN")
+    rest = f"... and {left:,} more; add words to narrow it down." if left > 0 else "Open one: saelab import SOURCE RUN"
+    names = ("release", "n_saes", "model", "format", "repository")
+    data = {
+        "n_saes": len(found),
+        "releases": [dict(zip(names, row, strict=True)) for row in rows],
+        "saes": [{"source": one.source, "l0": one.l0} for one in found[:limit]],
+    }
+    with answering(as_json) as answer:
+        answer(data, table, *listed, rest)
 
 
 def _answer(word: str) -> tuple[str, Any]:
@@ -153,6 +168,20 @@ def _answer(word: str) -> tuple[str, Any]:
         return key, json.loads(value.lower() if value in ("True", "False") else value)
     except json.JSONDecodeError:
         return key, value
+
+
+def _content(found: Any) -> dict[str, Any]:
+    origin = found.sae.provenance.origin
+    return {
+        "folder": found.folder,
+        **{key: origin["imported"][key] for key in ("source", "format", "assumed")},
+        **{key: origin.get(key) for key in ("hook_name", "hook_name_out")},
+        "variant": found.sae.variant,
+        "d_sae": found.sae.d_sae,
+        "check": found.check.to_json(),
+        "warnings": found.check.warnings(),
+        "report": None if found.report is None else json.loads(found.report.to_json()),
+    }
 
 
 def _described(found: Any) -> str:
@@ -193,6 +222,7 @@ INTEROP: dict[str, tuple[Callable[..., None], str]] = {
         export,
         "saelab export runs/demo runs/for-saelens --format sae_lens\n"
         "saelab export runs/mlp/sae-l1 out --format dictionary_learning\n"
+        "saelab export runs/demo tables --format parquet\n"
         "saelab export runs/demo topic.gguf --format gguf --feature 17 --strength 1.5",
     ),
 }

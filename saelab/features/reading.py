@@ -46,6 +46,17 @@ class Reading(NamedTuple):
             result.append(sorted(rows, key=lambda row: -score(row))[:k])
         return result
 
+    def best(self, k: int = 12, *, by: str = "surprise") -> list[dict[str, Any]]:
+        """The `k` features that stand out most anywhere in the text, each at the token where it does: dicts as of `top`, with
+        "position". The first token of a context is masked in training, and left out if there are others."""
+        best: dict[int, dict[str, Any]] = {}
+        top, score = self.top(self.feature_acts.d_sae, by=by), _SCORES[by]
+        for position, rows in list(enumerate(top))[1 if len(top) > 1 else 0 :]:
+            for row in rows:
+                if row["feature"] not in best or score(row) > score(best[row["feature"]]):
+                    best[row["feature"]] = row | {"position": position}
+        return sorted(best.values(), key=lambda row: -score(row))[:k]
+
     def _entry(self, feature: int, value: float, percentile: float) -> dict[str, Any]:
         density = self.store.row_of(feature)["density"]
         surprise = -math.log10(max(density, 0.5 / self.store.n_tokens))
@@ -69,16 +80,11 @@ class Reading(NamedTuple):
         return self.feature_acts.column(feature).tolist()
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def read_text(store: Search, lm: Any, text: Any) -> Reading:
     """Run a text (or token ids) through the model and the SAE of a store. Raises `ValueError` for a model whose weights are not
     those the store was collected with, and for what is no prompt."""
-    lm = together(lm)
-    if lm.hash != store.manifest["model"]["hash"]:
-        raise ValueError(
-            f"The store was collected with {store.manifest['model']['name']}: {lm.name} has other weights."
-        )
-    hooks = HooksUsed(tuple(store.manifest["sites"]["reads"]), tuple(store.manifest["sites"]["writes"]))
+    lm, hooks = model_and_hooks(store, lm)
     ids = lm.to_ids(text) if isinstance(text, str) else torch.as_tensor(text).reshape(1, -1)
     batch = hooks.batch(next(iter(lm.stream_activations([ids], list(hooks.all)))))
     x, y = batch.x[0].float(), batch.y[0].float()
@@ -90,3 +96,15 @@ def read_text(store: Search, lm: Any, text: Any) -> Reading:
     token_ids = ids.flatten().tolist()
     spelled = token_bytes(lm.tokenizer, token_ids)
     return Reading(store, token_ids, [spelled[index] for index in token_ids], feature_acts, (1 - error / spread).cpu())
+
+
+def model_and_hooks(store: Search, lm: Any) -> tuple[Any, HooksUsed]:
+    """The model (or models, as one) and the hooks that a store was collected with. Raises `ValueError` for a model of other
+    weights."""
+    lm = together(lm)
+    if lm.hash != store.manifest["model"]["hash"]:
+        raise ValueError(
+            f"The store was collected with {store.manifest['model']['name']}: {lm.name} has other weights."
+        )
+    sites = store.manifest["sites"]
+    return lm, HooksUsed(tuple(sites["reads"]), tuple(sites["writes"]))

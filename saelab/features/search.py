@@ -27,9 +27,12 @@ class Search(StoreReader):
         """Rows of the table (as `table` returns them) for features that these words find, the best first.
 
         Looks for words that begin so in labels, in the words at peaks and in the text around them; all of the words, or any of
-        them where no feature has all. Labels written by hand or by a model are searched first. Text without letters or digits
-        is looked for as a token. Raises `ValueError` for an empty text.
+        them where no feature has all. Labels written by hand or by a model are searched first. Text in double quotes, such as
+        `'" don"'`, and text without letters or digits is looked for as a token. Raises `ValueError` for an empty text.
         """
+        quote = words.strip()
+        if len(quote) > 2 and quote[0] == quote[-1] == '"':
+            return self.firing_on(quote[1:-1], limit)
         terms = words.split()
         if not terms:
             raise ValueError("search needs at least one word, such as store.search('weather').")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -147,6 +147,21 @@ class FeatureStore(Search):
         return [
             PromotedToken(text, z, None if logits is None else float(logits[i])) for i, (text, z) in enumerate(found)
         ]
+
+    def contrast(self, lm: Any, a: Any, b: Any) -> Any:
+        """Which features fire in more texts of one list than of the other: see `contrast.Contrast`, whose `rows()` are sorted by
+        the difference. At least 10 texts in each are needed for a claim."""
+        from saelab.features.text_sets import contrast_texts
+
+        return contrast_texts(self, lm, a, b)
+
+    def to_parquet(
+        self, folder: str | Path, *, kinds: Sequence[str] | None = None, progress: bool = True
+    ) -> list[Path]:
+        """Write the features and their examples as two Parquet files into a new folder: see `tables.save_tables`."""
+        from saelab.features.tables import save_tables
+
+        return save_tables(self, folder, kinds=kinds, progress=progress)
 
     def count(self, where: Bounds | None = None) -> int:
         """Number of features within the bounds of `where` (see `table`)."""

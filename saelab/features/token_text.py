@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -97,6 +98,8 @@ def display_groups(pieces: Sequence[bytes]) -> list[Group]:
 
 
 def _next_group(pieces: Sequence[bytes], start: int) -> tuple[int, str]:
+    with suppress(UnicodeDecodeError):
+        return start + 1, pieces[start].decode()  # nearly all tokens are whole characters
     decoder = codecs.getincrementaldecoder("utf-8")("strict")
     text = ""
     for stop in range(start, len(pieces)):

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from saelab.features.feature import Feature
+from saelab.features.intervals import wilson
 from saelab.features.records import Example
 from saelab.labels import prompts
 from saelab.labels.explainers import Explainer
@@ -56,16 +57,6 @@ def score(cases: Sequence[Case], chosen: set[int]) -> dict[str, Any]:
         "balanced_accuracy": balanced, "interval": [max(low, 0.0), min(high, 1.0)], "n_positive": n[0], "n_negative": n[1],
         "found": right[0], "rejected": right[1], "fails": fails,
     }  # fmt: skip
-
-
-def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share."""
-    if n == 0:
-        return 0.0, 1.0
-    share, spread = hits / n, z * z / n
-    middle = (share + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(share * (1 - share) / n + spread / (4 * n))
-    return middle - half, middle + half
 
 
 def detection(
