@@ -42,6 +42,10 @@ padding:.9rem 1rem;line-height:1.6;min-height:7rem}
 @media (max-width:1250px){.sa-wider{display:none}
 .sa-grid{grid-template-columns:minmax(8rem,1fr) 4.8rem 3.2rem minmax(0,2fr)}}
 @media (max-width:900px){.sa-wide{display:none}.sa-grid{grid-template-columns:minmax(0,1fr) 4.8rem}.sa-last{grid-column:1/-1}}
+[data-testid^="stBaseButton-primary"]{background:#0067a5;border-color:#0067a5;color:#fff}
+[data-testid^="stBaseButton-primary"]:hover{background:#00527f;border-color:#00527f;color:#fff}
+@media (max-width:900px){[data-testid="stSidebar"][aria-expanded="true"]{width:13rem!important;min-width:13rem!important}
+[data-testid="stColumn"]:not([class*="st-key-sa-row-"] *,.st-key-sa-head *){min-width:calc(100% - 1.5rem)}}
 .sa-strip{line-height:2.1;overflow-wrap:anywhere;white-space:pre-wrap}
 .sa-tokens{display:grid;grid-template-columns:minmax(5rem,max-content) minmax(0,1fr);gap:.25rem 1rem;font-size:.9rem;margin:0}
 .sa-tokens dt{text-align:right;white-space:pre;overflow:hidden;text-overflow:ellipsis}.sa-tokens dd{margin:0}

@@ -46,7 +46,11 @@ print(json.dumps({"block": large_page_bytes(block + N // 2) / N, "control": larg
 
 def shares_in_large_pages(mode):
     done = subprocess.run(
-        [sys.executable, "-c", _PROCESS, allocator.__file__, mode], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", _PROCESS, allocator.__file__, mode],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
     )
     return json.loads(done.stdout)
 
@@ -56,12 +60,16 @@ def test_it_is_taken_on_glibc():
     assert keep_freed_memory() == keep_freed_memory()
 
 
-@pytest.mark.skipif(not _SWITCH.exists() or "[madvise]" not in _SWITCH.read_text(), reason="large pages are not by request here")
+@pytest.mark.skipif(
+    not _SWITCH.exists() or "[madvise]" not in _SWITCH.read_text(), reason="large pages are not by request here"
+)
 def test_a_large_block_lies_in_large_pages():
     if not keep_freed_memory():
         pytest.skip("not glibc")
     assert shares_in_large_pages("not asked")["block"] == 0
     share = shares_in_large_pages("asked")
     if share["control"] < 0.9:
-        pytest.skip(f"the kernel has few large pages now: memory that asks for them lies in them to {share['control']:.0%}")
+        pytest.skip(
+            f"the kernel has few large pages now: memory that asks for them lies in them to {share['control']:.0%}"
+        )
     assert share["block"] > 0.5

@@ -18,7 +18,7 @@ from streamlit.util import calc_hash
 
 import saelab.app
 from saelab.activation_cache import layout
-from saelab.app import charts, page_runs, page_steer, serve, state
+from saelab.app import charts, page_runs, serve
 from saelab.app.style import PAGE_STYLE
 from saelab.errors import SaelabError
 from saelab.features.records import Histogram
@@ -279,7 +279,9 @@ def test_missing_and_damaged_stores_are_explained(tmp_path, open_page, hostile_r
     shutil.rmtree(copy / "features")
     (copy / "report.json").unlink()
     (copy / "sae" / "metrics.jsonl").unlink()
-    assert "saelab features" in open_page("feature", copy).error[0].value
+    app = open_page("feature", copy)
+    assert not app.error and app.title[0].value == "Feature" and "No features" in app.info[0].value
+    assert app.code[0].value == f"saelab features {copy / 'sae'}"
     app = open_page("runs", copy)
     assert not app.exception and not app.error
     assert "saelab eval" in app.info[0].value and "No training curve" in text_of(app)
@@ -317,45 +319,6 @@ def test_several_saes_are_chosen_by_url(tmp_path, open_page, hostile_run):
     assert app.query_params["sae"] == "sae-a"
     app = open_page("runs", tmp_path)
     assert len(app.dataframe) == 1 and len(app.metric) == 12
-
-
-def test_steer_writes_default_and_steered_text(open_page, hostile_run, tiny_lm, monkeypatch):
-    monkeypatch.setattr(state, "load_model", lambda name: tiny_lm)
-    store = load_features(hostile_run)
-    index = store.table("density", limit=1)[0]["feature"]
-    app = open_page("steer", feature=index, strength=8)
-    app.text_area[0].set_value("<b onclick=alert(1)>The weather")
-    app.button[0].click().run()
-    assert not app.exception and not app.error
-    outputs = [element.proto.body for element in app.get("html") if 'sa-prompt"' in element.proto.body]
-    assert len(outputs) == 2 and outputs[0] != outputs[1]
-    assert all("&lt;b onclick=alert(1)&gt;The weather" in output for output in outputs)
-    result = app.session_state["steered"]
-    prompt = "<b onclick=alert(1)>The weather"
-    assert result["default"] == tiny_lm.generate(prompt, max_new_tokens=40, temperature=0.0, seed=0)
-    with tiny_lm.steer(store.feature(index) * 8.0):
-        assert result["steered"] == tiny_lm.generate(prompt, max_new_tokens=40, temperature=0.0, seed=0)
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"prompt": "  "}, "empty"),
-        ({"prompt": "a" * 8001}, "8,001"),
-        ({"max_new_tokens": 513}, "512"),
-        ({"max_new_tokens": 0}, "512"),
-        ({"strength": float("nan")}, "strength=nan"),
-        ({"strength": float("inf")}, "strength=inf"),
-        ({"temperature": -1.0}, "temperature"),
-    ],
-)
-def test_limits_hold_behind_the_widgets(hostile_run, change, message):
-    store = load_features(hostile_run)
-    feature = store.feature(store.table("density", limit=1)[0]["feature"])
-    request = {"prompt": "a", "strength": 1.0, "max_new_tokens": 5, "temperature": 0.0, "seed": 0}
-    page_steer.check_request(feature, request)
-    with pytest.raises(ValueError, match=message):
-        page_steer.check_request(feature, request | change)
 
 
 def test_browsing_loads_neither_torch_nor_a_model(hostile_run):

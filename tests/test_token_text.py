@@ -5,7 +5,7 @@ from test_render import Page, example
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from saelab.app import feature_rows, page_feature, page_steer
+from saelab.app import feature_rows, page_feature, steered_text
 from saelab.features.render import chips_html, example_line, examples_html
 from saelab.features.token_text import _byte_alphabet, token_bytes
 from saelab.features.visible import escape, visible
@@ -93,7 +93,7 @@ PLACES = {
     "silent": _silent,
     "preview": lambda text: feature_rows._preview(example([text.encode()])),
     "logits": lambda text: page_feature._logit_rows([(text, 1.0)]),
-    "generated": lambda text: page_steer._output(text, ""),
+    "generated": lambda text: steered_text._output(text, ""),
 }
 
 
