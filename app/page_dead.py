@@ -25,7 +25,7 @@ def show() -> None:
     second.metric("Share never fired", percent(never / store.d_sae))
     third.metric(f"Fired at most {at_most}\u00d7", f"{rare:,}")
     control.segmented_control(
-        "Almost never means at most", _LIMITS, required=True, **state.bound("fired", str(at_most))
+        "Count as rare: fired at most", _LIMITS, required=True, **state.bound("fired", str(at_most))
     )
     density, cosine = store.column("density"), store.column("cosine")
     left, right = st.columns(2, gap="large")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +35,20 @@ def find_saes(run: str | Path) -> list[SaeRun]:
     if not found:
         raise SaelabError(f"{run} {_what_is_missing(run)}")
     return [sae_run(entry) for entry in found]
+
+
+def only_run(folder: str | Path) -> Path:
+    """The one RUN with an SAE in `folder`. Raises `SaelabError` if there is none, or several to choose from."""
+    found = []
+    for entry in sorted(Path(folder).glob("*/")):
+        with suppress(SaelabError):
+            find_saes(entry)
+            found.append(entry)
+    if not found:
+        raise SaelabError(f"{folder}/ holds no RUN with an SAE: name one, or make one with saelab demo.")
+    if len(found) > 1:
+        raise SaelabError(f"{folder}/ holds {len(found)} RUNs; name one of {', '.join(map(str, found))}.")
+    return found[0]
 
 
 def _what_is_missing(run: Path) -> str:

@@ -18,7 +18,7 @@ from streamlit.util import calc_hash
 
 import saelab.app
 from saelab.activation_cache import layout
-from saelab.app import charts, page_runs, serve
+from saelab.app import charts, page_runs, serve, state
 from saelab.app.style import PAGE_STYLE
 from saelab.errors import SaelabError
 from saelab.features.records import Histogram
@@ -268,6 +268,27 @@ def test_bad_urls_fall_back_with_a_notice(open_page, page, query):
     assert not app.exception and not app.error
     assert "The URL has" in app.warning[0].value
     assert next(iter(query)) not in app.query_params
+
+
+def test_unknown_parameters_get_one_notice_beside_the_others(open_page):
+    app = open_page("features", density="foo", limit="<b>", sort="bad", show="all")
+    unknown, known = (warning.value for warning in app.main.children[0].children.values())
+    assert "does not know: 'density', 'limit'" in unknown.replace("\\", "") and "The URL has sort" in known
+    assert set(app.query_params) == {"show"} and len(app.warning) == 2
+
+
+def test_every_parameter_that_a_page_uses_is_known():
+    used = set()
+    for path in Path(saelab.app.__path__[0]).glob("*.py"):
+        source = path.read_text(encoding="utf-8")
+        used |= set(re.findall(r'(?:url_\w+|bound|query_params\.\w+)\(\s*"(\w+)"', source))
+        used |= set(re.findall(r'query_params\["(\w+)"\]', source))
+    assert len(used) > 12 and used <= state.PARAMETERS
+
+
+def test_a_command_in_an_error_is_shown_as_one():
+    shown = state._with_commands("run `saelab features runs/a_b` in <b>`x`</b> `saelab\n\n[l](javascript:x)`")
+    assert shown.startswith("run `saelab features runs/a_b` in \\<b\\>\\`x\\`") and "\\[l\\]\\(" in shown
 
 
 def test_missing_and_damaged_stores_are_explained(tmp_path, open_page, hostile_run):

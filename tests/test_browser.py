@@ -188,20 +188,17 @@ def _luminance(colour):
 def test_keys_go_to_the_search_and_to_the_number_and_paging_to_the_top(page):
     page.goto("/feature?feature=3")
     heading(page, "Feature 3")
-    idle(page)
+    page.get_by_label("Go to").wait_for()
     page.keyboard.press("g")
     assert page.evaluate("document.activeElement.ariaLabel") == "Go to"
-    page.keyboard.press("/")  # in a box it is a character like others
-    heading(page, "Feature 3")
     page.evaluate("document.activeElement.blur()")
     page.keyboard.press("/")
     heading(page, "Features")
-    page.wait_for_function("document.activeElement.ariaLabel === 'Search'")
-    page.keyboard.type("g/")
+    page.wait_for_function("() => document.activeElement.ariaLabel === 'Search'")
+    page.keyboard.type("g/")  # in a box they are characters like others
     assert page.get_by_label("Search").input_value() == "g/"
     page.goto("/features?show=all")
-    idle(page)
-    pages = page.get_by_test_id("stPagination").get_by_role("button", name="2", exact=True)
+    pages = page.get_by_test_id("stPagination").get_by_role("button", name="Page 2", exact=True)
     pages.scroll_into_view_if_needed()
     table = page.locator(".sa-head").first
     assert table.bounding_box()["y"] < 0

@@ -21,7 +21,7 @@ def features(
     split: Split = None,
     n_tokens: Annotated[int | None, arg(help="Tokens to read; None means all of them.")] = None,
     top_k: Annotated[int, arg(help="Strongest examples to keep per feature.")] = 20,
-    renew: Annotated[bool, arg(help="Collect anew what is there, such as a store of an earlier saelab.")] = False,
+    renew: Annotated[bool, arg(help="Collect again what is there, such as a store of an earlier saelab.")] = False,
     dtype: Dtype = None,
 ) -> None:
     """Collect examples, label and histogram of every feature. An interrupted pass goes on; more tokens extend a finished one."""
@@ -68,7 +68,10 @@ def label(
     run: Run,
     address: Annotated[str | None, arg(help="Server of OpenAI's protocol, such as http://127.0.0.1:8000/v1.")] = None,
     model: Annotated[str | None, arg(help="Name of the model there; without --address, a model to load here.")] = None,
-    feature: Annotated[tuple[int, ...], arg(help="Features to label; none: all that fired, the sharpest first.")] = (),
+    feature: Annotated[
+        tuple[int, ...],
+        arg(help="Features to label.", help_behavior_hint="(default: all that fired, the sharpest first)"),
+    ] = (),
     n_features: Annotated[int | None, arg(help="How many of them at most.")] = None,
     seed: Annotated[int, arg(help="Seed of the texts that scores are made on.")] = 0,
     as_json: Annotated[bool, arg(name="json", help="Print one JSON object and nothing else.")] = False,

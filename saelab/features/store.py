@@ -151,7 +151,9 @@ def load_features(path: str | Path, sae: SAE | None = None) -> FeatureStore:
         names = ", ".join(str(folder) for folder in folders)
         raise ValueError(f"{path} holds several feature stores; open one of them: {names}.")
     if not folders:
-        raise StoreError(f"{path} holds no feature store. {COLLECT_AGAIN}")
+        raise StoreError(
+            f"{path} holds no feature store. Collect one: `saelab features {path}`, or saelab.collect_features(...) in Python."
+        )
     return FeatureStore(folders[0], sae)
 
 
