@@ -2,7 +2,7 @@
 
 import streamlit as st
 
-from saelab.app import page_dead, page_feature, page_features, page_prompt, page_runs, page_steer, state
+from saelab.app import as_python, page_dead, page_feature, page_features, page_prompt, page_runs, page_steer, state
 from saelab.app.style import ICON, PAGE_STYLE
 
 st.set_page_config(page_title="saelab", page_icon=ICON, layout="wide")
@@ -23,3 +23,4 @@ with state.friendly_errors(page.title):
     state.check_parameters()
     state.show_sidebar()
     page.run()
+    as_python.show()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import streamlit as st
 
-from saelab.app import charts, feature_notes, query, related, state
+from saelab.app import as_python, charts, feature_notes, query, related, state
 from saelab.errors import StoreError
 from saelab.features import Feature
 from saelab.features.render import cosine, examples_html, feature_examples_html, number, percent, signs_text
@@ -50,6 +50,14 @@ def show() -> None:
         with state.friendly_errors():
             related.show(feature, asked.parameters())
         _logits(feature)
+    as_python.offer(
+        f"feature = store.feature({index})",
+        f"examples = feature.examples(kind={st.query_params.get('kind', 'top')!r})",
+        f"neighbours = feature.neighbours(by={st.query_params.get('by', 'decoder')!r}, k=8)",
+        f"together = store.coactivation({index}, 8)",
+        "feature  # in a notebook: a card",
+        store=store,
+    )
 
 
 def _navigation(feature: Feature, asked: query.Query) -> None:

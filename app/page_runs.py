@@ -11,7 +11,7 @@ from typing import Any
 
 import streamlit as st
 
-from saelab.app import charts, state
+from saelab.app import as_python, charts, state
 from saelab.errors import SaelabError
 from saelab.features.render import model_label, number, percent
 from saelab.files import read_json
@@ -47,6 +47,15 @@ def show() -> None:
     """Render the page."""
     st.title("Runs")
     found = state.saes()
+    reports = [str(sae.report_path) for sae in found if sae.report_path.exists()]
+    as_python.offer(
+        "import json",
+        "from pathlib import Path",
+        "",
+        f"reports = [json.loads(Path(path).read_text(encoding='utf-8')) for path in {reports}]",
+        "for report in reports:",
+        "    print(report['hook_name'], report['fvu'], report['l0'], report['ce_loss_recovered'])",
+    )
     if len(found) > 1:
         _overview(found)
     for sae in found:

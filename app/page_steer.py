@@ -9,7 +9,7 @@ from typing import Any
 
 import streamlit as st
 
-from saelab.app import state, steered_text
+from saelab.app import as_python, state, steered_text
 from saelab.app.steered_text import MAX_PROMPT, MAX_STRENGTH, MAX_TOKENS, signed
 from saelab.features import End, Feature, FeatureStore
 from saelab.features.render import feature_examples_html, model_label
@@ -32,6 +32,7 @@ def show() -> None:
         model = state.plain(model_label(store.manifest["model"]["name"]))
         st.caption(f"The first run loads {model}; it stays in memory until the dashboard stops.")
     state.page_title(f"Steer with feature {feature.feature}")
+    as_python.offer(*steered_text.as_python(request), store=store, model=True)
     with right:
         box = st.empty()
         if pressed:

@@ -73,9 +73,28 @@ def ids(store: FeatureStore, query: Query) -> list[int]:
 def found(store: FeatureStore, words: str) -> list[dict[str, Any]]:
     """Rows for words, or for a token in double quotes."""
     words = words.strip()
-    if len(words) > 2 and words[0] == words[-1] == '"':
+    if _is_token(words):
         return store.firing_on(words[1:-1], _MOST_FOUND)
     return store.search(words, _MOST_FOUND)
+
+
+def as_python(query: Query, limit: int, offset: int) -> str:
+    """The line that computes one page of the table, as `rows`."""
+    words = query.words.strip()
+    if words:
+        call = f"firing_on({words[1:-1]!r}" if _is_token(words) else f"search({words!r}"
+        return f"rows = store.{call}, {offset + limit})[{offset}:]"
+    order = f"{query.sort!r}, descending={query.order == 'down'}, where={query.where}"
+    if not query.among:
+        return f"rows = store.table({order}, limit={limit}, offset={offset})"
+    return (
+        f"chosen = [i for i in store.features({order}) if i in store.lists[{query.among!r}]]\n"
+        f"rows = store.rows_of(chosen[{offset}:{offset + limit}])"
+    )
+
+
+def _is_token(words: str) -> bool:
+    return len(words) > 2 and words[0] == words[-1] == '"'
 
 
 def _ordered(store: FeatureStore, query: Query) -> list[int]:

@@ -75,6 +75,18 @@ def generate(store: FeatureStore, feature: Feature, request: dict[str, Any]) -> 
     }
 
 
+def as_python(request: dict[str, Any]) -> list[str]:
+    """The lines that generate both texts."""
+    options = ", ".join(f"{key}={request[key]!r}" for key in _SAMPLING)
+    end = f".{request['end']}" if request["end"] else ""
+    return [
+        f"prompt = {request['prompt']!r}",
+        f"print(lm.generate(prompt, {options}))",
+        f"with lm.steer(store.feature({request['feature']}){end} * {request['strength']!r}):",
+        f"    print(lm.generate(prompt, {options}))",
+    ]
+
+
 def _names(request: dict[str, Any]) -> tuple[str, str]:
     end = f" ({request['end']} end)" if request["end"] == "negative" else ""
     return "Unsteered", f"Feature {request['feature']}{end} at {signed(request['strength'])} \u00d7 p99"

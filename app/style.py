@@ -16,6 +16,7 @@ align-items:center;font-size:.9rem;font-variant-numeric:tabular-nums}
 [class*="st-key-sa-row-"] [data-testid="stPageLink-NavLink"]::after{content:"";position:absolute;inset:0}
 [class*="st-key-sa-row-"] [data-testid="stPageLink"],[class*="st-key-sa-row-"] [data-testid="stPageLink-NavLink"],
 [class*="st-key-sa-row-"] [data-testid="stColumn"]:first-child *{position:static}
+.sa-head{scroll-margin-top:4rem}
 .sa-head{font-size:.76rem;opacity:.8;font-weight:600;border-bottom:1px solid rgba(128,128,128,.4);padding-bottom:.35rem}
 .sa-num{text-align:right}
 .sa-clip{white-space:nowrap;overflow:hidden;text-overflow:ellipsis}
