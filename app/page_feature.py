@@ -76,6 +76,7 @@ def _navigation(feature: Feature, asked: query.Query) -> None:
         state.link("prompt", "Try it on a text", ":material/edit_note:", feature=index)
         state.link("steer", "Steer with it", ":material/tune:", feature=index)
         state.link("features", "All features", ":material/table_rows:", **asked.parameters())
+        state.download(f"feature-{index}", [index])
     if here is not None and asked.parameters():
         st.caption(f"{here + 1:,} of {len(order):,} in this view; the left and right arrow keys step through it.")
 

@@ -30,6 +30,8 @@ def show() -> None:
     sort = "" if asked.words.strip() else asked.sort
     show_rows(store, rows, sort, asked.order == "down", asked.parameters())
     state.show_pagination(pages, page)
+    if asked.among and not asked.words.strip():
+        state.download(asked.among, features)
 
 
 def _controls(store: FeatureStore, asked: query.Query) -> None:

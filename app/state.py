@@ -243,6 +243,19 @@ def _go(**query: Any) -> None:
         st.query_params[name] = str(value)
 
 
+def download(name: str, features: list[int]) -> None:
+    """Show a button that saves features of the store as one HTML file; it is made when the button is pressed."""
+    chosen = store()
+
+    def page() -> str:
+        from saelab.features.html_file import features_html
+
+        return features_html([chosen.feature(feature) for feature in features], "" if len(features) == 1 else name)
+
+    file = re.sub(r"[^\w-]+", "-", name).strip("-")[:60] or "features"
+    st.download_button("Save as HTML", page, f"{file}.html", "text/html", icon=":material/download:", on_click="ignore")
+
+
 def page_title(title: str) -> None:
     """Set the browser tab's title, so that tabs and history can be told apart."""
     st.set_page_config(page_title=f"{title} \u00b7 saelab")

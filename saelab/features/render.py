@@ -156,7 +156,7 @@ def percent(value: float | None) -> str:
     return "0%" if value == 0 else f"{value:.3%}" if value < 0.01 else f"{value:.2%}"
 
 
-_CARD_STYLE = (
+CARD_STYLE = (
     STYLE
     + """
 .sl-card{max-width:60rem;padding:1rem 1.2rem;border:1px solid rgba(128,128,128,.35);border-radius:8px;
@@ -176,6 +176,11 @@ font-family:system-ui,sans-serif;background:#fff;color:#1f2328}
 
 def feature_card(feature: FeatureNumbers, n_examples: int = 10) -> str:
     """A self-contained notebook card: inline style, no script; follows the browser's light or dark mode."""
+    return f"<style>{CARD_STYLE}</style>{card_html(feature, n_examples)}"
+
+
+def card_html(feature: FeatureNumbers, n_examples: int, logits: bool = True) -> str:
+    """The card without its style; `logits` says whether with the tokens that the feature promotes."""
     stats = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in _stats(feature))
     promoted, suppressed = feature.dominant_logits
     model = model_label(feature.store.manifest["model"]["name"])
@@ -184,14 +189,14 @@ def feature_card(feature: FeatureNumbers, n_examples: int = 10) -> str:
     if len(feature.ends) > 1:
         title = f"Examples of the other end ({feature.ends[1].name})"
         other = f"<h4>{title}</h4>{feature_examples_html(feature, n_examples, 'bottom')}"
+    tokens = f"<h4>Promotes</h4>{chips_html(promoted)}<h4>Suppresses</h4>{chips_html(suppressed)}" if logits else ""
     return (
-        f'<style>{_CARD_STYLE}</style><div class="sl-card"><h3>Feature {feature.feature}</h3>'
+        f'<div class="sl-card"><h3>Feature {feature.feature}</h3>'
         f'<p class="sl-label"><bdi>{escape(feature.label or "")}</bdi></p>'
         f'<p class="sl-sub">{escape(feature.hook_name)} \u00b7 {escape(model)}</p>'
         f'<dl class="sl-stats">{stats}</dl>{note}'
         f"<h4>Top examples</h4>{feature_examples_html(feature, n_examples)}{other}"
-        f"<h4>Values (log scale)</h4>{histogram_svg(feature.histogram)}"
-        f"<h4>Promotes</h4>{chips_html(promoted)}<h4>Suppresses</h4>{chips_html(suppressed)}</div>"
+        f"<h4>Values (log scale)</h4>{histogram_svg(feature.histogram)}{tokens}</div>"
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from saelab.errors import SaelabError, StoreError
 from saelab.features import schema
 from saelab.features.annotations import ALL_FEATURES, Annotations
 from saelab.features.feature import Feature
+from saelab.features.html_file import write_features
 from saelab.features.manifest import COLLECT_AGAIN
 from saelab.features.search import Search
 
@@ -94,6 +95,11 @@ class FeatureStore(Search):
         for entry in self.annotations.latest("list"):
             found.setdefault(entry.name, []).append(entry.feature)
         return found
+
+    def to_html(self, path: str | Path, features: Iterable[int], title: str = "") -> Path:
+        """Write features as one HTML file of at most 300 kB that stands on its own, in this order: of many with fewer examples
+        each, of very many the first ones. Returns its path. Raises `ValueError` for an empty list or an index out of range."""
+        return write_features([self.feature(feature) for feature in features], path, title)
 
     def verify(self, lm: Any = None, n_examples: int = 100, *, progress: bool = True) -> Any:
         """Compare every file with its SHA-256; with a model, check all numbers against each other and compute `n_examples` stored
