@@ -253,7 +253,15 @@ def download(name: str, features: list[int]) -> None:
         return features_html([chosen.feature(feature) for feature in features], "" if len(features) == 1 else name)
 
     file = re.sub(r"[^\w-]+", "-", name).strip("-")[:60] or "features"
-    st.download_button("Save as HTML", page, f"{file}.html", "text/html", icon=":material/download:", on_click="ignore")
+    st.download_button(
+        "Save as HTML",
+        page,
+        f"{file}.html",
+        "text/html",
+        icon=":material/download:",
+        type="tertiary",
+        on_click="ignore",
+    )
 
 
 def page_title(title: str) -> None:

@@ -1,5 +1,6 @@
 """The dashboard in a real Chromium: read a feature, sort, go back, steer, with a corpus full of hostile text."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -159,8 +160,8 @@ def test_open_a_feature_read_it_go_back_and_steer(page, hostile_run):
     _screenshot(page, "steer")
     page.reload()
     heading(page, "Steer")
-    idle(page)
-    assert page.get_by_label("Prompt").input_value() == prompt
+    shown = "prompt => document.querySelector('[data-testid=stMain] textarea')?.value === prompt"
+    page.wait_for_function(shown, arg=prompt)
     assert page.get_by_label("Strength (\u00d7 p99)").input_value() == "8"
 
 
@@ -220,6 +221,23 @@ def test_an_address_that_is_nearly_a_page_leads_to_it(page, address, shown, quer
     page.goto(address)
     heading(page, shown)
     assert page.url.endswith(query)
+
+
+def test_the_picture_of_the_readme_can_be_made_again(chromium, server, hostile_run, tmp_path):
+    from PIL import Image
+
+    spec = importlib.util.spec_from_file_location(
+        "make_pictures", Path(__file__).parents[1] / "docs" / "make_pictures.py"
+    )
+    assert spec and spec.loader
+    pictures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pictures)
+    feature = pictures.best_match(hostile_run, "weather")
+    assert feature in [row["feature"] for row in load_features(hostile_run).search("weather")]
+    pictures.take(chromium, server[0], [feature, 3], tmp_path / "two.png")
+    with Image.open(tmp_path / "two.png") as picture:
+        assert picture.size == (1440, 860) and len(picture.getcolors()) > 16
+    assert (tmp_path / "two.png").stat().st_size < 200_000
 
 
 def test_an_address_that_is_no_page_says_so(server):
