@@ -1,7 +1,7 @@
 """Makes the README's picture again, from a finished demo: two features of the dashboard beside each other.
 
     python docs/make_pictures.py runs/demo
-    python docs/make_pictures.py runs/demo --words moon storm
+    python docs/make_pictures.py runs/demo --words thunder ship
 
 Each feature is the best match of a word. Needs Chromium, as the browser tests do (SAELAB_CHROMIUM names it).
 """
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 PICTURE = Path(__file__).parent / "images" / "dashboard.png"
-WORDS = ("moon", "weather")
+WORDS = ("king", "ship")
 SIZE = {"width": 720, "height": 860}  # of each half: narrow enough that the sidebar folds away
 _SERVE = "import sys; from saelab.app.serve import serve; serve(sys.argv[1], port=int(sys.argv[2]))"
 
@@ -95,7 +95,8 @@ def take(browser: Any, url: str, features: Sequence[int], path: Path) -> None:
         page.wait_for_timeout(1000)  # fonts and fades
         half = Image.open(io.BytesIO(page.screenshot()))
         picture.paste(half, (i * SIZE["width"], 0))
-        picture.paste("#d0d0d0", (i * SIZE["width"], 0, i * SIZE["width"] + 1, SIZE["height"]))
+        if i:
+            picture.paste("#d0d0d0", (i * SIZE["width"], 0, i * SIZE["width"] + 1, SIZE["height"]))
         page.close()
     context.close()
     picture.quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
