@@ -5,8 +5,6 @@ Those of the first page are in `curves.py`: it should not wait for 5 MB of scrip
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import plotly.graph_objects as go
 

@@ -37,7 +37,8 @@ def show_rows(
         f'<span class="{classes}" title="{meaning}">{name}{f" {arrow}" if key == sort else ""}</span>'
         for key, (name, classes, meaning) in _HEADS.items()
     )
-    first, second = _columns()
+    with st.container(key="sa-head"):
+        first, second = _columns()
     first.html(f'<div class="sa-head">{f"Feature {arrow}" if sort == "feature" else "Feature"}</div>')
     second.html(f'<div class="sa-grid sa-head">{cells}</div>')
     for row in rows:

@@ -35,7 +35,9 @@ st.session_state["pages"] = pages
 page = st.navigation(list(pages.values()))
 state.page_title({id(one): name.capitalize() for name, one in pages.items()}.get(id(page), "saelab"))
 st.html(PAGE_STYLE)
-with state.friendly_errors():
+state.show_notices()
+with state.friendly_errors(page.title):
+    state.check_parameters()
     state.show_sidebar()
     page.run()
     as_python.show()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import streamlit as st
 
-from saelab.app import charts, state
+from saelab.app import as_python, charts, state
 from saelab.app.dead_reasons import show_reasons
 from saelab.app.feature_rows import show_rows
 from saelab.features.render import percent
@@ -25,7 +25,7 @@ def show() -> None:
     second.metric("Share never fired", percent(never / store.d_sae))
     third.metric(f"Fired at most {at_most}\u00d7", f"{rare:,}")
     control.segmented_control(
-        "Almost never means at most", _LIMITS, required=True, **state.bound("fired", str(at_most))
+        "Count as rare: fired at most", _LIMITS, required=True, **state.bound("fired", str(at_most))
     )
     density, cosine = store.column("density"), store.column("cosine")
     left, right = st.columns(2, gap="large")
@@ -43,6 +43,11 @@ def show() -> None:
     page = state.url_int("page", 1, 1, pages)
     where = {"n_fired": (None, at_most)}
     rows = store.table("n_fired", False, where, PER_PAGE, (page - 1) * PER_PAGE)
+    as_python.offer(
+        f"rows = store.table('n_fired', descending=False, where={where}, limit={PER_PAGE}, offset={(page - 1) * PER_PAGE})",
+        "misses = [store.examples(row['feature'], 1, kind='near_miss') for row in rows]",
+        store=store,
+    )
     show_reasons(store, [row["feature"] for row in rows])
     show_rows(store, rows, "n_fired", descending=False)
     state.show_pagination(pages, page)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import streamlit as st
 
-from saelab.app import feature_effect, feature_examples, feature_notes, query, related, state
+from saelab.app import as_python, feature_effect, feature_examples, feature_notes, query, related, state
 from saelab.features import Feature
 from saelab.features.render import cosine, feature_histogram_html, number, percent, signs_text
 from saelab.features.visible import escape
@@ -42,6 +42,14 @@ def show() -> None:
         with state.friendly_errors():
             related.show(feature, asked.parameters())
         feature_effect.show_promoted(feature)
+    as_python.offer(
+        f"feature = store.feature({index})",
+        f"examples = feature.examples(kind={st.query_params.get('kind', 'top')!r})",
+        f"neighbours = feature.neighbours(by={st.query_params.get('by', 'decoder')!r}, k=8)",
+        f"together = store.coactivation({index}, 8)",
+        "feature  # in a notebook: a card",
+        store=store,
+    )
 
 
 def _navigation(feature: Feature, asked: query.Query) -> None:
@@ -60,6 +68,7 @@ def _navigation(feature: Feature, asked: query.Query) -> None:
         state.link("prompt", "Try it on a text", ":material/edit_note:", feature=index)
         state.link("steer", "Steer with it", ":material/tune:", feature=index)
         state.link("features", "All features", ":material/table_rows:", **asked.parameters())
+        state.download(f"feature-{index}", [index])
     if here is not None and asked.parameters():
         st.caption(f"{here + 1:,} of {len(order):,} in this view; the left and right arrow keys step through it.")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import streamlit as st
 
-from saelab.app import query, state
+from saelab.app import as_python, query, state
 from saelab.app.feature_rows import show_rows
 from saelab.features import FeatureStore
 
@@ -25,10 +25,13 @@ def show() -> None:
         return
     pages = -(-len(features) // PER_PAGE)
     page = state.url_int("page", 1, 1, pages)
+    as_python.offer(query.as_python(asked, PER_PAGE, (page - 1) * PER_PAGE), store=store)
     rows = store.rows_of(features[(page - 1) * PER_PAGE : page * PER_PAGE])
     sort = "" if asked.words.strip() else asked.sort
     show_rows(store, rows, sort, asked.order == "down", asked.parameters())
     state.show_pagination(pages, page)
+    if asked.among and not asked.words.strip():
+        state.download(asked.among, features)
 
 
 def _controls(store: FeatureStore, asked: query.Query) -> None:

@@ -7,7 +7,7 @@ from urllib.parse import urlencode
 
 import streamlit as st
 
-from saelab.app import state
+from saelab.app import as_python, state
 from saelab.app.feature_rows import DASH
 from saelab.features import FeatureStore
 from saelab.features.records import Example
@@ -34,6 +34,16 @@ def show() -> None:
     with st.form("prompt", border=False):
         text = st.text_area("Text", max_chars=MAX_CHARACTERS, key=state.text_box_key("text", _DEFAULT, MAX_CHARACTERS))
         pressed = st.form_submit_button("Read", type="primary", icon=":material/play_arrow:")
+    along = [f"values = reading.of({index})"] if index >= 0 else []
+    as_python.offer(
+        "from saelab.features.reading import read_text",
+        "",
+        f"reading = read_text(store, lm, {text!r})",
+        f"top = reading.top({_PER_TOKEN}, by={by!r})  # for each token",
+        *along,
+        store=store,
+        model=True,
+    )
     if pressed:
         state.keep_texts({"text": text})
         with state.friendly_errors():

@@ -8,7 +8,7 @@ from typing import Any
 
 import streamlit as st
 
-from saelab.app import run_curves, run_table, state
+from saelab.app import as_python, run_curves, run_table, state
 from saelab.app.curves import scatter
 from saelab.features.render import model_label, number, percent
 from saelab.run_folder import summary
@@ -39,6 +39,7 @@ def show() -> None:
     """Render the page."""
     st.title("Runs")
     found, chosen = state.saes(), state.chosen_sae()
+    _offer(found)
     rows = {sae.name: summary(sae) for sae in found}
     for fault in dict.fromkeys(fault for row in rows.values() for fault in row.faults):
         st.warning(state.plain(fault))
@@ -55,6 +56,18 @@ def show() -> None:
     else:
         run_curves.show(found)
     _one(chosen, rows[chosen.name])
+
+
+def _offer(found: list[SaeRun]) -> None:
+    reports = [str(sae.report_path) for sae in found if sae.report_path.exists()]
+    as_python.offer(
+        "import json",
+        "from pathlib import Path",
+        "",
+        f"reports = [json.loads(Path(path).read_text(encoding='utf-8')) for path in {reports}]",
+        "for report in reports:",
+        "    print(report['hook_name'], report['fvu'], report['l0'], report['ce_loss_recovered'])",
+    )
 
 
 def _scatter(rows: list[Summary]) -> None:

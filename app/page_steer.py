@@ -1,35 +1,47 @@
-"""Steer page: add a feature to the model's activations and compare default and steered text from the same seed."""
+"""Steer page: add a feature to the model's activations and compare unsteered and steered text from the same seed.
+
+Every setting is in the address. Enter in a box applies it, as everywhere in the dashboard; only the button generates.
+"""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import streamlit as st
 
-from saelab.app import state
+from saelab.app import as_python, state, steered_text
+from saelab.app.steered_text import MAX_PROMPT, MAX_STRENGTH, MAX_TOKENS, signed
 from saelab.features import End, Feature, FeatureStore
-from saelab.features.manifest import SIGNS_MIXED
-from saelab.features.render import feature_examples_html, model_label, number
-from saelab.features.visible import escape
+from saelab.features.render import feature_examples_html, model_label
 
-MAX_PROMPT, MAX_TOKENS, MAX_STRENGTH = 8000, 512, 100.0
+MAX_TEMPERATURE, MAX_SEED, MAX_PROMPT_IN_URL = 5.0, 2**31 - 1, 500
+_PROMPT = "The weather today"
 
 
 def show() -> None:
     """Render the page."""
     store = state.store()
     st.title("Steer")
-    model = model_label(store.manifest["model"]["name"])
-    left, right = st.columns([2, 3], gap="large")
+    with st.container(key="sa-stack-steer"):
+        left, right = st.columns([2, 3], gap="large")
     with left:
         feature, request = _controls(store)
-        st.caption(f"The first run loads {escape(model)}; it stays in memory until the dashboard stops.")
-    if request is not None:
-        with right, state.friendly_errors():
-            st.session_state["steered"] = _generate(store, feature, request)
+        pressed = st.button("Generate", type="primary", icon=":material/play_arrow:")
+        if len(request["prompt"]) > MAX_PROMPT_IN_URL:
+            st.caption(f"A prompt of more than {MAX_PROMPT_IN_URL} characters is not kept in the address.")
+        model = state.plain(model_label(store.manifest["model"]["name"]))
+        st.caption(f"The first run loads {model}; it stays in memory until the dashboard stops.")
+    state.page_title(f"Steer with feature {feature.feature}")
+    as_python.offer(*steered_text.as_python(request), store=store, model=True)
     with right:
-        _result()
+        box = st.empty()
+        if pressed:
+            st.session_state.pop("steered", None)  # after an error, nothing old stands beside the message
+            with box.container(), state.friendly_errors():
+                st.session_state["steered"] = steered_text.generate(store, feature, request)
+        if result := st.session_state.get("steered"):
+            with box.container():
+                steered_text.show_result(result, request, store)
         st.subheader(f"Feature {feature.feature} fires on")
         st.html(feature_examples_html(feature, 3))
         if len(feature.ends) > 1:
@@ -37,41 +49,55 @@ def show() -> None:
             st.html(feature_examples_html(feature, 3, "bottom"))
 
 
-def _controls(store: FeatureStore) -> tuple[Feature, dict[str, Any] | None]:
-    """The chosen feature and, if the button was pressed, the request to generate."""
+def _controls(store: FeatureStore) -> tuple[Feature, dict[str, Any]]:
+    """The chosen feature, and what to generate with it."""
     index = state.url_int("feature", state.default_feature(store), 0, store.d_sae - 1)
     st.session_state["feature"] = index
-    strength = state.url_float("strength", 2.0, -MAX_STRENGTH, MAX_STRENGTH)
-    first, second = st.columns(2)
-    first.number_input("Feature", 0, store.d_sae - 1, step=1, **state.bound("feature", index))
-    second.number_input(
-        "Strength (\u00d7 p99)", -MAX_STRENGTH, MAX_STRENGTH, step=0.5, format="%g", **state.bound("strength", strength)
-    )
-    feature = store.feature(index)
+    feature, strength = store.feature(index), state.url_float("strength", 2.0, -MAX_STRENGTH, MAX_STRENGTH)
+    tokens, seed = state.url_int("tokens", 40, 1, MAX_TOKENS), state.url_int("seed", 0, 0, MAX_SEED)
+    temperature, prompt = state.url_float("temperature", 0.0, 0.0, MAX_TEMPERATURE), _prompt()
+    with st.container(horizontal=True):
+        st.number_input("Feature", 0, store.d_sae - 1, step=1, width=150, **state.bound("feature", index))
+        st.number_input(
+            "Strength (\u00d7 p99)", -MAX_STRENGTH, MAX_STRENGTH, step=0.5, format="%g", width=150,
+            **state.bound("strength", strength),
+        )  # fmt: skip
     end = _choose_end(feature)
     if end is not None:
         st.caption(
-            f"{strength:g} \u00d7 p99 adds {number(strength * end.sign * end.p99)} to an activation whose "
-            f"{'maximum' if end.sign > 0 else 'minimum'} is {number(end.sign * end.max)}."
+            f"{signed(strength)} \u00d7 p99 = {signed(strength * end.sign * end.p99)}; the feature's own "
+            f"{'maximum' if end.sign > 0 else 'minimum'} is {signed(end.sign * end.max)}."
         )
-    with st.form("steer", border=False):
-        prompt = st.text_area("Prompt", "The weather today", max_chars=MAX_PROMPT, height=110)
-        columns = st.columns(3)
-        tokens = columns[0].number_input("New tokens", 1, MAX_TOKENS, 40)
-        temperature = columns[1].number_input(
-            "Temperature", 0.0, 5.0, 0.0, 0.1, help="0 always takes the most likely token."
-        )
-        seed = columns[2].number_input("Seed", 0, 2**31 - 1, 0)
-        pressed = st.form_submit_button("Generate", type="primary", icon=":material/play_arrow:")
-    request = {
-        "prompt": prompt,
-        "strength": strength,
-        "end": end.name if end is not None else "",
-        "max_new_tokens": tokens,
-        "temperature": temperature,
-        "seed": seed,
-    }
-    return feature, request if pressed else None
+    st.session_state["box_prompt"] = prompt
+    st.text_area("Prompt", max_chars=MAX_PROMPT, height=110, key="box_prompt", on_change=_write_prompt)
+    with st.container(horizontal=True):
+        st.number_input("New tokens", 1, MAX_TOKENS, step=1, width=120, **state.bound("tokens", tokens))
+        st.number_input(
+            "Temperature", 0.0, MAX_TEMPERATURE, step=0.1, format="%g", width=120,
+            help="0 always takes the most likely token.", **state.bound("temperature", temperature),
+        )  # fmt: skip
+        st.number_input("Seed", 0, MAX_SEED, step=1, width=120, **state.bound("seed", seed))
+    request = {"feature": index, "end": end.name if end else "", "strength": strength, "prompt": prompt}
+    return feature, request | {"max_new_tokens": tokens, "temperature": temperature, "seed": seed}
+
+
+def _prompt() -> str:
+    """The prompt in the URL, else a longer one that this session wrote, else the default."""
+    text = st.query_params.get("prompt")
+    if text is not None and len(text) > MAX_PROMPT_IN_URL:
+        state.notice("prompt", text, f"at most {MAX_PROMPT_IN_URL} characters", _PROMPT)
+        return _PROMPT
+    return st.session_state.get("long_prompt", _PROMPT) if text is None else text
+
+
+def _write_prompt() -> None:
+    text = st.session_state["box_prompt"]
+    if len(text) > MAX_PROMPT_IN_URL:
+        st.session_state["long_prompt"] = text
+        st.query_params.pop("prompt", None)
+    else:
+        st.session_state.pop("long_prompt", None)
+        st.query_params["prompt"] = text
 
 
 def _choose_end(feature: Feature) -> End | None:
@@ -84,72 +110,3 @@ def _choose_end(feature: Feature) -> End | None:
         "Towards its end", list(ends), format_func=str.capitalize, required=True, **state.bound("end", chosen)
     )
     return ends[chosen]
-
-
-def check_request(feature: Feature, request: dict[str, Any]) -> None:
-    """Validate the request on the server, whatever the widgets allowed. Raises `ValueError` naming the value and the fix."""
-    if not request["prompt"].strip():
-        raise ValueError("The prompt is empty: write a few words for the model to continue.")
-    if len(request["prompt"]) > MAX_PROMPT:
-        raise ValueError(f"The prompt has {len(request['prompt']):,} characters; shorten it to at most {MAX_PROMPT:,}.")
-    if not 1 <= request["max_new_tokens"] <= MAX_TOKENS:
-        raise ValueError(f"max_new_tokens={request['max_new_tokens']} must be between 1 and {MAX_TOKENS}.")
-    if not math.isfinite(request["strength"]) or abs(request["strength"]) > MAX_STRENGTH:
-        raise ValueError(f"strength={request['strength']} must be a number from {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}.")
-    if not math.isfinite(request["temperature"]) or request["temperature"] < 0:
-        raise ValueError(f"temperature={request['temperature']} must be 0 or more.")
-    if feature.store.signed is None:
-        raise ValueError(f"Feature {feature.feature}: {SIGNS_MIXED}")
-    if feature.p99 is None:
-        raise ValueError(
-            f"Feature {feature.feature} never fired, so it has no p99 to measure strength in: choose another."
-        )
-
-
-def _generate(store: FeatureStore, feature: Feature, request: dict[str, Any]) -> dict[str, Any]:
-    check_request(feature, request)
-    steered_end = next((end for end in feature.ends if end.name == request.get("end")), feature)
-    options = {key: request[key] for key in ("max_new_tokens", "temperature", "seed")}
-    total = request["max_new_tokens"]
-    bar = st.progress(0.0, "Waiting for the model")
-    with state.MODEL_LOCK:
-        bar.progress(0.0, "Loading the model")
-        lm = state.load_model(store.manifest["model"]["name"])
-        # Streamlit may stop this run at each update of the bar: pressing the button again restarts the page.
-        default = lm.generate(request["prompt"], **options, on_token=lambda n: bar.progress(n / total / 2, "Default"))
-        with lm.steer(steered_end * request["strength"]):
-            steered = lm.generate(
-                request["prompt"], **options, on_token=lambda n: bar.progress(0.5 + n / total / 2, "Steered")
-            )
-    bar.empty()
-    other = (
-        None
-        if lm.hash == store.manifest["model"]["hash"]
-        else "The loaded model's weights differ from those the features were collected with."
-    )
-    shown = f"{feature.feature} ({request['end']} end)" if len(feature.ends) > 1 else str(feature.feature)
-    return request | {"feature": shown, "default": default, "steered": steered, "warning": other}
-
-
-def _result() -> None:
-    result = st.session_state.get("steered")
-    if result is None:
-        st.info("Choose a feature and a strength, write a prompt, and press **Generate**.", icon=":material/tune:")
-        return
-    if result["warning"]:
-        st.warning(result["warning"])
-    names = ("Default", f"Feature {result['feature']} at {result['strength']:g} \u00d7 p99")
-    for column, name, text in zip(st.columns(2), names, (result["default"], result["steered"]), strict=True):
-        column.markdown(f"**{name}**")
-        column.html(_output(text, result["prompt"]))
-    st.caption(
-        f"Both with seed {result['seed']}, temperature {result['temperature']:g} "
-        f"and {result['max_new_tokens']} new tokens."
-    )
-
-
-def _output(text: str, prompt: str) -> str:
-    """Generated text as HTML, escaped line by line because it is untrusted; the prompt is dimmed."""
-    head, tail = (prompt, text[len(prompt) :]) if text.startswith(prompt) else ("", text)
-    shown = [("<br>").join(escape(line) for line in part.split("\n")) for part in (head, tail)]
-    return f'<div class="sa-out"><bdi><span class="sa-prompt">{shown[0]}</span>{shown[1]}</bdi></div>'

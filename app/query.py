@@ -70,6 +70,19 @@ def ids(store: FeatureStore, query: Query) -> list[int]:
     return _ordered(store, query)
 
 
+def as_python(query: Query, limit: int, offset: int) -> str:
+    """The line that computes one page of the table, as `rows`."""
+    if query.words.strip():
+        return f"rows = store.search({query.words!r}, {offset + limit})[{offset}:]"
+    order = f"{query.sort!r}, descending={query.order == 'down'}, where={query.where}"
+    if not query.among:
+        return f"rows = store.table({order}, limit={limit}, offset={offset})"
+    return (
+        f"chosen = [i for i in store.features({order}) if i in store.lists[{query.among!r}]]\n"
+        f"rows = store.rows_of(chosen[{offset}:{offset + limit}])"
+    )
+
+
 def _ordered(store: FeatureStore, query: Query) -> list[int]:
     return _cached_order(store.manifest["files"]["store.sqlite"]["sha256"], query.sort, query.order, query.show, store)
 

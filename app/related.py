@@ -58,7 +58,7 @@ def _table(store: FeatureStore, heads: tuple[str, ...], rows: list[tuple[Any, ..
         address = escape("feature?" + urlencode({**parameters, "feature": index, **state.sae_parameter()}))
         cells = "".join(f"<td>{value}</td>" for value in values)
         lines.append(
-            f'<tr><td><a href="{address}" target="_self">{index}</a> <bdi>{escape(label)}</bdi></td>{cells}</tr>'
+            f'<tr><td><a href="{address}" class="sl-go" target="_self">{index}</a> <bdi>{escape(label)}</bdi></td>{cells}</tr>'
         )
     head = "".join(f"<th>{escape(name)}</th>" for name in heads)
     return f'<table class="sa-table"><tr>{head}</tr>{"".join(lines)}</table>'

@@ -22,6 +22,7 @@ _OPTIONS = {
     "browser.gatherUsageStats": "false",
     "browser.serverAddress": ADDRESS,
     "client.toolbarMode": "minimal",
+    "logger.hideWelcomeMessage": "true",
     "theme.light.primaryColor": "#0067a5",
     "theme.dark.primaryColor": "#62b5e5",
     "theme.light.linkColor": "#0067a5",

@@ -7,6 +7,7 @@ it and writes it back. Text from the URL is looked up or parsed, never joined to
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -22,16 +23,44 @@ from saelab.features.render import model_label
 from saelab.features.schema import MANIFEST
 from saelab.runs import SaeRun, find_saes, find_snapshots
 
+PARAMETERS = frozenset({
+    "sae", "feature", "q", "sort", "order", "show", "list", "page", "kind", "by", "fired", "text",
+    "strength", "end", "prompt", "tokens", "temperature", "seed", "doc", "curve", "curves", "job",
+    "colour", "near", "lasso", "view", "with", "same", "left", "right", "side",
+})  # fmt: skip
+"""Every URL parameter of every page; others get a notice."""
 MODEL_LOCK = threading.Lock()  # one session generates at a time: two would compete for the same cores
 
 
+class NoFeaturesError(StoreError):
+    """The chosen SAE has no feature store yet."""
+
+    def __init__(self, sae: SaeRun) -> None:
+        super().__init__(f"No features have been collected for {sae.name} yet.")
+        self.command = f"saelab features {sae.sae_dir}"
+
+
 @contextmanager
-def friendly_errors() -> Iterator[None]:
-    """Show an error's message, which states the fix, instead of a traceback."""
+def friendly_errors(title: str = "") -> Iterator[None]:
+    """Show an error's message, which states the fix, instead of a traceback; without a store, the page's title and the command
+    that makes one."""
     try:
         yield
+    except NoFeaturesError as error:
+        st.title(title)
+        st.info(f"{plain(str(error))} Run this, then reload the page:", icon=":material/info:")
+        st.code(error.command, language=None)
     except (SaelabError, ValueError) as error:
-        st.error(plain(str(error)), icon=":material/error:")
+        st.error(_with_commands(str(error)), icon=":material/error:")
+
+
+def _with_commands(text: str) -> str:
+    """`plain(text)`, but what it names as a command in backticks stays one."""
+    return re.sub(r"\\`(saelab [^`\n]*?)\\`", lambda found: f"`{_unescaped(found[1])}`", plain(text))
+
+
+def _unescaped(text: str) -> str:
+    return re.sub(r"\\(.)", r"\1", text)
 
 
 def plain(text: str) -> str:
@@ -75,9 +104,7 @@ def store_of(sae: SaeRun) -> FeatureStore:
     """The open feature store of an SAE, as `store`."""
     manifest = sae.features_dir / MANIFEST
     if not manifest.exists():
-        raise StoreError(
-            f"No features have been collected for {sae.name} yet. Run `saelab features {sae.sae_dir}` and reload this page."
-        )
+        raise NoFeaturesError(sae)
     return _open_store(str(sae.features_dir), manifest.stat().st_mtime_ns)
 
 
@@ -150,7 +177,7 @@ def url_int(name: str, default: int, low: int, high: int) -> int:
         value = high + 1
     if low <= value <= high:
         return value
-    _notice(name, text, f"a number from {low} to {high}", default)
+    notice(name, text, f"a number from {low} to {high}", default)
     return default
 
 
@@ -165,7 +192,7 @@ def url_float(name: str, default: float, low: float, high: float) -> float:
         value = float("nan")
     if low <= value <= high:
         return value
-    _notice(name, text, f"a number from {low:g} to {high:g}", default)
+    notice(name, text, f"a number from {low:g} to {high:g}", default)
     return default
 
 
@@ -174,22 +201,39 @@ def url_choice(name: str, default: str, options: Sequence[str]) -> str:
     text = st.query_params.get(name)
     if text is None or text in options:
         return text or default
-    _notice(name, text, "one of " + ", ".join(option for option in options if option), default)
+    notice(name, text, "one of " + ", ".join(option for option in options if option), default)
     return default
 
 
 def url_refused(name: str, text: str, expected: str, default: Any) -> Any:
-    """Show the notice for a URL parameter that is not as expected; returns `default`."""
-    _notice(name, text, expected, "")
+    """Say that a URL parameter is not as expected, and remove it; returns `default`."""
+    notice(name, text, expected, "")
     return default
 
 
-def _notice(name: str, text: str, expected: str, default: Any) -> None:
-    shown = plain(repr(text[:40]))
-    meant = plain(expected)
+def notice(name: str, text: str, expected: str, default: Any) -> None:
+    """Say that the URL parameter `name` is not what was expected and what is shown instead, and remove it."""
     instead = f" Showing {plain(str(default))}." if default != "" else ""
-    st.warning(f"The URL has {name} = {shown}; expected {meant}.{instead}", icon=":material/link_off:")
+    _say(f"The URL has {name} = {plain(repr(text[:40]))}; expected {plain(expected)}.{instead}")
     del st.query_params[name]
+
+
+def check_parameters() -> None:
+    """Say which parameters of the URL no page knows, in one notice, and remove them."""
+    if unknown := sorted(set(st.query_params) - PARAMETERS):
+        names = ", ".join(repr(name[:40]) for name in unknown[:5])
+        _say(f"The URL has parameters that the dashboard does not know: {plain(names)}.")
+        for name in unknown:
+            del st.query_params[name]
+
+
+def show_notices() -> None:
+    """The place of all notices about the URL: above the page."""
+    st.session_state["notices"] = st.container()
+
+
+def _say(text: str) -> None:
+    st.session_state["notices"].warning(text, icon=":material/link_off:")
 
 
 def bound(name: str, value: Any) -> dict[str, Any]:
@@ -248,6 +292,27 @@ def go(**query: Any) -> None:
     st.query_params.pop("doc", None)  # as in _write_url
     for name, value in query.items():
         st.query_params[name] = str(value)
+
+
+def download(name: str, features: list[int]) -> None:
+    """Show a button that saves features of the store as one HTML file; it is made when the button is pressed."""
+    chosen = store()
+
+    def page() -> str:
+        from saelab.features.html_file import features_html
+
+        return features_html([chosen.feature(feature) for feature in features], "" if len(features) == 1 else name)
+
+    file = re.sub(r"[^\w-]+", "-", name).strip("-")[:60] or "features"
+    st.download_button(
+        "Save as HTML",
+        page,
+        f"{file}.html",
+        "text/html",
+        icon=":material/download:",
+        type="tertiary",
+        on_click="ignore",
+    )
 
 
 def page_title(title: str) -> None:

@@ -16,6 +16,7 @@ align-items:center;font-size:.9rem;font-variant-numeric:tabular-nums}
 [class*="st-key-sa-row-"] [data-testid="stPageLink-NavLink"]::after{content:"";position:absolute;inset:0}
 [class*="st-key-sa-row-"] [data-testid="stPageLink"],[class*="st-key-sa-row-"] [data-testid="stPageLink-NavLink"],
 [class*="st-key-sa-row-"] [data-testid="stColumn"]:first-child *{position:static}
+.sa-head{scroll-margin-top:4rem}
 .sa-head{font-size:.76rem;opacity:.8;font-weight:600;border-bottom:1px solid rgba(128,128,128,.4);padding-bottom:.35rem}
 .sa-num{text-align:right}
 .sa-clip{white-space:nowrap;overflow:hidden;text-overflow:ellipsis}
@@ -66,6 +67,10 @@ align-items:center}
 @media (max-width:1250px){.sa-wider{display:none}
 .sa-grid{grid-template-columns:minmax(8rem,1fr) 4.8rem 3.2rem minmax(0,2fr)}}
 @media (max-width:900px){.sa-wide{display:none}.sa-grid{grid-template-columns:minmax(0,1fr) 4.8rem}.sa-last{grid-column:1/-1}}
+[data-testid^="stBaseButton-primary"]{background:#0067a5;border-color:#0067a5;color:#fff}
+[data-testid^="stBaseButton-primary"]:hover{background:#00527f;border-color:#00527f;color:#fff}
+@media (max-width:900px){[data-testid="stSidebar"][aria-expanded="true"]{width:13rem!important;min-width:13rem!important}
+[data-testid="stColumn"]:not([class*="st-key-sa-row-"] *,.st-key-sa-head *){min-width:calc(100% - 1.5rem)}}
 .sa-strip{line-height:2.1;overflow-wrap:anywhere;white-space:pre-wrap}
 .sa-tokens{display:grid;grid-template-columns:minmax(5rem,max-content) minmax(0,1fr);gap:.25rem 1rem;font-size:.9rem;margin:0}
 .sa-tokens dt{text-align:right;white-space:pre;overflow:hidden;text-overflow:ellipsis}.sa-tokens dd{margin:0}

@@ -74,6 +74,15 @@ class SparseActs:
         """The same feature activations, detached from the graph."""
         return self.with_values(self.values.detach())
 
+    def __getitem__(self, index: Any) -> Any:
+        """Raises `TypeError`: rows, columns and dense tensors have methods of their own."""
+        raise TypeError(
+            f"SparseActs holds only the features that fire and takes no index ({index!r}): use .column(feature) for one feature "
+            "of every row, .select_rows(rows) for some rows, .to_dense() for a tensor (batch, d_sae)."
+        )
+
+    __iter__ = None
+
     def to_dense(self) -> Float[Tensor, "batch d_sae"]:
         dense = self.values.new_zeros(self.batch, self.d_sae)
         return dense.index_put((self.rows, self.features), self.values)

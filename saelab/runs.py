@@ -6,6 +6,7 @@ Snapshots of a training run are in its SAE's folder, `sae/snapshots/step-0000025
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,6 +75,20 @@ def _snapshot(folder: Path) -> SaeRun:
     """Results of a snapshot stand beside it: `features-step-00000250`, `report-step-00000250.json`."""
     above, name = folder.parent, folder.name
     return SaeRun(f"{above.parent.name}/{name}", folder, above / f"features-{name}", above / f"report-{name}.json")
+
+
+def only_run(folder: str | Path) -> Path:
+    """The one RUN with an SAE in `folder`. Raises `SaelabError` if there is none, or several to choose from."""
+    found = []
+    for entry in sorted(Path(folder).glob("*/")):
+        with suppress(SaelabError):
+            find_saes(entry)
+            found.append(entry)
+    if not found:
+        raise SaelabError(f"{folder}/ holds no RUN with an SAE: name one, or make one with saelab demo.")
+    if len(found) > 1:
+        raise SaelabError(f"{folder}/ holds {len(found)} RUNs; name one of {', '.join(map(str, found))}.")
+    return found[0]
 
 
 def _what_is_missing(run: Path) -> str:

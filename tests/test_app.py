@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -16,7 +17,7 @@ from streamlit.util import calc_hash
 
 import saelab.app
 from saelab.activation_cache import layout
-from saelab.app import charts, page_steer, serve, state
+from saelab.app import charts, serve, state
 from saelab.errors import SaelabError
 from saelab.features.store import load_features
 from saelab.features.visible import escape
@@ -268,6 +269,27 @@ def test_bad_urls_fall_back_with_a_notice(open_page, page, query):
     assert next(iter(query)) not in app.query_params
 
 
+def test_unknown_parameters_get_one_notice_beside_the_others(open_page):
+    app = open_page("features", density="foo", limit="<b>", sort="bad", show="all")
+    unknown, known = (warning.value for warning in app.main.children[0].children.values())
+    assert "does not know: 'density', 'limit'" in unknown.replace("\\", "") and "The URL has sort" in known
+    assert set(app.query_params) == {"show"} and len(app.warning) == 2
+
+
+def test_every_parameter_that_a_page_uses_is_known():
+    used = set()
+    for path in Path(saelab.app.__path__[0]).glob("*.py"):
+        source = path.read_text(encoding="utf-8")
+        used |= set(re.findall(r'(?:url_\w+|bound|query_params\.\w+)\(\s*"(\w+)"', source))
+        used |= set(re.findall(r'query_params\["(\w+)"\]', source))
+    assert len(used) > 12 and used <= state.PARAMETERS
+
+
+def test_a_command_in_an_error_is_shown_as_one():
+    shown = state._with_commands("run `saelab features runs/a_b` in <b>`x`</b> `saelab\n\n[l](javascript:x)`")
+    assert shown.startswith("run `saelab features runs/a_b` in \\<b\\>\\`x\\`") and "\\[l\\]\\(" in shown
+
+
 def test_missing_and_damaged_stores_are_explained(tmp_path, open_page, hostile_run):
     copy = shutil.copytree(hostile_run, tmp_path / "run", ignore=shutil.ignore_patterns("cache"))
     (copy / "features" / "store.sqlite").write_bytes(b"broken")
@@ -277,7 +299,9 @@ def test_missing_and_damaged_stores_are_explained(tmp_path, open_page, hostile_r
     shutil.rmtree(copy / "features")
     (copy / "report.json").unlink()
     (copy / "sae" / "metrics.jsonl").unlink()
-    assert "saelab features" in open_page("feature", copy).error[0].value
+    app = open_page("feature", copy)
+    assert not app.error and app.title[0].value == "Feature" and "No features" in app.info[0].value
+    assert app.code[0].value == f"saelab features {copy / 'sae'}"
     app = open_page("runs", copy)
     assert not app.exception and not app.error
     assert "saelab eval" in app.info[0].value and "No training curve" in text_of(app)
@@ -323,45 +347,6 @@ def test_several_saes_are_chosen_by_url(tmp_path, open_page, hostile_run):
         len(app.warning) == 4 and not app.exception and not set(app.query_params) & {"sort", "order", "curves", "sae"}
     )
     assert app.multiselect[0].value == ["sae-a", "sae-b"]
-
-
-def test_steer_writes_default_and_steered_text(open_page, hostile_run, tiny_lm, monkeypatch):
-    monkeypatch.setattr(state, "load_model", lambda name: tiny_lm)
-    store = load_features(hostile_run)
-    index = store.table("density", limit=1)[0]["feature"]
-    app = open_page("steer", feature=index, strength=8)
-    app.text_area[0].set_value("<b onclick=alert(1)>The weather")
-    app.button[0].click().run()
-    assert not app.exception and not app.error
-    outputs = [element.proto.body for element in app.get("html") if 'sa-prompt"' in element.proto.body]
-    assert len(outputs) == 2 and outputs[0] != outputs[1]
-    assert all("&lt;b onclick=alert(1)&gt;The weather" in output for output in outputs)
-    result = app.session_state["steered"]
-    prompt = "<b onclick=alert(1)>The weather"
-    assert result["default"] == tiny_lm.generate(prompt, max_new_tokens=40, temperature=0.0, seed=0)
-    with tiny_lm.steer(store.feature(index) * 8.0):
-        assert result["steered"] == tiny_lm.generate(prompt, max_new_tokens=40, temperature=0.0, seed=0)
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"prompt": "  "}, "empty"),
-        ({"prompt": "a" * 8001}, "8,001"),
-        ({"max_new_tokens": 513}, "512"),
-        ({"max_new_tokens": 0}, "512"),
-        ({"strength": float("nan")}, "strength=nan"),
-        ({"strength": float("inf")}, "strength=inf"),
-        ({"temperature": -1.0}, "temperature"),
-    ],
-)
-def test_limits_hold_behind_the_widgets(hostile_run, change, message):
-    store = load_features(hostile_run)
-    feature = store.feature(store.table("density", limit=1)[0]["feature"])
-    request = {"prompt": "a", "strength": 1.0, "max_new_tokens": 5, "temperature": 0.0, "seed": 0}
-    page_steer.check_request(feature, request)
-    with pytest.raises(ValueError, match=message):
-        page_steer.check_request(feature, request | change)
 
 
 def test_browsing_loads_neither_torch_nor_a_model(hostile_run):

@@ -1,5 +1,6 @@
 """The dashboard in a real Chromium: read a feature, sort, go back, steer, with a corpus full of hostile text."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -152,10 +153,101 @@ def test_open_a_feature_read_it_go_back_and_steer(page, hostile_run):
     prompt = "<img src=x onerror=alert('prompt')> The river"
     page.get_by_label("Prompt").fill(prompt)
     page.get_by_role("button", name="Generate").click()
-    page.locator(".sa-out").nth(1).wait_for(timeout=60_000)
-    default, steered = page.locator(".sa-out").all_inner_texts()
-    assert default != steered and default.startswith(prompt) and steered.startswith(prompt)
+    page.get_by_text("Both with seed 0").wait_for(timeout=60_000)
+    idle(page)
+    unsteered, steered = page.locator(".sa-out").all_inner_texts()
+    assert unsteered != steered and unsteered.startswith(prompt) and steered.startswith(prompt)
     _screenshot(page, "steer")
+    page.reload()
+    heading(page, "Steer")
+    shown = "prompt => document.querySelector('[data-testid=stMain] textarea')?.value === prompt"
+    page.wait_for_function(shown, arg=prompt)
+    assert page.get_by_label("Strength (\u00d7 p99)").input_value() == "8"
+
+
+def test_the_generate_button_is_readable_in_the_dark_and_columns_stand_below_each_other_at_800(page):
+    page.emulate_media(color_scheme="dark")
+    page.set_viewport_size({"width": 800, "height": 900})
+    page.goto("/steer?feature=3")
+    heading(page, "Steer")
+    idle(page)
+    button = page.get_by_role("button", name="Generate")
+    style = "element => { const s = getComputedStyle(element); return [s.color, s.backgroundColor] }"
+    text, ground = (_luminance(colour) for colour in button.evaluate(style))
+    assert (max(text, ground) + 0.05) / (min(text, ground) + 0.05) >= 4.5
+    boxes = [column.bounding_box() for column in page.locator("[data-testid=stMain] [data-testid=stColumn]").all()]
+    assert len(boxes) == 2 and boxes[1]["y"] >= boxes[0]["y"] + boxes[0]["height"]
+
+
+def _luminance(colour):
+    """Relative luminance (WCAG) of `rgb(r, g, b)`."""
+    channels = [int(value) / 255 for value in re.findall(r"\d+", colour)[:3]]
+    linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in channels]
+    return sum(weight * value for weight, value in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def test_keys_go_to_the_search_and_to_the_number_and_paging_to_the_top(page):
+    page.goto("/feature?feature=3")
+    heading(page, "Feature 3")
+    page.get_by_label("Go to").wait_for()
+    page.keyboard.press("g")
+    assert page.evaluate("document.activeElement.ariaLabel") == "Go to"
+    page.evaluate("document.activeElement.blur()")
+    page.keyboard.press("/")
+    heading(page, "Features")
+    page.wait_for_function("() => document.activeElement.ariaLabel === 'Search'")
+    page.keyboard.type("g/")  # in a box they are characters like others
+    assert page.get_by_label("Search").input_value() == "g/"
+    page.goto("/features?show=all")
+    pages = page.get_by_test_id("stPagination").get_by_role("button", name="Page 2", exact=True)
+    pages.scroll_into_view_if_needed()
+    table = page.locator(".sa-head").first
+    assert table.bounding_box()["y"] < 0
+    pages.click()
+    page.wait_for_url("**page=2**")
+    idle(page)
+    assert 30 < table.bounding_box()["y"] < 300  # below Streamlit's bar
+
+
+@pytest.mark.parametrize(
+    ("address", "shown", "query"),
+    [
+        ("/feature/5", "Feature 5", "?feature=5"),
+        ("/Feature?feature=4", "Feature 4", "?feature=4"),
+        ("/runs", "Runs", ""),
+    ],
+)
+def test_an_address_that_is_nearly_a_page_leads_to_it(page, address, shown, query):
+    page.goto(address)
+    heading(page, shown)
+    assert page.url.endswith(query)
+
+
+def test_the_picture_of_the_readme_can_be_made_again(chromium, server, hostile_run, tmp_path):
+    from PIL import Image
+
+    spec = importlib.util.spec_from_file_location(
+        "make_pictures", Path(__file__).parents[1] / "docs" / "make_pictures.py"
+    )
+    assert spec and spec.loader
+    pictures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pictures)
+    feature = pictures.best_match(hostile_run, "weather")
+    assert feature in [row["feature"] for row in load_features(hostile_run).search("weather")]
+    pictures.take(chromium, server[0], [feature, 3], tmp_path / "two.png")
+    with Image.open(tmp_path / "two.png") as picture:
+        assert picture.size == (1440, 860) and len(picture.getcolors()) > 16
+    assert (tmp_path / "two.png").stat().st_size < 200_000
+
+
+def test_an_address_that_is_no_page_says_so(server):
+    url, _ = server
+    for path in ("/feature/%3Cb%3E", "/nothing", "/feature/1/2"):
+        with pytest.raises(urllib.error.HTTPError, match="404") as error:
+            urllib.request.urlopen(url + path, timeout=10)
+        answer = error.value.read().decode()
+        assert "No such page" in answer and 'href="/features"' in answer and "<b>" not in answer
+        assert "default-src 'self'" in error.value.headers["content-security-policy"]
 
 
 def test_every_feature_is_shown_without_running_its_text(page, hostile_run):

@@ -67,6 +67,51 @@ def test_every_command_says_where_its_output_went(run: Path, capsys):
     assert str(run / "features") in capsys.readouterr().out
 
 
+def test_train_needs_no_flag(run: Path, monkeypatch):
+    trained = Mock()
+    monkeypatch.setattr("saelab.train", trained)
+    assert main.main(["train", str(run)]) == 0
+    config, _, train = trained.call_args.args
+    assert (config.d_sae, config.k, train.n_tokens) == (4096, 32, 2_000_000)
+
+
+def test_dash_takes_the_only_run(run: Path, tmp_path, capsys, monkeypatch):
+    served = Mock()
+    monkeypatch.setattr("saelab.app.serve.serve", served)
+    monkeypatch.chdir(tmp_path)
+    assert main.main(["dash"]) == 2
+    assert "runs/ holds no RUN with an SAE" in capsys.readouterr().err
+    (tmp_path / "runs" / "empty").mkdir(parents=True)
+    (tmp_path / "runs" / "one").symlink_to(run)
+    assert main.main(["dash"]) == 0
+    assert served.call_args.args == (Path("runs/one"),)
+    (tmp_path / "runs" / "two").symlink_to(run)
+    assert main.main(["dash"]) == 2
+    assert "name one of runs/one, runs/two" in capsys.readouterr().err
+
+
+def test_eval_can_leave_the_loss_out(run: Path, capsys):
+    assert main.main(["eval", str(run / "sae-l1"), "--json", "--n-tokens-ce", "0", "--n-tokens", "100"]) == 0
+    assert json.loads(capsys.readouterr().out)["n_tokens_ce"] == 0
+    assert main.main(["eval", str(run / "sae-l1")]) == 0  # as it was
+
+
+def test_a_run_without_features_names_the_command_with_its_folder(run: Path, tmp_path, capsys):
+    (tmp_path / "sae").symlink_to(run / "sae")
+    assert main.main(["steer", str(tmp_path), "--feature", "1"]) == 2
+    said = capsys.readouterr().err
+    assert f"`saelab features {tmp_path}`" in said and "again" not in said
+
+
+@pytest.mark.parametrize("command", [["bench", "synthetic"], ["bench", "family"], ["train"], ["label"]])
+def test_help_has_plain_usage_and_no_empty_default(command, capsys):
+    with pytest.raises(SystemExit):
+        main.main([*command, "--help"])
+    said = capsys.readouterr().out
+    assert f"usage: saelab {' '.join(command)} [-h] [OPTIONS]" in said
+    assert "(default: )" not in " ".join(said.replace("\u2502", " ").split())
+
+
 def test_eval_json_prints_one_object_and_nothing_else(run: Path, capfd):
     assert main.main(["eval", str(run / "sae"), "--json"]) == 0
     printed = json.loads(capfd.readouterr().out)
@@ -117,7 +162,7 @@ def test_demo_does_everything_and_goes_on(tmp_path, tiny_folder, texts_file, mon
     first = capsys.readouterr().out
     assert {path.name for path in out.iterdir()} == {"cache", "sae", "features", "report.json"}
     assert all(f"[{step}/6]" in first for step in range(1, 7))
-    assert "   steered: " in first
+    assert "   steered: " in first and f"Next: saelab dash {out}; " in first
     assert str(out) in first.splitlines()[-1]
 
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.*") if path.name != "journal.jsonl"}

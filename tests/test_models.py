@@ -400,6 +400,16 @@ def test_generation_tells_each_token_and_can_be_ended(tiny_lm):
     assert not tiny_lm.edits and tiny_lm.generate("the river", max_new_tokens=2)  # the model is free again
 
 
+def test_generation_tells_the_text_so_far(tiny_lm):
+    told = []
+    text = tiny_lm.generate("the river", max_new_tokens=12, seed=3, temperature=1.0, on_text=told.append)
+    assert len(told) == 12 and told[-1] == text.rstrip("\ufffd") and told[0].startswith("the river")
+    shorter = tiny_lm.generate("the river", max_new_tokens=5, seed=3, temperature=1.0)
+    assert told[4] == shorter.rstrip("\ufffd")
+    with pytest.raises(ValueError, match="one text, got 2"):
+        tiny_lm.generate(["the river", "a mill"], on_text=told.append)
+
+
 def test_generation_stops_at_eos(tiny_lm):
     free = tiny_lm.generate_ids(PROMPT, max_new_tokens=6)
     third = int(free.ids[free.n_prompt + 2])

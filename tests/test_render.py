@@ -88,7 +88,7 @@ def test_a_character_in_several_tokens_is_one_group_with_all_values():
         (3, 4, "b"),
     ]
     page = Page(examples_html([example(pieces, [0.0, 0.0, 2.0, 0.0], peak=2)], 4.0))
-    assert page.titles[1:] == ["token '\u6f22', activation 0, 2, 50% of maximum, peak"]
+    assert page.titles[1:] == ["token '\u6f22', activation 0, 2.00, 50% of maximum, peak"]
     assert "\ufffd" not in page.text
 
 
@@ -164,7 +164,16 @@ def test_one_line_of_an_example():
 
 @pytest.mark.parametrize(
     "value, shown",
-    [(None, "\u2013"), (0.0, "0"), (1.234, "1.23"), (12345.6, "12,346"), (0.00012, "1.2e-04"), (-2.5, "-2.5")],
+    [
+        (None, "\u2013"),
+        (0.0, "0"),
+        (1.234, "1.23"),
+        (12345.6, "12,346"),
+        (0.00012, "1.2e-04"),
+        (-2.5, "-2.50"),
+        (11.0, "11.0"),
+        (100.0, "100"),
+    ],
 )
 def test_numbers(value, shown):
     assert number(value) == shown

@@ -17,7 +17,8 @@ from streamlit.testing.v1 import AppTest
 from streamlit.util import calc_hash
 
 import saelab
-from saelab.app import page_steer, serve
+from saelab.app import serve, state, steered_text
+from saelab.app.steered_text import signed
 from saelab.errors import SaelabError, StoreError
 from saelab.evaluation.heldout import open_score_stream
 from saelab.features import schema
@@ -255,18 +256,19 @@ def test_pages_show_both_ends(world, pattern, page, monkeypatch):
         assert (shown["p99"], shown["Max"]) == (number(feature.p99), number(feature.max))
         assert ("A signed feature" in text) == any(end.sign < 0 for end in feature.ends)
     elif feature.p99:
-        assert f"adds {number(2 * feature.sign * feature.p99)}" in text
-        assert f"{'maximum' if feature.sign == 1 else 'minimum'} is {number(feature.sign * feature.max)}" in text
+        assert f"2 \u00d7 p99 = {signed(2 * feature.sign * feature.p99)}; the feature's own" in text
+        assert f"{'maximum' if feature.sign == 1 else 'minimum'} is {signed(feature.sign * feature.max)}" in text
 
 
 @pytest.mark.parametrize("end, sign", [("", -1), ("negative", -1), ("positive", 1)])
 def test_the_steer_page_steers_the_chosen_end(world, end, sign, monkeypatch):
     steered = []
-    monkeypatch.setattr(page_steer.state, "load_model", lambda _: world.lm)
+    monkeypatch.setattr(state, "load_model", lambda _: world.lm)
     monkeypatch.setattr(type(world.lm), "steer", lambda lm, edit: steered.append(edit) or _nothing())
     request = {"prompt": "The", "strength": 2.0, "end": end, "max_new_tokens": 1, "temperature": 0.0, "seed": 0}
     feature, _, _ = _of(world, "mostly negative")
-    page_steer._generate(world.store, feature, request)
+    request["feature"] = feature.feature
+    steered_text.generate(world.store, feature, request)
     assert steered[0].value == pytest.approx(2.0 * sign * (feature.p99 if sign < 0 else feature.positive.p99))
 
 
@@ -361,7 +363,7 @@ def test_an_old_store_of_signed_features_opens_and_refuses_its_units():
     assert feature.add(1.0, "raw").value == 1.0 and feature.ablate().value == 0.0 and feature.scale(2.0).value == 2.0
     request = {"prompt": "a", "strength": 1.0, "max_new_tokens": 1, "temperature": 0.0, "seed": 0}
     with pytest.raises(ValueError, match="mixed the two ends"):
-        page_steer.check_request(feature, request)
+        steered_text.check_request(feature, request)
 
 
 @pytest.mark.parametrize(

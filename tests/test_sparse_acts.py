@@ -66,3 +66,11 @@ def test_the_transpose_is_made_once_for_all_codes_of_a_pattern():
     others = acts.with_values(acts.values * 2), acts.detach()  # before anybody asked for it
     assert acts.by_feature is others[0].by_feature is others[1].by_feature
     assert acts.rows is others[0].rows
+
+
+def test_an_index_says_what_to_do_instead():
+    acts = SparseActs.from_dense(torch.eye(3))
+    with pytest.raises(TypeError, match=r"takes no index .*\.column\(feature\).*\.to_dense\(\)"):
+        acts[:, 2]
+    with pytest.raises(TypeError):
+        list(acts)

@@ -153,13 +153,18 @@ def words(run: Path, *more: str) -> list[str]:
 def test_the_command_prints_one_table_and_says_where(run, tmp_path, capsys):
     out = tmp_path / "out"
     more = ["--variants", "topk", "batch_topk", "--lr", "None", "1e-3", "--eval-tokens", "300", "--out-dir", str(out)]
+    more += ["--eval-tokens-ce", "0"]
     assert main.main(words(run, *more)) == 0
     said = capsys.readouterr().out
     assert said.count("target L0") == 1 and "4 SAEs" in said and "0.001" in said and "default" in said
+    assert f"Next: saelab features {out}; saelab dash {out}" in said
     assert str(out / "sweep.csv") in said and str(out / "sweep.json") in said
     assert len(json.loads((out / "sweep.json").read_text(encoding="utf-8"))["rows"]) == 4
     assert {path.name for path in run.iterdir()} == {"cache"}
-    assert main.main(["eval", str(out / "sae-batch_topk-48-k4-lr0.001-seed0"), "--n-tokens", "300"]) == 0
+    assert (
+        main.main(["eval", str(out / "sae-batch_topk-48-k4-lr0.001-seed0"), "--n-tokens", "300", "--n-tokens-ce", "0"])
+        == 0
+    )
 
 
 @pytest.mark.parametrize(
@@ -175,6 +180,7 @@ def test_the_command_prints_one_table_and_says_where(run, tmp_path, capsys):
         (["--variants", "sparseless"], "variants contains 'sparseless', which has neither k nor target_l0"),
         (["--variants", "transcoder", "--hook-name-out", "nowhere"], "hook_name_out='nowhere' is not in the cache"),
         (["--hook-name", "nowhere"], "hook_name='nowhere' is not in the cache"),
+        (["--eval-tokens-ce", "-1"], "eval_tokens_ce=-1 must be at least 0."),
         (["--eval-tokens", "0"], "eval_tokens=0 must be at least 1."),
         (["--seeds", "-1"], "seed=-1 must be between"),
         (["--n-tokens", "100"], "n_tokens=100 is less than one batch of 200"),

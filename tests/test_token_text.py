@@ -5,7 +5,7 @@ from test_render import Page, example
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from saelab.app import feature_effect, feature_rows, page_steer
+from saelab.app import feature_effect, feature_rows, steered_text
 from saelab.features.effect import Estimate, MeasuredEffect, TokenChange, effect_html
 from saelab.features.records import PromotedToken
 from saelab.features.render import chips_html, example_line, examples_html
@@ -101,7 +101,7 @@ PLACES = {
     "preview": lambda text: feature_rows._preview(example([text.encode()])),
     "promoted": lambda text: feature_effect._token_rows("Promotes", [PromotedToken(text, 1.0, 2.0)]),
     "effect": lambda text: effect_html(_effect(text)),
-    "generated": lambda text: page_steer._output(text, ""),
+    "generated": lambda text: steered_text._output(text, ""),
 }
 
 

@@ -17,7 +17,16 @@ from saelab.training.metrics_log import read_lines
 MEASURES = ("fvu", "l0", "ce_loss_recovered", "dead_fraction")
 
 
-def measure(sae: SAE, lm: LanguageModel, level: int, eval_tokens: int | None, home: Path) -> dict[str, Any]:
+def measure(
+    sae: SAE,
+    lm: LanguageModel,
+    level: int,
+    eval_tokens: int | None,
+    home: Path,
+    *,
+    n_tokens_ce: int = 4096,
+    progress: bool = False,
+) -> dict[str, Any]:
     """The columns of a row; `level` is the requested L0, `home` the folder of the benchmark.
 
     `wall_seconds` covers the SAE's own training steps and its evaluation. It excludes reading the cache, which all SAEs
@@ -25,7 +34,8 @@ def measure(sae: SAE, lm: LanguageModel, level: int, eval_tokens: int | None, ho
     """
     assert sae.provenance.folder is not None
     start = time.perf_counter()
-    report = evaluate(sae, lm, n_tokens=eval_tokens, progress=False, path=sae_run(sae.provenance.folder).report_path)
+    path = sae_run(sae.provenance.folder).report_path
+    report = evaluate(sae, lm, n_tokens=eval_tokens, n_tokens_ce=n_tokens_ce, progress=progress, path=path)
     speed = statistics.median(line["tokens_per_second"] for line in read_lines(sae.provenance.folder / "metrics.jsonl"))
     train_seconds = sae.provenance.trained["n_tokens"] / speed
     return {

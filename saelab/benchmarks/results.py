@@ -19,8 +19,8 @@ from saelab.saes.step import RULES
 Row = dict[str, Any]
 Order = Callable[[Row], Any]
 
-# Values of settings that the first version did not store: it trained by rules 1, and its model is unknown.
-_ABSENT = {"rules": 1, "rows_of": ANY, "model": ANY}
+# Values of settings that earlier versions did not store: the first trained by rules 1, and its model is unknown.
+_ABSENT = {"rules": 1, "rows_of": ANY, "model": ANY, "eval_tokens_ce": 4096}
 
 
 class Rows:

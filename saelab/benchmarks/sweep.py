@@ -47,8 +47,11 @@ class SweepConfig:
     """Hook to train on, if the cache holds several."""
     hook_name_out: str | None = None
     """Hook of the cache that transcoders predict."""
+    eval_tokens_ce: int = 4096
+    """Of the tokens to evaluate on, those whose loss is measured: four passes of the model each; 0 measures none."""
 
     def __post_init__(self) -> None:
+        check_integer("eval_tokens_ce", self.eval_tokens_ce, 0)
         if self.eval_tokens is not None:  # otherwise it would be rejected only after training
             check_integer("eval_tokens", self.eval_tokens, 1)
 
@@ -169,7 +172,11 @@ def _run_seed(
     pairs = tqdm(zip(points, saes, strict=True), "Measuring", len(saes), unit="SAE", disable=not progress)
     for point, sae in pairs:
         level = point.key["target_l0"]
-        rows.get(lambda sae=sae, level=level: measure(sae, lm, level, config.eval_tokens, home), **point.key)
+        rows.get(lambda sae=sae, level=level: _measure(sae, lm, level, config, home, progress), **point.key)
+
+
+def _measure(sae: SAE, lm: LanguageModel, level: int, config: SweepConfig, home: Path, progress: bool) -> Row:
+    return measure(sae, lm, level, config.eval_tokens, home, n_tokens_ce=config.eval_tokens_ce, progress=progress)
 
 
 def _train(

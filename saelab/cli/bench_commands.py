@@ -10,6 +10,9 @@ from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg, 
 
 from saelab.cli.answers import AsJson, answering
 
+LOSS_TOKENS = (
+    "Of these, tokens to measure the loss on: four passes of the model each, most of the time; 0 measures none."
+)
 Seeds = Annotated[tuple[int, ...], arg(help="One full run per seed; tables show mean and standard deviation.")]
 
 
@@ -22,7 +25,11 @@ class Synthetic:
     )
     seeds: Seeds = (0, 1, 2)
     data: Annotated[
-        tuple[str, ...], arg(help="Kinds of data: flat, zipf, mixed, signed, hierarchy, diffing, fsm; by default all.")
+        tuple[str, ...],
+        arg(
+            help="Kinds of data: flat, zipf, mixed, signed, hierarchy, diffing, fsm.",
+            help_behavior_hint="(default: all)",
+        ),
     ] = ()
     steps: Annotated[int | None, arg(help="Training steps per SAE; None uses the default of each kind of data.")] = None
     as_json: AsJson = False
@@ -47,7 +54,7 @@ class Family:
     """Train every variant on the activations of RUN in one shared read, and evaluate each on held-out documents."""
 
     run_folder: Annotated[Positional[Path], arg(metavar="RUN", help="Folder of the run, with its cache.")]
-    variants: Annotated[tuple[str, ...], arg(help="SAE variants; by default all.")] = ()
+    variants: Annotated[tuple[str, ...], arg(help="SAE variants.", help_behavior_hint="(default: all)")] = ()
     l0: Annotated[
         tuple[int, ...],
         arg(help="Target L0: the first for every variant, the others for the variants on the FVU-L0 curve."),
@@ -127,6 +134,12 @@ _FAMILY = _described(Family, "family runs/demo\nfamily runs/demo --variants topk
 _LARGE = _described(
     Large, "large\nlarge --d-in 768 --n-features 16384 --d-sae 32768 --n-tokens 50_000_000 --device cuda"
 )
+BENCHES: dict[str, tuple[Any, str]] = {
+    "synthetic": (Synthetic, _SYNTHETIC),
+    "family": (Family, _FAMILY),
+    "large": (Large, _LARGE),
+}
+"""The benchmarks as commands of their own, with their descriptions."""
 Bench = (
     Annotated[Synthetic, subcommand("synthetic", description=_SYNTHETIC)]
     | Annotated[Family, subcommand("family", description=_FAMILY)]
@@ -153,6 +166,7 @@ def sweep(
     ] = (0,),
     batch_size: Annotated[int, arg(help="Activations per step.")] = 2048,
     eval_tokens: Annotated[int | None, arg(help="Held-out tokens to evaluate on; None uses all.")] = None,
+    eval_tokens_ce: Annotated[int, arg(help=LOSS_TOKENS)] = 4096,
     hook_name: Annotated[str | None, arg(help="Hook to train on, if the cache holds several.")] = None,
     hook_name_out: Annotated[str | None, arg(help="Hook that transcoders predict.")] = None,
     out_dir: Annotated[Path | None, arg(help="Folder for SAEs and table; None means RUN.")] = None,
@@ -163,7 +177,7 @@ def sweep(
     from saelab.benchmarks.tables import sweep_table
     from saelab.distributed import is_main_process
 
-    config = SweepConfig(n_tokens, batch_size, eval_tokens, hook_name, hook_name_out)
+    config = SweepConfig(n_tokens, batch_size, eval_tokens, hook_name, hook_name_out, eval_tokens_ce)
     lists: dict[str, Any] = {"variants": variants, "d_sae": d_sae, "k": k, "lr": lr, "seeds": seeds}
     home = out_dir or run
     with answering(as_json) as answer:
@@ -171,7 +185,8 @@ def sweep(
         if not is_main_process():
             return
         kept = f"The SAEs are in {home}, and the table in {home / 'sweep.csv'} and {home / 'sweep.json'}"
-        answer({"folder": home, "rows": rows}, sweep_table(rows), kept, f"Next: saelab dash {home}")
+        following = f"Next: saelab features {home}; saelab dash {home}"
+        answer({"folder": home, "rows": rows}, sweep_table(rows), kept, following)
 
 
 def _keep(out_dir: Path, picture: str) -> str:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from saelab.cli.answers import AsJson, answering
-from saelab.cli.bench_commands import bench, sweep
+from saelab.cli.bench_commands import LOSS_TOKENS, bench, sweep
 from saelab.cli.cache_commands import cache
 from saelab.cli.demo import demo
 from saelab.run_folder.opening import load_lm, with_model
@@ -139,6 +139,7 @@ def evaluate(
     as_json: AsJson = False,
     allow_train: Annotated[bool, arg(help="Score documents the SAE was trained on instead of refusing.")] = False,
     n_tokens: Annotated[int | None, arg(help="Maximum number of tokens to score; None means all of them.")] = None,
+    n_tokens_ce: Annotated[int, arg(help=LOSS_TOKENS)] = 4096,
     dtype: Dtype = None,
 ) -> None:
     """Evaluate the SAEs of RUN on held-out text; writes a report.json for each."""
@@ -148,6 +149,7 @@ def evaluate(
         runs = runs_of(run, one=as_json)
         corpus = saelab.load_texts(texts, column=column) if texts else None
         options: dict[str, Any] = {"split": split, "allow_train": allow_train, "n_tokens": n_tokens}
+        options["n_tokens_ce"] = n_tokens_ce
         for found in runs:
             sae, lm = with_model(found.sae_dir, model, dtype)
             report = saelab.evaluate(sae, lm, corpus, path=found.report_path, **options)
@@ -155,14 +157,15 @@ def evaluate(
 
 
 def dash(
-    run: Run,
+    run: Annotated[Positional[Path | None], arg(metavar="RUN", help="Run folder; None: the only one in runs/.")] = None,
     port: Annotated[int, arg(help="Port on 127.0.0.1.")] = 8501,
     browser: Annotated[bool, arg(help="Open the page in a browser.")] = False,
 ) -> None:
     """Serve the dashboard of RUN on 127.0.0.1 until Ctrl-C."""
     from saelab.app.serve import serve
+    from saelab.runs import only_run
 
-    serve(run, port=port, browser=browser)
+    serve(run or only_run(Path("runs")), port=port, browser=browser)
 
 
 def steer(
@@ -247,7 +250,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
         "saelab eval runs/mlp\nsaelab eval runs/mlp/sae --json\nsaelab eval runs/mlp --texts concepts --n-tokens 20_000",
     ),
     "cache": (cache, "saelab cache info runs/demo\nsaelab cache verify runs/demo"),
-    "dash": (dash, "saelab dash runs/demo\nsaelab dash runs/demo --port 8600"),
+    "dash": (dash, "saelab dash\nsaelab dash runs/demo\nsaelab dash runs/demo --port 8600"),
     "bench": (bench, "saelab bench synthetic\nsaelab bench family runs/demo"),
     "steer": (
         steer,

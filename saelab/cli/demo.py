@@ -45,7 +45,8 @@ def demo(
     config = saelab.TrainConfig(n_tokens=train_tokens, batch_size=min(2048, train_tokens), seed=seed)
     sae: Any = saelab.train(presets.cpu("topk", d_sae, config.n_tokens, k=k), cache, config, out_dir=out_dir / "sae")
     _look_at(sae, lm, out_dir, eval_tokens)
-    print(f"\nDone. Everything is in {out_dir}. The dashboard: saelab dash {out_dir}", flush=True)
+    print(f"\nDone. Everything is in {out_dir}.")
+    print(f"Next: saelab dash {out_dir}; saelab verify {out_dir}", flush=True)
     if serve:
         from saelab.app.serve import serve as serve_dashboard
 

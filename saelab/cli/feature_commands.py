@@ -28,8 +28,8 @@ Contrast = Annotated[
     tuple[Path, Path] | None,
     arg(
         metavar="FILE FILE",
-        help="Collect nothing; list the features that fire in more texts of one file than of the other. A .txt file holds a text in "
-        "each line.",
+        help="Collect nothing; list the features that fire in more texts of one file than of the other. A .txt file holds a text "
+        "in each line.",
     ),
 ]
 
@@ -159,7 +159,10 @@ def label(
     run: Run,
     address: Annotated[str | None, arg(help="Server of OpenAI's protocol, such as http://127.0.0.1:8000/v1.")] = None,
     model: Annotated[str | None, arg(help="Name of the model there; without --address, a model to load here.")] = None,
-    feature: Annotated[tuple[int, ...], arg(help="Features to label; none: all that fired, the sharpest first.")] = (),
+    feature: Annotated[
+        tuple[int, ...],
+        arg(help="Features to label.", help_behavior_hint="(default: all that fired, the sharpest first)"),
+    ] = (),
     n_features: Annotated[int | None, arg(help="How many of them at most.")] = None,
     seed: Annotated[int, arg(help="Seed of the texts that scores are made on.")] = 0,
     as_json: AsJson = False,

@@ -12,6 +12,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +20,7 @@ import tyro
 from tyro.conf import OmitArgPrefixes, arg
 
 from saelab.cli import commands
+from saelab.cli.bench_commands import BENCHES
 from saelab.cli.commands import Run, StreamFlags, check_has_cache, train
 from saelab.cli.feature_commands import FEATURES
 from saelab.cli.interop_commands import INTEROP
@@ -65,18 +67,19 @@ def _train_arguments(args: Sequence[str]) -> type:
         ("hook_name", str | None, "Hook to train on, if the cache holds several.", None),
         (
             "stream",
-            tuple[str, ...],
+            Annotated[tuple[str, ...], arg(help_behavior_hint="(default: none)")],
             "Hooks to harvest while training, without a cache; for more flags see --stream --help.",
             (),
         ),
         ("wandb_project", str | None, "Also log to this Weights & Biases project.", None),
     ]
+    config = saelab.VARIANTS[variant].Config
     fields: list[Any] = [
         ("run", Run),
-        ("config", OmitArgPrefixes[saelab.VARIANTS[variant].Config]),
-        ("train", OmitArgPrefixes[saelab.TrainConfig]),
+        ("config", OmitArgPrefixes[config], field(default_factory=lambda: config(d_sae=4096))),
+        ("train", OmitArgPrefixes[saelab.TrainConfig], field(default_factory=lambda: saelab.TrainConfig(2_000_000))),
     ]
-    fields += [("reading", OmitArgPrefixes[StreamFlags])] if _streams(args) else []
+    fields += [("reading", OmitArgPrefixes[StreamFlags], StreamFlags())] if _streams(args) else []
     fields += [(name, Annotated[kind, arg(help=text)], default) for name, kind, text, default in optional]
     return dataclasses.make_dataclass("Arguments", fields)
 
@@ -168,6 +171,9 @@ def _run(args: list[str]) -> int:
         if needs_cache:
             check_has_cache(arguments.run)  # pyright: ignore[reportAttributeAccessIssue]
         train(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(arguments)})
+    elif name == "bench" and rest and rest[0] in BENCHES:  # without tyro's "[SYNTHETIC OPTIONS]"
+        command, text = BENCHES[rest[0]]
+        tyro.cli(command, prog=f"saelab bench {rest[0]}", description=text, args=rest[1:]).run()
     else:
         tyro.cli(function, **options)
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from saelab.errors import SaelabError, StoreError
 from saelab.features.effect import MeasuredEffect, read_effect
 from saelab.features.end import End, Steerable
+from saelab.features.html_file import write_features
 from saelab.features.manifest import SIGNS_MIXED
 from saelab.features.records import Example, Histogram, Logits, Promoted
 from saelab.features.render import feature_card, feature_text
@@ -170,6 +172,10 @@ class Feature(Steerable):
         units = {"p99": self.p99, "max": self.max, "mean": self.mean}
         known = {name: value * (self.sign or 1) for name, value in units.items() if value is not None}
         return FeatureHandle(self.store.sae, self.feature, self.hook_name, units=known)
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write the feature as one HTML file of at most 300 kB that stands on its own; returns its path."""
+        return write_features([self], path)
 
     def __repr__(self) -> str:
         return feature_text(self)

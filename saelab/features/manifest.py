@@ -22,7 +22,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     file it lists is missing or truncated."""
     path = folder / schema.MANIFEST
     if not path.exists():
-        raise StoreError(f"{folder} holds no feature store ({schema.MANIFEST} is missing). {COLLECT_AGAIN}")
+        raise StoreError(
+            f"{folder} holds no feature store ({schema.MANIFEST} is missing). Collect one: `saelab features {folder.parent}`, or "
+            "saelab.collect_features(...) in Python."
+        )
     try:
         manifest = read_json(path)
         if manifest["format"] != schema.FORMAT:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 
 def number(value: float | None) -> str:
-    """A metric to three significant digits; an en dash for None."""
+    """A metric to three significant digits, zeros included; an en dash for None."""
     if value is None:
         return "\u2013"
     if value and abs(value) < 1e-3:
         return f"{value:.1e}"
-    return f"{value:,.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:#,.3g}".rstrip(".") if value and abs(value) < 999.5 else f"{value:,.0f}"
 
 
 def percent(value: float | None) -> str:

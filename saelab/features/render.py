@@ -181,6 +181,11 @@ def cosine(value: float | None) -> str:
 
 def feature_card(feature: FeatureNumbers, n_examples: int = 10) -> str:
     """A self-contained notebook card: inline style, no script; follows the browser's light or dark mode."""
+    return f"<style>{CARD_STYLE}</style>{card_html(feature, n_examples)}"
+
+
+def card_html(feature: FeatureNumbers, n_examples: int, logits: bool = True) -> str:
+    """The card without its style; `logits` says whether with the tokens that the feature promotes."""
     stats = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in _stats(feature))
     promoted, suppressed = feature.promoted
     model = model_label(feature.store.manifest["model"]["name"])
@@ -189,15 +194,21 @@ def feature_card(feature: FeatureNumbers, n_examples: int = 10) -> str:
     if len(feature.ends) > 1:
         title = f"Examples of the other end ({feature.ends[1].name})"
         other = f"<h4>{title}</h4>{feature_examples_html(feature, n_examples, 'bottom')}"
+    tokens = (
+        (
+            f"<h4>Its decoder row promotes (z-score over features, logit change)</h4>{chips_html(promoted)}"
+            f"<h4>and suppresses</h4>{chips_html(suppressed)}"
+        )
+        if logits
+        else ""
+    )
     return (
-        f'<style>{CARD_STYLE}</style><div class="sl-card sl-marks"><h3>Feature {feature.feature}</h3>'
+        f'<div class="sl-card sl-marks"><h3>Feature {feature.feature}</h3>'
         f'<p class="sl-label"><bdi>{escape(feature.label or "")}</bdi></p>'
         f'<p class="sl-sub">{escape(feature.hook_name)} \u00b7 {escape(model)}</p>'
         f'<dl class="sl-stats">{stats}</dl>{note}'
         f"<h4>Top examples</h4>{feature_examples_html(feature, n_examples)}{other}"
-        f"<h4>Activations</h4>{feature_histogram_html(feature)}"
-        f"<h4>Its decoder row promotes (z-score over features, logit change)</h4>{chips_html(promoted)}"
-        f"<h4>and suppresses</h4>{chips_html(suppressed)}</div>"
+        f"<h4>Activations</h4>{feature_histogram_html(feature)}{tokens}</div>"
     )
 
 

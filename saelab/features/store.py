@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from saelab.features import schema
 from saelab.features.annotations import ALL_FEATURES, Annotations
 from saelab.features.documents import Document, tokens_of
 from saelab.features.feature import Feature
+from saelab.features.html_file import write_features
 from saelab.features.manifest import COLLECT_AGAIN
 from saelab.features.records import Promoted, PromotedToken
 from saelab.features.search import Search
@@ -93,6 +94,11 @@ class FeatureStore(Search):
         for entry in self.annotations.latest("list"):
             found.setdefault(entry.name, []).append(entry.feature)
         return found
+
+    def to_html(self, path: str | Path, features: Iterable[int], title: str = "") -> Path:
+        """Write features as one HTML file of at most 300 kB that stands on its own, in this order: of many with fewer examples
+        each, of very many the first ones. Returns its path. Raises `ValueError` for an empty list or an index out of range."""
+        return write_features([self.feature(feature) for feature in features], path, title)
 
     def verify(self, lm: Any = None, n_examples: int = 100, *, progress: bool = True) -> Any:
         """Compare every file with its SHA-256; with a model, check all numbers against each other and compute `n_examples` stored
@@ -195,7 +201,9 @@ def load_features(path: str | Path, sae: SAE | None = None) -> FeatureStore:
         names = ", ".join(str(folder) for folder in folders)
         raise ValueError(f"{path} holds several feature stores; open one of them: {names}.")
     if not folders:
-        raise StoreError(f"{path} holds no feature store. {COLLECT_AGAIN}")
+        raise StoreError(
+            f"{path} holds no feature store. Collect one: `saelab features {path}`, or saelab.collect_features(...) in Python."
+        )
     return FeatureStore(folders[0], sae)
 
 
@@ -205,7 +213,7 @@ def _check_column(name: str) -> None:
 
 
 def _order(sort: str, descending: bool) -> str:
-    """Missing values last; equal ones by index, in the same direction, so that SQLite reads the column's index and sorts nothing."""
+    """Missing values last; equal ones by index, in the same direction: SQLite then reads the column's index and sorts nothing."""
     direction = "DESC" if descending else "ASC"
     return f'ORDER BY "{sort}" {direction} NULLS LAST, feature {direction}'
 

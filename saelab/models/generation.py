@@ -13,7 +13,7 @@ from torch import Tensor
 from saelab.errors import ModelError
 from saelab.models.hooks import Edit, tapped
 from saelab.models.prompts import Batch, Prompt
-from saelab.models.sampling import Generation, OnToken, Sampling, sample
+from saelab.models.sampling import Generation, OnStep, OnText, OnToken, Sampling, sample
 from saelab.tokens.documents import whole_numbers
 from saelab.tokens.tokenizing import to_continue
 
@@ -42,13 +42,14 @@ class Generates:
         on_token: OnToken | None = None,
         num_return_sequences: int = 1,
         attention_mask: Any = None,
+        on_text: OnText | None = None,
     ) -> Any:
         """The prompt and its continuation, until EOS or `max_new_tokens`, as a string.
 
         For a list of texts, several rows of ids, or `num_return_sequences` over 1 (all of one prompt, then of the next), a
         list of strings. Temperature 0 takes the most likely token. For a given seed every run draws the same random numbers,
         steered or not, and every prompt the same as it would alone; sequence j of a prompt is that of seed + j.
-        `on_token(n)` is called after n new tokens; an exception from it ends the generation.
+        `on_token(n)` is called after n new tokens, `on_text(text)` with the text so far; an exception from them ends it.
         Raises `ValueError` for an invalid prompt, a request that cannot be met, or without a tokenizer; `ModelError` for
         NaN or infinite logits.
         """
@@ -60,11 +61,28 @@ class Generates:
         how = Sampling(max_new_tokens, temperature, seed, num_return_sequences, self._stop_ids)
         is_list = isinstance(prompt, list | tuple) and whole_numbers(prompt) is None
         texts = [one for one in (prompt if is_list else [prompt]) if isinstance(one, str)]
+        on_step = self._on_step(on_token, on_text, len(rows) * num_return_sequences, len(rows[0]), texts)
         continued = [
             self._text(one, texts[i // num_return_sequences] if texts else None)
-            for i, one in enumerate(self._generate(rows, how, on_token))
+            for i, one in enumerate(self._generate(rows, how, on_step))
         ]
         return continued if is_list or len(continued) > 1 else continued[0]
+
+    def _on_step(
+        self, on_token: OnToken | None, on_text: OnText | None, n_texts: int, n_prompt: int, texts: list[str]
+    ) -> OnStep:
+        """Tells both callbacks; a character whose last bytes are still missing is not told."""
+        if on_text is not None and n_texts != 1:
+            raise ValueError(f"on_text is told of one text, got {n_texts} to generate: call generate once for each.")
+
+        def told(n: int, ids: Tensor) -> None:
+            if on_token is not None:
+                on_token(n)
+            if on_text is not None:
+                text = self._text(Generation(ids[0].cpu(), n_prompt, None), texts[0] if texts else None)
+                on_text(text.rstrip("\ufffd"))
+
+        return told
 
     def _text(self, generation: Generation, prompt: str | None) -> str:
         """The generated text; a prompt that was given as text is kept verbatim."""
@@ -90,7 +108,7 @@ class Generates:
                 f"generate_ids takes one prompt, got {len(rows)}; call it once for each, or use generate for texts."
             )
         how = Sampling(max_new_tokens, temperature, seed, 1, self._stop_ids, keep_logits)
-        return self._generate(rows, how, on_token)[0]
+        return self._generate(rows, how, self._on_step(on_token, None, 1, 0, []))[0]
 
     def _rows(self, prompt: Prompt, attention_mask: Any = None) -> list[Tensor]:
         """The ids of each prompt, without what the tokenizer appended to them.
@@ -107,7 +125,7 @@ class Generates:
         rows = batch.rows()
         return to_continue(rows, self.tokenizer) if isinstance(prompt, Mapping) else rows
 
-    def _generate(self, rows: list[Tensor], how: Sampling, on_token: OnToken | None) -> list[Generation]:
+    def _generate(self, rows: list[Tensor], how: Sampling, on_step: OnStep) -> list[Generation]:
         how.check(max(map(len, rows)), self.max_ctx, self.name)
         _ = self.backend.has_cache  # probed before any edit is installed
         crosses = max(map(len, rows)) + how.max_new_tokens > self.backend.rope_border
@@ -120,7 +138,7 @@ class Generates:
         with self._running():
             groups = [rows] if together else [[row] for row in rows]
             step = self._step_from_start if crosses else self._step
-            return [one for group in groups for one in sample(step, group, how, check, on_token)]
+            return [one for group in groups for one in sample(step, group, how, check, on_step)]
 
     @property
     def _stop_ids(self) -> set[int]:

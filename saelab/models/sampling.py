@@ -14,6 +14,10 @@ from saelab.validation import check_integer
 
 OnToken = Callable[[int], None]
 """Called with the number of tokens generated so far; an exception from it ends the generation."""
+OnText = Callable[[str], None]
+"""Called with the text so far after each new token; an exception from it ends the generation."""
+OnStep = Callable[[int, Tensor], None]
+"""(number of new tokens, ids so far (batch, seq))."""
 Step = Callable[[Tensor, Tensor, Any], tuple[Tensor, Any]]
 """(ids, positions, KV cache) -> logits (batch, vocab) after the last of `ids`, and the cache."""
 
@@ -66,12 +70,12 @@ def sample(
     prompts: Sequence[Int[Tensor, " n_tokens"]],
     how: Sampling,
     check: Callable[[Tensor, int], None],
-    on_token: OnToken | None = None,
+    on_step: OnStep | None = None,
 ) -> list[Generation]:
     """Extend every prompt until a stop token or `max_new_tokens`; returns `n_samples` results per prompt, in order.
 
     Shorter prompts are padded on the left. `check(logits, n)` is called with the logits of the unfinished rows at the n-th
-    new token, `on_token(n)` after it. One uniform number per token is drawn from a generator with the seed, whatever
+    new token, `on_step(n, ids)` after it. One uniform number per token is drawn from a generator with the seed, whatever
     the logits: runs with the same seed draw the same numbers, steered or not, alone or in a batch.
     """
     rows = [prompt for prompt in prompts for _ in range(how.n_samples)]
@@ -90,8 +94,8 @@ def sample(
         ids, positions = _extended(ids, positions, torch.tensor(chosen), live)
         n_new += live
         live &= ~torch.isin(torch.tensor(chosen), stop)
-        if on_token is not None:
-            on_token(n)
+        if on_step is not None:
+            on_step(n, ids)
         if not bool(live.any()):
             break
     outputs = [row[row_positions >= 0].cpu() for row, row_positions in zip(ids, positions, strict=True)]

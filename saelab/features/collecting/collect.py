@@ -183,7 +183,7 @@ def _extends(out_dir: Path, request: dict[str, Any]) -> bool:
 def _refuse_other_state(path: Path, request: dict[str, Any]) -> None:
     then, _ = read_state(path)
     if different := differences({**then, "n_tokens": request["n_tokens"]}, json.loads(json.dumps(request)), {}):
-        elsewhere = "pass renew=True (--renew) to begin anew, or in Python give another out_dir"
+        elsewhere = "pass renew=True (--renew) to begin again, or in Python give another out_dir"
         raise StoreError(refusal(path.parent, "unfinished feature store", different, elsewhere))
 
 
