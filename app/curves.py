@@ -112,9 +112,9 @@ def scatter(rows: Sequence[Summary]) -> dict[str, Any]:
         for row in known
     ]  # fmt: skip
     legend = {"orient": "bottom", "columns": 2, "title": None, "labelLimit": 150}
-    places = [i % MAX_CURVES for i in range(len(variants))]
-    colour = {"domain": variants, "range": [COLOURS[i] for i in places]}
-    shape = {"domain": variants, "range": [_SHAPES[i] for i in places]}
+    numbers = [i % MAX_CURVES for i in range(len(variants))]
+    colour = {"domain": variants, "range": [COLOURS[i] for i in numbers]}
+    shape = {"domain": variants, "range": [_SHAPES[i] for i in numbers]}
     l0 = [row.l0 for row in known if row.l0]
     wide = bool(l0) and max(l0) > 20 * min(l0)
     return {
