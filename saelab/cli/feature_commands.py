@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import arg
 
@@ -14,6 +14,16 @@ from saelab.cli import feature_answers
 from saelab.cli.answers import AsJson, answering
 from saelab.cli.commands import Column, Dtype, OwnModel, OwnTexts, Run, Split, runs_of, with_model
 from saelab.cli.messages import on_stderr
+
+Find = Annotated[
+    str | None, arg(help="Collect nothing; list the features that words find, or a token in double quotes.")
+]
+Shown = Annotated[tuple[int, ...], arg(help="Collect nothing; show these features.")]
+_TWO = (
+    "Collect nothing; list the features that fire in more texts of one file than of the other. A .txt file holds a text in each "
+    "line."
+)
+TwoFiles = Annotated[tuple[Path, Path] | None, arg(metavar="FILE FILE", help=_TWO)]
 
 
 def features(
@@ -25,54 +35,56 @@ def features(
     n_tokens: Annotated[int | None, arg(help="Tokens to read; None means all of them.")] = None,
     top_k: Annotated[int, arg(help="Strongest examples to keep per feature.")] = 20,
     renew: Annotated[bool, arg(help="Collect anew what is there, such as a store of an earlier saelab.")] = False,
-    find: Annotated[
-        str | None, arg(help="Collect nothing; list the features that words find, or a token in double quotes.")
-    ] = None,
-    feature: Annotated[tuple[int, ...], arg(help="Collect nothing; show these features.")] = (),
-    contrast: Annotated[
-        tuple[Path, Path] | None,
-        arg(
-            metavar="FILE FILE",
-            help="Collect nothing; list the features that fire in more texts of one file than of the other. A .txt file holds a "
-            "text in each line.",
-        ),
-    ] = None,
+    find: Find = None,
+    feature: Shown = (),
+    contrast: TwoFiles = None,
     limit: Annotated[int, arg(help="Features to list, or examples of each to show.")] = 20,
     as_json: AsJson = False,
     dtype: Dtype = None,
 ) -> None:
-    """Collect examples, label and histogram of every feature, or read what was collected: --find, --feature, --contrast. An
-    interrupted pass goes on; more tokens extend a finished one."""
+    """Collect examples and a label of every feature, going on where that stopped; or read them: --find, --feature, --contrast."""
     import saelab
     from saelab.distributed import is_main_process
     from saelab.features.plain import store_data
 
     if find is not None or feature or contrast:
-        _check_reads(find=find is not None, feature=bool(feature), contrast=bool(contrast))
+        _one_question(find=find is not None, feature=bool(feature), contrast=bool(contrast))
         with answering(as_json) as answer:
-            store = saelab.load_features(run)
-            if find is not None:
-                feature_answers.find(answer, store, find, limit)
+            if contrast:
+                _contrast(answer, run, contrast, column, limit, (model, dtype))
             elif feature:
-                feature_answers.cards(answer, store, feature, limit)
-            elif contrast:
-                sets = [(str(path), feature_answers.texts(path, column)) for path in contrast]
-                _, lm = with_model(store.sae_folder or run, model, dtype)
-                feature_answers.contrast(answer, store, lm, sets, limit)
+                feature_answers.cards(answer, saelab.load_features(run), feature, limit)
+            else:
+                feature_answers.find(answer, saelab.load_features(run), find or "", limit)
         return
+    options: dict[str, Any] = {"split": split, "n_tokens": n_tokens, "top_k": top_k, "renew": renew}
     with answering(as_json) as answer:
         corpus = saelab.load_texts(texts, column=column) if texts else None
         for found in runs_of(run, one=as_json):
             (sae, lm), out_dir = with_model(found.sae_dir, model, dtype), found.features_dir
-            store = saelab.collect_features(
-                sae, lm, corpus, out_dir=out_dir, split=split, n_tokens=n_tokens, top_k=top_k, renew=renew
-            )
+            store = saelab.collect_features(sae, lm, corpus, out_dir=out_dir, **options)
             if is_main_process():
                 answer(store_data(store), f"The features are in {out_dir}")
         print(f"Next: saelab dash {run}")
 
 
-def _check_reads(**asked: bool) -> None:
+def _contrast(
+    answer: feature_answers.Answer,
+    run: Path,
+    files: tuple[Path, Path],
+    column: str,
+    limit: int,
+    model: tuple[str | None, str | None],
+) -> None:
+    import saelab
+
+    store = saelab.load_features(run)
+    sets = [(str(path), feature_answers.texts(path, column)) for path in files]
+    _, lm = with_model(store.sae_folder or run, *model)
+    feature_answers.contrast(answer, store, lm, sets, limit)
+
+
+def _one_question(**asked: bool) -> None:
     if sum(asked.values()) > 1:
         raise ValueError(
             f"--{' and --'.join(name for name, here in asked.items() if here)} are two questions: ask one."
