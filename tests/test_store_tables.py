@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet
 import pytest
@@ -138,7 +139,8 @@ def test_it_is_whole_or_not_at_all(store, tmp_path, monkeypatch):
     with pytest.raises(SaelabError, match="holds something already"):
         store.to_parquet(out)
     assert (out / "features.parquet").read_bytes() == before
-    for options, said in (({"format": "xlsx"}, "xlsx"), ({"kinds": ["best"]}, "best")):
+    wrong: list[tuple[dict[str, Any], str]] = [({"format": "xlsx"}, "xlsx"), ({"kinds": ["best"]}, "best")]
+    for options, said in wrong:
         with pytest.raises(ValueError, match=said):
             save_tables(store, tmp_path / "other", **options)
 

@@ -168,21 +168,25 @@ def dash(
     serve(run or only_run(Path("runs")), port=port, browser=browser)
 
 
+End = Annotated[
+    Literal["dominant", "positive", "negative"],
+    arg(
+        help="For a signed feature (abs_topk): the end that positive strengths steer towards; by default the dominant one."
+    ),
+]
+Mode = Annotated[
+    Literal["add", "clamp", "scale", "ablate"],
+    arg(help="Add to the feature's activation, clamp it, scale it, or set it to zero."),
+]
+
+
 def steer(
     run: Run,
     feature: Annotated[int, arg(help="Index of the feature, as in the dashboard.")],
     prompt: Annotated[str, arg(help="Text to continue.")] = "The weather today",
     strength: Annotated[float, arg(help="In units of the feature's p99; for scale, a factor; unused by ablate.")] = 2.0,
-    end: Annotated[
-        Literal["dominant", "positive", "negative"],
-        arg(
-            help="For a signed feature (abs_topk): the end that positive strengths steer towards; by default the dominant one."
-        ),
-    ] = "dominant",
-    mode: Annotated[
-        Literal["add", "clamp", "scale", "ablate"],
-        arg(help="Add to the feature's activation, clamp it, scale it, or set it to zero."),
-    ] = "add",
+    end: End = "dominant",
+    mode: Mode = "add",
     max_new_tokens: Annotated[int, arg(help="Tokens to generate.")] = 40,
     temperature: Annotated[float, arg(help="0 always takes the most likely token.")] = 0.0,
     seed: Annotated[int, arg(help="Seed of the sampling.")] = 0,

@@ -54,28 +54,31 @@ def import_(
         answer(_content(found), _described(found), f"The SAE is in {found.folder}", after)
 
 
+StoreOrSaeFormat = Annotated[
+    Literal[
+        "saelab",
+        "sae_lens",
+        "sparsify",
+        "dictionary_learning",
+        "gemma_scope_2",
+        "gguf",
+        "directions",
+        "sae_dashboard",
+        "neuronpedia",
+        "parquet",
+        "csv",
+    ],
+    arg(
+        help="Format to write; gguf, directions: steering vectors of features, in one file; sae_dashboard, neuronpedia, "
+        "parquet, csv: the feature store, the last two as tables of features and of examples."
+    ),
+]
+
+
 def export(
     run: Annotated[Positional[Path], arg(metavar="RUN", help="Run folder, or that of one of its SAEs.")],
     out: Annotated[Positional[Path], arg(metavar="OUT", help="Folder to write.")],
-    format: Annotated[
-        Literal[
-            "saelab",
-            "sae_lens",
-            "sparsify",
-            "dictionary_learning",
-            "gemma_scope_2",
-            "gguf",
-            "directions",
-            "sae_dashboard",
-            "neuronpedia",
-            "parquet",
-            "csv",
-        ],
-        arg(
-            help="Format to write; gguf, directions: steering vectors of features, in one file; sae_dashboard, neuronpedia, "
-            "parquet, csv: the feature store, the last two as tables of features and of examples."
-        ),
-    ] = "sae_lens",
+    format: StoreOrSaeFormat = "sae_lens",
     feature: Annotated[tuple[int, ...], arg(help="Features of a gguf or directions file.")] = (),
     strength: Annotated[float, arg(help="Their strength, in units of each feature's p99.")] = 2.0,
 ) -> None:

@@ -106,5 +106,4 @@ def model_and_hooks(store: Search, lm: Any) -> tuple[Any, HooksUsed]:
         raise ValueError(
             f"The store was collected with {store.manifest['model']['name']}: {lm.name} has other weights."
         )
-    sites = store.manifest["sites"]
-    return lm, HooksUsed(tuple(sites["reads"]), tuple(sites["writes"]))
+    return lm, HooksUsed(tuple(store.manifest["sites"]["reads"]), tuple(store.manifest["sites"]["writes"]))

@@ -109,12 +109,13 @@ def example_rows(store: Any, kinds: Sequence[str], progress: bool = False) -> It
 
 def _example(example: Example) -> dict[str, Any]:
     low, high = example.quantile or (None, None)
+    context, position = example.where
     return {
         "value": example.value,
         "document": example.document,
         "document_position": example.document_position,
-        "context": example.sequence,
-        "position": example.position,
+        "context": context,
+        "position": position,
         "quantile_low": low,
         "quantile_high": high,
         "peak": example.peak,
