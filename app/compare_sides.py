@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import streamlit as st
 
-from saelab.app import compare_charts, state
+from saelab.app import as_python, compare_charts, url
 from saelab.app.compare_table import Column, show_table
 from saelab.features import FeatureStore
 from saelab.features.render import cosine, percent
@@ -21,6 +21,7 @@ def show(store: FeatureStore, sources: list[str], address: str) -> None:
         st.info("Choose two different sources.", icon=":material/compare_arrows:")
         return
     found = sides(store, a, b)
+    as_python.offer("from saelab.features.sides import sides", "", f"found = sides(store, {a}, {b})", store=store)
     left, right = st.columns(2, gap="large")
     shared = int((found.kind == 1).sum())
     left.plotly_chart(
@@ -41,13 +42,13 @@ def show(store: FeatureStore, sources: list[str], address: str) -> None:
 def _chosen(sources: list[str]) -> tuple[int, int]:
     """The two sources, by number."""
     numbers = [str(number) for number in range(len(sources))]
-    a = state.url_choice("left", "0", numbers)
-    b = state.url_choice("right", numbers[-1], numbers)
+    a = url.choice("left", "0", numbers)
+    b = url.choice("right", numbers[-1], numbers)
     names = dict(zip(numbers, sources, strict=True))
     for column, label, name, value in zip(
         st.columns(2), ("First source", "Second source"), ("left", "right"), (a, b), strict=True
     ):
-        column.selectbox(label, numbers, format_func=names.__getitem__, **state.bound(name, value))
+        column.selectbox(label, numbers, format_func=names.__getitem__, **url.bound(name, value))
     return int(a), int(b)
 
 
@@ -55,9 +56,9 @@ def _table(store: FeatureStore, found: Sides, address: str) -> None:
     kinds = {"a": "a only", "shared": "shared", "b": "b only", "other": "other", "all": ""}
     said = {"a": "First only", "shared": "Shared", "b": "Second only", "other": "Between", "all": "All"}
     counts = {key: int((found.kind == CLASSES.index(kind)).sum()) for key, kind in kinds.items() if kind}
-    kind = state.url_choice("side", "a", list(kinds))
+    kind = url.choice("side", "a", list(kinds))
     st.selectbox(
-        "Features", list(kinds), width=260, **state.bound("side", kind),
+        "Features", list(kinds), width=260, **url.bound("side", kind),
         format_func=lambda key: f"{said[key]} ({counts[key]:,})" if key in counts else said[key],
     )  # fmt: skip
     features = found.features(kinds[kind]).tolist()
@@ -65,7 +66,7 @@ def _table(store: FeatureStore, found: Sides, address: str) -> None:
         st.info("No feature is of this kind.", icon=":material/filter_alt_off:")
         return
     pages = -(-len(features) // PER_PAGE)
-    page = state.url_int("page", 1, 1, pages)
+    page = url.integer("page", 1, 1, pages)
     shown = features[(page - 1) * PER_PAGE : page * PER_PAGE]
     rows = {row["feature"]: row for row in store.rows_of(shown)}
     norms = [[f"{norm[i]:.3g}" for i in shown] for norm in (found.norm_a, found.norm_b)]
@@ -80,4 +81,4 @@ def _table(store: FeatureStore, found: Sides, address: str) -> None:
         ],
         f"{len(features):,} features, from those of the first source to those of the second",
     )
-    state.show_pagination(pages, page)
+    url.show_pagination(pages, page)

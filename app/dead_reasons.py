@@ -6,7 +6,7 @@ from typing import Any
 
 import streamlit as st
 
-from saelab.app import state
+from saelab.app import markdown
 from saelab.errors import SaelabError
 from saelab.features import FeatureStore
 from saelab.features.render import cosine
@@ -21,7 +21,7 @@ def show_reasons(store: FeatureStore, features: list[int]) -> None:
     try:
         rows = [diagnosis(store, feature) for feature in features]
     except SaelabError as error:
-        st.info(state.plain(str(error)), icon=":material/update:")
+        st.info(markdown.plain(str(error)), icon=":material/update:")
         return
     st.dataframe(rows, hide_index=True, alt="How near each rare feature came to firing, and why")
     st.caption(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import streamlit as st
 
-from saelab.app import state
+from saelab.app import markdown, state
 from saelab.errors import StoreError
 from saelab.features import Feature
 from saelab.features.effect import effect_html, not_measurable, summary
@@ -17,7 +17,7 @@ def show(feature: Feature) -> None:
     """Show what was measured, or a button that measures it."""
     st.subheader("Measured effect")
     if reason := not_measurable(feature.store.manifest):
-        st.caption(state.plain(reason))
+        st.caption(markdown.plain(reason))
         return
     if not feature.n_fired:
         st.caption("It never fired, so there is no example to zero it at.")
@@ -30,7 +30,7 @@ def show(feature: Feature) -> None:
                 "model; the result is kept in the run."
             )
         else:
-            st.caption(state.plain(summary(effect)))
+            st.caption(markdown.plain(summary(effect)))
             st.html(effect_html(effect))
         if st.button("Measure" if effect is None else "Measure again", icon=":material/science:", key="measure"):
             _measure(feature)
@@ -56,7 +56,7 @@ def show_shares(feature: Feature) -> None:
     try:
         heads, sources = feature.head_shares, feature.source_norms
     except StoreError as error:
-        st.caption(state.plain(str(error)))
+        st.caption(markdown.plain(str(error)))
         return
     if heads is not None:
         st.subheader("Attention heads")

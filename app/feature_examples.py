@@ -6,7 +6,7 @@ from urllib.parse import urlencode
 
 import streamlit as st
 
-from saelab.app import state
+from saelab.app import markdown, state, url
 from saelab.errors import StoreError
 from saelab.features import Feature
 from saelab.features.render import DocumentLinks, examples_html
@@ -26,11 +26,11 @@ _LIMIT = 20
 def show(feature: Feature) -> None:
     """Show them under the choice of their kind."""
     st.subheader("Examples")
-    kind = state.url_choice("kind", "top", list(_KINDS))
+    kind = url.choice("kind", "top", list(_KINDS))
     names = {key: name for key, (name, _) in _KINDS.items()}
     st.segmented_control(
         "Which", list(_KINDS), format_func=names.__getitem__, required=True, label_visibility="collapsed",
-        **state.bound("kind", kind),
+        **url.bound("kind", kind),
     )  # fmt: skip
     signs = " of that sign (blue: negative)" if feature.store.signed else ""
     st.caption(
@@ -41,7 +41,7 @@ def show(feature: Feature) -> None:
     try:
         _lists(feature, kind)
     except StoreError as error:
-        st.info(state.plain(str(error)), icon=":material/update:")
+        st.info(markdown.plain(str(error)), icon=":material/update:")
 
 
 def _lists(feature: Feature, kind: str) -> None:
@@ -50,7 +50,7 @@ def _lists(feature: Feature, kind: str) -> None:
     if kind == "top" and len(feature.ends) > 1:
         lists.append(("bottom", f"The other end ({feature.ends[1].name})", feature.examples(kind="bottom")))
     shown = [example.place for _, _, examples in lists for example in examples]
-    links = DocumentLinks(lambda place: _address(feature, place), state.url_choice("doc", "", ["", *shown]))
+    links = DocumentLinks(lambda place: _address(feature, place), url.choice("doc", "", ["", *shown]))
     largest = {end.sign: end.max for end in feature.ends}
     for name, title, examples in lists:
         if title:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import streamlit as st
 
-from saelab.app import state
+from saelab.app import markdown, state
 from saelab.errors import StoreError
 from saelab.features import Feature
 
@@ -63,4 +63,4 @@ def _add(feature: Feature, kind: str, value: object, name: str) -> None:
     try:
         feature.store.annotations.add(feature.feature, kind, value, name)
     except StoreError as error:
-        st.error(state.plain(str(error)), icon=":material/error:")
+        st.error(markdown.plain(str(error)), icon=":material/error:")

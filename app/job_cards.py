@@ -8,7 +8,7 @@ from pathlib import Path
 
 import streamlit as st
 
-from saelab.app import state
+from saelab.app import markdown, url
 from saelab.app.job_forms import REFUSED, show_refusal
 from saelab.errors import SaelabError
 from saelab.features.visible import visible
@@ -37,7 +37,7 @@ def show(run: Path) -> None:
     """All jobs of a run."""
     st.subheader("Jobs of this run", divider="gray")
     found = jobs(run)
-    opened = state.url_choice("job", "", ["", *(job.id for job in found)])
+    opened = url.choice("job", "", ["", *(job.id for job in found)])
     if not found:
         st.caption("No job has been started yet.")
         return
@@ -55,20 +55,20 @@ def _cards(run: Path, opened: str, active: bool) -> None:
         with st.container(border=True, key=f"sa-job-{job.id}"):
             _card(job, job.id == opened)
     if len(found) > len(shown):
-        st.caption(f"{len(found) - len(shown):,} older jobs are in {state.plain(str(found[-1].folder.parent))}.")
+        st.caption(f"{len(found) - len(shown):,} older jobs are in {markdown.plain(str(found[-1].folder.parent))}.")
 
 
 def _card(job: Job, is_open: bool) -> None:
     now = job.state
     word, icon = _STATES[now]
     title = KINDS[job.kind].title if job.kind in KINDS else "Job"
-    st.markdown(f":material/{icon}: **{title}** of {state.plain(job.sae)} \u00b7 **{word}** \u00b7 {_when(job)}")
+    st.markdown(f":material/{icon}: **{title}** of {markdown.plain(job.sae)} \u00b7 **{word}** \u00b7 {_when(job)}")
     if now in ACTIVE:
         _progress(job)
     elif now == "lost":
         st.warning(_LOST, icon=":material/help:")
     elif job.end is not None:
-        said = state.plain(visible(job.end.text))
+        said = markdown.plain(visible(job.end.text))
         st.error(said, icon=":material/error:") if now == "failed" else st.markdown(said)
     with st.container(horizontal=True):
         if now in ACTIVE:
@@ -79,7 +79,7 @@ def _card(job: Job, is_open: bool) -> None:
         )  # fmt: skip
     if is_open:
         st.code(visible_lines(job.log()) or "The log is empty.", language=None, wrap_lines=True)
-        st.caption(state.plain(str(job.folder)))
+        st.caption(markdown.plain(str(job.folder)))
 
 
 def _cancel_button(job: Job, now: str) -> None:
@@ -111,7 +111,7 @@ def _progress(job: Job) -> None:
         part = min(said.done / said.total, 1.0) if said.total else 0.0
         total = f" of {said.total:,.0f}" if said.total else ""
         left = f", about {duration(said.remaining)} left" if said.remaining is not None else ""
-        st.progress(part, state.plain(f"{said.what}: {said.done:,.0f}{total} ({said.unit}){left}"))
+        st.progress(part, markdown.plain(f"{said.what}: {said.done:,.0f}{total} ({said.unit}){left}"))
     if silent > SILENT_SECONDS:
         st.caption(f"No sign of life for {duration(silent)}.")
 

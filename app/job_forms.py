@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 import streamlit as st
 
-from saelab.app import state
+from saelab.app import markdown, state, url
 from saelab.errors import SaelabError
 from saelab.features.schema import MANIFEST
 from saelab.features.visible import escape
@@ -35,8 +35,8 @@ def show(sae: SaeRun, name: str) -> None:
     with st.container(border=True), state.friendly_errors():
         st.markdown(_MEANINGS[name])
         if name != "features" and not (sae.features_dir / MANIFEST).exists():
-            st.info(f"No features have been collected for {state.plain(sae.name)} yet.", icon=":material/info:")
-            state.go_button("Collect them", ":material/arrow_forward:", kind="features")
+            st.info(f"No features have been collected for {markdown.plain(sae.name)} yet.", icon=":material/info:")
+            url.go_button("Collect them", ":material/arrow_forward:", kind="features")
             return
         kind = _FORMS[name](sae)
         if kind is None:
@@ -56,7 +56,7 @@ def show(sae: SaeRun, name: str) -> None:
 def show_refusal() -> None:
     """Why what was asked last did not happen, once."""
     if refused := st.session_state.pop(REFUSED, None):
-        st.error(state.plain(refused), icon=":material/error:")
+        st.error(markdown.plain(refused), icon=":material/error:")
 
 
 def _start(sae: str, kind: Kind) -> None:
@@ -78,7 +78,7 @@ def _collect(sae: SaeRun) -> Kind:
         n_tokens = int(st.number_input("Tokens", 1, 10**12, 100_000, step=100_000, key="collect_tokens"))
     renew = st.toggle("Collect again what is there", key="collect_renew", help="Replaces the store; annotations stay.")
     with_model = summary(sae).model
-    st.caption(f"Runs the model {state.plain(with_model or 'that the SAE records')} on this machine.")
+    st.caption(f"Runs the model {markdown.plain(with_model or 'that the SAE records')} on this machine.")
     return Collect(n_tokens=n_tokens, renew=renew)
 
 
@@ -122,7 +122,7 @@ def _says_where_it_sends(kind: Kind) -> bool:
         f"<b>{escape(kind.address)}</b> (model {escape(kind.model)}), and nowhere else.</p>"
     )
     host = urlsplit(kind.address).hostname or ""
-    return host in _NEAR or st.checkbox(f"Send them to {state.plain(host)}", key=f"label_sends_{host}")
+    return host in _NEAR or st.checkbox(f"Send them to {markdown.plain(host)}", key=f"label_sends_{host}")
 
 
 _FORMS: dict[str, Callable[[SaeRun], Kind | None]] = {"verify": _verify, "features": _collect, "label": _label}

@@ -15,6 +15,7 @@ from saelab.app import (
     page_steer,
     page_texts,
     state,
+    url,
 )
 from saelab.app.style import ICON, PAGE_STYLE
 
@@ -35,9 +36,9 @@ st.session_state["pages"] = pages
 page = st.navigation(list(pages.values()))
 state.page_title({id(one): name.capitalize() for name, one in pages.items()}.get(id(page), "saelab"))
 st.html(PAGE_STYLE)
-state.show_notices()
+url.show_notices()
 with state.friendly_errors(page.title):
-    state.check_parameters()
+    url.check_parameters()
     state.show_sidebar()
     page.run()
     as_python.show()

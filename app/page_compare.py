@@ -7,7 +7,7 @@ from urllib.parse import urlencode
 import numpy as np
 import streamlit as st
 
-from saelab.app import compare_charts, compare_sides, state
+from saelab.app import as_python, compare_charts, compare_sides, markdown, state, url
 from saelab.app.compare_table import Column, show_table
 from saelab.features import FeatureStore
 from saelab.features.changes import Changes, changes
@@ -48,10 +48,10 @@ def show() -> None:
             icon=":material/compare_arrows:",
         )
         return
-    view = state.url_choice("view", next(iter(views)), list(views))
+    view = url.choice("view", next(iter(views)), list(views))
     if len(views) > 1:
         st.segmented_control(
-            "Compare with", list(views), format_func=views.__getitem__, required=True, **state.bound("view", view)
+            "Compare with", list(views), format_func=views.__getitem__, required=True, **url.bound("view", view)
         )
     if view == "sides":
         compare_sides.show(store, sources, _address(first))
@@ -64,17 +64,26 @@ def _pair(first: SaeRun, store: FeatureStore, given: list[SaeRun]) -> None:
     names = {one.name: one for one in others}
     if st.query_params.get("with") == first.name:  # the first was changed to what the second was
         del st.query_params["with"]
-    second = names[state.url_choice("with", _default(first, given).name, list(names))]
+    second = names[url.choice("with", _default(first, given).name, list(names))]
     left, right = st.columns(2)
-    left.selectbox("First", [one.name for one in given], **state.bound("sae", first.name))
-    right.selectbox("Second", list(names), **state.bound("with", second.name))
+    left.selectbox("First", [one.name for one in given], **url.bound("sae", first.name))
+    right.selectbox("Second", list(names), **url.bound("with", second.name))
     other = state.store_of(second)
     _warn(store, other)
     with st.spinner("Matching features"):
         matching = _matched(_key(store), _key(other), store, other)
-    text = state.url_choice("same", "0.7", _COSINES)
+    text = url.choice("same", "0.7", _COSINES)
     found = changes(matching, float(text))
     _numbers(matching, found, first, second)
+    as_python.offer(
+        "from saelab.features.changes import changes",
+        "from saelab.features.matching import match",
+        "",
+        f"other = saelab.load_features({str(other.folder)!r})",
+        "matching = match(store, other)",
+        f"found = changes(matching, {text})",
+        store=store,
+    )
     figure = compare_charts.cosines(matching.of_a.cosine, matching.of_b.cosine, (first.name, second.name), float(text))
     st.plotly_chart(
         figure, key="cosines", config={"displayModeBar": False},
@@ -106,7 +115,7 @@ def _warn(store: FeatureStore, other: FeatureStore) -> None:
             icon=":material/info:",
         )
     elif store.hook_name != other.hook_name:
-        hooks = f"{state.plain(store.hook_name)} and {state.plain(other.hook_name)}"
+        hooks = f"{markdown.plain(store.hook_name)} and {markdown.plain(other.hook_name)}"
         st.info(f"These SAEs write to different hooks, {hooks}.", icon=":material/info:")
 
 
@@ -150,13 +159,13 @@ def _table(
         "split": "Split",
         "merged": "Merged",
     }
-    show = state.url_choice("show", "mutual", list(shows))
-    order = state.url_choice("order", "unlike", list(_ORDERS))
+    show = url.choice("show", "mutual", list(shows))
+    order = url.choice("order", "unlike", list(_ORDERS))
     with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
-        st.selectbox("Features", list(shows), format_func=shows.__getitem__, width=200, **state.bound("show", show))
-        st.selectbox("Order", list(_ORDERS), format_func=_ORDERS.__getitem__, width=200, **state.bound("order", order))
+        st.selectbox("Features", list(shows), format_func=shows.__getitem__, width=200, **url.bound("show", show))
+        st.selectbox("Order", list(_ORDERS), format_func=_ORDERS.__getitem__, width=200, **url.bound("order", order))
         st.selectbox(
-            "Counterpart from cosine", _COSINES, width=200, **state.bound("same", f"{cosine:g}"),
+            "Counterpart from cosine", _COSINES, width=200, **url.bound("same", f"{cosine:g}"),
             help="A feature of the other SAE counts as a counterpart if it is the most similar and at least that similar.",
         )  # fmt: skip
     rows = pairs(matching, show, order, cosine)
@@ -164,12 +173,12 @@ def _table(
         st.info("No feature is of this kind.", icon=":material/filter_alt_off:")
         return
     pages = -(-len(rows) // PER_PAGE)
-    page = state.url_int("page", 1, 1, pages)
+    page = url.integer("page", 1, 1, pages)
     shown = rows[(page - 1) * PER_PAGE : page * PER_PAGE]
     show_table(
         _columns(shown, stores, saes), f"{len(rows):,} pairs, {shows[show].lower()}, {_ORDERS[order].lower()} first"
     )
-    state.show_pagination(pages, page)
+    url.show_pagination(pages, page)
 
 
 def _columns(shown: list[Pair], stores: tuple[FeatureStore, FeatureStore], saes: tuple[SaeRun, SaeRun]) -> list[Column]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import streamlit as st
 
-from saelab.app import as_python, charts, state
+from saelab.app import as_python, charts, state, url
 from saelab.app.dead_reasons import show_reasons
 from saelab.app.feature_rows import show_rows
 from saelab.features.render import percent
@@ -18,14 +18,14 @@ def show() -> None:
     store = state.store()
     st.title("Dead features")
     st.html(f'<p class="sa-sub">Features that never, or almost never, fired on the {state.counted(store)}.</p>')
-    at_most = int(state.url_choice("fired", "10", _LIMITS))
+    at_most = int(url.choice("fired", "10", _LIMITS))
     never, rare = store.count({"n_fired": (None, 0)}), store.count({"n_fired": (None, at_most)})
     first, second, third, control = st.columns([1, 1, 1, 2], vertical_alignment="center")
     first.metric("Never fired", f"{never:,}", help="No non-zero activation on any counted token.")
     second.metric("Share never fired", percent(never / store.d_sae))
     third.metric(f"Fired at most {at_most}\u00d7", f"{rare:,}")
     control.segmented_control(
-        "Count as rare: fired at most", _LIMITS, required=True, **state.bound("fired", str(at_most))
+        "Count as rare: fired at most", _LIMITS, required=True, **url.bound("fired", str(at_most))
     )
     density, cosine = store.column("density"), store.column("cosine")
     left, right = st.columns(2, gap="large")
@@ -40,7 +40,7 @@ def show() -> None:
         st.success(f"Every feature fired more than {at_most} times.", icon=":material/check_circle:")
         return
     pages = -(-rare // PER_PAGE)
-    page = state.url_int("page", 1, 1, pages)
+    page = url.integer("page", 1, 1, pages)
     where = {"n_fired": (None, at_most)}
     rows = store.table("n_fired", False, where, PER_PAGE, (page - 1) * PER_PAGE)
     as_python.offer(
@@ -50,4 +50,4 @@ def show() -> None:
     )
     show_reasons(store, [row["feature"] for row in rows])
     show_rows(store, rows, "n_fired", descending=False)
-    state.show_pagination(pages, page)
+    url.show_pagination(pages, page)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import streamlit as st
 
-from saelab.app import as_python, feature_effect, feature_examples, feature_notes, query, related, state
+from saelab.app import as_python, feature_effect, feature_examples, feature_notes, markdown, query, related, state, url
 from saelab.features import Feature
 from saelab.features.render import cosine, feature_histogram_html, number, percent, signs_text
 from saelab.features.visible import escape
@@ -13,7 +13,7 @@ from saelab.features.visible import escape
 def show() -> None:
     """Render the page."""
     store = state.store()
-    index = state.url_int("feature", state.default_feature(store), 0, store.d_sae - 1)
+    index = url.integer("feature", state.default_feature(store), 0, store.d_sae - 1)
     st.session_state["feature"] = index
     feature = store.feature(index)
     asked = query.from_url(store)
@@ -24,7 +24,7 @@ def show() -> None:
     _navigation(feature, asked)
     _numbers(feature)
     if signs := signs_text(feature):
-        st.info(state.plain(signs), icon=":material/swap_horiz:")
+        st.info(markdown.plain(signs), icon=":material/swap_horiz:")
     if not feature.n_fired:
         st.info(
             f"This feature did not fire on any of the {state.counted(store)}, so it has no examples.",
@@ -62,9 +62,9 @@ def _navigation(feature: Feature, asked: query.Query) -> None:
     if here is not None and here + 1 < len(order):
         after = order[here + 1]
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        state.go_button("Previous", ":material/chevron_left:", "Left", disabled=before is None, feature=before)
-        state.go_button("Next", ":material/chevron_right:", "Right", disabled=after is None, feature=after)
-        st.number_input("Go to", 0, store.d_sae - 1, step=1, width=130, **state.bound("feature", index))
+        url.go_button("Previous", ":material/chevron_left:", "Left", disabled=before is None, feature=before)
+        url.go_button("Next", ":material/chevron_right:", "Right", disabled=after is None, feature=after)
+        st.number_input("Go to", 0, store.d_sae - 1, step=1, width=130, **url.bound("feature", index))
         state.link("prompt", "Try it on a text", ":material/edit_note:", feature=index)
         state.link("steer", "Steer with it", ":material/tune:", feature=index)
         state.link("features", "All features", ":material/table_rows:", **asked.parameters())

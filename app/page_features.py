@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import streamlit as st
 
-from saelab.app import as_python, query, state
+from saelab.app import as_python, query, state, url
 from saelab.app.feature_rows import show_rows
 from saelab.features import FeatureStore
 
@@ -24,12 +24,12 @@ def show() -> None:
         st.info(f"No feature is found. {fix}", icon=":material/filter_alt_off:")
         return
     pages = -(-len(features) // PER_PAGE)
-    page = state.url_int("page", 1, 1, pages)
+    page = url.integer("page", 1, 1, pages)
     as_python.offer(query.as_python(asked, PER_PAGE, (page - 1) * PER_PAGE), store=store)
     rows = store.rows_of(features[(page - 1) * PER_PAGE : page * PER_PAGE])
     sort = "" if asked.words.strip() else asked.sort
     show_rows(store, rows, sort, asked.order == "down", asked.parameters())
-    state.show_pagination(pages, page)
+    url.show_pagination(pages, page)
     if asked.among and not asked.words.strip():
         state.download(asked.among, features)
 
@@ -38,29 +38,29 @@ def _controls(store: FeatureStore, asked: query.Query) -> None:
     st.text_input(
         "Search", max_chars=query.MAX_SEARCH, icon=":material/search:", type="search",
         placeholder='Words of labels, peaks and the text around them; or a token in quotes: " don"',
-        **state.bound("q", asked.words),
+        **url.bound("q", asked.words),
     )  # fmt: skip
     if asked.words.strip():
         return
     with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
         st.segmented_control(
             "Sort by", list(query.SORTS), format_func=lambda key: query.SORTS[key][0], required=True,
-            **state.bound("sort", asked.sort),
+            **url.bound("sort", asked.sort),
         )  # fmt: skip
         st.segmented_control(
             "Order", list(query.ORDERS), format_func=query.ORDERS.__getitem__, required=True,
-            **state.bound("order", asked.order),
+            **url.bound("order", asked.order),
         )  # fmt: skip
         st.segmented_control(
             "Density", list(query.SHOWS), format_func=lambda key: query.SHOWS[key][0], required=True,
-            **state.bound("show", asked.show),
+            **url.bound("show", asked.show),
         )  # fmt: skip
         if lists := sorted(store.lists):
             st.selectbox(
                 "List",
                 ["", *lists],
                 format_func=lambda name: name or "All features",
-                **state.bound("list", asked.among),
+                **url.bound("list", asked.among),
             )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import streamlit as st
 
-from saelab.app import job_cards, job_forms, state
+from saelab.app import as_python, job_cards, job_forms, state, url
 from saelab.jobs import KINDS
 
 
@@ -16,14 +16,18 @@ def show() -> None:
         '<p class="sa-sub">Each job is a process of its own: it goes on when this page or the dashboard is closed, and what '
         "it has done is kept when it is cancelled.</p>"
     )
-    name = state.url_choice("kind", "verify", list(KINDS))
+    name = url.choice("kind", "verify", list(KINDS))
     st.segmented_control(
         "Job",
         list(KINDS),
         format_func=lambda one: KINDS[one].title,
         required=True,
         wrap=True,
-        **state.bound("kind", name),
+        **url.bound("kind", name),
     )
     job_forms.show(sae, name)
     job_cards.show(state.run_folder())
+    folder = str(state.run_folder())
+    as_python.offer(
+        "from pathlib import Path", "", "from saelab.jobs import jobs", "", f"found = jobs(Path({folder!r}))"
+    )

@@ -8,7 +8,7 @@ from urllib.parse import urlencode
 import numpy as np
 import streamlit as st
 
-from saelab.app import scatter, state
+from saelab.app import as_python, markdown, scatter, state, url
 from saelab.app.feature_rows import show_rows
 from saelab.errors import StoreError
 from saelab.features import FeatureStore
@@ -33,24 +33,26 @@ def show() -> None:
     store = state.store()
     st.title("Map")
     layout = _layout(store, _version(store))
+    lines = ("from saelab.features.layout import read_layout", "", "xy = read_layout(store).xy  # one row per feature")
+    as_python.offer(*lines, store=store)
     lists = sorted(store.lists)
     colours = [name for name in _COLOURS if name != "sharpness" or store.manifest["version"] >= 3]
-    colour = state.url_choice("colour", "density", colours)
-    among = state.url_choice("list", "", ["", *lists])
-    near = state.url_int("near", -1, 0, store.d_sae - 1)
+    colour = url.choice("colour", "density", colours)
+    among = url.choice("list", "", ["", *lists])
+    near = url.integer("near", -1, 0, store.d_sae - 1)
     corners = _corners()
     with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
         st.segmented_control(
-            "Colour", colours, format_func=_COLOURS.__getitem__, required=True, **state.bound("colour", colour)
+            "Colour", colours, format_func=_COLOURS.__getitem__, required=True, **url.bound("colour", colour)
         )
         if lists:
             st.selectbox(
                 "Mark a list", ["", *lists], format_func=lambda name: name or "None", width=200,
-                **state.bound("list", among),
+                **url.bound("list", among),
             )  # fmt: skip
         st.number_input(
             f"Choose the {NEAR} around feature", 0, store.d_sae - 1, step=1, value=None, width=220,
-            placeholder="Number", **state.bound("near", near if near >= 0 else None),
+            placeholder="Number", **url.bound("near", near if near >= 0 else None),
         )  # fmt: skip
     st.caption(
         f"{_METHODS[layout.method]} Point at a feature for its label, click to open it, draw around features to choose them; "
@@ -79,7 +81,7 @@ def _corners() -> list[tuple[float, float]]:
         return []
     values = text.split(",") if re.fullmatch(r"(-?\d{1,3}(\.\d{1,6})?,?){6,200}", text) else []
     if len(values) % 2 or not 6 <= len(values) <= 2 * MAX_CORNERS or not all(values):
-        return state.url_refused("lasso", text, "numbers x,y,x,y ... of 3 to 64 corners", [])
+        return url.refused("lasso", text, "numbers x,y,x,y ... of 3 to 64 corners", [])
     numbers = [float(value) for value in values]
     return list(zip(numbers[::2], numbers[1::2], strict=True))
 
@@ -144,16 +146,16 @@ def _selection(store: FeatureStore, chosen: list[int] | None) -> None:
         ):
             _add(store, chosen, name.strip())
     pages = -(-len(chosen) // PER_PAGE)
-    page = state.url_int("page", 1, 1, pages)
+    page = url.integer("page", 1, 1, pages)
     show_rows(store, store.rows_of(chosen[(page - 1) * PER_PAGE : page * PER_PAGE]))
-    state.show_pagination(pages, page)
+    url.show_pagination(pages, page)
 
 
 def _add(store: FeatureStore, chosen: list[int], name: str) -> None:
     try:
         store.annotations.add_all(chosen, "list", True, name)
     except StoreError as error:
-        st.error(state.plain(str(error)), icon=":material/error:")
+        st.error(markdown.plain(str(error)), icon=":material/error:")
         return
-    st.toast(f"{len(chosen):,} features are in the list {state.plain(name)}.")
+    st.toast(f"{len(chosen):,} features are in the list {markdown.plain(name)}.")
     state.link("features", "Open the list", ":material/table_rows:", list=name, show="all")

@@ -7,7 +7,7 @@ from urllib.parse import urlencode
 
 import streamlit as st
 
-from saelab.app import as_python, state
+from saelab.app import as_python, markdown, state, url
 from saelab.app.feature_rows import DASH
 from saelab.features import FeatureStore
 from saelab.features.records import Example
@@ -29,10 +29,10 @@ def show() -> None:
         '<p class="sa-sub">What the features read in a text of yours. The model '
         f"{escape(model_label(store.manifest['model']['name']))} is loaded when you press the button.</p>"
     )
-    index = state.url_int("feature", -1, -1, store.d_sae - 1)
-    by = state.url_choice("by", "surprise", list(_ORDERS))
+    index = url.integer("feature", -1, -1, store.d_sae - 1)
+    by = url.choice("by", "surprise", list(_ORDERS))
     with st.form("prompt", border=False):
-        text = st.text_area("Text", max_chars=MAX_CHARACTERS, key=state.text_box_key("text", _DEFAULT, MAX_CHARACTERS))
+        text = st.text_area("Text", max_chars=MAX_CHARACTERS, key=url.text_box_key("text", _DEFAULT, MAX_CHARACTERS))
         pressed = st.form_submit_button("Read", type="primary", icon=":material/play_arrow:")
     along = [f"values = reading.of({index})"] if index >= 0 else []
     as_python.offer(
@@ -45,7 +45,7 @@ def show() -> None:
         model=True,
     )
     if pressed:
-        state.keep_texts({"text": text})
+        url.keep_texts({"text": text})
         with state.friendly_errors():
             st.session_state["reading"] = (store.folder, _read(store, text))
     folder, reading = st.session_state.get("reading", (None, None))
@@ -56,7 +56,7 @@ def show() -> None:
     st.segmented_control(
         "Order", list(_ORDERS), format_func=_ORDERS.__getitem__, required=True,
         help="Standing out: the share of the feature's firings that are weaker, times its rarity (-log10 of its density).",
-        **state.bound("by", by),
+        **url.bound("by", by),
     )  # fmt: skip
     _overall(store, reading.best(by=by))
     _tokens(store, reading, by)
@@ -93,7 +93,7 @@ def _overall(store: FeatureStore, best: list[dict[str, Any]]) -> None:
     with st.container(horizontal=True):
         for feature in chosen:
             label = labels.get(feature) or rows[feature]["label"] or ""
-            state.link("feature", state.plain(f"{feature} {label[:40]}"), feature=feature)
+            state.link("feature", markdown.plain(f"{feature} {label[:40]}"), feature=feature)
 
 
 def _tokens(store: FeatureStore, reading: Any, by: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import streamlit as st
 
-from saelab.app import as_python, run_curves, run_table, state
+from saelab.app import as_python, markdown, run_curves, run_table, state
 from saelab.app.curves import scatter
 from saelab.features.render import model_label, number, percent
 from saelab.run_folder import summary
@@ -42,7 +42,7 @@ def show() -> None:
     _offer(found)
     rows = {sae.name: summary(sae) for sae in found}
     for fault in dict.fromkeys(fault for row in rows.values() for fault in row.faults):
-        st.warning(state.plain(fault))
+        st.warning(markdown.plain(fault))
     if len(found) > 1:
         run_table.show(list(rows.values()), chosen.name)
     scored = [row for row in rows.values() if row.fvu is not None and row.l0 is not None]
@@ -78,7 +78,7 @@ def _scatter(rows: list[Summary]) -> None:
 
 
 def _one(sae: SaeRun, row: Summary) -> None:
-    st.subheader(state.plain(sae.name), divider="gray")
+    st.subheader(markdown.plain(sae.name), divider="gray")
     parts = [row.variant, f"{row.d_sae:,} features" if row.d_sae else None]
     parts += [run_table.setting(row.sparsity) if row.sparsity else None, row.hook_name, model_label(row.model or "")]
     known = " \u00b7 ".join(part for part in parts if part)

@@ -9,7 +9,7 @@ from typing import Any
 
 import streamlit as st
 
-from saelab.app import as_python, state, steered_text
+from saelab.app import as_python, markdown, state, steered_text, url
 from saelab.app.steered_text import MAX_PROMPT, MAX_STRENGTH, MAX_TOKENS, signed
 from saelab.features import End, Feature, FeatureStore
 from saelab.features.render import feature_examples_html, model_label
@@ -29,7 +29,7 @@ def show() -> None:
         pressed = st.button("Generate", type="primary", icon=":material/play_arrow:")
         if len(request["prompt"]) > MAX_PROMPT_IN_URL:
             st.caption(f"A prompt of more than {MAX_PROMPT_IN_URL} characters is not kept in the address.")
-        model = state.plain(model_label(store.manifest["model"]["name"]))
+        model = markdown.plain(model_label(store.manifest["model"]["name"]))
         st.caption(f"The first run loads {model}; it stays in memory until the dashboard stops.")
     state.page_title(f"Steer with feature {feature.feature}")
     as_python.offer(*steered_text.as_python(request), store=store, model=True)
@@ -51,16 +51,16 @@ def show() -> None:
 
 def _controls(store: FeatureStore) -> tuple[Feature, dict[str, Any]]:
     """The chosen feature, and what to generate with it."""
-    index = state.url_int("feature", state.default_feature(store), 0, store.d_sae - 1)
+    index = url.integer("feature", state.default_feature(store), 0, store.d_sae - 1)
     st.session_state["feature"] = index
-    feature, strength = store.feature(index), state.url_float("strength", 2.0, -MAX_STRENGTH, MAX_STRENGTH)
-    tokens, seed = state.url_int("tokens", 40, 1, MAX_TOKENS), state.url_int("seed", 0, 0, MAX_SEED)
-    temperature, prompt = state.url_float("temperature", 0.0, 0.0, MAX_TEMPERATURE), _prompt()
+    feature, strength = store.feature(index), url.real("strength", 2.0, -MAX_STRENGTH, MAX_STRENGTH)
+    tokens, seed = url.integer("tokens", 40, 1, MAX_TOKENS), url.integer("seed", 0, 0, MAX_SEED)
+    temperature, prompt = url.real("temperature", 0.0, 0.0, MAX_TEMPERATURE), _prompt()
     with st.container(horizontal=True):
-        st.number_input("Feature", 0, store.d_sae - 1, step=1, width=150, **state.bound("feature", index))
+        st.number_input("Feature", 0, store.d_sae - 1, step=1, width=150, **url.bound("feature", index))
         st.number_input(
             "Strength (\u00d7 p99)", -MAX_STRENGTH, MAX_STRENGTH, step=0.5, format="%g", width=150,
-            **state.bound("strength", strength),
+            **url.bound("strength", strength),
         )  # fmt: skip
     end = _choose_end(feature)
     if end is not None:
@@ -71,12 +71,12 @@ def _controls(store: FeatureStore) -> tuple[Feature, dict[str, Any]]:
     st.session_state["box_prompt"] = prompt
     st.text_area("Prompt", max_chars=MAX_PROMPT, height=110, key="box_prompt", on_change=_write_prompt)
     with st.container(horizontal=True):
-        st.number_input("New tokens", 1, MAX_TOKENS, step=1, width=120, **state.bound("tokens", tokens))
+        st.number_input("New tokens", 1, MAX_TOKENS, step=1, width=120, **url.bound("tokens", tokens))
         st.number_input(
             "Temperature", 0.0, MAX_TEMPERATURE, step=0.1, format="%g", width=120,
-            help="0 always takes the most likely token.", **state.bound("temperature", temperature),
+            help="0 always takes the most likely token.", **url.bound("temperature", temperature),
         )  # fmt: skip
-        st.number_input("Seed", 0, MAX_SEED, step=1, width=120, **state.bound("seed", seed))
+        st.number_input("Seed", 0, MAX_SEED, step=1, width=120, **url.bound("seed", seed))
     request = {"feature": index, "end": end.name if end else "", "strength": strength, "prompt": prompt}
     return feature, request | {"max_new_tokens": tokens, "temperature": temperature, "seed": seed}
 
@@ -85,7 +85,7 @@ def _prompt() -> str:
     """The prompt in the URL, else a longer one that this session wrote, else the default."""
     text = st.query_params.get("prompt")
     if text is not None and len(text) > MAX_PROMPT_IN_URL:
-        state.notice("prompt", text, f"at most {MAX_PROMPT_IN_URL} characters", _PROMPT)
+        url.notice("prompt", text, f"at most {MAX_PROMPT_IN_URL} characters", _PROMPT)
         return _PROMPT
     return st.session_state.get("long_prompt", _PROMPT) if text is None else text
 
@@ -105,8 +105,8 @@ def _choose_end(feature: Feature) -> End | None:
     if len(feature.ends) < 2:
         return feature.ends[0] if feature.ends else None
     ends = {end.name: end for end in feature.ends}
-    chosen = state.url_choice("end", feature.ends[0].name, list(ends))
+    chosen = url.choice("end", feature.ends[0].name, list(ends))
     st.segmented_control(
-        "Towards its end", list(ends), format_func=str.capitalize, required=True, **state.bound("end", chosen)
+        "Towards its end", list(ends), format_func=str.capitalize, required=True, **url.bound("end", chosen)
     )
     return ends[chosen]

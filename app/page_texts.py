@@ -7,7 +7,7 @@ from urllib.parse import urlencode
 
 import streamlit as st
 
-from saelab.app import as_python, state
+from saelab.app import as_python, markdown, state, url
 from saelab.features import FeatureStore
 from saelab.features.contrast import MIN_TEXTS, lines
 from saelab.features.render import model_label
@@ -34,7 +34,7 @@ def show() -> None:
     texts, pressed = _boxes()
     if pressed:
         st.session_state.pop("contrast", None)
-        state.keep_texts(texts)
+        url.keep_texts(texts)
         with state.friendly_errors():
             st.session_state["contrast"] = (store.folder, texts, _read(store, texts))
     folder, read, found = st.session_state.get("contrast", (None, None, None))
@@ -43,10 +43,8 @@ def show() -> None:
     if read != texts:
         st.info("The texts have changed since they were compared: press Compare.", icon=":material/update:")
         return
-    if not state.fits_address(texts):
-        st.caption(
-            f"Texts of over {state.MAX_ADDRESS:,} characters are not in the address, which does not restore them."
-        )
+    if not url.fits_address(texts):
+        st.caption(f"Texts of over {url.MAX_ADDRESS:,} characters are not in the address, which does not restore them.")
     _result(found)
     as_python.offer(*_python(texts), store=store, model=True)
 
@@ -59,7 +57,7 @@ def _boxes() -> tuple[dict[str, str], bool]:
             texts[name] = column.text_area(
                 f"{label}, one in each line", max_chars=MAX_CHARACTERS, height=220,
                 help=f"At most {MAX_TEXTS} texts; at least {MIN_TEXTS} in each box for a claim.",
-                key=state.text_box_key(name, _EXAMPLE[name], MAX_CHARACTERS),
+                key=url.text_box_key(name, _EXAMPLE[name], MAX_CHARACTERS),
             )  # fmt: skip
         pressed = st.form_submit_button("Compare", type="primary", icon=":material/compare_arrows:")
     return texts, pressed
@@ -94,7 +92,7 @@ def _read(store: FeatureStore, texts: dict[str, str]) -> Any:
 def _result(found: Any) -> None:
     """The sentence and both tables."""
     notice, icon = (st.success, ":material/check:") if found.found.any() else (st.info, ":material/info:")
-    notice(state.plain(found.summary), icon=icon)
+    notice(markdown.plain(found.summary), icon=icon)
     st.caption(
         "Sorted by the difference of the shares of texts in which the feature fires. In brackets its 95 % interval (Newcombe), "
         "of one feature looked at alone; q: the false discovery rate (Benjamini and Hochberg) over all features that fired, of "

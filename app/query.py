@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import streamlit as st
 
-from saelab.app import state
+from saelab.app import url
 from saelab.features import FeatureStore
 
 SORTS = {
@@ -54,9 +54,9 @@ def from_url(store: FeatureStore) -> Query:
     """The query in the URL; unknown values show a notice."""
     lists = sorted(store.lists)
     known = store.manifest["version"] >= 3
-    sort = state.url_choice("sort", "sharpness" if known else "density", list(SORTS))
-    order, show = state.url_choice("order", "down", list(ORDERS)), state.url_choice("show", "firing", list(SHOWS))
-    among = state.url_choice("list", "", ["", *lists])
+    sort = url.choice("sort", "sharpness" if known else "density", list(SORTS))
+    order, show = url.choice("order", "down", list(ORDERS)), url.choice("show", "firing", list(SHOWS))
+    among = url.choice("list", "", ["", *lists])
     return Query(st.query_params.get("q", "")[:MAX_SEARCH], sort, order, show, among)
 
 

@@ -7,7 +7,7 @@ from urllib.parse import urlencode
 
 import streamlit as st
 
-from saelab.app import state
+from saelab.app import markdown, state, url
 from saelab.errors import StoreError
 from saelab.features import Feature, FeatureStore
 from saelab.features.visible import escape
@@ -20,16 +20,16 @@ def show(feature: Feature, parameters: dict[str, str]) -> None:
     """Show both tables; links keep `parameters`."""
     store = feature.store
     st.subheader("Neighbours")
-    by = state.url_choice("by", "decoder", list(_BY))
+    by = url.choice("by", "decoder", list(_BY))
     st.segmented_control(
         "By", list(_BY), format_func=_BY.__getitem__, required=True, label_visibility="collapsed",
-        help="Cosine similarity of decoder rows or of encoder rows.", **state.bound("by", by),
+        help="Cosine similarity of decoder rows or of encoder rows.", **url.bound("by", by),
     )  # fmt: skip
     try:
         rows = [(one["feature"], f"{one['cosine']:.2f}") for one in store.neighbours(feature.feature, by=by, k=_SHOWN)]
         st.html(_table(store, ("Feature", "Cosine"), rows, parameters))
     except StoreError as error:
-        st.info(state.plain(str(error)), icon=":material/link_off:")
+        st.info(markdown.plain(str(error)), icon=":material/link_off:")
     st.subheader("Fires together with")
     found = store.coactivation(feature.feature, _SHOWN)
     if not found:

@@ -9,7 +9,7 @@ from typing import Any
 
 import streamlit as st
 
-from saelab.app import state
+from saelab.app import url
 from saelab.app.curves import MAX_CURVES, QUANTITIES, line_sample, overlay
 from saelab.features.visible import escape
 from saelab.run_folder import training
@@ -24,10 +24,10 @@ _SEPARATOR = ","
 def show(found: Sequence[SaeRun]) -> None:
     """The curves, with a choice of quantity and of SAEs; both are in the URL."""
     st.subheader("Training", divider="gray")
-    key = state.url_choice("curve", "fvu", list(QUANTITIES))
+    key = url.choice("curve", "fvu", list(QUANTITIES))
     st.segmented_control(
         "Quantity", list(QUANTITIES), format_func=lambda one: QUANTITIES[one].title, required=True, wrap=True,
-        help="  \n".join(f"**{one.title}**: {one.meaning}" for one in QUANTITIES.values()), **state.bound("curve", key),
+        help="  \n".join(f"**{one.title}**: {one.meaning}" for one in QUANTITIES.values()), **url.bound("curve", key),
     )  # fmt: skip
     shown = _chosen(found)
     before = {sae.name: training(sae).state for sae in shown}
@@ -45,7 +45,7 @@ def _chosen(found: Sequence[SaeRun]) -> list[SaeRun]:
     chosen = [name for name in names if name in asked][:MAX_CURVES]
     if "curves" in st.query_params and len(chosen) != len(asked):
         chosen = []
-        state.url_choice("curves", "", [_SEPARATOR.join(default)])
+        url.choice("curves", "", [_SEPARATOR.join(default)])
     chosen = chosen or default
     st.session_state["curves_box"] = chosen
     st.multiselect(

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import streamlit as st
 
-from saelab.app import state
+from saelab.app import markdown, url
 from saelab.features.render import fixed
 from saelab.features.visible import escape
 from saelab.run_folder.summary import Summary, ordered, scored_apart
@@ -74,8 +74,8 @@ _REST = sum(column.width for column in COLUMNS.values())
 
 def show(rows: Sequence[Summary], chosen: str) -> None:
     """The table, in the order that the URL says, with `chosen` marked."""
-    sort = state.url_choice("sort", "name", list(SORTS))
-    order = state.url_choice("order", "up", ["up", "down"])
+    sort = url.choice("sort", "name", list(SORTS))
+    order = url.choice("order", "up", ["up", "down"])
     with st.container(key="sa-runs", gap=None):
         _head(sort, order)
         for i, row in enumerate(ordered(rows, sort, order == "down")):
@@ -107,7 +107,7 @@ def _header(key: str, sort: str, order: str) -> None:
     name = f"sa-sort{'-number' if SORTS[key].is_number else ''}-{key}"
     st.button(
         SORTS[key].title.replace("_", r"\_") + arrow, key=name, help=f"{SORTS[key].meaning} Click to sort.", type="tertiary",
-        width="stretch", on_click=state.go, kwargs={"sort": key, "order": other},
+        width="stretch", on_click=url.go, kwargs={"sort": key, "order": other},
     )  # fmt: skip
 
 
@@ -115,7 +115,7 @@ def _row(i: int, row: Summary, is_chosen: bool) -> None:
     with st.container(key=f"sa-run-{'chosen-' if is_chosen else ''}{i}"):
         first, rest = _columns()
         first.button(
-            state.plain(row.name), key=f"run_{row.name}", type="tertiary", on_click=state.go, kwargs={"sae": row.name},
+            markdown.plain(row.name), key=f"run_{row.name}", type="tertiary", on_click=url.go, kwargs={"sae": row.name},
             icon=":material/arrow_right:" if is_chosen else None, help="Show more of it below.",
         )  # fmt: skip
         rest.html(_cells(row))

@@ -7,7 +7,7 @@ from typing import Any
 
 import streamlit as st
 
-from saelab.app import state
+from saelab.app import markdown, state
 from saelab.features import Feature, FeatureStore
 from saelab.features.manifest import SIGNS_MIXED
 from saelab.features.render import model_label
@@ -52,7 +52,7 @@ def generate(store: FeatureStore, feature: Feature, request: dict[str, Any]) -> 
     prompt, options = request["prompt"], {key: request[key] for key in _SAMPLING}
     status.caption("Waiting for the model.")
     with state.MODEL_LOCK:
-        status.caption(f"Loading {state.plain(model_label(store.manifest['model']['name']))}.")
+        status.caption(f"Loading {markdown.plain(model_label(store.manifest['model']['name']))}.")
         lm = state.load_model(store.manifest["model"]["name"])
         status.caption("Writing.")
         key = (lm.hash, prompt, *options.values())
@@ -124,7 +124,7 @@ def _said(made: dict[str, Any], other: list[str]) -> str:
     named = [f"{key.replace('max_new_tokens', 'new tokens')} {signed(value)}" for key, value in values.items()]
     named += ["another prompt"] if "prompt" in other else []
     named += [f"its {made['end']} end"] if "end" in other else []
-    return state.plain(", ".join(named) or "another SAE")
+    return markdown.plain(", ".join(named) or "another SAE")
 
 
 def _output(text: str, prompt: str) -> str:

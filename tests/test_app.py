@@ -17,7 +17,7 @@ from streamlit.util import calc_hash
 
 import saelab.app
 from saelab.activation_cache import layout
-from saelab.app import charts, serve, state
+from saelab.app import charts, markdown, serve, url
 from saelab.errors import SaelabError
 from saelab.features.store import load_features
 from saelab.features.visible import escape
@@ -280,13 +280,17 @@ def test_every_parameter_that_a_page_uses_is_known():
     used = set()
     for path in Path(saelab.app.__path__[0]).glob("*.py"):
         source = path.read_text(encoding="utf-8")
-        used |= set(re.findall(r'(?:url_\w+|bound|query_params\.\w+)\(\s*"(\w+)"', source))
+        used |= set(
+            re.findall(
+                r'(?:url\.(?:choice|integer|real|refused|bound)|integer|choice|query_params\.\w+)\(\s*"(\w+)"', source
+            )
+        )
         used |= set(re.findall(r'query_params\["(\w+)"\]', source))
-    assert len(used) > 12 and used <= state.PARAMETERS
+    assert len(used) > 12 and used <= url.PARAMETERS
 
 
 def test_a_command_in_an_error_is_shown_as_one():
-    shown = state._with_commands("run `saelab features runs/a_b` in <b>`x`</b> `saelab\n\n[l](javascript:x)`")
+    shown = markdown.with_commands("run `saelab features runs/a_b` in <b>`x`</b> `saelab\n\n[l](javascript:x)`")
     assert shown.startswith("run `saelab features runs/a_b` in \\<b\\>\\`x\\`") and "\\[l\\]\\(" in shown
 
 

@@ -8,8 +8,8 @@ from saelab.features.store import load_features
 
 
 def lines_of(app):
-    (code,) = [one.value for one in app.code if "import " in one.value]
-    return code
+    (code,) = app.sidebar.code
+    return code.value
 
 
 def run(app):
@@ -27,7 +27,7 @@ def links(app):
 def test_the_lines_of_every_page_run(open_page, page, capsys):  # noqa: F811
     app = open_page(page)
     assert not app.exception and not app.error
-    assert run(app) and (page == "runs" or "load_features" in lines_of(app))
+    assert run(app) and (page in ("runs", "jobs") or "load_features" in lines_of(app))
 
 
 @pytest.mark.parametrize(

@@ -236,7 +236,7 @@ def test_the_picture_of_the_readme_can_be_made_again(chromium, server, hostile_r
     assert feature in [row["feature"] for row in load_features(hostile_run).search("weather")]
     pictures.take(chromium, server[0], [feature, 3], tmp_path / "two.png")
     with Image.open(tmp_path / "two.png") as picture:
-        assert picture.size == (1440, 860) and len(picture.getcolors()) > 16
+        assert picture.size == (1440, 860) and len(picture.getcolors() or [None] * 257) > 16
     assert (tmp_path / "two.png").stat().st_size < 200_000
 
 

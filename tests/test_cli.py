@@ -304,7 +304,7 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys, tmp_path):
 
 
 def test_sigterm_ends_a_command_as_ctrl_c_does(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(commands, "runs_of", lambda run: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(commands, "runs_of", lambda run, **_: os.kill(os.getpid(), signal.SIGTERM))
     assert main.main(["eval", str(tmp_path)]) == 130
     assert "resume from what is on disk" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

@@ -11,7 +11,7 @@ from streamlit.util import calc_hash
 from test_browser import CHROMIUM, REQUIRED, chromium, heading, idle, page, server  # noqa: F401
 
 import saelab
-from saelab.app import page_texts, serve, state
+from saelab.app import markdown, page_texts, serve, state
 
 MAIN = str(Path(serve.__file__).with_name("main.py"))
 A = "\n".join(f"The weather today is fine {word}." for word in "abcdefghijk")
@@ -53,9 +53,9 @@ def test_texts_of_the_address_are_compared(open_texts, hostile_run, tiny_lm):
     assert (
         not app.exception
         and not app.error
-        and found.summary.split(";")[0] in state.plain(found.summary).replace("\\", "")
+        and found.summary.split(";")[0] in markdown.plain(found.summary).replace("\\", "")
     )
-    assert app.success[0].value == state.plain(found.summary)
+    assert app.success[0].value == markdown.plain(found.summary)
     for shown, side in zip(tables(app), ("a", "b"), strict=True):
         rows = found.rows(25, side)
         assert [int(i) for i in re.findall(r'href="feature\?feature=(\d+)"', shown)] == [row["feature"] for row in rows]

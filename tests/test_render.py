@@ -128,7 +128,7 @@ def test_the_highlight_is_a_share_of_the_features_maximum():
     markup = examples_html([example([b"a", b"b", b"c"], [4.0, 2.0, 0.0])], 8.0)
     assert markup.count("tabindex") == 2  # the silent token is plain text
     assert markup.count('tabindex="0"') == 1  # an example is one tab stop
-    assert markup.count('data-v="4"') == markup.count('data-v="2"') == 1
+    assert markup.count('data-v="4.00"') == markup.count('data-v="2.00"') == 1
     assert "rgba(230,159,0,0.30)" in markup and "rgba(230,159,0,0.15)" in markup
     assert markup.count("sl-peak") == 1
 

@@ -285,7 +285,7 @@ def test_the_command_line_steers_the_chosen_end(world, end, sign, monkeypatch, c
     from saelab.cli import commands
 
     real, steered = type(world.lm).steer, []
-    monkeypatch.setattr(commands, "_load_model", lambda *_: world.lm)
+    monkeypatch.setattr(commands, "load_lm", lambda *_: world.lm)
     monkeypatch.setattr(type(world.lm), "steer", lambda lm, *edits: steered.extend(edits) or real(lm, *edits))
     commands.steer(world.run, INDEX["mostly negative"], prompt="The", end=end, max_new_tokens=1)
     assert np.sign(steered[0].value) == sign

@@ -73,4 +73,4 @@ def test_an_index_says_what_to_do_instead():
     with pytest.raises(TypeError, match=r"takes no index .*\.column\(feature\).*\.to_dense\(\)"):
         acts[:, 2]
     with pytest.raises(TypeError):
-        list(acts)
+        iter(acts)
