@@ -29,7 +29,7 @@ def show(feature: Feature) -> None:
     kind = url.choice("kind", "top", list(_KINDS))
     names = {key: name for key, (name, _) in _KINDS.items()}
     st.segmented_control(
-        "Which", list(_KINDS), format_func=names.__getitem__, required=True, label_visibility="collapsed",
+        "Which", list(_KINDS), format_func=names.__getitem__, required=True, wrap=True, label_visibility="collapsed",
         **url.bound("kind", kind),
     )  # fmt: skip
     signs = " of that sign (blue: negative)" if feature.store.signed else ""

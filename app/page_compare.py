@@ -51,7 +51,12 @@ def show() -> None:
     view = url.choice("view", next(iter(views)), list(views))
     if len(views) > 1:
         st.segmented_control(
-            "Compare with", list(views), format_func=views.__getitem__, required=True, **url.bound("view", view)
+            "Compare with",
+            list(views),
+            format_func=views.__getitem__,
+            required=True,
+            wrap=True,
+            **url.bound("view", view),
         )
     if view == "sides":
         compare_sides.show(store, sources, _address(first))

@@ -44,15 +44,15 @@ def _controls(store: FeatureStore, asked: query.Query) -> None:
         return
     with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
         st.segmented_control(
-            "Sort by", list(query.SORTS), format_func=lambda key: query.SORTS[key][0], required=True,
+            "Sort by", list(query.SORTS), format_func=lambda key: query.SORTS[key][0], required=True, wrap=True,
             **url.bound("sort", asked.sort),
         )  # fmt: skip
         st.segmented_control(
-            "Order", list(query.ORDERS), format_func=query.ORDERS.__getitem__, required=True,
+            "Order", list(query.ORDERS), format_func=query.ORDERS.__getitem__, required=True, wrap=True,
             **url.bound("order", asked.order),
         )  # fmt: skip
         st.segmented_control(
-            "Density", list(query.SHOWS), format_func=lambda key: query.SHOWS[key][0], required=True,
+            "Density", list(query.SHOWS), format_func=lambda key: query.SHOWS[key][0], required=True, wrap=True,
             **url.bound("show", asked.show),
         )  # fmt: skip
         if lists := sorted(store.lists):

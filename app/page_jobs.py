@@ -27,7 +27,4 @@ def show() -> None:
     )
     job_forms.show(sae, name)
     job_cards.show(state.run_folder())
-    folder = str(state.run_folder())
-    as_python.offer(
-        "from pathlib import Path", "", "from saelab.jobs import jobs", "", f"found = jobs(Path({folder!r}))"
-    )
+    as_python.offer("from saelab.jobs import jobs", "", f"found = jobs({str(state.run_folder())!r})")

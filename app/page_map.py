@@ -43,7 +43,7 @@ def show() -> None:
     corners = _corners()
     with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
         st.segmented_control(
-            "Colour", colours, format_func=_COLOURS.__getitem__, required=True, **url.bound("colour", colour)
+            "Colour", colours, format_func=_COLOURS.__getitem__, required=True, wrap=True, **url.bound("colour", colour)
         )
         if lists:
             st.selectbox(

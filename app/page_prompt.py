@@ -54,7 +54,7 @@ def show() -> None:
     if index >= 0:
         _one(store, reading, index)
     st.segmented_control(
-        "Order", list(_ORDERS), format_func=_ORDERS.__getitem__, required=True,
+        "Order", list(_ORDERS), format_func=_ORDERS.__getitem__, required=True, wrap=True,
         help="Standing out: the share of the feature's firings that are weaker, times its rarity (-log10 of its density).",
         **url.bound("by", by),
     )  # fmt: skip

@@ -107,6 +107,6 @@ def _choose_end(feature: Feature) -> End | None:
     ends = {end.name: end for end in feature.ends}
     chosen = url.choice("end", feature.ends[0].name, list(ends))
     st.segmented_control(
-        "Towards its end", list(ends), format_func=str.capitalize, required=True, **url.bound("end", chosen)
+        "Towards its end", list(ends), format_func=str.capitalize, required=True, wrap=True, **url.bound("end", chosen)
     )
     return ends[chosen]

@@ -22,7 +22,7 @@ def show(feature: Feature, parameters: dict[str, str]) -> None:
     st.subheader("Neighbours")
     by = url.choice("by", "decoder", list(_BY))
     st.segmented_control(
-        "By", list(_BY), format_func=_BY.__getitem__, required=True, label_visibility="collapsed",
+        "By", list(_BY), format_func=_BY.__getitem__, required=True, wrap=True, label_visibility="collapsed",
         help="Cosine similarity of decoder rows or of encoder rows.", **url.bound("by", by),
     )  # fmt: skip
     try:

@@ -5,6 +5,8 @@ from saelab.features.style import STYLE
 _OWN = """
 .block-container, [data-testid="stMainBlockContainer"]{padding-top:2.6rem;max-width:1360px}
 [data-testid="stMetricValue"]{font-size:1.45rem;font-variant-numeric:tabular-nums}
+[data-testid="stCaptionContainer"],[data-testid="stCaptionContainer"] code{color:inherit!important}
+[data-testid="stCaptionContainer"]{opacity:.8}
 .sa-sub{opacity:.75;font-size:.9rem;margin:-.4rem 0 .2rem}
 .sa-grid{display:grid;grid-template-columns:minmax(9rem,1fr) 4.8rem 3.2rem 4.2rem 4.2rem 4.4rem minmax(0,2fr);gap:.3rem .9rem;
 align-items:center;font-size:.9rem;font-variant-numeric:tabular-nums}

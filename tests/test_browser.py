@@ -3,115 +3,15 @@
 import importlib.util
 import os
 import re
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
 import urllib.error
 import urllib.request
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from browser import heading, idle
 
 from saelab.features.store import load_features
-
-CHROMIUM = os.environ.get("SAELAB_CHROMIUM") or shutil.which("chromium")
-REQUIRED = os.environ.get("SAELAB_REQUIRE_BROWSER") == "1"
-pytestmark = pytest.mark.skipif(
-    not CHROMIUM and not REQUIRED, reason="no Chromium: apt-get install chromium, or set SAELAB_CHROMIUM"
-)
-ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-WAIT = 30_000
-
-
-@pytest.fixture(scope="module")
-def server(hostile_run, tmp_path_factory):
-    """`saelab.app.serve` on a free port, as its own process: `(url, pid)`."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    code = "import sys; from saelab.app.serve import serve; serve(sys.argv[1], port=int(sys.argv[2]))"
-    log = tmp_path_factory.mktemp("dash") / "log.txt"
-    with log.open("w") as out:
-        process = subprocess.Popen([sys.executable, "-c", code, str(hostile_run), str(port)], stdout=out, stderr=out)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        _wait_until_healthy(url, process, log)
-        yield url, process.pid
-    finally:
-        process.send_signal(signal.SIGINT)  # what Ctrl-C does
-        code = process.wait(timeout=20)
-    assert code == 0, log.read_text()
-    assert "Traceback" not in log.read_text(), log.read_text()
-
-
-def _wait_until_healthy(url, process, log):
-    for _ in range(300):
-        assert process.poll() is None, log.read_text()
-        try:
-            with urllib.request.urlopen(f"{url}/_stcore/health", timeout=5) as answer:
-                assert answer.status == 200
-                return
-        except OSError:
-            time.sleep(0.1)
-    raise AssertionError(f"the dashboard did not start:\n{log.read_text()}")
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    assert CHROMIUM, "SAELAB_REQUIRE_BROWSER=1 but there is no Chromium: set SAELAB_CHROMIUM or put chromium on PATH"
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def page(chromium, server):
-    """A fresh page that fails the test on any console error, dialog, script error or request to another host."""
-    url, _ = server
-    context = chromium.new_context(viewport={"width": 1360, "height": 900}, base_url=url)
-    page = context.new_page()
-    page.set_default_timeout(WAIT)
-    wrong = []
-
-    def route(route):
-        if route.request.url.startswith((url, "data:", "blob:")):
-            route.continue_()
-        else:
-            wrong.append(f"request to {route.request.url}")
-            route.abort()
-
-    context.route("**/*", route)
-    page.on("console", lambda message: wrong.append(f"console: {message.text}") if message.type == "error" else None)
-    page.on("pageerror", lambda error: wrong.append(f"script error: {error}"))
-    page.on("dialog", lambda dialog: (wrong.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-    page.on("websocket", lambda ws: None if ws.url.startswith(url.replace("http", "ws")) else wrong.append(ws.url))
-    yield page
-    context.close()
-    assert not wrong
-
-
-def heading(page, text):
-    page.get_by_role("heading", name=text, exact=True, level=1).wait_for()
-
-
-def idle(page):
-    """Until Streamlit has finished its run."""
-    page.wait_for_selector("[data-testid=stApp][data-test-script-state=notRunning]")
 
 
 def test_open_a_feature_read_it_go_back_and_steer(page, hostile_run):
@@ -341,7 +241,7 @@ def test_an_example_opens_to_its_document_without_loading_the_page_again(page, h
     page.wait_for_url(lambda url: "doc=" not in url and f"feature={_strongest(hostile_run)}" not in url)
 
 
-def test_deep_links_restore_every_page(page, hostile_run):
+def test_a_deep_link_restores_the_table(page, hostile_run):
     page.goto("/features?sort=cosine&order=up&show=all&page=2")
     heading(page, "Features")
     page.get_by_test_id("stMain").get_by_test_id("stPageLink-NavLink").nth(24).wait_for()
@@ -349,26 +249,8 @@ def test_deep_links_restore_every_page(page, hostile_run):
     expected = load_features(hostile_run).table("cosine", descending=False, limit=25, offset=25)
     links = page.get_by_test_id("stMain").get_by_test_id("stPageLink-NavLink").all_inner_texts()
     assert [link.split()[-1] for link in links] == [str(row["feature"]) for row in expected]
-    page.goto("/dead?fired=100")
-    heading(page, "Dead features")
-    idle(page)
-    page.get_by_text("Fired at most 100").first.wait_for()
-    _screenshot(page, "dead")
     page.goto("/feature?feature=nonsense%3Cscript%3Ealert(1)%3C/script%3E")
     page.get_by_text("The URL has feature").wait_for()
-    page.goto("/")
-    heading(page, "Runs")
-    idle(page)
-    _screenshot(page, "runs")
-
-
-def test_a_narrow_screen_does_not_scroll_sideways(page):
-    page.set_viewport_size({"width": 390, "height": 844})
-    for path, title in (("/features?show=all", "Features"), ("/feature?feature=3", "Feature 3")):
-        page.goto(path)
-        heading(page, title)
-        idle(page)
-        assert page.evaluate("document.documentElement.scrollWidth - window.innerWidth") <= 0
 
 
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="reads /proc/net/tcp")

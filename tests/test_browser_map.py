@@ -3,13 +3,13 @@
 import re
 
 import numpy as np
-from test_browser import chromium, heading, idle, page, pytestmark, server  # noqa: F401
+from browser import heading, idle
 
 from saelab.features.layout import pca_layout
 from saelab.features.store import load_features
 
 
-def canvas(page):  # noqa: F811
+def canvas(page):
     drawn = page.locator(".map canvas").nth(1)
     drawn.wait_for()
     page.wait_for_function(
@@ -26,7 +26,7 @@ def on_screen(box, xy):
     return float(box["x"] + box["width"] / 2 + xy[0] * half), float(box["y"] + box["height"] / 2 - xy[1] * half)
 
 
-def test_a_point_is_named_opened_and_chosen_by_a_lasso(page, hostile_run):  # noqa: F811
+def test_a_point_is_named_opened_and_chosen_by_a_lasso(page, hostile_run):
     store = load_features(hostile_run)
     layout = pca_layout(store)
     far = int(np.nanargmax(np.square(layout.xy).sum(1)))  # at the rim, where no other is near
@@ -62,7 +62,7 @@ def test_a_point_is_named_opened_and_chosen_by_a_lasso(page, hostile_run):  # no
     assert "lasso=" in page.url
 
 
-def test_nothing_scrolls_sideways_and_the_keyboard_chooses_what_is_around_a_feature(page):  # noqa: F811
+def test_nothing_scrolls_sideways_and_the_keyboard_chooses_what_is_around_a_feature(page):
     wide = (
         "[...document.querySelectorAll('html, [data-testid=stMain]')].map((one) => one.scrollWidth - one.clientWidth)"
     )

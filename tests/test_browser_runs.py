@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_browser import chromium, heading, idle, page, pytestmark, server  # noqa: F401
+from browser import heading
 
 from saelab.files import locked
 
@@ -38,7 +38,7 @@ ORDER = """names => JSON.stringify(names) == JSON.stringify([...document.querySe
     .map(row => row.closest("[class*='st-key-sa-run-']").querySelector("button p")?.innerText))"""
 
 
-def test_the_table_sorts_and_fits_every_screen(page):  # noqa: F811
+def test_the_table_sorts_and_fits_every_screen(page):
     page.goto("/")
     heading(page, "Runs")
     page.locator("[data-testid=stVegaLiteChart]").nth(1).wait_for()
@@ -68,7 +68,7 @@ def test_the_table_sorts_and_fits_every_screen(page):  # noqa: F811
     assert not any("plotly" in name.lower() for name in loaded)
 
 
-def test_curves_show_values_on_hover_and_go_on_while_training_does(page, hostile_run):  # noqa: F811
+def test_curves_show_values_on_hover_and_go_on_while_training_does(page, hostile_run):
     live = hostile_run / "sae-live"
     metrics(live, 20)
     with locked(live / "checkpoints", "busy"):

@@ -61,6 +61,11 @@ def dense(sae, tiny_lm):
     return torch.cat(codes), torch.cat(docs), torch.cat(where)
 
 
+def visible_files(folder):
+    """All but the lock."""
+    return [path.name for path in folder.iterdir() if not path.name.startswith(".")]
+
+
 def test_numbers_equal_a_plain_computation(store, dense, sae):
     codes, _, _ = dense
     assert store.n_tokens == len(codes) and store.manifest["nnz"] == int((codes != 0).sum())
@@ -296,7 +301,7 @@ def test_a_state_that_is_cut_inside_a_batch_is_not_kept(sae, tiny_lm, tmp_path, 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(TokenSample, "update", stops)
         _collect(sae, tiny_lm, tmp_path / "f", n_tokens=300)
-    assert list((tmp_path / "f").iterdir()) == []
+    assert visible_files(tmp_path / "f") == []
     assert (
         _collect(sae, tiny_lm, tmp_path / "f", n_tokens=300).column("n_fired").tolist()
         == whole.column("n_fired").tolist()
@@ -307,7 +312,7 @@ def test_an_interrupted_pass_shows_nothing_and_goes_on(sae, tiny_lm, tmp_path, m
     whole = _collect(sae, tiny_lm, tmp_path / "whole", n_tokens=600)
     with interrupted_after(2, tiny_lm, monkeypatch):
         _collect(sae, tiny_lm, tmp_path / "f", n_tokens=600)
-    assert [path.name for path in (tmp_path / "f").iterdir()] == ["state.0-of-1.safetensors"]
+    assert visible_files(tmp_path / "f") == ["state.0-of-1.safetensors"]
     with pytest.raises(StoreError, match="holds no feature store"):
         load_features(tmp_path / "f")
     with pytest.raises(StoreError, match="unfinished feature store.*top_k: 6 -> 7"):
@@ -433,7 +438,7 @@ def test_nan_activations_stop_the_pass(sae, tiny_lm, tmp_path, monkeypatch):
     monkeypatch.setattr(type(tiny_lm), "stream_activations", broken)
     with pytest.raises(ModelError, match="from context 0"):
         _collect(sae, tiny_lm, tmp_path / "f")
-    assert list((tmp_path / "f").iterdir()) == []
+    assert visible_files(tmp_path / "f") == []
 
 
 def test_table_sorts_filters_and_pages(store):

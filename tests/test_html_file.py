@@ -60,9 +60,9 @@ def test_a_list_keeps_its_order_and_its_size(store, tmp_path, monkeypatch):
     assert [int(index) for index in re.findall(r'<section id="feature-(\d+)"', text)] == chosen
     assert "a &lt;b&gt;list" in text and text.count('href="#feature-') == 3
     features = [store.feature(index) for index in range(store.d_sae)]
-    many = features_html(features[:70])
+    many = features_html(features[:50])
     check(many)
-    assert many.count("<section") == 70 and "did not fit" not in many
+    assert many.count("<section") == 50 and "did not fit" not in many
     monkeypatch.setattr(html_file, "MAX_BYTES", 60_000)
     short = features_html(features)
     assert len(short.encode()) <= 60_000 and 5 < short.count("<section") < store.d_sae

@@ -96,7 +96,7 @@ def test_jobs_that_ended_say_how(open_page, run, fields, said):  # noqa: F811
     assert not app.exception and said in shown(app)
     button(app, "Log").click().run()
     assert app.query_params["job"] in (folder.name, [folder.name])
-    log = app.code[-1].value
+    log = app.main.code[-1].value
     assert log.startswith("first\nlast ") and "\u202e" not in log and "90%" not in log
 
 

@@ -1,4 +1,4 @@
-"""The Texts page: through AppTest, and in Chromium on wide and narrow screens."""
+"""The Texts page."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from streamlit.testing.v1 import AppTest
 from streamlit.util import calc_hash
-from test_browser import CHROMIUM, REQUIRED, chromium, heading, idle, page, server  # noqa: F401
 
 import saelab
 from saelab.app import markdown, page_texts, serve, state
@@ -136,39 +135,6 @@ def test_a_pass_can_be_cancelled(open_texts, monkeypatch):
     assert seen == [True] and "stopped here" in app.error[0].value and not state.MODEL_LOCK.locked()
     assert "Cancel" not in [button.label for button in app.button] and not tables(app)
     assert page_texts.MAX_TEXTS * 2 <= 400
-
-
-@pytest.mark.skipif(not CHROMIUM and not REQUIRED, reason="no Chromium")
-def test_in_a_browser(page):  # noqa: F811
-    from playwright.sync_api import expect
-
-    page.goto("/texts")
-    heading(page, "Texts")
-    idle(page)
-    assert page.title() == "Texts \u00b7 saelab"
-    for number, text in enumerate((A, B)):
-        page.get_by_role("textbox", name="texts, one in each line").nth(number).fill(text)
-    page.get_by_role("button", name="Compare").click()
-    page.locator(".sa-table").nth(1).wait_for(timeout=120_000)  # torch and the model are loaded first
-    idle(page)
-    first = page.locator(".sa-table a").first.inner_text()
-    page.reload()
-    heading(page, "Texts")
-    idle(page)
-    expect(page.get_by_role("textbox", name="texts, one in each line").nth(1)).to_have_value(B)
-    page.get_by_role("button", name="Compare").click()
-    page.locator(".sa-table").nth(1).wait_for()
-    idle(page)
-    for width in (400, 800, 1280, 1920):
-        page.set_viewport_size({"width": width, "height": 900})
-        page.wait_for_timeout(300)
-        assert page.evaluate("document.documentElement.scrollWidth - window.innerWidth") <= 0
-        over = "e => [...e.querySelectorAll('.sa-table')].some(t => t.scrollWidth > t.parentElement.clientWidth + 1)"
-        assert not page.locator("[data-testid=stMain]").evaluate(over), width
-    page.locator(".sa-table a").first.click()
-    heading(page, f"Feature {first}")
-    page.go_back()
-    heading(page, "Texts")
 
 
 def test_a_second_text_on_the_prompt_page_is_read_too(open_texts):

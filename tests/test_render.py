@@ -129,7 +129,7 @@ def test_the_highlight_is_a_share_of_the_features_maximum():
     assert markup.count("tabindex") == 2  # the silent token is plain text
     assert markup.count('tabindex="0"') == 1  # an example is one tab stop
     assert markup.count('data-v="4.00"') == markup.count('data-v="2.00"') == 1
-    assert "rgba(230,159,0,0.30)" in markup and "rgba(230,159,0,0.15)" in markup
+    assert "rgba(230,159,0,0.25)" in markup and "rgba(230,159,0,0.12)" in markup
     assert markup.count("sl-peak") == 1
 
 

@@ -177,7 +177,7 @@ def test_a_highlight_is_a_share_of_its_own_ends_maximum(world, pattern):
 def test_shares_by_hand():
     example = Example(-4.0, 0, 0, 1, (1, 2, 3), (b"a", b"b", b"c"), (-4.0, 1.0, 0.0), 0)
     markup = examples_html([example], 2.0, 8.0)
-    assert "rgba(86,180,233,0.30)" in markup and "rgba(230,159,0,0.30)" in markup and "-4" in markup
+    assert "rgba(86,180,233,0.25)" in markup and "rgba(230,159,0,0.25)" in markup and "-4" in markup
 
 
 @firing

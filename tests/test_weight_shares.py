@@ -165,7 +165,7 @@ def test_quantiles_stand_where_their_values_lie(hostile_run):
     )
     assert re.findall(r'left:([\d.]+)%"><span>(\w+)', markup) == [("50.00", "p50"), ("100.00", "max")]
     assert "grid-template-columns:1.000fr 1.000fr" in markup and json.loads(f'"{_label(markup)}"').endswith(
-        "p50 2, max 4"
+        "p50 2.00, max 4.00"
     )
 
 

@@ -20,7 +20,7 @@ from saelab.features.token_text import Group, display_groups
 from saelab.features.visible import chip_text, escape, visible
 
 HIGHLIGHT, NEGATIVE = "230,159,0", "86,180,233"
-_MAX_ALPHA = 0.6
+_MAX_ALPHA = 0.5  # text on it keeps a contrast of 4.5, light and dark
 _MAX_AROUND = 10_000
 """Tokens of a document that are rendered on each side of the window."""
 

@@ -16,7 +16,7 @@ background:#1f2328;color:#fff;border:1px solid #8b949e;border-radius:4px;padding
 white-space:nowrap;pointer-events:none}
 .sl-peak{outline:1.5px solid currentColor;outline-offset:0;margin:0 2px;padding:.1em 1px;font-weight:700;
 text-decoration:underline;text-underline-offset:3px}
-.sl-g{opacity:.55}
+.sl-g{opacity:.8}
 a.sl-src{color:inherit;text-decoration:underline;text-underline-offset:2px}
 .sl-doc{grid-column:1/-1;max-height:24rem;overflow-y:auto;border:1px solid rgba(128,128,128,.4);border-radius:6px;
 padding:.6rem .8rem}

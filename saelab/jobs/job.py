@@ -107,9 +107,9 @@ class Job:
         return "\n".join(kept[-lines:]).strip("\n")
 
 
-def jobs(run: Path) -> list[Job]:
+def jobs(run: str | Path) -> list[Job]:
     """The jobs of a RUN, the newest first."""
-    home = home_of(run)
+    home = home_of(Path(run))
     folders = [one for one in home.iterdir() if NAME.fullmatch(one.name)] if home.is_dir() else []
     found = [_read_or_say(folder) for folder in folders if (folder / RECORD).exists()]
     return sorted(found, key=lambda job: (job.created, job.id), reverse=True)

@@ -70,8 +70,10 @@ class Generates:
 
     def _on_step(
         self, on_token: OnToken | None, on_text: OnText | None, n_texts: int, n_prompt: int, texts: list[str]
-    ) -> OnStep:
-        """Tells both callbacks; a character whose last bytes are still missing is not told."""
+    ) -> OnStep | None:
+        """What tells both callbacks; a character whose last bytes are still missing is not told."""
+        if on_token is None and on_text is None:
+            return None
         if on_text is not None and n_texts != 1:
             raise ValueError(f"on_text is told of one text, got {n_texts} to generate: call generate once for each.")
 
@@ -125,7 +127,7 @@ class Generates:
         rows = batch.rows()
         return to_continue(rows, self.tokenizer) if isinstance(prompt, Mapping) else rows
 
-    def _generate(self, rows: list[Tensor], how: Sampling, on_step: OnStep) -> list[Generation]:
+    def _generate(self, rows: list[Tensor], how: Sampling, on_step: OnStep | None) -> list[Generation]:
         how.check(max(map(len, rows)), self.max_ctx, self.name)
         _ = self.backend.has_cache  # probed before any edit is installed
         crosses = max(map(len, rows)) + how.max_new_tokens > self.backend.rope_border
