@@ -42,6 +42,7 @@ FAINT = """() => {
   const bad = [], walker = document.createTreeWalker(document.querySelector('[data-testid=stApp]'), NodeFilter.SHOW_TEXT);
   while (walker.nextNode()) {
     const one = walker.currentNode.parentElement, text = walker.currentNode.data.trim();
+    if (/^[\u2190\u2192]$/.test(text)) continue;  // Streamlit's hint of a button's key, beside its name
     if (!text || !one.offsetParent || one.closest('svg, style, script, :disabled, [aria-disabled=true], [hidden]')) continue;
     const box = one.getBoundingClientRect(), style = getComputedStyle(one);
     if (box.width <= 1 || box.height <= 1 || style.visibility === 'hidden') continue;
@@ -91,6 +92,8 @@ def test_a_page_in_the_browser(page, path):
         page.wait_for_function("width => window.innerWidth == width", arg=width)
         assert found(page, "Math.max(0, document.documentElement.scrollWidth - window.innerWidth)") == 0, width
         assert found(page, CUT) == [], width
+    page.wait_for_timeout(300)
+    idle(page)  # charts are drawn again
     title, address = page.title(), page.url
     text = page.get_by_test_id("stMain").inner_text()
     assert title.endswith("saelab") and title != "saelab"
