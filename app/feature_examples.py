@@ -50,7 +50,9 @@ def _lists(feature: Feature, kind: str) -> None:
     if kind == "top" and len(feature.ends) > 1:
         lists.append(("bottom", f"The other end ({feature.ends[1].name})", feature.examples(kind="bottom")))
     shown = [example.place for _, _, examples in lists for example in examples]
-    links = DocumentLinks(lambda place: _address(feature, place), url.choice("doc", "", ["", *shown]))
+    view = {name: value for name, value in st.query_params.items() if name != "doc"}
+    view |= {"feature": str(feature.feature)} | state.sae_parameter()
+    links = DocumentLinks(lambda place: _address(view, place), url.choice("doc", "", ["", *shown]))
     largest = {end.sign: end.max for end in feature.ends}
     for name, title, examples in lists:
         if title:
@@ -58,8 +60,6 @@ def _lists(feature: Feature, kind: str) -> None:
         st.html(examples_html(examples, largest.get(1, feature.max), largest.get(-1), name, links))
 
 
-def _address(feature: Feature, place: str) -> str:
+def _address(view: dict[str, str], place: str) -> str:
     """The address of this view with that example open."""
-    others = {name: value for name, value in st.query_params.items() if name != "doc"}
-    opened = {"doc": place} if place else {}
-    return "feature?" + urlencode(others | {"feature": feature.feature} | state.sae_parameter() | opened)
+    return "feature?" + urlencode(view | ({"doc": place} if place else {}))

@@ -52,10 +52,10 @@ def _short(value: float) -> str:
 
 def _table(store: FeatureStore, heads: tuple[str, ...], rows: list[tuple[Any, ...]], parameters: dict[str, str]) -> str:
     given, rows_of = store.labels, {row["feature"]: row for row in store.rows_of([row[0] for row in rows])}
-    lines = []
+    lines, view = [], {**parameters, **state.sae_parameter()}
     for index, *values in rows:
         label = given.get(index) or rows_of[index]["label"] or "\u2013"
-        address = escape("feature?" + urlencode({**parameters, "feature": index, **state.sae_parameter()}))
+        address = escape("feature?" + urlencode({**view, "feature": index}))
         cells = "".join(f"<td>{value}</td>" for value in values)
         lines.append(
             f'<tr><td><a href="{address}" class="sl-go" target="_self">{index}</a> <bdi>{escape(label)}</bdi></td>{cells}</tr>'
