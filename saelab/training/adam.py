@@ -76,6 +76,11 @@ class Adam:
                 for each in moments:
                     torch.hardshrink(each, self._nothing[name], out=each)
 
+    def moments(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
+        """The two moments of a parameter, not copies."""
+        index = next(i for i, known in enumerate(self.parameters) if known is parameter)
+        return self._state["exp_avg"][index], self._state["exp_avg_sq"][index]
+
     def zero_grad(self) -> None:
         """Drop all gradients."""
         for parameter in self.parameters:

@@ -1,0 +1,133 @@
+"""Candidates of a TopK selection in slots of fixed number: the pairs whose upper bound is near the k-th of their row.
+
+The product of the bf16 operands (`prepare.py`) is an upper bound on every score, but for its own rounding to bf16 (`_STEP`).
+A row's features form strided groups; the k-th largest group maximum is at most the k-th largest bound, and one margin below
+it is the floor. A program takes one row: group maxima, their k-th largest by bisection over the 16 bits of a bf16 number,
+then every feature that reaches the floor, in ascending order. A row with more of them than slots is noticed in `select.py`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saelab.kernels.search import MARGIN, TINY
+from saelab.kernels.triton_backend.launch import ceil_div, launch
+
+_STEP = 2.0**-8
+"""More than the relative error of rounding to bf16."""
+_BLOCK = 2048
+_GROUPS = 1024
+
+
+class Slots(NamedTuple):
+    """Candidates of each row: the first `counts` slots of it, feature ids ascending."""
+
+    features: Int[Tensor, "batch slots"]
+    counts: Int[Tensor, " batch"]
+    """May exceed the number of slots: the others are then missing."""
+    bounds: Float[Tensor, " batch"]
+    """Every other pair of the row scores below this."""
+
+
+@triton.jit
+@no_type_check
+def ordered(values):
+    """Integers in the order of these fp32 numbers."""
+    bits = values.to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+@no_type_check
+def _group_maxima(scores_ptr, d_sae, GROUPS: tl.constexpr):
+    group = tl.arange(0, GROUPS)
+    best = tl.full([GROUPS], float("-inf"), tl.float32)
+    for first in range(0, d_sae, GROUPS):
+        inside = first + group < d_sae
+        u = tl.load(scores_ptr + first + group, mask=inside, other=float("-inf")).to(tl.float32)
+        best = tl.maximum(best, u)
+    return best
+
+
+@triton.jit
+@no_type_check
+def _kth_largest(values, k):
+    """The k-th largest of numbers that are exact in bf16: their ordered bits differ in the upper 16 only."""
+    keys = ordered(values) >> 16
+    low, high = tl.full([], -32768, tl.int32), tl.full([], 32767, tl.int32)  # the k-th largest key is in between
+    for _ in range(16):
+        middle = low + (high - low + 1) // 2
+        enough = tl.sum((keys >= middle).to(tl.int32), axis=0) >= k
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle - 1)
+    bits = low << 16
+    bits = tl.where(bits < 0, bits ^ 0x7FFF0000, bits)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["k", "first_row", "n_rows"])
+@no_type_check
+def _candidates_kernel(
+    scores_ptr, by_norm_ptr, means_ptr, features_ptr, counts_ptr, bounds_ptr, d_sae, k, first_row, n_rows, step, tiny,
+    MARGIN: tl.constexpr, SLOTS: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    local = tl.program_id(0).to(tl.int64)
+    row = local + first_row
+    scores_ptr += local * d_sae
+    kth = _kth_largest(_group_maxima(scores_ptr, d_sae, GROUPS), k)
+    margin = tl.load(by_norm_ptr + row) * tl.load(means_ptr) + tl.load(by_norm_ptr + n_rows + row) * tl.load(means_ptr + 1)
+    floor = tl.maximum(kth - step * tl.maximum(kth, -kth) - MARGIN * margin, tiny)
+    found = 0
+    for first in range(0, d_sae, BLOCK):
+        feature = first + tl.arange(0, BLOCK)
+        u = tl.load(scores_ptr + feature, mask=feature < d_sae, other=float("-inf")).to(tl.float32)
+        hit = (u >= floor).to(tl.int32)
+        slot = found + tl.cumsum(hit, axis=0) - 1
+        tl.store(features_ptr + row * SLOTS + slot, feature, mask=(hit > 0) & (slot < SLOTS))
+        found += tl.sum(hit, axis=0)
+    tl.store(counts_ptr + row, found)
+    tl.store(bounds_ptr + row, floor + step * floor)
+
+
+def slots_for(k: int) -> int:
+    """Slots of a row: several times what is needed on activations of real models (k plus 20 to 80)."""
+    return max(128, 4 << (k - 1).bit_length())
+
+
+def empty_slots(n_rows: int, k: int, device: torch.device) -> Slots:
+    """Room for the candidates of `n_rows` rows."""
+    features = torch.empty(n_rows, slots_for(k), dtype=torch.int32, device=device)
+    counts = torch.empty(n_rows, dtype=torch.int32, device=device)
+    return Slots(features, counts, torch.empty(n_rows, dtype=torch.float32, device=device))
+
+
+def find_candidates(
+    scores: Float[Tensor, "part d_sae"], bounds: Float[Tensor, "2 batch"], means: Float[Tensor, " 2"], k: int,
+    first_row: int, out: Slots,
+) -> None:  # fmt: skip
+    """Fill the slots of the rows from `first_row` on with the candidates of `scores`, in bf16.
+
+    `bounds` are those of the rows (`prepare.Rows`), `means` the mean norm of the features and of their rounding errors.
+    """
+    d_sae = scores.shape[1]
+    groups = max(_GROUPS, 32 << (k - 1).bit_length())
+    groups = min(groups, 1 << (max(d_sae, 2) - 1).bit_length())
+    launch(
+        _candidates_kernel, (scores.shape[0],),
+        scores, bounds, means, *out, d_sae, k, first_row, bounds.shape[1], _STEP, TINY,
+        MARGIN=MARGIN, SLOTS=out.features.shape[1], GROUPS=groups,
+        BLOCK=min(_BLOCK, 1 << (max(d_sae, 2) - 1).bit_length()), num_warps=4 if groups <= 2048 else 8,
+    )  # fmt: skip
+
+
+def parts_of(n_rows: int, d_sae: int, limit: int = 1 << 28) -> list[slice]:
+    """Rows in parts whose scores take at most `limit` numbers: the scores of a whole batch never exist at once."""
+    step = max(1, limit // d_sae)
+    step = ceil_div(n_rows, ceil_div(n_rows, step)) if n_rows else 1
+    return [slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step)]

@@ -1,0 +1,128 @@
+"""A TopK training step of fixed shapes for GPUs: no number has to come back to the host before the next step is launched.
+
+It computes what `loss`, `backward` and `apply_step` compute, in some thirty launches, with gradients, clip factor and counters
+left on the device. What a step found is copied out in a record that is read a few steps later (`late_records.py`). Only if a
+feature is dead, or may soon be, the host asks for the number of dead features before a step, as the shape of AuxK depends on it.
+
+Selections are exact as everywhere: candidates from a bf16 product, values in fp32, uncertain rows selected from all features.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saelab.kernels.triton_backend.spmm import spmm_residual
+from saelab.kernels.triton_backend.step.candidates import empty_slots, find_candidates, parts_of
+from saelab.kernels.triton_backend.step.gradients import empty_gradients, sort_pairs, weight_gradients
+from saelab.kernels.triton_backend.step.prepare import (
+    Rows,
+    prepare_rows,
+    prepare_weights,
+    product,
+    variance_of,
+    width_of,
+)
+from saelab.kernels.triton_backend.step.search_rows import plan_search, search_rows
+from saelab.kernels.triton_backend.step.select import empty_selection, select, value_gradients
+from saelab.kernels.triton_backend.step.update import (
+    RECORD,
+    AdamOptions,
+    Moments,
+    count_and_norm,
+    finish,
+    update,
+)
+from saelab.saes.topk import TopKSAE
+from saelab.training.adam import Adam
+from saelab.training.dead_features import DeadFeatures
+
+HORIZON = 16
+"""Steps for which a record that finds no feature near death vouches."""
+
+
+class FusedStep:
+    """Steps an SAE, its optimiser and its dead-feature counters in place, on batches of `n_rows` rows."""
+
+    def __init__(self, sae: TopKSAE, adam: Adam, dead: DeadFeatures, n_rows: int, clip_norm: float) -> None:
+        self.sae, self.adam, self.dead, self.n_rows = sae, adam, dead, n_rows
+        device, (d_sae, d_in), k = sae.W_enc.device, sae.W_enc.shape, sae.config.k
+        width = width_of(d_in)
+        empty, bf16 = torch.empty, torch.bfloat16
+        bounds = empty(2, n_rows, device=device)
+        self.rows = Rows(empty(n_rows, d_in, device=device), empty(n_rows, width, dtype=bf16, device=device), bounds)
+        self._low, self._norms = empty(d_sae, width, dtype=bf16, device=device), empty(2, d_sae, device=device)
+        self.parts = parts_of(n_rows, d_sae)
+        self._plan = plan_search(d_sae, k, len(self.parts))
+        n_scores = max((part.stop - part.start for part in self.parts), default=0) * d_sae
+        self._scores = empty(max(n_scores, n_rows * self._plan.row_bytes // 2), dtype=bf16, device=device)
+        self._slots, (self.selection, self._uncertain) = empty_slots(n_rows, k, device), empty_selection(n_rows, k, device)
+        self._gradients = empty_gradients(sae.W_dec)
+        self._bins = torch.arange(d_sae + 1, dtype=torch.int32, device=device)
+        self._offsets = torch.arange(0, n_rows * k + 1, k, device=device)
+        self._db_dec, self._control = empty(d_in, device=device), torch.zeros(2, device=device)
+        self.record, self.schedule = torch.zeros(len(RECORD), device=device), torch.zeros(3, device=device)
+        self._moments = [Moments(p, *adam.moments(p)) for p in (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec)]
+        decay = sae.weight_decay.get(sae.W_enc, 0.0)
+        self._options = AdamOptions(*adam.betas, adam.eps, clip_norm, decay)
+
+    @torch.no_grad()
+    def load(self, x: Float[Tensor, "batch d_in"], lr: float, step: int) -> None:
+        """Take the raw rows of a batch, on the device, and the learning rate of step `step` (from 0)."""
+        sae, (beta1, beta2) = self.sae, self.adam.betas
+        prepare_rows(x, sae.center, sae.scale, sae.pre_bias, self.rows)
+        numbers = torch.tensor([lr, 1 - beta1 ** (step + 1), (1 - beta2 ** (step + 1)) ** 0.5], dtype=torch.float32)
+        pinned = numbers.pin_memory() if self.schedule.is_cuda else numbers
+        self.schedule.copy_(pinned, non_blocking=True)
+
+    @torch.no_grad()
+    def run(self, dead: Int[Tensor, " n_dead"] | None = None) -> Tensor | None:
+        """One step on the loaded rows; with the ids of `dead` features also AuxK, whose loss is returned."""
+        sae, x = self.sae, self.rows.x
+        variance = variance_of(x)
+        self._select()
+        values, k = self.selection.values, self.selection.values.shape[1]
+        bias = None if sae.pre_bias is not None else sae.b_dec
+        residual, error = spmm_residual(
+            values.view(-1), self.selection.features.view(-1), self._offsets, sae.W_dec, bias, x
+        )
+        dvalues = value_gradients(residual, sae.W_dec, self.selection)
+        pairs = sort_pairs(self.selection.keys, self._bins)
+        weight_gradients(pairs, values, dvalues.view(-1, k), x, residual, variance, sae.W_dec, self._gradients)
+        aux = None if dead is None else self._add_aux(dead, residual)
+        through = self._gradients.b_enc @ sae.W_enc if sae.pre_bias is not None else None
+        window = self.dead.window
+        counted = self._gradients, pairs, self.dead.tokens_since_fired, self.n_rows, window
+        parallel, blocks = count_and_norm(*counted, window - HORIZON * self.n_rows)
+        W_enc, W_dec, b_enc, b_dec = self._moments
+        finish(
+            error, variance, blocks, pairs, self._uncertain.count, residual.sum(0), through, self.schedule, b_dec,
+            self._db_dec, self._control, self.record, self._options,
+        )  # fmt: skip
+        update(W_enc, W_dec, b_enc, self._gradients, parallel, self._control, self.schedule, self._options)
+        return aux
+
+    def _select(self) -> None:
+        """Fill `selection` from the loaded rows."""
+        sae, k = self.sae, self.sae.config.k
+        prepare_weights(sae.W_enc, sae.b_enc, self._low, self._norms)
+        means = self._norms.mean(1)
+        for part in self.parts:
+            scores = self._scores[: (part.stop - part.start) * sae.d_sae].view(-1, sae.d_sae)
+            product(self.rows.low[part], self._low, scores)
+            find_candidates(scores, self.rows.bounds, means, k, part.start, self._slots)
+        operands = self.rows.x, sae.W_enc, sae.b_enc
+        select(*operands, self._slots, self.selection, self._uncertain)
+        search_rows(*operands, self._uncertain, self._plan, self._scores.view(torch.int64), self.selection)
+
+    def _add_aux(self, dead: Tensor, residual: Tensor) -> Tensor:
+        """Add the gradients of AuxK to those of the dead features; returns its loss."""
+        raise NotImplementedError
+
+    def values(self, record: Tensor) -> dict[str, Any]:
+        """The metrics that a record on the host holds."""
+        found = dict(zip(RECORD, record.tolist(), strict=True))
+        return {"loss": found["loss"], "l0": found["nnz"] / self.n_rows, "grad_norm": found["grad_norm"]}
