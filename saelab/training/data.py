@@ -21,6 +21,8 @@ from saelab.training.data_source import DataSource, Moments, Rows
 from saelab.training.kept_out import n_kept_out
 from saelab.training.tensor_data import as_rows, from_iterator, from_tensors
 
+_Cache = ActivationCache | ActivationStream
+
 
 def open_data(data: Any, hook_name: str | None, rules: int = RULES, device: torch.device | None = None) -> DataSource:
     """Make a `DataSource` from any data that `saelab.train` accepts. Raises `ValueError` for anything else.
@@ -42,9 +44,7 @@ def open_data(data: Any, hook_name: str | None, rules: int = RULES, device: torc
     )
 
 
-def _from_cache(
-    cache: ActivationCache | ActivationStream, hook_name: str | None, rules: int, for_cuda: bool
-) -> DataSource:
+def _from_cache(cache: _Cache, hook_name: str | None, rules: int, for_cuda: bool) -> DataSource:
     if isinstance(cache, ActivationStream):
         cache = cache.by_rules(rules)
     leave_out = 0 if isinstance(cache, ActivationStream) else n_kept_out(cache.n_rows, rules)
@@ -86,7 +86,7 @@ def _from_cache(
     )
 
 
-def _reading(cache: ActivationCache | ActivationStream, leave_out: int, for_cuda: bool) -> dict[str, Any]:
+def _reading(cache: _Cache, leave_out: int, for_cuda: bool) -> dict[str, Any]:
     """Options of `cache.batches`; for a GPU rows stay as they are stored, but int8 is dequantised to float32."""
     if isinstance(cache, ActivationStream):
         return {"dtype": torch.bfloat16 if for_cuda else torch.float32}
@@ -95,7 +95,7 @@ def _reading(cache: ActivationCache | ActivationStream, leave_out: int, for_cuda
     return {"dtype": dtype, "leave_out": leave_out, "pin_memory": for_cuda}
 
 
-def _origin(cache: ActivationCache | ActivationStream, hooks: HooksUsed) -> dict[str, Any]:
+def _origin(cache: _Cache, hooks: HooksUsed) -> dict[str, Any]:
     """The origin of the rows of these hooks; hooks of a single model have no "MODEL/" prefix."""
     each = {name: cache.origin(name) for name in hooks.all}
     models = {label: model for label, model in cache.models.items() if any(n.startswith(f"{label}/") for n in each)}
