@@ -33,8 +33,9 @@ def shuffled_batches(
     batch_size: int,
     prefetch: int,
     dtype: torch.dtype,
+    pin_memory: bool = False,
 ) -> Generator[list[Shaped[Tensor, "batch d_in"]], None, None]:
-    """Endless batches, one tensor per hook; `widths` are the hooks' d_in.
+    """Endless batches, one tensor per hook, each in memory of its own; `widths` are the hooks' d_in.
 
     `plan` yields shards and the rows to take from each, in order, also endlessly.
     """
@@ -42,9 +43,8 @@ def shuffled_batches(
         pieces = _cut(_opened_ahead(threads, plan, open_shard, prefetch), batch_size)
 
         def next_batch() -> Future[list[Tensor]]:
-            return threads.submit(
-                _gather, next(pieces), [torch.empty(batch_size, d_in, dtype=dtype) for d_in in widths]
-            )
+            empty = [torch.empty(batch_size, d_in, dtype=dtype, pin_memory=pin_memory) for d_in in widths]
+            return threads.submit(_gather, next(pieces), empty)
 
         ahead = deque(next_batch() for _ in range(_n_ahead(batch_size * sum(widths) * dtype.itemsize)))
         try:

@@ -95,6 +95,7 @@ class ActivationCache:
         dtype: torch.dtype = ...,
         shuffle: bool = True,
         leave_out: int = 0,
+        pin_memory: bool = False,
     ) -> Generator[Float[Tensor, "batch d_in"], None, None]: ...
     @overload
     def batches(
@@ -108,6 +109,7 @@ class ActivationCache:
         dtype: torch.dtype = ...,
         shuffle: bool = True,
         leave_out: int = 0,
+        pin_memory: bool = False,
     ) -> Generator[dict[str, Float[Tensor, "batch d_in"]], None, None]: ...
     def batches(
         self,
@@ -119,6 +121,7 @@ class ActivationCache:
         dtype: torch.dtype = torch.float32,
         shuffle: bool = True,
         leave_out: int = 0,
+        pin_memory: bool = False,
     ) -> Generator[Any, None, None]:
         """Endless shuffled batches, a pure function of (cache, seed, step); `start_step` skips that many.
 
@@ -127,6 +130,7 @@ class ActivationCache:
         rows in stored order (`index(shard)` says where they come from). A list of hooks yields dicts by hook: row i is the
         same token in each, in the same order as for one hook alone.
         `leave_out` rows, spread over all shards, appear in no batch (see `left_out`).
+        `pin_memory` gathers the rows into pinned memory, for asynchronous copies to a GPU.
         Raises `ValueError` for bad arguments, and `CacheError` naming a damaged shard.
         """
         one = hook_name is None or isinstance(hook_name, str)
@@ -143,18 +147,25 @@ class ActivationCache:
             if value < minimum:
                 raise ValueError(f"{name}={value} must be at least {minimum}.")
         plan = self._plan(seed if shuffle else None, start_step * batch_size, self._kept_rows(leave_out))
-        batches = self._batches(plan, batch_size, hooks, prefetch, dtype, one)
+        batches = self._batches(plan, batch_size, hooks, prefetch, dtype, pin_memory, one)
         _OPEN.add(batches)
         return batches
 
     def _batches(
-        self, plan: Iterator[Any], batch_size: int, hooks: list[str], prefetch: int, dtype: torch.dtype, one: bool
+        self,
+        plan: Iterator[Any],
+        batch_size: int,
+        hooks: list[str],
+        prefetch: int,
+        dtype: torch.dtype,
+        pin_memory: bool,
+        one: bool,
     ) -> Generator[Any, None, None]:
         def opened(shard: int) -> list[Tensor]:
             return [decode(self._read(shard, f"{hook}.safetensors")) for hook in hooks]
 
         widths = [self._widths[hook] for hook in hooks]
-        for batch in shuffled_batches(plan, opened, widths, batch_size, prefetch, dtype):
+        for batch in shuffled_batches(plan, opened, widths, batch_size, prefetch, dtype, pin_memory):
             yield batch[0] if one else dict(zip(hooks, batch, strict=True))
 
     def left_out(self, n: int, hook_names: Sequence[str]) -> dict[str, Float[Tensor, "n d_in"]]:

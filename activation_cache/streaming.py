@@ -127,9 +127,14 @@ class ActivationStream:
         return {"n": n, "mean": total / n, "second_moment": squares / n}
 
     def batches(
-        self, batch_size: int, seed: int = 0, start_step: int = 0, hook_name: Sequence[str] | None = None
+        self,
+        batch_size: int,
+        seed: int = 0,
+        start_step: int = 0,
+        hook_name: Sequence[str] | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> Generator[dict[str, Float[Tensor, "batch d_in"]], None, None]:
-        """Endless shuffled fp32 batches by hook, a pure function of (stream, seed, step).
+        """Endless shuffled batches by hook, a pure function of (stream, seed, step); cast from bfloat16 to `dtype`.
 
         To begin at `start_step`, the texts are tokenised up to there (once for all epochs) and the model runs on the contexts
         that have rows in the buffer. Raises `CacheError` if the model returns non-finite rows.
@@ -139,7 +144,7 @@ class ActivationStream:
         for drawn in self._drawn(seed, start_step * batch_size, hooks):
             waiting = {hook: torch.cat([waiting[hook], x]) for hook, x in drawn.items()} if waiting else drawn
             while len(waiting[hooks[0]]) >= batch_size:
-                yield {hook: x[:batch_size].float() for hook, x in waiting.items()}
+                yield {hook: x[:batch_size].to(dtype) for hook, x in waiting.items()}
                 waiting = {hook: x[batch_size:] for hook, x in waiting.items()}
 
     def _drawn(self, seed: int, skip: int, hooks: list[str]) -> Iterator[dict[str, Tensor]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from saelab.activation_cache.layout import config_hash
@@ -20,16 +21,19 @@ from saelab.training.data_source import DataSource, Moments, Rows
 from saelab.training.kept_out import n_kept_out
 from saelab.training.tensor_data import as_rows, from_iterator, from_tensors
 
+_Cache = ActivationCache | ActivationStream
 
-def open_data(data: Any, hook_name: str | None, rules: int = RULES) -> DataSource:
+
+def open_data(data: Any, hook_name: str | None, rules: int = RULES, device: torch.device | None = None) -> DataSource:
     """Make a `DataSource` from any data that `saelab.train` accepts. Raises `ValueError` for anything else.
 
     `rules` are the training rules of the run, which determine whether rows are held out of the batches.
+    For a CUDA `device` the rows of a cache or stream come in the dtype they are stored in, those of a cache in pinned memory.
     """
     if isinstance(data, str | Path):
         data = ActivationCache(data)
     if isinstance(data, ActivationCache | ActivationStream):
-        return _from_cache(data, hook_name, rules)
+        return _from_cache(data, hook_name, rules, device is not None and device.type == "cuda")
     if isinstance(data, Tensor | np.ndarray | Batch):
         return from_tensors(as_rows(data), rules)
     if isinstance(data, Iterable):
@@ -40,7 +44,7 @@ def open_data(data: Any, hook_name: str | None, rules: int = RULES) -> DataSourc
     )
 
 
-def _from_cache(cache: ActivationCache | ActivationStream, hook_name: str | None, rules: int) -> DataSource:
+def _from_cache(cache: _Cache, hook_name: str | None, rules: int, for_cuda: bool) -> DataSource:
     if isinstance(cache, ActivationStream):
         cache = cache.by_rules(rules)
     leave_out = 0 if isinstance(cache, ActivationStream) else n_kept_out(cache.n_rows, rules)
@@ -50,10 +54,10 @@ def _from_cache(cache: ActivationCache | ActivationStream, hook_name: str | None
         stats = cache.stats(name)
         return Moments(stats["mean"].float(), stats["second_moment"].sum())
 
+    options = _reading(cache, leave_out, for_cuda)
+
     def batches(names: Sequence[str], batch_size: int, seed: int, start_step: int) -> Iterator[Rows]:
-        if isinstance(cache, ActivationStream):
-            return cache.batches(batch_size, seed=seed, start_step=start_step, hook_name=list(names))
-        return cache.batches(batch_size, seed=seed, start_step=start_step, hook_name=list(names), leave_out=leave_out)
+        return cache.batches(batch_size, seed, start_step, hook_name=list(names), **options)
 
     def identity(hooks: HooksUsed) -> tuple[str, dict[str, Any]]:
         origin = _origin(cache, hooks)
@@ -77,11 +81,21 @@ def _from_cache(cache: ActivationCache | ActivationStream, hook_name: str | None
         documents=lambda: cache.document_ids,
         rows="" if isinstance(cache, ActivationStream) else config_hash(cache.manifest["config"]),
         held_bytes=cache.held_bytes if streamed else 0,
+        pinned=options.get("pin_memory", False),
         kept_out=kept_out if leave_out else None,
     )
 
 
-def _origin(cache: ActivationCache | ActivationStream, hooks: HooksUsed) -> dict[str, Any]:
+def _reading(cache: _Cache, leave_out: int, for_cuda: bool) -> dict[str, Any]:
+    """Options of `cache.batches`; for a GPU rows stay as they are stored, but int8 is dequantised to float32."""
+    if isinstance(cache, ActivationStream):
+        return {"dtype": torch.bfloat16 if for_cuda else torch.float32}
+    stored = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(cache.manifest["config"]["dtype"])
+    dtype = stored if for_cuda and stored is not None else torch.float32
+    return {"dtype": dtype, "leave_out": leave_out, "pin_memory": for_cuda}
+
+
+def _origin(cache: _Cache, hooks: HooksUsed) -> dict[str, Any]:
     """The origin of the rows of these hooks; hooks of a single model have no "MODEL/" prefix."""
     each = {name: cache.origin(name) for name in hooks.all}
     models = {label: model for label, model in cache.models.items() if any(n.startswith(f"{label}/") for n in each)}

@@ -76,6 +76,8 @@ class DataSource:
     """SHA-256 of the config of a cache; "" for other data."""
     held_bytes: int = 0
     """Bytes of memory that reading takes in addition to the batches."""
+    pinned: bool = False
+    """Whether batches are in pinned memory, each in its own."""
     kept_out: Callable[[Sequence[str]], Rows] | None = None
     """Hook names -> the rows held out of all batches; None if none are."""
 

@@ -43,6 +43,6 @@ def calibration_rows(
     wanted = min(MOST, source.n_rows or max(n_tokens // SHARE, MIN_ROWS))
     chunks: list[Rows] = []
     while sum(len(chunk[hooks[0]]) for chunk in chunks) < wanted and (rows := next(batches, None)) is not None:
-        chunks.append(rows)
+        chunks.append({hook: rows[hook] for hook in hooks})  # without the copies on a GPU
     chunks = chunks or [last]
     return {hook: torch.cat([chunk[hook] for chunk in chunks])[:wanted] for hook in hooks}, False

@@ -21,6 +21,7 @@ from saelab.training.checkpoint import claimed
 from saelab.training.config import TrainConfig
 from saelab.training.data import open_data
 from saelab.training.data_source import DataSource, Rows
+from saelab.training.device_rows import ahead_on, common_device
 from saelab.training.interrupt import interrupt_between_steps
 from saelab.training.kept_out import calibration_rows
 from saelab.training.memory import check_memory, free_bytes, plan_memory
@@ -94,7 +95,7 @@ def train(
         else [folder_given]
     )
     rules = rules_of(folders, ranks, device_of(trains[0]))
-    source = open_data(data, hook_name, rules)
+    source = open_data(data, hook_name, rules, common_device(map(device_of, trains)))
     if ranks.is_main_process:
         _warn_if_few(source, trains[0].batch_size)
     with ExitStack() as stack:
@@ -161,6 +162,8 @@ def _train_all(runs: list[Run], source: DataSource, config: TrainConfig, progres
     first, ranks = min(run.step for run in runs), runs[0].ranks
     hooks = list(dict.fromkeys(hook for run in runs for hook in run.hooks.all))
     batches = source.batches(hooks, config.batch_size, config.seed, first)
+    if ranks.size == 1:  # several ranks each copy only their own rows
+        batches = ahead_on(common_device(run.device for run in runs), batches, source.pinned)
     options: dict[str, Any] = {"desc": "Training", "unit": "step", "disable": not progress}
     with tqdm(total=config.n_steps, initial=first, **options) as bar, interrupt_between_steps() as interrupt:
         rows: Rows | None = None

@@ -52,7 +52,8 @@ def plan_memory(variant: type[SAE], config: Any, view: View, train: TrainConfig,
     }
     if device.type == "cpu":
         return {"cpu": step}
-    return {str(device): step, "cpu": {"batches": step["batches"], "checkpoint": 3 * weights}}
+    pinned = 2 if device.type == "cuda" else 1  # blocks of pinned memory are powers of two
+    return {str(device): step, "cpu": {"batches": pinned * step["batches"], "checkpoint": 3 * weights}}
 
 
 def _step_bytes(variant: type[SAE], config: Any, n_rows: int, width: int, weights: int) -> int:

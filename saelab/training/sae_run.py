@@ -24,6 +24,7 @@ from saelab.training.checkpoint import State, claim_run, list_checkpoints
 from saelab.training.config import TrainConfig
 from saelab.training.data_source import DataSource, Rows, View
 from saelab.training.dead_features import DeadFeatures, dead_window
+from saelab.training.device_rows import device_rows
 from saelab.training.environment import environment, warn_if_elsewhere
 from saelab.training.exchange import Exchange
 from saelab.training.feature_shards import FeatureShard, check_shardable, gather_into, shard_of
@@ -156,9 +157,8 @@ class Run:
         """Accumulate gradients of this rank's rows of `micro_batch`; returns their part of the metrics of the whole batch."""
         ranks = self.mesh.data.sharing(len(micro_batch))
         local = micro_batch[ranks.local_rows]
-        batch = self.hooks.batch(
-            {name: rows[name][local.start : local.stop].to(self.device) for name in self.hooks.all}
-        )
+        part = slice(local.start, local.stop)
+        batch = self.hooks.batch({name: device_rows(rows, name, part, self.device) for name in self.hooks.all})
         share = len(local) / self.train.batch_size
         loss = self.sae.loss(batch, info._replace(ranks=ranks))
         (loss.total * share).backward()
