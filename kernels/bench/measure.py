@@ -90,7 +90,8 @@ class _Size:
         with torch.no_grad():
             pair = op_pair(op, self.ours.sae, x)
             for batch in islice(self.stream, BASELINE_WARMUP):
-                pair.dense(batch), pair.ours(batch)
+                pair.ours(batch)
+                pair.dense(batch)
             each = [(_timed(pair.ours, x), _timed(pair.dense, x)) for x in islice(self.stream, self.settings.pairs)]
             ours, dense = (list(times) for times in zip(*each, strict=True))
             traced = [trace(lambda call=call: call(x), device, allocated(device)) for call in (pair.ours, pair.dense)]

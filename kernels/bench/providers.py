@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ Op = Literal["step", "encode", "decode"]
 Model = Callable[[int, int, int, int], Work]
 
 
+@runtime_checkable
 class Step(Protocol):
     """A model with its optimiser."""
 
