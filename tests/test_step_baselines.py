@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.autograd import DeviceType
 
 from saelab.kernels.bench import bench_step, gpu_trace, rows
 from saelab.kernels.bench.dense_step import DenseEncoder, DenseTopK, sparse_acts_of
@@ -19,6 +18,7 @@ from saelab.kernels.bench.traffic import step_model
 from saelab.kernels.bench.traffic.step_model import Machine, dense_is_less, least_ms
 from saelab.kernels.sparse_acts import SparseActs
 
+DeviceType = torch.autograd.DeviceType  # pyright: ignore[reportPrivateImportUsage]
 SMALL = {"d_sae": (64,), "k": (4,), "d_in": 16, "batch_size": 64, "pairs": 1, "warmup": 1, "device": "cpu"}
 
 
@@ -150,6 +150,16 @@ def test_kernels_and_waits_are_counted():
     annotation.is_user_annotation = True
     assert gpu_trace.count([*cpu, *gpu, annotation]) == (2, 1)
     assert gpu_trace.trace(lambda: pytest.fail("run"), "cpu", 0) == {} and gpu_trace.allocated("cpu") == 0
+
+
+def test_rows_are_not_appended_to_other_columns(tmp_path):
+    path = tmp_path / "step.csv"
+    for _ in range(2):
+        rows.append_csv(path, [{"op": "decode"}])
+    assert [row["op"] for row in csv.DictReader(path.read_text(encoding="utf-8").splitlines())] == ["decode"] * 2
+    path.write_text("op,shape\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="other columns"):
+        rows.append_csv(path, [{"op": "decode"}])
 
 
 def test_kept_results_have_todays_columns():

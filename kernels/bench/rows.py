@@ -72,8 +72,14 @@ def _cpu_name() -> str:
 
 
 def append_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Append rows to a CSV file, with a header if it is new."""
+    """Append rows to a CSV file, with a header if it is new. Raises `ValueError` if its columns are not `COLUMNS`."""
     new = not path.exists()
+    if not new:
+        with path.open(newline="", encoding="utf-8") as file:
+            if tuple(next(csv.reader(file), ())) != COLUMNS:
+                raise ValueError(
+                    f"{path} has other columns than today's rows; move it away or write to another folder."
+                )
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="")
         if new:
