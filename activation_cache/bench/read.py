@@ -18,8 +18,8 @@ from torch import Tensor
 from saelab.activation_cache.bench.harvest import median_and_quantiles
 from saelab.activation_cache.reader import ActivationCache
 from saelab.kernels.allocator import keep_freed_memory
-from saelab.kernels.bench.bench_step import SparseTopK
 from saelab.kernels.bench.rows import hardware
+from saelab.kernels.bench.sparse_step import SparseTopK
 
 _BUFFER_BYTES = 1 << 24
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from saelab.kernels.bench.bench_step import SparseTopK
+from saelab.kernels.bench.sparse_step import SparseTopK
 
 MIB = 1 << 20
 

@@ -94,23 +94,25 @@ class Sparsify:
 
     In its order: `b_dec` from the first batch, unit norms, total variance, `SparseCoder.forward`, fired mask, FVU,
     backward (AuxK has weight 0 by default), projection of the decoder's gradient, schedule-free signum, token counts.
-    Omitted: what `fit` does with hooks, token masks and files, and its bfloat16 autocast, which is for CUDA only.
+    Omitted: what `fit` does with hooks, token masks and files. On CUDA its forward pass is under bfloat16 autocast and its
+    decoder is a Triton kernel.
     """
 
-    def __init__(self, d_in: int, d_sae: int, k: int, batch: int) -> None:
-        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # its Triton decoder, chosen at import, takes CUDA tensors only
+    def __init__(self, d_in: int, d_sae: int, k: int, batch: int, device: str = "cpu") -> None:
+        if device == "cpu":
+            os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # its Triton decoder, chosen at import, takes CUDA tensors only
         from schedulefree import ScheduleFreeWrapper  # pyright: ignore[reportMissingImports]
         from sparsify import SparseCoder, SparseCoderConfig  # pyright: ignore[reportMissingImports]
         from sparsify.sign_sgd import SignSGD  # pyright: ignore[reportMissingImports]
 
         self.version, self.steps = importlib.metadata.version("eai-sparsify"), 0
         torch.set_float32_matmul_precision("high")  # the first line of `fit`
-        self.sae = SparseCoder(d_in, SparseCoderConfig(num_latents=d_sae, k=k), dtype=torch.float32)
+        self.sae = SparseCoder(d_in, SparseCoderConfig(num_latents=d_sae, k=k), device=device, dtype=torch.float32)
         signs = SignSGD([{"params": self.sae.parameters(), "lr": 5e-3 / (d_sae / 2**14) ** 0.5}])
         self.optimizer = ScheduleFreeWrapper(signs, momentum=0.95)
         self.optimizer.train()
-        self.tokens_since_fired = torch.zeros(d_sae, dtype=torch.long)
-        self.fired = torch.zeros(d_sae, dtype=torch.bool)
+        self.tokens_since_fired = torch.zeros(d_sae, dtype=torch.long, device=device)
+        self.fired = torch.zeros(d_sae, dtype=torch.bool, device=device)
 
     def step(self, x: Tensor) -> float:
         if self.steps == 0:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
+from saelab.kernels.bench.sizes import Shape
 from saelab.kernels.triton_backend.launch import CACHE_MIB, SMALL_TILES
 
 TARGETS = tuple(name for name in CACHE_MIB if name != SMALL_TILES)
@@ -65,15 +66,6 @@ def screen_cases() -> list[tuple[ScreenShape, str, str]]:
 
 
 ITEMSIZE = {"bf16": 2, "fp32": 4}
-
-
-class Shape(NamedTuple):
-    """Sizes of a training step, for the compile report."""
-
-    batch: int
-    d_in: int
-    d_sae: int
-    k: int
 
 
 PRODUCTION = Shape(batch=8192, d_in=4096, d_sae=131072, k=64)
