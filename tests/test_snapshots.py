@@ -161,7 +161,7 @@ def watched(tmp_path_factory, tiny_lm):
     run = make_run(tmp_path_factory.mktemp("watched") / "run", tiny_lm)
     config = TrainConfig(n_tokens=12_000, batch_size=256, warmup_steps=2, snapshot_every=15, device="cpu")
     train(TopKConfig(96, 4), run / "cache", config, run / "sae", progress=False)
-    assert main(["features", str(run), "--snapshots", "--n-tokens", "512"]) == 0
+    assert main(["features", str(run), "--snapshots", "--n-tokens", "512", "--dtype", "float32"]) == 0
     return run
 
 

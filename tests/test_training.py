@@ -121,16 +121,16 @@ def test_interrupt_and_resume_gives_the_same_bits(tmp_path, monkeypatch, step, w
 
 def press_ctrl_c_in(monkeypatch, update, times=1, number=signal.SIGINT):
     """Send a signal in the middle of a step, just before its update of the weights."""
-    from saelab.training import sae_run
+    from saelab.training import steps
 
-    real, updates = sae_run.apply_step, iter(range(10**6))
+    real, updates = steps.apply_step, iter(range(10**6))
 
     def apply_step(*arguments):
         for _ in range(times if next(updates) == update else 0):
             os.kill(os.getpid(), number)
         return real(*arguments)
 
-    monkeypatch.setattr(sae_run, "apply_step", apply_step)
+    monkeypatch.setattr(steps, "apply_step", apply_step)
 
 
 @pytest.mark.parametrize("step", [0, 7, 20])

@@ -90,7 +90,7 @@ def packed(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, **constexprs: int) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, **constexprs: float) -> None:
     """Run `kernel` on the device of its first tensor, which need not be the current one; does nothing for an empty grid.
 
     All launches go through here: Triton itself uses the current device, and would run on GPU 0 with tensors of GPU 1.

@@ -81,6 +81,11 @@ class Adam:
         index = next(i for i, known in enumerate(self.parameters) if known is parameter)
         return self._state["exp_avg"][index], self._state["exp_avg_sq"][index]
 
+    def note_steps(self, n: int) -> None:
+        """Set the number of steps made, for one that was made elsewhere, on the moments."""
+        for count in self._state["step"]:
+            count.fill_(n)
+
     def zero_grad(self) -> None:
         """Drop all gradients."""
         for parameter in self.parameters:

@@ -4,7 +4,7 @@ It computes what `loss`, `backward` and `apply_step` compute, in some thirty lau
 left on the device. What a step found is copied out in a record that is read a few steps later (`late_records.py`). Only if a
 feature is dead, or may soon be, the host asks for the number of dead features before a step, as the shape of AuxK depends on it.
 
-Selections are exact as everywhere: candidates from a bf16 product, values in fp32, uncertain rows selected from all features.
+Selections are exact as everywhere: candidates from a fp16 product, values in fp32, uncertain rows selected from all features.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from saelab.kernels.triton_backend.spmm import spmm_residual
 from saelab.kernels.triton_backend.step.candidates import empty_slots, find_candidates, parts_of
-from saelab.kernels.triton_backend.step.gradients import empty_gradients, sort_pairs, weight_gradients
+from saelab.kernels.triton_backend.step.gradients import add_rows, empty_gradients, sort_pairs, weight_gradients
 from saelab.kernels.triton_backend.step.prepare import (
     Rows,
     prepare_rows,
@@ -26,8 +26,9 @@ from saelab.kernels.triton_backend.step.prepare import (
     variance_of,
     width_of,
 )
+from saelab.kernels.triton_backend.step.products import products_by_feature
 from saelab.kernels.triton_backend.step.search_rows import plan_search, search_rows
-from saelab.kernels.triton_backend.step.select import empty_selection, select, value_gradients
+from saelab.kernels.triton_backend.step.select import empty_selection, select
 from saelab.kernels.triton_backend.step.update import (
     RECORD,
     AdamOptions,
@@ -36,9 +37,11 @@ from saelab.kernels.triton_backend.step.update import (
     finish,
     update,
 )
+from saelab.losses import auxk
 from saelab.saes.topk import TopKSAE
 from saelab.training.adam import Adam
 from saelab.training.dead_features import DeadFeatures
+from saelab.training.late_records import Record
 
 HORIZON = 16
 """Steps for which a record that finds no feature near death vouches."""
@@ -51,15 +54,18 @@ class FusedStep:
         self.sae, self.adam, self.dead, self.n_rows = sae, adam, dead, n_rows
         device, (d_sae, d_in), k = sae.W_enc.device, sae.W_enc.shape, sae.config.k
         width = width_of(d_in)
-        empty, bf16 = torch.empty, torch.bfloat16
+        empty, half = torch.empty, torch.float16
         bounds = empty(2, n_rows, device=device)
-        self.rows = Rows(empty(n_rows, d_in, device=device), empty(n_rows, width, dtype=bf16, device=device), bounds)
-        self._low, self._norms = empty(d_sae, width, dtype=bf16, device=device), empty(2, d_sae, device=device)
+        self.rows = Rows(empty(n_rows, d_in, device=device), empty(n_rows, width, dtype=half, device=device), bounds)
+        self._low, self._norms = empty(d_sae, width, dtype=half, device=device), empty(2, d_sae, device=device)
         self.parts = parts_of(n_rows, d_sae)
         self._plan = plan_search(d_sae, k, len(self.parts))
         n_scores = max((part.stop - part.start for part in self.parts), default=0) * d_sae
-        self._scores = empty(max(n_scores, n_rows * self._plan.row_bytes // 2), dtype=bf16, device=device)
-        self._slots, (self.selection, self._uncertain) = empty_slots(n_rows, k, device), empty_selection(n_rows, k, device)
+        self._scores = empty(max(n_scores, n_rows * self._plan.row_bytes // 2), dtype=half, device=device)
+        self._slots, (self.selection, self._uncertain) = (
+            empty_slots(n_rows, k, device),
+            empty_selection(n_rows, k, device),
+        )
         self._gradients = empty_gradients(sae.W_dec)
         self._bins = torch.arange(d_sae + 1, dtype=torch.int32, device=device)
         self._offsets = torch.arange(0, n_rows * k + 1, k, device=device)
@@ -79,20 +85,19 @@ class FusedStep:
         self.schedule.copy_(pinned, non_blocking=True)
 
     @torch.no_grad()
-    def run(self, dead: Int[Tensor, " n_dead"] | None = None) -> Tensor | None:
-        """One step on the loaded rows; with the ids of `dead` features also AuxK, whose loss is returned."""
+    def run(self, dead: Int[Tensor, " n_dead"] | None = None) -> None:
+        """One step on the loaded rows, with AuxK if there are `dead` features (their ids)."""
         sae, x = self.sae, self.rows.x
         variance = variance_of(x)
         self._select()
-        values, k = self.selection.values, self.selection.values.shape[1]
+        values, features, _, keys = self.selection
         bias = None if sae.pre_bias is not None else sae.b_dec
-        residual, error = spmm_residual(
-            values.view(-1), self.selection.features.view(-1), self._offsets, sae.W_dec, bias, x
-        )
-        dvalues = value_gradients(residual, sae.W_dec, self.selection)
-        pairs = sort_pairs(self.selection.keys, self._bins)
-        weight_gradients(pairs, values, dvalues.view(-1, k), x, residual, variance, sae.W_dec, self._gradients)
-        aux = None if dead is None else self._add_aux(dead, residual)
+        residual, error = spmm_residual(values.view(-1), features.view(-1), self._offsets, sae.W_dec, bias, x)
+        pairs = sort_pairs(keys, values, self._bins)
+        dvalues = products_by_feature(residual, sae.W_dec, pairs.features, pairs.rows)
+        weight_gradients(pairs, dvalues, x, residual, variance, sae.W_dec, self._gradients)
+        if dead is not None:
+            self._add_aux(dead, residual)
         through = self._gradients.b_enc @ sae.W_enc if sae.pre_bias is not None else None
         window = self.dead.window
         counted = self._gradients, pairs, self.dead.tokens_since_fired, self.n_rows, window
@@ -103,7 +108,6 @@ class FusedStep:
             self._db_dec, self._control, self.record, self._options,
         )  # fmt: skip
         update(W_enc, W_dec, b_enc, self._gradients, parallel, self._control, self.schedule, self._options)
-        return aux
 
     def _select(self) -> None:
         """Fill `selection` from the loaded rows."""
@@ -118,11 +122,21 @@ class FusedStep:
         select(*operands, self._slots, self.selection, self._uncertain)
         search_rows(*operands, self._uncertain, self._plan, self._scores.view(torch.int64), self.selection)
 
-    def _add_aux(self, dead: Tensor, residual: Tensor) -> Tensor:
-        """Add the gradients of AuxK to those of the dead features; returns its loss."""
-        raise NotImplementedError
+    def _add_aux(self, dead: Int[Tensor, " n_dead"], residual: Float[Tensor, "batch d_in"]) -> None:
+        """Add the gradients of AuxK to those of the dead features, and its loss to the record."""
+        sae, config = self.sae, self.sae.config
+        with torch.enable_grad():
+            rows = [p.detach()[dead].requires_grad_() for p in (sae.W_enc, sae.b_enc, sae.W_dec)]
+            loss = auxk(self.rows.x, -residual, *rows, config.k_aux or max(sae.d_in // 2, 1))
+            gradients = torch.autograd.grad(config.auxk_alpha * loss, rows)
+        add_rows(dead, *gradients, sae.W_dec, self._gradients)
+        self.record[RECORD.index("auxk")] = loss.detach()
 
-    def values(self, record: Tensor) -> dict[str, Any]:
-        """The metrics that a record on the host holds."""
-        found = dict(zip(RECORD, record.tolist(), strict=True))
-        return {"loss": found["loss"], "l0": found["nnz"] / self.n_rows, "grad_norm": found["grad_norm"]}
+    def values(self, record: Record) -> dict[str, Any]:
+        """The metrics in the record of a step, and under "none_dead_soon" whether none can be dead for `HORIZON` steps."""
+        numbers = dict(zip(RECORD, record.numbers.tolist(), strict=True))
+        aux = {"auxk": numbers["auxk"]} if record.with_aux else {}
+        loss = numbers["fvu"] + sum(self.sae.config.auxk_alpha * term for term in aux.values())
+        found = {"loss": loss, "l0": numbers["nnz"] / self.n_rows, "fvu": numbers["fvu"], **aux}
+        found |= {"grad_norm": numbers["grad_norm"], "dead_fraction_train": numbers["dead"] / self.sae.d_sae}
+        return found | {"none_dead_soon": not numbers["dead_soon"]}

@@ -14,8 +14,7 @@ from saelab.distributed import Ranks
 from saelab.distributed.mesh import Mesh
 from saelab.errors import TrainingError
 from saelab.io import load_sae, save_sae
-from saelab.losses import sum_of_squares, total_variance
-from saelab.saes import SAE, VARIANTS, StepInfo
+from saelab.saes import SAE, VARIANTS
 from saelab.saes.config import settings
 from saelab.saes.provenance import Provenance
 from saelab.saes.step import RULES
@@ -24,15 +23,14 @@ from saelab.training.checkpoint import State, claim_run, list_checkpoints
 from saelab.training.config import TrainConfig
 from saelab.training.data_source import DataSource, Rows, View
 from saelab.training.dead_features import DeadFeatures, dead_window
-from saelab.training.device_rows import device_rows
 from saelab.training.environment import environment, warn_if_elsewhere
-from saelab.training.exchange import Exchange
 from saelab.training.feature_shards import FeatureShard, check_shardable, gather_into, shard_of
 from saelab.training.metrics_log import MetricsLog
-from saelab.training.optimizer import apply_step, learning_rate
+from saelab.training.optimizer import learning_rate
 from saelab.training.running_norm import RunningNorm
 from saelab.training.snapshots import has_snapshot, is_due, save_snapshot
 from saelab.training.start import check_end, check_promise, check_start
+from saelab.training.steps import Found, Step, Trained, make_step
 
 
 def variant_of(config: Any) -> type[SAE]:
@@ -81,13 +79,18 @@ class Run:
         self.adam = Adam(self.sae.parameters(), self.sae.weight_decay, train.betas, eps)
         self.running = None if train.clip_relative is None else RunningNorm(train.clip_relative, self.device)
         self.dead = DeadFeatures(self.sae.d_sae, dead_window(train, variant, config, rules), self.device)
-        self.exchange = Exchange(self.sae, self.mesh)
         self.state = State(folder, train.keep_checkpoints, self.sae, self.adam, self.dead, self.mesh, self.running)
         self.step = 0
         self.last: dict[str, Any] = {}
         self._spent, self._spent_on = 0.0, 0
         self._continue(config, view)
         self.finished = self.step == train.n_steps
+        self._unsettled: dict[int, Rows] = {}
+        """The rows of the steps whose metrics are not known yet."""
+        trained = Trained(
+            self.sae, self.adam, self.dead, self.hooks, train, self.mesh, self.running, self.device, rules
+        )
+        self._step: Step | None = None if self.finished else make_step(trained)
         wandb_project = wandb_project if self.ranks.is_main_process else None
         self.log = MetricsLog(self.folder, self.step, wandb_project) if not self.finished else None
 
@@ -121,30 +124,17 @@ class Run:
         return named | {"data": view.fingerprint, "d_in": self.sae.d_in, **self.sae.shape}
 
     def train_step(self, rows: Rows) -> None:
-        """One optimiser step. Raises `TrainingError` on NaN or infinite rows, loss or gradient, and if all rows are the
-        same; the last checkpoint is left intact."""
+        """One optimiser step. Raises `TrainingError` on NaN or infinite rows, loss or gradient (of this step, or on a GPU of one
+        a few steps earlier), and if all rows are the same; the last checkpoint is left intact."""
         start = time.perf_counter()
         if any(_are_the_same(rows[name]) for name in self.hooks.all):
-            raise TrainingError(self._explain(rows))
-        info = StepInfo(self.dead.dead, self.step, self.train.n_steps, rules=self.rules)
-        logged = self.step % self.train.log_every == 0 or self.step == self.train.n_steps - 1
-        sums: dict[str, Any] = {}
-        for micro_batch in self.train.micro_batches:
-            for name, value in self._forward_backward(rows, micro_batch, info, logged).items():
-                sums[name] = sums.get(name, 0.0) + value
-        sums = self.exchange.sum_metrics(sums, self.device)
-        self.exchange.sum_gradients()
-        shards = self.mesh.feature
-        lr = learning_rate(self.train, self.sae.base_lr, self.sae.d_sae * shards.size, self.step)
-        sums["grad_norm"] = apply_step(self.sae, self.adam, lr, self.train.clip_norm, shards, self.running)
-        if not (math.isfinite(sums["loss"]) and math.isfinite(sums["grad_norm"])):
-            raise TrainingError(self._explain(rows))
-        if self.step == 0 and self.rules >= 2:
-            check_start(self.sae, sums["l0"])
+            raise TrainingError(self._explain(self.step, rows))
+        self._unsettled[self.step] = rows
+        assert self._step is not None
+        found = self._step(rows, self.step, self._lr(self.step), self._is_logged(self.step))
         self.step += 1
         self._spent, self._spent_on = self._spent + time.perf_counter() - start, self._spent_on + 1
-        if logged:
-            self._write_log(sums, lr)
+        self._note(found)
         if is_due(self.train.snapshot_every, self.step, self.train.n_steps):
             self._snapshot(rows)
         if (
@@ -153,29 +143,37 @@ class Run:
         ):
             self.checkpoint()
 
-    def _forward_backward(self, rows: Rows, micro_batch: range, info: StepInfo, logged: bool) -> dict[str, float]:
-        """Accumulate gradients of this rank's rows of `micro_batch`; returns their part of the metrics of the whole batch."""
-        ranks = self.mesh.data.sharing(len(micro_batch))
-        local = micro_batch[ranks.local_rows]
-        part = slice(local.start, local.stop)
-        batch = self.hooks.batch({name: device_rows(rows, name, part, self.device) for name in self.hooks.all})
-        share = len(local) / self.train.batch_size
-        loss = self.sae.loss(batch, info._replace(ranks=ranks))
-        (loss.total * share).backward()
-        self.dead.update(loss.feature_acts, ranks)
-        values = {"loss": loss.total.item(), "l0": loss.feature_acts.nnz / len(local)}
-        if logged:
-            values |= {name: term.item() for name, term in loss.terms.items()}
-            values["fvu"] = float(sum_of_squares(loss.residual) / total_variance(loss.y, ranks))
-        return {name: share * value for name, value in values.items()}
+    def _is_logged(self, step: int) -> bool:
+        return step % self.train.log_every == 0 or step == self.train.n_steps - 1
+
+    def _lr(self, step: int) -> float:
+        return learning_rate(self.train, self.sae.base_lr, self.sae.d_sae * self.mesh.feature.size, step)
+
+    def _note(self, found: Found) -> None:
+        """Check and log the metrics of steps, in order."""
+        for step, values in found:
+            rows = self._unsettled.pop(step)
+            if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+                raise TrainingError(self._explain(step, rows))
+            if step == 0 and self.rules >= 2:
+                check_start(self.sae, values["l0"])
+            if self._is_logged(step):
+                self._write_log(step, values)
+
+    def _settle(self) -> None:
+        """Wait for the metrics of all steps made."""
+        if self._step is not None:
+            self._note(self._step.settle(self.step))
 
     def checkpoint(self) -> None:
         """Write the state before the next step, if the run has a folder and has made a step."""
+        self._settle()
         self.state.save(self.step)
 
     def finish(self, rows: Rows, unseen: Rows, kept_out: bool) -> SAE:
         """Calibrate the trained SAE on the `unseen` rows (`kept_out`: whether they were held out of training), and save it
         with golden inputs taken from `rows`. With sharded features rank 0 gets the whole SAE."""
+        self._settle()
         self.sae = self._full_sae()
         if self.log is not None:
             self.log.close()
@@ -223,30 +221,29 @@ class Run:
             provenance, x = self._provenance(None, None), self.hooks.batch(rows).x
             save_snapshot(self.folder, self.step, sae, provenance, x, fold=self.rules >= 2)
 
-    def _write_log(self, sums: dict[str, Any], lr: float) -> None:
+    def _write_log(self, step: int, values: dict[str, Any]) -> None:
         # Counts this SAE's steps only: others may share the data.
         rate = self._spent_on * self.train.batch_size / max(self._spent, 1e-9)
         self._spent, self._spent_on = 0.0, 0
-        dead = float(self.mesh.feature.all_reduce_sum(self.dead.dead.float().mean()) / self.mesh.feature.size)
-        tokens = self.step * self.train.batch_size
-        self.last = {"step": self.step - 1, "tokens": tokens, **sums, "dead_fraction_train": dead, "lr": lr}
+        tokens = (step + 1) * self.train.batch_size
+        self.last = {"step": step, "tokens": tokens, **values, "lr": self._lr(step)}
         if self.log is not None:
             self.log.write(self.last | {"tokens_per_second": round(rate, 1)})
 
-    def _explain(self, rows: Rows) -> str:
-        cause = f"the loss of batch {self.step} is not finite though its activations are; lower lr"
+    def _explain(self, step: int, rows: Rows) -> str:
+        cause = f"the loss of batch {step} is not finite though its activations are; lower lr"
         for name in self.hooks.all:
             x = rows[name].flatten(1)
             bad = (~x.isfinite().all(1)).nonzero().flatten().tolist()
             if bad:
-                cause = f"{len(bad)} of {len(x)} activations in batch {self.step} are NaN or infinite"
+                cause = f"{len(bad)} of {len(x)} activations in batch {step} are NaN or infinite"
                 cause += f" ({name!r}, the first is row {bad[0]}); harvest them again"
                 break
             if _are_the_same(x):
-                cause = f"all activations {name!r} in batch {self.step} are the same; shuffle the rows"
+                cause = f"all activations {name!r} in batch {step} are the same; shuffle the rows"
         saved = list_checkpoints(self.folder) if self.folder is not None else []
         kept = f"the checkpoint of step {saved[-1]} in {self.folder} is intact" if saved else "nothing was saved yet"
-        return f"Training stopped at step {self.step}: {cause}; {kept}."
+        return f"Training stopped at step {step}: {cause}; {kept}."
 
 
 def _are_the_same(x: Tensor) -> bool:

@@ -1,9 +1,10 @@
 """Candidates of a TopK selection in slots of fixed number: the pairs whose upper bound is near the k-th of their row.
 
-The product of the bf16 operands (`prepare.py`) is an upper bound on every score, but for its own rounding to bf16 (`_STEP`).
-A row's features form strided groups; the k-th largest group maximum is at most the k-th largest bound, and one margin below
-it is the floor. A program takes one row: group maxima, their k-th largest by bisection over the 16 bits of a bf16 number,
-then every feature that reaches the floor, in ascending order. A row with more of them than slots is noticed in `select.py`.
+The product of the operands (`prepare.py`) is an upper bound on every score, but for its own rounding to fp16 (`_STEP`). A
+row's features form strided groups; the k-th largest group maximum is at most the k-th largest bound, and one margin below it
+is the floor. A program takes one row: group maxima, their k-th largest by bisection over the 19 bits in which fp16 numbers
+differ, then every feature that reaches the floor, in ascending order. A row with more of them than slots is noticed in
+`select.py`.
 """
 
 from __future__ import annotations
@@ -16,17 +17,18 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saelab.kernels.search import MARGIN, TINY
+from saelab.kernels.search import MARGIN
 from saelab.kernels.triton_backend.launch import ceil_div, launch
 
-_STEP = 2.0**-8
-"""More than the relative error of rounding to bf16."""
-_BLOCK = 2048
+_STEP = 2.0**-10
+"""More than the relative error of rounding to fp16."""
+_LEAST = 2.0**-24
+"""More than the error of rounding a number below the normal range of fp16."""
 _GROUPS = 1024
 
 
 class Slots(NamedTuple):
-    """Candidates of each row: the first `counts` slots of it, feature ids ascending."""
+    """Candidates of each row: the first `counts` slots of it, feature ids ascending; the others hold `d_sae`."""
 
     features: Int[Tensor, "batch slots"]
     counts: Int[Tensor, " batch"]
@@ -58,31 +60,37 @@ def _group_maxima(scores_ptr, d_sae, GROUPS: tl.constexpr):
 @triton.jit
 @no_type_check
 def _kth_largest(values, k):
-    """The k-th largest of numbers that are exact in bf16: their ordered bits differ in the upper 16 only."""
-    keys = ordered(values) >> 16
-    low, high = tl.full([], -32768, tl.int32), tl.full([], 32767, tl.int32)  # the k-th largest key is in between
-    for _ in range(16):
+    """The k-th largest of numbers that are exact in fp16: their ordered bits differ in the upper 19 only."""
+    keys = ordered(values) >> 13
+    low, high = (
+        tl.full([], -(1 << 18), tl.int32),
+        tl.full([], (1 << 18) - 1, tl.int32),
+    )  # the k-th largest is in between
+    for _ in range(19):
         middle = low + (high - low + 1) // 2
         enough = tl.sum((keys >= middle).to(tl.int32), axis=0) >= k
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle - 1)
-    bits = low << 16
-    bits = tl.where(bits < 0, bits ^ 0x7FFF0000, bits)
+    bits = low << 13
+    bits = tl.where(bits < 0, bits ^ 0x7FFFE000, bits)
     return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit(do_not_specialize=["k", "first_row", "n_rows"])
 @no_type_check
 def _candidates_kernel(
-    scores_ptr, by_norm_ptr, means_ptr, features_ptr, counts_ptr, bounds_ptr, d_sae, k, first_row, n_rows, step, tiny,
+    scores_ptr, by_norm_ptr, means_ptr, features_ptr, counts_ptr, bounds_ptr, d_sae, k, first_row, n_rows, step, least,
     MARGIN: tl.constexpr, SLOTS: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     local = tl.program_id(0).to(tl.int64)
     row = local + first_row
     scores_ptr += local * d_sae
     kth = _kth_largest(_group_maxima(scores_ptr, d_sae, GROUPS), k)
-    margin = tl.load(by_norm_ptr + row) * tl.load(means_ptr) + tl.load(by_norm_ptr + n_rows + row) * tl.load(means_ptr + 1)
-    floor = tl.maximum(kth - step * tl.maximum(kth, -kth) - MARGIN * margin, tiny)
+    margin = tl.load(by_norm_ptr + row) * tl.load(means_ptr) + tl.load(by_norm_ptr + n_rows + row) * tl.load(
+        means_ptr + 1
+    )
+    rounding = step * tl.maximum(kth, -kth) + least
+    floor = tl.maximum(kth - 2 * rounding - MARGIN * margin, 0.0)
     found = 0
     for first in range(0, d_sae, BLOCK):
         feature = first + tl.arange(0, BLOCK)
@@ -91,8 +99,15 @@ def _candidates_kernel(
         slot = found + tl.cumsum(hit, axis=0) - 1
         tl.store(features_ptr + row * SLOTS + slot, feature, mask=(hit > 0) & (slot < SLOTS))
         found += tl.sum(hit, axis=0)
+    for first in range(0, SLOTS, BLOCK):
+        slot = first + tl.arange(0, BLOCK)
+        tl.store(
+            features_ptr + row * SLOTS + slot,
+            tl.zeros([BLOCK], tl.int32) + d_sae,
+            mask=(slot >= found) & (slot < SLOTS),
+        )
     tl.store(counts_ptr + row, found)
-    tl.store(bounds_ptr + row, floor + step * floor)
+    tl.store(bounds_ptr + row, tl.where(floor > 0.0, floor + step * floor + least, 0.0))  # what is below 0 stays so
 
 
 def slots_for(k: int) -> int:
@@ -111,18 +126,18 @@ def find_candidates(
     scores: Float[Tensor, "part d_sae"], bounds: Float[Tensor, "2 batch"], means: Float[Tensor, " 2"], k: int,
     first_row: int, out: Slots,
 ) -> None:  # fmt: skip
-    """Fill the slots of the rows from `first_row` on with the candidates of `scores`, in bf16.
+    """Fill the slots of the rows from `first_row` on with the candidates of `scores`, in fp16.
 
     `bounds` are those of the rows (`prepare.Rows`), `means` the mean norm of the features and of their rounding errors.
     """
     d_sae = scores.shape[1]
-    groups = max(_GROUPS, 32 << (k - 1).bit_length())
-    groups = min(groups, 1 << (max(d_sae, 2) - 1).bit_length())
+    whole = 1 << (max(d_sae, 2) - 1).bit_length()
+    groups = min(max(_GROUPS, 32 << (k - 1).bit_length()), whole)
+    block, warps = (4096, 8) if d_sae > 1 << 15 or groups > 2048 else (2048, 4)
     launch(
         _candidates_kernel, (scores.shape[0],),
-        scores, bounds, means, *out, d_sae, k, first_row, bounds.shape[1], _STEP, TINY,
-        MARGIN=MARGIN, SLOTS=out.features.shape[1], GROUPS=groups,
-        BLOCK=min(_BLOCK, 1 << (max(d_sae, 2) - 1).bit_length()), num_warps=4 if groups <= 2048 else 8,
+        scores, bounds, means, *out, d_sae, k, first_row, bounds.shape[1], _STEP, _LEAST,
+        MARGIN=MARGIN, SLOTS=out.features.shape[1], GROUPS=groups, BLOCK=min(block, whole), num_warps=warps,
     )  # fmt: skip
 
 

@@ -2,24 +2,26 @@
 
 The features are split over programs; each keeps the k best of its share, block by block (the k best of two sorted lists are
 the larger of one and the other reversed, elementwise), and one program a row puts the lists together. The values that are
-returned are summed as in `select.py`.
+returned are summed as in `products.py`.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple, no_type_check
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from saelab.kernels.triton_backend.launch import ceil_div, launch
-from saelab.kernels.triton_backend.step.select import TILE, WARPS, Selection, Uncertain, key_of, tiles_of
+from saelab.kernels.triton_backend.step.products import COLUMNS, ROW_PAIRS
+from saelab.kernels.triton_backend.step.select import Selection, Uncertain, key_of
 
 _LANES = 8
 _MERGE_LANES = 64
 _MOST_SPLITS = 64
+_TILE = 2048
+_WARPS = 2
 
 
 class Plan(NamedTuple):
@@ -57,7 +59,9 @@ def _search_rows_kernel(
                 inside = columns < d_in
                 x = tl.load(x_ptr + row * d_in + columns, mask=inside, other=0.0)
                 at_w = feature.to(tl.int64)[:, None] * d_in + columns[None, :]
-                score += tl.sum(x[None, :] * tl.load(W_ptr + at_w, mask=real[:, None] & inside[None, :], other=0.0), axis=1)
+                score += tl.sum(
+                    x[None, :] * tl.load(W_ptr + at_w, mask=real[:, None] & inside[None, :], other=0.0), axis=1
+                )
             score += tl.load(bias_ptr + feature, mask=real, other=0.0)
             key = tl.where(real & (score > 0), key_of(score, feature), -1)
             best = tl.sort(tl.maximum(best, tl.sort(key)), descending=True)
@@ -114,12 +118,12 @@ def search_rows(
     """Select the uncertain rows again, from all features; `lists` is memory for `plan.row_bytes` bytes a row."""
     d_sae, d_in = W.shape
     operands = (x, W, bias, *uncertain, lists)
-    columns = max(16, TILE // plan.n_best)
+    columns = max(16, _TILE // plan.n_best)
     launch(
         _search_rows_kernel, (plan.n_splits, _LANES), *operands, plan.n_splits, d_sae, d_in,
-        LANES=_LANES, SPLIT=plan.split, BEST=plan.n_best, COLUMNS=columns, num_warps=WARPS,
+        LANES=_LANES, SPLIT=plan.split, BEST=plan.n_best, COLUMNS=columns, num_warps=_WARPS,
     )  # fmt: skip
     launch(
         _merge_rows_kernel, (_MERGE_LANES,), *operands, *out, plan.n_splits, out.values.shape[1], d_sae, d_in,
-        LANES=_MERGE_LANES, BEST=plan.n_best, **tiles_of(W), num_warps=WARPS,
+        LANES=_MERGE_LANES, BEST=plan.n_best, PAIRS=ROW_PAIRS, COLUMNS=COLUMNS, num_warps=_WARPS,
     )  # fmt: skip

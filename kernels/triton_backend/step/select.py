@@ -15,15 +15,9 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saelab.kernels.search import TINY
-from saelab.kernels.triton_backend.launch import ceil_div, launch
-from saelab.kernels.triton_backend.sddmm import sum_slices
-from saelab.kernels.triton_backend.spmm import _columns as columns_of
+from saelab.kernels.triton_backend.launch import launch
 from saelab.kernels.triton_backend.step.candidates import Slots, ordered
-
-TILE = 2048
-"""Elements of `W` that a program gathers at a time."""
-WARPS = 2
+from saelab.kernels.triton_backend.step.products import candidate_products
 
 
 class Selection(NamedTuple):
@@ -41,28 +35,6 @@ class Uncertain(NamedTuple):
 
     rows: Int[Tensor, " batch"]
     count: Int[Tensor, " 1"]
-
-
-@triton.jit(do_not_specialize=["n_pairs", "d_in"])
-@no_type_check
-def _row_sddmm_kernel(
-    x_ptr, W_ptr, features_ptr, counts_ptr, partials_ptr, n_pairs, d_in,
-    SLOTS: tl.constexpr, PAIRS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    columns = tile * COLUMNS + tl.arange(0, COLUMNS)
-    inside = columns < d_in
-    x = tl.load(x_ptr + row * d_in + columns, mask=inside, other=0.0)
-    count = tl.minimum(tl.load(counts_ptr + row), SLOTS)
-    for first in range(0, count, PAIRS):
-        slot = first + tl.arange(0, PAIRS)
-        real = slot < count
-        feature = tl.load(features_ptr + row * SLOTS + slot, mask=real, other=0).to(tl.int64)
-        w = tl.load(
-            W_ptr + feature[:, None] * d_in + columns[None, :], mask=real[:, None] & inside[None, :], other=0.0
-        )
-        partial = tl.sum(x[None, :] * w, axis=1)
-        tl.store(partials_ptr + tile.to(tl.int64) * n_pairs + row * SLOTS + slot, partial, mask=real)
 
 
 @triton.jit
@@ -83,7 +55,7 @@ def score_of_key(keys):
 @no_type_check
 def _select_kernel(
     partials_ptr, features_ptr, counts_ptr, bounds_ptr, bias_ptr, values_ptr, kept_ptr, n_kept_ptr, keys_ptr,
-    uncertain_ptr, n_uncertain_ptr, n_pairs, n_tiles, k, d_sae, tiny, SLOTS: tl.constexpr,
+    uncertain_ptr, n_uncertain_ptr, n_pairs, n_tiles, k, d_sae, SLOTS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     slot = tl.arange(0, SLOTS)
@@ -109,43 +81,18 @@ def _select_kernel(
     tl.store(keys_ptr + row * k + slot, tl.zeros([SLOTS], tl.int32) + d_sae, mask=empty)
     tl.store(n_kept_ptr + row, n_kept)
     kth = tl.where(kth_key >= 0, score_of_key(kth_key), 0.0)
-    certain = (tl.load(bounds_ptr + row) <= tl.maximum(kth, 2 * tiny)) & (count <= SLOTS)
+    certain = (tl.load(bounds_ptr + row) <= kth) & (count <= SLOTS)
     if not certain:
         tl.store(uncertain_ptr + tl.atomic_add(n_uncertain_ptr, 1), row.to(tl.int32))
 
 
-def tiles_of(W: Tensor) -> dict[str, int]:
-    """The tile of a gather from `W`: as many columns as stay in the cache for all features."""
-    columns = columns_of(W.shape[0], W.shape[1], W.element_size())
-    return {"PAIRS": TILE // columns, "COLUMNS": columns}
-
-
-def row_sddmm(
-    x: Float[Tensor, "batch d_in"], W: Float[Tensor, "d_sae d_in"], features: Int[Tensor, "batch slots"],
-    counts: Int[Tensor, " batch"],
-) -> Float[Tensor, "tiles batch*slots"]:  # fmt: skip
-    """Partial sums, one for each tile of columns, of `<x[row], W[features[row, slot]]>` for the first `counts` slots."""
-    n_rows, n_slots = features.shape
-    tile = tiles_of(W)
-    n_tiles = ceil_div(W.shape[1], tile["COLUMNS"])
-    partials = torch.empty(n_tiles, n_rows * n_slots, dtype=torch.float32, device=x.device)
-    operands = (x, W, features, counts, partials, n_rows * n_slots, W.shape[1])
-    launch(_row_sddmm_kernel, (n_rows, n_tiles), *operands, SLOTS=n_slots, **tile, num_warps=WARPS)
-    return partials
-
-
 def select(x: Tensor, W: Tensor, bias: Tensor, found: Slots, out: Selection, uncertain: Uncertain) -> None:
     """Fill `out` with the k best candidates of each row and `uncertain` with the rows that they may be wrong for."""
-    partials = row_sddmm(x, W, found.features, found.counts)
+    partials = candidate_products(x, W, found)
     n_tiles, n_pairs = partials.shape
     n_slots, k = found.features.shape[1], out.values.shape[1]
-    operands = (partials, *found, bias, *out, *uncertain, n_pairs, n_tiles, k, W.shape[0], TINY)
+    operands = (partials, *found, bias, *out, *uncertain, n_pairs, n_tiles, k, W.shape[0])
     launch(_select_kernel, (x.shape[0],), *operands, SLOTS=n_slots, num_warps=4)
-
-
-def value_gradients(residual: Tensor, W: Tensor, selection: Selection) -> Float[Tensor, " pairs"]:
-    """`<residual[row], W[feature]>` at the kept pairs; undefined in empty slots."""
-    return sum_slices(row_sddmm(residual, W, selection.features, selection.counts))
 
 
 def empty_selection(n_rows: int, k: int, device: torch.device) -> tuple[Selection, Uncertain]:

@@ -19,8 +19,8 @@ from torch import Tensor
 from saelab.kernels.triton_backend.launch import ceil_div, launch
 from saelab.kernels.triton_backend.step.gradients import Gradients, Pairs
 
-RECORD = ("loss", "nnz", "grad_norm", "dead", "dead_soon", "uncertain")
-"""The entries of a step's record, fp32."""
+RECORD = ("fvu", "nnz", "grad_norm", "dead", "dead_soon", "uncertain", "auxk")
+"""The entries of a step's record, fp32; "loss" is the FVU, and "auxk" is left to the caller."""
 _FEATURES = 256
 _BLOCK = 1024
 _WARPS = 4
@@ -55,7 +55,11 @@ def _count_and_norm_kernel(
     block = tl.program_id(0).to(tl.int64)
     feature = block * FEATURES + tl.arange(0, FEATURES)
     real = feature < d_sae
-    along, dec, enc = tl.zeros([FEATURES], tl.float32), tl.zeros([FEATURES], tl.float32), tl.zeros([FEATURES], tl.float32)
+    along, dec, enc = (
+        tl.zeros([FEATURES], tl.float32),
+        tl.zeros([FEATURES], tl.float32),
+        tl.zeros([FEATURES], tl.float32),
+    )
     size = n_tiles.to(tl.int64) * d_sae
     for _ in range(0, n_tiles):
         along += tl.load(parts_ptr + feature, mask=real, other=0.0)
@@ -137,7 +141,10 @@ def _stepped(w_ptr, average_ptr, square_ptr, g_ptr, along, at, inside, scale, de
     """Step one block of a row; the component `along` the row is removed from its gradient."""
     w = tl.load(w_ptr + at, mask=inside, other=0.0)
     g = tl.load(g_ptr + at, mask=inside, other=0.0) - along * w
-    average, square = tl.load(average_ptr + at, mask=inside, other=0.0), tl.load(square_ptr + at, mask=inside, other=0.0)
+    average, square = (
+        tl.load(average_ptr + at, mask=inside, other=0.0),
+        tl.load(square_ptr + at, mask=inside, other=0.0),
+    )
     w, average, square = _adam(w, average, square, g, scale, decay, schedule_ptr, beta1, beta2, eps)
     tl.store(w_ptr + at, w, mask=inside)
     tl.store(average_ptr + at, average, mask=inside)
@@ -207,7 +214,20 @@ def finish(
     `sums` are the column sums of the residual, `through` is `db_enc @ W_enc` where `b_dec` is subtracted from the input.
     """
     d_sae, d_in = pairs.offsets.shape[0] - 1, sums.shape[0]
-    operands = (error, variance, blocks, pairs.offsets, n_uncertain, sums, through, schedule, *b_dec, db_dec, control, record)
+    operands = (
+        error,
+        variance,
+        blocks,
+        pairs.offsets,
+        n_uncertain,
+        sums,
+        through,
+        schedule,
+        *b_dec,
+        db_dec,
+        control,
+        record,
+    )
     numbers = (blocks.shape[0], d_sae, d_in, options.beta1, options.beta2, options.eps, options.clip_norm)
     launch(_finish_kernel, (1,), *operands, *numbers, BLOCK=_BLOCK, num_warps=8)
 
@@ -220,4 +240,5 @@ def update(
     d_sae, d_in = W_enc.parameter.shape
     operands = (*W_enc, *W_dec, *b_enc, gradients.W_enc, gradients.W_dec, gradients.b_enc, parallel, control, schedule)
     numbers = (d_in, options.beta1, options.beta2, options.eps, options.decay, _TINY)
-    launch(_update_kernel, (d_sae,), *operands, *numbers, BLOCK=_BLOCK, num_warps=_WARPS)
+    tile = (_BLOCK, _WARPS) if d_in % _BLOCK == 0 else (_BLOCK // 4, _WARPS // 2)  # no more than 255 idle columns
+    launch(_update_kernel, (d_sae,), *operands, *numbers, BLOCK=tile[0], num_warps=tile[1])

@@ -1,0 +1,165 @@
+"""What makes a training step: autograd for every SAE, or the fused step of `fused_step.py` where that serves.
+
+A step returns the metrics of the steps that are known by now: its own, or those of some steps earlier, so that nobody waits
+for a GPU. `settle` returns the rest.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+
+from saelab.distributed.mesh import Mesh
+from saelab.kernels.dispatch import backend_name
+from saelab.losses import sum_of_squares, total_variance
+from saelab.saes import SAE, StepInfo
+from saelab.saes.hooks_used import HooksUsed
+from saelab.saes.token_norm import TOKEN_NORMS
+from saelab.saes.topk import TopKSAE
+from saelab.training.adam import Adam
+from saelab.training.config import TrainConfig
+from saelab.training.cuda_graph import Replayed
+from saelab.training.data_source import Rows
+from saelab.training.dead_features import DeadFeatures
+from saelab.training.device_rows import device_rows
+from saelab.training.exchange import Exchange
+from saelab.training.late_records import LateRecords, Record
+from saelab.training.optimizer import apply_step
+from saelab.training.running_norm import RunningNorm
+
+FUSED_SINCE = 5
+"""The training rules from which on a GPU takes the fused step."""
+Found = list[tuple[int, dict[str, Any]]]
+"""Steps and their metrics, in order."""
+
+
+class Trained(NamedTuple):
+    """What a step changes, and what it needs to know."""
+
+    sae: SAE
+    adam: Adam
+    dead: DeadFeatures
+    hooks: HooksUsed
+    train: TrainConfig
+    mesh: Mesh
+    running: RunningNorm | None
+    device: torch.device
+    rules: int
+
+
+@runtime_checkable
+class Step(Protocol):
+    """One optimiser step."""
+
+    def __call__(self, rows: Rows, step: int, lr: float, logged: bool) -> Found:
+        """Make step `step`; `logged` asks for all metrics."""
+        ...
+
+    def settle(self, step: int) -> Found:
+        """The metrics not returned yet; afterwards everything is as it is before `step`, to be saved."""
+        ...
+
+
+def make_step(of: Trained) -> Step:
+    """The step that serves."""
+    return FusedTraining(of) if fused_serves(of) else AutogradTraining(of)
+
+
+class AutogradTraining:
+    """Any SAE on any number of ranks: the gradient of `sae.loss` by autograd, over the micro-batches."""
+
+    def __init__(self, of: Trained) -> None:
+        self._of, self._exchange = of, Exchange(of.sae, of.mesh)
+
+    def __call__(self, rows: Rows, step: int, lr: float, logged: bool) -> Found:
+        of = self._of
+        info = StepInfo(of.dead.dead, step, of.train.n_steps, rules=of.rules)
+        sums: dict[str, Any] = {}
+        for micro_batch in of.train.micro_batches:
+            for name, value in self._forward_backward(rows, micro_batch, info, logged).items():
+                sums[name] = sums.get(name, 0.0) + value
+        sums = self._exchange.sum_metrics(sums, of.device)
+        self._exchange.sum_gradients()
+        shards = of.mesh.feature
+        sums["grad_norm"] = apply_step(of.sae, of.adam, lr, of.train.clip_norm, shards, of.running)
+        if logged:
+            dead = shards.all_reduce_sum(of.dead.dead.float().mean()) / shards.size
+            sums["dead_fraction_train"] = float(dead)
+        return [(step, sums)]
+
+    def settle(self, step: int) -> Found:
+        return []
+
+    def _forward_backward(self, rows: Rows, micro_batch: range, info: StepInfo, logged: bool) -> dict[str, float]:
+        """Accumulate gradients of this rank's rows of `micro_batch`; returns their part of the metrics of the whole batch."""
+        of = self._of
+        ranks = of.mesh.data.sharing(len(micro_batch))
+        local = micro_batch[ranks.local_rows]
+        here = slice(local.start, local.stop)
+        batch = of.hooks.batch({name: device_rows(rows, name, here, of.device) for name in of.hooks.all})
+        share = len(local) / of.train.batch_size
+        loss = of.sae.loss(batch, info._replace(ranks=ranks))
+        (loss.total * share).backward()
+        of.dead.update(loss.feature_acts, ranks)
+        values = {"loss": loss.total.item(), "l0": loss.feature_acts.nnz / len(local)}
+        if logged:
+            values |= {name: term.item() for name, term in loss.terms.items()}
+            values["fvu"] = float(sum_of_squares(loss.residual) / total_variance(loss.y, ranks))
+        return {name: share * value for name, value in values.items()}
+
+
+def fused_serves(of: Trained) -> bool:
+    """Whether the fused step computes what this run asks for: TopK as Gao et al. 2024 describe it, in one process, on a GPU."""
+    if type(of.sae) is not TopKSAE or backend_name(of.sae.W_enc) != "triton" or of.rules < FUSED_SINCE:
+        return False
+    config = of.sae.config
+    plain = config.select == "topk" and config.score == "value" and config.aux == "auxk" and not config.multi_topk
+    whole = of.mesh.world.size == 1 and len(of.train.micro_batches) == 1 and of.running is None
+    return plain and whole and config.normalize not in TOKEN_NORMS and of.sae.W_enc.dtype == torch.float32
+
+
+class FusedTraining:
+    """The fused step, recorded as a CUDA graph, its metrics some steps late."""
+
+    def __init__(self, of: Trained) -> None:
+        from saelab.training.fused_step import HORIZON, FusedStep
+
+        assert isinstance(of.sae, TopKSAE)
+        self._of = of
+        self._fused = FusedStep(of.sae, of.adam, of.dead, of.train.batch_size, of.train.clip_norm)
+        self._replayed = Replayed(self._fused.run, of.device)
+        self._records, self._horizon = LateRecords(), HORIZON
+        self._none_dead_before = -1
+        """No feature is dead at the start of an earlier step."""
+
+    def __call__(self, rows: Rows, step: int, lr: float, logged: bool) -> Found:
+        of = self._of
+        (name,) = of.hooks.all
+        self._fused.load(device_rows(rows, name, slice(None), of.device), lr, step)
+        dead = self._dead(step)
+        if dead is None:
+            self._replayed()
+        else:
+            self._fused.run(dead)
+        self._records.push(step, self._fused.record, with_aux=dead is not None)
+        return [self._metrics(record) for record in self._records.take()]
+
+    def settle(self, step: int) -> Found:
+        found = [self._metrics(record) for record in self._records.take(left=0)]
+        self._of.adam.note_steps(step)
+        return found
+
+    def _dead(self, step: int) -> torch.Tensor | None:
+        """The dead features of this step; None if there is none, which records of earlier steps may have ruled out."""
+        of = self._of
+        if step < self._none_dead_before or not of.sae.config.auxk_alpha:
+            return None
+        ids = of.dead.dead.nonzero().squeeze(1)  # waits
+        return ids if len(ids) else None
+
+    def _metrics(self, record: Record) -> tuple[int, dict[str, Any]]:
+        found = self._fused.values(record)
+        if found.pop("none_dead_soon"):
+            self._none_dead_before = record.step + self._horizon + 1
+        return record.step, found

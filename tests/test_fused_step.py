@@ -1,0 +1,305 @@
+"""The fused step computes what autograd and `apply_step` compute, exactly selected, whatever the data; and it never waits."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from saelab import TrainConfig, train
+from saelab.distributed.mesh import Mesh
+from saelab.errors import TrainingError
+from saelab.kernels.dispatch import using
+from saelab.kernels.triton_backend.step import candidates, gradients, products, update
+from saelab.saes import BatchTopKConfig, BatchTopKSAE, TopKConfig, TopKSAE
+from saelab.saes.step import RULES, Batch, StepInfo
+from saelab.training import fused_step
+from saelab.training.adam import Adam
+from saelab.training.cuda_graph import Replayed, wanted
+from saelab.training.dead_features import DeadFeatures
+from saelab.training.fused_step import FusedStep
+from saelab.training.late_records import LAG, LateRecords
+from saelab.training.optimizer import apply_step
+from saelab.training.steps import FUSED_SINCE, Trained, fused_serves
+
+CPU = torch.device("cpu")
+SIZES = {"n_rows": 12, "d_in": 24, "d_sae": 40, "k": 4}
+
+
+def trained(d_in, d_sae, k, window=10**9, **options):
+    """An SAE away from its start, its optimiser and its counters."""
+    sae = TopKSAE(TopKConfig(d_sae=d_sae, k=k, **options), d_in)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in (sae.W_enc, sae.b_enc, sae.b_dec):
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+        sae.center.copy_(torch.randn(d_in, generator=generator))
+        sae.scale.fill_(0.7)
+    return sae, Adam(sae.parameters(), sae.weight_decay), DeadFeatures(d_sae, window, CPU)
+
+
+def batch(n_rows, d_in, seed):
+    return 2 * torch.randn(n_rows, d_in, generator=torch.Generator().manual_seed(seed))
+
+
+def by_autograd(sae, adam, dead, x, step, lr=1e-2):
+    """The step of `AutogradTraining` on a CPU; returns the loss and the gradient norm."""
+    with using("torch"):
+        loss = sae.loss(Batch(x, x), StepInfo(dead.dead, step, 100))
+        loss.total.backward()
+        dead.update(loss.feature_acts)
+        return loss, apply_step(sae, adam, lr, 1.0)
+
+
+def dense(selection, d_sae):
+    """The selection as a matrix, from its slots."""
+    out = torch.zeros(len(selection.values), d_sae)
+    return out.scatter_add_(1, selection.features.long(), selection.values)
+
+
+def compare(n_steps=2, change=lambda sae: None, n_rows=12, d_in=24, d_sae=40, k=4, lr=1e-2, **options):
+    """Both steps on the same batches; returns the fused step and the sums of its uncertain rows."""
+    (ours, adam, dead), (theirs, *others) = trained(d_in, d_sae, k, **options), trained(d_in, d_sae, k, **options)
+    change(ours), change(theirs)
+    fused, uncertain = FusedStep(ours, adam, dead, n_rows, 1.0), 0.0
+    for step in range(n_steps):
+        x = batch(n_rows, d_in, step)
+        ids = dead.dead.nonzero().squeeze(1)
+        loss, norm = by_autograd(theirs, *others, x, step, lr)
+        fused.load(x, lr, step)
+        fused.run(ids if len(ids) else None)
+        record = dict(zip(update.RECORD, fused.record.tolist(), strict=True))
+        uncertain += record["uncertain"]
+        want = loss.feature_acts.to_dense()
+        assert torch.equal(dense(fused.selection, d_sae) != 0, want != 0), "other pairs are kept"
+        torch.testing.assert_close(dense(fused.selection, d_sae), want, rtol=1e-4, atol=1e-5)
+        assert record["fvu"] == pytest.approx(loss.terms["fvu"].item(), rel=1e-4)
+        assert record["grad_norm"] == pytest.approx(norm, rel=1e-4)
+        assert record["nnz"] == loss.feature_acts.nnz
+        assert torch.equal(dead.tokens_since_fired, others[1].tokens_since_fired)
+        assert record["dead"] == int(dead.dead.sum())
+        if len(ids):
+            assert record["auxk"] == pytest.approx(loss.terms["auxk"].item(), rel=1e-4)
+    if change is beyond_half_precision:  # Adam makes whole steps of gradients that are rounding errors
+        return fused, uncertain
+    for (name, got), parameter in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(got, parameter, rtol=1e-4, atol=3e-5, msg=lambda text, name=name: f"{name}: {text}")
+    return fused, uncertain
+
+
+def no_candidates(monkeypatch):
+    monkeypatch.setattr(candidates, "MARGIN", -1000.0)
+
+
+def few_slots(monkeypatch):
+    monkeypatch.setattr(candidates, "slots_for", lambda k: 4)
+    monkeypatch.setattr(candidates, "MARGIN", 20.0)
+
+
+def by_feature(monkeypatch):
+    monkeypatch.setattr(products, "CACHE_BYTES", 0)
+
+
+def short_chunks(monkeypatch):
+    monkeypatch.setattr(gradients, "CHUNK", 4)
+
+
+def in_parts(monkeypatch):
+    monkeypatch.setattr(fused_step, "parts_of", lambda rows, d_sae: candidates.parts_of(rows, d_sae, limit=100))
+
+
+def on_every_token(sae):
+    sae.b_enc.data[3], sae.b_enc.data[7] = 50.0, 60.0
+
+
+def equal_features(sae):
+    sae.W_enc.data[10:20], sae.b_enc.data[10:20] = sae.W_enc.data[0].clone(), sae.b_enc.data[0].clone()
+
+
+def mostly_negative(sae):
+    sae.b_enc.data.fill_(-3.0)
+
+
+def all_negative(sae):
+    sae.b_enc.data.fill_(-100.0)
+
+
+def beyond_half_precision(sae):
+    sae.W_enc.data[5] *= 1e6
+
+
+CASES = {
+    "plain": (None, None, {}),
+    "no candidates": (no_candidates, None, {}),
+    "too few slots": (few_slots, None, {}),
+    "by feature": (by_feature, None, {}),
+    "features over several chunks": (short_chunks, on_every_token, {}),
+    "scores in parts": (in_parts, None, {}),
+    "equal features": (None, equal_features, {}),
+    "fewer than k": (None, mostly_negative, {}),
+    "nothing fires": (None, all_negative, {}),
+    "weights beyond fp16": (None, beyond_half_precision, {}),
+    "no pre-bias, with decay": (None, None, {"pre_bias": False, "encoder_decay": 0.5}),
+    "odd sizes": (None, None, {"n_rows": 7, "d_in": 33, "d_sae": 37, "k": 5}),
+    "k is d_sae": (None, None, {"n_rows": 5, "d_in": 16, "d_sae": 8, "k": 8}),
+    "dead features": (None, mostly_negative, {"window": 12, "n_steps": 4, "k_aux": 3}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_the_step_of_autograd(monkeypatch, case):
+    patch, change, options = CASES[case]
+    if patch is not None:
+        patch(monkeypatch)
+    fused, uncertain = compare(change=change or (lambda sae: None), **options)
+    if case in ("no candidates", "too few slots"):
+        assert uncertain, "the search through all features was not needed"
+    assert float(fused.sae.W_dec.detach().norm(dim=1).sub(1).abs().max()) < 1e-6
+
+
+def test_a_gradient_that_is_not_finite_changes_no_weight():
+    sae, adam, dead = trained(24, 40, 4)
+    fused, before = FusedStep(sae, adam, dead, 12, 1.0), [p.detach().clone() for p in sae.parameters()]
+    x = batch(12, 24, 0)
+    x[3, 5] = float("nan")
+    fused.load(x, 1e-2, 0)
+    fused.run()
+    assert all(torch.equal(p, q) for p, q in zip(sae.parameters(), before, strict=True))
+    assert not torch.isfinite(fused.record[update.RECORD.index("grad_norm")])
+
+
+CONFIG = TopKConfig(d_sae=12, k=2)
+SHORT = TrainConfig(
+    n_tokens=6 * 9,
+    batch_size=6,
+    warmup_steps=2,
+    lr=1e-2,
+    log_every=3,
+    device="cpu",
+    checkpoint_every=4,
+    dead_after_tokens=14,
+)
+"""Some features are dead after 14 tokens."""
+
+
+def rows(n=96):
+    return batch(n, 8, 7) @ torch.randn(8, 8, generator=torch.Generator().manual_seed(8))
+
+
+def run(folder=None, stop_after=None, monkeypatch=None, **changes):
+    """Train with the fused step in the interpreter; with `stop_after` the run is interrupted after that step."""
+    config = dataclasses.replace(SHORT, **changes)
+    with using("triton"):
+        if stop_after is None:
+            return train(CONFIG, rows(), config, folder, progress=False)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            real = FusedStep.load
+
+            def load(self, x, lr, step):
+                if step == stop_after:
+                    raise KeyboardInterrupt
+                real(self, x, lr, step)
+
+            patch.setattr(FusedStep, "load", load)
+            train(CONFIG, rows(), config, folder, progress=False)
+    return None
+
+
+def lines(folder):
+    from saelab.training.metrics_log import read_lines
+
+    return [
+        {k: v for k, v in line.items() if k != "tokens_per_second"} for line in read_lines(folder / "metrics.jsonl")
+    ]
+
+
+def test_a_run_is_logged_whole_and_resumes_bit_for_bit(tmp_path, monkeypatch):
+    whole = run(tmp_path / "whole")
+    run(tmp_path / "cut", stop_after=6, monkeypatch=monkeypatch)
+    assert run(tmp_path / "cut").hash == whole.hash
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+    assert [line["step"] for line in lines(tmp_path / "whole")] == [0, 3, 6, 8]
+    assert any("auxk" in line for line in lines(tmp_path / "whole")), "no feature died: AuxK was not tried"
+
+
+def test_a_run_ends_as_one_by_autograd(tmp_path):
+    fused = run(tmp_path / "fused")
+    plain = train(CONFIG, rows(), SHORT, tmp_path / "plain", progress=False)
+    torch.testing.assert_close(fused.W_dec, plain.W_dec, rtol=0, atol=1e-3)
+    for ours, theirs in zip(lines(tmp_path / "fused"), lines(tmp_path / "plain"), strict=True):
+        assert set(ours) == set(theirs)
+        assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # numpy runs the kernels
+def test_a_bad_batch_is_named_though_it_is_noticed_later(tmp_path):
+    def batches():
+        for seed in range(9):
+            x = batch(6, 8, seed)
+            if seed == 2:
+                x[5, 3] = float("inf")
+            yield x
+
+    config = dataclasses.replace(SHORT, checkpoint_every=2)
+    with (
+        using("triton"),
+        pytest.raises(TrainingError, match=r"stopped at step 2: 1 of 6 activations in batch 2 .* step 2 "),
+    ):
+        train(CONFIG, batches(), config, tmp_path, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, True),
+        ({"config": {"normalize": "none"}}, True),
+        ({"config": {"multi_topk": True}}, False),
+        ({"config": {"select": "groupmax"}}, False),
+        ({"config": {"score": "decoder_norm"}}, False),
+        ({"config": {"aux": "aux_zipf"}}, False),
+        ({"config": {"normalize": "layer_norm"}}, False),
+        ({"train": {"grad_accumulation": 2}}, False),
+        ({"running": "some"}, False),
+        ({"rules": FUSED_SINCE - 1}, False),
+        ({"sae": BatchTopKSAE(BatchTopKConfig(d_sae=12, k=2), 8)}, False),
+    ],
+)
+def test_which_runs_take_it(change, expected):
+    config, changed = dataclasses.replace(CONFIG, **change.pop("config", {})), change.pop("train", {})
+    defaults = {"mesh": Mesh(), "running": None, "rules": RULES, "sae": TopKSAE(config, 8), "adam": None, "dead": None}
+    of = Trained(**defaults | {"hooks": None, "device": CPU, "train": dataclasses.replace(SHORT, **changed)} | change)
+    with using("triton"):
+        assert fused_serves(of) is expected
+    with using("torch"):
+        assert fused_serves(of) is False
+
+
+def test_records_come_in_order_and_none_is_lost():
+    records = LateRecords()
+    numbers = torch.zeros(1)
+    taken = []
+    for step in range(10):
+        numbers.fill_(step)
+        records.push(step, numbers, with_aux=step % 2 == 0)
+        taken += records.take()
+        assert len(taken) == max(0, step + 1 - LAG)
+    taken += records.take(left=0)
+    assert [(one.step, float(one.numbers), one.with_aux) for one in taken] == [(i, i, i % 2 == 0) for i in range(10)]
+
+
+@pytest.mark.parametrize(("value", "answer"), [(None, True), ("1", True), ("0", False)])
+def test_graphs_can_be_turned_off(monkeypatch, value, answer):
+    monkeypatch.delenv("SAELAB_GRAPHS", raising=False)
+    if value is not None:
+        monkeypatch.setenv("SAELAB_GRAPHS", value)
+    assert wanted() is answer
+    monkeypatch.setenv("SAELAB_GRAPHS", "yes")
+    with pytest.raises(ValueError, match="SAELAB_GRAPHS='yes' must be 1"):
+        wanted()
+
+
+def test_a_cpu_records_nothing():
+    calls = []
+    replayed = Replayed(lambda: calls.append(1), CPU)
+    for _ in range(5):
+        replayed()
+    assert len(calls) == 5
