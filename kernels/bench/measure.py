@@ -78,7 +78,7 @@ class _Size:
         rows = [self._row("topk_step", timed) | ratio(timed.times, timed.ours) for timed in found + from_peers]
         screen = self.settings.screen
         ours = Timed("saelab", self._dtype, self.our_times, [], traced, sparse_step, screen)
-        rows.append(self._row("topk_step", ours) | _selection(log, self.shape.k))
+        rows.append(self._row("topk_step", ours) | (self.ours.selection() or _selection(log, self.shape.k)))
         if found:
             fastest = min(found, key=lambda timed: quantiles(timed.times)["median"])
             rows[-1] |= ratio(fastest.times, fastest.ours)

@@ -5,11 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from saelab.distributed.mesh import Mesh
 from saelab.saes import TopKConfig, TopKSAE
-from saelab.saes.step import Batch, StepInfo
+from saelab.saes.hooks_used import HooksUsed
+from saelab.saes.step import RULES
 from saelab.training.adam import Adam
+from saelab.training.config import TrainConfig
 from saelab.training.dead_features import DeadFeatures
-from saelab.training.optimizer import apply_step
+from saelab.training.steps import FusedTraining, Step, Trained, make_step
+
+_HOOK = "x"
 
 
 class SparseTopK:
@@ -17,12 +22,24 @@ class SparseTopK:
 
     def __init__(self, d_in: int, d_sae: int, k: int, device: str = "cpu") -> None:
         self.sae = TopKSAE(TopKConfig(d_sae=d_sae, k=k), d_in).to(device)
-        self.adam, self.dead = Adam(self.sae.parameters()), DeadFeatures(d_sae, 10**9, torch.device(device))
+        self._adam, self._device = Adam(self.sae.parameters()), torch.device(device)
+        self._dead = DeadFeatures(d_sae, 10**9, self._device)
+        self._step: Step | None = None
+        self._at = 0
 
     def step(self, x: Tensor) -> dict[str, float]:
-        loss = self.sae.loss(Batch(x, x), StepInfo(self.dead.dead, 0, 1))
-        loss.total.backward()
-        self.dead.update(loss.feature_acts)
-        norm = apply_step(self.sae, self.adam, 2e-3, 1.0)
-        l0, dead = loss.feature_acts.nnz / len(x), float(self.dead.dead.float().mean())
-        return {"loss": loss.total.item(), "l0": l0, "grad_norm": norm, "dead": dead}
+        """One step; its metrics, or on a GPU those of a step some steps earlier, if there was one."""
+        if self._step is None:
+            train = TrainConfig(n_tokens=len(x) << 20, batch_size=len(x), log_every=1)
+            hooks = HooksUsed((_HOOK,), (_HOOK,))
+            of = Trained(self.sae, self._adam, self._dead, hooks, train, Mesh(), None, self._device, RULES)
+            self._step = make_step(of)
+        found = self._step({_HOOK: x}, self._at, 2e-3, logged=False)
+        self._at += 1
+        if isinstance(self._step, FusedTraining):
+            return found[-1][1] if found else {}
+        return found[-1][1] | {"dead": float(self._dead.dead.float().mean())}
+
+    def selection(self) -> dict[str, float]:
+        """What the last selection of the fused step did, as the columns of a row; empty for another step."""
+        return self._step.selection() if isinstance(self._step, FusedTraining) else {}

@@ -16,8 +16,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelab.kernels.triton_backend.spmm import spmm_residual
-from saelab.kernels.triton_backend.step.candidates import empty_slots, find_candidates, parts_of
-from saelab.kernels.triton_backend.step.gradients import add_rows, empty_gradients, sort_pairs, weight_gradients
+from saelab.kernels.triton_backend.step.candidates import Sizes, empty_slots, find_candidates, parts_of
+from saelab.kernels.triton_backend.step.dense import decode_dense, dense_gradients, dense_pays, empty_dense
+from saelab.kernels.triton_backend.step.gradients import Pairs, add_rows, empty_gradients, sort_pairs, weight_gradients
 from saelab.kernels.triton_backend.step.prepare import (
     Rows,
     prepare_rows,
@@ -62,10 +63,10 @@ class FusedStep:
         self._plan = plan_search(d_sae, k, len(self.parts))
         n_scores = max((part.stop - part.start for part in self.parts), default=0) * d_sae
         self._scores = empty(max(n_scores, n_rows * self._plan.row_bytes // 2), dtype=half, device=device)
-        self._slots, (self.selection, self._uncertain) = (
-            empty_slots(n_rows, k, device),
-            empty_selection(n_rows, k, device),
-        )
+        dense = dense_pays(d_sae, k) and len(self.parts) == 1
+        self._dense = empty_dense(n_rows, sae.W_dec.detach(), self._scores) if dense else None
+        self.slots = empty_slots(n_rows, k, device, given=dense)
+        self.selection, self._uncertain = empty_selection(n_rows, k, device)
         self._gradients = empty_gradients(sae.W_dec)
         self._bins = torch.arange(d_sae + 1, dtype=torch.int32, device=device)
         self._offsets = torch.arange(0, n_rows * k + 1, k, device=device)
@@ -90,12 +91,8 @@ class FusedStep:
         sae, x = self.sae, self.rows.x
         variance = variance_of(x)
         self._select()
-        values, features, _, keys = self.selection
         bias = None if sae.pre_bias is not None else sae.b_dec
-        residual, error = spmm_residual(values.view(-1), features.view(-1), self._offsets, sae.W_dec, bias, x)
-        pairs = sort_pairs(keys, values, self._bins)
-        dvalues = products_by_feature(residual, sae.W_dec, pairs.features, pairs.rows)
-        weight_gradients(pairs, dvalues, x, residual, variance, sae.W_dec, self._gradients)
+        residual, error, pairs = self._reconstruct(bias, variance)
         if dead is not None:
             self._add_aux(dead, residual)
         through = self._gradients.b_enc @ sae.W_enc if sae.pre_bias is not None else None
@@ -109,17 +106,31 @@ class FusedStep:
         )  # fmt: skip
         update(W_enc, W_dec, b_enc, self._gradients, parallel, self._control, self.schedule, self._options)
 
+    def _reconstruct(self, bias: Tensor | None, variance: Tensor) -> tuple[Tensor, Tensor, Pairs]:
+        """Residual, its squared norm and the sorted pairs of the selection; fills the gradients of the weights."""
+        (values, features, _, keys), x, W_dec = self.selection, self.rows.x, self.sae.W_dec
+        pairs = sort_pairs(keys, values, self._bins)
+        if self._dense is not None:
+            residual, error = decode_dense(self.selection, W_dec, bias, x, self._dense)
+            low = self.rows.low[:, : x.shape[1]]
+            dense_gradients(self.selection, low, residual, variance, W_dec, self._dense, self._gradients)
+            return residual, error, pairs
+        residual, error = spmm_residual(values.view(-1), features.view(-1), self._offsets, W_dec, bias, x)
+        dvalues = products_by_feature(residual, W_dec, pairs.features, pairs.rows)
+        weight_gradients(pairs, dvalues, x, residual, variance, W_dec, self._gradients)
+        return residual, error, pairs
+
     def _select(self) -> None:
         """Fill `selection` from the loaded rows."""
         sae, k = self.sae, self.sae.config.k
         prepare_weights(sae.W_enc, sae.b_enc, self._low, self._norms)
-        means = self._norms.mean(1)
+        sizes = Sizes(self._norms, self._norms.mean(1), None if self._dense is None else self._norms.amax(1))
         for part in self.parts:
             scores = self._scores[: (part.stop - part.start) * sae.d_sae].view(-1, sae.d_sae)
             product(self.rows.low[part], self._low, scores)
-            find_candidates(scores, self.rows.bounds, means, k, part.start, self._slots)
+            find_candidates(scores, self.rows.bounds, sizes, k, part.start, self.slots)
         operands = self.rows.x, sae.W_enc, sae.b_enc
-        select(*operands, self._slots, self.selection, self._uncertain)
+        select(*operands, self.slots, self.selection, self._uncertain)
         search_rows(*operands, self._uncertain, self._plan, self._scores.view(torch.int64), self.selection)
 
     def _add_aux(self, dead: Int[Tensor, " n_dead"], residual: Float[Tensor, "batch d_in"]) -> None:
@@ -140,3 +151,9 @@ class FusedStep:
         found = {"loss": loss, "l0": numbers["nnz"] / self.n_rows, "fvu": numbers["fvu"], **aux}
         found |= {"grad_norm": numbers["grad_norm"], "dead_fraction_train": numbers["dead"] / self.sae.d_sae}
         return found | {"none_dead_soon": not numbers["dead_soon"]}
+
+    def selected(self) -> dict[str, float]:
+        """Of the last step: candidates a row beyond k, and the shares of rows that were certain and selected again. Waits."""
+        again = float(self.record[RECORD.index("uncertain")]) / self.n_rows
+        margin = float(self.slots.counts.float().mean()) - self.sae.config.k
+        return {"margin": round(margin, 1), "certified": round(1 - again, 6), "recomputed": round(again, 6)}

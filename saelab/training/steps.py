@@ -150,6 +150,10 @@ class FusedTraining:
         self._of.adam.note_steps(step)
         return found
 
+    def selection(self) -> dict[str, float]:
+        """What the selection of the last step did (`FusedStep.selected`)."""
+        return self._fused.selected()
+
     def _dead(self, step: int) -> torch.Tensor | None:
         """The dead features of this step; None if there is none, which records of earlier steps may have ruled out."""
         of = self._of

@@ -98,6 +98,9 @@ def kernel_spec(
         hbm_bytes=hbm_bytes or (lambda cache: compulsory_bytes),
         least_bytes=least_bytes or (lambda cache: compulsory_bytes),
         compulsory_bytes=compulsory_bytes,
-        tile=(constexprs.get("PAIRS", 1), constexprs.get("COLUMNS") or constexprs["BLOCK"]),
+        tile=(
+            constexprs.get("PAIRS", 1),
+            next((constexprs[name] for name in ("COLUMNS", "BLOCK", "SLOTS", "FEATURES") if name in constexprs), 1),
+        ),
         tensor_cores=False,
     )

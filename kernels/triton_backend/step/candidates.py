@@ -25,6 +25,7 @@ _STEP = 2.0**-10
 _LEAST = 2.0**-24
 """More than the error of rounding a number below the normal range of fp16."""
 _GROUPS = 1024
+_BLOCK = 2048
 
 
 class Slots(NamedTuple):
@@ -35,6 +36,8 @@ class Slots(NamedTuple):
     """May exceed the number of slots: the others are then missing."""
     bounds: Float[Tensor, " batch"]
     """Every other pair of the row scores below this."""
+    given: Float[Tensor, "batch slots"] | None
+    """Where rough values do (`dense.py`): those of candidates that are certainly among the k largest, NaN for the others."""
 
 
 @triton.jit
@@ -79,18 +82,26 @@ def _kth_largest(values, k):
 @triton.jit(do_not_specialize=["k", "first_row", "n_rows"])
 @no_type_check
 def _candidates_kernel(
-    scores_ptr, by_norm_ptr, means_ptr, features_ptr, counts_ptr, bounds_ptr, d_sae, k, first_row, n_rows, step, least,
-    MARGIN: tl.constexpr, SLOTS: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
+    scores_ptr, by_norm_ptr, norms_ptr, means_ptr, most_ptr, features_ptr, counts_ptr, bounds_ptr, given_ptr, d_sae, k,
+    first_row, n_rows, step, least, MARGIN: tl.constexpr, SLOTS: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     local = tl.program_id(0).to(tl.int64)
     row = local + first_row
     scores_ptr += local * d_sae
-    kth = _kth_largest(_group_maxima(scores_ptr, d_sae, GROUPS), k)
-    margin = tl.load(by_norm_ptr + row) * tl.load(means_ptr) + tl.load(by_norm_ptr + n_rows + row) * tl.load(
-        means_ptr + 1
-    )
+    best = _group_maxima(scores_ptr, d_sae, GROUPS)
+    kth = _kth_largest(best, k)
+    by_norm, by_error = tl.load(by_norm_ptr + row), tl.load(by_norm_ptr + n_rows + row)
+    margin = by_norm * tl.load(means_ptr) + by_error * tl.load(means_ptr + 1)
     rounding = step * tl.maximum(kth, -kth) + least
     floor = tl.maximum(kth - 2 * rounding - MARGIN * margin, 0.0)
+    sure = float("inf")
+    if (
+        given_ptr is not None
+    ):  # a group is one feature: who surely exceeds the (k+1)-th largest bound is among the k largest
+        next_best = _kth_largest(best, k + 1)
+        most, most_error = tl.load(most_ptr), tl.load(most_ptr + 1)
+        slack = 2.02 * (by_norm * most + by_error * most_error) + 2.4e-7 * (by_norm + by_error + most + most_error)
+        sure = tl.maximum(next_best + step * tl.maximum(next_best, -next_best), 0.0) + 2 * least + slack
     found = 0
     for first in range(0, d_sae, BLOCK):
         feature = first + tl.arange(0, BLOCK)
@@ -98,6 +109,11 @@ def _candidates_kernel(
         hit = (u >= floor).to(tl.int32)
         slot = found + tl.cumsum(hit, axis=0) - 1
         tl.store(features_ptr + row * SLOTS + slot, feature, mask=(hit > 0) & (slot < SLOTS))
+        if given_ptr is not None:
+            size = tl.load(norms_ptr + feature, mask=hit > 0, other=0.0)
+            error = tl.load(norms_ptr + d_sae + feature, mask=hit > 0, other=0.0)
+            given = tl.where(u - step * tl.maximum(u, -u) > sure, u - by_norm * size - by_error * error, float("nan"))
+            tl.store(given_ptr + row * SLOTS + slot, given, mask=(hit > 0) & (slot < SLOTS))
         found += tl.sum(hit, axis=0)
     for first in range(0, SLOTS, BLOCK):
         slot = first + tl.arange(0, BLOCK)
@@ -115,29 +131,41 @@ def slots_for(k: int) -> int:
     return max(128, 4 << (k - 1).bit_length())
 
 
-def empty_slots(n_rows: int, k: int, device: torch.device) -> Slots:
+def empty_slots(n_rows: int, k: int, device: torch.device, given: bool = False) -> Slots:
     """Room for the candidates of `n_rows` rows."""
     features = torch.empty(n_rows, slots_for(k), dtype=torch.int32, device=device)
     counts = torch.empty(n_rows, dtype=torch.int32, device=device)
-    return Slots(features, counts, torch.empty(n_rows, dtype=torch.float32, device=device))
+    values = torch.empty(features.shape, dtype=torch.float32, device=device) if given else None
+    return Slots(features, counts, torch.empty(n_rows, dtype=torch.float32, device=device), values)
+
+
+class Sizes(NamedTuple):
+    """Norms of the features and of their rounding errors."""
+
+    each: Float[Tensor, "2 d_sae"]
+    means: Float[Tensor, " 2"]
+    most: Float[Tensor, " 2"] | None
+    """The largest; needed for `Slots.given`."""
 
 
 def find_candidates(
-    scores: Float[Tensor, "part d_sae"], bounds: Float[Tensor, "2 batch"], means: Float[Tensor, " 2"], k: int,
-    first_row: int, out: Slots,
-) -> None:  # fmt: skip
-    """Fill the slots of the rows from `first_row` on with the candidates of `scores`, in fp16.
-
-    `bounds` are those of the rows (`prepare.Rows`), `means` the mean norm of the features and of their rounding errors.
-    """
+    scores: Float[Tensor, "part d_sae"],
+    bounds: Float[Tensor, "2 batch"],
+    sizes: Sizes,
+    k: int,
+    first_row: int,
+    out: Slots,
+) -> None:
+    """Fill the slots of the rows from `first_row` on with the candidates of `scores`, in fp16; `bounds` are those of the rows
+    (`prepare.Rows`)."""
     d_sae = scores.shape[1]
     whole = 1 << (max(d_sae, 2) - 1).bit_length()
-    groups = min(max(_GROUPS, 32 << (k - 1).bit_length()), whole)
-    block, warps = (4096, 8) if d_sae > 1 << 15 or groups > 2048 else (2048, 4)
+    groups = whole if out.given is not None else min(max(_GROUPS, 32 << (k - 1).bit_length()), whole)
     launch(
         _candidates_kernel, (scores.shape[0],),
-        scores, bounds, means, *out, d_sae, k, first_row, bounds.shape[1], _STEP, _LEAST,
-        MARGIN=MARGIN, SLOTS=out.features.shape[1], GROUPS=groups, BLOCK=min(block, whole), num_warps=warps,
+        scores, bounds, *sizes, *out, d_sae, k, first_row, bounds.shape[1], _STEP, _LEAST,
+        MARGIN=MARGIN, SLOTS=out.features.shape[1], GROUPS=groups, BLOCK=min(_BLOCK, whole),
+        num_warps=4 if groups <= 2048 else 8,
     )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ _PAIRS, _WARPS = 16, 4
 @triton.jit(do_not_specialize=["n_pairs", "d_in"])
 @no_type_check
 def _by_row_kernel(
-    x_ptr, W_ptr, features_ptr, counts_ptr, partials_ptr, n_pairs, d_in,
+    x_ptr, W_ptr, features_ptr, counts_ptr, given_ptr, partials_ptr, n_pairs, d_in,
     SLOTS: tl.constexpr, PAIRS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -37,6 +37,9 @@ def _by_row_kernel(
     for first in range(0, count, PAIRS):
         slot = first + tl.arange(0, PAIRS)
         real = slot < count
+        if given_ptr is not None:
+            given = tl.load(given_ptr + row * SLOTS + slot, mask=real, other=0.0)
+            real = given != given
         feature = tl.load(features_ptr + row * SLOTS + slot, mask=real, other=0).to(tl.int64)
         at_w = feature[:, None] * d_in + columns[None, :]
         w = tl.load(W_ptr + at_w, mask=real[:, None] & inside[None, :], other=0.0)
@@ -70,12 +73,12 @@ def _by_feature_kernel(
 def candidate_products(
     x: Float[Tensor, "batch d_in"], W: Float[Tensor, "d_sae d_in"], found: Slots
 ) -> Float[Tensor, "tiles pairs"]:
-    """Partial sums of `<x[row], W[feature]>` at the candidates; undefined in empty slots."""
+    """Partial sums of `<x[row], W[feature]>` at the candidates; undefined in empty slots and where the value is given."""
     (n_rows, n_slots), (d_sae, d_in) = found.features.shape, W.shape
     n_pairs, n_tiles = n_rows * n_slots, ceil_div(d_in, COLUMNS)
     partials = torch.empty(n_tiles, n_pairs, dtype=torch.float32, device=x.device)
-    if d_sae * COLUMNS * W.element_size() <= CACHE_BYTES:
-        operands = (x, W, found.features, found.counts, partials, n_pairs, d_in)
+    if found.given is not None or d_sae * COLUMNS * W.element_size() <= CACHE_BYTES:
+        operands = (x, W, found.features, found.counts, found.given, partials, n_pairs, d_in)
         tile = {"SLOTS": n_slots, "PAIRS": ROW_PAIRS, "COLUMNS": COLUMNS}
         launch(_by_row_kernel, (n_rows, n_tiles), *operands, **tile, num_warps=ROW_WARPS)
         return partials

@@ -14,14 +14,15 @@ import triton.language as tl
 from torch import Tensor
 
 from saelab.kernels.triton_backend.launch import ceil_div, launch
-from saelab.kernels.triton_backend.step.products import COLUMNS, ROW_PAIRS
+from saelab.kernels.triton_backend.step.products import COLUMNS
 from saelab.kernels.triton_backend.step.select import Selection, Uncertain, key_of
 
 _LANES = 8
 _MERGE_LANES = 64
 _MOST_SPLITS = 64
-_TILE = 2048
+_TILE = 1024
 _WARPS = 2
+_PAIRS = 4
 
 
 class Plan(NamedTuple):
@@ -125,5 +126,5 @@ def search_rows(
     )  # fmt: skip
     launch(
         _merge_rows_kernel, (_MERGE_LANES,), *operands, *out, plan.n_splits, out.values.shape[1], d_sae, d_in,
-        LANES=_MERGE_LANES, BEST=plan.n_best, PAIRS=ROW_PAIRS, COLUMNS=COLUMNS, num_warps=_WARPS,
+        LANES=_MERGE_LANES, BEST=plan.n_best, PAIRS=_PAIRS, COLUMNS=COLUMNS, num_warps=_WARPS,
     )  # fmt: skip

@@ -54,7 +54,7 @@ def score_of_key(keys):
 @triton.jit(do_not_specialize=["n_pairs", "n_tiles", "k", "d_sae"])
 @no_type_check
 def _select_kernel(
-    partials_ptr, features_ptr, counts_ptr, bounds_ptr, bias_ptr, values_ptr, kept_ptr, n_kept_ptr, keys_ptr,
+    partials_ptr, features_ptr, counts_ptr, bounds_ptr, given_ptr, bias_ptr, values_ptr, kept_ptr, n_kept_ptr, keys_ptr,
     uncertain_ptr, n_uncertain_ptr, n_pairs, n_tiles, k, d_sae, SLOTS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -67,7 +67,12 @@ def _select_kernel(
         value += tl.load(partials_ptr + row * SLOTS + slot, mask=real, other=0.0)
         partials_ptr += n_pairs
     value += tl.load(bias_ptr + feature, mask=real, other=0.0)
-    key = tl.where(real & (value > 0), key_of(value, feature), -1)  # keys of positive scores are not negative
+    score = value
+    if given_ptr is not None:
+        given = tl.load(given_ptr + row * SLOTS + slot, mask=real, other=0.0)
+        value = tl.where(given == given, given, value)
+        score = tl.where(given == given, 3e38, value)  # surely among the k largest
+    key = tl.where(real & (value > 0), key_of(score, feature), -1)  # keys of positive scores are not negative
     kth_key = tl.sum(tl.where(slot == k - 1, tl.sort(key, descending=True), 0), axis=0)
     kept = (key >= kth_key) & (key >= 0)
     n_kept = tl.sum(kept.to(tl.int32), axis=0)

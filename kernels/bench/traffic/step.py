@@ -1,0 +1,128 @@
+"""The kernels of the fused TopK step in the compile report, at the shapes of a large step, and their memory traffic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from saelab.kernels.bench.traffic.spec import PRODUCTION, SMALL, KernelSpec, kernel_spec
+from saelab.kernels.triton_backend.launch import ceil_div
+from saelab.kernels.triton_backend.step import (
+    candidates,
+    dense,
+    gradients,
+    prepare,
+    products,
+    search_rows,
+    select,
+    update,
+)
+
+_BATCH, _D_IN, _D_SAE, _K = PRODUCTION
+_NNZ, _ROWS, _WEIGHTS = _BATCH * _K, 4 * _BATCH * _D_IN, 4 * _D_SAE * _D_IN
+_SLOTS = candidates.slots_for(_K)
+_FOUND = 8192 * 80  # candidates of a batch, k plus 16 a row
+_TILES = ceil_div(_D_IN, gradients.COLUMNS)
+_PARTIALS = 4 * _TILES * _FOUND
+
+
+def production_specs() -> list[KernelSpec]:
+    """Entries of the compile report."""
+    return [*_first(), *_selection(), *_gradients(), *_last()]
+
+
+def _spec(fn: Any, types: str, constexprs: dict[str, Any], num_warps: int, traffic: int) -> KernelSpec:
+    name = fn.fn.__name__.removeprefix("_").removesuffix("_kernel")
+    return kernel_spec(f"step.{name}", fn, types, constexprs, num_warps, traffic)
+
+
+def _first() -> list[KernelSpec]:
+    width = prepare.width_of(_D_IN)
+    row = {"BLOCK": prepare._BLOCK, "TAIL": prepare._TAIL}
+    tile = {"ROWS": prepare._ROWS, "COLUMNS": prepare._COLUMNS}
+    blocks = 8 * ceil_div(_BATCH, prepare._ROWS) * _D_IN
+    rows = "*bf16 *fp32 *fp32 *fp32 *fp32 *fp16 *fp32 i32 i32 i32 fp32"
+    return [
+        _spec(prepare._prepare_rows_kernel, rows, row, prepare._WARPS, _ROWS // 2 + _ROWS + 2 * _BATCH * width),
+        _spec(
+            prepare._prepare_weights_kernel, "*fp32 *fp32 *fp16 *fp32 i32 i32 i32", row, prepare._WARPS,
+            _WEIGHTS + 2 * _D_SAE * width + 12 * _D_SAE,
+        ),
+        _spec(prepare._column_moments_kernel, "*fp32 *fp32 *fp32 i32 i32", tile, prepare._WARPS, _ROWS + blocks),
+        _spec(prepare._variance_kernel, "*fp32 *fp32 *fp32 i32 i32 i32", tile, 1, blocks),
+    ]  # fmt: skip
+
+
+def _selection() -> list[KernelSpec]:
+    scores = 2 * _BATCH * _D_SAE  # read twice, the second time from the cache
+    found = "*fp16 *fp32 *fp32 *fp32 {} *i32 *i32 *fp32 {} i32 i32 i32 i32 fp32 fp32"
+    many = {"MARGIN": 1.2, "SLOTS": _SLOTS, "GROUPS": 2048, "BLOCK": candidates._BLOCK}
+    all_features = many | {"SLOTS": 512, "GROUPS": SMALL.d_sae}
+    plan = search_rows.plan_search(_D_SAE, _K, 1)
+    search = "*fp32 *fp32 *fp32 *i32 *i32 *i64"
+    lists = {"BEST": plan.n_best}
+    by_row = {"SLOTS": _SLOTS, "PAIRS": products.ROW_PAIRS, "COLUMNS": products.COLUMNS}
+    by_feature = {"SLOTS": _SLOTS, "PAIRS": products._PAIRS, "COLUMNS": products.COLUMNS}
+    tile = {"PAIRS": search_rows._PAIRS, "COLUMNS": products.COLUMNS}
+    gathers = _ROWS + _WEIGHTS + 12 * _FOUND + _PARTIALS
+    kept = "*fp32 *i32 *i32 *i32"
+    return [
+        _spec(candidates._candidates_kernel, found.format("*fp32", "*fp32"), all_features, 8, 2 * _BATCH * SMALL.d_sae),
+        _spec(candidates._candidates_kernel, found.format("*fp32", "*fp32"), many, 4, scores + 4 * _BATCH * _SLOTS),
+        _spec(products._by_row_kernel, "*fp32 *fp32 *i32 *i32 *fp32 *fp32 i32 i32", by_row, products.ROW_WARPS, gathers),
+        _spec(products._by_feature_kernel, "*fp32 *fp32 *i32 *i64 *fp32 i32 i32 i32", by_feature, products._WARPS, gathers),
+        _spec(
+            select._select_kernel, f"*fp32 *i32 *i32 *fp32 *fp32 *fp32 {kept} *i32 *i32 i32 i32 i32 i32", {"SLOTS": _SLOTS},
+            4, _PARTIALS + 4 * _FOUND + 12 * _NNZ,
+        ),
+        _spec(
+            search_rows._search_rows_kernel, f"{search} i32 i32 i32",
+            lists | {"LANES": 8, "SPLIT": plan.split, "COLUMNS": search_rows._TILE // plan.n_best}, search_rows._WARPS, _WEIGHTS,
+        ),
+        _spec(
+            search_rows._merge_rows_kernel, f"{search} {kept} i32 i32 i32 i32", lists | {"LANES": 64} | tile,
+            search_rows._WARPS, plan.row_bytes,
+        ),
+    ]  # fmt: skip
+
+
+def _gradients() -> list[KernelSpec]:
+    chunk, tile = {"CHUNK": gradients.CHUNK}, {"COLUMNS": gradients.COLUMNS}
+    n_far = ceil_div(_NNZ, gradients.CHUNK)
+    far = 8 * n_far * _D_IN
+    outputs = "*fp32 *fp32 *fp32 *fp32"
+    return [
+        _spec(
+            gradients._gather_kernel, "*i64 *fp32 *i32 *fp32 i32 i32", {"BLOCK": gradients._BLOCK}, gradients._WARPS,
+            20 * _NNZ,
+        ),
+        _spec(
+            gradients._gradients_kernel,
+            f"*i32 *i32 *fp32 *i64 *fp32 *fp32 *fp32 *fp32 *fp32 {outputs} *fp32 *fp32 *fp32 i32 i32 i32",
+            chunk | tile | {"PAIRS": gradients._PAIRS}, gradients._WARPS, 2 * _ROWS + 3 * _WEIGHTS + 2 * _TILES * 12 * _NNZ + far,
+        ),
+        _spec(
+            gradients._add_far_kernel, f"*i32 *i64 *fp32 {outputs} *fp32 *fp32 *fp32 i32 i32 i32", chunk | tile,
+            gradients._WARPS, 3 * far,
+        ),
+        _spec(
+            gradients._add_rows_kernel, f"*i64 *fp32 *fp32 *fp32 *fp32 {outputs} i32 i32 i32", tile, gradients._WARPS,
+            4 * _WEIGHTS,
+        ),
+        _spec(dense._scatter_kernel, "*fp32 *i32 *i32 *fp16 *fp16 i32 i32", {"BLOCK": 128}, 1, 8 * _NNZ),
+        _spec(dense._scale_kernel, f"*fp32 *fp32 {outputs} i32 i32 i32", tile, dense._WARPS, 5 * _WEIGHTS),
+    ]  # fmt: skip
+
+
+def _last() -> list[KernelSpec]:
+    numbers = "*fp32 *fp32 *fp32 *i64 *i32 " + "*fp32 " * 9 + "i32 i32 i32 fp32 fp32 fp32 fp32"
+    return [
+        _spec(
+            update._count_and_norm_kernel, "*fp32 *fp32 *i64 *i64 *fp32 *fp32 i32 i64 i64 i32 i32",
+            {"FEATURES": update._FEATURES}, update._WARPS, 4 * _D_SAE * (3 * _TILES + 8),
+        ),
+        _spec(update._finish_kernel, numbers, {"BLOCK": update._BLOCK}, 8, 36 * _D_IN),
+        *(
+            _spec(update._update_kernel, "*fp32 " * 15 + "i32 fp32 fp32 fp32 fp32 fp32", {"BLOCK": block}, warps, 14 * _WEIGHTS)
+            for block, warps in ((update._BLOCK, update._WARPS), (update._BLOCK // 4, update._WARPS // 2))
+        ),
+    ]  # fmt: skip
