@@ -15,10 +15,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saelab.kernels.triton_backend.sddmm import sum_slices
 from saelab.kernels.triton_backend.spmm import spmm_residual
 from saelab.kernels.triton_backend.step.candidates import Sizes, empty_slots, find_candidates, parts_of
 from saelab.kernels.triton_backend.step.dense import decode_dense, dense_gradients, dense_pays, empty_dense
-from saelab.kernels.triton_backend.step.gradients import Pairs, add_rows, empty_gradients, sort_pairs, weight_gradients
+from saelab.kernels.triton_backend.step.gradients import Pairs, empty_gradients, fill_gradients, sort_pairs
 from saelab.kernels.triton_backend.step.prepare import (
     Rows,
     prepare_rows,
@@ -27,7 +28,7 @@ from saelab.kernels.triton_backend.step.prepare import (
     variance_of,
     width_of,
 )
-from saelab.kernels.triton_backend.step.products import products_by_feature
+from saelab.kernels.triton_backend.step.products import pair_products
 from saelab.kernels.triton_backend.step.search_rows import plan_search, search_rows
 from saelab.kernels.triton_backend.step.select import empty_selection, select
 from saelab.kernels.triton_backend.step.update import (
@@ -65,7 +66,7 @@ class FusedStep:
         self._scores = empty(max(n_scores, n_rows * self._plan.row_bytes // 2), dtype=half, device=device)
         dense = dense_pays(d_sae, k) and len(self.parts) == 1
         self._dense = empty_dense(n_rows, sae.W_dec.detach(), self._scores) if dense else None
-        self.slots = empty_slots(n_rows, k, device, given=dense)
+        self.slots = empty_slots(n_rows, k, device, rough=dense)
         self.selection, self._uncertain = empty_selection(n_rows, k, device)
         self._gradients = empty_gradients(sae.W_dec)
         self._bins = torch.arange(d_sae + 1, dtype=torch.int32, device=device)
@@ -97,27 +98,27 @@ class FusedStep:
             self._add_aux(dead, residual)
         through = self._gradients.b_enc @ sae.W_enc if sae.pre_bias is not None else None
         window = self.dead.window
-        counted = self._gradients, pairs, self.dead.tokens_since_fired, self.n_rows, window
-        parallel, blocks = count_and_norm(*counted, window - HORIZON * self.n_rows)
+        counted = self._gradients, sae.W_dec, pairs, self.dead.tokens_since_fired, self.n_rows, window
+        parallel, each = count_and_norm(*counted, window - HORIZON * self.n_rows)
         W_enc, W_dec, b_enc, b_dec = self._moments
         finish(
-            error, variance, blocks, pairs, self._uncertain.count, residual.sum(0), through, self.schedule, b_dec,
+            error, variance, each, pairs, self._uncertain.count, residual.sum(0), through, self.schedule, b_dec,
             self._db_dec, self._control, self.record, self._options,
         )  # fmt: skip
         update(W_enc, W_dec, b_enc, self._gradients, parallel, self._control, self.schedule, self._options)
 
     def _reconstruct(self, bias: Tensor | None, variance: Tensor) -> tuple[Tensor, Tensor, Pairs]:
         """Residual, its squared norm and the sorted pairs of the selection; fills the gradients of the weights."""
-        (values, features, _, keys), x, W_dec = self.selection, self.rows.x, self.sae.W_dec
-        pairs = sort_pairs(keys, values, self._bins)
+        (values, features, counts, keys), x, W_dec = self.selection, self.rows.x, self.sae.W_dec
+        pairs = sort_pairs(keys, self._bins)
         if self._dense is not None:
             residual, error = decode_dense(self.selection, W_dec, bias, x, self._dense)
             low = self.rows.low[:, : x.shape[1]]
-            dense_gradients(self.selection, low, residual, variance, W_dec, self._dense, self._gradients)
+            dense_gradients(self.selection, low, residual, variance, self._dense, self._gradients)
             return residual, error, pairs
         residual, error = spmm_residual(values.view(-1), features.view(-1), self._offsets, W_dec, bias, x)
-        dvalues = products_by_feature(residual, W_dec, pairs.features, pairs.rows)
-        weight_gradients(pairs, dvalues, x, residual, variance, W_dec, self._gradients)
+        partials = pair_products(residual, W_dec, features, counts, by_feature=(pairs.features, pairs.order))
+        fill_gradients(pairs, values, sum_slices(partials), x, residual, variance, self._gradients)
         return residual, error, pairs
 
     def _select(self) -> None:
@@ -140,7 +141,8 @@ class FusedStep:
             rows = [p.detach()[dead].requires_grad_() for p in (sae.W_enc, sae.b_enc, sae.W_dec)]
             loss = auxk(self.rows.x, -residual, *rows, config.k_aux or max(sae.d_in // 2, 1))
             gradients = torch.autograd.grad(config.auxk_alpha * loss, rows)
-        add_rows(dead, *gradients, sae.W_dec, self._gradients)
+        for total, more in zip(self._gradients, (gradients[0], gradients[2], gradients[1]), strict=True):
+            total.index_add_(0, dead, more)  # each row once: no sum depends on an order
         self.record[RECORD.index("auxk")] = loss.detach()
 
     def values(self, record: Record) -> dict[str, Any]:

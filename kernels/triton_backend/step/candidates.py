@@ -36,8 +36,18 @@ class Slots(NamedTuple):
     """May exceed the number of slots: the others are then missing."""
     bounds: Float[Tensor, " batch"]
     """Every other pair of the row scores below this."""
-    given: Float[Tensor, "batch slots"] | None
-    """Where rough values do (`dense.py`): those of candidates that are certainly among the k largest, NaN for the others."""
+    rough: Rough | None
+    """Where rough values do (`dense.py`)."""
+
+
+class Rough(NamedTuple):
+    """Which candidates are certainly among the k largest, and need no exact value."""
+
+    values: Float[Tensor, "batch slots"]
+    """Theirs, to the accuracy of fp16; NaN for the others."""
+    open_slots: Int[Tensor, "batch slots"]
+    """The slots of the others, `n_open` a row."""
+    n_open: Int[Tensor, " batch"]
 
 
 @triton.jit
@@ -79,50 +89,85 @@ def _kth_largest(values, k):
     return bits.to(tl.float32, bitcast=True)
 
 
+@triton.jit
+@no_type_check
+def _surely_kept(best, kth, k, by_norm, by_error, most_ptr, step, least):
+    """A bound of `best`, one for each feature, above which a pair surely exceeds the (k+1)-th largest: it is kept."""
+    below = tl.max(tl.where(best < kth, best, float("-inf")), axis=0)
+    following = tl.where(tl.sum((best >= kth).to(tl.int32), axis=0) > k, kth, below)
+    most, most_error = tl.load(most_ptr), tl.load(most_ptr + 1)
+    slack = 2.02 * (by_norm * most + by_error * most_error) + 2.4e-7 * (by_norm + by_error + most + most_error)
+    return tl.maximum(following + step * tl.maximum(following, -following), 0.0) + 2 * least + slack
+
+
+@triton.jit
+@no_type_check
+def _store_rough(
+    u,
+    hit,
+    slot,
+    n_open,
+    sure,
+    feature,
+    d_sae,
+    by_norm,
+    by_error,
+    norms_ptr,
+    rough_ptr,
+    open_ptr,
+    step,
+    SLOTS: tl.constexpr,
+):
+    """Store the rough values of a block of candidates and list those without; returns their new number."""
+    room = (hit > 0) & (slot < SLOTS)
+    size = tl.load(norms_ptr + feature, mask=room, other=0.0)
+    error = tl.load(norms_ptr + d_sae + feature, mask=room, other=0.0)
+    is_sure = u - step * tl.maximum(u, -u) > sure
+    rough = tl.where(is_sure, u - by_norm * size - by_error * error, float("nan"))
+    tl.store(rough_ptr + slot, rough, mask=room)
+    is_open = tl.where(is_sure | (slot >= SLOTS), 0, hit)
+    at = n_open + tl.cumsum(is_open, axis=0) - 1
+    tl.store(open_ptr + at, slot, mask=is_open > 0)
+    return n_open + tl.sum(is_open, axis=0)
+
+
 @triton.jit(do_not_specialize=["k", "first_row", "n_rows"])
 @no_type_check
 def _candidates_kernel(
-    scores_ptr, by_norm_ptr, norms_ptr, means_ptr, most_ptr, features_ptr, counts_ptr, bounds_ptr, given_ptr, d_sae, k,
-    first_row, n_rows, step, least, MARGIN: tl.constexpr, SLOTS: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
+    scores_ptr, by_norm_ptr, norms_ptr, means_ptr, most_ptr, features_ptr, counts_ptr, bounds_ptr, rough_ptr, open_ptr,
+    n_open_ptr, d_sae, k, first_row, n_rows, step, least,
+    MARGIN: tl.constexpr, SLOTS: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    local = tl.program_id(0).to(tl.int64)
-    row = local + first_row
-    scores_ptr += local * d_sae
+    row = tl.program_id(0).to(tl.int64) + first_row
+    scores_ptr += tl.program_id(0).to(tl.int64) * d_sae
     best = _group_maxima(scores_ptr, d_sae, GROUPS)
     kth = _kth_largest(best, k)
     by_norm, by_error = tl.load(by_norm_ptr + row), tl.load(by_norm_ptr + n_rows + row)
     margin = by_norm * tl.load(means_ptr) + by_error * tl.load(means_ptr + 1)
     rounding = step * tl.maximum(kth, -kth) + least
     floor = tl.maximum(kth - 2 * rounding - MARGIN * margin, 0.0)
-    sure = float("inf")
-    if (
-        given_ptr is not None
-    ):  # a group is one feature: who surely exceeds the (k+1)-th largest bound is among the k largest
-        next_best = _kth_largest(best, k + 1)
-        most, most_error = tl.load(most_ptr), tl.load(most_ptr + 1)
-        slack = 2.02 * (by_norm * most + by_error * most_error) + 2.4e-7 * (by_norm + by_error + most + most_error)
-        sure = tl.maximum(next_best + step * tl.maximum(next_best, -next_best), 0.0) + 2 * least + slack
-    found = 0
+    if rough_ptr is not None:
+        sure = _surely_kept(best, kth, k, by_norm, by_error, most_ptr, step, least)
+    found, n_open = 0, 0
     for first in range(0, d_sae, BLOCK):
         feature = first + tl.arange(0, BLOCK)
         u = tl.load(scores_ptr + feature, mask=feature < d_sae, other=float("-inf")).to(tl.float32)
         hit = (u >= floor).to(tl.int32)
         slot = found + tl.cumsum(hit, axis=0) - 1
         tl.store(features_ptr + row * SLOTS + slot, feature, mask=(hit > 0) & (slot < SLOTS))
-        if given_ptr is not None:
-            size = tl.load(norms_ptr + feature, mask=hit > 0, other=0.0)
-            error = tl.load(norms_ptr + d_sae + feature, mask=hit > 0, other=0.0)
-            given = tl.where(u - step * tl.maximum(u, -u) > sure, u - by_norm * size - by_error * error, float("nan"))
-            tl.store(given_ptr + row * SLOTS + slot, given, mask=(hit > 0) & (slot < SLOTS))
+        if rough_ptr is not None:
+            n_open = _store_rough(
+                u, hit, slot, n_open, sure, feature, d_sae, by_norm, by_error, norms_ptr, rough_ptr + row * SLOTS,
+                open_ptr + row * SLOTS, step, SLOTS,
+            )  # fmt: skip
         found += tl.sum(hit, axis=0)
     for first in range(0, SLOTS, BLOCK):
         slot = first + tl.arange(0, BLOCK)
-        tl.store(
-            features_ptr + row * SLOTS + slot,
-            tl.zeros([BLOCK], tl.int32) + d_sae,
-            mask=(slot >= found) & (slot < SLOTS),
-        )
+        empty = (slot >= found) & (slot < SLOTS)
+        tl.store(features_ptr + row * SLOTS + slot, tl.zeros([BLOCK], tl.int32) + d_sae, mask=empty)
     tl.store(counts_ptr + row, found)
+    if rough_ptr is not None:
+        tl.store(n_open_ptr + row, n_open)
     tl.store(bounds_ptr + row, tl.where(floor > 0.0, floor + step * floor + least, 0.0))  # what is below 0 stays so
 
 
@@ -131,12 +176,13 @@ def slots_for(k: int) -> int:
     return max(128, 4 << (k - 1).bit_length())
 
 
-def empty_slots(n_rows: int, k: int, device: torch.device, given: bool = False) -> Slots:
+def empty_slots(n_rows: int, k: int, device: torch.device, rough: bool = False) -> Slots:
     """Room for the candidates of `n_rows` rows."""
     features = torch.empty(n_rows, slots_for(k), dtype=torch.int32, device=device)
     counts = torch.empty(n_rows, dtype=torch.int32, device=device)
-    values = torch.empty(features.shape, dtype=torch.float32, device=device) if given else None
-    return Slots(features, counts, torch.empty(n_rows, dtype=torch.float32, device=device), values)
+    values = torch.empty(features.shape, dtype=torch.float32, device=device) if rough else None
+    open_slots = None if values is None else Rough(values, torch.empty_like(features), torch.empty_like(counts))
+    return Slots(features, counts, torch.empty(n_rows, dtype=torch.float32, device=device), open_slots)
 
 
 class Sizes(NamedTuple):
@@ -145,7 +191,7 @@ class Sizes(NamedTuple):
     each: Float[Tensor, "2 d_sae"]
     means: Float[Tensor, " 2"]
     most: Float[Tensor, " 2"] | None
-    """The largest; needed for `Slots.given`."""
+    """The largest; needed for `Slots.rough`."""
 
 
 def find_candidates(
@@ -160,10 +206,10 @@ def find_candidates(
     (`prepare.Rows`)."""
     d_sae = scores.shape[1]
     whole = 1 << (max(d_sae, 2) - 1).bit_length()
-    groups = whole if out.given is not None else min(max(_GROUPS, 32 << (k - 1).bit_length()), whole)
+    groups = whole if out.rough is not None else min(max(_GROUPS, 32 << (k - 1).bit_length()), whole)
     launch(
         _candidates_kernel, (scores.shape[0],),
-        scores, bounds, *sizes, *out, d_sae, k, first_row, bounds.shape[1], _STEP, _LEAST,
+        scores, bounds, *sizes, *out[:3], *(out.rough or (None, None, None)), d_sae, k, first_row, bounds.shape[1], _STEP, _LEAST,
         MARGIN=MARGIN, SLOTS=out.features.shape[1], GROUPS=groups, BLOCK=min(_BLOCK, whole),
         num_warps=4 if groups <= 2048 else 8,
     )  # fmt: skip

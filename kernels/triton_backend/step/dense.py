@@ -14,14 +14,13 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from saelab.kernels.triton_backend.launch import INTERPRETED, ceil_div, launch
-from saelab.kernels.triton_backend.step.gradients import COLUMNS, Gradients, _store_row
+from saelab.kernels.triton_backend.launch import INTERPRETED, launch
+from saelab.kernels.triton_backend.step.gradients import Gradients
 from saelab.kernels.triton_backend.step.select import Selection
 
 _PAYS = 144
 """Features per kept pair of a token up to which it pays. With gathers at 6.5 TB/s and products at 700 TFLOP/s (H100), four
 gathers of k rows take 215 k / d_sae times as long as four products; it has to be one and a half times."""
-_WARPS = 2
 
 
 class Dense(NamedTuple):
@@ -47,26 +46,6 @@ def _scatter_kernel(values_ptr, features_ptr, counts_ptr, from_ptr, to_ptr, k, d
     tl.store(to_ptr + at, value, mask=real)
 
 
-@triton.jit(do_not_specialize=["d_sae", "d_in", "n_tiles"])
-@no_type_check
-def _scale_kernel(
-    variance_ptr, W_dec_ptr, dW_enc_ptr, dW_dec_ptr, db_enc_ptr, parts_ptr, d_sae, d_in, n_tiles, COLUMNS: tl.constexpr
-):
-    feature = tl.program_id(0).to(tl.int64)
-    is_enc = tl.program_id(1) < n_tiles
-    tile = tl.where(is_enc, tl.program_id(1), tl.program_id(1) - n_tiles)
-    columns = tile * COLUMNS + tl.arange(0, COLUMNS)
-    own_ptr = dW_dec_ptr
-    if is_enc:
-        own_ptr = dW_enc_ptr
-    scale = 2.0 / tl.maximum(tl.load(variance_ptr), 1.1754943508222875e-38)
-    sums = tl.load(own_ptr + feature * d_in + columns, mask=columns < d_in, other=0.0) * scale
-    _store_row(is_enc, feature, tile, n_tiles, columns, sums, W_dec_ptr, dW_enc_ptr, dW_dec_ptr, parts_ptr, d_sae, d_in)
-    here = is_enc & (tile == 0)
-    b = tl.load(db_enc_ptr + feature, mask=here, other=0.0) * scale
-    tl.store(db_enc_ptr + feature, b, mask=here)
-
-
 def dense_pays(d_sae: int, k: int) -> bool:
     """Whether dense products beat gathers."""
     return 2 * k < d_sae <= _PAYS * k
@@ -87,18 +66,17 @@ def decode_dense(
 
 
 def dense_gradients(
-    selection: Selection, low: Tensor, residual: Tensor, variance: Tensor, W_dec: Tensor, room: Dense, out: Gradients
+    selection: Selection, low: Tensor, residual: Tensor, variance: Tensor, room: Dense, out: Gradients
 ) -> None:
-    """Fill `out` as `weight_gradients` does; `low (batch, d_in)` are the rows in fp16."""
-    (d_sae, d_in), g = W_dec.shape, residual.half()
+    """Fill `out` as `fill_gradients` does; `low (batch, d_in)` are the rows in fp16."""
+    g = residual.half()
     torch.mm(g, room.W_dec.T, out=room.dacts)
     _product(room.acts.T, g, out.W_dec)
     _scatter(selection, room.dacts, room.acts)  # from here on the gradients of the kept activations
     _product(room.acts.T, low, out.W_enc)
     torch.sum(room.acts, 0, dtype=torch.float32, out=out.b_enc)
-    n_tiles = ceil_div(d_in, COLUMNS)
-    operands = (variance, W_dec, *out, d_sae, d_in, n_tiles)
-    launch(_scale_kernel, (d_sae, 2 * n_tiles), *operands, COLUMNS=COLUMNS, num_warps=_WARPS)
+    scale = 2 / variance.clamp_min(torch.finfo(torch.float32).tiny)
+    torch._foreach_mul_(list(out), scale)
 
 
 def _scatter(selection: Selection, source: Tensor | None, to: Tensor) -> None:

@@ -15,8 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelab.kernels.triton_backend.launch import ceil_div, launch
-from saelab.kernels.triton_backend.sddmm import CACHE_BYTES, sum_slices
-from saelab.kernels.triton_backend.step.candidates import Slots
+from saelab.kernels.triton_backend.sddmm import CACHE_BYTES
 
 COLUMNS = 256
 ROW_PAIRS, ROW_WARPS = 8, 2
@@ -26,7 +25,7 @@ _PAIRS, _WARPS = 16, 4
 @triton.jit(do_not_specialize=["n_pairs", "d_in"])
 @no_type_check
 def _by_row_kernel(
-    x_ptr, W_ptr, features_ptr, counts_ptr, given_ptr, partials_ptr, n_pairs, d_in,
+    x_ptr, W_ptr, features_ptr, counts_ptr, chosen_ptr, partials_ptr, n_pairs, d_in,
     SLOTS: tl.constexpr, PAIRS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -37,9 +36,8 @@ def _by_row_kernel(
     for first in range(0, count, PAIRS):
         slot = first + tl.arange(0, PAIRS)
         real = slot < count
-        if given_ptr is not None:
-            given = tl.load(given_ptr + row * SLOTS + slot, mask=real, other=0.0)
-            real = given != given
+        if chosen_ptr is not None:
+            slot = tl.load(chosen_ptr + row * SLOTS + slot, mask=real, other=0)
         feature = tl.load(features_ptr + row * SLOTS + slot, mask=real, other=0).to(tl.int64)
         at_w = feature[:, None] * d_in + columns[None, :]
         w = tl.load(W_ptr + at_w, mask=real[:, None] & inside[None, :], other=0.0)
@@ -53,51 +51,41 @@ def _by_feature_kernel(
     x_ptr, W_ptr, features_ptr, order_ptr, partials_ptr, n_pairs, d_sae, d_in,
     SLOTS: tl.constexpr, PAIRS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """With `SLOTS`, `order` are positions `row * SLOTS + slot`, to which the sums are written; without, it holds the rows."""
-    tile = tl.program_id(1)
-    pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
-    feature = tl.load(features_ptr + pair, mask=pair < n_pairs, other=2147483647).to(tl.int64)
-    real = feature < d_sae
-    if tl.min(feature, axis=0) >= d_sae:  # only empty slots
+    """The pairs are sorted by feature; `order` are their places `row * SLOTS + slot`, to which the sums are written."""
+    first = tl.program_id(0).to(tl.int64) * PAIRS
+    if tl.load(features_ptr + first) >= d_sae:  # only empty slots
         return
-    row, to = tl.load(order_ptr + pair, mask=real, other=0).to(tl.int64), pair
-    if SLOTS:
-        row, to = row // SLOTS, row
+    tile = tl.program_id(1)
+    pair = first + tl.arange(0, PAIRS)
+    feature = tl.load(features_ptr + pair, mask=pair < n_pairs, other=2147483647).to(tl.int64)
+    place = tl.load(order_ptr + pair, mask=pair < n_pairs, other=0).to(tl.int64)
+    real = feature < d_sae
+    row = place // SLOTS
     columns = tile * COLUMNS + tl.arange(0, COLUMNS)
     inside = real[:, None] & (columns < d_in)[None, :]
     x = tl.load(x_ptr + row[:, None] * d_in + columns[None, :], mask=inside, other=0.0)
     w = tl.load(W_ptr + feature[:, None] * d_in + columns[None, :], mask=inside, other=0.0)
-    tl.store(partials_ptr + tile.to(tl.int64) * n_pairs + to, tl.sum(x * w, axis=1), mask=real)
+    tl.store(partials_ptr + tile.to(tl.int64) * n_pairs + place, tl.sum(x * w, axis=1), mask=real)
 
 
-def candidate_products(
-    x: Float[Tensor, "batch d_in"], W: Float[Tensor, "d_sae d_in"], found: Slots
-) -> Float[Tensor, "tiles pairs"]:
-    """Partial sums of `<x[row], W[feature]>` at the candidates; undefined in empty slots and where the value is given."""
-    (n_rows, n_slots), (d_sae, d_in) = found.features.shape, W.shape
+def pair_products(
+    x: Float[Tensor, "batch d_in"], W: Float[Tensor, "d_sae d_in"], features: Int[Tensor, "batch slots"],
+    counts: Int[Tensor, " batch"], chosen: Int[Tensor, "batch slots"] | None = None,
+    by_feature: tuple[Tensor, Tensor] | None = None,
+) -> Float[Tensor, "tiles pairs"]:  # fmt: skip
+    """Partial sums of `<x[row], W[feature]>` at the first `counts` slots of each row; undefined in the others.
+
+    With `chosen` at the slots that its first `counts` entries name instead. `by_feature` are the features of all slots
+    (`d_sae` where empty), sorted, and their places, if somebody has sorted them already.
+    """
+    (n_rows, n_slots), (d_sae, d_in) = features.shape, W.shape
     n_pairs, n_tiles = n_rows * n_slots, ceil_div(d_in, COLUMNS)
     partials = torch.empty(n_tiles, n_pairs, dtype=torch.float32, device=x.device)
-    if found.given is not None or d_sae * COLUMNS * W.element_size() <= CACHE_BYTES:
-        operands = (x, W, found.features, found.counts, found.given, partials, n_pairs, d_in)
-        tile = {"SLOTS": n_slots, "PAIRS": ROW_PAIRS, "COLUMNS": COLUMNS}
-        launch(_by_row_kernel, (n_rows, n_tiles), *operands, **tile, num_warps=ROW_WARPS)
+    tile = {"SLOTS": n_slots, "COLUMNS": COLUMNS}
+    if chosen is not None or d_sae * COLUMNS * W.element_size() <= CACHE_BYTES:
+        operands = (x, W, features, counts, chosen, partials, n_pairs, d_in)
+        launch(_by_row_kernel, (n_rows, n_tiles), *operands, PAIRS=ROW_PAIRS, **tile, num_warps=ROW_WARPS)
         return partials
-    _launch_by_feature(x, W, *found.features.view(-1).sort(), partials, n_slots)
+    operands = (x, W, *(by_feature or features.view(-1).sort()), partials, n_pairs, d_sae, d_in)
+    launch(_by_feature_kernel, (ceil_div(n_pairs, _PAIRS), n_tiles), *operands, PAIRS=_PAIRS, **tile, num_warps=_WARPS)
     return partials
-
-
-def products_by_feature(
-    x: Float[Tensor, "batch d_in"], W: Float[Tensor, "d_sae d_in"], features: Int[Tensor, " pairs"],
-    rows: Int[Tensor, " pairs"],
-) -> Float[Tensor, " pairs"]:  # fmt: skip
-    """`<x[row], W[feature]>` of pairs sorted by feature; undefined in empty slots, whose feature is `d_sae`."""
-    partials = torch.empty(ceil_div(W.shape[1], COLUMNS), features.numel(), dtype=torch.float32, device=x.device)
-    _launch_by_feature(x, W, features, rows, partials, 0)
-    return sum_slices(partials)
-
-
-def _launch_by_feature(x: Tensor, W: Tensor, features: Tensor, order: Tensor, partials: Tensor, slots: int) -> None:
-    n_tiles, n_pairs = partials.shape
-    tile = {"SLOTS": slots, "PAIRS": _PAIRS, "COLUMNS": COLUMNS}
-    operands = (x, W, features, order, partials, n_pairs, *W.shape)
-    launch(_by_feature_kernel, (ceil_div(n_pairs, _PAIRS), n_tiles), *operands, **tile, num_warps=_WARPS)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from saelab.kernels.triton_backend.launch import launch
 from saelab.kernels.triton_backend.step.candidates import Slots, ordered
-from saelab.kernels.triton_backend.step.products import candidate_products
+from saelab.kernels.triton_backend.step.products import pair_products
 
 
 class Selection(NamedTuple):
@@ -54,7 +54,7 @@ def score_of_key(keys):
 @triton.jit(do_not_specialize=["n_pairs", "n_tiles", "k", "d_sae"])
 @no_type_check
 def _select_kernel(
-    partials_ptr, features_ptr, counts_ptr, bounds_ptr, given_ptr, bias_ptr, values_ptr, kept_ptr, n_kept_ptr, keys_ptr,
+    partials_ptr, features_ptr, counts_ptr, bounds_ptr, rough_ptr, bias_ptr, values_ptr, kept_ptr, n_kept_ptr, keys_ptr,
     uncertain_ptr, n_uncertain_ptr, n_pairs, n_tiles, k, d_sae, SLOTS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -68,10 +68,10 @@ def _select_kernel(
         partials_ptr += n_pairs
     value += tl.load(bias_ptr + feature, mask=real, other=0.0)
     score = value
-    if given_ptr is not None:
-        given = tl.load(given_ptr + row * SLOTS + slot, mask=real, other=0.0)
-        value = tl.where(given == given, given, value)
-        score = tl.where(given == given, 3e38, value)  # surely among the k largest
+    if rough_ptr is not None:
+        rough = tl.load(rough_ptr + row * SLOTS + slot, mask=real, other=0.0)
+        value = tl.where(rough == rough, rough, value)
+        score = tl.where(rough == rough, 3e38, value)  # surely among the k largest
     key = tl.where(real & (value > 0), key_of(score, feature), -1)  # keys of positive scores are not negative
     kth_key = tl.sum(tl.where(slot == k - 1, tl.sort(key, descending=True), 0), axis=0)
     kept = (key >= kth_key) & (key >= 0)
@@ -93,10 +93,23 @@ def _select_kernel(
 
 def select(x: Tensor, W: Tensor, bias: Tensor, found: Slots, out: Selection, uncertain: Uncertain) -> None:
     """Fill `out` with the k best candidates of each row and `uncertain` with the rows that they may be wrong for."""
-    partials = candidate_products(x, W, found)
+    rough = found.rough
+    chosen, counts = (None, found.counts) if rough is None else (rough.open_slots, rough.n_open)
+    partials = pair_products(x, W, found.features, counts, chosen)
     n_tiles, n_pairs = partials.shape
     n_slots, k = found.features.shape[1], out.values.shape[1]
-    operands = (partials, *found, bias, *out, *uncertain, n_pairs, n_tiles, k, W.shape[0])
+    operands = (
+        partials,
+        *found[:3],
+        None if rough is None else rough.values,
+        bias,
+        *out,
+        *uncertain,
+        n_pairs,
+        n_tiles,
+        k,
+        W.shape[0],
+    )
     launch(_select_kernel, (x.shape[0],), *operands, SLOTS=n_slots, num_warps=4)
 
 

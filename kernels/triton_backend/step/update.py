@@ -1,6 +1,6 @@
 """The end of a step: dead-feature counters, gradient norm, clip factor and Adam, without a look at any number on the host.
 
-`count_and_norm` takes one pass over features; `finish` is a single program that puts the parts together, steps `b_dec` and
+`count_and_norm` takes one pass over both gradients; `finish` is a single program that puts the parts together, steps `b_dec` and
 leaves a record of the step; `update` steps the rows of both matrices: it projects the decoder's gradient while reading it,
 clips, applies Adam (Kingma & Ba 2015, algorithm 1) and rescales decoder rows to norm 1. If the norm is not finite, no weight
 changes.
@@ -16,12 +16,11 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saelab.kernels.triton_backend.launch import ceil_div, launch
+from saelab.kernels.triton_backend.launch import launch
 from saelab.kernels.triton_backend.step.gradients import Gradients, Pairs
 
 RECORD = ("fvu", "nnz", "grad_norm", "dead", "dead_soon", "uncertain", "auxk")
 """The entries of a step's record, fp32; "loss" is the FVU, and "auxk" is left to the caller."""
-_FEATURES = 256
 _BLOCK = 1024
 _WARPS = 4
 _TINY = torch.finfo(torch.float32).eps
@@ -46,35 +45,31 @@ class AdamOptions(NamedTuple):
     """Weight decay of `W_enc`, decoupled from the gradient."""
 
 
-@triton.jit(do_not_specialize=["n_rows", "d_sae", "n_tiles", "window", "soon"])
+@triton.jit(do_not_specialize=["n_rows", "d_in", "window", "soon"])
 @no_type_check
 def _count_and_norm_kernel(
-    parts_ptr, db_enc_ptr, offsets_ptr, since_ptr, parallel_ptr, out_ptr, n_rows, window, soon, d_sae, n_tiles,
-    FEATURES: tl.constexpr,
+    enc_ptr, dec_ptr, db_ptr, W_dec_ptr, offsets_ptr, since_ptr, parallel_ptr, out_ptr, n_rows, window, soon, d_in,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    block = tl.program_id(0).to(tl.int64)
-    feature = block * FEATURES + tl.arange(0, FEATURES)
-    real = feature < d_sae
-    along, dec, enc = (
-        tl.zeros([FEATURES], tl.float32),
-        tl.zeros([FEATURES], tl.float32),
-        tl.zeros([FEATURES], tl.float32),
-    )
-    size = n_tiles.to(tl.int64) * d_sae
-    for _ in range(0, n_tiles):
-        along += tl.load(parts_ptr + feature, mask=real, other=0.0)
-        dec += tl.load(parts_ptr + size + feature, mask=real, other=0.0)
-        enc += tl.load(parts_ptr + 2 * size + feature, mask=real, other=0.0)
-        parts_ptr += d_sae
-    tl.store(parallel_ptr + feature, along, mask=real)
-    b = tl.load(db_enc_ptr + feature, mask=real, other=0.0)
-    square = tl.sum(tl.maximum(dec - along * along, 0.0) + enc + b * b, axis=0)
-    fired = tl.load(offsets_ptr + feature + 1, mask=real, other=0) > tl.load(offsets_ptr + feature, mask=real, other=0)
-    since = tl.where(fired, 0, tl.load(since_ptr + feature, mask=real, other=0) + n_rows)
-    tl.store(since_ptr + feature, since, mask=real)
-    tl.store(out_ptr + 3 * block, square)
-    tl.store(out_ptr + 3 * block + 1, tl.sum((real & (since >= window)).to(tl.float32), axis=0))
-    tl.store(out_ptr + 3 * block + 2, tl.sum((real & (since >= soon)).to(tl.float32), axis=0))
+    feature = tl.program_id(0).to(tl.int64)
+    along, dec, enc = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for first in range(0, d_in, BLOCK):
+        columns = first + tl.arange(0, BLOCK)
+        at, inside = feature * d_in + columns, columns < d_in
+        g = tl.load(dec_ptr + at, mask=inside, other=0.0)
+        along += g * tl.load(W_dec_ptr + at, mask=inside, other=0.0)
+        dec += g * g
+        g = tl.load(enc_ptr + at, mask=inside, other=0.0)
+        enc += g * g
+    parallel, b = tl.sum(along, axis=0), tl.load(db_ptr + feature)
+    tl.store(parallel_ptr + feature, parallel)
+    square = tl.maximum(tl.sum(dec, axis=0) - parallel * parallel, 0.0) + tl.sum(enc, axis=0) + b * b
+    fired = tl.load(offsets_ptr + feature + 1) > tl.load(offsets_ptr + feature)
+    since = tl.where(fired, 0, tl.load(since_ptr + feature) + n_rows)
+    tl.store(since_ptr + feature, since)
+    tl.store(out_ptr + 3 * feature, square)
+    tl.store(out_ptr + 3 * feature + 1, (since >= window).to(tl.float32))
+    tl.store(out_ptr + 3 * feature + 2, (since >= soon).to(tl.float32))
 
 
 @triton.jit
@@ -89,19 +84,19 @@ def _adam(w, average, square, g, scale, decay, schedule_ptr, beta1, beta2, eps):
     return w - lr * decay * w - lr / tl.load(schedule_ptr + 1) * (average / denominator), average, square
 
 
-@triton.jit(do_not_specialize=["n_blocks", "d_sae", "d_in"])
+@triton.jit(do_not_specialize=["d_sae", "d_in"])
 @no_type_check
 def _finish_kernel(
-    error_ptr, variance_ptr, blocks_ptr, offsets_ptr, n_uncertain_ptr, sums_ptr, through_ptr, schedule_ptr, b_ptr, average_ptr,
-    square_ptr, db_ptr, control_ptr, record_ptr, n_blocks, d_sae, d_in, beta1, beta2, eps, clip_norm, BLOCK: tl.constexpr,
+    error_ptr, variance_ptr, each_ptr, offsets_ptr, n_uncertain_ptr, sums_ptr, through_ptr, schedule_ptr, b_ptr, average_ptr,
+    square_ptr, db_ptr, control_ptr, record_ptr, d_sae, d_in, beta1, beta2, eps, clip_norm, BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = tl.arange(0, BLOCK)
     squares, dead, soon = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-    for first in range(0, n_blocks, BLOCK):
-        real = first + at < n_blocks
-        squares += tl.load(blocks_ptr + 3 * (first + at), mask=real, other=0.0)
-        dead += tl.load(blocks_ptr + 3 * (first + at) + 1, mask=real, other=0.0)
-        soon += tl.load(blocks_ptr + 3 * (first + at) + 2, mask=real, other=0.0)
+    for first in range(0, d_sae, BLOCK):
+        real = first + at < d_sae
+        squares += tl.load(each_ptr + 3 * (first + at), mask=real, other=0.0)
+        dead += tl.load(each_ptr + 3 * (first + at) + 1, mask=real, other=0.0)
+        soon += tl.load(each_ptr + 3 * (first + at) + 2, mask=real, other=0.0)
     variance = tl.maximum(tl.load(variance_ptr), 1.1754943508222875e-38)
     for first in range(0, d_in, BLOCK):
         real = first + at < d_in
@@ -190,23 +185,20 @@ def _update_kernel(
 
 
 def count_and_norm(
-    gradients: Gradients, pairs: Pairs, since: Int[Tensor, " d_sae"], n_rows: int, window: int, soon: int
-) -> tuple[Float[Tensor, " d_sae"], Float[Tensor, "blocks 3"]]:
+    gradients: Gradients, W_dec: Tensor, pairs: Pairs, since: Int[Tensor, " d_sae"], n_rows: int, window: int, soon: int
+) -> tuple[Float[Tensor, " d_sae"], Float[Tensor, "d_sae 3"]]:
     """Add `n_rows` to the counters of features that did not fire and reset the others. Returns `<dW_dec, W_dec>` of each row,
-    and for each block of features its part of the squared norm, its dead features, and those dead from `soon` tokens on."""
-    d_sae, device = gradients.b_enc.shape[0], since.device
-    n_blocks = ceil_div(d_sae, _FEATURES)
+    and for each feature its part of the squared norm, whether it is dead, and whether it is so from `soon` tokens on."""
+    (d_sae, d_in), device = W_dec.shape, since.device
     parallel = torch.empty(d_sae, dtype=torch.float32, device=device)
-    out = torch.empty(n_blocks, 3, dtype=torch.float32, device=device)
-    operands = (gradients.parts, gradients.b_enc, pairs.offsets, since, parallel, out, n_rows, window, soon, d_sae)
-    launch(
-        _count_and_norm_kernel, (n_blocks,), *operands, gradients.parts.shape[1], FEATURES=_FEATURES, num_warps=_WARPS
-    )
+    out = torch.empty(d_sae, 3, dtype=torch.float32, device=device)
+    operands = (gradients.W_enc, gradients.W_dec, gradients.b_enc, W_dec, pairs.offsets, since, parallel, out)
+    launch(_count_and_norm_kernel, (d_sae,), *operands, n_rows, window, soon, d_in, **_tile(d_in))
     return parallel, out
 
 
 def finish(
-    error: Tensor, variance: Tensor, blocks: Tensor, pairs: Pairs, n_uncertain: Tensor, sums: Tensor, through: Tensor | None,
+    error: Tensor, variance: Tensor, each: Tensor, pairs: Pairs, n_uncertain: Tensor, sums: Tensor, through: Tensor | None,
     schedule: Tensor, b_dec: Moments, db_dec: Tensor, control: Tensor, record: Tensor, options: AdamOptions,
 ) -> None:  # fmt: skip
     """Step `b_dec`, and write `control` (clip factor, whether the norm is finite) and the `record` of the step.
@@ -217,7 +209,7 @@ def finish(
     operands = (
         error,
         variance,
-        blocks,
+        each,
         pairs.offsets,
         n_uncertain,
         sums,
@@ -228,7 +220,7 @@ def finish(
         control,
         record,
     )
-    numbers = (blocks.shape[0], d_sae, d_in, options.beta1, options.beta2, options.eps, options.clip_norm)
+    numbers = (d_sae, d_in, options.beta1, options.beta2, options.eps, options.clip_norm)
     launch(_finish_kernel, (1,), *operands, *numbers, BLOCK=_BLOCK, num_warps=8)
 
 
@@ -240,5 +232,13 @@ def update(
     d_sae, d_in = W_enc.parameter.shape
     operands = (*W_enc, *W_dec, *b_enc, gradients.W_enc, gradients.W_dec, gradients.b_enc, parallel, control, schedule)
     numbers = (d_in, options.beta1, options.beta2, options.eps, options.decay, _TINY)
-    tile = (_BLOCK, _WARPS) if d_in % _BLOCK == 0 else (_BLOCK // 4, _WARPS // 2)  # no more than 255 idle columns
-    launch(_update_kernel, (d_sae,), *operands, *numbers, BLOCK=tile[0], num_warps=tile[1])
+    launch(_update_kernel, (d_sae,), *operands, *numbers, **_tile(d_in))
+
+
+def _tile(d_in: int) -> dict[str, int]:
+    """Columns of a row at a time, with no more than 255 of them idle."""
+    return (
+        {"BLOCK": _BLOCK, "num_warps": _WARPS}
+        if d_in % _BLOCK == 0
+        else {"BLOCK": _BLOCK // 4, "num_warps": _WARPS // 2}
+    )
