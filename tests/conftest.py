@@ -50,6 +50,14 @@ LONG_FILES = [
 ]
 
 
+@pytest.fixture(autouse=True, scope="session")
+def models_load_in_fp32():
+    """On every machine, as the tests' own models are: with fast bf16 the commands would load them in bf16."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("saelab.models.loading.fast_bf16", lambda device: False)
+        yield
+
+
 def pytest_sessionstart():
     """A shell ignores Ctrl-C for what it runs in the background, and children inherit that; here tests press it."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -112,7 +112,7 @@ def short_chunks(monkeypatch):
 
 
 def in_parts(monkeypatch):
-    monkeypatch.setattr(fused_step, "parts_of", lambda rows, d_sae: candidates.parts_of(rows, d_sae, limit=100))
+    monkeypatch.setattr(fused_step, "slices_of", lambda rows, d_sae: candidates.slices_of(rows, d_sae, limit=100))
 
 
 def by_dense_products(monkeypatch):

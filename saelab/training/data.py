@@ -57,7 +57,7 @@ def _from_cache(cache: _Cache, hook_name: str | None, rules: int, for_cuda: bool
     options = _reading(cache, leave_out, for_cuda)
 
     def batches(names: Sequence[str], batch_size: int, seed: int, start_step: int) -> Iterator[Rows]:
-        return cache.batches(batch_size, seed, start_step, hook_name=list(names), **options)
+        return cache.batches(batch_size, seed=seed, start_step=start_step, hook_name=list(names), **options)
 
     def identity(hooks: HooksUsed) -> tuple[str, dict[str, Any]]:
         origin = _origin(cache, hooks)

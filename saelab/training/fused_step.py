@@ -17,7 +17,7 @@ from torch import Tensor
 
 from saelab.kernels.triton_backend.sddmm import sum_slices
 from saelab.kernels.triton_backend.spmm import spmm_residual
-from saelab.kernels.triton_backend.step.candidates import Sizes, empty_slots, find_candidates, parts_of
+from saelab.kernels.triton_backend.step.candidates import Sizes, empty_slots, find_candidates, slices_of
 from saelab.kernels.triton_backend.step.dense import decode_dense, dense_gradients, dense_pays, empty_dense
 from saelab.kernels.triton_backend.step.gradients import Pairs, empty_gradients, fill_gradients, sort_pairs
 from saelab.kernels.triton_backend.step.prepare import (
@@ -60,11 +60,11 @@ class FusedStep:
         bounds = empty(2, n_rows, device=device)
         self.rows = Rows(empty(n_rows, d_in, device=device), empty(n_rows, width, dtype=half, device=device), bounds)
         self._low, self._norms = empty(d_sae, width, dtype=half, device=device), empty(2, d_sae, device=device)
-        self.parts = parts_of(n_rows, d_sae)
-        self._plan = plan_search(d_sae, k, len(self.parts))
-        n_scores = max((part.stop - part.start for part in self.parts), default=0) * d_sae
+        self._slices = slices_of(n_rows, d_sae)
+        self._plan = plan_search(d_sae, k, len(self._slices))
+        n_scores = max((rows.stop - rows.start for rows in self._slices), default=0) * d_sae
         self._scores = empty(max(n_scores, n_rows * self._plan.row_bytes // 2), dtype=half, device=device)
-        dense = dense_pays(d_sae, k) and len(self.parts) == 1
+        dense = dense_pays(d_sae, k) and len(self._slices) == 1
         self._dense = empty_dense(n_rows, sae.W_dec.detach(), self._scores) if dense else None
         self.slots = empty_slots(n_rows, k, device, rough=dense)
         self.selection, self._uncertain = empty_selection(n_rows, k, device)
@@ -126,10 +126,10 @@ class FusedStep:
         sae, k = self.sae, self.sae.config.k
         prepare_weights(sae.W_enc, sae.b_enc, self._low, self._norms)
         sizes = Sizes(self._norms, self._norms.mean(1), None if self._dense is None else self._norms.amax(1))
-        for part in self.parts:
-            scores = self._scores[: (part.stop - part.start) * sae.d_sae].view(-1, sae.d_sae)
-            product(self.rows.low[part], self._low, scores)
-            find_candidates(scores, self.rows.bounds, sizes, k, part.start, self.slots)
+        for rows in self._slices:
+            scores = self._scores[: (rows.stop - rows.start) * sae.d_sae].view(-1, sae.d_sae)
+            product(self.rows.low[rows], self._low, scores)
+            find_candidates(scores, self.rows.bounds, sizes, k, rows.start, self.slots)
         operands = self.rows.x, sae.W_enc, sae.b_enc
         select(*operands, self.slots, self.selection, self._uncertain)
         search_rows(*operands, self._uncertain, self._plan, self._scores.view(torch.int64), self.selection)

@@ -85,14 +85,28 @@ class Run:
         self._spent, self._spent_on = 0.0, 0
         self._continue(config, view)
         self.finished = self.step == train.n_steps
+        self._begin(wandb_project if self.ranks.is_main_process else None)
+
+    def _begin(self, wandb_project: str | None) -> None:
+        """Set up the step and the log of a run that is not finished."""
         self._unsettled: dict[int, Rows] = {}
         """The rows of the steps whose metrics are not known yet."""
-        trained = Trained(
-            self.sae, self.adam, self.dead, self.hooks, train, self.mesh, self.running, self.device, rules
-        )
-        self._step: Step | None = None if self.finished else make_step(trained)
-        wandb_project = wandb_project if self.ranks.is_main_process else None
-        self.log = MetricsLog(self.folder, self.step, wandb_project) if not self.finished else None
+        self._step: Step | None = None
+        self.log: MetricsLog | None = None
+        if not self.finished:
+            what = (
+                self.sae,
+                self.adam,
+                self.dead,
+                self.hooks,
+                self.train,
+                self.mesh,
+                self.running,
+                self.device,
+                self.rules,
+            )
+            self._step = make_step(Trained(*what))
+            self.log = MetricsLog(self.folder, self.step, wandb_project)
 
     def _place(self, moments: tuple[torch.Tensor, ...]) -> None:
         """Fit the normalisation, and the initial biases and thresholds, to the data."""

@@ -92,7 +92,7 @@ class AutogradTraining:
         return []
 
     def _forward_backward(self, rows: Rows, micro_batch: range, info: StepInfo, logged: bool) -> dict[str, float]:
-        """Accumulate gradients of this rank's rows of `micro_batch`; returns their part of the metrics of the whole batch."""
+        """Accumulate gradients of this rank's rows of `micro_batch`; returns their part of the metrics of the single batch."""
         of = self._of
         ranks = of.mesh.data.sharing(len(micro_batch))
         local = micro_batch[ranks.local_rows]
@@ -115,8 +115,8 @@ def fused_serves(of: Trained) -> bool:
         return False
     config = of.sae.config
     plain = config.select == "topk" and config.score == "value" and config.aux == "auxk" and not config.multi_topk
-    whole = of.mesh.world.size == 1 and len(of.train.micro_batches) == 1 and of.running is None
-    return plain and whole and config.normalize not in TOKEN_NORMS and of.sae.W_enc.dtype == torch.float32
+    single = of.mesh.world.size == 1 and len(of.train.micro_batches) == 1 and of.running is None
+    return plain and single and config.normalize not in TOKEN_NORMS and of.sae.W_enc.dtype == torch.float32
 
 
 class FusedTraining:

@@ -96,8 +96,8 @@ def _surely_kept(best, kth, k, by_norm, by_error, most_ptr, step, least):
     below = tl.max(tl.where(best < kth, best, float("-inf")), axis=0)
     following = tl.where(tl.sum((best >= kth).to(tl.int32), axis=0) > k, kth, below)
     most, most_error = tl.load(most_ptr), tl.load(most_ptr + 1)
-    slack = 2.02 * (by_norm * most + by_error * most_error) + 2.4e-7 * (by_norm + by_error + most + most_error)
-    return tl.maximum(following + step * tl.maximum(following, -following), 0.0) + 2 * least + slack
+    error_bound = 2.02 * (by_norm * most + by_error * most_error) + 2.4e-7 * (by_norm + by_error + most + most_error)
+    return tl.maximum(following + step * tl.maximum(following, -following), 0.0) + 2 * least + error_bound
 
 
 @triton.jit
@@ -205,18 +205,18 @@ def find_candidates(
     """Fill the slots of the rows from `first_row` on with the candidates of `scores`, in fp16; `bounds` are those of the rows
     (`prepare.Rows`)."""
     d_sae = scores.shape[1]
-    whole = 1 << (max(d_sae, 2) - 1).bit_length()
-    groups = whole if out.rough is not None else min(max(_GROUPS, 32 << (k - 1).bit_length()), whole)
+    full = 1 << (max(d_sae, 2) - 1).bit_length()
+    groups = full if out.rough is not None else min(max(_GROUPS, 32 << (k - 1).bit_length()), full)
     launch(
         _candidates_kernel, (scores.shape[0],),
         scores, bounds, *sizes, *out[:3], *(out.rough or (None, None, None)), d_sae, k, first_row, bounds.shape[1], _STEP, _LEAST,
-        MARGIN=MARGIN, SLOTS=out.features.shape[1], GROUPS=groups, BLOCK=min(_BLOCK, whole),
+        MARGIN=MARGIN, SLOTS=out.features.shape[1], GROUPS=groups, BLOCK=min(_BLOCK, full),
         num_warps=4 if groups <= 2048 else 8,
     )  # fmt: skip
 
 
-def parts_of(n_rows: int, d_sae: int, limit: int = 1 << 28) -> list[slice]:
-    """Rows in parts whose scores take at most `limit` numbers: the scores of a whole batch never exist at once."""
+def slices_of(n_rows: int, d_sae: int, limit: int = 1 << 28) -> list[slice]:
+    """Slices of the rows whose scores take at most `limit` numbers: the scores of a whole batch never exist at once."""
     step = max(1, limit // d_sae)
     step = ceil_div(n_rows, ceil_div(n_rows, step)) if n_rows else 1
     return [slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step)]

@@ -26,7 +26,7 @@ gathers of k rows take 215 k / d_sae times as long as four products; it has to b
 class Dense(NamedTuple):
     """Room for the dense matrices of a step, all fp16."""
 
-    acts: Float[Tensor, "batch d_sae"]
+    feature_acts: Float[Tensor, "batch d_sae"]
     dacts: Float[Tensor, "batch d_sae"]
     W_dec: Float[Tensor, "d_sae d_in"]
 
@@ -55,11 +55,11 @@ def decode_dense(
     selection: Selection, W_dec: Tensor, bias: Tensor | None, target: Tensor, room: Dense
 ) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, ""]]:
     """Reconstruction minus target, and its squared norm, as `spmm_residual`."""
-    room.acts.zero_()
-    _scatter(selection, None, room.acts)
+    room.feature_acts.zero_()
+    _scatter(selection, None, room.feature_acts)
     room.W_dec.copy_(W_dec)
     residual = torch.empty_like(target)
-    _product(room.acts, room.W_dec, residual)
+    _product(room.feature_acts, room.W_dec, residual)
     residual -= target
     residual = residual if bias is None else residual.add_(bias)
     return residual, torch.dot(residual.view(-1), residual.view(-1))
@@ -71,10 +71,10 @@ def dense_gradients(
     """Fill `out` as `fill_gradients` does; `low (batch, d_in)` are the rows in fp16."""
     g = residual.half()
     torch.mm(g, room.W_dec.T, out=room.dacts)
-    _product(room.acts.T, g, out.W_dec)
-    _scatter(selection, room.dacts, room.acts)  # from here on the gradients of the kept activations
-    _product(room.acts.T, low, out.W_enc)
-    torch.sum(room.acts, 0, dtype=torch.float32, out=out.b_enc)
+    _product(room.feature_acts.T, g, out.W_dec)
+    _scatter(selection, room.dacts, room.feature_acts)  # from here on the gradients of the kept activations
+    _product(room.feature_acts.T, low, out.W_enc)
+    torch.sum(room.feature_acts, 0, dtype=torch.float32, out=out.b_enc)
     scale = 2 / variance.clamp_min(torch.finfo(torch.float32).tiny)
     torch._foreach_mul_(list(out), scale)
 
@@ -96,5 +96,9 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 def empty_dense(n_rows: int, W_dec: Tensor, dacts: Tensor) -> Dense:
     """Room for a batch of `n_rows` rows; `dacts` is memory that is free while gradients are computed."""
-    acts = torch.empty(n_rows, W_dec.shape[0], dtype=torch.float16, device=W_dec.device)
-    return Dense(acts, dacts[: acts.numel()].view(acts.shape), torch.empty_like(W_dec, dtype=torch.float16))
+    feature_acts = torch.empty(n_rows, W_dec.shape[0], dtype=torch.float16, device=W_dec.device)
+    return Dense(
+        feature_acts,
+        dacts[: feature_acts.numel()].view(feature_acts.shape),
+        torch.empty_like(W_dec, dtype=torch.float16),
+    )

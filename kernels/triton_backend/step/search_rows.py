@@ -106,10 +106,10 @@ def _merge_rows_kernel(
             tl.store(values_ptr + row * k + slot, tl.maximum(value, 0.0), mask=real)
 
 
-def plan_search(d_sae: int, k: int, n_parts: int) -> Plan:
-    """Shares that fit, for all rows at once, in the memory of the scores if these come in `n_parts` parts."""
+def plan_search(d_sae: int, k: int, n_slices: int) -> Plan:
+    """Shares that fit, for all rows at once, in the memory of the scores if these come in `n_slices` slices."""
     n_best = max(16, 1 << (k - 1).bit_length())
-    split = max(4 * n_best * n_parts, ceil_div(ceil_div(d_sae, _MOST_SPLITS), n_best) * n_best)
+    split = max(4 * n_best * n_slices, ceil_div(ceil_div(d_sae, _MOST_SPLITS), n_best) * n_best)
     return Plan(n_best, split, ceil_div(d_sae, split))
 
 

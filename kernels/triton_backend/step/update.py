@@ -84,6 +84,25 @@ def _adam(w, average, square, g, scale, decay, schedule_ptr, beta1, beta2, eps):
     return w - lr * decay * w - lr / tl.load(schedule_ptr + 1) * (average / denominator), average, square
 
 
+@triton.jit
+@no_type_check
+def _step_bias(
+    b_ptr, average_ptr, square_ptr, db_ptr, scale, finite, schedule_ptr, d_in, beta1, beta2, eps, BLOCK: tl.constexpr
+):
+    """Step a vector, unless its gradient is not finite."""
+    for first in range(0, d_in, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        real = (at < d_in) & (tl.zeros([BLOCK], tl.float32) < finite)
+        b = tl.load(b_ptr + at, mask=real, other=0.0)
+        average = tl.load(average_ptr + at, mask=real, other=0.0)
+        square = tl.load(square_ptr + at, mask=real, other=0.0)
+        g = tl.load(db_ptr + at, mask=real, other=0.0)
+        b, average, square = _adam(b, average, square, g, scale, 0.0, schedule_ptr, beta1, beta2, eps)
+        tl.store(b_ptr + at, b, mask=real)
+        tl.store(average_ptr + at, average, mask=real)
+        tl.store(square_ptr + at, square, mask=real)
+
+
 @triton.jit(do_not_specialize=["d_sae", "d_in"])
 @no_type_check
 def _finish_kernel(
@@ -109,16 +128,7 @@ def _finish_kernel(
     finite = tl.where(norm < float("inf"), 1.0, 0.0)  # 0 for NaN too
     scale = tl.where(finite > 0.0, tl.maximum(norm / clip_norm, 1.0), 1.0)
     tl.debug_barrier()
-    for first in range(0, d_in, BLOCK):
-        real = (first + at < d_in) & (tl.zeros([BLOCK], tl.float32) < finite)
-        b = tl.load(b_ptr + first + at, mask=real, other=0.0)
-        average = tl.load(average_ptr + first + at, mask=real, other=0.0)
-        square = tl.load(square_ptr + first + at, mask=real, other=0.0)
-        g = tl.load(db_ptr + first + at, mask=real, other=0.0)
-        b, average, square = _adam(b, average, square, g, scale, 0.0, schedule_ptr, beta1, beta2, eps)
-        tl.store(b_ptr + first + at, b, mask=real)
-        tl.store(average_ptr + first + at, average, mask=real)
-        tl.store(square_ptr + first + at, square, mask=real)
+    _step_bias(b_ptr, average_ptr, square_ptr, db_ptr, scale, finite, schedule_ptr, d_in, beta1, beta2, eps, BLOCK)
     tl.store(control_ptr, scale)
     tl.store(control_ptr + 1, finite)
     tl.store(record_ptr, tl.load(error_ptr) / variance)
