@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from counted import counted
 
 from saelab import TrainConfig, train
 from saelab.distributed.mesh import Mesh
@@ -11,18 +12,19 @@ from saelab.errors import TrainingError
 from saelab.kernels.dispatch import using
 from saelab.kernels.triton_backend.step import candidates, gradients, products, update
 from saelab.saes import BatchTopKConfig, BatchTopKSAE, TopKConfig, TopKSAE
+from saelab.saes.hooks_used import HooksUsed
 from saelab.saes.step import RULES, Batch, StepInfo
-from saelab.training import fused_step
+from saelab.training import fused_step, steps
 from saelab.training.adam import Adam
 from saelab.training.cuda_graph import Replayed, wanted
 from saelab.training.dead_features import DeadFeatures
 from saelab.training.fused_step import FusedStep
 from saelab.training.late_records import LAG, LateRecords
 from saelab.training.optimizer import apply_step
-from saelab.training.steps import FUSED_SINCE, Trained, fused_serves
+from saelab.training.steps import FUSED_SINCE, Trained, fused_serves, make_step
 
 CPU = torch.device("cpu")
-SIZES = {"n_rows": 12, "d_in": 24, "d_sae": 40, "k": 4}
+SIZES = {"n_rows": 6, "d_in": 12, "d_sae": 20, "k": 3}
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +64,7 @@ def dense(selection, d_sae):
     return out.scatter_add_(1, selection.features.long(), selection.values)
 
 
-def compare(n_steps=2, change=lambda sae: None, n_rows=12, d_in=24, d_sae=40, k=4, lr=1e-2, rtol=1e-4, **options):
+def compare(n_steps=2, change=lambda sae: None, n_rows=6, d_in=12, d_sae=20, k=3, lr=1e-2, rtol=1e-4, **options):
     """Both steps on the same batches; returns the fused step and the sum of its uncertain rows."""
     (ours, adam, dead), (theirs, *others) = trained(d_in, d_sae, k, **options), trained(d_in, d_sae, k, **options)
     change(ours), change(theirs)
@@ -100,7 +102,7 @@ def no_candidates(monkeypatch):
 
 def few_slots(monkeypatch):
     monkeypatch.setattr(candidates, "slots_for", lambda k: 4)
-    monkeypatch.setattr(candidates, "MARGIN", 20.0)
+    monkeypatch.setattr(candidates, "MARGIN", 500.0)
 
 
 def by_feature(monkeypatch):
@@ -112,7 +114,7 @@ def short_chunks(monkeypatch):
 
 
 def in_parts(monkeypatch):
-    monkeypatch.setattr(fused_step, "slices_of", lambda rows, d_sae: candidates.slices_of(rows, d_sae, limit=100))
+    monkeypatch.setattr(fused_step, "slices_of", lambda rows, d_sae: candidates.slices_of(rows, d_sae, limit=50))
 
 
 def by_dense_products(monkeypatch):
@@ -128,7 +130,7 @@ def on_every_token(sae):
 
 
 def equal_features(sae):
-    sae.W_enc.data[10:20], sae.b_enc.data[10:20] = sae.W_enc.data[0].clone(), sae.b_enc.data[0].clone()
+    sae.W_enc.data[10:16], sae.b_enc.data[10:16] = sae.W_enc.data[0].clone(), sae.b_enc.data[0].clone()
 
 
 def mostly_negative(sae):
@@ -155,13 +157,13 @@ CASES = {
     "nothing fires": (None, all_negative, {}),
     "weights beyond fp16": (None, beyond_half_precision, {}),
     "no pre-bias, with decay": (None, None, {"pre_bias": False, "encoder_decay": 0.5}),
-    "odd sizes": (None, None, {"n_rows": 7, "d_in": 33, "d_sae": 37, "k": 5}),
+    "odd sizes": (None, None, {"n_rows": 5, "d_in": 33, "d_sae": 19, "k": 5}),
     "k is d_sae": (None, None, {"n_rows": 5, "d_in": 16, "d_sae": 8, "k": 8}),
     "dense": (by_dense_products, None, {"rtol": 1e-2}),
     "dense, no candidates": (by_dense_products_without_candidates, None, {"rtol": 1e-2}),
     "dense, equal features": (by_dense_products, equal_features, {"rtol": 1e-2}),
     "dense, fewer than k": (by_dense_products, mostly_negative, {"rtol": 1e-2, "pre_bias": False}),
-    "dead features": (None, mostly_negative, {"window": 12, "n_steps": 4, "k_aux": 3}),
+    "dead features": (None, mostly_negative, {"window": 6, "n_steps": 4, "k_aux": 3}),
 }
 
 
@@ -176,10 +178,42 @@ def test_it_is_the_step_of_autograd(monkeypatch, case):
     assert float(fused.sae.W_dec.detach().norm(dim=1).sub(1).abs().max()) < 1e-6
 
 
+def steady_step(x, change=lambda sae: None):
+    """What a step on these rows asks for, once records of earlier steps have arrived."""
+    sae, adam, dead = trained(**{name: size for name, size in SIZES.items() if name != "n_rows"})
+    change(sae)
+    train_config = dataclasses.replace(SHORT, batch_size=len(x), n_tokens=len(x) * 100)
+    hooks = HooksUsed(("hook",), ("hook",))
+    with using("triton"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steps, "LAG", 1)
+        step = make_step(Trained(sae, adam, dead, hooks, train_config, Mesh(), None, CPU, RULES))
+        for n in range(2):
+            step({"hook": batch(*x.shape, n)}, n, 1e-2, logged=True)
+        with counted() as counts:
+            found = step({"hook": x}, 2, 1e-2, logged=True)
+    assert [n for n, _ in found] == [1], "the step has waited for its own metrics"
+    return counts
+
+
+@pytest.mark.parametrize(("is_dense", "most"), [(False, 32), (True, 40)])
+def test_a_step_launches_little_and_waits_for_nothing(monkeypatch, is_dense, most):
+    monkeypatch.setattr(fused_step, "dense_pays", lambda d_sae, k: is_dense)
+    counts = steady_step(batch(SIZES["n_rows"], SIZES["d_in"], 99))
+    assert counts.waits == []
+    assert 20 < len(counts.calls) <= most, counts.calls
+
+
+def test_what_it_launches_is_independent_of_the_data():
+    x = batch(SIZES["n_rows"], SIZES["d_in"], 99)
+    usual = steady_step(x)
+    for other, change in ((torch.zeros_like(x), lambda sae: None), (x[:1].repeat(6, 1), all_negative)):
+        assert steady_step(other, change).calls == usual.calls
+
+
 def test_a_gradient_that_is_not_finite_changes_no_weight():
-    sae, adam, dead = trained(24, 40, 4)
-    fused, before = FusedStep(sae, adam, dead, 12, 1.0), [p.detach().clone() for p in sae.parameters()]
-    x = batch(12, 24, 0)
+    sae, adam, dead = trained(12, 20, 3)
+    fused, before = FusedStep(sae, adam, dead, 6, 1.0), [p.detach().clone() for p in sae.parameters()]
+    x = batch(6, 12, 0)
     x[3, 5] = float("nan")
     fused.load(x, 1e-2, 0)
     fused.run()
@@ -189,7 +223,7 @@ def test_a_gradient_that_is_not_finite_changes_no_weight():
 
 CONFIG = TopKConfig(d_sae=12, k=2)
 SHORT = TrainConfig(
-    n_tokens=6 * 9,
+    n_tokens=6 * 8,
     batch_size=6,
     warmup_steps=2,
     lr=1e-2,
@@ -211,6 +245,15 @@ def run(folder):
         return train(CONFIG, rows(), SHORT, folder, progress=False)
 
 
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """A run that nothing interrupts, its folder and its SAE."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused_step, "dense_pays", lambda d_sae, k: False)
+        folder = tmp_path_factory.mktemp("fused") / "full"
+        return folder, run(folder)
+
+
 def interrupt_at(monkeypatch, at):
     real = FusedStep.load
 
@@ -230,22 +273,22 @@ def lines(folder):
     ]
 
 
-def test_a_run_is_logged_whole_and_resumes_bit_for_bit(tmp_path, monkeypatch):
-    whole = run(tmp_path / "whole")
+def test_a_run_is_logged_in_full_and_resumes_bit_for_bit(tmp_path, monkeypatch, full):
+    folder, sae = full
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt_at(patch, 6)
+        interrupt_at(patch, 5)
         run(tmp_path / "cut")
-    assert run(tmp_path / "cut").hash == whole.hash
-    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
-    assert [line["step"] for line in lines(tmp_path / "whole")] == [0, 3, 6, 8]
-    assert any("auxk" in line for line in lines(tmp_path / "whole")), "no feature died: AuxK was not tried"
+    assert run(tmp_path / "cut").hash == sae.hash
+    assert lines(tmp_path / "cut") == lines(folder)
+    assert [line["step"] for line in lines(folder)] == [0, 3, 6, 7]
+    assert any("auxk" in line for line in lines(folder)), "no feature died: AuxK was not tried"
 
 
-def test_a_run_ends_as_one_by_autograd(tmp_path):
-    fused = run(tmp_path / "fused")
-    plain = train(CONFIG, rows(), SHORT, tmp_path / "plain", progress=False)
-    torch.testing.assert_close(fused.W_dec, plain.W_dec, rtol=0, atol=1e-3)
-    for ours, theirs in zip(lines(tmp_path / "fused"), lines(tmp_path / "plain"), strict=True):
+def test_a_run_ends_as_one_by_autograd(tmp_path, full):
+    folder, sae = full
+    plain = train(CONFIG, rows(), SHORT, tmp_path, progress=False)
+    torch.testing.assert_close(sae.W_dec, plain.W_dec, rtol=0, atol=1e-3)
+    for ours, theirs in zip(lines(folder), lines(tmp_path), strict=True):
         assert set(ours) == set(theirs)
         assert ours == pytest.approx(theirs, rel=1e-3)
 
@@ -259,7 +302,7 @@ def test_a_bad_batch_is_named_though_it_is_noticed_later(tmp_path):
                 x[5, 3] = float("inf")
             yield x
 
-    config = dataclasses.replace(SHORT, checkpoint_every=2)
+    config = dataclasses.replace(SHORT, n_tokens=6 * 4, checkpoint_every=2)
     with (
         using("triton"),
         pytest.raises(TrainingError, match=r"stopped at step 2: 1 of 6 activations in batch 2 .* step 2 "),
@@ -300,9 +343,9 @@ def test_records_come_in_order_and_none_is_lost():
     for step in range(10):
         numbers.fill_(step)
         records.push(step, numbers, with_aux=step % 2 == 0)
-        taken += records.take()
+        taken += records.take(LAG)
         assert len(taken) == max(0, step + 1 - LAG)
-    taken += records.take(left=0)
+    taken += records.take(0)
     assert [(one.step, float(one.numbers), one.with_aux) for one in taken] == [(i, i, i % 2 == 0) for i in range(10)]
 
 

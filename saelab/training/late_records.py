@@ -38,7 +38,7 @@ class LateRecords:
             here = numbers.clone()
         self._waiting.append((Record(step, here, with_aux), arrived))
 
-    def take(self, left: int = LAG) -> list[Record]:
+    def take(self, left: int) -> list[Record]:
         """The records but for the newest `left`, in order; waits for those that have not arrived."""
         taken = []
         while len(self._waiting) > left:

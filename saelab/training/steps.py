@@ -24,7 +24,7 @@ from saelab.training.data_source import Rows
 from saelab.training.dead_features import DeadFeatures
 from saelab.training.device_rows import device_rows
 from saelab.training.exchange import Exchange
-from saelab.training.late_records import LateRecords, Record
+from saelab.training.late_records import LAG, LateRecords, Record
 from saelab.training.optimizer import apply_step
 from saelab.training.running_norm import RunningNorm
 
@@ -143,10 +143,10 @@ class FusedTraining:
         else:
             self._fused.run(dead)
         self._records.push(step, self._fused.record, with_aux=dead is not None)
-        return [self._metrics(record) for record in self._records.take()]
+        return [self._metrics(record) for record in self._records.take(LAG)]
 
     def settle(self, step: int) -> Found:
-        found = [self._metrics(record) for record in self._records.take(left=0)]
+        found = [self._metrics(record) for record in self._records.take(0)]
         self._of.adam.note_steps(step)
         return found
 

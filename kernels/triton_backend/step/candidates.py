@@ -18,13 +18,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelab.kernels.search import MARGIN
-from saelab.kernels.triton_backend.launch import ceil_div, launch
+from saelab.kernels.triton_backend.launch import INTERPRETED, ceil_div, launch
 
 _STEP = 2.0**-10
 """More than the relative error of rounding to fp16."""
 _LEAST = 2.0**-24
 """More than the error of rounding a number below the normal range of fp16."""
 _GROUPS = 1024
+_LEAST_SLOTS = 16 if INTERPRETED else 128
 _BLOCK = 2048
 
 
@@ -173,7 +174,7 @@ def _candidates_kernel(
 
 def slots_for(k: int) -> int:
     """Slots of a row: several times what is needed on activations of real models (k plus 20 to 80)."""
-    return max(128, 4 << (k - 1).bit_length())
+    return max(_LEAST_SLOTS, 4 << (k - 1).bit_length())
 
 
 def empty_slots(n_rows: int, k: int, device: torch.device, rough: bool = False) -> Slots:
