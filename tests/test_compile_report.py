@@ -40,7 +40,7 @@ def test_every_kernel_is_compiled_for_every_target(rows):
         assert any(name.startswith(module) and "8192x4096x131072" in name for name in names)
     jitted = {
         node.name
-        for path in (ROOT / "kernels" / "triton_backend").glob("*.py")
+        for path in (ROOT / "kernels" / "triton_backend").rglob("*.py")
         for node in ast.parse(path.read_text(encoding="utf-8")).body
         if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
     }

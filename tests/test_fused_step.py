@@ -66,13 +66,15 @@ def dense(selection, d_sae):
 
 def compare(n_steps=2, change=lambda sae: None, n_rows=6, d_in=12, d_sae=20, k=3, lr=1e-2, rtol=1e-4, **options):
     """Both steps on the same batches; returns the fused step and the sum of its uncertain rows."""
-    (ours, adam, dead), (theirs, *others) = trained(d_in, d_sae, k, **options), trained(d_in, d_sae, k, **options)
-    change(ours), change(theirs)
+    ours, adam, dead = trained(d_in, d_sae, k, **options)
+    theirs, its_adam, its_dead = trained(d_in, d_sae, k, **options)
+    for sae in (ours, theirs):
+        change(sae)
     fused, uncertain = FusedStep(ours, adam, dead, n_rows, 1.0), 0.0
     for step in range(n_steps):
         x = batch(n_rows, d_in, step)
         ids = dead.dead.nonzero().squeeze(1)
-        loss, norm = by_autograd(theirs, *others, x, step, lr)
+        loss, norm = by_autograd(theirs, its_adam, its_dead, x, step, lr)
         fused.load(x, lr, step)
         fused.run(ids if len(ids) else None)
         record = dict(zip(update.RECORD, fused.record.tolist(), strict=True))
@@ -83,7 +85,7 @@ def compare(n_steps=2, change=lambda sae: None, n_rows=6, d_in=12, d_sae=20, k=3
         assert record["fvu"] == pytest.approx(loss.terms["fvu"].item(), rel=rtol)
         assert record["grad_norm"] == pytest.approx(norm, rel=rtol)
         assert record["nnz"] == loss.feature_acts.nnz
-        assert torch.equal(dead.tokens_since_fired, others[1].tokens_since_fired)
+        assert torch.equal(dead.tokens_since_fired, its_dead.tokens_since_fired)
         assert record["dead"] == int(dead.dead.sum())
         if len(ids):
             assert record["auxk"] == pytest.approx(loss.terms["auxk"].item(), rel=rtol)
@@ -122,7 +124,8 @@ def by_dense_products(monkeypatch):
 
 
 def by_dense_products_without_candidates(monkeypatch):
-    by_dense_products(monkeypatch), no_candidates(monkeypatch)
+    by_dense_products(monkeypatch)
+    no_candidates(monkeypatch)
 
 
 def on_every_token(sae):
@@ -188,7 +191,7 @@ def steady_step(x, change=lambda sae: None):
         patch.setattr(steps, "LAG", 1)
         step = make_step(Trained(sae, adam, dead, hooks, train_config, Mesh(), None, CPU, RULES))
         for n in range(2):
-            step({"hook": batch(*x.shape, n)}, n, 1e-2, logged=True)
+            step({"hook": batch(len(x), x.shape[1], n)}, n, 1e-2, logged=True)
         with counted() as counts:
             found = step({"hook": x}, 2, 1e-2, logged=True)
     assert [n for n, _ in found] == [1], "the step has waited for its own metrics"

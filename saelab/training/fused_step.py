@@ -138,10 +138,10 @@ class FusedStep:
         """Add the gradients of AuxK to those of the dead features, and its loss to the record."""
         sae, config = self.sae, self.sae.config
         with torch.enable_grad():
-            rows = [p.detach()[dead].requires_grad_() for p in (sae.W_enc, sae.b_enc, sae.W_dec)]
-            loss = auxk(self.rows.x, -residual, *rows, config.k_aux or max(sae.d_in // 2, 1))
-            gradients = torch.autograd.grad(config.auxk_alpha * loss, rows)
-        for total, more in zip(self._gradients, (gradients[0], gradients[2], gradients[1]), strict=True):
+            W_enc, W_dec, b_enc = (p.detach()[dead].requires_grad_() for p in (sae.W_enc, sae.W_dec, sae.b_enc))
+            loss = auxk(self.rows.x, -residual, W_enc, b_enc, W_dec, config.k_aux or max(sae.d_in // 2, 1))
+            gradients = torch.autograd.grad(config.auxk_alpha * loss, (W_enc, W_dec, b_enc))
+        for total, more in zip(self._gradients, gradients, strict=True):
             total.index_add_(0, dead, more)  # each row once: no sum depends on an order
         self.record[RECORD.index("auxk")] = loss.detach()
 

@@ -22,6 +22,7 @@ _NNZ, _ROWS, _WEIGHTS = _BATCH * _K, 4 * _BATCH * _D_IN, 4 * _D_SAE * _D_IN
 _SLOTS = candidates.slots_for(_K)
 _FOUND = 8192 * 80  # candidates of a batch, k plus 16 a row
 _TILES = ceil_div(_D_IN, gradients.COLUMNS)
+_WIDE_AND_NARROW = ((update._BLOCK, update._WARPS), (update._BLOCK // 4, update._WARPS // 2))
 _PARTIALS = 4 * _TILES * _FOUND
 
 
@@ -54,9 +55,11 @@ def _first() -> list[KernelSpec]:
 
 def _selection() -> list[KernelSpec]:
     scores = 2 * _BATCH * _D_SAE  # read twice, the second time from the cache
-    found = "*fp16 *fp32 *fp32 *fp32 {} *i32 *i32 *fp32 {} i32 i32 i32 i32 fp32 fp32"
-    many = {"MARGIN": 1.2, "SLOTS": _SLOTS, "GROUPS": 2048, "BLOCK": candidates._BLOCK}
+    found = "*fp16 *fp32 *fp32 *fp32 *fp32 *i32 *i32 *fp32 *fp32 *i32 *i32 i32 i32 i32 i32 fp32 fp32"
+    many: dict[str, Any] = {"MARGIN": 1.2, "SLOTS": _SLOTS, "GROUPS": 2048, "BLOCK": candidates._BLOCK}
     all_features = many | {"SLOTS": 512, "GROUPS": SMALL.d_sae}
+    many |= dict.fromkeys(("most_ptr", "rough_ptr", "open_ptr", "n_open_ptr"))  # exact values for all
+    exact = "*fp16 *fp32 *fp32 *fp32 *i32 *i32 *fp32 i32 i32 i32 i32 fp32 fp32"
     plan = search_rows.plan_search(_D_SAE, _K, 1)
     search = "*fp32 *fp32 *fp32 *i32 *i32 *i64"
     lists = {"BEST": plan.n_best}
@@ -66,9 +69,9 @@ def _selection() -> list[KernelSpec]:
     gathers = _ROWS + _WEIGHTS + 12 * _FOUND + _PARTIALS
     kept = "*fp32 *i32 *i32 *i32"
     return [
-        _spec(candidates._candidates_kernel, found.format("*fp32", "*fp32"), all_features, 8, 2 * _BATCH * SMALL.d_sae),
-        _spec(candidates._candidates_kernel, found.format("*fp32", "*fp32"), many, 4, scores + 4 * _BATCH * _SLOTS),
-        _spec(products._by_row_kernel, "*fp32 *fp32 *i32 *i32 *fp32 *fp32 i32 i32", by_row, products.ROW_WARPS, gathers),
+        _spec(candidates._candidates_kernel, found, all_features, 8, 2 * _BATCH * SMALL.d_sae),
+        _spec(candidates._candidates_kernel, exact, many, 4, scores + 4 * _BATCH * _SLOTS),
+        _spec(products._by_row_kernel, "*fp32 *fp32 *i32 *i32 *i32 *fp32 i32 i32", by_row, products.ROW_WARPS, gathers),
         _spec(products._by_feature_kernel, "*fp32 *fp32 *i32 *i64 *fp32 i32 i32 i32", by_feature, products._WARPS, gathers),
         _spec(
             select._select_kernel, f"*fp32 *i32 *i32 *fp32 *fp32 *fp32 {kept} *i32 *i32 i32 i32 i32 i32", {"SLOTS": _SLOTS},
@@ -87,42 +90,34 @@ def _selection() -> list[KernelSpec]:
 
 def _gradients() -> list[KernelSpec]:
     chunk, tile = {"CHUNK": gradients.CHUNK}, {"COLUMNS": gradients.COLUMNS}
-    n_far = ceil_div(_NNZ, gradients.CHUNK)
-    far = 8 * n_far * _D_IN
-    outputs = "*fp32 *fp32 *fp32 *fp32"
+    far = 8 * ceil_div(_NNZ, gradients.CHUNK) * _D_IN
+    gather = {"BLOCK": gradients._BLOCK}
+    sums = "*fp32 *fp32 *fp32 *fp32 *fp32 *fp32 i32 i32 i32"
+    lists = 2 * _TILES * 8 * _NNZ
     return [
+        _spec(gradients._gather_kernel, "*i64 *fp32 *fp32 *i32 *fp32 *fp32 i32 i32", gather, gradients._WARPS, 28 * _NNZ),
         _spec(
-            gradients._gather_kernel, "*i64 *fp32 *i32 *fp32 i32 i32", {"BLOCK": gradients._BLOCK}, gradients._WARPS,
-            20 * _NNZ,
+            gradients._gradients_kernel, f"*i32 *i64 *i32 *fp32 *fp32 *fp32 *fp32 *fp32 {sums}",
+            chunk | tile | {"PAIRS": gradients._PAIRS}, gradients._WARPS, 2 * _ROWS + 2 * _WEIGHTS + lists + far,
         ),
-        _spec(
-            gradients._gradients_kernel,
-            f"*i32 *i32 *fp32 *i64 *fp32 *fp32 *fp32 *fp32 *fp32 {outputs} *fp32 *fp32 *fp32 i32 i32 i32",
-            chunk | tile | {"PAIRS": gradients._PAIRS}, gradients._WARPS, 2 * _ROWS + 3 * _WEIGHTS + 2 * _TILES * 12 * _NNZ + far,
-        ),
-        _spec(
-            gradients._add_far_kernel, f"*i32 *i64 *fp32 {outputs} *fp32 *fp32 *fp32 i32 i32 i32", chunk | tile,
-            gradients._WARPS, 3 * far,
-        ),
-        _spec(
-            gradients._add_rows_kernel, f"*i64 *fp32 *fp32 *fp32 *fp32 {outputs} i32 i32 i32", tile, gradients._WARPS,
-            4 * _WEIGHTS,
-        ),
+        _spec(gradients._add_far_kernel, f"*i32 *i64 {sums}", chunk | tile, gradients._WARPS, 3 * far),
         _spec(dense._scatter_kernel, "*fp32 *i32 *i32 *fp16 *fp16 i32 i32", {"BLOCK": 128}, 1, 8 * _NNZ),
-        _spec(dense._scale_kernel, f"*fp32 *fp32 {outputs} i32 i32 i32", tile, dense._WARPS, 5 * _WEIGHTS),
     ]  # fmt: skip
 
 
 def _last() -> list[KernelSpec]:
-    numbers = "*fp32 *fp32 *fp32 *i64 *i32 " + "*fp32 " * 9 + "i32 i32 i32 fp32 fp32 fp32 fp32"
+    numbers = "*fp32 *fp32 *fp32 *i64 *i32 " + "*fp32 " * 9 + "i32 i32 fp32 fp32 fp32 fp32"
     return [
-        _spec(
-            update._count_and_norm_kernel, "*fp32 *fp32 *i64 *i64 *fp32 *fp32 i32 i64 i64 i32 i32",
-            {"FEATURES": update._FEATURES}, update._WARPS, 4 * _D_SAE * (3 * _TILES + 8),
+        *(
+            _spec(
+                update._count_and_norm_kernel, "*fp32 *fp32 *fp32 *fp32 *i64 *i64 *fp32 *fp32 i32 i64 i64 i32",
+                {"BLOCK": block}, warps, 3 * _WEIGHTS,
+            )
+            for block, warps in _WIDE_AND_NARROW
         ),
         _spec(update._finish_kernel, numbers, {"BLOCK": update._BLOCK}, 8, 36 * _D_IN),
         *(
             _spec(update._update_kernel, "*fp32 " * 15 + "i32 fp32 fp32 fp32 fp32 fp32", {"BLOCK": block}, warps, 14 * _WEIGHTS)
-            for block, warps in ((update._BLOCK, update._WARPS), (update._BLOCK // 4, update._WARPS // 2))
+            for block, warps in _WIDE_AND_NARROW
         ),
     ]  # fmt: skip
