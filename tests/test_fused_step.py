@@ -23,14 +23,20 @@ from saelab.training.late_records import LAG, LateRecords
 from saelab.training.optimizer import apply_step
 from saelab.training.steps import FUSED_SINCE, Trained, fused_serves, make_step
 
-CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # there compiled, here in the interpreter
 SIZES = {"n_rows": 6, "d_in": 12, "d_sae": 20, "k": 3}
 
 
 @pytest.fixture(autouse=True)
-def by_gathers(monkeypatch):
-    """The sizes of these tests would all be dense."""
+def small(monkeypatch):
+    make_small(monkeypatch)
+
+
+def make_small(monkeypatch):
+    """The sizes of these tests would all be dense, and their runs end before a record had anything to say."""
     monkeypatch.setattr(fused_step, "dense_pays", lambda d_sae, k: False)
+    monkeypatch.setattr(fused_step, "HORIZON", 2)
+    monkeypatch.setattr(steps, "LAG", 1)
 
 
 def trained(d_in, d_sae, k, window=10**9, **options):
@@ -42,15 +48,16 @@ def trained(d_in, d_sae, k, window=10**9, **options):
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
         sae.center.copy_(torch.randn(d_in, generator=generator))
         sae.scale.fill_(0.7)
-    return sae, Adam(sae.parameters(), sae.weight_decay), DeadFeatures(d_sae, window, CPU)
+    sae.to(DEVICE)
+    return sae, Adam(sae.parameters(), sae.weight_decay), DeadFeatures(d_sae, window, DEVICE)
 
 
 def batch(n_rows, d_in, seed):
-    return 2 * torch.randn(n_rows, d_in, generator=torch.Generator().manual_seed(seed))
+    return 2 * torch.randn(n_rows, d_in, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 def by_autograd(sae, adam, dead, x, step, lr=1e-2):
-    """The step of `AutogradTraining` on a CPU; returns the loss and the gradient norm."""
+    """The step of `AutogradTraining`, in PyTorch; returns the loss and the gradient norm."""
     with using("torch"):
         loss = sae.loss(Batch(x, x), StepInfo(dead.dead, step, 100))
         loss.total.backward()
@@ -60,7 +67,7 @@ def by_autograd(sae, adam, dead, x, step, lr=1e-2):
 
 def dense(selection, d_sae):
     """The selection as a matrix, from its slots."""
-    out = torch.zeros(len(selection.values), d_sae)
+    out = torch.zeros(len(selection.values), d_sae, device=DEVICE)
     return out.scatter_add_(1, selection.features.long(), selection.values)
 
 
@@ -187,9 +194,8 @@ def steady_step(x, change=lambda sae: None):
     change(sae)
     train_config = dataclasses.replace(SHORT, batch_size=len(x), n_tokens=len(x) * 100)
     hooks = HooksUsed(("hook",), ("hook",))
-    with using("triton"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(steps, "LAG", 1)
-        step = make_step(Trained(sae, adam, dead, hooks, train_config, Mesh(), None, CPU, RULES))
+    with using("triton"):
+        step = make_step(Trained(sae, adam, dead, hooks, train_config, Mesh(), None, DEVICE, RULES))
         for n in range(2):
             step({"hook": batch(len(x), x.shape[1], n)}, n, 1e-2, logged=True)
         with counted() as counts:
@@ -198,6 +204,7 @@ def steady_step(x, change=lambda sae: None):
     return counts
 
 
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="counted in the interpreter")
 @pytest.mark.parametrize(("is_dense", "most"), [(False, 32), (True, 40)])
 def test_a_step_launches_little_and_waits_for_nothing(monkeypatch, is_dense, most):
     monkeypatch.setattr(fused_step, "dense_pays", lambda d_sae, k: is_dense)
@@ -206,6 +213,7 @@ def test_a_step_launches_little_and_waits_for_nothing(monkeypatch, is_dense, mos
     assert 20 < len(counts.calls) <= most, counts.calls
 
 
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="counted in the interpreter")
 def test_what_it_launches_is_independent_of_the_data():
     x = batch(SIZES["n_rows"], SIZES["d_in"], 99)
     usual = steady_step(x)
@@ -224,22 +232,39 @@ def test_a_gradient_that_is_not_finite_changes_no_weight():
     assert not torch.isfinite(fused.record[update.RECORD.index("grad_norm")])
 
 
-CONFIG = TopKConfig(d_sae=12, k=2)
+@pytest.mark.parametrize("shape", [(6, 11), (5, 12), (7, 12)])
+def test_rows_of_another_shape_are_refused(shape):
+    fused = FusedStep(*trained(12, 20, 3), 6, 1.0)
+    with pytest.raises(ValueError, match=rf"d_in=12, 6 rows a batch; got a tensor of shape \({shape[0]}, {shape[1]}\)"):
+        fused.load(batch(shape[0], shape[1], 0), 1e-2, 0)
+
+
+def test_rows_of_any_float_dtype_are_read():
+    fused = FusedStep(*trained(12, 20, 3), 6, 1.0)
+    x = batch(6, 12, 0).bfloat16()
+    seen = []
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        fused.load(x.to(dtype), 1e-2, 0)
+        seen.append(fused.rows.x.clone())
+    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
+
+
+CONFIG = TopKConfig(d_sae=24, k=2)
 SHORT = TrainConfig(
     n_tokens=6 * 8,
     batch_size=6,
     warmup_steps=2,
     lr=1e-2,
     log_every=3,
-    device="cpu",
+    device=DEVICE.type,
     checkpoint_every=4,
-    dead_after_tokens=14,
+    dead_after_tokens=26,
 )
-"""Some features are dead after 14 tokens."""
+"""Some features are dead from step 5 on; until step 3 the records of the first steps rule it out."""
 
 
 def rows(n=96):
-    return batch(n, 8, 7) @ torch.randn(8, 8, generator=torch.Generator().manual_seed(8))
+    return batch(n, 8, 7).cpu() @ torch.randn(8, 8, generator=torch.Generator().manual_seed(8))
 
 
 def run(folder):
@@ -252,7 +277,7 @@ def run(folder):
 def full(tmp_path_factory):
     """A run that nothing interrupts, its folder and its SAE."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused_step, "dense_pays", lambda d_sae, k: False)
+        make_small(patch)
         folder = tmp_path_factory.mktemp("fused") / "full"
         return folder, run(folder)
 
@@ -284,7 +309,7 @@ def test_a_run_is_logged_in_full_and_resumes_bit_for_bit(tmp_path, monkeypatch, 
     assert run(tmp_path / "cut").hash == sae.hash
     assert lines(tmp_path / "cut") == lines(folder)
     assert [line["step"] for line in lines(folder)] == [0, 3, 6, 7]
-    assert any("auxk" in line for line in lines(folder)), "no feature died: AuxK was not tried"
+    assert ["auxk" in line for line in lines(folder)] == [False, False, True, True]
 
 
 def test_a_run_ends_as_one_by_autograd(tmp_path, full):
@@ -300,7 +325,7 @@ def test_a_run_ends_as_one_by_autograd(tmp_path, full):
 def test_a_bad_batch_is_named_though_it_is_noticed_later(tmp_path):
     def batches():
         for seed in range(9):
-            x = batch(6, 8, seed)
+            x = batch(6, 8, seed).cpu()
             if seed == 2:
                 x[5, 3] = float("inf")
             yield x
@@ -332,7 +357,9 @@ def test_a_bad_batch_is_named_though_it_is_noticed_later(tmp_path):
 def test_which_runs_take_it(change, expected):
     config, changed = dataclasses.replace(CONFIG, **change.pop("config", {})), change.pop("train", {})
     defaults = {"mesh": Mesh(), "running": None, "rules": RULES, "sae": TopKSAE(config, 8), "adam": None, "dead": None}
-    of = Trained(**defaults | {"hooks": None, "device": CPU, "train": dataclasses.replace(SHORT, **changed)} | change)
+    of = Trained(
+        **defaults | {"hooks": None, "device": DEVICE, "train": dataclasses.replace(SHORT, **changed)} | change
+    )
     with using("triton"):
         assert fused_serves(of) is expected
     with using("torch"):
@@ -363,9 +390,26 @@ def test_graphs_can_be_turned_off(monkeypatch, value, answer):
         wanted()
 
 
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="records a graph")
+@pytest.mark.parametrize("is_dense", [False, True])
+def test_a_graph_has_the_bits_of_its_launches(monkeypatch, is_dense):
+    monkeypatch.setattr(fused_step, "dense_pays", lambda d_sae, k: is_dense)
+    bits = {}
+    for value in ("1", "0"):
+        monkeypatch.setenv("SAELAB_GRAPHS", value)
+        sae, adam, dead = trained(64, 512, 8)
+        fused = FusedStep(sae, adam, dead, 128, 1.0)
+        replayed = Replayed(fused.run, DEVICE)
+        for step in range(6):
+            fused.load(batch(128, 64, step), 1e-2, step)
+            replayed()
+        bits[value] = [p.detach().clone() for p in (*sae.parameters(), fused.record)]
+    assert all(torch.equal(p, q) for p, q in zip(bits["1"], bits["0"], strict=True))
+
+
 def test_a_cpu_records_nothing():
     calls = []
-    replayed = Replayed(lambda: calls.append(1), CPU)
+    replayed = Replayed(lambda: calls.append(1), torch.device("cpu"))
     for _ in range(5):
         replayed()
     assert len(calls) == 5

@@ -16,20 +16,25 @@ class Replayed:
     """Calls `run` the first times, then replays it. `run` takes no argument, returns nothing and never waits for the GPU."""
 
     def __init__(self, run: Callable[[], object], device: torch.device) -> None:
-        self._run = run
+        self._run, self._device = run, device
         self._left = _EAGER if device.type == "cuda" and wanted() else -1
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self) -> None:
-        if self._graph is None and self._left == 0:
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                self._run()
+        if self._left == 0 and self._graph is None:
+            self._graph = self._recorded()
         if self._graph is not None:
             self._graph.replay()
             return
         self._run()
         self._left -= self._left > 0
+
+    def _recorded(self) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        # Threads that read the cache may meanwhile use the GPU: that is no error of the recording.
+        with torch.cuda.device(self._device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self._run()
+        return graph
 
 
 def wanted() -> bool:

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saelab.kernels.triton_backend.launch import target_of
 from saelab.kernels.triton_backend.sddmm import sum_slices
 from saelab.kernels.triton_backend.spmm import spmm_residual
 from saelab.kernels.triton_backend.step.candidates import Sizes, empty_slots, find_candidates, slices_of
@@ -45,6 +46,7 @@ from saelab.training.adam import Adam
 from saelab.training.dead_features import DeadFeatures
 from saelab.training.late_records import Record
 
+_READ_AS_THEY_ARE = (torch.float32, torch.bfloat16, torch.float16)
 HORIZON = 16
 """Steps for which a record that finds no feature near death vouches."""
 
@@ -54,6 +56,7 @@ class FusedStep:
 
     def __init__(self, sae: TopKSAE, adam: Adam, dead: DeadFeatures, n_rows: int, clip_norm: float) -> None:
         self.sae, self.adam, self.dead, self.n_rows = sae, adam, dead, n_rows
+        target_of(sae.W_enc.device)  # refuses what the kernels cannot run on
         device, (d_sae, d_in), k = sae.W_enc.device, sae.W_enc.shape, sae.config.k
         width = width_of(d_in)
         empty, half = torch.empty, torch.float16
@@ -79,8 +82,17 @@ class FusedStep:
 
     @torch.no_grad()
     def load(self, x: Float[Tensor, "batch d_in"], lr: float, step: int) -> None:
-        """Take the raw rows of a batch, on the device, and the learning rate of step `step` (from 0)."""
+        """Take the raw rows of a batch, on the device, and the learning rate of step `step` (from 0).
+
+        Raises `ValueError` for rows of another shape than the step was made for.
+        """
         sae, (beta1, beta2) = self.sae, self.adam.betas
+        if x.shape != self.rows.x.shape:
+            raise ValueError(
+                f"This SAE reads activations of width d_in={sae.d_in}, {self.n_rows} rows a batch; got a tensor of shape "
+                f"{tuple(x.shape)}: pass (n_tokens, d_in) from the hook it is trained on."
+            )
+        x = x if x.dtype in _READ_AS_THEY_ARE else x.float()
         prepare_rows(x, sae.center, sae.scale, sae.pre_bias, self.rows)
         numbers = torch.tensor([lr, 1 - beta1 ** (step + 1), (1 - beta2 ** (step + 1)) ** 0.5], dtype=torch.float32)
         pinned = numbers.pin_memory() if self.schedule.is_cuda else numbers
