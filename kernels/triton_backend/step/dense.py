@@ -76,7 +76,8 @@ def dense_gradients(
     _product(room.feature_acts.T, low, out.W_enc)
     torch.sum(room.feature_acts, 0, dtype=torch.float32, out=out.b_enc)
     scale = 2 / variance.clamp_min(torch.finfo(torch.float32).tiny)
-    torch._foreach_mul_(list(out), scale)
+    for gradient in out:
+        gradient *= scale
 
 
 def _scatter(selection: Selection, source: Tensor | None, to: Tensor) -> None:
