@@ -75,7 +75,7 @@ def dense_gradients(
     _scatter(selection, room.dacts, room.feature_acts)  # from here on the gradients of the kept activations
     _product(room.feature_acts.T, low, out.W_enc)
     torch.sum(room.feature_acts, 0, dtype=torch.float32, out=out.b_enc)
-    scale = 2 / variance.clamp_min(torch.finfo(torch.float32).tiny)
+    scale = 2 / variance  # not finite if all rows are the same, and then nothing is updated
     for gradient in out:
         gradient *= scale
 
