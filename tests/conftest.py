@@ -50,9 +50,9 @@ LONG_FILES = [
 ]
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(scope="module")
 def models_load_in_fp32():
-    """On every machine, as the tests' own models are: with fast bf16 the commands would load them in bf16."""
+    """As the tests' own models are: on a machine with fast bf16, commands and pages would load them in bf16."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("saelab.models.loading.fast_bf16", lambda device: False)
         yield

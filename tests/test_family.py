@@ -37,6 +37,8 @@ from saelab.saes import (
 from saelab.training import TrainConfig, train
 from saelab.training.metrics_log import read_lines
 
+pytestmark = pytest.mark.usefixtures("models_load_in_fp32")
+
 CONFIG = FamilyConfig(d_sae=48, steps=20, batch_size=200)
 OPTIONS = {"variants": ("topk", "batch_topk", "mutual_choice"), "l0": (4, 2), "progress": False}
 

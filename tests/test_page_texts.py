@@ -12,6 +12,8 @@ from streamlit.util import calc_hash
 import saelab
 from saelab.app import markdown, page_texts, serve, state
 
+pytestmark = pytest.mark.usefixtures("models_load_in_fp32")
+
 MAIN = str(Path(serve.__file__).with_name("main.py"))
 A = "\n".join(f"The weather today is fine {word}." for word in "abcdefghijk")
 B = "\n".join(f"def main({word}): return {word} + 1" for word in "abcdefghijk")
