@@ -12,8 +12,6 @@ from streamlit.util import calc_hash
 import saelab
 from saelab.app import markdown, page_texts, serve, state
 
-pytestmark = pytest.mark.usefixtures("models_load_in_fp32")
-
 MAIN = str(Path(serve.__file__).with_name("main.py"))
 A = "\n".join(f"The weather today is fine {word}." for word in "abcdefghijk")
 B = "\n".join(f"def main({word}): return {word} + 1" for word in "abcdefghijk")
@@ -46,11 +44,13 @@ def tables(app: AppTest) -> list[str]:
     ]
 
 
-def test_texts_of_the_address_are_compared(open_texts, hostile_run, tiny_lm):
+def test_texts_of_the_address_are_compared(open_texts, hostile_run):
     app = open_texts(a=A, b=B)
     assert [box.value for box in app.text_area] == [A, B] and not tables(app) and not app.exception
     press(app)
-    found = saelab.load_features(hostile_run).contrast(tiny_lm, A.split("\n"), B.split("\n"))
+    store = saelab.load_features(hostile_run)
+    lm = saelab.load_model(store.manifest["model"]["name"])  # in the dtype of the page's own
+    found = store.contrast(lm, A.split("\n"), B.split("\n"))
     assert (
         not app.exception
         and not app.error
