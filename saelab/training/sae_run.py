@@ -94,18 +94,18 @@ class Run:
         self._step: Step | None = None
         self.log: MetricsLog | None = None
         if not self.finished:
-            what = (
-                self.sae,
-                self.adam,
-                self.dead,
-                self.hooks,
-                self.train,
-                self.mesh,
-                self.running,
-                self.device,
-                self.rules,
+            trained = Trained(
+                sae=self.sae,
+                adam=self.adam,
+                dead=self.dead,
+                hooks=self.hooks,
+                train=self.train,
+                mesh=self.mesh,
+                running=self.running,
+                device=self.device,
+                rules=self.rules,
             )
-            self._step = make_step(Trained(*what))
+            self._step = make_step(trained)
             self.log = MetricsLog(self.folder, self.step, wandb_project)
 
     def _place(self, moments: tuple[torch.Tensor, ...]) -> None:

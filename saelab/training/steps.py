@@ -92,7 +92,7 @@ class AutogradTraining:
         return []
 
     def _forward_backward(self, rows: Rows, micro_batch: range, info: StepInfo, logged: bool) -> dict[str, float]:
-        """Accumulate gradients of this rank's rows of `micro_batch`; returns their part of the metrics of the single batch."""
+        """Accumulate gradients of this rank's rows of `micro_batch`; returns their part of the metrics of the full batch."""
         of = self._of
         ranks = of.mesh.data.sharing(len(micro_batch))
         local = micro_batch[ranks.local_rows]
