@@ -23,6 +23,10 @@ class TrainingError(SaelabError):
     """Training failed: non-finite numbers, too little memory, a lost rank, or a folder that holds another run."""
 
 
+class SteeringError(SaelabError):
+    """An edit applied to nothing, so that what looks steered is not."""
+
+
 class StoreError(SaelabError):
     """A feature store is missing, damaged, or belongs to another SAE."""
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from saelab.edits.feature_edit import FeatureHandle
+from saelab.edits.feature_handle import FeatureHandle
 from saelab.saes import CrosscoderConfig, TopKConfig, TopKSAE
 from saelab.steering import diff_means, effect_table
 from saelab.tokens import pack

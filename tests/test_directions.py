@@ -7,7 +7,7 @@ from safetensors import safe_open
 from tiny_saes import D_IN, build
 
 from saelab.edits.direction import Direction
-from saelab.edits.feature_edit import FeatureHandle
+from saelab.edits.feature_handle import FeatureHandle
 from saelab.errors import SaelabError
 from saelab.interop.directions import save_directions, save_gguf
 

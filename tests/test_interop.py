@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import saelab
 from saelab.cli import main
-from saelab.edits.feature_edit import FeatureHandle
+from saelab.edits.feature_handle import FeatureHandle
 from saelab.errors import SaelabError
 from saelab.interop import reading
 from saelab.interop.formats import FORMATS

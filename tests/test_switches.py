@@ -8,7 +8,7 @@ import torch
 from tiny_saes import D_IN, D_SAE, build, config_of, info, rows
 from torch import Tensor
 
-from saelab.edits.feature_edit import FeatureHandle
+from saelab.edits.feature_handle import FeatureHandle
 from saelab.io import load_sae, save_sae
 from saelab.kernels.encode_groupmax import encode_groupmax
 from saelab.kernels.reference.encode_groupmax import encode_groupmax as groupmax_reference

@@ -2,28 +2,50 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saelab.edits.feature_edit import finite
+from saelab.edits.gate import DirectionGate
+
+
+class Range(NamedTuple):
+    """Bounds of a value, infinite where there is none."""
+
+    low: float
+    high: float
+
+
+OPEN = Range(-math.inf, math.inf)
 
 
 @dataclass(frozen=True, eq=False)
 class VectorEdit:
     """An edit for `lm.steer`. `raw` adds `strength * vector`; `resid_norm` adds, at every token, the unit vector times
-    `strength` times the norm of the activation; `ablate` projects the vector's direction out.
+    `strength` times the norm of the activation; `ablate` projects the vector's direction out. `scale`, `clamp` and `cap` change
+    the activation's component along the direction.
 
     Position 0 (the attention sink) and padding are not edited.
     """
 
     hook_name: str
     vector: Float[Tensor, " d_in"]
-    mode: Literal["raw", "resid_norm", "ablate"]
+    mode: Literal["raw", "resid_norm", "ablate", "scale", "clamp", "cap"]
     strength: float = 1.0
+    bounds: Range = OPEN
+    """What "cap" keeps the component in."""
+    asked: Mapping[str, Any] = field(default_factory=dict)
+    """Where a feature made it: how it was asked for, in the words of `FeatureHandle`."""
+
+    @property
+    def sets(self) -> Any:
+        """What two edits must not both set; None for one that adds."""
+        return None if self.mode in ("raw", "resid_norm") else (self.hook_name, self.vector.data_ptr())
 
     @property
     def d_in(self) -> int:
@@ -35,7 +57,7 @@ class VectorEdit:
         self, x: Float[Tensor, "batch seq d_in"], positions: Int[Tensor, "batch seq"]
     ) -> Float[Tensor, "batch seq d_in"]:
         """The edited activations, in the dtype of `x`, computed in fp32."""
-        if self.mode != "ablate" and self.strength == 0:
+        if self.mode in ("raw", "resid_norm") and self.strength == 0:
             return x
         vector, wide = self.vector.to(x.device), x.float()
         unit = (vector.double() / vector.double().norm()).float()  # its square may overflow or underflow fp32
@@ -44,8 +66,16 @@ class VectorEdit:
         elif self.mode == "resid_norm":
             change = self.strength * wide.double().norm(dim=-1, keepdim=True).float() * unit
         else:
-            change = -(wide @ unit)[..., None] * unit
+            change = self._of_component(wide @ unit)[..., None] * unit
         return torch.where((positions > 0)[..., None], (wide + change).to(x.dtype), x)
+
+    def _of_component(self, along: Float[Tensor, "batch seq"]) -> Float[Tensor, "batch seq"]:
+        """The change of the component along the direction."""
+        if self.mode == "ablate":
+            return -along
+        if self.mode == "cap":
+            return along.clamp(*self.bounds) - along
+        return self.strength - along if self.mode == "clamp" else along * self.strength - along
 
 
 class Direction:
@@ -76,3 +106,43 @@ class Direction:
     def ablate(self) -> VectorEdit:
         """An edit that projects the direction out: edited activations have no component along it."""
         return VectorEdit(self.hook_name, self.vector, "ablate")
+
+    project_out = ablate
+
+    def scale(self, factor: float) -> VectorEdit:
+        """An edit that multiplies the activation's component along the direction."""
+        return VectorEdit(self.hook_name, self.vector, "scale", finite(factor))
+
+    def clamp(self, value: float) -> VectorEdit:
+        """An edit that sets the activation's component along the unit vector, in the activation's units."""
+        return VectorEdit(self.hook_name, self.vector, "clamp", finite(value))
+
+    def cap(self, min: float | None = None, max: float | None = None) -> VectorEdit:
+        """An edit that keeps that component between `min` and `max`; None is no bound. Raises `ValueError` without any, or where
+        `min` exceeds `max`."""
+        return VectorEdit(self.hook_name, self.vector, "cap", bounds=in_range(min, max))
+
+    def above(self, value: float) -> DirectionGate:
+        """A gate for `lm.steer(..., gate=)` that is open at tokens whose component along the unit vector exceeds `value`."""
+        return DirectionGate(self.hook_name, self.vector, finite(value))
+
+
+def in_range(low: Any, high: Any) -> Range:
+    """Both bounds, checked. Raises `ValueError` for none, for `low` above `high`, or for numbers that are not finite."""
+    if low is None and high is None:
+        raise ValueError("cap needs a bound: give min, max, or both.")
+    found = Range(-math.inf if low is None else finite(low), math.inf if high is None else finite(high))
+    if found.low > found.high:
+        raise ValueError(f"cap with min={low!r} and max={high!r}: min must not exceed max.")
+    return found
+
+
+def finite(value: Any) -> float:
+    """`value` as a float that is finite in float32. Raises `ValueError` otherwise."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"strength {value!r} is not a number; give one such as 2.0.") from error
+    if not abs(number) <= torch.finfo(torch.float32).max:
+        raise ValueError(f"strength {value!r} is not finite in float32; give a number such as 2.0.")
+    return number

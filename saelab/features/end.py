@@ -28,7 +28,8 @@ class Steerable:
     __rmul__ = __mul__
 
     def add(self, value: float, unit: str = "p99") -> Any:
-        """An edit that adds `value` in `unit` ("p99", "max", "mean", "raw") to the feature's activation."""
+        """An edit that adds `value` in `unit` ("p99", "max", "mean", "raw") to the feature's activation, or with "resid_norm" its
+        direction in multiples of each activation's norm."""
         return self.handle.add(value, unit=unit)
 
     def clamp(self, value: Any, unit: str = "p99", where: str = "always") -> Any:
@@ -42,6 +43,18 @@ class Steerable:
     def ablate(self) -> Any:
         """An edit that sets the activation to zero."""
         return self.handle.ablate()
+
+    def cap(self, min: float | None = None, max: float | None = None, unit: str = "p99") -> Any:
+        """An edit that keeps the activation between `min` and `max`; None is no bound."""
+        return self.handle.cap(min, max, unit=unit)
+
+    def project_out(self) -> Any:
+        """An edit that removes the decoder row's direction from every activation."""
+        return self.handle.project_out()
+
+    def above(self, value: float, unit: str = "p99") -> Any:
+        """A gate, open where the activation exceeds `value`: `lm.steer(..., gate=feature.above(0.5))`."""
+        return self.handle.above(value, unit=unit)
 
 
 class End(Steerable):
@@ -82,7 +95,7 @@ class End(Steerable):
 
     @property
     def handle(self) -> Any:
-        from saelab.edits.feature_edit import FeatureHandle
+        from saelab.edits.feature_handle import FeatureHandle
 
         units = {"p99": self.p99, "max": self.max, "mean": self.mean}
         return FeatureHandle(self.store.sae, self.feature, self.store.hook_name, units=units, end=self.sign)

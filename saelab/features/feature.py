@@ -165,7 +165,7 @@ class Feature(Steerable):
     @property
     def handle(self) -> Any:
         """The `saelab.steering.FeatureHandle` behind the edits, in signed units; loads the SAE on first use."""
-        from saelab.edits.feature_edit import FeatureHandle
+        from saelab.edits.feature_handle import FeatureHandle
 
         if self.store.signed is None:
             return FeatureHandle(self.store.sae, self.feature, self.hook_name, no_units=SIGNS_MIXED)

@@ -106,7 +106,7 @@ class HFBackend(Backend):
         with (
             torch.inference_mode(),
             in_eval_mode(self.model),
-            tapped(self.hook_places, (), None, (pre, attention, mlp, post), seen),
+            tapped(self.hook_places, None, (pre, attention, mlp, post), seen),
         ):
             self.trunk(ids)
         by = float(getattr(self.decoder.config, "residual_multiplier", 1.0))  # Granite

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelab.errors import ModelError
-from saelab.models.hooks import Edit, tapped
+from saelab.models.applying import Block
+from saelab.models.hooks import tapped
 from saelab.models.prompts import Batch, Prompt
 from saelab.models.sampling import Generation, OnStep, OnText, OnToken, Sampling, sample
+from saelab.models.steered import Edit, Steering
 from saelab.tokens.documents import whole_numbers
 from saelab.tokens.tokenizing import to_continue
 
@@ -30,6 +33,9 @@ class Generates:
     max_ctx: int
     eos_id: int | None
     edits: tuple[Edit, ...]
+    _pass: Callable[..., Any]
+    _opened: Callable[..., AbstractContextManager[None]]
+    _checked: Callable[[Steering], Steering]
     to_batch: Callable[..., Batch]
     _running: Callable[[], AbstractContextManager[None]]
 
@@ -112,6 +118,31 @@ class Generates:
         how = Sampling(max_new_tokens, temperature, seed, 1, self._stop_ids, keep_logits)
         return self._generate(rows, how, self._on_step(on_token, None, 1, 0, []))[0]
 
+    def generate_arms(
+        self,
+        prompt: Prompt,
+        arms: Sequence[Steering | None],
+        max_new_tokens: int = 40,
+        temperature: float = 0.0,
+        seed: int = 0,
+        n_seeds: int = 1,
+        keep_logits: bool = False,
+        on_token: OnToken | None = None,
+    ) -> list[list[Generation]]:
+        """Continuations of one prompt in one batch, each arm under its own steering (None: unsteered): those of `seed` and the
+        `n_seeds - 1` seeds after it. All arms draw the same random numbers. Raises as `generate_ids` and `steer` do."""
+        (row,) = self._rows(prompt)
+        how = Sampling(max_new_tokens, temperature, seed, n_seeds, self._stop_ids, keep_logits)
+        blocks = [
+            Block(self._checked(arm), tuple(range(i * n_seeds, (i + 1) * n_seeds)))
+            for i, arm in enumerate(arms)
+            if arm is not None
+        ]
+        on_step = self._on_step(on_token, None, 1, 0, [])
+        with self._opened(blocks):
+            found = self._generate([row] * len(arms), how, on_step)
+        return [found[i * n_seeds : (i + 1) * n_seeds] for i in range(len(arms))]
+
     def _rows(self, prompt: Prompt, attention_mask: Any = None) -> list[Tensor]:
         """The ids of each prompt, without what the tokenizer appended to them.
 
@@ -140,7 +171,11 @@ class Generates:
         with self._running():
             groups = [rows] if together else [[row] for row in rows]
             step = self._step_from_start if crosses else self._step
-            return [one for group in groups for one in sample(step, group, how, check, on_step)]
+            return [
+                one
+                for group in groups
+                for one in sample(partial(step, _n_prompt(group, how.n_samples)), group, how, check, on_step)
+            ]
 
     @property
     def _stop_ids(self) -> set[int]:
@@ -148,16 +183,16 @@ class Generates:
         listed = more if isinstance(more, (list, tuple)) else [more]
         return {token for token in (self.eos_id, *listed) if token is not None}
 
-    def _step(self, ids: Tensor, positions: Tensor, cache: Any) -> tuple[Tensor, Any]:
+    def _step(self, n_prompt: Tensor, ids: Tensor, positions: Tensor, cache: Any) -> tuple[Tensor, Any]:
         """Logits after the last of `ids`; with a KV cache only the new tokens are run."""
         past = 0 if cache is None else cache.get_seq_length()
-        with tapped(self.backend.hook_places, self.edits, positions[:, past:]):
+        with tapped(self.backend.hook_places, self._pass(ids[:, past:], positions[:, past:], n_prompt)):
             return self.backend.step(ids, positions, cache)
         raise AssertionError("no capture can cut a generation step")
 
-    def _step_from_start(self, ids: Tensor, positions: Tensor, cache: None) -> tuple[Tensor, None]:
+    def _step_from_start(self, n_prompt: Tensor, ids: Tensor, positions: Tensor, cache: None) -> tuple[Tensor, None]:
         """As `_step`, but from the first token on, for a model whose keys change beyond `rope_border`."""
-        return self._step(ids, positions, cache)[0], None
+        return self._step(n_prompt, ids, positions, cache)[0], None
 
     def _check_finite(self, highest: Float[Tensor, " n"], when: str) -> None:
         """Raises `ModelError` if any of the `highest` logits is NaN or infinite, so that no token is the most likely."""
@@ -171,3 +206,8 @@ class Generates:
             f"{self.name} computed NaN or infinite logits{when}, in {dtype}, {active}. {weaker} the model in a wider dtype "
             "(load_model(..., dtype=torch.float32))."
         )
+
+
+def _n_prompt(rows: Sequence[Tensor], n_samples: int) -> Tensor:
+    """The number of prompt tokens of each sequence of a batch."""
+    return torch.tensor([len(row) for row in rows for _ in range(n_samples)])

@@ -11,28 +11,13 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
-import torch
-from einops import rearrange
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from saelab.errors import ModelError
+from saelab.models.applying import Pass
 from saelab.models.hook_places import HookPlace
-
-
-@runtime_checkable
-class Edit(Protocol):
-    """An edit for `lm.steer`: any object with these two members."""
-
-    @property
-    def hook_name(self) -> str: ...
-
-    def apply(self, x: Float[Tensor, "batch seq d_in"], positions: Int[Tensor, "batch seq"]) -> Tensor:
-        """The edited `x`, same shape. `positions` are absolute (KV cache counted), -1 on padding."""
-        ...
-
 
 _WRITES_TO_RESIDUAL = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
 
@@ -77,8 +62,7 @@ def is_plain_mistake(hook_name: str, names: Sequence[str]) -> bool:
 @contextmanager
 def tapped(
     hook_places: dict[str, HookPlace],
-    edits: Sequence[Edit] = (),
-    positions: Int[Tensor, "batch seq"] | None = None,
+    edits: Pass | None = None,
     hook_names: Iterable[str] = (),
     captured: dict[str, Tensor] | None = None,
 ) -> Iterator[None]:
@@ -88,13 +72,12 @@ def tapped(
     name in `hook_names` is in `captured`, the pass is cut.
     """
     handles: list[Any] = []
-    groups: dict[str, list[Edit]] = {}
-    for edit in edits:
-        groups.setdefault(edit.hook_name, []).append(edit)
+    edited = edits.hook_names if edits is not None else {}
     wanted, fired, was_cut = set(hook_names), Counter[str](), False
     try:
-        for name in sorted(groups, key=list(hook_places).index):
-            handles += attach(hook_places[name], _counted(name, fired, _editor(groups[name], positions)))
+        for name in sorted(edited, key=list(hook_places).index):
+            assert edits is not None
+            handles += attach(hook_places[name], _counted(name, fired, edits.at(name)))
         for name in wanted:
             copied = hook_places[name].copied
             capture = _capturer(name, wanted, captured if captured is not None else {}, copied)
@@ -105,7 +88,7 @@ def tapped(
     finally:
         for handle in handles:
             handle.remove()
-    _check_fired([*groups, *wanted], fired, wanted if was_cut else ())
+    _check_fired([*edited, *wanted], fired, wanted if was_cut else ())
 
 
 def _counted(
@@ -143,35 +126,6 @@ def _capturer(name: str, wanted: set[str], captured: dict[str, Tensor], copied: 
             raise CutForward
 
     return capture
-
-
-def _editor(edits: list[Edit], positions: Tensor | None) -> Callable[[Tensor], Tensor]:
-    def edited(x: Tensor) -> Tensor:
-        assert positions is not None, "edits need the positions of the tokens"
-        flat = rearrange(x, "batch position ... -> batch position (...)")  # a bridge has a separate axis for heads
-        results = [_checked(edit, flat, positions) for edit in edits]
-        results = [result for result in results if result is not flat]
-        if not results:
-            return x
-        return (results[0] if len(results) == 1 else _sum_of_changes(flat, results)).reshape(x.shape)
-
-    return edited
-
-
-def _checked(edit: Edit, x: Tensor, positions: Tensor) -> Tensor:
-    result = edit.apply(x, positions)
-    if not isinstance(result, Tensor) or result.shape != x.shape:
-        got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
-        raise ValueError(f"{edit!r} at {edit.hook_name!r} returned {got}, expected a tensor of {tuple(x.shape)}.")
-    return result.to(x.dtype)
-
-
-def _sum_of_changes(x: Tensor, results: list[Tensor]) -> Tensor:
-    """x plus the changes that each edit makes to the same x, in fp32; tokens that no edit changes stay bit-identical."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    change = torch.stack([result.to(wide) - x.to(wide) for result in results]).sum(0)
-    changed = (change != 0).any(-1, keepdim=True)
-    return torch.where(changed, (x.to(wide) + change).to(x.dtype), x)
 
 
 def attach(place: HookPlace, function: Callable[[Tensor], Tensor | None]) -> list[Any]:

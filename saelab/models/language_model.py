@@ -27,12 +27,13 @@ from saelab.models.hashing import (
     stored_weights,
 )
 from saelab.models.hook_places import HookPlace
-from saelab.models.hooks import Edit, hook_list, is_plain_mistake, tapped, unknown_hook
+from saelab.models.hooks import hook_list, is_plain_mistake, tapped, unknown_hook
 from saelab.models.prompts import Batch, Prompt, check_batch, several, to_batch
+from saelab.models.steers import Steers
 from saelab.tokens.tokenizing import special_tokens
 
 
-class LanguageModel(Generates):
+class LanguageModel(Generates, Steers):
     """A causal language model with named hooks. Made by `load_model`; direct calls to the raw module `model` are not edited.
 
     A thread that steers, or runs one forward pass, holds the model's lock: no thread sees another's edits.
@@ -54,8 +55,8 @@ class LanguageModel(Generates):
         self.d_vocab, self.max_ctx = self.backend.d_vocab, self.backend.max_ctx
         weight = next(self.model.parameters())
         self.dtype, self.device = weight.dtype, weight.device
-        self._blocks: tuple[list[Edit], ...] = ()  # of `steer`, each with its edits
-        self._lock = threading.RLock()
+        self._key, self._lock = object(), threading.RLock()
+        self._tallies = {}
         self._widths: dict[str, int] = {}
         self._hash: str | None = None
         self._stored = None if folder is None else stored_weights(folder)
@@ -157,7 +158,7 @@ class LanguageModel(Generates):
         ids, here = ids.to(self.device), positions.to(self.device)
         backend = self.backend if hook_places is self.backend.hook_places else self._bridge
         backend.prepare(positions)
-        with self._running(), tapped(hook_places, self.edits if edited else (), here, names, captured):
+        with self._running(), tapped(hook_places, self._pass(ids, here) if edited else None, names, captured):
             backend.trunk(ids, positions)
         for name in names:
             if captured[name].ndim < 3 or captured[name].shape[:2] != ids.shape:
@@ -167,8 +168,8 @@ class LanguageModel(Generates):
 
     @contextmanager
     def _running(self) -> Iterator[None]:
-        """The context of every pass: lock, inference mode, no dropout. The model's state is restored afterwards."""
-        with self._lock, torch.inference_mode(), in_eval_mode(self.model):
+        """The context of every pass: lock, inference mode, no dropout; edits are reported. The model's state is restored."""
+        with self._lock, torch.inference_mode(), in_eval_mode(self.model), self._reported():
             yield
 
     @property
@@ -235,52 +236,11 @@ class LanguageModel(Generates):
         batch = self.to_batch(text_or_ids, positions, attention_mask)
         self.backend.prepare(batch.positions)
         ids, positions = (x.to(self.device) for x in batch)
-        with self._running(), tapped(self.backend.hook_places, self.edits, positions):
+        with self._running(), tapped(self.backend.hook_places, self._pass(ids, positions)):
             logits = self.backend.logits(ids, positions)
             self._check_finite(logits.amax(-1)[positions >= 0], "")
             return logits
         raise AssertionError("no capture can cut this pass")
-
-    def run_with_edit(self, text_or_ids: Prompt, edits: Edit | Sequence[Edit]) -> Float[Tensor, "batch seq vocab"]:
-        """Logits with these edits, on top of those already active."""
-        with self.steer(*(edits if isinstance(edits, Sequence) else [edits])):
-            return self.logits(text_or_ids)
-
-    @contextmanager
-    def steer(self, *edits: Edit) -> Iterator[LanguageModel]:
-        """Apply edits to everything this model computes inside the block. Blocks may be nested: all edits then apply.
-
-        Raises `ValueError` for an edit at a hook that cannot be edited, or whose width is not the hook's.
-        """
-        with self._lock:
-            for edit in edits:
-                self._check_edit(edit)
-            block = list(edits)
-            self._blocks = (*self._blocks, block)
-            try:
-                yield self
-            finally:  # only its own: blocks may end in a different order than they began
-                self._blocks = tuple(other for other in self._blocks if other is not block)
-
-    @property
-    def edits(self) -> tuple[Edit, ...]:
-        """The active edits: those of the enclosing `steer` blocks."""
-        return tuple(edit for block in self._blocks for edit in block)
-
-    def _check_edit(self, edit: Any) -> None:
-        if not isinstance(getattr(edit, "hook_name", None), str) or not callable(getattr(edit, "apply", None)):
-            raise ValueError(
-                f"steer needs edits, such as `feature * 2.0` or `direction * 4.0`; it got a {type(edit).__name__}, which lacks a "
-                f"hook_name or apply(x, positions): {repr(edit)[:80]}."
-            )
-        if edit.hook_name not in self.backend.hook_places:
-            raise unknown_hook(edit.hook_name, self.hook_names, f"the editable hooks of {self.name}")
-        width, d_in = getattr(edit, "d_in", None), self.d_in(edit.hook_name)
-        if width is not None and width != d_in:
-            raise ValueError(
-                f"The edit is made for activations of width {width}, but {edit.hook_name} of {self.name} has width "
-                f"{d_in}. Use an SAE or vector that belongs to this hook."
-            )
 
     def logit_weights(self) -> Float[Tensor, "vocab d_model"]:
         """Unembedding in fp32, final norm's gain and centring folded in: `weights @ direction` ranks the tokens.

@@ -20,9 +20,9 @@ import torch
 from saelab.errors import ModelError
 from saelab.kernels.allocator import keep_freed_memory
 from saelab.kernels.dispatch import fast_bf16
-from saelab.models.hooks import Edit
 from saelab.models.language_model import LanguageModel
 from saelab.models.smollm2 import smollm2_folder
+from saelab.models.steered import Edit
 
 _LOG = logging.getLogger("saelab.models")
 

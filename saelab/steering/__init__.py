@@ -1,7 +1,8 @@
 """Steering: edits that change one feature or add a direction while the model runs; pass them to `lm.steer`."""
 
 from saelab.edits.direction import Direction
-from saelab.edits.feature_edit import FeatureEdit, FeatureHandle
+from saelab.edits.feature_edit import FeatureEdit
+from saelab.edits.feature_handle import FeatureHandle
 from saelab.steering.effect_table import NEUTRAL_PROMPTS, EffectTable, effect_table
 from saelab.steering.vectors import diff_means
 

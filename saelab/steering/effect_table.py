@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 from saelab.edits.direction import Direction
-from saelab.edits.feature_edit import FeatureHandle
+from saelab.edits.feature_handle import FeatureHandle
 from saelab.models import Edit, LanguageModel
 from saelab.models.hooks import writes_to_residual
 from saelab.models.prompts import several
