@@ -67,7 +67,7 @@ class FeatureHandle:
         "resid_norm" the decoder row's unit vector times `value` times each activation's norm."""
         if unit == _ALONG:
             edit = self.direction.add(value, unit)
-            return replace(edit, asked=self._asked("add", value=finite(value), unit=unit))
+            return replace(edit, asked=self._asked("add", value=finite(value), unit=unit, sae=self.sae))
         return self._edit("add", finite(value) * self.unit(unit), value=finite(value), unit=unit)
 
     def clamp(self, value: Any, unit: str = "p99", where: str = "always") -> FeatureEdit:
@@ -108,7 +108,7 @@ class FeatureHandle:
 
     def project_out(self) -> VectorEdit:
         """An edit that removes the decoder row's direction from every activation, whether or not the feature fires."""
-        return replace(self.direction.ablate(), asked=self._asked("project_out"))
+        return replace(self.direction.ablate(), asked=self._asked("project_out", sae=self.sae))
 
     def above(self, value: float, unit: str = "p99") -> FeatureGate:
         """A gate for `lm.steer(..., gate=)` that is open at tokens on which the feature's activation exceeds `value`."""

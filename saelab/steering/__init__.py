@@ -4,6 +4,7 @@ from saelab.edits.direction import Direction
 from saelab.edits.feature_edit import FeatureEdit
 from saelab.edits.feature_handle import FeatureHandle
 from saelab.steering.effect_table import NEUTRAL_PROMPTS, EffectTable, effect_table
+from saelab.steering.plan import Plan
 from saelab.steering.vectors import diff_means
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "EffectTable",
     "FeatureEdit",
     "FeatureHandle",
+    "Plan",
     "diff_means",
     "effect_table",
 ]

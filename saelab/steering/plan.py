@@ -1,0 +1,171 @@
+"""`Plan`: edits with their options, as one object that `lm.steer` takes and that is saved as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saelab.edits.direction import Direction, VectorEdit
+from saelab.edits.feature_edit import FeatureEdit
+from saelab.edits.feature_handle import FeatureHandle
+from saelab.edits.gate import DirectionGate, FeatureGate
+from saelab.files import atomic_write_text
+from saelab.models import Steering
+from saelab.validation import check_integer
+
+VERSION = 1
+MOST_EDITS = 64
+_OPTIONS = ("on", "positions", "window", "keep_norm", "cap")
+_FEATURE = {"feature", "do", "value", "unit", "where", "min", "max", "end", "hook_name", "sae"}
+_DIRECTION = {"direction", "do", "value", "unit", "min", "max", "hook_name"}
+
+
+class Plan(Steering):
+    """Edits and the options of `lm.steer`, which moves between notebook, dashboard, command line and server:
+    `with lm.steer(Plan([feature * 2.0], on="generated"))`.
+
+    A feature is saved as its index, strength and unit, and the hash of its SAE; a direction as its numbers.
+    """
+
+    def to_json(self) -> str:
+        """As JSON. Raises `ValueError` for an edit that is neither of a feature nor of a direction."""
+        told = {"saelab_plan": VERSION, "edits": [_told(edit) for edit in self.edits]}
+        options = {name: getattr(self, name) for name in _OPTIONS}
+        told |= {name: value for name, value in options.items() if value not in (None, False, "both")}
+        if self.gate is not None:
+            told["gate"] = _told(self.gate)
+        return json.dumps(told, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str, source: Any = None) -> Plan:
+        """The plan in `text`. Features are those of `source`: a feature store, an SAE, or a list of these, found by hash.
+
+        Raises `ValueError` for text that is no plan, naming what is wrong, and for a feature of an SAE that is not in `source`.
+        """
+        told = _parsed(text)
+        sources = _by_hash(source)
+        options = {name: told[name] for name in _OPTIONS if name in told}
+        if "gate" in told:
+            options["gate"] = _built(told["gate"], sources)
+        return cls(tuple(_built(entry, sources) for entry in told["edits"]), **options)
+
+    def save(self, path: str | Path) -> Path:
+        """Write `to_json` to a file; returns its path."""
+        atomic_write_text(path, self.to_json() + "\n")
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path, source: Any = None) -> Plan:
+        """The plan in a file, as `from_json`."""
+        return cls.from_json(Path(path).read_text(encoding="utf-8"), source)
+
+
+def _told(edit: Any) -> dict[str, Any]:
+    """An edit or gate in the words of a plan."""
+    if isinstance(edit, FeatureEdit | FeatureGate):
+        return {**edit.asked, "hook_name": edit.hook_name, "sae": edit.sae.hash}
+    if isinstance(edit, VectorEdit) and edit.asked:
+        return {**edit.asked, "hook_name": edit.hook_name, "sae": edit.asked["sae"].hash}
+    at = {"hook_name": edit.hook_name, "direction": edit.vector.tolist()} if hasattr(edit, "vector") else {}
+    if isinstance(edit, DirectionGate):
+        return {"do": "above", "value": edit.bound, **at}
+    if isinstance(edit, VectorEdit):
+        if edit.mode in ("raw", "resid_norm"):
+            return {"do": "add", "value": edit.strength, "unit": edit.mode, **at}
+        if edit.mode == "cap":
+            low, high = (bound if abs(bound) != float("inf") else None for bound in edit.bounds)
+            return {"do": "cap", "min": low, "max": high, **at}
+        return {"do": edit.mode, **({} if edit.mode == "ablate" else {"value": edit.strength}), **at}
+    raise ValueError(f"{edit!r} cannot be saved in a plan: only edits and gates of features and directions can.")
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    try:
+        told = json.loads(text, parse_constant=_refuse_constant)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"This is no plan, because it is no JSON ({error}): {text[:80]!r}.") from error
+    if not isinstance(told, dict) or told.get("saelab_plan") != VERSION:
+        version = told.get("saelab_plan") if isinstance(told, dict) else None
+        raise ValueError(
+            f"This is no plan of version {VERSION} (saelab_plan={version!r}); write one with plan.save(path)."
+        )
+    if unknown := sorted(set(told) - {"saelab_plan", "edits", "gate", *_OPTIONS}):
+        raise ValueError(
+            f"The plan has {unknown[0]!r}, which is unknown; it may have edits, gate, {', '.join(_OPTIONS)}."
+        )
+    edits = told.get("edits")
+    if not isinstance(edits, list) or not 0 < len(edits) <= MOST_EDITS:
+        raise ValueError(f"The plan's edits must be a list of 1 to {MOST_EDITS} entries.")
+    return told
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"The plan holds {name}, which is not a finite number.")
+
+
+def _by_hash(source: Any) -> dict[str, Any]:
+    """The stores and SAEs of a source by the hash of the SAE."""
+    listed = [] if source is None else list(source) if isinstance(source, Sequence | Iterable) else [source]
+    return {one.manifest["sae"]["hash"] if hasattr(one, "manifest") else one.hash: one for one in listed}
+
+
+def _built(entry: Any, sources: Mapping[str, Any]) -> Any:
+    """The edit or gate that an entry tells of."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"The plan holds {entry!r}; expected an object with 'do' and a feature or direction.")
+    known = _FEATURE if "feature" in entry else _DIRECTION
+    if unknown := sorted(set(entry) - known):
+        raise ValueError(
+            f"An edit of the plan has {unknown[0]!r}, which is unknown; it may have {', '.join(sorted(known))}."
+        )
+    maker = _feature(entry, sources) if "feature" in entry else _direction(entry)
+    given = {name: entry[name] for name in ("value", "unit", "where", "min", "max") if name in entry}
+    do = {"ablate": "project_out"}.get(entry.get("do", ""), entry.get("do"))
+    if do not in ("add", "clamp", "scale", "cap", "project_out", "above"):
+        raise ValueError(f"do={entry.get('do')!r} is unknown; expected add, clamp, scale, cap, project_out or above.")
+    if do == "clamp" and isinstance(given.get("value"), list):
+        given["value"] = torch.tensor(given["value"], dtype=torch.float32)
+    if do == "scale":
+        given = {"factor": given.get("value")}
+    try:
+        return getattr(maker, do)(**given)
+    except TypeError as error:
+        raise ValueError(f"The plan's {do} of {maker!r} got {given}: {error}.") from error
+
+
+def _feature(entry: Mapping[str, Any], sources: Mapping[str, Any]) -> FeatureHandle:
+    wanted = entry.get("sae")
+    if wanted is None and len(sources) == 1:
+        wanted = next(iter(sources))
+    if not isinstance(wanted, str) or wanted not in sources:
+        have = ", ".join(one[:12] for one in sources) or "none"
+        raise ValueError(
+            f"The plan steers feature {entry['feature']} of the SAE {str(wanted)[:12]}, which is not given; there: {have}. Pass "
+            "its feature store."
+        )
+    source, index, end = sources[wanted], entry["feature"], entry.get("end", 0)
+    check_integer("feature", index, 0, source.d_sae - 1)
+    if end not in (-1, 0, 1):
+        raise ValueError(f"end={end!r}; expected 1, -1, or 0 for both ends.")
+    hook_name = entry.get("hook_name")
+    if not hasattr(source, "feature"):
+        return FeatureHandle(source, index, hook_name, end=end)
+    feature = source.feature(index)
+    handle = (feature if end == 0 else feature.positive if end > 0 else feature.negative).handle
+    if hook_name in (None, handle.hook_name):
+        return handle
+    return FeatureHandle(handle.sae, index, hook_name, handle.units, end=end)  # another source of a crosscoder
+
+
+def _direction(entry: Mapping[str, Any]) -> Direction:
+    vector, hook_name = entry.get("direction"), entry.get("hook_name")
+    if not isinstance(hook_name, str) or not isinstance(vector, list):
+        raise ValueError("An edit of the plan has neither a feature nor a direction with its hook_name.")
+    try:
+        return Direction(torch.tensor(vector, dtype=torch.float32), hook_name)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"A direction of the plan is no list of numbers: {str(vector)[:60]}.") from error
