@@ -68,6 +68,9 @@ def test_features_are_sorted_filtered_and_linked(open_page, hostile_run):
         str(row["feature"]) for row in store.table("sharpness", limit=25, offset=25)
     ]
     assert all(link.query_string == f"feature={link.label}&show=all" for link in links)
+    (numbers,) = (element.proto for element in app.get("pagination"))
+    assert (numbers.num_pages, numbers.default) == (-(-len(store) // 25), 2)
+    assert not open_page("features", show="all", q="xyzzy").get("pagination")
 
 
 def test_a_widget_writes_the_url(open_page):
