@@ -10,7 +10,6 @@ from saelab.features import FeatureStore
 from saelab.features.render import cosine, percent
 from saelab.features.sides import CLASSES, Sides, sides
 
-PER_PAGE = 25
 _CONFIG = {"displayModeBar": False}
 
 
@@ -65,20 +64,21 @@ def _table(store: FeatureStore, found: Sides, address: str) -> None:
     if not features:
         st.info("No feature is of this kind.", icon=":material/filter_alt_off:")
         return
-    pages = -(-len(features) // PER_PAGE)
-    page = url.integer("page", 1, 1, pages)
-    shown = features[(page - 1) * PER_PAGE : page * PER_PAGE]
+    with url.page_of(len(features)) as here:
+        show_table(
+            _columns(store, found, features[here], address),
+            f"{len(features):,} features, from those of the first source to those of the second",
+        )
+
+
+def _columns(store: FeatureStore, found: Sides, shown: list[int], address: str) -> list[Column]:
     rows = {row["feature"]: row for row in store.rows_of(shown)}
     norms = [[f"{norm[i]:.3g}" for i in shown] for norm in (found.norm_a, found.norm_b)]
-    show_table(
-        [
-            Column("Feature", features=shown, store=store, address=address),
-            Column("Density", [percent(rows[i]["density"]) for i in shown]),
-            Column("Relative norm", [cosine(float(found.relative[i])) for i in shown]),
-            Column("Norm at first", norms[0]),
-            Column("Norm at second", norms[1]),
-            Column("Cosine", [cosine(float(found.cosine[i])) for i in shown]),
-        ],
-        f"{len(features):,} features, from those of the first source to those of the second",
-    )
-    url.show_pagination(pages, page)
+    return [
+        Column("Feature", features=shown, store=store, address=address),
+        Column("Density", [percent(rows[i]["density"]) for i in shown]),
+        Column("Relative norm", [cosine(float(found.relative[i])) for i in shown]),
+        Column("Norm at first", norms[0]),
+        Column("Norm at second", norms[1]),
+        Column("Cosine", [cosine(float(found.cosine[i])) for i in shown]),
+    ]

@@ -17,7 +17,6 @@ from saelab.features.schema import DATABASE, MANIFEST
 from saelab.features.sides import sources_of
 from saelab.runs import SaeRun, follows
 
-PER_PAGE = 25
 _COSINES = ["0.5", "0.6", "0.7", "0.8", "0.9"]
 _ORDERS = {
     "unlike": "Least alike",
@@ -177,13 +176,9 @@ def _table(
     if not rows:
         st.info("No feature is of this kind.", icon=":material/filter_alt_off:")
         return
-    pages = -(-len(rows) // PER_PAGE)
-    page = url.integer("page", 1, 1, pages)
-    shown = rows[(page - 1) * PER_PAGE : page * PER_PAGE]
-    show_table(
-        _columns(shown, stores, saes), f"{len(rows):,} pairs, {shows[show].lower()}, {_ORDERS[order].lower()} first"
-    )
-    url.show_pagination(pages, page)
+    caption = f"{len(rows):,} pairs, {shows[show].lower()}, {_ORDERS[order].lower()} first"
+    with url.page_of(len(rows)) as here:
+        show_table(_columns(rows[here], stores, saes), caption)
 
 
 def _columns(shown: list[Pair], stores: tuple[FeatureStore, FeatureStore], saes: tuple[SaeRun, SaeRun]) -> list[Column]:

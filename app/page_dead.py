@@ -9,7 +9,6 @@ from saelab.app.dead_reasons import show_reasons
 from saelab.app.feature_rows import show_rows
 from saelab.features.render import percent
 
-PER_PAGE = 25
 _LIMITS = ["0", "1", "3", "10", "30", "100"]
 
 
@@ -39,15 +38,13 @@ def show() -> None:
     if not rare:
         st.success(f"Every feature fired more than {at_most} times.", icon=":material/check_circle:")
         return
-    pages = -(-rare // PER_PAGE)
-    page = url.integer("page", 1, 1, pages)
-    where = {"n_fired": (None, at_most)}
-    rows = store.table("n_fired", False, where, PER_PAGE, (page - 1) * PER_PAGE)
-    as_python.offer(
-        f"rows = store.table('n_fired', descending=False, where={where}, limit={PER_PAGE}, offset={(page - 1) * PER_PAGE})",
-        "misses = [store.examples(row['feature'], 1, kind='near_miss') for row in rows]",
-        store=store,
-    )
-    show_reasons(store, [row["feature"] for row in rows])
-    show_rows(store, rows, "n_fired", descending=False)
-    url.show_pagination(pages, page)
+    with url.page_of(rare) as here:
+        where = {"n_fired": (None, at_most)}
+        rows = store.table("n_fired", False, where, url.PER_PAGE, here.start)
+        as_python.offer(
+            f"rows = store.table('n_fired', descending=False, where={where}, limit={url.PER_PAGE}, offset={here.start})",
+            "misses = [store.examples(row['feature'], 1, kind='near_miss') for row in rows]",
+            store=store,
+        )
+        show_reasons(store, [row["feature"] for row in rows])
+        show_rows(store, rows, "n_fired", descending=False)

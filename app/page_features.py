@@ -8,8 +8,6 @@ from saelab.app import as_python, query, state, url
 from saelab.app.feature_rows import show_rows
 from saelab.features import FeatureStore
 
-PER_PAGE = 25
-
 
 def show() -> None:
     """Render the page."""
@@ -23,13 +21,10 @@ def show() -> None:
         fix = "Search for other words." if asked.words.strip() else "Choose **All**."
         st.info(f"No feature is found. {fix}", icon=":material/filter_alt_off:")
         return
-    pages = -(-len(features) // PER_PAGE)
-    page = url.integer("page", 1, 1, pages)
-    as_python.offer(query.as_python(asked, PER_PAGE, (page - 1) * PER_PAGE), store=store)
-    rows = store.rows_of(features[(page - 1) * PER_PAGE : page * PER_PAGE])
-    sort = "" if asked.words.strip() else asked.sort
-    show_rows(store, rows, sort, asked.order == "down", asked.parameters())
-    url.show_pagination(pages, page)
+    with url.page_of(len(features)) as here:
+        as_python.offer(query.as_python(asked, url.PER_PAGE, here.start), store=store)
+        sort = "" if asked.words.strip() else asked.sort
+        show_rows(store, store.rows_of(features[here]), sort, asked.order == "down", asked.parameters())
     if asked.among and not asked.words.strip():
         state.download(asked.among, features)
 

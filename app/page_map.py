@@ -17,7 +17,7 @@ from saelab.features.render import number, percent
 from saelab.features.schema import DATABASE
 from saelab.features.visible import visible
 
-PER_PAGE, NEAR, MAX_LIST = 25, 50, 60
+NEAR, MAX_LIST = 50, 60
 _SHOWN = 80
 """Characters of a label in the tooltip."""
 _COLOURS = {"density": "Density", "sharpness": "Sharpness", "p99": "p99"}
@@ -145,10 +145,8 @@ def _selection(store: FeatureStore, chosen: list[int] | None) -> None:
             f"Add these {len(chosen):,} to the list", icon=":material/playlist_add:", disabled=not name.strip()
         ):
             _add(store, chosen, name.strip())
-    pages = -(-len(chosen) // PER_PAGE)
-    page = url.integer("page", 1, 1, pages)
-    show_rows(store, store.rows_of(chosen[(page - 1) * PER_PAGE : page * PER_PAGE]))
-    url.show_pagination(pages, page)
+    with url.page_of(len(chosen)) as here:
+        show_rows(store, store.rows_of(chosen[here]))
 
 
 def _add(store: FeatureStore, chosen: list[int], name: str) -> None:

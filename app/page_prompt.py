@@ -11,7 +11,7 @@ from saelab.app import as_python, markdown, state, url
 from saelab.app.feature_rows import DASH
 from saelab.features import FeatureStore
 from saelab.features.records import Example
-from saelab.features.render import examples_html, model_label
+from saelab.features.render import examples_html
 from saelab.features.text_size import MAX_CHARACTERS, bounded_ids, check_text
 from saelab.features.token_text import display_groups
 from saelab.features.visible import chip_text, escape
@@ -25,10 +25,7 @@ def show() -> None:
     """Render the page."""
     store = state.store()
     st.title("Prompt")
-    st.html(
-        '<p class="sa-sub">What the features read in a text of yours. The model '
-        f"{escape(model_label(store.manifest['model']['name']))} is loaded when you press the button.</p>"
-    )
+    state.show_purpose(store, "What the features read in a text of yours.")
     index = url.integer("feature", -1, -1, store.d_sae - 1)
     by = url.choice("by", "surprise", list(_ORDERS))
     with st.form("prompt", border=False):

@@ -10,7 +10,6 @@ import streamlit as st
 from saelab.app import as_python, markdown, state, url
 from saelab.features import FeatureStore
 from saelab.features.contrast import MIN_TEXTS, lines
-from saelab.features.render import model_label
 from saelab.features.visible import escape
 
 MAX_CHARACTERS, MAX_TEXTS = 20_000, 200
@@ -27,10 +26,7 @@ def show() -> None:
     """Render the page."""
     store = state.store()
     st.title("Texts")
-    st.html(
-        '<p class="sa-sub">Which features tell two sets of texts apart. The model '
-        f"{escape(model_label(store.manifest['model']['name']))} is loaded when you press the button.</p>"
-    )
+    state.show_purpose(store, "Which features tell two sets of texts apart.")
     texts, pressed = _boxes()
     if pressed:
         st.session_state.pop("contrast", None)

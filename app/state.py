@@ -18,6 +18,7 @@ from saelab.errors import SaelabError, StoreError
 from saelab.features import FeatureStore
 from saelab.features.render import model_label
 from saelab.features.schema import MANIFEST
+from saelab.features.visible import escape
 from saelab.runs import SaeRun, find_saes, find_snapshots
 
 MODEL_LOCK = threading.Lock()  # one session generates at a time: two would compete for the same cores
@@ -162,6 +163,12 @@ def download(name: str, features: list[int]) -> None:
         type="tertiary",
         on_click="ignore",
     )
+
+
+def show_purpose(store: FeatureStore, purpose: str) -> None:
+    """Say what a page is for whose button loads the model."""
+    model = escape(model_label(store.manifest["model"]["name"]))
+    st.html(f'<p class="sa-sub">{purpose} The model {model} is loaded when you press the button.</p>')
 
 
 def page_title(title: str) -> None:

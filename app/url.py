@@ -6,7 +6,8 @@ is not understood is named in a notice and removed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import streamlit as st
@@ -19,6 +20,8 @@ PARAMETERS = frozenset({
     "colour", "near", "lasso", "view", "with", "same", "left", "right", "side",
 })  # fmt: skip
 """Every URL parameter of every page; others get a notice."""
+PER_PAGE = 25
+"""Rows of a table on one page."""
 MAX_ADDRESS = 1500
 """Characters of text that an address holds: browsers and proxies cut longer ones."""
 _ORDERING = ("q", "list", "sort", "order", "show", "fired", "with", "same", "view", "side", "left", "right", "near")
@@ -130,8 +133,12 @@ def fits_address(texts: dict[str, str]) -> bool:
     return sum(map(len, texts.values())) <= MAX_ADDRESS
 
 
-def show_pagination(pages: int, page: int) -> None:
-    """Show page numbers bound to the URL; nothing where there is only one page."""
+@contextmanager
+def page_of(count: int) -> Iterator[slice]:
+    """Which of `count` rows are on the page that the URL names; below them page numbers bound to it, if there are several."""
+    pages = -(-count // PER_PAGE)
+    page = integer("page", 1, 1, pages)
+    yield slice((page - 1) * PER_PAGE, page * PER_PAGE)
     if pages > 1:
         key = f"box_page_{page}"  # st.pagination takes no value from session state without a warning
         st.pagination(pages, default=page, key=key, on_change=_write_url, args=("page", key))

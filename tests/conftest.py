@@ -12,6 +12,7 @@ import pytest
 import runtime_types
 import torch
 from browser import browser_context, chromium, page, server  # noqa: F401
+from pages import open_page  # noqa: F401
 
 runtime_types.install()  # before saelab is imported, which the import hook then decorates with it
 

@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from streamlit.testing.v1 import AppTest
-from streamlit.util import calc_hash
+from pages import html_of
 
 import saelab.app
 from saelab.activation_cache import layout
@@ -26,28 +25,8 @@ MAIN = str(Path(serve.__file__).with_name("main.py"))
 PAGES = ("runs", "features", "feature", "dead", "prompt", "steer", "map", "compare", "jobs")
 
 
-@pytest.fixture
-def open_page(hostile_run, monkeypatch):
-    """Opens one page of a run with URL parameters, as a deep link does."""
-
-    def open_page(name="runs", run=hostile_run, **query):
-        monkeypatch.setenv(serve.RUN_VARIABLE, str(run))
-        app = AppTest.from_file(MAIN, default_timeout=60)
-        for key, value in query.items():
-            app.query_params[key] = str(value)
-        # AppTest.switch_page takes page files; ours are functions, known by the hash of their address.
-        app._page_hash = "" if name == "runs" else calc_hash(name)
-        return app.run()
-
-    return open_page
-
-
 def text_of(app):
     return " ".join(str(element.value) for element in [*app.title, *app.subheader, *app.caption, *app.markdown])
-
-
-def html_of(app):
-    return "".join(element.proto.body for element in app.get("html"))
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -89,6 +68,9 @@ def test_features_are_sorted_filtered_and_linked(open_page, hostile_run):
         str(row["feature"]) for row in store.table("sharpness", limit=25, offset=25)
     ]
     assert all(link.query_string == f"feature={link.label}&show=all" for link in links)
+    (numbers,) = (element.proto for element in app.get("pagination"))
+    assert (numbers.num_pages, numbers.default) == (-(-len(store) // 25), 2)
+    assert not open_page("features", show="all", q="xyzzy").get("pagination")
 
 
 def test_a_widget_writes_the_url(open_page):

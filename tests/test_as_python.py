@@ -1,7 +1,6 @@
 """Copy as Python: the lines of every page run as they are, and compute what it shows."""
 
 import pytest
-from test_app import open_page  # noqa: F401
 
 from saelab.app.asgi import PAGES
 from saelab.features.store import load_features
@@ -24,7 +23,7 @@ def links(app):
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page not in ("prompt", "steer")])
-def test_the_lines_of_every_page_run(open_page, page, capsys):  # noqa: F811
+def test_the_lines_of_every_page_run(open_page, page, capsys):
     app = open_page(page)
     assert not app.exception and not app.error
     assert run(app) and (page in ("runs", "jobs") or "load_features" in lines_of(app))
@@ -39,19 +38,19 @@ def test_the_lines_of_every_page_run(open_page, page, capsys):  # noqa: F811
         {"q": '" the"'},
     ],
 )
-def test_the_lines_of_the_table_compute_its_rows(open_page, query):  # noqa: F811
+def test_the_lines_of_the_table_compute_its_rows(open_page, query):
     app = open_page("features", **query)
     assert links(app) == [str(row["feature"]) for row in run(app)["rows"]] and links(app)
 
 
-def test_the_lines_of_a_feature_are_of_its_view(open_page, hostile_run):  # noqa: F811
+def test_the_lines_of_a_feature_are_of_its_view(open_page, hostile_run):
     found = run(open_page("feature", feature=7, kind="uniform", by="encoder"))
     feature = load_features(hostile_run).feature(7)
     assert found["examples"] == feature.examples(kind="uniform")
     assert found["neighbours"] == feature.neighbours(by="encoder", k=8)
 
 
-def test_the_lines_of_steering_and_of_a_prompt_hold_any_text(open_page, hostile_run, tiny_lm, capsys):  # noqa: F811
+def test_the_lines_of_steering_and_of_a_prompt_hold_any_text(open_page, hostile_run, tiny_lm, capsys):
     text, store = "It's a \"mill\"\\n'''\n''' {x}", load_features(hostile_run)
     index = store.table("density", limit=1)[0]["feature"]
     run(open_page("steer", feature=index, prompt=text, tokens=5, strength=8))

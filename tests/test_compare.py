@@ -2,17 +2,13 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from streamlit.testing.v1 import AppTest
-from streamlit.util import calc_hash
 from tiny_runs import HOOK, write_texts
 
 import saelab
-from saelab.app import serve
 from saelab.evaluation import compare_decoders
 from saelab.features import collect_snapshots, load_features
 from saelab.features import matching as matching_module
@@ -23,7 +19,6 @@ from saelab.features.sides import CLASSES, sides, sources_of
 from saelab.runs import find_snapshots, follows, sae_run
 from saelab.saes import CrosscoderConfig, CrosscoderSAE, TopKConfig, TopKSAE
 
-MAIN = str(Path(serve.__file__).with_name("main.py"))
 HOOKS = ["blocks.0.hook_resid_post", HOOK]
 
 
@@ -198,27 +193,12 @@ def test_snapshots_follow_each_other(run):
     assert not follows(second, first) and not follows(end, first) and not follows(first, sae_run(run / "sae-b"))
 
 
-@pytest.fixture
-def compare(run, monkeypatch):
-    """Opens the page with URL parameters."""
-
-    def open_page(folder=run, **query):
-        monkeypatch.setenv(serve.RUN_VARIABLE, str(folder))
-        app = AppTest.from_file(MAIN, default_timeout=60)
-        for key, value in query.items():
-            app.query_params[key] = str(value)
-        app._page_hash = calc_hash("compare")
-        return app.run()
-
-    return open_page
-
-
 def table_of(app):
     return next(element.proto.body for element in app.get("html") if "sa-pairs" in element.proto.body)
 
 
-def test_two_saes_are_shown_side_by_side(compare, run):
-    app = compare(sae="sae-a", **{"with": "sae-b"}, order="alike")
+def test_two_saes_are_shown_side_by_side(open_page, run):
+    app = open_page("compare", run, sae="sae-a", **{"with": "sae-b"}, order="alike")
     assert not app.exception and not app.error and not app.warning
     assert app.title[0].value == "Compare" and len(app.get("plotly_chart")) == 1
     matching = match(load_features(run / "features-a"), load_features(run / "features-b"))
@@ -234,42 +214,38 @@ def test_two_saes_are_shown_side_by_side(compare, run):
     assert "have widths 32 and 64" in app.error[0].value
 
 
-def test_snapshots_have_features_that_were_born_and_died(compare):
+def test_snapshots_have_features_that_were_born_and_died(open_page, run):
     first, second = "sae-a/step-00000020", "sae-a/step-00000040"
-    app = compare(sae=first, **{"with": second}, same="0.9", show="only_b")
+    app = open_page("compare", run, sae=first, **{"with": second}, same="0.9", show="only_b")
     assert not app.exception and not app.error and not app.warning
     shown = {metric.label: metric.value for metric in app.metric}
     assert {"Died", "Born", "Split", "Merged"} <= set(shown)
     if shown["Born"] != "0":
         assert f"feature?sae={second.replace('/', '%2F')}" in table_of(app)
-    app = compare(sae=first, **{"with": "nonsense"}, page="-1")
+    app = open_page("compare", run, sae=first, **{"with": "nonsense"}, page="-1")
     assert not app.exception and len(app.warning) == 2
     assert {box.label: box.value for box in app.selectbox}["Second"] == second
 
 
-def test_a_snapshot_has_pages_of_its_own(compare, run, monkeypatch):
-    monkeypatch.setenv(serve.RUN_VARIABLE, str(run))
-    app = AppTest.from_file(MAIN, default_timeout=60)
-    app.query_params["sae"], app.query_params["feature"] = "sae-a/step-00000040", "3"
-    app._page_hash = calc_hash("feature")
-    app.run()
+def test_a_snapshot_has_pages_of_its_own(open_page, run):
+    app = open_page("feature", run, sae="sae-a/step-00000040", feature=3)
     assert not app.exception and app.title[0].value == "Feature 3"
     assert app.sidebar.selectbox[0].value == "sae-a/step-00000040"
     assert all("sae=sae-a%2Fstep-00000040" in link.proto.query_string for link in app.get("page_link"))
 
 
-def test_a_crosscoder_shows_its_sides(compare, run):
+def test_a_crosscoder_shows_its_sides(open_page, run):
     found = sides(load_features(run / "features-cross"))
-    app = compare(sae="sae-cross", side="all")
+    app = open_page("compare", run, sae="sae-cross", side="all")
     assert not app.exception and not app.error and len(app.get("plotly_chart")) == 2
     assert f'feature=">{found.features()[0]}<' not in table_of(app)
     assert f"feature={found.features()[0]}" in table_of(app)
-    app = compare(sae="sae-cross", left="1", right="1")
+    app = open_page("compare", run, sae="sae-cross", left="1", right="1")
     assert "two different sources" in app.info[0].value
 
 
-def test_one_sae_says_what_to_do(compare, hostile_run):
-    app = compare(hostile_run)
+def test_one_sae_says_what_to_do(open_page, hostile_run):
+    app = open_page("compare", hostile_run)
     assert not app.exception and "--snapshot-every N" in app.info[0].value
 
 

@@ -3,7 +3,6 @@
 import re
 
 import pytest
-from test_app import open_page  # noqa: F401
 from test_render import ALLOWED_ATTRIBUTES, ALLOWED_TAGS, Page
 
 from saelab.features import html_file
@@ -74,7 +73,7 @@ def test_a_list_keeps_its_order_and_its_size(store, tmp_path, monkeypatch):
     assert not (tmp_path / "none.html").exists()
 
 
-def test_the_pages_offer_the_file(open_page, hostile_run, tmp_path):  # noqa: F811
+def test_the_pages_offer_the_file(open_page, hostile_run, tmp_path):
     import shutil
 
     run = shutil.copytree(hostile_run, tmp_path / "run", ignore=shutil.ignore_patterns("cache"))

@@ -9,34 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from streamlit.testing.v1 import AppTest
-from streamlit.util import calc_hash
 
-from saelab.app import scatter, serve
+from saelab.app import scatter
 from saelab.cli.main import main
 from saelab.errors import SaelabError
 from saelab.features import load_features
 from saelab.features.layout import Layout, layout_path, make_layout, pca_layout, read_layout
 
-MAIN = str(Path(serve.__file__).with_name("main.py"))
-
 
 @pytest.fixture
 def store(hostile_run):
     return load_features(hostile_run)
-
-
-@pytest.fixture
-def open_map(hostile_run, monkeypatch):
-    def open_page(folder=hostile_run, **query):
-        monkeypatch.setenv(serve.RUN_VARIABLE, str(folder))
-        app = AppTest.from_file(MAIN, default_timeout=60)
-        for key, value in query.items():
-            app.query_params[key] = str(value)
-        app._page_hash = calc_hash("map")
-        return app.run()
-
-    return open_page
 
 
 def points_of(app):
@@ -134,8 +117,8 @@ def test_a_map_that_is_none_of_this_sae_is_left_alone(hostile_run, tmp_path, fau
     assert read_layout(store).method == "tsne" and np.nanmax(read_layout(store).xy) == 0.25
 
 
-def test_the_page_shows_every_feature_that_fired(open_map, store):
-    app = open_map(colour="p99")
+def test_the_page_shows_every_feature_that_fired(open_page, store):
+    app = open_page("map", colour="p99")
     assert not app.exception and not app.error and not app.warning and app.title[0].value == "Map"
     head, xy, shade = points_of(app)
     alive = np.flatnonzero(store.column("n_fired") > 0)
@@ -147,24 +130,24 @@ def test_the_page_shows_every_feature_that_fired(open_map, store):
     assert "\u202e" not in "".join(head["labels"])
 
 
-def test_a_lasso_in_the_address_chooses_and_makes_a_list(open_map, hostile_run, tmp_path):
+def test_a_lasso_in_the_address_chooses_and_makes_a_list(open_page, hostile_run, tmp_path):
     run = Path(shutil.copytree(hostile_run, tmp_path / "run", ignore=shutil.ignore_patterns("cache")))
     store = load_features(run)
     inside = pca_layout(store).inside([(-0.3, -0.4), (0.6, -0.4), (0.6, 0.5)]).tolist()
-    app = open_map(run, lasso="-0.3,-0.4,0.6,-0.4,0.6,0.5")
+    app = open_page("map", run, lasso="-0.3,-0.4,0.6,-0.4,0.6,0.5")
     links = [link.proto.label for link in app.get("page_link")]
     assert links == [str(one) for one in inside[:25]] and inside
     assert points_of(app)[0]["lasso"] == [[-0.3, -0.4], [0.6, -0.4], [0.6, 0.5]]
     app.text_input[0].set_value("corner").run()
     app.button[0].click().run()
     assert not app.exception and load_features(run).lists == {"corner": inside}
-    shade = points_of(open_map(run, list="corner"))[2]
+    shade = points_of(open_page("map", run, list="corner"))[2]
     assert (shade == scatter.LISTED).sum() == len(inside)
 
 
-def test_the_keyboard_chooses_what_is_around_a_feature(open_map, store):
+def test_the_keyboard_chooses_what_is_around_a_feature(open_page, store):
     index = store.table("n_fired", limit=1)[0]["feature"]
-    app = open_map(lasso="0,0,1,0,1,1")
+    app = open_page("map", lasso="0,0,1,0,1,1")
     app.number_input[0].set_value(index).run()
     assert "lasso" not in app.query_params and not app.exception
     links = [link.proto.label for link in app.get("page_link")]
@@ -174,8 +157,8 @@ def test_the_keyboard_chooses_what_is_around_a_feature(open_map, store):
 @pytest.mark.parametrize(
     "lasso", ["1,2,3", "0,0,1,1", "a,b,c,d,e,f", "0,0,1,0,1," * 40, "nan,0,0,0,1,1", "1e9,0,0,0,1,1"]
 )
-def test_a_polygon_that_is_none_shows_a_notice(open_map, lasso):
-    app = open_map(lasso=lasso, near=-3, colour="red")
+def test_a_polygon_that_is_none_shows_a_notice(open_page, lasso):
+    app = open_page("map", lasso=lasso, near=-3, colour="red")
     assert not app.exception and not app.error and len(app.warning) == 3
     assert any(re.search("lasso", warning.value) for warning in app.warning)
 

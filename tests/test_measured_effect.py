@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import build_tiny_llama
-from streamlit.testing.v1 import AppTest
-from streamlit.util import calc_hash
+from pages import html_of
 
 import saelab
-from saelab.app import serve, state
+from saelab.app import state
 from saelab.errors import SaelabError
 from saelab.features.effect import Estimate, MeasuredEffect, TokenChange, effect_html, read_effect
 from saelab.features.measuring import MIN_PROBABILITY, N_SCORED, estimate, measure_effect
@@ -196,30 +195,18 @@ def test_features_of_several_hooks_are_refused_in_a_sentence(tiny_lm, tmp_path, 
         store.feature(3).handle.ablate()
 
 
-def test_the_page_measures_and_shows_it_later_without_a_model(hostile_run, tiny_lm, tmp_path, monkeypatch):
+def test_the_page_measures_and_shows_it_later_without_a_model(open_page, hostile_run, tiny_lm, tmp_path, monkeypatch):
     run = Path(shutil.copytree(hostile_run, tmp_path / "run", ignore=shutil.ignore_patterns("cache")))
     index = load_features(run).table("n_fired", limit=1)[0]["feature"]
     monkeypatch.setattr(state, "load_model", lambda name: tiny_lm)
-    app = _page(run, index, monkeypatch)
-    assert "Less likely without it" not in _html(app)
+    app = open_page("feature", run, feature=index)
+    assert "Less likely without it" not in html_of(app)
     {button.key: button for button in app.button}["measure"].click().run()
     assert not app.exception and not app.error
     kept = load_features(run).feature(index).effect()
-    assert kept is not None and kept.control == 0.0 and effect_html(kept) in _html(app)
+    assert kept is not None and kept.control == 0.0 and effect_html(kept) in html_of(app)
     monkeypatch.setattr(state, "load_model", lambda name: pytest.fail("no model is needed"))
-    app = _page(run, index, monkeypatch)
-    assert effect_html(kept) in _html(app) and {b.key: b.label for b in app.button}["measure"] == "Measure again"
-    app = _page(run, (index + 1) % 96, monkeypatch)
-    assert "Less likely without it" not in _html(app)
-
-
-def _page(run, index, monkeypatch):
-    monkeypatch.setenv(serve.RUN_VARIABLE, str(run))
-    app = AppTest.from_file(str(Path(serve.__file__).with_name("main.py")), default_timeout=60)
-    app.query_params["feature"] = str(index)
-    app._page_hash = calc_hash("feature")
-    return app.run()
-
-
-def _html(app):
-    return "".join(element.proto.body for element in app.get("html"))
+    app = open_page("feature", run, feature=index)
+    assert effect_html(kept) in html_of(app) and {b.key: b.label for b in app.button}["measure"] == "Measure again"
+    app = open_page("feature", run, feature=(index + 1) % 96)
+    assert "Less likely without it" not in html_of(app)

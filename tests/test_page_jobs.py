@@ -5,7 +5,7 @@ import shutil
 import time
 
 import pytest
-from test_app import html_of, open_page  # noqa: F401
+from pages import html_of
 from test_jobs import run, serve, silent, under_way, until  # noqa: F401
 
 from saelab.jobs import jobs

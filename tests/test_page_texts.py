@@ -3,40 +3,21 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
-from streamlit.testing.v1 import AppTest
-from streamlit.util import calc_hash
 
 import saelab
-from saelab.app import markdown, page_texts, serve, state
+from saelab.app import markdown, page_texts, state
 
-MAIN = str(Path(serve.__file__).with_name("main.py"))
 A = "\n".join(f"The weather today is fine {word}." for word in "abcdefghijk")
 B = "\n".join(f"def main({word}): return {word} + 1" for word in "abcdefghijk")
 
 
-@pytest.fixture
-def open_texts(hostile_run, monkeypatch):
-    """The page with these URL parameters, as a deep link opens it."""
-
-    def open_texts(**query: str) -> AppTest:
-        monkeypatch.setenv(serve.RUN_VARIABLE, str(hostile_run))
-        app = AppTest.from_file(MAIN, default_timeout=60)
-        for name, value in query.items():
-            app.query_params[name] = value
-        app._page_hash = calc_hash("texts")
-        return app.run()
-
-    return open_texts
-
-
-def press(app: AppTest) -> AppTest:
+def press(app):
     return next(button for button in app.button if button.label == "Compare").click().run()
 
 
-def tables(app: AppTest) -> list[str]:
+def tables(app):
     return [
         found
         for found in (element.proto.body for element in app.get("html"))
@@ -44,8 +25,8 @@ def tables(app: AppTest) -> list[str]:
     ]
 
 
-def test_texts_of_the_address_are_compared(open_texts, hostile_run):
-    app = open_texts(a=A, b=B)
+def test_texts_of_the_address_are_compared(open_page, hostile_run):
+    app = open_page("texts", a=A, b=B)
     assert [box.value for box in app.text_area] == [A, B] and not tables(app) and not app.exception
     press(app)
     store = saelab.load_features(hostile_run)
@@ -68,14 +49,14 @@ def test_texts_of_the_address_are_compared(open_texts, hostile_run):
     assert names["found"].rows(25, "a") == found.rows(25, "a")
 
 
-def test_few_texts_are_no_claim(open_texts):
-    app = press(open_texts())
+def test_few_texts_are_no_claim(open_page):
+    app = press(open_page("texts"))
     assert not app.exception and "No claim is made with fewer than 10 texts" in app.info[0].value.replace("\\", "")
     assert "\u2713" not in "".join(tables(app))
 
 
-def test_the_address_holds_what_is_short(open_texts):
-    app = open_texts()
+def test_the_address_holds_what_is_short(open_page):
+    app = open_page("texts")
     app.text_area[0].set_value("one text")
     app.text_area[1].set_value("another <b>text</b>")
     press(app)
@@ -97,8 +78,8 @@ def test_the_address_holds_what_is_short(open_texts):
     assert app.text_area[0].value == "typed" and app.query_params["a"] in ("typed", ["typed"])
 
 
-def test_other_texts_than_those_compared_show_no_result(open_texts):
-    app = press(open_texts(a=A, b=B))
+def test_other_texts_than_those_compared_show_no_result(open_page):
+    app = press(open_page("texts", a=A, b=B))
     assert tables(app)
     app.query_params["a"] = "another text"
     app.run()
@@ -115,15 +96,15 @@ def test_other_texts_than_those_compared_show_no_result(open_texts):
         ("a", "counted token"),
     ],
 )
-def test_what_cannot_be_compared_is_said(open_texts, a, said):
-    app = open_texts(b=B)
+def test_what_cannot_be_compared_is_said(open_page, a, said):
+    app = open_page("texts", b=B)
     app.text_area[0].set_value(a)
     press(app)
     assert not app.exception and said in app.error[0].value.replace("\\", "") and not tables(app)
     assert not state.MODEL_LOCK.locked() and "Cancel" not in [button.label for button in app.button]
 
 
-def test_a_pass_can_be_cancelled(open_texts, monkeypatch):
+def test_a_pass_can_be_cancelled(open_page, monkeypatch):
     """While it runs there is a button; what a click raises at the next message ends the pass and frees the model."""
     seen = []
 
@@ -133,16 +114,14 @@ def test_a_pass_can_be_cancelled(open_texts, monkeypatch):
         raise ValueError("stopped here")
 
     monkeypatch.setattr("saelab.features.text_sets.contrast_texts", contrast_texts)
-    app = press(open_texts(a=A, b=B))
+    app = press(open_page("texts", a=A, b=B))
     assert seen == [True] and "stopped here" in app.error[0].value and not state.MODEL_LOCK.locked()
     assert "Cancel" not in [button.label for button in app.button] and not tables(app)
     assert page_texts.MAX_TEXTS * 2 <= 400
 
 
-def test_a_second_text_on_the_prompt_page_is_read_too(open_texts):
-    app = open_texts()
-    app._page_hash = calc_hash("prompt")
-    app.run()
+def test_a_second_text_on_the_prompt_page_is_read_too(open_page):
+    app = open_page("prompt")
     for text in ("The weather today", "In the beginning", "a long text " * 200):
         app.text_area[0].set_value(text)
         next(button for button in app.button if button.label == "Read").click().run()

@@ -13,11 +13,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from streamlit.testing.v1 import AppTest
-from streamlit.util import calc_hash
+from pages import html_of
 
 import saelab
-from saelab.app import serve, state, steered_text
+from saelab.app import state, steered_text
 from saelab.app.steered_text import signed
 from saelab.errors import SaelabError, StoreError
 from saelab.evaluation.heldout import open_score_stream
@@ -227,27 +226,28 @@ def test_an_end_that_never_fired_is_an_error_that_names_it(world, pattern, end):
     assert feature.examples(kind="bottom") == []
 
 
-def _page(world, name, monkeypatch, **query):
-    monkeypatch.setenv(serve.RUN_VARIABLE, str(world.run))
-    app = AppTest.from_file(str(Path(serve.__file__).with_name("main.py")), default_timeout=60)
-    for key, value in query.items():
-        app.query_params[key] = str(value)
-    app._page_hash = calc_hash(name)
-    app.run()
-    assert not app.exception and not app.error
-    return app, "".join(element.proto.body for element in app.get("html"))  # type: ignore[attr-defined]
+@pytest.fixture
+def page_of(world, open_page):
+    """Opens a page of that run, which shows no error; and all its HTML."""
+
+    def page_of(name, **query):
+        app = open_page(name, world.run, **query)
+        assert not app.exception and not app.error
+        return app, html_of(app)
+
+    return page_of
 
 
-def test_the_table_marks_features_that_are_mostly_negative(world, monkeypatch):
-    _, html = _page(world, "features", monkeypatch)
+def test_the_table_marks_features_that_are_mostly_negative(world, page_of):
+    _, html = page_of("features")
     below = sum(world.store.feature(i).sign == -1 for i in range(5))
     assert below >= 2 and html.count('title="mostly negative"') == 2 * below  # at p99 and at the maximum
 
 
 @pytest.mark.parametrize("page", ["feature", "steer"])
 @every_pattern
-def test_pages_show_both_ends(world, pattern, page, monkeypatch):
-    app, html = _page(world, page, monkeypatch, feature=INDEX[pattern])
+def test_pages_show_both_ends(world, pattern, page, page_of):
+    app, html = page_of(page, feature=INDEX[pattern])
     feature, _, ends = _of(world, pattern)
     text = " ".join(str(element.value) for element in [*app.subheader, *app.info, *app.caption])
     assert html.count("Bottom examples") == (len(feature.ends) == 2)

@@ -1,7 +1,6 @@
 """The Steer page: its state in the address, texts that are marked once they are stale, and the limits on a request."""
 
 import pytest
-from test_app import html_of, open_page  # noqa: F401
 
 from saelab.app import state, steered_text
 from saelab.features.store import load_features
@@ -28,7 +27,7 @@ def box(app, label):
     return next(one for one in [*app.number_input, *app.text_area] if one.label.startswith(label))
 
 
-def test_unsteered_and_steered_text(open_page, hostile_run, lm, index):  # noqa: F811
+def test_unsteered_and_steered_text(open_page, hostile_run, lm, index):
     app = open_page("steer", feature=index, strength=8)
     assert not app.info  # the form explains itself
     box(app, "Prompt").set_value(PROMPT)
@@ -42,7 +41,7 @@ def test_unsteered_and_steered_text(open_page, hostile_run, lm, index):  # noqa:
         assert result["steered"] == lm.generate(PROMPT, max_new_tokens=40, temperature=0.0, seed=0)
 
 
-def test_every_setting_is_in_the_address_and_comes_from_it(open_page, index):  # noqa: F811
+def test_every_setting_is_in_the_address_and_comes_from_it(open_page, index):
     shown = {"Feature": index, "Strength": -1.5, "New tokens": 7, "Temperature": 0.5, "Seed": 3, "Prompt": "a & b\n?"}
     query = {"feature": index, "strength": -1.5, "tokens": 7, "temperature": 0.5, "seed": 3, "prompt": "a & b\n?"}
     app = open_page("steer", **query)
@@ -54,7 +53,7 @@ def test_every_setting_is_in_the_address_and_comes_from_it(open_page, index):  #
     assert not app.exception and not outputs(app)  # a box applies its value, only the button generates
 
 
-def test_a_long_prompt_stays_out_of_the_address(open_page):  # noqa: F811
+def test_a_long_prompt_stays_out_of_the_address(open_page):
     app = open_page("steer", prompt="short")
     box(app, "Prompt").set_value("long " * 101).run()
     assert "prompt" not in app.query_params and box(app, "Prompt").value == "long " * 101
@@ -65,7 +64,7 @@ def test_a_long_prompt_stays_out_of_the_address(open_page):  # noqa: F811
     assert "at most 500 characters" in app.warning[0].value and box(app, "Prompt").value == "The weather today"
 
 
-def test_texts_of_other_settings_are_marked_and_an_error_removes_them(open_page, lm, index):  # noqa: F811
+def test_texts_of_other_settings_are_marked_and_an_error_removes_them(open_page, lm, index):
     app = open_page("steer", feature=index, strength=8, tokens=4)
     app.button[0].click().run()
     assert outputs(app) and not app.warning
@@ -80,7 +79,7 @@ def test_texts_of_other_settings_are_marked_and_an_error_removes_them(open_page,
     assert "The prompt is empty" in app.error[0].value and not outputs(app)
 
 
-def test_the_unsteered_text_is_kept_while_only_the_steering_changes(open_page, lm, index, monkeypatch):  # noqa: F811
+def test_the_unsteered_text_is_kept_while_only_the_steering_changes(open_page, lm, index, monkeypatch):
     prompts, generate = [], type(lm).generate
     monkeypatch.setattr(
         type(lm),

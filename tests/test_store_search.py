@@ -14,6 +14,7 @@ import saelab
 from saelab.errors import StoreError
 from saelab.evaluation.heldout import open_score_stream
 from saelab.features.collecting.document_positions import document_positions
+from saelab.features.collecting.feature_words import FeatureWords
 from saelab.features.collecting.labelling import Labeller, Peaks
 from saelab.features.collecting.words import Words
 from saelab.features.quantiles import N_GROUPS, PER_GROUP, share_below, value_at
@@ -80,6 +81,19 @@ def test_search_finds_what_stands_in_labels_peaks_and_around(store):
     assert len(store.search("the", limit=3)) == 3
     with pytest.raises(ValueError, match="at least one word"):
         store.search("   ")
+
+
+def test_labels_and_peaks_outrank_the_text_around(sae, tiny_lm, texts, tmp_path, monkeypatch):
+    """However often the word stands there."""
+    around, long = "storm " * 60, "other words " * 90
+    rows = [(5, "rain", "rain", around), (6, "wind", "storm", long), (7, "storm", "gale", long), (8, "sea", "", around)]
+    monkeypatch.setattr(FeatureWords, "search_rows", lambda self: iter(rows))
+    planted = saelab.collect_features(
+        sae, tiny_lm, texts[:12], out_dir=tmp_path / "features", hook_name=HOOK, ctx_len=32, progress=False
+    )
+    found = [row["feature"] for row in planted.search("storm")]
+    assert found[:2] == [7, 6] and sorted(found[2:]) == [5, 8]
+    assert [row["feature"] for row in planted.search("storm", limit=1)] == [7]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""A feature store as Parquet and CSV tables: they hold what the store says, whole or not at all, and run in no spreadsheet."""
+"""The order of a feature store's table; and the store as Parquet and CSV tables: they hold what it says, whole or not at all,
+and run in no spreadsheet."""
 
 from __future__ import annotations
 
@@ -32,6 +33,22 @@ def annotate(store) -> None:
     store.annotations.add(4, "score", {"balanced_accuracy": 0.8}, name="detection")
     for name in ("starred", "weather"):
         store.annotations.add(5, "list", True, name=name)
+
+
+def test_equal_values_are_in_the_order_of_their_index_or_its_reverse(store):
+    """Where the index of the column is read, and where the index of a bound is and the rows are sorted."""
+    rows, tied = store.table("feature", False, limit=len(store)), set()
+    for name in schema.SORTABLE:
+        known = [(row[name], row["feature"]) for row in rows if row[name] is not None]
+        missing = [row["feature"] for row in rows if row[name] is None]
+        tied |= {name} if len(dict(known)) < len(known) else set()
+        for descending in (False, True):
+            wanted = [index for _, index in sorted(known, reverse=descending)]
+            wanted += sorted(missing, reverse=descending)
+            for where in ({}, {"cosine": (-2, 2)}):
+                table = store.table(name, descending, where, limit=len(store))
+                assert [row["feature"] for row in table] == wanted == store.features(name, descending, where), name
+    assert {"n_fired", "density"} <= tied
 
 
 def check_examples(store, examples: list[dict], kinds) -> None:

@@ -5,19 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from streamlit.testing.v1 import AppTest
-from streamlit.util import calc_hash
 from tiny_runs import write_texts
 from tiny_saes import config_of
 
-from saelab.app import serve
 from saelab.benchmarks.family import TRANSCODERS
 from saelab.cli import main
 from saelab.features.store import load_features
 from saelab.saes import VARIANTS
 
 HOOKS = ("blocks.1.hook_resid_post", "blocks.1.hook_mlp_out")
-MAIN = str(Path(serve.__file__).with_name("main.py"))
 FLAGS = {
     "crosscoder": [],
     **dict.fromkeys(TRANSCODERS, ["--hook-name", HOOKS[0], "--hook-name-out", HOOKS[1]]),
@@ -45,7 +41,7 @@ def _an_unmodified_code_changes_no_bit(lm, feature):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_from_the_command_line_to_the_dashboard(run, name, tiny_lm, capsys, monkeypatch):
+def test_from_the_command_line_to_the_dashboard(run, name, tiny_lm, capsys, open_page):
     sae = run / f"sae-{name}"
     size = ["--d-sae", "48", "--n-tokens", "6_000", "--batch-size", "200"]
     size += ["--k", "4"] if hasattr(config_of(name), "k") else []
@@ -60,12 +56,8 @@ def test_from_the_command_line_to_the_dashboard(run, name, tiny_lm, capsys, monk
     busiest = int(store.column("density").argmax())
     if name not in FLAGS:  # those read elsewhere than they write: no edit of their code alone leaves the model as it is
         _an_unmodified_code_changes_no_bit(tiny_lm, store.feature(busiest))
-    monkeypatch.setenv(serve.RUN_VARIABLE, str(run))
     for page in ("feature", "steer"):
-        app = AppTest.from_file(MAIN, default_timeout=60)
-        app.query_params["sae"], app.query_params["feature"] = sae.name, str(busiest)
-        app._page_hash = "" if page == "runs" else calc_hash(page)
-        app.run()
+        app = open_page(page, run, sae=sae.name, feature=busiest)
         assert not app.exception and not app.error, (page, app.exception, app.error)
     assert main.main(["steer", str(sae), "--feature", str(busiest), "--max-new-tokens", "3"]) == 0, capsys.readouterr()
     assert "add 2" in capsys.readouterr().out

@@ -8,11 +8,9 @@ import re
 import numpy as np
 import pytest
 import torch
-from streamlit.testing.v1 import AppTest
-from streamlit.util import calc_hash
+from pages import html_of
 
 import saelab
-from saelab.app import serve
 from saelab.errors import StoreError
 from saelab.evaluation.crosscoder import compare_decoders
 from saelab.features.collecting.promoted import top_logits
@@ -80,15 +78,11 @@ def test_other_saes_have_neither_and_old_stores_say_how_to_renew(hostile_run, at
 
 
 @pytest.mark.parametrize("kind", ["heads", "sources"])
-def test_the_page_shows_them(kind, at_heads, crosscoder, monkeypatch):
+def test_the_page_shows_them(kind, at_heads, crosscoder, open_page):
     store = {"heads": at_heads, "sources": crosscoder}[kind]
-    monkeypatch.setenv(serve.RUN_VARIABLE, str(store.folder.parent))
-    app = AppTest.from_file(str(serve.__file__).replace("serve.py", "main.py"), default_timeout=60)
-    app.query_params["feature"] = "5"
-    app._page_hash = calc_hash("feature")
-    app.run()
+    app = open_page("feature", store.folder.parent, feature=5)
     assert not app.exception and not app.error
-    shown, titles = "".join(one.proto.body for one in app.get("html")), [one.value for one in app.subheader]
+    shown, titles = html_of(app), [one.value for one in app.subheader]
     if kind == "heads":
         assert "Attention heads" in titles and re.findall(r"<td>(\d)</td>.*?<span>([\d.]+%)", shown)[:2] == [
             ("1", "75.00%"), ("3", "25.00%"),

@@ -8,14 +8,13 @@ after a tenth of them and at the end.
 from __future__ import annotations
 
 import argparse
-import csv
 import resource
 import sys
 import time
-from collections.abc import Iterator
 
 import torch
 
+from saelab.benchmarks.results import to_csv
 from saelab.features.collecting.collector import Collector
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.saes import TopKConfig, TopKSAE
@@ -37,7 +36,7 @@ def made_up(d_sae: int, k: int, n: int, generator: torch.Generator) -> SparseAct
     return SparseActs(values, chosen, torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]), d_sae)
 
 
-def measured(d_sae: int, k: int, d_in: int, n_tokens: int) -> Iterator[dict[str, float]]:
+def measured(d_sae: int, k: int, d_in: int, n_tokens: int) -> dict[str, float]:
     """The row of one size. What is made up is made beforehand: 16 batches, in turn."""
     generator = torch.Generator().manual_seed(0)
     sae = TopKSAE(TopKConfig(d_sae=d_sae, k=k, normalize="none"), d_in)
@@ -56,7 +55,7 @@ def measured(d_sae: int, k: int, d_in: int, n_tokens: int) -> Iterator[dict[str,
         seconds += time.perf_counter() - start
         if step == n_tokens // BATCH // 10:
             memory[0] = _peak()
-    yield {
+    return {
         "d_sae": d_sae, "k": k, "n_tokens": n_tokens, "tokens_per_second": round(n_tokens / seconds),
         "mb_at_a_tenth": round(memory[0]), "mb_at_the_end": round(_peak()), "threads": torch.get_num_threads(),
     }  # fmt: skip
@@ -72,10 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, value in (("d-sae", 16384), ("k", 64), ("d-in", 768), ("n-tokens", 2_000_000)):
         parser.add_argument(f"--{name}", type=int, default=value)
     given = parser.parse_args(arguments)
-    for row in measured(given.d_sae, given.k, given.d_in, given.n_tokens):
-        writer = csv.DictWriter(sys.stdout, list(row))
-        writer.writeheader()
-        writer.writerow(row)
+    print(to_csv([measured(given.d_sae, given.k, given.d_in, given.n_tokens)]), end="")
     return 0
 
 

@@ -9,7 +9,6 @@ The dashboard on it is `saelab dash FOLDER`.
 from __future__ import annotations
 
 import argparse
-import csv
 import random
 import statistics
 import sys
@@ -18,6 +17,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from saelab.benchmarks.results import to_csv
 from saelab.features import FeatureStore, schema
 from saelab.interop import save_sae
 from saelab.models import load_model
@@ -96,10 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--n-tokens", type=int, default=40_000)
     given = parser.parse_args(arguments)
     store = opened(given.folder, given.model, given.hook_name, given.d_sae, given.n_tokens)
-    row = {name: round(value, 2) for name, value in measured(store).items()}
-    writer = csv.DictWriter(sys.stdout, list(row))
-    writer.writeheader()
-    writer.writerow(row)
+    print(to_csv([{name: round(value, 2) for name, value in measured(store).items()}]), end="")
     return 0
 
 
