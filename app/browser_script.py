@@ -2,8 +2,9 @@
 
 Arrow keys move between the tokens of an example that have a value, so that each example is one tab stop, and do not step to
 another feature meanwhile. A link of the class `sl-go` changes the address as Back and Forward do, which Streamlit answers with a
-new run; without the script the link would load the whole page again. `/` goes to the search of the features, `g` to the box for a
-feature's number, unless one is typing. Another page of a table begins at its top. Streamlit's buttons take keys of their own
+new run, and goes to the top for another feature; without the script the link would load the whole page again. `/` goes to the
+search of the features, `g` to the box for a feature's number, unless one is typing. Another page of a table begins at its top.
+The address of the Feature page names its feature, however one came there. Streamlit's buttons take keys of their own
 (`st.button(shortcut=...)`), its boxes none.
 """
 
@@ -26,6 +27,8 @@ window.addEventListener("click", event => {
   const link = event.target.closest?.("a.sl-go");
   if (!link || event.button || event.ctrlKey || event.metaKey || event.shiftKey || event.altKey) return;
   event.preventDefault();
+  const feature = href => new URL(href).searchParams.get("feature");
+  if (feature(link.href) !== feature(location.href)) document.querySelector("[data-testid=stMain]")?.scrollTo(0, 0);
   history.pushState({}, "", link.href);
   dispatchEvent(new PopStateEvent("popstate"));
 }, true);
@@ -55,4 +58,13 @@ addEventListener("click", event => {
 }, true);
 """
 
-SCRIPT = _TOKENS + _LINKS + _KEYS + _PAGING
+_ADDRESS = """
+addEventListener("DOMContentLoaded", () => new MutationObserver(() => {
+  const shown = document.title.match(/^Feature (\\d+)/), at = new URL(location.href);
+  if (!shown || at.pathname !== "/feature" || at.searchParams.has("feature")) return;
+  at.searchParams.set("feature", shown[1]);
+  history.replaceState(history.state, "", at);
+}).observe(document.querySelector("title"), {childList: true}));
+"""
+
+SCRIPT = _TOKENS + _LINKS + _KEYS + _PAGING + _ADDRESS

@@ -1,54 +1,101 @@
-"""Why features are silent: how near each came to firing, and what is near it."""
+"""Why features are silent: how near each came to firing, what is near it, and what may revive it."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import urlencode
 
 import streamlit as st
 
-from saelab.app import markdown
+from saelab.app import markdown, state
 from saelab.errors import SaelabError
 from saelab.features import FeatureStore
-from saelab.features.render import cosine
+from saelab.features.render import cosine, fixed
+from saelab.features.visible import escape
 
 _TWIN = 0.9
 _OPPOSED = 0.0
+_NEAR = -0.1
+REMEDIES = {
+    "rare: it fires, on few tokens": "Collect on more text before judging it.",
+    "a twin of a feature that fires in its place": "Fewer features, or a lower learning rate, leave no room for twins.",
+    "its encoder points away from what its decoder writes": "Train on with an auxiliary loss (auxk_alpha): it turns the encoder.",
+    "never fired": "Train on with an auxiliary loss (auxk_alpha).",
+    "it came close to firing": "More training, or a larger k, may be enough.",
+    "far from firing on every token": "Train on with an auxiliary loss (auxk_alpha), or with fewer features.",
+}
+_HEADS = {
+    "Feature": "",
+    "Fired": "Tokens on which it fired",
+    "Reason": "",
+    "What may help": "",
+    "Margin": "The largest pre-activation minus what it had to exceed, on one token in 64; the nearer to 0, the nearer it came",
+    "Enc\u2013dec": "Cosine similarity of its encoder and decoder rows",
+    "Encoder bias": "",
+    "Nearest": "The feature with the most similar decoder row",
+    "Cosine to it": "",
+    "It fired": "Tokens on which the nearest feature fired",
+}
+
+
+class Diagnosis(NamedTuple):
+    """What is known of one silent feature."""
+
+    feature: int
+    n_fired: int
+    reason: str
+    margin: float | None
+    cosine: float | None
+    bias: float | None
+    nearest: int
+    cosine_to_nearest: float
+    nearest_fired: int
 
 
 def show_reasons(store: FeatureStore, features: list[int]) -> None:
     """A table with a diagnosis of each feature."""
     st.subheader("Diagnosis")
     try:
-        rows = [diagnosis(store, feature) for feature in features]
+        found = [diagnosis(store, feature) for feature in features]
     except SaelabError as error:
         st.info(markdown.plain(str(error)), icon=":material/update:")
         return
-    st.dataframe(rows, hide_index=True, alt="How near each rare feature came to firing, and why")
+    head = "".join(f'<th title="{escape(meaning)}">{escape(name)}</th>' for name, meaning in _HEADS.items())
+    st.html(f'<table class="sa-table"><tr>{head}</tr>{"".join(map(_row, found))}</table>')
     st.caption(
-        "Margin: the largest pre-activation minus what it had to exceed, on one token in 64; the nearer to 0, the easier it is "
-        "to revive. To revive dead features, train on with an auxiliary loss (`auxk_alpha`), a lower learning rate or fewer "
-        "features."
+        "Margin: how much it lacked at its best, on one token in 64; the nearer to 0, the easier it is to revive."
     )
 
 
-def diagnosis(store: FeatureStore, feature: int) -> dict[str, Any]:
-    """What is known of one silent feature, as a row."""
+def show_reason(store: FeatureStore, feature: int) -> None:
+    """Why this feature never fired, and what may help."""
+    try:
+        found = diagnosis(store, feature)
+    except SaelabError:
+        return  # a store that holds no near misses
+    lacked = "" if found.margin is None else f" At its best it lacked {-found.margin:.3f} to fire."
+    st.caption(markdown.plain(f"Likeliest reason: {found.reason}.{lacked} {REMEDIES[found.reason]}"))
+    state.link("dead", "All dead features", ":material/bedtime:")
+
+
+def diagnosis(store: FeatureStore, feature: int) -> Diagnosis:
+    """The diagnosis of one feature. Raises `StoreError` for a store without near misses."""
     row = store.row_of(feature)
     misses = store.examples(feature, 1, kind="near_miss")
     (near,) = store.neighbours(feature, k=1)
-    other = store.row_of(near["feature"])
-    bias = store.weights.get("b_enc")
-    return {
-        "Feature": feature,
-        "Fired": row["n_fired"],
-        "Reason": reason(row, misses[0].value if misses else None, near["cosine"], other["n_fired"]),
-        "Margin": None if not misses else round(misses[0].value, 3),
-        "Enc\u2013dec": cosine(row["cosine"]),
-        "Encoder bias": None if bias is None or bias.ndim != 1 else round(float(bias[feature]), 3),
-        "Nearest feature": near["feature"],
-        "Cosine to it": round(near["cosine"], 2),
-        "It fired": other["n_fired"],
-    }
+    other, bias = store.row_of(near["feature"]), store.weights.get("b_enc")
+    margin = misses[0].value if misses else None
+    return Diagnosis(
+        feature,
+        row["n_fired"],
+        reason(row, margin, near["cosine"], other["n_fired"]),
+        margin,
+        row["cosine"],
+        None if bias is None or bias.ndim != 1 else float(bias[feature]),
+        near["feature"],
+        near["cosine"],
+        other["n_fired"],
+    )
 
 
 def reason(row: dict[str, Any], margin: float | None, near: float, near_fired: int) -> str:
@@ -61,4 +108,19 @@ def reason(row: dict[str, Any], margin: float | None, near: float, near_fired: i
         return "its encoder points away from what its decoder writes"
     if margin is None:
         return "never fired"
-    return "it came close to firing" if margin > -0.1 else "far from firing on every token"
+    return "it came close to firing" if margin > _NEAR else "far from firing on every token"
+
+
+def _row(found: Diagnosis) -> str:
+    margin = "fires" if found.n_fired else fixed(found.margin, 3)
+    cells = [
+        _link(found.feature), f"{found.n_fired:,}", escape(found.reason), escape(REMEDIES[found.reason]), margin,
+        cosine(found.cosine), fixed(found.bias, 3), _link(found.nearest), cosine(found.cosine_to_nearest),
+        f"{found.nearest_fired:,}",
+    ]  # fmt: skip
+    return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+
+
+def _link(feature: int) -> str:
+    address = escape("feature?" + urlencode({"feature": feature} | state.sae_parameter()))
+    return f'<a href="{address}" target="_self">{feature}</a>'

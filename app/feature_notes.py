@@ -62,5 +62,6 @@ def _choose_lists(feature: Feature, key: str, before: list[str]) -> None:
 def _add(feature: Feature, kind: str, value: object, name: str) -> None:
     try:
         feature.store.annotations.add(feature.feature, kind, value, name)
+        st.toast("Saved", icon=":material/check:")
     except StoreError as error:
         st.error(markdown.plain(str(error)), icon=":material/error:")

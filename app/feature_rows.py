@@ -7,6 +7,7 @@ from typing import Any
 import streamlit as st
 
 from saelab.app import state
+from saelab.app.feature_notes import STARRED
 from saelab.features import Example, FeatureStore
 from saelab.features.render import around_peak, cosine, fixed, percent
 from saelab.features.visible import escape
@@ -14,7 +15,7 @@ from saelab.features.visible import escape
 _HEADS = {
     "label": ("Label", "", "Written by hand or by a model, else the commonest words at its peaks."),
     "density": ("Density", "sa-num", "Share of counted tokens on which it fires."),
-    "sharpness": ("Bits", "sa-num sa-wide", "Sharpness: bits that its firing says about the word it fires on."),
+    "sharpness": ("Sharpness", "sa-num sa-wide", "How many bits a firing tells about the word it is on."),
     "p99": ("p99", "sa-num sa-wider", "99th percentile of its activations: the unit of steering strengths."),
     "max": ("Max", "sa-num sa-wider", "Its largest activation."),
     "cosine": ("Enc\u2013dec", "sa-num sa-wider", "Cosine similarity of its encoder and decoder rows."),
@@ -22,6 +23,11 @@ _HEADS = {
 }
 _DENSE, DASH = 0.1, "\u2013"
 _MARK = '<span class="sa-mark-dense" title="Fires on more than 10 % of tokens">dense</span> '
+_STAR = '<span title="starred">\u2605</span> '
+_FOUND = {
+    "note": '<span class="sa-mark-dense" title="The words stand in a note on it">in a note</span> ',
+    "text": '<span class="sa-mark-dense" title="The words stand in the text around its peaks, not at them">in the text</span> ',
+}
 
 
 def show_rows(
@@ -33,6 +39,7 @@ def show_rows(
 ) -> None:
     """The table; an arrow marks the column it is sorted by. Links carry `query`, so that Next follows the table."""
     arrow, labels = "\u2193" if descending else "\u2191", store.labels
+    starred = set(store.lists.get(STARRED, []))
     cells = "".join(
         f'<span class="{classes}" title="{meaning}">{name}{f" {arrow}" if key == sort else ""}</span>'
         for key, (name, classes, meaning) in _HEADS.items()
@@ -46,18 +53,22 @@ def show_rows(
             first, second = _columns()
             with first:
                 state.link("feature", str(row["feature"]), feature=row["feature"], **(query or {}))
-            second.html(_strip(store, row, labels.get(row["feature"])))
+            second.html(_strip(store, row, labels.get(row["feature"]), row["feature"] in starred))
 
 
 def _columns() -> list[Any]:
     return list(st.columns([1, 13], vertical_alignment="center", gap="small", wrap=False))
 
 
-def _strip(store: FeatureStore, row: dict[str, Any], given: str | None) -> str:
+def _strip(store: FeatureStore, row: dict[str, Any], given: str | None, starred: bool) -> str:
     example = store.feature(row["feature"]).examples(1)
     preview = _preview(example[0]) if example else '<span class="sa-never">never fired</span>'
     minus = '<span title="mostly negative">\u2212</span>' if row["sign"] == -1 else ""
-    marks = _MARK if row["density"] > _DENSE else ""
+    marks = (
+        (_STAR if starred else "")
+        + (_MARK if row["density"] > _DENSE else "")
+        + _FOUND.get(row.get("found_in", ""), "")
+    )
     label = given or row["label"]
     cells = {
         "label": f'<bdi class="sa-label">{marks}{escape(label or DASH)}</bdi>',

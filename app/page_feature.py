@@ -5,6 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from saelab.app import as_python, feature_effect, feature_examples, feature_notes, markdown, query, related, state, url
+from saelab.app.dead_reasons import show_reason
 from saelab.features import Feature
 from saelab.features.render import cosine, feature_histogram_html, number, percent, signs_text
 from saelab.features.visible import escape
@@ -30,18 +31,13 @@ def show() -> None:
             f"This feature did not fire on any of the {state.counted(store)}, so it has no examples.",
             icon=":material/bedtime:",
         )
+        show_reason(store, index)
     with st.container(key="sl-marks"):  # within it, a token that is pointed at marks its bin in the histogram
         left, right = st.columns([5, 3], gap="large")
     with left:
         feature_examples.show(feature)
     with right:
-        feature_notes.show(feature)
-        _values(feature)
-        feature_effect.show(feature)
-        feature_effect.show_shares(feature)
-        with state.friendly_errors():
-            related.show(feature, asked.parameters())
-        feature_effect.show_promoted(feature)
+        _beside(feature, asked)
     as_python.offer(
         f"feature = store.feature({index})",
         f"examples = feature.examples(kind={st.query_params.get('kind', 'top')!r})",
@@ -50,6 +46,17 @@ def show() -> None:
         "feature  # in a notebook: a card",
         store=store,
     )
+
+
+def _beside(feature: Feature, asked: query.Query) -> None:
+    """What stands beside the examples."""
+    feature_notes.show(feature)
+    _values(feature)
+    feature_effect.show(feature)
+    feature_effect.show_shares(feature)
+    with state.friendly_errors():
+        related.show(feature, asked.parameters())
+    feature_effect.show_promoted(feature)
 
 
 def _navigation(feature: Feature, asked: query.Query) -> None:

@@ -24,7 +24,7 @@ def show() -> None:
     with url.page_of(len(features)) as here:
         as_python.offer(query.as_python(asked, url.PER_PAGE, here.start), store=store)
         sort = "" if asked.words.strip() else asked.sort
-        show_rows(store, store.rows_of(features[here]), sort, asked.order == "down", asked.parameters())
+        show_rows(store, query.rows(store, asked, features[here]), sort, asked.order == "down", asked.parameters())
     if asked.among and not asked.words.strip():
         state.download(asked.among, features)
 
@@ -61,8 +61,12 @@ def _controls(store: FeatureStore, asked: query.Query) -> None:
 
 def _summary(store: FeatureStore, asked: query.Query, count: int) -> None:
     ends = " (\u2212: mostly negative; magnitudes at that end)" if store.signed else ""
-    how = "best match first" if asked.words.strip() else query.SORTS[asked.sort][1]
+    how = (
+        "the best match first."
+        if asked.words.strip()
+        else f"by {query.SORTS[asked.sort][0].lower()}. {query.SORTS[asked.sort][1]}"
+    )
     st.html(
-        f'<p class="sa-sub" style="margin-top:.2rem">{count:,} of {store.d_sae:,} features; {how} Measured on '
+        f'<p class="sa-sub" style="margin-top:.2rem">{count:,} of {store.d_sae:,} features, {how} Measured on '
         f"{state.counted(store)}; p99 and max are over the tokens on which the feature fires{ends}.</p>"
     )

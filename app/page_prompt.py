@@ -16,7 +16,7 @@ from saelab.features.text_size import MAX_CHARACTERS, bounded_ids, check_text
 from saelab.features.token_text import display_groups
 from saelab.features.visible import chip_text, escape
 
-_PER_TOKEN = 5
+_PER_TOKEN, _IN_ALL, _LABEL = 5, 16, 40
 _ORDERS = {"surprise": "Standing out", "value": "Largest"}
 _DEFAULT = "The storm broke over the harbour, and the moon went out like a candle."
 
@@ -55,7 +55,7 @@ def show() -> None:
         help="Standing out: the share of the feature's firings that are weaker, times its rarity (-log10 of its density).",
         **url.bound("by", by),
     )  # fmt: skip
-    _overall(store, reading.best(by=by))
+    _overall(store, reading, reading.best(_IN_ALL, by=by))
     _tokens(store, reading, by)
 
 
@@ -82,20 +82,27 @@ def _one(store: FeatureStore, reading: Any, index: int) -> None:
     st.html(examples_html([shown], feature.max or max(values)))
 
 
-def _overall(store: FeatureStore, best: list[dict[str, Any]]) -> None:
+def _overall(store: FeatureStore, reading: Any, best: list[dict[str, Any]]) -> None:
     """The features that stand out most anywhere in the text, as links."""
     st.subheader("In the whole text")
-    chosen = [row["feature"] for row in best]
-    labels, rows = store.labels, {row["feature"]: row for row in store.rows_of(chosen)}
+    labels = store.labels
+    rows = {row["feature"]: row for row in store.rows_of([one["feature"] for one in best])}
+    pieces = display_groups(reading.pieces)
     with st.container(horizontal=True):
-        for feature in chosen:
-            label = labels.get(feature) or rows[feature]["label"] or ""
-            state.link("feature", markdown.plain(f"{feature} {label[:40]}"), feature=feature)
+        for one in best:
+            feature = one["feature"]
+            label = _short(labels.get(feature) or rows[feature]["label"])
+            token = next(group.text for group in pieces if group.start <= one["position"] < group.stop).strip()
+            state.link("feature", markdown.plain(f"{feature} {label} ({one['value']:.1f} on {token})"), feature=feature)
 
 
 def _tokens(store: FeatureStore, reading: Any, by: str) -> None:
     """Each token with its features and the share of it that the SAE explains."""
     st.subheader("Token by token")
+    st.caption(
+        "Beside each token: the share of its variance that the SAE explains; then its features with their activations. The first "
+        "token of a text is unlike all others, and SAEs are not trained on it."
+    )
     top = reading.top(_PER_TOKEN, by=by)
     labels = store.labels
     rows = {row["feature"]: row for row in store.rows_of(sorted({one["feature"] for token in top for one in token}))}
@@ -104,15 +111,20 @@ def _tokens(store: FeatureStore, reading: Any, by: str) -> None:
         token = group.stop - 1
         found = "".join(_pill(one, labels.get(one["feature"]) or rows[one["feature"]]["label"]) for one in top[token])
         explained = f'<small title="explained variance">{max(float(reading.explained[token]), 0):.0%}</small>'
-        lines.append(f"<dt><bdi>{chip_text(group.text)}</bdi> {explained}</dt><dd>{found or DASH}</dd>")
+        dim = ' class="sa-dim"' if group.start == 0 else ""
+        lines.append(f"<dt{dim}><bdi>{chip_text(group.text)}</bdi> {explained}</dt><dd{dim}>{found or DASH}</dd>")
     st.html(f'<dl class="sa-tokens">{"".join(lines)}</dl>')
 
 
 def _pill(one: dict[str, Any], label: str | None) -> str:
     address = escape("feature?" + urlencode({"feature": one["feature"], **state.sae_parameter()}))
     title = escape(f"activation {one['value']:.2f}, above {one['percentile']:.0%} of its firings")
-    text = escape((label or "")[:32])
+    text = escape(_short(label))
     return (
         f'<span class="sa-pill" title="{title}"><a href="{address}" target="_self">{one["feature"]}</a> '
         f"<bdi>{text}</bdi> <small>{one['value']:.1f}</small></span>"
     )
+
+
+def _short(label: str | None) -> str:
+    return label or "" if len(label or "") <= _LABEL else f"{(label or '')[:_LABEL]}\u2026"

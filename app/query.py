@@ -10,12 +10,15 @@ from saelab.app import url
 from saelab.features import FeatureStore
 
 SORTS = {
-    "sharpness": ("Sharpness", "Bits that its firing says about the word it fires on: the larger, the more one thing."),
+    "sharpness": (
+        "Sharpness",
+        "How many bits a firing tells about the word it is on: the larger, the more it means one thing.",
+    ),
     "density": ("Density", "Share of counted tokens on which it fires."),
     "p99": ("p99", "99th percentile of its activations: the unit of steering strengths."),
     "max": ("Max", "Its largest activation."),
     "mean": ("Mean", "Mean of its activations."),
-    "cosine": ("Cosine", "Cosine similarity of its encoder and decoder rows."),
+    "cosine": ("Enc\u2013dec", "Cosine similarity of its encoder and decoder rows."),
     "feature": ("Index", "Row of the weights."),
 }
 ORDERS = {"down": "High to low", "up": "Low to high"}
@@ -68,6 +71,15 @@ def ids(store: FeatureStore, query: Query) -> list[int]:
         chosen = set(store.lists.get(query.among, []))
         return [feature for feature in _ordered(store, query) if feature in chosen]
     return _ordered(store, query)
+
+
+def rows(store: FeatureStore, query: Query, features: list[int]) -> list[dict[str, Any]]:
+    """The rows of the table for these features; of a search with where its words were found."""
+    found = store.rows_of(features)
+    if not query.words.strip():
+        return found
+    found_in = {row["feature"]: row.get("found_in", "") for row in store.search(query.words, _MOST_FOUND)}
+    return [row | {"found_in": found_in.get(row["feature"], "")} for row in found]
 
 
 def as_python(query: Query, limit: int, offset: int) -> str:

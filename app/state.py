@@ -113,7 +113,8 @@ def show_sidebar() -> None:
             st.caption(
                 f"{markdown.plain(sae.name)} \u00b7 {manifest['sae']['hash'][:10]}  \n{markdown.plain(manifest['hook_name'])}  \n"
                 f"{markdown.plain(model_label(manifest['model']['name']))}  \n"
-                f"features counted on {counted(store())}  \n{verified(store())}"
+                f"features counted on {counted(store())}  \n{verified(store())}",
+                help="`saelab verify RUN`, also on the page Jobs, computes stored examples again and compares every file.",
             )
 
 

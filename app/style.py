@@ -76,6 +76,7 @@ align-items:center}
 .sa-strip{line-height:2.1;overflow-wrap:anywhere;white-space:pre-wrap}
 .sa-tokens{display:grid;grid-template-columns:minmax(5rem,max-content) minmax(0,1fr);gap:.25rem 1rem;font-size:.9rem;margin:0}
 .sa-tokens dt{text-align:right;white-space:pre;overflow:hidden;text-overflow:ellipsis}.sa-tokens dd{margin:0}
+.sa-dim{opacity:.8}
 .sa-pill{border:1px solid rgba(128,128,128,.4);border-radius:4px;padding:0 .35em;margin-right:.35em;display:inline-block}
 .sa-pill small{opacity:.75}
 .sa-table caption{text-align:left;padding:.3rem 0}.sa-pairs{table-layout:fixed}

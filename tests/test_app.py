@@ -17,6 +17,7 @@ from pages import html_of
 import saelab.app
 from saelab.activation_cache import layout
 from saelab.app import charts, markdown, serve, url
+from saelab.app.dead_reasons import REMEDIES
 from saelab.errors import SaelabError
 from saelab.features.store import load_features
 from saelab.features.visible import escape
@@ -194,8 +195,11 @@ def test_the_sidebar_says_when_a_store_was_verified(open_page, hostile_run, tmp_
 def test_dead_features_have_a_diagnosis(tmp_path, open_page, hostile_run):
     app = open_page("dead", _copy_with_dead_feature(hostile_run, tmp_path))
     assert not app.exception and not app.error
-    rows = app.dataframe[0].value
-    assert 5 in rows["Feature"].tolist() and rows["Reason"].str.len().min() > 5
+    shown = html_of(app)
+    reason = next(reason for reason in REMEDIES if f"<td>{reason}</td>" in shown)
+    assert 'href="feature?feature=5"' in shown and REMEDIES[reason].split(" (")[0] in shown
+    app = open_page("feature", tmp_path / "run", feature=5)
+    assert any(text.value.startswith("Likeliest reason: ") for text in app.caption)
 
 
 def test_a_feature_that_never_fired_has_an_empty_state(tmp_path, open_page, hostile_run):

@@ -71,7 +71,7 @@ def test_search_finds_what_stands_in_labels_peaks_and_around(store):
     feature = store.feature(alive(store)[3])
     word = next(word for word in feature.label.replace("(", " ").replace(",", " ").split() if word.isalpha())
     assert feature.feature in [row["feature"] for row in store.search(word)]
-    assert store.search(word)[0].keys() == store.table()[0].keys()
+    assert store.search(word)[0].keys() == store.table()[0].keys() | {"found_in"}
     around = {row["feature"] for row in store.search("thunder")}
     for index in around:
         shown = [one.text for kind in ("top", "uniform") for one in store.feature(index).examples(kind=kind)]
@@ -230,7 +230,9 @@ def labelled(peaks, ids, pieces, positions=None):
     labeller = Labeller(Words(np.array(ids), pieces))
     tokens = np.array(peaks)
     positions = tokens % len(ids[0]) if positions is None else positions
-    return labeller.label(Peaks(tokens, np.ones(len(tokens))), positions)
+    return labeller.label(
+        Peaks(tokens, np.ones(len(tokens)), np.ones(len(tokens)), np.ones(len(tokens), dtype=bool)), positions
+    )
 
 
 def test_labels_name_words_what_follows_and_positions():
@@ -242,7 +244,7 @@ def test_labels_name_words_what_follows_and_positions():
     peaks = [*(16 * i + 5 for i in range(0, 40, 2)), *(16 * i + 9 for i in range(0, 20, 2))]
     found = labelled(peaks, stars, pieces, np.arange(30) % 14)
     assert found.text == "moon, star" and found.share == pytest.approx(1.0) and (found.sharpness or 0) > 2
-    assert found.peak_tokens[0][:3] == (0, 20, pytest.approx(2 / 3)) and found.words == ["moon", "star"]
+    assert found.peak_tokens[0][:3] == (0, 20, pytest.approx(2 / 3)) and sorted(set(found.words)) == ["moon", "star"]
     followed = filler.copy()
     followed[:, 5], followed[:, 6] = 3, 4
     found = labelled([16 * i + 5 for i in range(20)], followed, pieces, np.arange(20) % 14)
@@ -286,3 +288,40 @@ def test_earlier_stores_open_and_say_how_to_renew(store, tmp_path):
                  lambda: old.feature(0).examples(kind="quantile")):  # fmt: skip
         with pytest.raises(StoreError, match="earlier saelab.*saelab features .*--renew"):
             call()
+
+
+def test_what_a_feature_does_most_strongly_finds_it(store):
+    """By the token of its strongest example, and by the word that stands there."""
+    for index in alive(store):
+        strongest = next(iter(store.feature(index).examples(1)))
+        assert index in [row["feature"] for row in store.firing_on(strongest.token_ids[strongest.peak], 1000)]
+
+
+def test_a_word_counts_by_the_squared_activation_there():
+    """Many weak peaks do not hide a few strong ones; sharpness is still measured on the uniform sample alone."""
+    pieces = dict(enumerate([b" rain", b" the", b" of", b" word"]))
+    ids = np.full((12, 8), 3)
+    ids[:10, 4], ids[10:, 4] = 1, 0
+    tokens = np.arange(12) * 8 + 4
+    values = np.where(np.arange(12) < 10, 1.0, 9.0)
+    is_uniform = np.arange(12) < 11
+    found = Labeller(Words(ids, pieces)).label(Peaks(tokens, values, values**2, is_uniform), tokens % 8 + np.arange(12))
+    assert found.text == "rain, the"
+    assert found.peak_tokens[0] == (0, 2, pytest.approx(162 / 172), 9.0)
+    assert found.words.count("rain") == 19 and found.words.count("the") == 1
+    alone = Labeller(Words(ids, pieces)).label(
+        Peaks(tokens[:11], values[:11], values[:11] ** 2, is_uniform[:11]), tokens[:11] % 8 + np.arange(11)
+    )
+    assert found.sharpness == alone.sharpness
+
+
+def test_a_search_says_where_it_found_the_words(store):
+    feature = store.feature(alive(store)[3])
+    word = next(word for word in feature.label.replace("(", " ").replace(",", " ").split() if word.isalpha())
+    feature.store.annotations.add(feature.feature, "note", "about zebras")
+    try:
+        assert [(row["feature"], row["found_in"]) for row in store.search("zebras")] == [(feature.feature, "note")]
+        assert {row["feature"]: row["found_in"] for row in store.search(word)}[feature.feature] == "peaks"
+    finally:
+        feature.store.annotations.add(feature.feature, "note", None)
+    assert store.search("zebras") == []

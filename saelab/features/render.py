@@ -158,9 +158,11 @@ def _group_html(example: Example, group: Group, scale: _Scale) -> str:
     title = f"token '{group.text}', activation {said}, {share:.0%} of maximum{end}" + (", peak" if is_peak else "")
     style = f"background:rgba({NEGATIVE if strongest < 0 else HIGHLIGHT},{_MAX_ALPHA * share:.2f})"
     at = f' data-at="{bin_name(strongest)}"' if strongest else ""
+    shown = group.text.lstrip(" ") or group.text  # a space at the end of a line would be a box of its own
     return (
+        f"{_plain(group.text[: -len(shown)])}"
         f'<bdi class="sl-t{" sl-peak" if is_peak else ""}" role="img" tabindex="{0 if is_peak else -1}"{at} '
-        f'data-v="{number(strongest)}" aria-label="{escape(title)}" style="{style}">{_plain(group.text)}</bdi>'
+        f'data-v="{number(strongest)}" aria-label="{escape(title)}" style="{style}">{_plain(shown)}</bdi>'
     )
 
 

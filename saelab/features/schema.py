@@ -31,7 +31,7 @@ COLUMNS = {
 }
 LABEL_COLUMNS = {
     "label": "commonest words at the feature's peaks, and what follows them",
-    "label_share": "share of the activation at sampled peaks that falls on the words of the label",
+    "label_share": "share of the squared activation at peaks that falls on the words of the label",
     "sharpness": "bits that the feature's firing says about the word it fires on",
     "position": "the position in the context at which nearly all firings lie, counted from 0",
 }

@@ -23,12 +23,18 @@ class Search(StoreReader):
         """Labels that were added to features."""
         return {}
 
+    @property
+    def notes(self) -> dict[int, str]:
+        """Notes that were added to features."""
+        return {}
+
     def search(self, words: str, limit: int = 50) -> list[dict[str, Any]]:
         """Rows of the table (as `table` returns them) for features that these words find, the best first.
 
-        Looks for words that begin so in labels, in the words at peaks and in the text around them; all of the words, or any of
-        them where no feature has all. Labels written by hand or by a model are searched first. Text in double quotes, such as
-        `'" don"'`, and text without letters or digits is looked for as a token. Raises `ValueError` for an empty text.
+        Looks in labels and in the words at peaks, where a word counts by its share of the activation there: for these words, then
+        for words that begin so; then in the text around. All of the words, or any of them where no feature has all. Labels and
+        notes that were added are searched first. Text in double quotes, such as `'" don"'`, and text without letters or digits is
+        looked for as a token. "found_in" says where: "label", "note", "peaks" or "text". Raises `ValueError` for an empty text.
         """
         quote = words.strip()
         if len(quote) > 2 and quote[0] == quote[-1] == '"':
@@ -37,24 +43,36 @@ class Search(StoreReader):
         if not terms:
             raise ValueError("search needs at least one word, such as store.search('weather').")
         self.check_version("search index")
-        labelled = [feature for feature, text in self.labels.items() if _all_in(terms, text)]
-        quoted = ['"' + term.replace('"', '""') + '"*' for term in terms if any(char.isalnum() for char in term)]
-        if not quoted:
+        found_in = {feature: "note" for feature, text in sorted(self.notes.items()) if _all_in(terms, text)}
+        found_in = {
+            feature: "label" for feature, text in sorted(self.labels.items()) if _all_in(terms, text)
+        } | found_in
+        exact = ['"' + term.replace('"', '""') + '"' for term in terms if any(char.isalnum() for char in term)]
+        if not exact:
             return self.firing_on(words.strip(), limit)
+        quoted = [f"{term}*" for term in exact]
         both, either = " ".join(quoted), " OR ".join(quoted)
-        found = self._matching(f"{{label peaks}} : ({both})", limit)
-        if len(found) < limit:  # ranking all texts that hold a common word takes long, and these come after the others
-            found += self._matching(both, limit)
-        found = found or self._matching(either, limit)
-        return self.rows_of(list(dict.fromkeys([*sorted(labelled), *found]))[:limit])
+        asked = [
+            (f"{{label peaks}} : ({' '.join(exact)})", "peaks"),
+            (f"{{label peaks}} : ({both})", "peaks"),
+            (both, "text"),
+        ]
+        for (
+            match,
+            where,
+        ) in asked:  # ranking all texts that hold a common word takes long, and these come after the others
+            if len(found_in) < limit:
+                found_in.update((feature, where) for feature in self._matching(match, limit) if feature not in found_in)
+        found_in = found_in or dict.fromkeys(self._matching(either, limit), "text")
+        return [row | {"found_in": found_in[row["feature"]]} for row in self.rows_of(list(found_in)[:limit])]
 
     def _matching(self, match: str, limit: int) -> list[int]:
         sql = f"SELECT rowid FROM words WHERE words MATCH ? ORDER BY bm25(words, {_WEIGHTS}) LIMIT ?"
         return [feature for (feature,) in self._query(sql, [match, limit])]
 
     def firing_on(self, token: str | int, limit: int = 50) -> list[dict[str, Any]]:
-        """Rows of the table for features whose sampled peaks are that token, with "peak_share" (the share of their peaks) and
-        "peak_mean" (their mean activation there); the largest share first.
+        """Rows of the table for features that peak on that token, with "peak_share" (the share of the squared activation at their
+        peaks) and "peak_mean" (their mean activation there); the largest share first.
 
         A text is taken exactly (" dog" with its space), or, if no token is spelled so, without spaces and case. An int is a token
         id.

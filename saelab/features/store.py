@@ -88,6 +88,11 @@ class FeatureStore(Search):
         return found | {entry.feature: str(entry.value) for entry in self.annotations.latest("label")}
 
     @property
+    def notes(self) -> dict[int, str]:
+        """Notes that people wrote, by feature."""
+        return {entry.feature: str(entry.value) for entry in self.annotations.latest("note", "")}
+
+    @property
     def lists(self) -> dict[str, list[int]]:
         """Named lists of features; "starred" holds those with a star."""
         found: dict[str, list[int]] = {}

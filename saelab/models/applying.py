@@ -66,7 +66,7 @@ class Pass:
         result, capped = x, None
         if results:
             result = results[0] if len(results) == 1 else sum_of_changes(x, results)
-            if block.steering.limits:
+            if block.steering.is_bounded:
                 result, capped = _limited(x, result, block.steering)
             result = torch.where(here[..., None], result, x)
         tally = self.tallies.setdefault((id(block), hook_name), Tally(hook_name, block.steering, edits))

@@ -54,14 +54,15 @@ class Steering:
     """Edits and the options of `lm.steer`, checked. Raises `ValueError` for an option that cannot be met, and for two edits that
     set the same feature."""
 
-    edits: tuple[Any, ...]
-    on: On = "both"
+    edits: Any
+    """A tuple, made of any sequence."""
+    on: Any = "both"
     """Which tokens: those of the prompt, those that the model generated, or both."""
-    positions: tuple[int, ...] | None = None
-    """Only these; negative ones count from the end of the prompt."""
-    window: tuple[int | None, int | None] | None = None
+    positions: Any = None
+    """Only these, a tuple of integers; negative ones count from the end of the prompt."""
+    window: Any = None
     """Only these, from the first to before the second, as in a slice; negative ones count from the end of the prompt."""
-    gate: Gate | None = None
+    gate: Any = None
     """Only tokens at which it is open."""
     keep_norm: bool = False
     """Rescale every edited activation to the norm that it had."""
@@ -87,7 +88,7 @@ class Steering:
         _refuse_conflicts(self.edits)
 
     @property
-    def limits(self) -> bool:
+    def is_bounded(self) -> bool:
         """Whether the sum of the changes is altered."""
         return self.keep_norm or self.cap is not None
 

@@ -73,7 +73,7 @@ class Steers:
             try:
                 yield
             finally:  # only its own: blocks may end in a different order than they began
-                _OPEN.set(tuple(one for one in _OPEN.get() if not any(one is own for own in mine)))
+                _OPEN.set(tuple(one for one in _OPEN.get() if not any(one is other for other in mine)))
 
     @property
     def _blocks(self) -> tuple[Block, ...]:

@@ -124,17 +124,32 @@ def _built(entry: Any, sources: Mapping[str, Any]) -> Any:
         )
     maker = _feature(entry, sources) if "feature" in entry else _direction(entry)
     given = {name: entry[name] for name in ("value", "unit", "where", "min", "max") if name in entry}
-    do = {"ablate": "project_out"}.get(entry.get("do", ""), entry.get("do"))
-    if do not in ("add", "clamp", "scale", "cap", "project_out", "above"):
+    do = "project_out" if entry.get("do") == "ablate" else entry.get("do")
+    if not isinstance(do, str) or do not in ("add", "clamp", "scale", "cap", "project_out", "above"):
         raise ValueError(f"do={entry.get('do')!r} is unknown; expected add, clamp, scale, cap, project_out or above.")
     if do == "clamp" and isinstance(given.get("value"), list):
-        given["value"] = torch.tensor(given["value"], dtype=torch.float32)
+        given["value"] = _tensor(given["value"])
     if do == "scale":
         given = {"factor": given.get("value")}
+    _check_numbers(given)
     try:
         return getattr(maker, do)(**given)
     except TypeError as error:
         raise ValueError(f"The plan's {do} of {maker!r} got {given}: {error}.") from error
+
+
+def _tensor(values: list[Any]) -> torch.Tensor:
+    try:
+        return torch.tensor(values, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"An edit of the plan has value={str(values)[:60]}, which is no array of numbers.") from error
+
+
+def _check_numbers(given: Mapping[str, Any]) -> None:
+    for name in ("value", "factor", "min", "max"):
+        value = given.get(name, 0.0)
+        if not isinstance(value, int | float | torch.Tensor) and not (value is None and name in ("min", "max")):
+            raise ValueError(f"An edit of the plan has {name}={value!r}, which is not a number.")
 
 
 def _feature(entry: Mapping[str, Any], sources: Mapping[str, Any]) -> FeatureHandle:
@@ -165,7 +180,6 @@ def _direction(entry: Mapping[str, Any]) -> Direction:
     vector, hook_name = entry.get("direction"), entry.get("hook_name")
     if not isinstance(hook_name, str) or not isinstance(vector, list):
         raise ValueError("An edit of the plan has neither a feature nor a direction with its hook_name.")
-    try:
-        return Direction(torch.tensor(vector, dtype=torch.float32), hook_name)
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(f"A direction of the plan is no list of numbers: {str(vector)[:60]}.") from error
+    if not all(isinstance(one, int | float) for one in vector):
+        raise ValueError(f"A direction of the plan is no list of numbers: {str(vector)[:60]}.")
+    return Direction(torch.tensor(vector, dtype=torch.float32), hook_name)

@@ -12,10 +12,10 @@ from saelab.features.collecting.kept import Examples
 from saelab.features.collecting.labelling import Label, Labeller, Peaks
 from saelab.features.collecting.signed import SignedAccumulator
 from saelab.features.collecting.words import Words
-from saelab.features.schema import WINDOW_LEFT
+from saelab.features.schema import LOWEST_OCTAVE, OCTAVES, WINDOW_LEFT
 
 _FEW = 8
-"""Below this many sampled peaks the strongest examples count too."""
+"""Below this many peaks in the uniform sample the strongest examples count for sharpness too."""
 _AROUND = 8
 """Tokens on each side of a peak that can be searched for."""
 _SEARCHED = 10
@@ -34,8 +34,7 @@ class FeatureWords:
         """The label of one feature."""
         if feature not in self._labels:
             end = self._ends[self._signs[feature]]
-            tokens, values = end.peaks(feature)
-            self._labels[feature] = self._labeller.label(Peaks(tokens, values), end.positions(feature))
+            self._labels[feature] = self._labeller.label(end.peaks(feature), end.positions(feature))
         return self._labels[feature]
 
     def peak_rows(self) -> Iterator[tuple[int, int, int, float, float]]:
@@ -65,9 +64,11 @@ class _End:
     def __init__(self, end: Accumulator) -> None:
         self.ctx_len = end.ctx_len
         self._columns: dict[str, tuple[np.ndarray, ...]] = {}
-        for kind in ("examples", "uniform"):
+        self._octaves = end.histogram.view(end.d_sae, OCTAVES, -1).sum(2).numpy()
+        for kind in ("examples", "uniform", "octave"):
             examples = end.kept[kind].examples
-            bounds = np.searchsorted(examples.group.numpy(), np.arange(end.d_sae + 1))
+            features = examples.group.numpy() // (OCTAVES if kind == "octave" else 1)
+            bounds = np.searchsorted(features, np.arange(end.d_sae + 1))
             self._columns[kind] = bounds, examples.token.numpy(), examples.value.numpy(), _is_peak(examples)
 
     def _of(self, kind: str, feature: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -76,15 +77,20 @@ class _End:
         tokens, values, is_peak = (column[here] for column in columns)
         return tokens, values, is_peak
 
-    def peaks(self, feature: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and values of sampled firings that are the largest of their window."""
-        tokens, values, is_peak = self._of("uniform", feature)
-        tokens, values = tokens[is_peak], values[is_peak]
-        if len(tokens) < _FEW:
-            more, larger, _ = self._of("examples", feature)
-            new = ~np.isin(more, tokens)
-            tokens, values = np.concatenate([tokens, more[new]]), np.concatenate([values, larger[new]])
-        return tokens, values
+    def peaks(self, feature: int) -> Peaks:
+        """Firings that are the largest of their window: of the uniform sample, of the samples per octave, and the strongest."""
+        found = [self._of(kind, feature) for kind in ("uniform", "octave", "examples")]
+        tokens, values, is_peak = (np.concatenate(columns) for columns in zip(*found, strict=True))
+        _, first = np.unique(tokens, return_index=True)
+        first.sort()
+        octaves = np.clip(np.frexp(np.abs(values[first]))[1] - 1 - LOWEST_OCTAVE, 0, OCTAVES - 1)
+        stands_for = self._octaves[feature][octaves] / np.bincount(octaves, minlength=OCTAVES)[octaves]
+        is_uniform = first < len(found[0][0])
+        if int((is_uniform & is_peak[first]).sum()) < _FEW:
+            is_uniform |= np.isin(tokens[first], found[2][0])
+        kept = is_peak[first]
+        energy = stands_for * values[first].astype(np.float64) ** 2
+        return Peaks(tokens[first][kept], values[first][kept], energy[kept], is_uniform[kept])
 
     def positions(self, feature: int) -> np.ndarray:
         """Context positions of sampled firings."""

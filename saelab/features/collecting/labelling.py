@@ -1,6 +1,7 @@
 """A label for every feature without any model: the words at its peaks, and what follows them where that says as much.
 
-Counted over the uniform sample of firings, at those that are the largest of their window; so merging collectors gives the same.
+Read off samples of firings, at those that are the largest of their window; so merging collectors gives the same. A word counts by
+its share of the squared activation at peaks: what a feature does strongly is what it is about, however often it fires weakly.
 """
 
 from __future__ import annotations
@@ -29,6 +30,10 @@ class Peaks(NamedTuple):
     """`(n,)` token numbers"""
     values: np.ndarray
     """`(n,)` activations there"""
+    energy: np.ndarray
+    """`(n,)` squared activation of all the firings that each stands for"""
+    is_uniform: np.ndarray
+    """`(n,)` whether it is of the uniform sample, by which sharpness is measured"""
 
 
 class Label(NamedTuple):
@@ -39,9 +44,9 @@ class Label(NamedTuple):
     sharpness: float | None
     position: int | None
     peak_tokens: list[tuple[int, int, float, float]]
-    """Token id, count, share of the peaks and mean activation, the commonest first."""
+    """Token id, sampled peaks, share of the squared activation at peaks, and mean activation; the largest share first."""
     words: list[str]
-    """All distinct words at the peaks."""
+    """All words at the peaks, each once for every twentieth of the squared activation, and at least once."""
 
 
 class Labeller:
@@ -59,22 +64,22 @@ class Labeller:
         tokens = peaks.tokens.tolist()
         words = [self.words.word(token) for token in tokens]
         stems = [self.words.stem(word) for word in words]
-        mass: dict[str, float] = defaultdict(float)
+        energy: dict[str, float] = defaultdict(float)
         forms: dict[str, Counter[str]] = defaultdict(Counter)
-        for stem, word, value in zip(stems, words, peaks.values.tolist(), strict=True):
-            mass[stem] += value
+        for stem, word, of_peak in zip(stems, words, peaks.energy.tolist(), strict=True):
+            energy[stem] += of_peak
             forms[stem][word] += 1
-        best = sorted(mass, key=lambda stem: (-mass[stem], stem))
+        best = sorted(energy, key=lambda stem: (-energy[stem], stem))
         repeated = [stem for stem in best if sum(forms[stem].values()) > 1] or best
         chosen = repeated[:_N_WORDS]
-        share = sum(mass[stem] for stem in chosen) / (sum(mass.values()) or 1.0)
+        share = sum(energy[stem] for stem in chosen) / (sum(energy.values()) or 1.0)
         shown = [min(forms[stem].most_common(), key=lambda pair: (-pair[1], pair[0]))[0] for stem in chosen]
-        sharpness = self._sharpness(stems)
+        sharpness = self._sharpness([stem for stem, counts in zip(stems, peaks.is_uniform, strict=True) if counts])
         text = self._followed(tokens, shown, sharpness) or ", ".join(shown)
         position = _position(positions)
         if position is not None:
             text = f"token {position + 1} of a context ({text})"
-        return Label(text, share, sharpness, position, self._peak_tokens(peaks), sorted(set(words)))
+        return Label(text, share, sharpness, position, self._peak_tokens(peaks), _weighted(words, peaks.energy))
 
     def _sharpness(self, stems: list[str]) -> float | None:
         """Mean bits by which a peak's word is likelier than in the text, each word's likelihood taken from the other peaks."""
@@ -103,9 +108,18 @@ class Labeller:
     def _peak_tokens(self, peaks: Peaks, most: int = 16) -> list[tuple[int, int, float, float]]:
         ids = self.words.ids[peaks.tokens]
         found, inverse, counts = np.unique(ids, return_inverse=True, return_counts=True)
-        means = np.bincount(inverse, peaks.values) / counts
-        order = np.lexsort((found, -counts))[:most]
-        return [(int(found[i]), int(counts[i]), float(counts[i] / len(ids)), float(means[i])) for i in order]
+        means, energy = np.bincount(inverse, peaks.values) / counts, np.bincount(inverse, peaks.energy)
+        shares = energy / (energy.sum() or 1.0)
+        order = np.lexsort((found, -shares))[:most]
+        return [(int(found[i]), int(counts[i]), float(shares[i]), float(means[i])) for i in order]
+
+
+def _weighted(words: list[str], energy: np.ndarray) -> list[str]:
+    """Each word in alphabetical order, as often as it has twentieths of the energy, so that a search ranks by that."""
+    shares: dict[str, float] = defaultdict(float)
+    for word, of_peak in zip(words, (energy / (energy.sum() or 1.0)).tolist(), strict=True):
+        shares[word] += of_peak
+    return [word for word in sorted(shares) for _ in range(max(1, round(20 * shares[word])))]
 
 
 def _position(positions: np.ndarray) -> int | None:
