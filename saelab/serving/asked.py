@@ -145,11 +145,10 @@ def _prompts(told: Any) -> list[str | list[int]]:
     """One prompt or several, each a text or token ids."""
     if isinstance(told, str) or whole_numbers(told) is not None:
         return [told]
-    kinds = (
-        [str if isinstance(one, str) else whole_numbers(one) and list for one in told] if isinstance(told, list) else []
-    )
-    if set(kinds) in ({str}, {list}):
-        return told
+    listed = told if isinstance(told, list) else []
+    is_text = [isinstance(one, str) for one in listed]
+    if listed and (all(is_text) or all(whole_numbers(one) is not None for one in listed)):
+        return listed
     raise Refused(f"prompt={_short(told)}; expected a text, token ids, or a list of either.", param="prompt")
 
 

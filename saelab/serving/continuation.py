@@ -43,7 +43,7 @@ class Continuation:
         self.lm, self.n_prompt, self.stop, self.n_top = lm, n_prompt, stop, n_top
         self.n_new, self.reason = 0, ""
         self._start: int | None = None
-        self._length = self._told = 0
+        self._told, self._before = 0, ""
         self._tokens: list[Token] = []
         cleans = getattr(lm.tokenizer, "clean_up_tokenization_spaces", False)
         self._held = _CLEANED if cleans else 0
@@ -55,8 +55,8 @@ class Continuation:
         last, generated = int(ids[-1]), self._text(ids)
         stable = generated.rstrip("\ufffd")  # a character whose last bytes are still missing
         if self.n_top is not None and last not in self.lm.stop_ids:
-            self._tokens.append(self._token(last, logits))
-        self._length = len(stable)
+            self._tokens.append(self._token(last, self._begin(generated), logits))
+        self._before = generated
         found = [at for at in (stable.find(word) for word in self.stop) if at >= 0]
         if found:
             self.reason = "stop"
@@ -72,6 +72,10 @@ class Continuation:
             self._start = len(decode(ids[: self.n_prompt], skip_special_tokens=True))
         return decode(ids, skip_special_tokens=True)[self._start :]
 
+    def _begin(self, text: str) -> int:
+        """Where the last token of `text` begins: behind all before it, or where it completes a character."""
+        return len(self._before if text.startswith(self._before) else self._before.rstrip("\ufffd"))
+
     def _ready(self, text: str) -> int:
         """The length that neither a stop word nor the tokenizer can take back."""
         begun = [n for word in self.stop for n in range(1, len(word)) if text.endswith(word[:n])]
@@ -84,9 +88,9 @@ class Continuation:
         self._told = until
         return piece if piece.text or tokens else None
 
-    def _token(self, token: int, logits: Tensor) -> Token:
+    def _token(self, token: int, begin: int, logits: Tensor) -> Token:
         logprobs = torch.log_softmax(logits.float(), dim=-1).clamp_min(_LOWEST)
         top = logprobs.topk(min(self.n_top or 0, len(logprobs)))
         texts = token_bytes(self.lm.tokenizer, [token, *top.indices.tolist()])
         pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-        return Token(self._length, texts[token], float(logprobs[token]), tuple((texts[i], p) for i, p in pairs))
+        return Token(begin, texts[token], float(logprobs[token]), tuple((texts[i], p) for i, p in pairs))
