@@ -25,6 +25,7 @@ import torch
 from tiny_runs import HOOK, make_run
 
 import saelab
+from saelab.cli.main import main
 from saelab.errors import SaelabError
 from saelab.serving import responses
 from saelab.serving.asked import Bounds
@@ -130,7 +131,7 @@ def text_of(client: Any, is_chat: bool, is_streamed: bool, **options: Any) -> st
 
 def test_requests_at_once_get_the_text_each_gets_alone(server, tiny_lm, plans):
     cases = []
-    for i in range(32):
+    for i in range(24):
         is_chat, is_streamed = bool(i % 2), bool(i // 2 % 2)
         name = [None, "first", "second", "preset"][(i + i // 8) % 4]
         options: dict[str, Any] = {"temperature": [0.0, 0.9][i // 4 % 2], "seed": i}
@@ -138,15 +139,15 @@ def test_requests_at_once_get_the_text_each_gets_alone(server, tiny_lm, plans):
             tiny_lm,
             tiny_lm.chat(MESSAGES) if is_chat else PROMPT,
             None if name is None else plans[name],
-            max_new_tokens=12,
+            max_new_tokens=10,
             **options,
         )
-        asked: dict[str, Any] = options | {"model": "preset" if name == "preset" else MODEL, "max_tokens": 12}
+        asked: dict[str, Any] = options | {"model": "preset" if name == "preset" else MODEL, "max_tokens": 10}
         if name in ("first", "second"):
             told = plans[name].to_json()
             asked["extra_body"] = {"steering": told if i % 3 else json.loads(told)}
         cases.append((is_chat, is_streamed, asked, alone))
-    assert len({alone for *_, alone in cases}) > 20
+    assert len({alone for *_, alone in cases}) > 15
     with connected(server) as client, ThreadPoolExecutor(8) as threads:
         found = list(threads.map(lambda case: text_of(client, case[0], case[1], **case[2]), cases))
     for text, case in zip(found, cases, strict=True):
@@ -498,6 +499,18 @@ def test_requests_write_nothing_to_disk(client, run, plans):
     client.completions.create(model="preset", prompt=PROMPT)
     client.chat.completions.create(model=MODEL, messages=MESSAGES, extra_body={"steering": plans["second"].to_json()})
     assert files() == before
+
+
+def test_a_preset_of_constant_vectors_leaves_as_a_control_vector(run, plans, tmp_path, capsys):
+    store, out = saelab.load_features(run), tmp_path / "vector.gguf"
+    plan = Plan((store.feature(0) * 2.0,)).save(tmp_path / "plan.json")
+    assert main(["export", str(run), str(out), "--format", "gguf", "--plan", str(plan)]) == 0
+    assert out.exists() and f"The vectors of {plan} are in {out}" in capsys.readouterr().out
+    assert main(["export", str(run), str(out), "--format", "gguf", "--plan", str(plan), "--feature", "1"]) == 2
+    assert main(["export", str(run), str(out), "--plan", str(plan)]) == 2
+    plan = plans["first"].save(tmp_path / "plan.json")
+    assert main(["export", str(run), str(out), "--format", "gguf", "--plan", str(plan)]) == 2
+    assert "The plan has on='generated'" in capsys.readouterr().err
 
 
 def test_the_token_is_found(tmp_path, monkeypatch):
