@@ -10,6 +10,7 @@ from saelab.edits.direction import Direction
 from saelab.edits.feature_handle import FeatureHandle
 from saelab.errors import SaelabError
 from saelab.interop.directions import save_directions, save_gguf
+from saelab.steering import Plan
 
 HOOK = "blocks.3.hook_resid_post"
 
@@ -47,6 +48,32 @@ def test_plain_directions_name_hook_and_model(tmp_path):
         assert sorted(file.keys()) == sorted(names)
         for name, edit in zip(names, edits(), strict=True):
             torch.testing.assert_close(file.get_tensor(name), added(edit), rtol=1e-4, atol=1e-5)
+
+
+def test_a_plan_of_constant_vectors_is_written_as_its_edits(tmp_path):
+    listed = edits()
+    plan = Plan(tuple(listed))
+    for save in (save_gguf, save_directions):
+        one, other = save(listed, tmp_path / "edits", "llama"), save(plan, tmp_path / "plan", "llama")
+        assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"on": "generated"}, "on='generated'"),
+        ({"positions": (1, -1)}, r"positions=\(1, -1\)"),
+        ({"window": (None, -4)}, "window="),
+        ({"gate": Direction(torch.ones(D_IN), HOOK).above(0.5)}, "gate="),
+        ({"keep_norm": True, "cap": 2.0}, "cap=2.0, keep_norm=True"),
+    ],
+)
+def test_a_plan_that_depends_on_the_token_is_refused(tmp_path, options, said):
+    plan = Plan((Direction(torch.ones(D_IN), HOOK) * 1.0,), **options)
+    for save in (save_gguf, save_directions):
+        with pytest.raises(SaelabError, match=f"The plan has {said}.* added to every token alike"):
+            save(plan, tmp_path / "v", "llama")
+    assert not (tmp_path / "v").exists()
 
 
 def test_what_is_no_constant_vector_is_refused(tmp_path):

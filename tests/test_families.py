@@ -120,7 +120,7 @@ def test_greedy_generation_is_plain_argmax(family):
     with torch.inference_mode():
         for _ in range(5):
             ids = torch.cat([ids, family.model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
-            if int(ids[0, -1]) in family.lm._stop_ids:
+            if int(ids[0, -1]) in family.lm.stop_ids:
                 break
     assert family.lm.generate_ids(IDS, max_new_tokens=5).ids.tolist() == ids[0].tolist()
 
@@ -133,7 +133,7 @@ def test_a_batch_of_prompts_is_padded_right_or_not_at_all(family):
     prompts = [IDS[0].tolist(), [33, 91], [12, 55, 101, 70]]
     alone = [family.lm.generate_ids(prompt, max_new_tokens=4, keep_logits=True) for prompt in prompts]
     together = family.lm._generate(
-        [torch.tensor(prompt) for prompt in prompts], Sampling(4, stop_ids=family.lm._stop_ids, keep_logits=True), None
+        [torch.tensor(prompt) for prompt in prompts], Sampling(4, stop_ids=family.lm.stop_ids, keep_logits=True), None
     )
     for one, other in zip(alone, together, strict=True):
         assert one.ids.tolist() == other.ids.tolist()

@@ -22,7 +22,7 @@ LINKS = {"saelab/" + name.removeprefix("saelab."): folder for name, folder in PA
 
 # Who may import whom: a unit imports its own layer and those after it. Every unit may import errors and files.
 LAYERS = [
-    {"app", "cli", "jobs"},
+    {"app", "cli", "serving", "jobs"},
     {"labels"},
     {"benchmarks", "features", "training", "evaluation", "interop", "runs", "run_folder", "presets"},
     {"steering"},
@@ -42,6 +42,9 @@ ONLY_IN = {
     "datasets": r"saelab/tokens/hf_datasets\.py",
     "streamlit": r"app/.*",
     "mcp": r"saelab/features/mcp_server\.py",
+    "starlette": r"(app|saelab/serving)/\w+\.py",
+    "uvicorn": r"saelab/serving/server\.py",
+    "openai": None,
     "triton": r"kernels/.*",
     "wandb": r"saelab/training/.*",
     "openTSNE": r"saelab/features/layout\.py",

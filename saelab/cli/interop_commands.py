@@ -81,13 +81,16 @@ def export(
     format: StoreOrSaeFormat = "sae_lens",
     feature: Annotated[tuple[int, ...], arg(help="Features of a gguf or directions file.")] = (),
     strength: Annotated[float, arg(help="Their strength, in units of each feature's p99.")] = 2.0,
+    plan: Annotated[
+        Path | None, arg(help="File of a steering plan, for gguf or directions instead of features.")
+    ] = None,
 ) -> None:
     """Write the SAE of RUN for another library, or steering vectors or the store of its features; what a format cannot hold is
     refused."""
     import saelab
 
     if format in ("gguf", "directions"):
-        _export_vectors(run, out, format, feature, strength)
+        _export_vectors(run, out, format, feature, strength, plan)
     elif format in ("sae_dashboard", "neuronpedia"):
         save_store = importlib.import_module(f"saelab.interop.{format}").save_store
         print(f"{len(save_store(saelab.load_features(run), out))} files with the features of {run} are in {out}")
@@ -96,21 +99,26 @@ def export(
 
         files = save_tables(saelab.load_features(run), out, format=format)
         print(f"The features of {run} and their examples are in {' and '.join(map(str, files))}")
-    elif feature:
-        raise ValueError(f"--feature is for the formats gguf and directions, not {format}.")
+    elif feature or plan:
+        raise ValueError(f"--feature and --plan are for the formats gguf and directions, not {format}.")
     else:
         print(f"The SAE is in {saelab.save_sae(saelab.load_sae(run), out, format=format)}, as {format} reads it")
 
 
-def _export_vectors(run: Path, out: Path, format: str, features: tuple[int, ...], strength: float) -> None:
+def _export_vectors(
+    run: Path, out: Path, format: str, features: tuple[int, ...], strength: float, plan: Path | None
+) -> None:
     import saelab
     from saelab.interop.directions import save_directions, save_gguf
 
-    if not features:
-        raise ValueError(f"--format {format} needs features: --feature 17, or several.")
+    if bool(features) == (plan is not None):
+        raise ValueError(f"--format {format} needs features (--feature 17, or several) or a --plan, one of the two.")
     store = saelab.load_features(run)
     model = str((store.sae.provenance.origin.get("model") or {}).get("name") or "unknown")
     write = save_gguf if format == "gguf" else save_directions
+    if plan is not None:
+        print(f"The vectors of {plan} are in {write(saelab.steering.Plan.load(plan, store), out, model)}")
+        return
     path = write([store.feature(i) * strength for i in features], out, model)
     print(f"{strength:g} times p99 of {', '.join(map(str, features))} is in {path}")
 
@@ -226,6 +234,7 @@ INTEROP: dict[str, tuple[Callable[..., None], str]] = {
         "saelab export runs/demo runs/for-saelens --format sae_lens\n"
         "saelab export runs/mlp/sae-l1 out --format dictionary_learning\n"
         "saelab export runs/demo tables --format parquet\n"
-        "saelab export runs/demo topic.gguf --format gguf --feature 17 --strength 1.5",
+        "saelab export runs/demo topic.gguf --format gguf --feature 17 --strength 1.5\n"
+        "saelab export runs/demo topic.gguf --format gguf --plan topic.json",
     ),
 }

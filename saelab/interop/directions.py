@@ -18,6 +18,7 @@ from saelab.edits.direction import VectorEdit
 from saelab.edits.feature_edit import FeatureEdit
 from saelab.errors import SaelabError
 from saelab.files import atomic_path, atomic_save_safetensors
+from saelab.models import Steering
 from saelab.saes.token_norm import TOKEN_NORMS
 
 ARCHITECTURE = "controlvector"
@@ -39,15 +40,32 @@ def constant_vector(edit: Any) -> Float[Tensor, " d_in"]:
     )
 
 
-def save_gguf(edits: Sequence[Any], path: str | Path, model: str) -> Path:
-    """Write a control vector of the sum of the edits at each layer. `model` is the architecture that it is for, such as "llama".
+def constant_edits(edits: Sequence[Any] | Steering) -> Sequence[Any]:
+    """The edits of a plan, or those given. Raises `SaelabError` for a plan whose options make them depend on the token."""
+    if not isinstance(edits, Steering):
+        return edits
+    options = {name: getattr(edits, name) for name in ("positions", "window", "gate", "cap")}
+    given = {"on": edits.on} if edits.on != "both" else {}
+    given |= {name: value for name, value in options.items() if value is not None}
+    given |= {"keep_norm": True} if edits.keep_norm else {}
+    if given:
+        told = ", ".join(f"{name}={value!r}" for name, value in given.items())
+        raise SaelabError(
+            f"The plan has {told}, but a constant vector is added to every token alike: export one without these options."
+        )
+    return edits.edits
 
-    Raises `SaelabError` for an edit that is not added to the output of a layer from 1 on.
+
+def save_gguf(edits: Sequence[Any] | Steering, path: str | Path, model: str) -> Path:
+    """Write a control vector of the sum of the edits at each layer, of a list or a plan. `model` is the architecture that it is
+    for, such as "llama".
+
+    Raises `SaelabError` for an edit that is not added to the output of a layer from 1 on, and for a plan with options.
     """
     from gguf import GGUFWriter
 
     directions: dict[int, Tensor] = {}
-    for edit in edits:
+    for edit in constant_edits(edits):
         layer = _layer(edit.hook_name)
         vector = constant_vector(edit)
         directions[layer] = directions[layer] + vector if layer in directions else vector
@@ -76,9 +94,10 @@ def _layer(hook_name: str) -> int:
     return int(found.group(1))
 
 
-def save_directions(edits: Sequence[Any], path: str | Path, model: str) -> Path:
-    """Write `HOOK/i` for the i-th edit at each hook, `(d_in)` float32 in raw units, with the model's name as metadata."""
-    tensors = {f"{edit.hook_name}/{i}": constant_vector(edit).contiguous() for i, edit in enumerate(edits)}
+def save_directions(edits: Sequence[Any] | Steering, path: str | Path, model: str) -> Path:
+    """Write `HOOK/i` for the i-th edit of a list or a plan, `(d_in)` float32 in raw units, with the model's name as metadata."""
+    listed = constant_edits(edits)
+    tensors = {f"{edit.hook_name}/{i}": constant_vector(edit).contiguous() for i, edit in enumerate(listed)}
     if not tensors:
         raise SaelabError("There is nothing to write: give at least one edit, such as feature * 2.0.")
     atomic_save_safetensors(path, tensors, {"model": model})

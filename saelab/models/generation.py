@@ -64,7 +64,7 @@ class Generates:
                 "This model has no tokenizer to write text with: use generate_ids, or load_model(model, tokenizer)."
             )
         rows = self._rows(prompt, attention_mask)
-        how = Sampling(max_new_tokens, temperature, seed, num_return_sequences, self._stop_ids)
+        how = Sampling(max_new_tokens, temperature, seed, num_return_sequences, self.stop_ids)
         is_list = isinstance(prompt, list | tuple) and whole_numbers(prompt) is None
         texts = [one for one in (prompt if is_list else [prompt]) if isinstance(one, str)]
         on_step = self._on_step(on_token, on_text, len(rows) * num_return_sequences, len(rows[0]), texts)
@@ -83,7 +83,7 @@ class Generates:
         if on_text is not None and n_texts != 1:
             raise ValueError(f"on_text is told of one text, got {n_texts} to generate: call generate once for each.")
 
-        def told(n: int, ids: Tensor) -> None:
+        def told(n: int, ids: Tensor, logits: Tensor) -> None:
             if on_token is not None:
                 on_token(n)
             if on_text is not None:
@@ -108,15 +108,20 @@ class Generates:
         seed: int = 0,
         keep_logits: bool = False,
         on_token: OnToken | None = None,
+        on_step: OnStep | None = None,
     ) -> Generation:
-        """`generate` of one prompt as token ids, with the logits of each step on request. Active edits apply."""
+        """`generate` of one prompt as token ids, with the logits of each step on request. Active edits apply.
+
+        `on_step(n, ids, logits)`, instead of `on_token(n)`, is called after n new tokens with all ids (1, seq) and the logits
+        (1, vocab) of the last one; when it returns True, the text ends there.
+        """
         rows = self._rows(prompt)
         if len(rows) != 1:
             raise ValueError(
                 f"generate_ids takes one prompt, got {len(rows)}; call it once for each, or use generate for texts."
             )
-        how = Sampling(max_new_tokens, temperature, seed, 1, self._stop_ids, keep_logits)
-        return self._generate(rows, how, self._on_step(on_token, None, 1, 0, []))[0]
+        how = Sampling(max_new_tokens, temperature, seed, 1, self.stop_ids, keep_logits)
+        return self._generate(rows, how, on_step or self._on_step(on_token, None, 1, 0, []))[0]
 
     def generate_arms(
         self,
@@ -132,7 +137,7 @@ class Generates:
         """Continuations of one prompt in one batch, each arm under its own steering (None: unsteered): those of `seed` and the
         `n_seeds - 1` seeds after it. All arms draw the same random numbers. Raises as `generate_ids` and `steer` do."""
         (row,) = self._rows(prompt)
-        how = Sampling(max_new_tokens, temperature, seed, n_seeds, self._stop_ids, keep_logits)
+        how = Sampling(max_new_tokens, temperature, seed, n_seeds, self.stop_ids, keep_logits)
         blocks = [
             Block(self._checked(arm), tuple(range(i * n_seeds, (i + 1) * n_seeds)))
             for i, arm in enumerate(arms)
@@ -178,7 +183,8 @@ class Generates:
             ]
 
     @property
-    def _stop_ids(self) -> set[int]:
+    def stop_ids(self) -> set[int]:
+        """The tokens that end a text: EOS, and those that the model's generation config names."""
         more = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
         listed = more if isinstance(more, (list, tuple)) else [more]
         return {token for token in (self.eos_id, *listed) if token is not None}

@@ -16,8 +16,9 @@ OnToken = Callable[[int], None]
 """Called with the number of tokens generated so far; an exception from it ends the generation."""
 OnText = Callable[[str], None]
 """Called with the text so far after each new token; an exception from it ends the generation."""
-OnStep = Callable[[int, Tensor], None]
-"""(number of new tokens, ids so far (batch, seq))."""
+OnStep = Callable[[int, Tensor, Tensor], bool | None]
+"""(number of new tokens, ids so far (batch, seq), the logits (batch, vocab) that the last was chosen from, in fp32 on the CPU)
+-> whether to end here; None goes on."""
 Step = Callable[[Tensor, Tensor, Any], tuple[Tensor, Any]]
 """(ids, positions, KV cache) -> logits (batch, vocab) after the last of `ids`, and the cache."""
 
@@ -75,7 +76,7 @@ def sample(
     """Extend every prompt until a stop token or `max_new_tokens`; returns `n_samples` results per prompt, in order.
 
     Shorter prompts are padded on the left. `check(logits, n)` is called with the logits of the unfinished rows at the n-th
-    new token, `on_step(n, ids)` after it. One uniform number per token is drawn from a generator with the seed, whatever
+    new token, `on_step(n, ids, logits)` after it. One uniform number per token is drawn from a generator with the seed, whatever
     the logits: runs with the same seed draw the same numbers, steered or not, alone or in a batch.
     """
     rows = [prompt for prompt in prompts for _ in range(how.n_samples)]
@@ -94,9 +95,8 @@ def sample(
         ids, positions = _extended(ids, positions, torch.tensor(chosen), live)
         n_new += live
         live &= ~torch.isin(torch.tensor(chosen), stop)
-        if on_step is not None:
-            on_step(n, ids)
-        if not bool(live.any()):
+        ended = on_step is not None and on_step(n, ids, logits)
+        if ended or not bool(live.any()):
             break
     outputs = [row[row_positions >= 0].cpu() for row, row_positions in zip(ids, positions, strict=True)]
     steps = [torch.stack([one[i] for one in kept[: int(n_new[i])]]) if kept else None for i in range(len(rows))]
