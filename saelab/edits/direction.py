@@ -9,7 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saelab.edits.decomposition import FeatureShare, as_features
 from saelab.edits.feature_edit import finite
+from saelab.saes import SAE
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,3 +78,7 @@ class Direction:
     def ablate(self) -> VectorEdit:
         """An edit that projects the direction out: edited activations have no component along it."""
         return VectorEdit(self.hook_name, self.vector, "ablate")
+
+    def as_features(self, sae: SAE, k: int = 10) -> list[FeatureShare]:
+        """The features that make it up: see `saelab.edits.decomposition.as_features`."""
+        return as_features(self.vector, sae, k, self.hook_name)
