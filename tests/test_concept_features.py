@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from saelab.saes import SAE, TopKConfig, TopKSAE
+from saelab.saes import SAE, AbsTopKConfig, AbsTopKSAE, TopKConfig, TopKSAE
 from saelab.steering import features_for, probe
 from saelab.steering.concept_features import auroc, text_maxima
 
@@ -58,6 +58,17 @@ def test_maxima_are_those_of_encode(sae, tiny_lm):
     for text, row in zip(POS, found, strict=False):
         (x,) = next(iter(tiny_lm.stream_activations([text], [HOOK])))[HOOK]
         torch.testing.assert_close(row, sae.encode(x[1:].clone()).to_dense().amax(0), rtol=1e-4, atol=1e-4)
+
+
+def test_a_maximum_is_the_activation_of_largest_size(tiny_lm):
+    signed = AbsTopKSAE(AbsTopKConfig(64, k=12), d_in=32, seed=3).requires_grad_(False)
+    found = text_maxima(signed, tiny_lm, POS[:3], "positive", HOOK)
+    for text, row in zip(POS, found, strict=False):
+        (x,) = next(iter(tiny_lm.stream_activations([text], [HOOK])))[HOOK]
+        dense = signed.encode(x[1:].clone()).to_dense()
+        wanted = dense.gather(0, dense.abs().argmax(0)[None])[0]
+        torch.testing.assert_close(row, wanted, rtol=1e-4, atol=1e-4)
+        assert bool((row < 0).any()) and bool((row > 0).any())
 
 
 def test_auroc_counts_pairs():

@@ -48,8 +48,11 @@ def test_the_share_explained_rises_to_that_of_the_sum(sae):
     again = Direction(vector, HOOK).as_features(sae, 12)
     assert [row.feature for row in rows] == [row.feature for row in again]
     assert [row.coefficient for row in rows] == pytest.approx([row.coefficient for row in again], rel=1e-9)
-    best = int((units @ vector).argmax())
-    assert rows[0].feature == best and rows[0].explained == pytest.approx(rows[0].cosine ** 2)
+    chosen, wide = [row.feature for row in rows], units.double()
+    for n, feature in enumerate(chosen):  # each is the nearest to what the rows before it leave
+        left = vector.double() - _non_negative(wide[chosen[:n]], vector.double()) @ wide[chosen[:n]]
+        assert int((wide @ left).argmax()) == feature
+    assert rows[0].explained == pytest.approx(rows[0].cosine ** 2)
 
 
 def test_least_squares_are_those_of_every_subset():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from saelab.steering import Probe, probe
-from saelab.steering.probe import PENALTIES, logistic_regression
+from saelab.steering.probe import PENALTIES, _fit, logistic_regression
 
 HOOK = "blocks.1.hook_resid_post"
 WORDS = ["river", "mill", "house", "hill", "man", "hat", "word", "light", "function", "end"]
@@ -31,6 +31,16 @@ def test_the_regression_is_where_the_gradient_of_its_loss_is_zero(n, penalty):
     loss = torch.nn.functional.binary_cross_entropy_with_logits(log_odds, y, share, reduction="sum")
     (loss + penalty / 2 * point[:-1].square().sum()).backward()
     assert point.grad is not None and float(point.grad.abs().max()) < 1e-9
+
+
+def test_a_shift_and_a_unit_of_the_activations_change_nothing():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(30, 50, generator=generator).double(), (torch.arange(30) % 3 > 0).double()
+    weight, bias = _fit(x, y, 0.1)
+    other, shifted = _fit(100 * x + 7, y, 0.1)
+    torch.testing.assert_close((100 * x + 7) @ other + shifted, x @ weight + bias)
+    p = torch.sigmoid(x @ weight + bias)
+    assert float(p[y > 0].mean() + p[y == 0].mean()) == pytest.approx(1)  # the bias is not penalised
 
 
 def test_it_tells_texts_it_has_not_seen_apart(tiny_lm, found):
