@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from saelab.benchmarks.fsm import FSMResult, allowed_share, purity, run_fsm
-from saelab.benchmarks.fsm_language import BOS, D_VOCAB, Machine, js_divergence
+from saelab.benchmarks.fsm_language import BOS, D_VOCAB, Machine
+from saelab.features.separability import js_divergence
 from saelab.saes import CodebookConfig
 
 LINE = Machine(torch.tensor([[1, 2], [2, 0], [0, 11]] + [[0, 1]] * 9))  # 12 states: two digits

@@ -23,9 +23,8 @@ LINKS = {"saelab/" + name.removeprefix("saelab."): folder for name, folder in PA
 # Who may import whom: a unit imports its own layer and those after it. Every unit may import errors and files.
 LAYERS = [
     {"app", "cli", "serving", "jobs"},
-    {"labels"},
+    {"labels", "steering"},
     {"benchmarks", "features", "training", "evaluation", "interop", "runs", "run_folder", "presets"},
-    {"steering"},
     {"edits"},
     {"activation_cache", "io", "identity"},
     {"saes", "losses", "models", "tokens"},

@@ -287,7 +287,7 @@ def test_the_command_line_steers_the_chosen_end(world, end, sign, monkeypatch, c
     real, steered = type(world.lm).steer, []
     monkeypatch.setattr(commands, "load_lm", lambda *_: world.lm)
     monkeypatch.setattr(type(world.lm), "steer", lambda lm, *edits: steered.extend(edits) or real(lm, *edits))
-    commands.steer(world.run, INDEX["mostly negative"], prompt="The", end=end, max_new_tokens=1)
+    commands.steer(world.run, INDEX["mostly negative"], prompt="The weather", end=end, max_new_tokens=1)
     assert np.sign(steered[0].value) == sign
     assert ("(positive end)" in capsys.readouterr().out) == (end == "positive")
 

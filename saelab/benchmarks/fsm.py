@@ -23,7 +23,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from saelab.benchmarks.fsm_language import D_VOCAB, Machine, js_divergence
+from saelab.benchmarks.fsm_language import D_VOCAB, Machine
+from saelab.features.separability import js_divergence
 from saelab.models import load_model
 from saelab.models.language_model import LanguageModel
 from saelab.models.tiny import build_tiny_llama

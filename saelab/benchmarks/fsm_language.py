@@ -4,7 +4,6 @@ each state written as a zero-padded decimal number; every edge out of a state is
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -71,10 +70,3 @@ class Machine:
         first = self.edges // 10 ** (self.n_digits - 1)
         counts = torch.zeros(self.n_states, D_VOCAB).scatter_add(1, first, torch.ones(first.shape))
         return counts / self.edges.shape[1]
-
-
-def js_divergence(p: Float[Tensor, "n vocab"], q: Float[Tensor, "n vocab"]) -> Float[Tensor, " n"]:
-    """Jensen-Shannon divergence of each pair of rows, in bits: 0 if equal, 1 if disjoint."""
-    middle = ((p + q) / 2).clamp_min(1e-30)
-    to_p, to_q = (torch.xlogy(r, r / middle).sum(1) for r in (p, q))
-    return (to_p + to_q) / (2 * math.log(2))

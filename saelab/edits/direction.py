@@ -11,7 +11,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saelab.edits.decomposition import FeatureShare, as_features
 from saelab.edits.gate import DirectionGate
+from saelab.saes import SAE
 
 
 class Range(NamedTuple):
@@ -125,6 +127,10 @@ class Direction:
     def above(self, value: float) -> DirectionGate:
         """A gate for `lm.steer(..., gate=)` that is open at tokens whose component along the unit vector exceeds `value`."""
         return DirectionGate(self.hook_name, self.vector, finite(value))
+
+    def as_features(self, sae: SAE, k: int = 10) -> list[FeatureShare]:
+        """The features that make it up: see `saelab.edits.decomposition.as_features`."""
+        return as_features(self.vector, sae, k, self.hook_name)
 
 
 def in_range(low: Any, high: Any) -> Range:

@@ -62,7 +62,7 @@ class FeatureHandle:
 
     __rmul__ = __mul__
 
-    def add(self, value: float, unit: str = "p99") -> FeatureEdit | VectorEdit:
+    def add(self, value: float, unit: str = "p99") -> Any:
         """An edit that adds `value` in `unit` ("p99", "max", "mean", "raw") to the feature activation of every token; with
         "resid_norm" the decoder row's unit vector times `value` times each activation's norm."""
         if unit == _ALONG:

@@ -104,9 +104,11 @@ class Steers:
         ids: Int[Tensor, "batch seq"],
         positions: Int[Tensor, "batch seq"],
         n_prompt: Int[Tensor, " batch"] | None = None,
+        blocks: Sequence[Block] | None = None,
     ) -> Pass | None:
-        """The open blocks in a forward pass over these tokens; None without any. Without `n_prompt` all are the prompt's."""
-        blocks = self._blocks
+        """These blocks, or the open ones, in a forward pass over these tokens; None without any. Without `n_prompt` all tokens
+        are the prompt's."""
+        blocks = self._blocks if blocks is None else blocks
         if not blocks:
             return None
         special = torch.tensor(self.special_ids, dtype=ids.dtype, device=ids.device)

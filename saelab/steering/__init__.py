@@ -3,17 +3,32 @@
 from saelab.edits.direction import Direction
 from saelab.edits.feature_edit import FeatureEdit
 from saelab.edits.feature_handle import FeatureHandle
+from saelab.steering.affine_maps import AffineEdit, LinEAS
+from saelab.steering.attenuate import Attenuation, attenuate
+from saelab.steering.concept_features import ConceptFeature, features_for
 from saelab.steering.effect_table import NEUTRAL_PROMPTS, EffectTable, effect_table
+from saelab.steering.lineas import lineas
 from saelab.steering.plan import Plan
-from saelab.steering.vectors import diff_means
+from saelab.steering.probe import Probe, probe
+from saelab.steering.vectors import diff_means, pca_pairs
 
 __all__ = [
     "NEUTRAL_PROMPTS",
+    "AffineEdit",
+    "Attenuation",
+    "ConceptFeature",
     "Direction",
     "EffectTable",
     "FeatureEdit",
     "FeatureHandle",
     "Plan",
+    "LinEAS",
+    "Probe",
+    "attenuate",
     "diff_means",
     "effect_table",
+    "features_for",
+    "lineas",
+    "pca_pairs",
+    "probe",
 ]

@@ -1,4 +1,4 @@
-"""Directions from texts: the difference between the mean activations of two sets."""
+"""Directions from texts: the difference between the mean activations of two sets, and the main difference of pairs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from torch import Tensor
 from saelab.edits.direction import Direction
 from saelab.models import LanguageModel
 from saelab.models.prompts import several
-
-_BATCH = 16
+from saelab.steering.text_activations import stream_tokens, text_list, text_vectors
 
 
 def diff_means(lm: LanguageModel, pos: Any, neg: Any, hook_name: str) -> Direction:
@@ -31,13 +30,33 @@ def diff_means(lm: LanguageModel, pos: Any, neg: Any, hook_name: str) -> Directi
 def _mean(lm: LanguageModel, texts: Any, hook_name: str, side: str) -> Float[Tensor, " d_in"]:
     texts = list(several(texts, side))
     total, count = torch.zeros(lm.d_in(hook_name), dtype=torch.float64), 0
-    special = torch.tensor(lm.special_ids, dtype=torch.int64)
-    for start in range(0, len(texts), _BATCH):
-        ids, positions = lm.to_batch(texts[start : start + _BATCH])
-        kept = (positions > 0) & ~torch.isin(ids, special)
-        x = next(iter(lm.stream_activations([ids], [hook_name])))[hook_name].cpu()
-        total += x[kept].double().sum(0)
-        count += int(kept.sum())
+    for tokens in stream_tokens(lm, texts, [hook_name]):
+        total += tokens.x[hook_name].double().sum(0)
+        count += len(tokens.texts)
     if count == 0:
         raise ValueError(f"{side} holds {len(texts)} texts and no token to average; give texts of at least two tokens.")
     return (total / count).float()
+
+
+def pca_pairs(lm: LanguageModel, pos: Any, neg: Any, hook_name: str, *, tokens: str = "mean") -> Direction:
+    """First principal component of the differences `pos[i] - neg[i]` of paired texts, after Zou et al. 2023, "Representation
+    Engineering: A Top-Down Approach to AI Transparency" (arXiv 2310.01405).
+
+    A text's vector is the mean over its tokens, or that of its last token (`tokens="last"`, as in the paper). Each pair counts in
+    both orders, so no mean is subtracted. The direction points to `pos` on average; its norm is the root mean square of
+    the differences along it, in raw units. Raises `ValueError` for sides of different lengths, texts without tokens, an unknown
+    hook, and pairs that do not differ.
+    """
+    lm.check_hook(hook_name)
+    first, second = text_list(pos, "pos"), text_list(neg, "neg")
+    if len(first) != len(second):
+        raise ValueError(
+            f"pos has {len(first)} texts and neg has {len(second)}; pca_pairs compares pos[i] with neg[i]."
+        )
+    vectors = (text_vectors(lm, texts, hook_name, side, tokens) for texts, side in ((first, "pos"), (second, "neg")))
+    differences = torch.sub(*vectors)  # (n_pairs, d_in)
+    _, sizes, rows = torch.linalg.svd(differences, full_matrices=False)
+    if not float(sizes[0]) > 0:
+        raise ValueError(f"The texts of each pair have the same activations at {hook_name}: give pairs that differ.")
+    sign = 1.0 if float((differences @ rows[0]).mean()) >= 0 else -1.0
+    return Direction(sign * sizes[0] / len(differences) ** 0.5 * rows[0], hook_name)
