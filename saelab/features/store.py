@@ -17,6 +17,7 @@ from saelab.features.html_file import write_features
 from saelab.features.manifest import COLLECT_AGAIN
 from saelab.features.records import Promoted, PromotedToken
 from saelab.features.search import Search
+from saelab.features.steer_scores import STEER_SCORE, source, steer_scores
 
 if TYPE_CHECKING:
     from saelab.saes import SAE
@@ -57,8 +58,9 @@ class FeatureStore(Search):
         limit: int = 50,
         offset: int = 0,
     ) -> list[dict[str, Any]]:
-        """One page of the feature table: one dict per row with the keys of `schema.COLUMNS` and `LABEL_COLUMNS`, and "sign" (of
-        the dominant end, None where a feature never fired). Missing metrics sort last.
+        """One page of the feature table: one dict per row with the keys of `schema.COLUMNS` and `LABEL_COLUMNS`, "sign" (of the
+        dominant end, None where a feature never fired) and "steer_score" (from `saelab.steering.find`, None where a feature was
+        not tried). Missing metrics sort last.
 
         `where` holds inclusive (lowest, highest) bounds by column, None for open: `{"density": (1e-4, None)}`.
         Raises `ValueError` for an unknown column or a negative `limit` or `offset`.
@@ -67,14 +69,25 @@ class FeatureStore(Search):
         if limit < 0 or offset < 0:
             raise ValueError(f"limit={limit}, offset={offset}: both must be 0 or more.")
         clause, values = _where(where)
-        return self._rows(f"{clause} {_order(sort, descending)} LIMIT ? OFFSET ?", [*values, limit, offset])
+        table, marks = source(self.annotations, [sort, *(where or {})])
+        tail = f"{clause} {_order(sort, descending)} LIMIT ? OFFSET ?"
+        return self._scored(self._rows(tail, [*marks, *values, limit, offset], table))
+
+    def rows_of(self, features: list[int]) -> list[dict[str, Any]]:
+        """Rows of the table for these features, in this order."""
+        return self._scored(super().rows_of(features))
+
+    def _scored(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        scores = steer_scores(self.annotations)
+        return [row | {STEER_SCORE: scores.get(row["feature"])} for row in rows]
 
     def features(self, sort: str = "density", descending: bool = True, where: Bounds | None = None) -> list[int]:
         """The features within the bounds of `where`, in this order (see `table`)."""
         _check_column(sort)
         clause, values = _where(where)
-        sql = f"SELECT feature FROM feature {clause} {_order(sort, descending)}"
-        return [feature for (feature,) in self._query(sql, values)]
+        table, marks = source(self.annotations, [sort, *(where or {})])
+        sql = f"SELECT feature FROM {table} {clause} {_order(sort, descending)}"
+        return [feature for (feature,) in self._query(sql, [*marks, *values])]
 
     @property
     def annotations(self) -> Annotations:
@@ -172,12 +185,15 @@ class FeatureStore(Search):
     def count(self, where: Bounds | None = None) -> int:
         """Number of features within the bounds of `where` (see `table`)."""
         clause, values = _where(where)
-        return self._query(f"SELECT count(*) FROM feature {clause}", values)[0][0]
+        table, marks = source(self.annotations, where or {})
+        return self._query(f"SELECT count(*) FROM {table} {clause}", [*marks, *values])[0][0]
 
     def column(self, name: str) -> np.ndarray:
-        """One metric of every feature, `(d_sae,)` float64 in feature order; NaN where a feature never fired."""
+        """One metric of every feature, `(d_sae,)` float64 in feature order; NaN where a feature never fired
+        or was not tried."""
         _check_column(name)
-        rows = self._query(f'SELECT "{name}" FROM feature ORDER BY feature')
+        table, marks = source(self.annotations, [name])
+        rows = self._query(f'SELECT "{name}" FROM {table} ORDER BY feature', marks)
         return np.array([np.nan if value is None else value for (value,) in rows], dtype=np.float64)
 
 
@@ -208,8 +224,9 @@ def load_features(path: str | Path, sae: SAE | None = None) -> FeatureStore:
 
 
 def _check_column(name: str) -> None:
-    if name not in schema.SORTABLE:
-        raise ValueError(f"column {name!r} does not exist; there are {', '.join(schema.SORTABLE)}.")
+    known = (*schema.SORTABLE, STEER_SCORE)
+    if name not in known:
+        raise ValueError(f"column {name!r} does not exist; there are {', '.join(known)}.")
 
 
 def _order(sort: str, descending: bool) -> str:
