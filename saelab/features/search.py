@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from functools import cached_property
 from typing import Any
 
@@ -10,14 +9,10 @@ import numpy as np
 
 from saelab.errors import StoreError
 from saelab.features import schema
-from saelab.features.collecting.words import stem_of
 from saelab.features.reader import StoreReader
 
 _WEIGHTS = "10.0, 5.0, 1.0"
 """Of the columns of the search index: label, words at peaks, text around them."""
-
-
-_BEGINS_WORD = re.compile(r"\s[^\W\d_]{3,}|\s?[^\W\d_\x00-\x7f]+")
 
 
 class Search(StoreReader):
@@ -91,11 +86,6 @@ class Search(StoreReader):
         self.check_version("token index")
         sql = "SELECT token, share FROM peak WHERE feature = ? ORDER BY share DESC, token"
         return self._query(sql, [feature])
-
-    def peak_stems(self, feature: int) -> set[str]:
-        """The stems of those tokens that begin a word and have three letters or more; of any letters in other scripts."""
-        pieces = [piece.decode("utf-8", "replace") for piece in self.pieces(t for t, _ in self.peak_tokens(feature))]
-        return {stem_of(piece.strip()) for piece in pieces if _BEGINS_WORD.fullmatch(piece)}
 
     def rows_of(self, features: list[int]) -> list[dict[str, Any]]:
         """Rows of the table for these features, in this order."""

@@ -11,10 +11,12 @@ import numpy as np
 from saelab.errors import SaelabError, StoreError
 from saelab.features import schema
 from saelab.features.annotations import ALL_FEATURES, Annotations
+from saelab.features.collecting.words import stem_of
 from saelab.features.documents import Document, tokens_of
 from saelab.features.feature import Feature
 from saelab.features.html_file import write_features
 from saelab.features.manifest import COLLECT_AGAIN
+from saelab.features.peak_words import is_word, word_at_peak
 from saelab.features.records import Promoted, PromotedToken
 from saelab.features.search import Search
 from saelab.features.steer_scores import STEER_SCORE, source, steer_scores
@@ -166,6 +168,12 @@ class FeatureStore(Search):
         return [
             PromotedToken(text, z, None if logits is None else float(logits[i])) for i, (text, z) in enumerate(found)
         ]
+
+    def peak_stems(self, feature: int) -> list[str]:
+        """The stem of the word at the peak of each of the strongest examples; "" where that is no word of three letters or more
+        (in other scripts than Latin, of one)."""
+        words = [word_at_peak(example) for example in self.feature(feature).examples()]
+        return [stem_of(word) if is_word(word) else "" for word in words]
 
     def contrast(self, lm: Any, a: Any, b: Any) -> Any:
         """Which features fire in more texts of one list than of the other: see `contrast.Contrast`, whose `rows()` are sorted by

@@ -32,8 +32,9 @@ class TrialFile:
 
     def _read(self, settings: Any) -> dict[str, Any]:
         with writing(self.path), self.path.open("rb+") as file:
-            complete, found, _ = file.read().rpartition(b"\n")
-            file.truncate(len(complete) + len(found))
+            complete, found, cut_off = file.read().rpartition(b"\n")
+            if cut_off:
+                file.truncate(len(complete) + len(found))
         batches: dict[str, Any] = {}
         for number, line in enumerate(complete.split(b"\n"), 1):
             try:
