@@ -10,6 +10,7 @@ from saelab.app import state
 from saelab.app.feature_notes import STARRED
 from saelab.features import Example, FeatureStore
 from saelab.features.render import around_peak, cosine, fixed, percent
+from saelab.features.steer_scores import STEER_SCORE
 from saelab.features.visible import escape
 
 _HEADS = {
@@ -19,6 +20,11 @@ _HEADS = {
     "p99": ("p99", "sa-num sa-wider", "99th percentile of its activations: the unit of steering strengths."),
     "max": ("Max", "sa-num sa-wider", "Its largest activation."),
     "cosine": ("Enc\u2013dec", "sa-num sa-wider", "Cosine similarity of its encoder and decoder rows."),
+    "steer_score": (
+        "Steers",
+        "sa-num sa-wider",
+        "Steering score: share of a steered text on which it fires, times fluency.",
+    ),
     "example": ("Strongest example", "sa-last", "The text around its largest activation."),
 }
 _DENSE, DASH = 0.1, "\u2013"
@@ -40,27 +46,37 @@ def show_rows(
     """The table; an arrow marks the column it is sorted by. Links carry `query`, so that Next follows the table."""
     arrow, labels = "\u2193" if descending else "\u2191", store.labels
     starred = set(store.lists.get(STARRED, []))
+    tried = any(row[STEER_SCORE] is not None for row in rows)
     cells = "".join(
         f'<span class="{classes}" title="{meaning}">{name}{f" {arrow}" if key == sort else ""}</span>'
-        for key, (name, classes, meaning) in _HEADS.items()
+        for key, (name, classes, meaning) in _shown(tried).items()
     )
     with st.container(key="sa-head"):
         first, second = _columns()
     first.html(f'<div class="sa-head">{f"Feature {arrow}" if sort == "feature" else "Feature"}</div>')
-    second.html(f'<div class="sa-grid sa-head">{cells}</div>')
+    second.html(f'<div class="{_grid(tried)} sa-head">{cells}</div>')
     for row in rows:
         with st.container(key=f"sa-row-{row['feature']}"):
             first, second = _columns()
             with first:
                 state.link("feature", str(row["feature"]), feature=row["feature"], **(query or {}))
-            second.html(_strip(store, row, labels.get(row["feature"]), row["feature"] in starred))
+            second.html(_strip(store, row, labels.get(row["feature"]), row["feature"] in starred, tried))
 
 
 def _columns() -> list[Any]:
     return list(st.columns([1, 13], vertical_alignment="center", gap="small", wrap=False))
 
 
-def _strip(store: FeatureStore, row: dict[str, Any], given: str | None, starred: bool) -> str:
+def _shown(tried: bool) -> dict[str, tuple[str, str, str]]:
+    """The columns: the steering score only where a feature of the page was tried."""
+    return {key: head for key, head in _HEADS.items() if tried or key != STEER_SCORE}
+
+
+def _grid(tried: bool) -> str:
+    return "sa-grid sa-tried" if tried else "sa-grid"
+
+
+def _strip(store: FeatureStore, row: dict[str, Any], given: str | None, starred: bool, tried: bool) -> str:
     example = store.feature(row["feature"]).examples(1)
     preview = _preview(example[0]) if example else '<span class="sa-never">never fired</span>'
     minus = '<span title="mostly negative">\u2212</span>' if row["sign"] == -1 else ""
@@ -77,10 +93,12 @@ def _strip(store: FeatureStore, row: dict[str, Any], given: str | None, starred:
         "p99": minus + fixed(row["p99"], 2),
         "max": minus + fixed(row["max"], 2),
         "cosine": cosine(row["cosine"]),
+        STEER_SCORE: fixed(row[STEER_SCORE], 2),
         "example": preview,
     }
-    spans = "".join(f'<span class="{_HEADS[key][1] or "sa-first"}">{value}</span>' for key, value in cells.items())
-    return f'<div class="sa-grid">{spans}</div>'
+    shown = {key: classes for key, (_, classes, _) in _shown(tried).items()}
+    spans = "".join(f'<span class="{classes or "sa-first"}">{cells[key]}</span>' for key, classes in shown.items())
+    return f'<div class="{_grid(tried)}">{spans}</div>'
 
 
 def _preview(example: Example) -> str:

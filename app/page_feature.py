@@ -8,6 +8,7 @@ from saelab.app import as_python, feature_effect, feature_examples, feature_note
 from saelab.app.dead_reasons import show_reason
 from saelab.features import Feature
 from saelab.features.render import cosine, feature_histogram_html, number, percent, signs_text
+from saelab.features.steer_scores import steer_text
 from saelab.features.visible import escape
 
 
@@ -94,6 +95,8 @@ def _numbers(feature: Feature) -> None:
     with st.container(horizontal=True):
         for name, value, meaning in entries:
             st.metric(name, value, help=meaning, width=150)
+    if steers := steer_text(feature.store.annotations, feature.feature):
+        st.caption(steers)
 
 
 def _values(feature: Feature) -> None:

@@ -39,7 +39,7 @@ def _controls(store: FeatureStore, asked: query.Query) -> None:
         return
     with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
         st.segmented_control(
-            "Sort by", list(query.SORTS), format_func=lambda key: query.SORTS[key][0], required=True, wrap=True,
+            "Sort by", query.sorts(store), format_func=lambda key: query.SORTS[key][0], required=True, wrap=True,
             **url.bound("sort", asked.sort),
         )  # fmt: skip
         st.segmented_control(
@@ -47,7 +47,7 @@ def _controls(store: FeatureStore, asked: query.Query) -> None:
             **url.bound("order", asked.order),
         )  # fmt: skip
         st.segmented_control(
-            "Density", list(query.SHOWS), format_func=lambda key: query.SHOWS[key][0], required=True, wrap=True,
+            "Density", query.shows(store), format_func=lambda key: query.SHOWS[key][0], required=True, wrap=True,
             **url.bound("show", asked.show),
         )  # fmt: skip
         if lists := sorted(store.lists):

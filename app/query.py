@@ -8,6 +8,7 @@ import streamlit as st
 
 from saelab.app import url
 from saelab.features import FeatureStore
+from saelab.features.steer_scores import STEER_SCORE, STEERS, steer_scores
 
 SORTS = {
     "sharpness": (
@@ -19,17 +20,29 @@ SORTS = {
     "max": ("Max", "Its largest activation."),
     "mean": ("Mean", "Mean of its activations."),
     "cosine": ("Enc\u2013dec", "Cosine similarity of its encoder and decoder rows."),
+    STEER_SCORE: ("Steering", "How far steering with it reads back in fluent text, of the features that were tried."),
     "feature": ("Index", "Row of the weights."),
 }
 ORDERS = {"down": "High to low", "up": "Low to high"}
 SHOWS: dict[str, tuple[str, dict[str, tuple[float | int | None, float | int | None]]]] = {
     "firing": ("Firing", {"n_fired": (1, None)}),
     "common": ("0.01 % to 1 %", {"density": (1e-4, 1e-2)}),
+    "steers": ("Steers", {STEER_SCORE: (STEERS, None)}),
     "dense": ("Over 10 %", {"density": (0.1, None)}),
     "all": ("All", {}),
 }
 MAX_SEARCH = 200
 _MOST_FOUND = 1000
+
+
+def sorts(store: FeatureStore) -> list[str]:
+    """The orders that a store has: by steering score where a feature was tried."""
+    return [name for name in SORTS if name != STEER_SCORE or steer_scores(store.annotations)]
+
+
+def shows(store: FeatureStore) -> list[str]:
+    """The ranges of features that a store has, likewise."""
+    return [name for name in SHOWS if name != "steers" or steer_scores(store.annotations)]
 
 
 class Query(NamedTuple):
@@ -57,8 +70,8 @@ def from_url(store: FeatureStore) -> Query:
     """The query in the URL; unknown values show a notice."""
     lists = sorted(store.lists)
     known = store.manifest["version"] >= 3
-    sort = url.choice("sort", "sharpness" if known else "density", list(SORTS))
-    order, show = url.choice("order", "down", list(ORDERS)), url.choice("show", "firing", list(SHOWS))
+    sort = url.choice("sort", "sharpness" if known else "density", sorts(store))
+    order, show = url.choice("order", "down", list(ORDERS)), url.choice("show", "firing", shows(store))
     among = url.choice("list", "", ["", *lists])
     return Query(st.query_params.get("q", "")[:MAX_SEARCH], sort, order, show, among)
 
@@ -96,7 +109,10 @@ def as_python(query: Query, limit: int, offset: int) -> str:
 
 
 def _ordered(store: FeatureStore, query: Query) -> list[int]:
-    return _cached_order(store.manifest["files"]["store.sqlite"]["sha256"], query.sort, query.order, query.show, store)
+    version = store.manifest["files"]["store.sqlite"]["sha256"]
+    if STEER_SCORE in (query.sort, *query.where):
+        version += str(sorted(steer_scores(store.annotations).items()))
+    return _cached_order(version, query.sort, query.order, query.show, store)
 
 
 @st.cache_data(max_entries=64, show_spinner=False)

@@ -18,6 +18,7 @@ from saelab.errors import SaelabError, StoreError
 from saelab.features import FeatureStore
 from saelab.features.render import model_label
 from saelab.features.schema import MANIFEST
+from saelab.features.steer_scores import STEER_SCORE, STEERS
 from saelab.features.visible import escape
 from saelab.runs import SaeRun, find_saes, find_snapshots
 
@@ -131,10 +132,12 @@ def counted(store: FeatureStore) -> str:
 
 
 def default_feature(store: FeatureStore) -> int:
-    """The feature this session viewed last, else the sharpest one at or below 1 %, else 0."""
+    """The feature this session viewed last, else the one that steers best, else the sharpest one at or below 1 %, else 0."""
     last = st.session_state.get("feature", -1)
     if 0 <= last < store.d_sae:
         return last
+    if best := store.features(STEER_SCORE, True, {STEER_SCORE: (STEERS, None)})[:1]:
+        return best[0]
     sort = "sharpness" if store.manifest["version"] >= 3 else "density"
     rows = store.table(sort, True, {"density": (None, 1e-2), "n_fired": (1, None)}, limit=1)
     return rows[0]["feature"] if rows else 0

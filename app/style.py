@@ -66,6 +66,8 @@ align-items:center}
 .st-key-sl-marks [data-testid="stColumn"]{min-width:min(100%,19rem)}
 .sa-cfg{display:grid;grid-template-columns:max-content minmax(0,1fr);gap:.2rem 1.2rem;font-size:.86rem;margin:0}
 .sa-cfg dt{opacity:.75}.sa-cfg dd{margin:0;overflow-wrap:anywhere}
+@media (min-width:1251px){.sa-tried{grid-template-columns:minmax(9rem,1fr) 4.8rem 3.2rem 4.2rem 4.2rem 4.4rem 4rem
+minmax(0,2fr)}}
 @media (max-width:1250px){.sa-wider{display:none}
 .sa-grid{grid-template-columns:minmax(8rem,1fr) 4.8rem 3.2rem minmax(0,2fr)}}
 @media (max-width:900px){.sa-wide{display:none}.sa-grid{grid-template-columns:minmax(0,1fr) 4.8rem}.sa-last{grid-column:1/-1}}

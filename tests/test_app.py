@@ -159,6 +159,30 @@ def test_labels_stars_lists_and_notes_are_kept(open_page, hostile_run, tmp_path)
     assert load_features(run).feature(7).label == load_features(run).feature(7).row["label"]
 
 
+def test_features_that_were_tried_are_sorted_filtered_and_shown_first(open_page, hostile_run, tmp_path):
+    run = Path(shutil.copytree(hostile_run, tmp_path / "run"))
+    store = load_features(run)
+    fired = store.features("density", True, {"n_fired": (1, None)})[:4]
+    scores = dict(zip(fired, (0.05, 0.4, -0.01, 0.2), strict=True))
+    for feature, score in scores.items():
+        told = {"score": score, "strength": 1.5, "read_back": 0.5, "nll_cost": 0.25, "fluency": 0.8}
+        store.annotations.add(feature, "steer", told)
+    assert "sa-grid sa-tried" not in html_of(open_page("features"))
+    app = open_page("features", run, sort="steer_score")
+    links = [link.proto.label for link in app.get("page_link")]
+    assert links[:4] == [str(feature) for feature in sorted(scores, key=lambda one: -scores[one])]
+    assert "Steers \u2193" in html_of(app) and ">0.40<" in html_of(app)
+    app = open_page("features", run, sort="steer_score", show="steers")
+    assert [link.proto.label for link in app.get("page_link")] == [str(fired[1]), str(fired[3])]
+    store.annotations.add(fired[0], "steer", {"score": 0.9, "strength": 1.0, "read_back": 0.9, "nll_cost": 0.0})
+    app = open_page("features", run, sort="steer_score", show="steers")
+    assert app.get("page_link")[0].proto.label == str(fired[0])  # what another process found since is not missed
+    app = open_page("feature", run)
+    assert app.title[0].value == f"Feature {fired[0]}"
+    assert "Steering score 0.90: at 1 p99 it reads back on +90 % of the text" in text_of(app)
+    assert "Steering score" not in text_of(open_page("feature", run, feature=store.features("density")[-1]))
+
+
 def test_neighbours_and_coactivation_stand_beside(open_page, hostile_run):
     store = load_features(hostile_run)
     index = store.table("n_fired", limit=1)[0]["feature"]

@@ -160,9 +160,13 @@ def test_demo_does_everything_and_goes_on(tmp_path, tiny_folder, texts_file, mon
     words += ["--n-tokens", "4_000", "--train-tokens", "4_000", "--d-sae", "48", "--k", "4"]
     assert main.main([*words, "--no-serve"]) == 0
     first = capsys.readouterr().out
-    assert {path.name for path in out.iterdir()} == {"cache", "sae", "features", "report.json"}
+    assert {path.name for path in out.iterdir()} == {"cache", "sae", "features", "steering"} | {
+        "annotations.sqlite",
+        "report.json",
+    }
     assert all(f"[{step}/6]" in first for step in range(1, 7))
-    assert "   steered: " in first and f"Next: saelab dash {out}; " in first
+    assert "features that were tried" in first and "  unsteered  " in first and "  2 p99 " in first
+    assert f"Next: saelab dash {out}; " in first
     assert str(out) in first.splitlines()[-1]
 
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.*") if path.name != "journal.jsonl"}

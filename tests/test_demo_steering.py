@@ -1,33 +1,22 @@
-"""The demo steers with what can be read: the strongest effect among the fluent texts."""
+"""The demo shows what it found: the share of failures, and two features with their labels, texts, read-back and cost."""
 
-import saelab
+from __future__ import annotations
+
+import planted_steering as planted
+from conftest import build_tokenizer
+
 from saelab.cli import demo_steering
-from saelab.cli.demo_steering import Trial, choose_steering
 
 
-def test_candidates_are_tried_in_the_order_of_what_their_p99_adds_to_a_logit(hostile_run, tiny_lm, monkeypatch):
-    store = saelab.load_features(hostile_run / "features")
-    monkeypatch.setattr(demo_steering, "_EVERYDAY", 0)
-    monkeypatch.setattr(demo_steering.re, "fullmatch", lambda *_: True)
-    monkeypatch.setattr(demo_steering, "_CANDIDATES", store.d_sae)
-    found = demo_steering._candidates(tiny_lm, store)
-    pushes = [(feature.p99 or 0.0) * feature.dominant_logits.positive[0][1] for feature in found]
-    assert len(found) > 2 and pushes == sorted(pushes, reverse=True)
-
-
-def test_a_fluent_text_wins_over_a_stronger_effect(hostile_run, tiny_lm, monkeypatch):
-    store = saelab.load_features(hostile_run / "features")
-    feature = store.feature(store.table(sort="n_fired", limit=1)[0]["feature"])
-    real = demo_steering._try(tiny_lm, feature, 1.0, "The weather", 8)
-    assert real.log_prob < 0 and 0 < real.distinct <= 1
-    own = tiny_lm.generate_ids("The weather", 8)
-    fluent = demo_steering._mean_log_prob(tiny_lm, own.ids, own.n_prompt)
-    trials = {
-        1.0: Trial(feature, 1.0, 1.0, fluent - 0.5, 1.0),
-        1.5: Trial(feature, 1.5, 9.0, fluent - 3.0, 1.0),
-        2.0: Trial(feature, 2.0, 8.0, fluent, 0.3),
-    }
-    monkeypatch.setattr(demo_steering, "STRENGTHS", tuple(trials))
-    monkeypatch.setattr(demo_steering, "_try", lambda lm, feature, strength, *_: trials[strength])
-    chosen = choose_steering(tiny_lm, store, "The weather", 8)
-    assert chosen is not None and chosen.strength == 1.0
+def test_the_two_best_features_are_shown_at_three_strengths(tmp_path, monkeypatch):
+    lm, store = planted.planted_store(tmp_path, build_tokenizer())
+    monkeypatch.setattr(demo_steering, "STRENGTHS", planted.STRENGTHS)
+    lines = list(demo_steering.steering_lines(lm, store))
+    assert lines[0].startswith("Of 8 features that were tried, ") and "failed" in lines[0]
+    heads = [line for line in lines if line.startswith("feature ")]
+    shown = store.rows_of([int(head.split()[1]) for head in heads])
+    assert shown[0]["feature"] == planted.STEERS and len(shown) == 2
+    assert [row["steer_score"] for row in shown] == [row["steer_score"] for row in store.table("steer_score", limit=2)]
+    assert all(f"({row['label']}): best at " in head for row, head in zip(shown, heads, strict=True))
+    start = lines.index(heads[0])
+    assert [line.split()[0] for line in lines[start + 1 : start + 5]] == ["unsteered", "0.5", "4", "12"]

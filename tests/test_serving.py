@@ -594,7 +594,7 @@ def test_a_bad_plan_is_refused_with_what_is_wrong(process, plans):
         (told | {"positions": list(range(1, 200))}, "more positions than the context"),
         (with_edit(feature=48), "feature"),
         (with_edit(sae="0" * 64), "which is not given"),
-        (with_edit(do=["add"]), "no plan"),
+        (with_edit(do=["add"]), "do=.* is unknown"),
         (with_edit(value="two"), "two"),
         (told | {"edits": [vector]}, "width 2, but"),
         (told | {"edits": [vector | {"hook_name": "blocks.99.hook_resid_post"}]}, "blocks.99"),

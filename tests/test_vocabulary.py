@@ -105,7 +105,6 @@ PUBLIC_OR_ON_DISK = {
     },
     "sequence": {
         "Example": r"saelab/features/(reader|records|verify|measuring)\.py",
-        "read": r"saelab/cli/demo_steering\.py",
     },
     "num_return_sequences": {"transformers' name": r"saelab/models/generation\.py"},
     "pool_shards": {"harvest": r"activation_cache/.*"},

@@ -8,11 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import arg
 
 if TYPE_CHECKING:
-    from saelab.features.store import FeatureStore
     from saelab.models import LanguageModel
     from saelab.saes import SAE
 
-PROMPT = "The weather today"
 _SHOWN = ("fvu", "explained_variance", "l0", "dead_fraction", "ce_loss", "ce_loss_sae", "ce_loss_recovered", "kl")
 
 
@@ -32,7 +30,7 @@ def demo(
     serve: Annotated[bool, arg(help="Serve the dashboard at the end.")] = True,
     port: Annotated[int, arg(help="Port of the dashboard.")] = 8501,
 ) -> None:
-    """Train an SAE on a small language model, evaluate it, collect its features and steer with one, step by step."""
+    """Train an SAE on a small language model, evaluate it, collect its features and steer with the best, step by step."""
     import saelab
     from saelab import presets
 
@@ -54,7 +52,7 @@ def demo(
 
 
 def _look_at(sae: SAE, lm: LanguageModel, out_dir: Path, eval_tokens: int | None) -> None:
-    """Evaluate a trained SAE, collect its features, steer with one."""
+    """Evaluate a trained SAE, collect its features, steer with some."""
     import saelab
 
     _say(4, f"Evaluate it on documents it was not trained on: {out_dir / 'report.json'}")
@@ -62,8 +60,11 @@ def _look_at(sae: SAE, lm: LanguageModel, out_dir: Path, eval_tokens: int | None
     print("\n".join(f"   {name:<20}{_number(getattr(report, name))}" for name in _SHOWN))
     _say(5, f"Collect examples, histogram and logits of every feature: {out_dir / 'features'}")
     store = saelab.collect_features(sae, lm, out_dir=out_dir / "features", n_tokens=eval_tokens)
-    _say(6, "Steer the model with one feature")
-    _show_steering(lm, store)
+    _say(6, "Find features that steer the model")
+    from saelab.cli.demo_steering import steering_lines
+
+    for line in steering_lines(lm, store):
+        print(f"   {line}".rstrip(), flush=True)
 
 
 def _say(step: int, what: str) -> None:
@@ -72,17 +73,3 @@ def _say(step: int, what: str) -> None:
 
 def _number(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.4f}"
-
-
-def _show_steering(lm: LanguageModel, store: FeatureStore) -> None:
-    from saelab.cli.demo_steering import choose_steering
-
-    chosen = choose_steering(lm, store, PROMPT, n_tokens=16)
-    if chosen is None:
-        print("   No feature fired; train on more tokens.")
-        return
-    logits = ", ".join(repr(token) for token, _ in chosen.feature.dominant_logits.positive[:5])
-    print(f"   feature {chosen.feature.feature} at {chosen.strength:g} times its p99, which promotes {logits}")
-    print(f"   default: {lm.generate(PROMPT, max_new_tokens=30)!r}")
-    with lm.steer(chosen.feature * chosen.strength):
-        print(f"   steered: {lm.generate(PROMPT, max_new_tokens=30)!r}")

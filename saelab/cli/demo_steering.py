@@ -1,98 +1,64 @@
-"""Chooses the feature that the demo steers with: one with a readable effect, at a strength that keeps the text fluent.
-
-Candidates fire on 1e-4 to 1e-2 of the tokens and promote everyday words. Each is tried at several strengths on a short text
-and scored twice: by the rise in log-probability of its words (in nats, mean over the text), and by the log-probability of
-the text under the unsteered model. The largest rise wins among texts that stay nearly as likely as the model's own and do
-not repeat themselves.
-"""
+"""The demo's last step: a short search for features that steer, and the two best at three strengths."""
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-import torch
-from jaxtyping import Int
-from torch import Tensor
+from saelab.steering.candidates import draw_candidates
+from saelab.steering.find import find
+from saelab.steering.found import MOST_NATS, WORKS, Found, Row
 
 if TYPE_CHECKING:
-    from saelab.features.feature import Feature
     from saelab.features.store import FeatureStore
     from saelab.models import LanguageModel
 
-STRENGTHS = (1.0, 1.5)
-_CANDIDATES = 4
-_WORDS = 6
-_EVERYDAY = 3  # minimum count of a word in the texts the features were collected on
-_MAX_LOSS = 1.0  # nats per token by which the text may be less likely than the model's own
-_MIN_DISTINCT = 0.85  # fraction of distinct bigrams; below this the text repeats itself
+STRENGTHS = (2.0, 1.0, 3.0)
+_CANDIDATES, _SHOWN = 24, 2
 
 
-class Trial(NamedTuple):
-    """A feature at one strength and its effect on a text."""
-
-    feature: Feature
-    strength: float
-    rise: float
-    """Rise in log-probability of the feature's words, in nats, mean over the tokens."""
-    log_prob: float
-    """Mean log-probability of the generated tokens under the unsteered model."""
-    distinct: float
-
-
-def choose_steering(lm: LanguageModel, store: FeatureStore, prompt: str, n_tokens: int) -> Trial | None:
-    """The trial to show; None when no feature fired."""
-    candidates = _candidates(lm, store)
-    unsteered = lm.generate_ids(prompt, n_tokens)
-    floor = _mean_log_prob(lm, unsteered.ids, unsteered.n_prompt) - _MAX_LOSS
-    trials = [_try(lm, feature, strength, prompt, n_tokens) for feature in candidates for strength in STRENGTHS]
-    good = [trial for trial in trials if trial.log_prob >= floor and trial.distinct >= _MIN_DISTINCT]
-    if good:
-        return max(good, key=lambda trial: trial.rise)
-    return max(trials, key=lambda trial: trial.log_prob, default=None)
+def steering_lines(lm: LanguageModel, store: FeatureStore) -> Iterator[str]:
+    """What the demo prints of its search."""
+    candidates = _candidates(store)
+    if not candidates:
+        yield "No feature fired; train on more tokens."
+        return
+    found = find(store, lm, features=candidates, strengths=STRENGTHS)
+    yield from _summary(found)
+    for row in found.rows[:_SHOWN]:
+        yield from _row(row, found)
 
 
-def _candidates(lm: LanguageModel, store: FeatureStore) -> list[Feature]:
-    """Features that mostly promote everyday words, strongest push on a logit first; if there are none, any that fired."""
-    rows = store.table(sort="p99", where={"density": (1e-4, 1e-2)}, limit=store.d_sae)
-    counts = Counter(int(token) for i in range(store.manifest["n_sequences"]) for token in store.sequence(i))
-    found: list[Feature] = []
-    features = [store.feature(row["feature"]) for row in rows]
-    for feature in sorted(features, key=_push, reverse=True):
-        words = [word for word, _ in feature.dominant_logits.positive[:_WORDS] if re.fullmatch(r" [A-Za-z]{4,}", word)]
-        everyday = sum(counts[int(lm.to_ids(word)[0, -1])] >= _EVERYDAY for word in words)
-        if everyday > _WORDS / 2:
-            found.append(feature)
-        if len(found) == _CANDIDATES:
-            break
-    rows = store.table(sort="p99", where={"n_fired": (1, None)}, limit=1)
-    return found or [store.feature(row["feature"]) for row in rows]
+def _candidates(store: FeatureStore) -> list[int]:
+    """A seeded draw; of a store without such features, those that fired most often."""
+    try:
+        return draw_candidates(store, _CANDIDATES)
+    except ValueError:
+        return store.features("n_fired", True, {"n_fired": (1, None)})[:_CANDIDATES]
 
 
-def _push(feature: Feature) -> float:
-    """How much steering with one p99 adds to the logit that the feature raises most."""
-    promoted = feature.dominant_logits.positive[:1]
-    return (feature.p99 or 0.0) * promoted[0][1] if promoted else 0.0
+def _summary(found: Found) -> Iterator[str]:
+    n, failed = len(found.rows), len(found.rows) - len(found.working)
+    yield (
+        f"Of {n} features that were tried, {failed} ({found.failed_share:.0%}) failed: they read back on under {WORKS:.0%} of "
+        f"the text above unsteered text, or cost more than {MOST_NATS:g} nat per token."
+    )
+    if not found.working:
+        yield "So none of them steers this model well; the best:"
 
 
-def _try(lm: LanguageModel, feature: Feature, strength: float, prompt: str, n_tokens: int) -> Trial:
-    edit = feature * strength
-    with lm.steer(edit):
-        steered = lm.generate_ids(prompt, n_tokens)
-    ids, start = steered.ids, steered.n_prompt
-    words = [lm.to_ids(token)[0, -1] for token, _ in feature.dominant_logits.positive[:_WORDS]]
-    rise = 0.0
-    if words:
-        before, after = lm.logits(ids[None]), lm.run_with_edit(ids[None], edit)
-        shares = [x[0, start - 1 : -1].float().log_softmax(-1)[:, torch.stack(words)].mean() for x in (before, after)]
-        rise = float(shares[1] - shares[0])
-    pairs = list(zip(ids[start:].tolist(), ids[start + 1 :].tolist(), strict=False))
-    distinct = len(set(pairs)) / max(len(pairs), 1)
-    return Trial(feature, strength, rise, _mean_log_prob(lm, ids, start), distinct)
-
-
-def _mean_log_prob(lm: LanguageModel, ids: Int[Tensor, " n"], start: int) -> float:
-    """Mean log-probability of the tokens from `start` on, in nats, under the model with its current edits."""
-    log_probs = lm.logits(ids[None])[0, start - 1 : -1].float().cpu().log_softmax(-1)  # (n - start, vocab)
-    return float(log_probs.gather(1, ids[start:, None]).mean())
+def _row(row: Row, found: Found) -> Iterator[str]:
+    label = f" ({row.label})" if row.label else ""
+    yield ""
+    yield (
+        f"feature {row.feature}{label}: best at {row.strength:g} times its p99; reads back on {row.read_back:+.0%} of the text, "
+        f"costs {row.nll_cost:+.2f} nats per token"
+    )
+    # The prompt on which its best text reads back most.
+    prompt = max(row.best, key=lambda trial: trial.score).prompt
+    start = found.settings.prompts[prompt]
+    yield f"  unsteered  {start + found.unsteered[prompt]!r}"
+    for strength in sorted(STRENGTHS):
+        for trial in row.at(strength):
+            if trial.prompt == prompt:
+                yield f"  {strength:g} p99      {start + trial.text!r}"

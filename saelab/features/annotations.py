@@ -11,7 +11,7 @@ import getpass
 import json
 import sqlite3
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -58,11 +58,13 @@ class Annotations:
         self, features: Iterable[int], kind: str, value: Any, name: str = "", author: str | None = None
     ) -> None:
         """As `add`, the same entry for several features: all of them, or none where the file cannot be written."""
-        if kind not in KINDS:
-            raise ValueError(f"kind={kind!r} is unknown; expected one of {', '.join(KINDS)}.")
-        text = None if value is None else json.dumps(value, ensure_ascii=False, allow_nan=False)
-        time, author = datetime.now(UTC).isoformat(timespec="microseconds"), author or _author()
-        self._insert([(uuid.uuid4().hex, self.sae_hash, int(one), kind, name, text, author, time) for one in features])
+        self._insert([self._row(feature, kind, value, name, author) for feature in features])
+
+    def add_each(self, kind: str, values: Mapping[int, Any], name: str = "", author: str | None = None) -> None:
+        """As `add`, one value for each feature, of which those that stand already are left out: all of the others, or none."""
+        known = {entry.feature: entry.value for entry in self.latest(kind, name)}
+        new = {feature: value for feature, value in values.items() if value is None or known.get(feature) != value}
+        self._insert([self._row(feature, kind, value, name, author) for feature, value in new.items()])
 
     def latest(self, kind: str, name: str | None = None, feature: int | None = None) -> list[Entry]:
         """The latest entry of each feature and name that has not been taken back, by feature and name; of one feature alone if it
@@ -111,6 +113,13 @@ class Annotations:
             except (ValueError, KeyError, TypeError) as error:
                 raise StoreError(f"{path}, line {number}, is no annotation ({error}).") from error
         return self._insert(rows)
+
+    def _row(self, feature: int, kind: str, value: Any, name: str, author: str | None) -> tuple[Any, ...]:
+        if kind not in KINDS:
+            raise ValueError(f"kind={kind!r} is unknown; expected one of {', '.join(KINDS)}.")
+        text = None if value is None else json.dumps(value, ensure_ascii=False, allow_nan=False)
+        time = datetime.now(UTC).isoformat(timespec="microseconds")
+        return (uuid.uuid4().hex, self.sae_hash, int(feature), kind, name, text, author or _author(), time)
 
     def _insert(self, rows: list[tuple[Any, ...]]) -> int:
         with self._open() as database:

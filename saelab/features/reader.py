@@ -238,7 +238,7 @@ class StoreReader:
     def _database(self) -> Path:
         return self.folder / schema.DATABASE
 
-    def _rows(self, tail: str, values: list[Any]) -> list[dict[str, Any]]:
+    def _rows(self, tail: str, values: list[Any], source: str = "feature") -> list[dict[str, Any]]:
         sign = {True: '"sign"', False: "CASE WHEN n_fired THEN 1 END", None: "NULL"}[self.signed]
         known = self.manifest["version"] >= 3
         columns = [f'"{name}"' for name in schema.COLUMNS]
@@ -246,7 +246,7 @@ class StoreReader:
         names = ", ".join([*columns, sign])
         return [
             dict(zip([*schema.COLUMNS, *schema.LABEL_COLUMNS, "sign"], row, strict=True))
-            for row in self._query(f"SELECT {names} FROM feature {tail}", values)
+            for row in self._query(f"SELECT {names} FROM {source} {tail}", values)
         ]
 
     def _query(self, sql: str, values: Iterable[Any] = ()) -> list[tuple]:

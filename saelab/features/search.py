@@ -99,6 +99,12 @@ class Search(StoreReader):
         found = exact or self._query("SELECT id FROM token WHERE word = ?", [text.strip().casefold()])
         return [index for (index,) in found]
 
+    def peak_tokens(self, feature: int) -> list[tuple[int, float]]:
+        """The commonest tokens (ids, at most 16) at a feature's sampled peaks, each with its share of the peaks."""
+        self.check_version("token index")
+        sql = "SELECT token, share FROM peak WHERE feature = ? ORDER BY share DESC, token"
+        return self._query(sql, [feature])
+
     def rows_of(self, features: list[int]) -> list[dict[str, Any]]:
         """Rows of the table for these features, in this order."""
         if not features:

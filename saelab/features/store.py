@@ -11,12 +11,15 @@ import numpy as np
 from saelab.errors import SaelabError, StoreError
 from saelab.features import schema
 from saelab.features.annotations import ALL_FEATURES, Annotations
+from saelab.features.collecting.words import stem_of
 from saelab.features.documents import Document, tokens_of
 from saelab.features.feature import Feature
 from saelab.features.html_file import write_features
 from saelab.features.manifest import COLLECT_AGAIN
+from saelab.features.peak_words import is_word, word_at_peak
 from saelab.features.records import Promoted, PromotedToken
 from saelab.features.search import Search
+from saelab.features.steer_scores import STEER_SCORE, source, steer_scores
 
 if TYPE_CHECKING:
     from saelab.saes import SAE
@@ -57,8 +60,9 @@ class FeatureStore(Search):
         limit: int = 50,
         offset: int = 0,
     ) -> list[dict[str, Any]]:
-        """One page of the feature table: one dict per row with the keys of `schema.COLUMNS` and `LABEL_COLUMNS`, and "sign" (of
-        the dominant end, None where a feature never fired). Missing metrics sort last.
+        """One page of the feature table: one dict per row with the keys of `schema.COLUMNS` and `LABEL_COLUMNS`, "sign" (of the
+        dominant end, None where a feature never fired) and "steer_score" (from `saelab.steering.find`, None where a feature was
+        not tried). Missing metrics sort last.
 
         `where` holds inclusive (lowest, highest) bounds by column, None for open: `{"density": (1e-4, None)}`.
         Raises `ValueError` for an unknown column or a negative `limit` or `offset`.
@@ -67,14 +71,25 @@ class FeatureStore(Search):
         if limit < 0 or offset < 0:
             raise ValueError(f"limit={limit}, offset={offset}: both must be 0 or more.")
         clause, values = _where(where)
-        return self._rows(f"{clause} {_order(sort, descending)} LIMIT ? OFFSET ?", [*values, limit, offset])
+        table, marks = source(self.annotations, [sort, *(where or {})])
+        tail = f"{clause} {_order(sort, descending)} LIMIT ? OFFSET ?"
+        return self._scored(self._rows(tail, [*marks, *values, limit, offset], table))
+
+    def rows_of(self, features: list[int]) -> list[dict[str, Any]]:
+        """Rows of the table for these features, in this order."""
+        return self._scored(super().rows_of(features))
+
+    def _scored(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        scores = steer_scores(self.annotations)
+        return [row | {STEER_SCORE: scores.get(row["feature"])} for row in rows]
 
     def features(self, sort: str = "density", descending: bool = True, where: Bounds | None = None) -> list[int]:
         """The features within the bounds of `where`, in this order (see `table`)."""
         _check_column(sort)
         clause, values = _where(where)
-        sql = f"SELECT feature FROM feature {clause} {_order(sort, descending)}"
-        return [feature for (feature,) in self._query(sql, values)]
+        table, marks = source(self.annotations, [sort, *(where or {})])
+        sql = f"SELECT feature FROM {table} {clause} {_order(sort, descending)}"
+        return [feature for (feature,) in self._query(sql, [*marks, *values])]
 
     @property
     def annotations(self) -> Annotations:
@@ -159,6 +174,12 @@ class FeatureStore(Search):
             PromotedToken(text, z, None if logits is None else float(logits[i])) for i, (text, z) in enumerate(found)
         ]
 
+    def peak_stems(self, feature: int) -> list[str]:
+        """The stem of the word at the peak of each of the strongest examples; "" where that is no word of three letters or more
+        (in other scripts than Latin, of one)."""
+        words = [word_at_peak(example) for example in self.feature(feature).examples()]
+        return [stem_of(word) if is_word(word) else "" for word in words]
+
     def contrast(self, lm: Any, a: Any, b: Any) -> Any:
         """Which features fire in more texts of one list than of the other: see `contrast.Contrast`, whose `rows()` are sorted by
         the difference. At least 10 texts in each are needed for a claim."""
@@ -177,12 +198,15 @@ class FeatureStore(Search):
     def count(self, where: Bounds | None = None) -> int:
         """Number of features within the bounds of `where` (see `table`)."""
         clause, values = _where(where)
-        return self._query(f"SELECT count(*) FROM feature {clause}", values)[0][0]
+        table, marks = source(self.annotations, where or {})
+        return self._query(f"SELECT count(*) FROM {table} {clause}", [*marks, *values])[0][0]
 
     def column(self, name: str) -> np.ndarray:
-        """One metric of every feature, `(d_sae,)` float64 in feature order; NaN where a feature never fired."""
+        """One metric of every feature, `(d_sae,)` float64 in feature order; NaN where a feature never fired
+        or was not tried."""
         _check_column(name)
-        rows = self._query(f'SELECT "{name}" FROM feature ORDER BY feature')
+        table, marks = source(self.annotations, [name])
+        rows = self._query(f'SELECT "{name}" FROM {table} ORDER BY feature', marks)
         return np.array([np.nan if value is None else value for (value,) in rows], dtype=np.float64)
 
 
@@ -213,8 +237,9 @@ def load_features(path: str | Path, sae: SAE | None = None) -> FeatureStore:
 
 
 def _check_column(name: str) -> None:
-    if name not in schema.SORTABLE:
-        raise ValueError(f"column {name!r} does not exist; there are {', '.join(schema.SORTABLE)}.")
+    known = (*schema.SORTABLE, STEER_SCORE)
+    if name not in known:
+        raise ValueError(f"column {name!r} does not exist; there are {', '.join(known)}.")
 
 
 def _order(sort: str, descending: bool) -> str:

@@ -21,6 +21,7 @@ from saelab.features import schema
 from saelab.features.feature import EXAMPLE_KINDS, Feature
 from saelab.features.plain import rows_data, store_data
 from saelab.features.records import Example
+from saelab.features.steer_scores import STEER_SCORE
 from saelab.files import fsync_dir, remove_leftovers, temporary_path, writing
 
 FEATURES, EXAMPLES = "features", "examples"
@@ -44,9 +45,9 @@ def save_tables(
     """Write features.parquet and examples.parquet (or .csv) into a new or empty folder; returns the files.
 
     `features` has the columns of `schema.COLUMNS` and `LABEL_COLUMNS`, with tokens as text ("peak", "top_promoted"); "label",
-    the one that counts, and "label_by" ("hand", "model" or "words"); "lists"; "scores" as JSON; and the metrics of the other
-    end of a signed feature ("other_..."). `examples` has a row for each example of the `kinds` (by default all that the store
-    holds), with its tokens, their activations, and the text. Every cell of a CSV that a spreadsheet would take for a formula
+    the one that counts, and "label_by" ("hand", "model" or "words"); "steer_score"; "lists"; "scores" as JSON; the metrics of the
+    other end of a signed feature ("other_..."). `examples` has a row for each example of the `kinds` (by default all that the
+    store holds), with its tokens, their activations and the text. Every cell of a CSV that a spreadsheet would take for a formula
     begins with an apostrophe. Raises `ValueError` for another format or kind, `SaelabError` for a folder that holds files.
     """
     if format not in FORMATS:
@@ -162,6 +163,7 @@ def _columns(table: str) -> dict[str, str]:
         "label_by",
         *named[1:],
         "sign",
+        STEER_SCORE,
         "words_label",
         "peak",
         "top_promoted",

@@ -7,9 +7,12 @@ from saelab.steering.affine_maps import AffineEdit, LinEAS
 from saelab.steering.attenuate import Attenuation, attenuate
 from saelab.steering.concept_features import ConceptFeature, features_for
 from saelab.steering.effect_table import NEUTRAL_PROMPTS, EffectTable, effect_table
+from saelab.steering.find import find
+from saelab.steering.found import Found
 from saelab.steering.lineas import lineas
 from saelab.steering.plan import Plan
 from saelab.steering.probe import Probe, probe
+from saelab.steering.trials import Trial, run_trials
 from saelab.steering.vectors import diff_means, pca_pairs
 
 __all__ = [
@@ -21,14 +24,18 @@ __all__ = [
     "EffectTable",
     "FeatureEdit",
     "FeatureHandle",
+    "Found",
     "Plan",
     "LinEAS",
     "Probe",
+    "Trial",
     "attenuate",
     "diff_means",
     "effect_table",
     "features_for",
+    "find",
     "lineas",
     "pca_pairs",
     "probe",
+    "run_trials",
 ]

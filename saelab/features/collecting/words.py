@@ -60,7 +60,7 @@ class Words:
     def stem(self, word: str) -> str:
         """The word in lower case without its ending."""
         if word not in self._stems:
-            self._stems[word] = _stem(word)
+            self._stems[word] = stem_of(word)
         return self._stems[word]
 
     def frequencies(self, most: int = 200_000) -> tuple[Counter[str], int]:
@@ -79,7 +79,8 @@ class Words:
         return self._spelled[key]
 
 
-def _stem(word: str) -> str:
+def stem_of(word: str) -> str:
+    """A word in lower case without its ending."""
     word = word.casefold()
     bare = word.strip("\"'()[]{}.,;:!?-\u201c\u201d\u2018\u2019\u2014_*#") or word
     for ending in _ENDINGS:
