@@ -24,8 +24,8 @@ LINKS = {"saelab/" + name.removeprefix("saelab."): folder for name, folder in PA
 LAYERS = [
     {"app", "cli", "jobs"},
     {"labels"},
-    {"benchmarks", "features", "training", "evaluation", "interop", "runs", "run_folder", "presets"},
     {"steering"},
+    {"benchmarks", "features", "training", "evaluation", "interop", "runs", "run_folder", "presets"},
     {"edits"},
     {"activation_cache", "io", "identity"},
     {"saes", "losses", "models", "tokens"},

@@ -54,12 +54,12 @@ class Steering:
     """Edits and the options of `lm.steer`, checked. Raises `ValueError` for an option that cannot be met, and for two edits that
     set the same feature."""
 
-    edits: tuple[Any, ...]
+    edits: Sequence[Any]
     on: On = "both"
     """Which tokens: those of the prompt, those that the model generated, or both."""
-    positions: tuple[int, ...] | None = None
+    positions: Sequence[int] | int | None = None
     """Only these; negative ones count from the end of the prompt."""
-    window: tuple[int | None, int | None] | None = None
+    window: Sequence[int | None] | None = None
     """Only these, from the first to before the second, as in a slice; negative ones count from the end of the prompt."""
     gate: Gate | None = None
     """Only tokens at which it is open."""
