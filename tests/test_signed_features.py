@@ -282,12 +282,18 @@ class _nothing:
 
 @pytest.mark.parametrize("end, sign", [("dominant", -1), ("negative", -1), ("positive", 1)])
 def test_the_command_line_steers_the_chosen_end(world, end, sign, monkeypatch, capsys):
-    from saelab.cli import commands
+    from saelab.cli import steer_command
 
-    real, steered = type(world.lm).steer, []
-    monkeypatch.setattr(commands, "load_lm", lambda *_: world.lm)
-    monkeypatch.setattr(type(world.lm), "steer", lambda lm, *edits: steered.extend(edits) or real(lm, *edits))
-    commands.steer(world.run, INDEX["mostly negative"], prompt="The", end=end, max_new_tokens=1)
+    real, steered = type(world.lm).generate_arms, []
+    monkeypatch.setattr(steer_command, "load_lm", lambda *_: world.lm)
+
+    def generate_arms(lm, prompt, arms, **options):
+        steered.extend(edit for arm in arms if arm is not None for edit in arm.edits)
+        return real(lm, prompt, arms, **options)
+
+    monkeypatch.setattr(type(world.lm), "generate_arms", generate_arms)
+    edits = steer_command.Edits(feature=((INDEX["mostly negative"],),), end=end)
+    steer_command.steer(world.run, edits, steer_command.Writing(prompt="The river", max_new_tokens=1))
     assert np.sign(steered[0].value) == sign
     assert ("(positive end)" in capsys.readouterr().out) == (end == "positive")
 

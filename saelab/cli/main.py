@@ -25,9 +25,10 @@ from saelab.cli.commands import Run, StreamFlags, check_has_cache, train
 from saelab.cli.feature_commands import FEATURES
 from saelab.cli.interop_commands import INTEROP
 from saelab.cli.messages import shown
+from saelab.cli.steer_command import STEER
 from saelab.errors import explain
 
-COMMANDS = commands.COMMANDS | FEATURES | INTEROP
+COMMANDS = commands.COMMANDS | STEER | FEATURES | INTEROP
 
 
 def _variant(args: Sequence[str]) -> str:
