@@ -153,14 +153,14 @@ def _row(compared: Compared, continuation: Continuation) -> str:
     names = f"<b>{arm_name(continuation)}</b>" + "".join(f"<span>{one}</span>" for one in numbers)
     label = f"surprise of each token, {continuation.nll:.2f} nats on average"
     bars = f'<div class="sc-bars" role="img" aria-label="{label}">{strip(continuation.log_probs)}</div>'
-    return _grid(names, f'<div class="sc-text"><bdi>{_tokens(compared, continuation)}</bdi></div>{bars}')
+    return _grid(names, f'<div class="sc-text"><bdi>{tokens_html(compared, continuation)}</bdi></div>{bars}')
 
 
 def _grid(names: str, text: str) -> str:
     return f'<div class="sc-row"><div class="sc-n">{names}</div><div>{text}</div></div>'
 
 
-def _tokens(compared: Compared, continuation: Continuation) -> str:
+def tokens_html(compared: Compared, continuation: Continuation) -> str:
     """The text in runs: what the unsteered text has too, what is new, and where a feature fires."""
     kept = kept_tokens(compared, continuation)
     is_base = compared.unsteered(continuation) is continuation
