@@ -6,7 +6,7 @@ is not understood is named in a notice and removed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,8 @@ from saelab.app import markdown
 
 PARAMETERS = frozenset({
     "sae", "feature", "q", "sort", "order", "show", "list", "page", "kind", "by", "fired", "text",
-    "strength", "end", "prompt", "tokens", "temperature", "seed", "doc", "curve", "curves", "job", "a", "b",
+    "strength", "end", "prompt", "tokens", "temperature", "seed", "do", "edits", "on", "strengths", "seeds", "control", "chat",
+    "doc", "curve", "curves", "job", "a", "b",
     "colour", "near", "lasso", "view", "with", "same", "left", "right", "side",
 })  # fmt: skip
 """Every URL parameter of every page; others get a notice."""
@@ -65,6 +66,17 @@ def choice(name: str, default: str, options: Sequence[str]) -> str:
         return text or default
     notice(name, text, "one of " + ", ".join(option for option in options if option), default)
     return default
+
+
+def parsed(name: str, default: Any, parse: Callable[[str], Any], expected: str) -> Any:
+    """What `parse` reads in a URL parameter; where it raises `ValueError`, a notice and `default`."""
+    text = st.query_params.get(name)
+    if text is None:
+        return default
+    try:
+        return parse(text)
+    except ValueError:
+        return refused(name, text, expected, default)
 
 
 def refused(name: str, text: str, expected: str, default: Any) -> Any:

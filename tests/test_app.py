@@ -292,7 +292,8 @@ def test_every_parameter_that_a_page_uses_is_known():
         source = path.read_text(encoding="utf-8")
         used |= set(
             re.findall(
-                r'(?:url\.(?:choice|integer|real|refused|bound)|integer|choice|query_params\.\w+)\(\s*"(\w+)"', source
+                r'(?:url\.(?:choice|integer|real|parsed|refused|bound)|integer|choice|query_params\.\w+)\(\s*"(\w+)"',
+                source,
             )
         )
         used |= set(re.findall(r'query_params\["(\w+)"\]', source))

@@ -4,6 +4,7 @@ import pytest
 
 from saelab.app.asgi import PAGES
 from saelab.features.store import load_features
+from saelab.steering import Plan, compare
 
 
 def lines_of(app):
@@ -50,6 +51,7 @@ def test_the_lines_of_a_feature_are_of_its_view(open_page, hostile_run):
     assert found["neighbours"] == feature.neighbours(by="encoder", k=8)
 
 
+@pytest.mark.usefixtures("models_load_in_fp32")
 def test_the_lines_of_steering_and_of_a_prompt_hold_any_text(open_page, hostile_run, tiny_lm, capsys):
     text, store = "It's a \"mill\"\\n'''\n''' {x}", load_features(hostile_run)
     index = store.table("density", limit=1)[0]["feature"]
@@ -57,5 +59,18 @@ def test_the_lines_of_steering_and_of_a_prompt_hold_any_text(open_page, hostile_
     with tiny_lm.steer(store.feature(index) * 8.0):
         steered = tiny_lm.generate(text, max_new_tokens=5)
     assert capsys.readouterr().out == f"{tiny_lm.generate(text, max_new_tokens=5)}\n{steered}\n"
+    query = {
+        "edits": f"{index}:cap:0.5",
+        "on": "generated",
+        "strengths": "1,4",
+        "seeds": 2,
+        "chat": True,
+        "temperature": 0.9,
+    }
+    found = run(open_page("steer", feature=index, prompt=text, tokens=5, **query))
+    plan = Plan([store.feature(index) * 2.0, store.feature(index).cap(max=0.5)], on="generated")
+    assert found["plan"].to_json() == plan.to_json() and found["prompt"] == tiny_lm.chat(text)
+    options = {"strengths": [1, 4], "seeds": [0, 1], "max_new_tokens": 5, "temperature": 0.9, "progress": False}
+    assert capsys.readouterr().out == f"{compare(tiny_lm, found['prompt'], plan, **options)}\n"
     found = run(open_page("prompt", feature=index, text=text, by="value"))
     assert len(found["top"]) == len(found["values"]) == tiny_lm.to_ids(text).shape[1]

@@ -377,13 +377,26 @@ def test_steered_and_plain_runs_meet_the_same_luck(tiny_lm):
     assert sampled(1) != sampled(1, Add("blocks.1.hook_mlp_out", 3.0))
 
 
+def picked(logits, temperature, uniforms):
+    rows = logits.expand(len(uniforms), -1)
+    return choose(rows, temperature, torch.tensor(uniforms, dtype=torch.float64)).tolist()
+
+
 def test_choose_by_hand():
     logits = torch.log(torch.tensor([0.5, 0.0, 0.2, 0.3]))
-    picks = [choose(logits, 1.0, torch.tensor(u, dtype=torch.float64)) for u in (0.0, 0.49, 0.51, 0.69, 0.71, 0.9999)]
-    assert picks == [0, 0, 2, 2, 3, 3]
-    assert choose(logits, 0.0, torch.tensor(0.99, dtype=torch.float64)) == 0
-    hot = [choose(logits, 100.0, torch.tensor(u, dtype=torch.float64)) for u in (0.3, 0.4)]
-    assert hot == [0, 2]  # nearly uniform over the three possible tokens
+    assert picked(logits, 1.0, [0.0, 0.49, 0.51, 0.69, 0.71, 0.9999]) == [0, 0, 2, 2, 3, 3]
+    assert picked(logits, 0.0, [0.99]) == [0]
+    assert picked(logits, 100.0, [0.3, 0.4]) == [0, 2]  # nearly uniform over the three possible tokens
+
+
+def test_a_row_is_chosen_alone_as_in_a_batch():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(64, 5000, generator=generator) * 3
+    uniforms = torch.rand(64, generator=generator, dtype=torch.float64)
+    for temperature in (0.0, 0.7, 1.3):
+        together = choose(logits, temperature, uniforms)
+        alone = [choose(logits[i : i + 1], temperature, uniforms[i : i + 1]) for i in range(64)]
+        assert torch.equal(together, torch.cat(alone)) and len(set(together.tolist())) > 30
 
 
 def test_generation_tells_each_token_and_can_be_ended(tiny_lm):

@@ -16,7 +16,8 @@ import torch
 from pages import html_of
 
 import saelab
-from saelab.app import state, steered_text
+from saelab.app import state, steer_edits, steered_text
+from saelab.app.steer_edits import PageEdit
 from saelab.app.steered_text import signed
 from saelab.errors import SaelabError, StoreError
 from saelab.evaluation.heldout import open_score_stream
@@ -28,7 +29,7 @@ from saelab.features.render import examples_html, feature_card, feature_histogra
 from saelab.io import save_sae
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.saes import AbsTopKConfig, AbsTopKSAE, MatchingPursuitConfig, MatchingPursuitSAE, TopKConfig, TopKSAE
-from saelab.steering import FeatureHandle, effect_table
+from saelab.steering import FeatureEdit, FeatureHandle, effect_table
 
 HOOK = "blocks.1.hook_resid_post"
 DOCUMENTS = [f"Document {i}: the river runs past mill {i % 7} and was good." for i in range(40)]
@@ -100,7 +101,7 @@ def test_the_patterns_are_what_they_say(world):
 def test_numbers(world, pattern):
     feature, values, ends = _of(world, pattern)
     assert feature.n_fired == len(values) and feature.density == len(values) / world.store.n_tokens
-    assert world.store.table("feature", False, limit=5)[INDEX[pattern]] == feature.row
+    assert world.store.table("feature", False, limit=5)[INDEX[pattern]] == feature.row | {"steer_score": None}
     assert [end.sign for end in feature.ends] == sorted([s for s in ends if len(ends[s])], key=lambda s: -len(ends[s]))
     for end in feature.ends:
         own = ends[end.sign]
@@ -262,32 +263,31 @@ def test_pages_show_both_ends(world, pattern, page, page_of):
 
 @pytest.mark.parametrize("end, sign", [("", -1), ("negative", -1), ("positive", 1)])
 def test_the_steer_page_steers_the_chosen_end(world, end, sign, monkeypatch):
-    steered = []
     monkeypatch.setattr(state, "load_model", lambda _: world.lm)
-    monkeypatch.setattr(type(world.lm), "steer", lambda lm, edit: steered.append(edit) or _nothing())
-    request = {"prompt": "The", "strength": 2.0, "end": end, "max_new_tokens": 1, "temperature": 0.0, "seed": 0}
     feature, _, _ = _of(world, "mostly negative")
-    request["feature"] = feature.feature
-    steered_text.generate(world.store, feature, request)
-    assert steered[0].value == pytest.approx(2.0 * sign * (feature.p99 if sign < 0 else feature.positive.p99))
-
-
-class _nothing:
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        return None
+    request = {"edits": (PageEdit(feature.feature, "add", 2.0, end),), "prompt": "The river", "plan": "", "on": "both"}
+    request |= {"max_new_tokens": 1, "temperature": 0.0, "seed": 0, "n_seeds": 1, "strengths": (), "control": False}
+    (edit,) = steered_text.plan_of(world.store, request).edits
+    assert edit.value == pytest.approx(2.0 * sign * (feature.p99 if sign < 0 else feature.positive.p99))
+    result = steered_text.generate(world.store, request | {"chat": False, "turns": ()})
+    with world.lm.steer(edit):
+        assert result["steered"] == world.lm.generate("The river", 1)
 
 
 @pytest.mark.parametrize("end, sign", [("dominant", -1), ("negative", -1), ("positive", 1)])
 def test_the_command_line_steers_the_chosen_end(world, end, sign, monkeypatch, capsys):
-    from saelab.cli import commands
+    from saelab.cli import steer_command
 
-    real, steered = type(world.lm).steer, []
-    monkeypatch.setattr(commands, "load_lm", lambda *_: world.lm)
-    monkeypatch.setattr(type(world.lm), "steer", lambda lm, *edits: steered.extend(edits) or real(lm, *edits))
-    commands.steer(world.run, INDEX["mostly negative"], prompt="The weather", end=end, max_new_tokens=1)
+    real, steered = type(world.lm).generate_arms, []
+    monkeypatch.setattr(steer_command, "load_lm", lambda *_: world.lm)
+
+    def generate_arms(lm, prompt, arms, **options):
+        steered.extend(edit for arm in arms if arm is not None for edit in arm.edits)
+        return real(lm, prompt, arms, **options)
+
+    monkeypatch.setattr(type(world.lm), "generate_arms", generate_arms)
+    edits = steer_command.Edits(feature=((INDEX["mostly negative"],),), end=end)
+    steer_command.steer(world.run, edits, steer_command.Writing(prompt="The river", max_new_tokens=1))
     assert np.sign(steered[0].value) == sign
     assert ("(positive end)" in capsys.readouterr().out) == (end == "positive")
 
@@ -361,9 +361,8 @@ def test_an_old_store_of_signed_features_opens_and_refuses_its_units():
         with pytest.raises(SaelabError, match="Remove its folder and collect it again"):
             call()
     assert feature.add(1.0, "raw").value == 1.0 and feature.ablate().value == 0.0 and feature.scale(2.0).value == 2.0
-    request = {"prompt": "a", "strength": 1.0, "max_new_tokens": 1, "temperature": 0.0, "seed": 0}
     with pytest.raises(ValueError, match="mixed the two ends"):
-        steered_text.check_request(feature, request)
+        steer_edits.check(store, [PageEdit(feature.feature, "add", 1.0)])
 
 
 @pytest.mark.parametrize(
@@ -390,6 +389,7 @@ def test_which_old_stores_are_trusted(world, tmp_path, variant, config, signed):
 
 def test_handles_of_an_end_count_raw_strength_towards_it(world):
     handle = FeatureHandle(world.sae, 2, HOOK, units={"p99": 3.0}, end=-1)
-    assert handle.add(2.0, "raw").value == -2.0 and (handle * 2.0).value == -6.0
+    raw = handle.add(2.0, "raw")
+    assert isinstance(raw, FeatureEdit) and raw.value == -2.0 and (handle * 2.0).value == -6.0
     with pytest.raises(StoreError, match="no steering unit"):
         _ = saelab.load_features(OLD / "abs_topk" / "features").feature(0).positive

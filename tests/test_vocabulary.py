@@ -90,6 +90,7 @@ ANOTHER_SENSE = {
     "along_own": "as own_ratios",
     "_OWN": "keys or signals of this module",
     "Sequence": "typing's",
+    "SequenceMatcher": "difflib's",
     "ThreadPoolExecutor": "Python's",
     "_embedding_bag_per_sample_weights_backward": "torch's",
     "embedding_bag": "torch's",

@@ -168,56 +168,6 @@ def dash(
     serve(run or only_run(Path("runs")), port=port, browser=browser)
 
 
-End = Annotated[
-    Literal["dominant", "positive", "negative"],
-    arg(
-        help="For a signed feature (abs_topk): the end that positive strengths steer towards; by default the dominant one."
-    ),
-]
-Mode = Annotated[
-    Literal["add", "clamp", "scale", "ablate"],
-    arg(help="Add to the feature's activation, clamp it, scale it, or set it to zero."),
-]
-
-
-def steer(
-    run: Run,
-    feature: Annotated[int, arg(help="Index of the feature, as in the dashboard.")],
-    prompt: Annotated[str, arg(help="Text to continue.")] = "The weather today",
-    strength: Annotated[float, arg(help="In units of the feature's p99; for scale, a factor; unused by ablate.")] = 2.0,
-    end: End = "dominant",
-    mode: Mode = "add",
-    max_new_tokens: Annotated[int, arg(help="Tokens to generate.")] = 40,
-    temperature: Annotated[float, arg(help="0 always takes the most likely token.")] = 0.0,
-    seed: Annotated[int, arg(help="Seed of the sampling.")] = 0,
-    model: OwnModel = None,
-    as_json: AsJson = False,
-    dtype: Dtype = None,
-) -> None:
-    """Continue a prompt twice: with the unsteered model, and with one feature steered."""
-    import saelab
-
-    found = runs_of(run)
-    if len(found) > 1:
-        named = " or ".join(f"saelab steer {one.sae_dir}" for one in found)
-        raise ValueError(f"{run} holds {len(found)} SAEs, each with its own features; choose one: {named}")
-    store = saelab.load_features(run)
-    chosen = store.feature(feature)
-    steered = chosen if end == "dominant" else getattr(chosen, end)
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    with answering(as_json) as answer:
-        lm = load_lm(model or store.manifest["model"]["name"], dtype)
-        edit = steered.ablate() if mode == "ablate" else getattr(steered, mode)(strength)
-        default = lm.generate(prompt, **options)
-        print(f"default: {default}\n")
-        with lm.steer(edit):
-            text = lm.generate(prompt, **options)
-        name = f"feature {feature}{'' if end == 'dominant' else f' ({end} end)'}"
-        asked = {"feature": feature, "end": end, "mode": mode, "strength": None if mode == "ablate" else strength}
-        data = asked | options | {"prompt": prompt, "default": default, "steered": text}
-        answer(data, f"{name}, {mode}{'' if mode == 'ablate' else f' {strength:g}'}: {text}")
-
-
 def runs_of(run: Path, *, one: bool = False) -> list[Any]:
     """The SAEs of RUN. Raises `ValueError` where it holds several and `one` is wanted, for --json."""
     from saelab.runs import find_saes
@@ -256,9 +206,4 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "cache": (cache, "saelab cache info runs/demo\nsaelab cache verify runs/demo"),
     "dash": (dash, "saelab dash\nsaelab dash runs/demo\nsaelab dash runs/demo --port 8600"),
     "bench": (bench, "saelab bench synthetic\nsaelab bench family runs/demo"),
-    "steer": (
-        steer,
-        "saelab steer runs/demo --feature 17\n"
-        'saelab steer runs/demo --feature 17 --strength 4 --prompt "My favourite place is" --temperature 0.8 --seed 1',
-    ),
 }

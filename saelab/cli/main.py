@@ -26,9 +26,10 @@ from saelab.cli.feature_commands import FEATURES
 from saelab.cli.interop_commands import INTEROP
 from saelab.cli.messages import shown
 from saelab.cli.serving_commands import SERVING
+from saelab.cli.steer_command import STEER
 from saelab.errors import explain
 
-COMMANDS = commands.COMMANDS | FEATURES | INTEROP | SERVING
+COMMANDS = commands.COMMANDS | STEER | FEATURES | INTEROP | SERVING
 
 
 def _variant(args: Sequence[str]) -> str:

@@ -39,6 +39,8 @@ class FeatureEdit:
     """What "cap" keeps it in."""
     asked: Mapping[str, Any] = field(default_factory=dict)
     """How it was asked for, in the words of `FeatureHandle`: what a plan saves."""
+    units: Mapping[str, float] = field(default_factory=dict)
+    """Those of the handle that built it."""
 
     @property
     def sets(self) -> Any:

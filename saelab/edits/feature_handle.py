@@ -165,8 +165,10 @@ class FeatureHandle:
                 f"{mode} needs the feature's activation, which this {self.sae.variant} cannot compute from {self.hook_name} "
                 "alone: use add (feature * 2.0)."
             )
-        told = self._asked(mode, **asked)
-        return FeatureEdit(self.hook_name, self.sae, self.feature, mode, raw, tokens, self.source, asked=told)
+        told, units = self._asked(mode, **asked), self.units
+        return FeatureEdit(
+            self.hook_name, self.sae, self.feature, mode, raw, tokens, self.source, asked=told, units=units
+        )
 
     def _asked(self, mode: str, **asked: Any) -> dict[str, Any]:
         return {"feature": self.feature, "do": mode, **asked, "end": self.end}

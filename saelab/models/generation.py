@@ -133,19 +133,32 @@ class Generates:
         n_seeds: int = 1,
         keep_logits: bool = False,
         on_token: OnToken | None = None,
+        *,
+        seeds: Sequence[int] = (),
+        on_step: OnStep | None = None,
     ) -> list[list[Generation]]:
         """Continuations of one prompt in one batch, each arm under its own steering (None: unsteered): those of `seed` and the
-        `n_seeds - 1` seeds after it. All arms draw the same random numbers. Raises as `generate_ids` and `steer` do."""
+        `n_seeds - 1` seeds after it, or those of `seeds`. All arms draw the same random numbers. `on_step(n, ids, logits)` is
+        called after n new tokens with all ids so far (rows, seq), arm by arm; when it returns True, all end there.
+
+        Raises as `generate_ids` and `steer` do.
+        """
         (row,) = self._rows(prompt)
-        how = Sampling(max_new_tokens, temperature, seed, n_seeds, self.stop_ids, keep_logits)
+        n_seeds = len(seeds) or n_seeds
+        how = Sampling(max_new_tokens, temperature, seed, n_seeds, self.stop_ids, keep_logits, seeds)
         blocks = [
             Block(self._checked(arm), tuple(range(i * n_seeds, (i + 1) * n_seeds)))
             for i, arm in enumerate(arms)
             if arm is not None
         ]
-        on_step = self._on_step(on_token, None, 1, 0, [])
+
+        def told(n: int, ids: Tensor, logits: Tensor) -> bool | None:
+            if on_token is not None:
+                on_token(n)
+            return None if on_step is None else on_step(n, ids, logits)
+
         with self._opened(blocks):
-            found = self._generate([row] * len(arms), how, on_step)
+            found = self._generate([row] * len(arms), how, told)
         return [found[i * n_seeds : (i + 1) * n_seeds] for i in range(len(arms))]
 
     def _rows(self, prompt: Prompt, attention_mask: Any = None) -> list[Tensor]:

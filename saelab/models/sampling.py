@@ -17,8 +17,8 @@ OnToken = Callable[[int], None]
 OnText = Callable[[str], None]
 """Called with the text so far after each new token; an exception from it ends the generation."""
 OnStep = Callable[[int, Tensor, Tensor], bool | None]
-"""(number of new tokens, ids so far (batch, seq), the logits (batch, vocab) that the last was chosen from, in fp32 on the CPU)
--> whether to end here; None goes on."""
+"""(number of new tokens, ids so far (batch, seq), -1 on padding and behind the end of a row, the logits (batch, vocab) that the
+last was chosen from, in fp32 on the CPU) -> whether to end here; None goes on."""
 Step = Callable[[Tensor, Tensor, Any], tuple[Tensor, Any]]
 """(ids, positions, KV cache) -> logits (batch, vocab) after the last of `ids`, and the cache."""
 
@@ -45,12 +45,22 @@ class Sampling:
     """Continuations per prompt; number j is the one that `seed + j` alone yields."""
     stop_ids: Collection[int] = ()
     keep_logits: bool = False
+    seeds: Sequence[int] = ()
+    """Their seeds, where these do not count up from `seed`: as many as `n_samples`."""
+
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """One for each continuation of a prompt."""
+        seeds = self.seeds or range(self.seed, self.seed + self.n_samples)
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def check(self, n_prompt: int, max_ctx: int, name: str) -> None:
         """Raises `ValueError` for a request that cannot be met, naming the value and the limit."""
         check_integer("max_new_tokens", self.max_new_tokens, 1)
         check_integer("num_return_sequences", self.n_samples, 1)
         check_integer("seed", self.seed, 0, 2**63 - self.n_samples)
+        for seed in self.seeds:
+            check_integer("a seed", seed, 0, 2**63 - 1)
         number = isinstance(self.temperature, int | float) and not isinstance(self.temperature, bool)
         if not number or not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature={self.temperature!r}; expected 0 (most likely token) or a positive number.")
@@ -80,7 +90,7 @@ def sample(
     the logits: runs with the same seed draw the same numbers, steered or not, alone or in a batch.
     """
     rows = [prompt for prompt in prompts for _ in range(how.n_samples)]
-    generators = [torch.Generator().manual_seed(how.seed + j) for j in range(how.n_samples)]
+    generators = how.generators
     ids, positions = left_padded(rows)
     live, cache, kept = torch.ones(len(rows), dtype=torch.bool), None, []
     n_new = torch.zeros(len(rows), dtype=torch.int64)
@@ -91,11 +101,11 @@ def sample(
         check(logits[live], n)
         kept += [logits] if how.keep_logits else []
         uniforms = [torch.rand((), generator=generator, dtype=torch.float64) for generator in generators]
-        chosen = [choose(row, how.temperature, uniforms[i % how.n_samples]) for i, row in enumerate(logits)]
-        ids, positions = _extended(ids, positions, torch.tensor(chosen), live)
+        chosen = choose(logits, how.temperature, torch.stack(uniforms).repeat(len(prompts)))
+        ids, positions = _extended(ids, positions, chosen, live)
         n_new += live
-        live &= ~torch.isin(torch.tensor(chosen), stop)
-        ended = on_step is not None and on_step(n, ids, logits)
+        live &= ~torch.isin(chosen, stop)
+        ended = on_step is not None and on_step(n, torch.where(positions >= 0, ids, -1), logits)
         if ended or not bool(live.any()):
             break
     outputs = [row[row_positions >= 0].cpu() for row, row_positions in zip(ids, positions, strict=True)]
@@ -124,11 +134,14 @@ def _extended(
     return torch.cat([ids, chosen[:, None]], 1), torch.cat([positions, following[:, None]], 1)
 
 
-def choose(logits: Float[Tensor, " vocab"], temperature: float, uniform: Float[Tensor, ""]) -> int:
-    """The most likely token at temperature 0, else inverse transform sampling: the token whose cumulative probability
-    first exceeds `uniform`."""
+def choose(
+    logits: Float[Tensor, "batch vocab"], temperature: float, uniforms: Float[Tensor, " batch"]
+) -> Int[Tensor, " batch"]:
+    """The most likely token of each row at temperature 0, else inverse transform sampling: the token whose cumulative
+    probability first exceeds the row's uniform number. A row's token does not depend on the other rows."""
     if temperature == 0:
-        return int(logits.argmax())
-    below = logits.double() - logits.amax().double()  # at most 0, so no temperature overflows
+        return logits.argmax(-1)
+    below = logits.double() - logits.amax(-1, keepdim=True).double()  # at most 0, so no temperature overflows
     cumulated = torch.softmax(below / temperature, dim=-1).cumsum(-1)
-    return int(torch.searchsorted(cumulated, uniform * cumulated[-1], right=True).clamp(max=len(logits) - 1))
+    found = torch.searchsorted(cumulated, uniforms[:, None] * cumulated[:, -1:], right=True)
+    return found.squeeze(1).clamp(max=logits.shape[1] - 1)

@@ -5,6 +5,8 @@ from saelab.edits.feature_edit import FeatureEdit
 from saelab.edits.feature_handle import FeatureHandle
 from saelab.steering.affine_maps import AffineEdit, LinEAS
 from saelab.steering.attenuate import Attenuation, attenuate
+from saelab.steering.compare import compare
+from saelab.steering.comparison import Comparison
 from saelab.steering.concept_features import ConceptFeature, features_for
 from saelab.steering.effect_table import NEUTRAL_PROMPTS, EffectTable, effect_table
 from saelab.steering.find import find
@@ -20,6 +22,7 @@ __all__ = [
     "AffineEdit",
     "Attenuation",
     "ConceptFeature",
+    "Comparison",
     "Direction",
     "EffectTable",
     "FeatureEdit",
@@ -30,6 +33,7 @@ __all__ = [
     "Probe",
     "Trial",
     "attenuate",
+    "compare",
     "diff_means",
     "effect_table",
     "features_for",
