@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from typing import Any
 
 import planted_steering as planted
@@ -14,8 +15,9 @@ from conftest import build_tokenizer
 
 import saelab
 from saelab.errors import SaelabError
+from saelab.features.peak_words import commonest_words, is_word, word_at_peak
 from saelab.steering import find, run_trials
-from saelab.steering.candidates import DENSITY, N_STEMS, draw_candidates
+from saelab.steering.candidates import DENSITY, N_STEMS, SPREAD, draw_candidates, spread
 from saelab.steering.criteria import next_token_criteria, rank_correlation
 from saelab.steering.fluency import distinct_ngrams, echoes, fluency, repeated_ngrams, zlib_ratio
 from saelab.steering.trial_file import TrialFile
@@ -203,19 +205,42 @@ def test_a_repeated_search_adds_no_annotation_and_an_untried_feature_has_no_scor
     assert run.count({"steer_score": (None, None)}) == 8 and run.count({"steer_score": (-1, None)}) == 2
 
 
-def test_candidates_are_drawn_with_the_seed(hostile_run):
+def test_candidates_have_several_words_and_a_topic(hostile_run, monkeypatch):
+    assert (DENSITY, N_STEMS, SPREAD) == ((1e-3, 1.5e-2), 5, 0.04)
     store = saelab.load_features(hostile_run / "features")
+    monkeypatch.setattr("saelab.steering.candidates.DENSITY", (1e-3, 0.2))
+    monkeypatch.setattr("saelab.steering.candidates.WORDS", 0.2)
+    within = store.features("feature", False, {"density": (1e-3, 0.2)})
+    stems = {i: [stem for stem in store.peak_stems(i) if stem] for i in within}
+    words = {i: len(set(stems[i])) >= 2 and len(stems[i]) >= 0.2 * len(store.feature(i).examples()) for i in within}
+    shares = {i: spread(store.feature(i).examples(), store.feature(i).p99 / 4) for i in within}
+    bound = sorted(shares[i] for i in within if words[i])[2]
+    monkeypatch.setattr("saelab.steering.candidates.N_STEMS", 2)
+    monkeypatch.setattr("saelab.steering.candidates.SPREAD", bound)
+    drawn = draw_candidates(store, 99, seed=1)
+    assert set(drawn) == {i for i in within if words[i] and shares[i] >= bound}
+    assert 2 < len(drawn) < sum(words.values()) < len(within)
+    assert draw_candidates(store, 2, seed=1) == drawn[:2]
+    assert {tuple(draw_candidates(store, 99, seed=seed)) for seed in range(6)} != {tuple(drawn)}
+    monkeypatch.setattr("saelab.steering.candidates.N_STEMS", 99)
     with pytest.raises(ValueError, match=r"name features=\[\.\.\.\]"):
-        draw_candidates(store, 5)  # its text has too few words
+        draw_candidates(store, 5)
 
 
-def test_candidates_have_several_words(case, monkeypatch):
+def test_spread_and_words_by_hand(case):
     _, store = case
-    monkeypatch.setattr("saelab.steering.candidates.DENSITY", (1e-3, 1.0))
-    monkeypatch.setattr("saelab.steering.candidates.N_STEMS", 0)
-    drawn = draw_candidates(store, 4, seed=1)
-    assert drawn == draw_candidates(store, 9, seed=1)[:4] != draw_candidates(store, 4, seed=2)
-    assert DENSITY == (1e-3, 1.5e-2) and N_STEMS == 5
+    made = replace(
+        store.feature(0).examples(1)[0], pieces=(b" a", b"moon", b"light", b" -"), values=(0.0, 5.0, 2.0, 1.0), peak=1
+    )
+    assert spread([made], 1.5) == pytest.approx(1 / 3) and spread([made], 0.5) == pytest.approx(2 / 3)
+    assert spread([replace(made, value=-5.0, values=(0.0, -5.0, -2.0, 1.0))], 1.5) == pytest.approx(1 / 3)
+    assert (
+        word_at_peak(made) == "amoonlight"
+        and word_at_peak(replace(made, pieces=(b"a", b" moon", b"light", b" -"))) == "moonlight"
+    )
+    assert is_word("sea") and is_word("\u6d77") and not is_word("of") and not is_word("x_1")
+    words = [replace(made, pieces=(b" ", word, b" ", b" ")) for word in (b" ships", b" Sail", b" ship", b" of")]
+    assert commonest_words(words) == ["ships", "Sail"]
 
 
 @pytest.mark.parametrize(

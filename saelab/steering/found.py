@@ -25,6 +25,7 @@ class Row(NamedTuple):
 
     feature: int
     label: str | None
+    """Written by hand or a model, else the commonest words at the peaks of its strongest examples."""
     steer_score: float
     """Read-back times fluency."""
     strength: float
