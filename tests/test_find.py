@@ -16,10 +16,12 @@ from conftest import build_tokenizer
 import saelab
 from saelab.errors import SaelabError
 from saelab.features.peak_words import commonest_words, is_word, word_at_peak
-from saelab.steering import find, run_trials
+from saelab.steering import Plan, find, run_trials
+from saelab.steering.bootstrap import difference_interval, mean_interval
 from saelab.steering.candidates import DENSITY, N_STEMS, SPREAD, draw_candidates, spread
 from saelab.steering.criteria import next_token_criteria, rank_correlation
 from saelab.steering.fluency import distinct_ngrams, echoes, fluency, repeated_ngrams, zlib_ratio
+from saelab.steering.teacher_forced import Unsteered
 from saelab.steering.trial_file import TrialFile
 
 TEXTS: dict[str, Any] = {"max_new_tokens": 50, "temperature": planted.TEMPERATURE, "seed": 3, "progress": False}
@@ -266,3 +268,28 @@ def test_other_models_and_steered_ones_are_refused(case, tiny_lm):
         find(store, lm, [[3, 4]], **SHORT)
     with lm.steer(store.feature(0) * 1.0), pytest.raises(ValueError, match="being steered"):
         find(store, lm, ["The"], **SHORT)
+
+
+def test_intervals_of_means():
+    assert mean_interval([2.0, 2.0, 2.0]) == (2.0, 2.0, 2.0)
+    values = [0.0, 1.0] * 50
+    got = mean_interval(values)
+    assert got.mean == 0.5 and got.low == pytest.approx(0.4, abs=0.03) and got.high == pytest.approx(0.6, abs=0.03)
+    assert mean_interval(values) == got and not got.covers_zero and mean_interval([-1.0, 1.0]).covers_zero
+    assert difference_interval([3.0] * 4, [1.0] * 9) == (2.0, 2.0, 2.0)
+    assert difference_interval(values, values).covers_zero
+    for call in (lambda: mean_interval([]), lambda: difference_interval([1.0], [])):
+        with pytest.raises(ValueError, match="needs"):
+            call()
+
+
+def test_tokens_rise_along_the_unsteered_text(case):
+    lm, store = case
+    text = lm.generate_ids(planted.PROMPTS[0], 6)
+    tokens, edit = lm.to_ids("The")[0, -1:].tolist(), store.feature(0) * 4.0
+    before = lm.logits(text.ids[None])[0, text.n_prompt - 1 : -1].log_softmax(-1)
+    with lm.steer(edit):
+        after = lm.logits(text.ids[None])[0, text.n_prompt - 1 : -1].log_softmax(-1)
+    (got,) = Unsteered(lm, [text]).shifts(Plan((edit,)), tokens)
+    assert got.rise == pytest.approx(float((after - before)[:, tokens].mean()), abs=1e-5) and got.rise > 0.5
+    assert got.kl == pytest.approx(float((after.exp() * (after - before)).sum(-1).mean()), abs=1e-5) and got.kl > 0

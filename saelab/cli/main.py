@@ -23,11 +23,12 @@ from saelab.cli import commands
 from saelab.cli.bench_commands import BENCHES
 from saelab.cli.commands import Run, StreamFlags, check_has_cache, train
 from saelab.cli.feature_commands import FEATURES
+from saelab.cli.find_command import FIND
 from saelab.cli.interop_commands import INTEROP
 from saelab.cli.messages import shown
 from saelab.errors import explain
 
-COMMANDS = commands.COMMANDS | FEATURES | INTEROP
+COMMANDS = commands.COMMANDS | FEATURES | FIND | INTEROP
 
 
 def _variant(args: Sequence[str]) -> str:
