@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from typing import Any
 
 import planted_steering as planted
@@ -14,10 +15,13 @@ from conftest import build_tokenizer
 
 import saelab
 from saelab.errors import SaelabError
-from saelab.steering import find, run_trials
-from saelab.steering.candidates import DENSITY, N_STEMS, draw_candidates
+from saelab.features.peak_words import commonest_words, is_word, word_at_peak
+from saelab.steering import Plan, find, run_trials
+from saelab.steering.bootstrap import difference_interval, mean_interval
+from saelab.steering.candidates import DENSITY, N_STEMS, SPREAD, draw_candidates, spread
 from saelab.steering.criteria import next_token_criteria, rank_correlation
 from saelab.steering.fluency import distinct_ngrams, echoes, fluency, repeated_ngrams, zlib_ratio
+from saelab.steering.teacher_forced import Unsteered
 from saelab.steering.trial_file import TrialFile
 
 TEXTS: dict[str, Any] = {"max_new_tokens": 50, "temperature": planted.TEMPERATURE, "seed": 3, "progress": False}
@@ -204,19 +208,42 @@ def test_a_repeated_search_adds_no_annotation_and_an_untried_feature_has_no_scor
     assert run.count({"steer_score": (None, None)}) == 8 and run.count({"steer_score": (-1, None)}) == 2
 
 
-def test_candidates_are_drawn_with_the_seed(hostile_run):
+def test_candidates_have_several_words_and_a_topic(hostile_run, monkeypatch):
+    assert (DENSITY, N_STEMS, SPREAD) == ((1e-3, 1.5e-2), 5, 0.04)
     store = saelab.load_features(hostile_run / "features")
+    monkeypatch.setattr("saelab.steering.candidates.DENSITY", (1e-3, 0.2))
+    monkeypatch.setattr("saelab.steering.candidates.WORDS", 0.2)
+    within = store.features("feature", False, {"density": (1e-3, 0.2)})
+    stems = {i: [stem for stem in store.peak_stems(i) if stem] for i in within}
+    words = {i: len(set(stems[i])) >= 2 and len(stems[i]) >= 0.2 * len(store.feature(i).examples()) for i in within}
+    shares = {i: spread(store.feature(i).examples(), store.feature(i).p99 / 4) for i in within}
+    bound = sorted(shares[i] for i in within if words[i])[2]
+    monkeypatch.setattr("saelab.steering.candidates.N_STEMS", 2)
+    monkeypatch.setattr("saelab.steering.candidates.SPREAD", bound)
+    drawn = draw_candidates(store, 99, seed=1)
+    assert set(drawn) == {i for i in within if words[i] and shares[i] >= bound}
+    assert 2 < len(drawn) < sum(words.values()) < len(within)
+    assert draw_candidates(store, 2, seed=1) == drawn[:2]
+    assert {tuple(draw_candidates(store, 99, seed=seed)) for seed in range(6)} != {tuple(drawn)}
+    monkeypatch.setattr("saelab.steering.candidates.N_STEMS", 99)
     with pytest.raises(ValueError, match=r"name features=\[\.\.\.\]"):
-        draw_candidates(store, 5)  # its text has too few words
+        draw_candidates(store, 5)
 
 
-def test_candidates_have_several_words(case, monkeypatch):
+def test_spread_and_words_by_hand(case):
     _, store = case
-    monkeypatch.setattr("saelab.steering.candidates.DENSITY", (1e-3, 1.0))
-    monkeypatch.setattr("saelab.steering.candidates.N_STEMS", 0)
-    drawn = draw_candidates(store, 4, seed=1)
-    assert drawn == draw_candidates(store, 9, seed=1)[:4] != draw_candidates(store, 4, seed=2)
-    assert DENSITY == (1e-3, 1.5e-2) and N_STEMS == 5
+    made = replace(
+        store.feature(0).examples(1)[0], pieces=(b" a", b"moon", b"light", b" -"), values=(0.0, 5.0, 2.0, 1.0), peak=1
+    )
+    assert spread([made], 1.5) == pytest.approx(1 / 3) and spread([made], 0.5) == pytest.approx(2 / 3)
+    assert spread([replace(made, value=-5.0, values=(0.0, -5.0, -2.0, 1.0))], 1.5) == pytest.approx(1 / 3)
+    assert (
+        word_at_peak(made) == "amoonlight"
+        and word_at_peak(replace(made, pieces=(b"a", b" moon", b"light", b" -"))) == "moonlight"
+    )
+    assert is_word("sea") and is_word("\u6d77") and not is_word("of") and not is_word("x_1")
+    words = [replace(made, pieces=(b" ", word, b" ", b" ")) for word in (b" ships", b" Sail", b" ship", b" of")]
+    assert commonest_words(words) == ["ships", "Sail"]
 
 
 @pytest.mark.parametrize(
@@ -242,3 +269,28 @@ def test_other_models_and_steered_ones_are_refused(case, tiny_lm):
         find(store, lm, [[3, 4]], **SHORT)
     with lm.steer(store.feature(0) * 1.0), pytest.raises(ValueError, match="being steered"):
         find(store, lm, ["The"], **SHORT)
+
+
+def test_intervals_of_means():
+    assert mean_interval([2.0, 2.0, 2.0]) == (2.0, 2.0, 2.0)
+    values = [0.0, 1.0] * 50
+    got = mean_interval(values)
+    assert got.mean == 0.5 and got.low == pytest.approx(0.4, abs=0.03) and got.high == pytest.approx(0.6, abs=0.03)
+    assert mean_interval(values) == got and not got.covers_zero and mean_interval([-1.0, 1.0]).covers_zero
+    assert difference_interval([3.0] * 4, [1.0] * 9) == (2.0, 2.0, 2.0)
+    assert difference_interval(values, values).covers_zero
+    for call in (lambda: mean_interval([]), lambda: difference_interval([1.0], [])):
+        with pytest.raises(ValueError, match="needs"):
+            call()
+
+
+def test_tokens_rise_along_the_unsteered_text(case):
+    lm, store = case
+    text = lm.generate_ids(planted.PROMPTS[0], 6)
+    tokens, edit = lm.to_ids("The")[0, -1:].tolist(), store.feature(0) * 4.0
+    before = lm.logits(text.ids[None])[0, text.n_prompt - 1 : -1].log_softmax(-1)
+    with lm.steer(edit):
+        after = lm.logits(text.ids[None])[0, text.n_prompt - 1 : -1].log_softmax(-1)
+    (got,) = Unsteered(lm, [text]).shifts(Plan((edit,)), tokens)
+    assert got.rise == pytest.approx(float((after - before)[:, tokens].mean()), abs=1e-5) and got.rise > 0.5
+    assert got.kl == pytest.approx(float((after.exp() * (after - before)).sum(-1).mean()), abs=1e-5) and got.kl > 0

@@ -23,13 +23,14 @@ from saelab.cli import commands
 from saelab.cli.bench_commands import BENCHES
 from saelab.cli.commands import Run, StreamFlags, check_has_cache, train
 from saelab.cli.feature_commands import FEATURES
+from saelab.cli.find_command import FIND
 from saelab.cli.interop_commands import INTEROP
 from saelab.cli.messages import shown
 from saelab.cli.serving_commands import SERVING
 from saelab.cli.steer_command import STEER
 from saelab.errors import explain
 
-COMMANDS = commands.COMMANDS | STEER | FEATURES | INTEROP | SERVING
+COMMANDS = commands.COMMANDS | STEER | FEATURES | FIND | INTEROP | SERVING
 
 
 def _variant(args: Sequence[str]) -> str:

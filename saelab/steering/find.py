@@ -99,8 +99,9 @@ class _Search:
         """The result of every feature, the best first."""
         tried, criteria = self.run(features, strengths), self.criteria(features, strengths[0])
         store = self.trials.store
-        labels = {row["feature"]: row["label"] for row in store.rows_of(list(features))} | store.labels
-        rows = [row_of(one, labels.get(one), tried[one], criteria[one]) for one in features]
+        given = store.labels
+        labels = {one: given.get(one) or ", ".join(store.peak_words(one)) or None for one in features}
+        rows = [row_of(one, labels[one], tried[one], criteria[one]) for one in features]
         return sorted(rows, key=lambda row: (-row.steer_score, -row.read_back, row.feature))
 
     def run(self, features: Sequence[int], strengths: Sequence[float]) -> dict[int, list[Trial]]:

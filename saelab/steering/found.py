@@ -25,6 +25,7 @@ class Row(NamedTuple):
 
     feature: int
     label: str | None
+    """Written by hand or a model, else the commonest words at the peaks of its strongest examples."""
     steer_score: float
     """Read-back times fluency."""
     strength: float
@@ -99,8 +100,13 @@ class Found(NamedTuple):
         return rank_correlations(criteria, outcomes)
 
     def show(self, n: int = 10, console: Console | None = None) -> None:
-        """Print the best rows, each with a text, the share that failed, and the rank correlations."""
+        """Print `told`."""
         console = console or Console()
+        for one in self.told(n):
+            console.print(one)
+
+    def told(self, n: int = 10) -> list[Any]:
+        """The best `n` rows, each with a text; the share that failed; the rank correlations: rich tables and text."""
         table = Table(title=f"{len(self.rows)} features tried on {len(self.settings.prompts)} prompts")
         for name in ("feature", "label", "score", "strength", "read-back", "cost (nats)", "text"):
             table.add_column(name, justify="left" if name in ("label", "text") else "right")
@@ -108,12 +114,11 @@ class Found(NamedTuple):
             numbers = f"{row.steer_score:.2f}", f"{row.strength:g}", f"{row.read_back:.2f}", f"{row.nll_cost:+.2f}"
             text = " ".join(row.best[0].text.split())
             table.add_row(str(row.feature), escape(row.label or ""), *numbers, escape(text))
-        console.print(table)
-        console.print(
+        summary = (
             f"{len(self.working)} of {len(self.rows)} candidates read back on at least {WORKS:.0%} more of the text at a cost of "
             f"at most {MOST_NATS:g} nat per token; {self.failed_share:.0%} failed."
         )
-        console.print(_correlations_table(self.rank_correlations()))
+        return [table, summary, _correlations_table(self.rank_correlations())]
 
 
 def _correlations_table(found: dict[str, dict[str, float | None]]) -> Table:
