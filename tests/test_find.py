@@ -216,7 +216,7 @@ def test_candidates_have_several_words_and_a_topic(hostile_run, monkeypatch):
     within = store.features("feature", False, {"density": (1e-3, 0.2)})
     stems = {i: [stem for stem in store.peak_stems(i) if stem] for i in within}
     words = {i: len(set(stems[i])) >= 2 and len(stems[i]) >= 0.2 * len(store.feature(i).examples()) for i in within}
-    shares = {i: spread(store.feature(i).examples(), store.feature(i).p99 / 4) for i in within}
+    shares = {i: spread(store.feature(i).examples(), float(store.feature(i).p99 or 0.0) / 4) for i in within}
     bound = sorted(shares[i] for i in within if words[i])[2]
     monkeypatch.setattr("saelab.steering.candidates.N_STEMS", 2)
     monkeypatch.setattr("saelab.steering.candidates.SPREAD", bound)
