@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from difflib import SequenceMatcher
 from itertools import groupby
+from typing import Any
 
 from saelab.features.numbers import signed
 from saelab.features.token_text import Group, display_groups
@@ -103,7 +104,13 @@ def kept_tokens(compared: Compared, continuation: Continuation) -> list[bool]:
     return kept
 
 
-def _name(edit: object) -> str:
+def _name(edit: Any) -> str:
+    asked = getattr(edit, "asked", {})
+    if "unit" in asked and isinstance(asked.get("value"), int | float):
+        where = ", where it fires" if asked.get("where") == "fires" else ""
+        return (
+            f"{asked['do']} {asked['value']:g} {asked['unit']} of feature {asked['feature']} at {edit.hook_name}{where}"
+        )
     return repr(edit).strip("<>")[:120]
 
 
