@@ -120,7 +120,8 @@ def test_what_was_tried_is_not_tried_again(case, tmp_path):
     first.path.write_text("\n".join(lines) + "\n")
     again = find(run, lm, ["The old"], **SHORT)
     assert "kept from the file" in [trial.text for row in again.rows for trial in row.trials]
-    other = find(run, lm, ["The old"], **(SHORT | {"max_new_tokens": 5}))
+    changed: dict[str, Any] = SHORT | {"max_new_tokens": 5}
+    other = find(run, lm, ["The old"], **changed)
     assert other.path != first.path and first.path.exists()
 
 
@@ -215,7 +216,7 @@ def test_candidates_have_several_words_and_a_topic(hostile_run, monkeypatch):
     within = store.features("feature", False, {"density": (1e-3, 0.2)})
     stems = {i: [stem for stem in store.peak_stems(i) if stem] for i in within}
     words = {i: len(set(stems[i])) >= 2 and len(stems[i]) >= 0.2 * len(store.feature(i).examples()) for i in within}
-    shares = {i: spread(store.feature(i).examples(), store.feature(i).p99 / 4) for i in within}
+    shares = {i: spread(store.feature(i).examples(), (store.feature(i).p99 or 0.0) / 4) for i in within}
     bound = sorted(shares[i] for i in within if words[i])[2]
     monkeypatch.setattr("saelab.steering.candidates.N_STEMS", 2)
     monkeypatch.setattr("saelab.steering.candidates.SPREAD", bound)
