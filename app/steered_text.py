@@ -109,9 +109,9 @@ def _told() -> Iterator[tuple[Any, Any]]:
     _emptied(status, drafts, stop)
 
 
-def _emptied(*places: Any) -> None:
-    for place in places:
-        place.empty()
+def _emptied(*containers: Any) -> None:
+    for container in containers:
+        container.empty()
 
 
 def _drawing(request: dict[str, Any], status: Any, drafts: Any) -> Callable[[int, Callable[[], list[Any]]], None]:

@@ -29,7 +29,6 @@ ANSWERS: dict[str, tuple[str, set[str]]] = {
         {"n_tried", "n_working", "trials", "rows"},
     ),
     "steer": ("{run} --feature {feature} --max-new-tokens 2", {"default", "steered", "prompt", "seed"}),
-    "find": ("{run} --feature {feature} --max-new-tokens 2", {"n_tried", "n_working", "trials", "rows"}),
     "sweep": ("{run} --n-tokens 512 --d-sae 32 --k 2 --out-dir {out} --batch-size 256", {"rows", "folder"}),
     "features": ("{run}", {"n_features", "n_silent", "n_tokens", "hook_name", "model"}),
     "label": ("{run} --address {server} --model m --feature {feature}", {"labelled", "left_out", "unusable"}),
