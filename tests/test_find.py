@@ -144,7 +144,7 @@ def test_loops_are_punished():
     assert distinct_ngrams([[1, 2, 3], [1, 2, 4]]) == pytest.approx(3 / 4) and distinct_ngrams([[1]]) == 1
     text = "It was early in the morning when we left for the old harbour."
     assert zlib_ratio(text) > 0.7 > 0.3 > zlib_ratio("the the " * 20) and zlib_ratio("") == 1
-    assert fluency(0.4, varied, text) == 1 and fluency(1.0, varied, text) == pytest.approx(0.5)
+    assert fluency(0.7, varied, text) == 1 and fluency(1.0, varied, text) == pytest.approx(2 / 3)
     assert fluency(1.6, varied, text) == 0 == fluency(-2.0, loop, text) == fluency(0.0, varied, "the the " * 20)
     assert fluency(0.0, [1, 1, 2, 3, 4, 5, 6, 7, 8, 9], text) == pytest.approx((0.3 - 1 / 9) / 0.25)
 

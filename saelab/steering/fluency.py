@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Sequence
 from itertools import pairwise
 
-_FREE_NATS, _LAST_NATS = 0.5, 1.5
+_FREE_NATS, _LAST_NATS = 0.75, 1.5
 """Nats per token above the unsteered text: at no cost, and worth nothing."""
 _FREE_REPEATS, _LAST_REPEATS = 0.05, 0.35
 """Share of 4-grams that stood before."""
