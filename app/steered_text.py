@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import streamlit as st
@@ -58,38 +59,59 @@ def plan_of(store: FeatureStore, request: dict[str, Any]) -> Any:
 def generate(store: FeatureStore, request: dict[str, Any]) -> dict[str, Any]:
     """The texts, drawn into the page as they grow. Streamlit may end the run at any new token: whatever is changed on the page
     restarts it; then the texts so far stay in `steer_stopped`."""
-    from saelab.steering import compare
     from saelab.steering.compare_html import comparison_html, tokens_html
 
     check_request(store, request)
-    status, drafts = st.empty(), st.empty()
-    st.button("Stop", icon=":material/stop:", key="steer_stop")
-    status.caption("Waiting for the model.")
-    with state.MODEL_LOCK:
+    found, same_model = _compared(store, request)
+    st.session_state.pop("steer_stopped", None)
+    steered = next(one for one in found.texts if one.strength is not None)
+    before, simple = "" if request["chat"] else request["prompt"], len(found.texts) == 2
+    warning = "" if same_model else "The loaded model's weights differ from those the features were collected with."
+    return {
+        "request": request, "folder": store.folder, "rows": found.rows, "warning": warning,
+        "unsteered": before + found.texts[0].text, "steered": before + steered.text,
+        "html": [tokens_html(found, one) for one in found.texts] if simple else [comparison_html(found)],
+    }  # fmt: skip
+
+
+def _compared(store: FeatureStore, request: dict[str, Any]) -> tuple[Any, bool]:
+    """The comparison, and whether the model is the one that the features were collected with."""
+    from saelab.steering import compare
+
+    with _told() as (status, drafts), state.MODEL_LOCK:
         status.caption(f"Loading {markdown.plain(model_label(store.manifest['model']['name']))}.")
         lm = state.load_model(store.manifest["model"]["name"])
         status.caption("Writing.")
         turns = [*request["turns"], {"role": "user", "content": request["prompt"]}]
-        features = [] if request["plan"] else [store.feature(index) for index in {e.feature for e in request["edits"]}]
+        read = [] if request["plan"] else [store.feature(index) for index in {one.feature for one in request["edits"]}]
         found = compare(
             lm, lm.chat(turns) if request["chat"] else request["prompt"], plan_of(store, request),
             strengths=request["strengths"] or 1.0, seeds=range(request["seed"], request["seed"] + request["n_seeds"]),
             max_new_tokens=request["max_new_tokens"], temperature=request["temperature"], control=request["control"],
-            read=features, on_step=_drawing(request, status, drafts), progress=False,
+            read=read, on_step=_drawing(request, status, drafts), progress=False,
         )  # fmt: skip
-    st.session_state.pop("steer_stopped", None)
-    steered = next(one for one in found.texts if one.strength is not None)
-    before = "" if request["chat"] else request["prompt"]
-    simple = len(found.texts) == 2
-    same_model = lm.hash == store.manifest["model"]["hash"]
-    return {
-        "request": request, "folder": store.folder, "rows": found.rows,
-        "unsteered": before + found.texts[0].text, "steered": before + steered.text,
-        "html": [tokens_html(found, one) for one in found.texts] if simple else [comparison_html(found)],
-        "warning": ""
-        if same_model
-        else "The loaded model's weights differ from those the features were collected with.",
-    }  # fmt: skip
+    return found, lm.hash == store.manifest["model"]["hash"]
+
+
+@contextmanager
+def _told() -> Iterator[tuple[Any, Any]]:
+    """Places for the progress and for the texts so far, above a button that ends it: any button makes Streamlit end the run,
+    by an exception that is no `Exception`. They are emptied once the texts are there, and after an error."""
+    status, drafts, stop = st.empty(), st.empty(), st.empty()
+    status.caption("Waiting for the model.")
+    stop.button("Stop", icon=":material/stop:", key="steer_stop")
+    try:
+        yield status, drafts
+    except Exception:
+        st.session_state.pop("steer_stopped", None)
+        _emptied(status, drafts, stop)
+        raise
+    _emptied(status, drafts, stop)
+
+
+def _emptied(*containers: Any) -> None:
+    for container in containers:
+        container.empty()
 
 
 def _drawing(request: dict[str, Any], status: Any, drafts: Any) -> Callable[[int, Callable[[], list[Any]]], None]:

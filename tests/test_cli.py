@@ -103,6 +103,12 @@ def test_a_run_without_features_names_the_command_with_its_folder(run: Path, tmp
     assert f"`saelab features {tmp_path}`" in said and "again" not in said
 
 
+def test_help_tells_every_command_in_one_sentence(capsys):
+    assert main.main(["--help"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert len(lines) == len(main.COMMANDS) and all(line.endswith(".") and len(line) <= 132 for line in lines)
+
+
 @pytest.mark.parametrize("command", [["bench", "synthetic"], ["bench", "family"], ["train"], ["label"]])
 def test_help_has_plain_usage_and_no_empty_default(command, capsys):
     with pytest.raises(SystemExit):

@@ -24,6 +24,10 @@ MAKE = {"demo", "harvest", "train", "dash", "export", "push", "map", "mcp", "ser
 _SMALL = "--d-in 16 --n-features 32 --n-active 2 --d-sae 32 --k 2 --n-tokens 512 --batch-size 256 --variants topk --device cpu"
 ANSWERS: dict[str, tuple[str, set[str]]] = {
     "eval": ("{run}", {"fvu", "l0", "ce_loss_recovered", "split", "hook_name"}),
+    "find": (
+        "{run} --feature {feature} --max-new-tokens 4 --prompt weather --model {model}",
+        {"n_tried", "n_working", "trials", "rows"},
+    ),
     "steer": ("{run} --feature {feature} --max-new-tokens 2", {"default", "steered", "prompt", "seed"}),
     "sweep": ("{run} --n-tokens 512 --d-sae 32 --k 2 --out-dir {out} --batch-size 256", {"rows", "folder"}),
     "features": ("{run}", {"n_features", "n_silent", "n_tokens", "hook_name", "model"}),

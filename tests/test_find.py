@@ -10,7 +10,6 @@ from typing import Any
 
 import planted_steering as planted
 import pytest
-import torch
 from conftest import build_tokenizer
 
 import saelab
@@ -55,11 +54,11 @@ def test_the_planted_feature_is_found_at_the_strength_that_stays_fluent(found):
     assert min(trial.read_back for trial in strong) > best.read_back and max(t.fluency for t in strong) < best.fluency
 
 
-def test_features_that_promote_what_another_one_fires_on_show_no_effect(found):
-    reached = [trial.read_back for row in found.rows if row.feature != planted.STEERS for trial in row.at(4.0)]
-    values = torch.tensor(reached, dtype=torch.float64)
-    error = 1.96 * float(values.std()) / math.sqrt(len(reached))
-    assert len(reached) == 28 and abs(float(values.mean())) < error
+def test_features_that_promote_what_another_one_fires_on_show_no_effect(case):
+    lm, store = case
+    choices = [(feature, planted.STRENGTHS[0]) for feature in range(planted.N_FEATURES) if feature != planted.STEERS]
+    trials = run_trials(store, lm, choices, planted.PROMPTS, max_new_tokens=50, temperature=planted.TEMPERATURE, seed=3)
+    assert len(trials) == 28 and mean_interval([trial.read_back for trial in trials]).covers_zero
 
 
 def test_a_trial_by_hand(case, found):
@@ -186,7 +185,7 @@ def test_the_result_tells_what_predicts_it(found, capsys):
 def test_the_score_is_a_column_of_the_table(case, found):
     _, store = case
     rows = store.table("steer_score")
-    assert [row["feature"] for row in rows] == [row.feature for row in found.rows]
+    assert rows[0]["feature"] == found.rows[0].feature
     assert [row["steer_score"] for row in rows] == [row.steer_score for row in found.rows]
     bound = {"steer_score": (found.rows[1].steer_score, None)}
     assert store.count(bound) == 2 and store.features("steer_score", False, bound)[-1] == planted.STEERS
@@ -216,7 +215,7 @@ def test_candidates_have_several_words_and_a_topic(hostile_run, monkeypatch):
     within = store.features("feature", False, {"density": (1e-3, 0.2)})
     stems = {i: [stem for stem in store.peak_stems(i) if stem] for i in within}
     words = {i: len(set(stems[i])) >= 2 and len(stems[i]) >= 0.2 * len(store.feature(i).examples()) for i in within}
-    shares = {i: spread(store.feature(i).examples(), store.feature(i).p99 / 4) for i in within}
+    shares = {i: spread(store.feature(i).examples(), (store.feature(i).p99 or 0.0) / 4) for i in within}
     bound = sorted(shares[i] for i in within if words[i])[2]
     monkeypatch.setattr("saelab.steering.candidates.N_STEMS", 2)
     monkeypatch.setattr("saelab.steering.candidates.SPREAD", bound)

@@ -122,8 +122,9 @@ def test_every_block_runs_in_order(user, deep_folder):
     # One process for all but the dashboard: each would import torch and transformers anew.
     run([sys.executable, "-c", IN_ONE_PROCESS, json.dumps(codes)], folder, environment)
     serve(dash, folder, environment)
-    for name in ("demo", "mlp"):
-        assert {path.name for path in (folder / "runs" / name).iterdir()} == {"cache", "sae", "features", "report.json"}
+    made = {"cache", "sae", "features", "report.json"}
+    for name, more in (("demo", {"annotations.sqlite", "steering"}), ("mlp", set())):
+        assert {path.name for path in (folder / "runs" / name).iterdir()} == made | more
     report = json.loads((folder / "runs" / "mlp" / "report.json").read_text(encoding="utf-8"))
     assert report["hook_name"] == "blocks.14.hook_mlp_out"
 

@@ -127,8 +127,8 @@ def verify(
     as_json: AsJson = False,
     dtype: Dtype = None,
 ) -> None:
-    """Check a feature store: every byte by its hash, the numbers of every feature against each other, and stored examples against
-    what model and SAE compute. The dashboard shows when it was last verified."""
+    """Check a feature store: bytes by their hashes, numbers against each other, and stored examples by computing them again.
+    The dashboard shows when it was last verified."""
     import saelab
     from saelab.features.verify import verify as check
 

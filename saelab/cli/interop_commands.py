@@ -85,7 +85,7 @@ def export(
         Path | None, arg(help="File of a steering plan, for gguf or directions instead of features.")
     ] = None,
 ) -> None:
-    """Write the SAE of RUN for another library, or steering vectors or the store of its features; what a format cannot hold is
+    """Write the SAE of RUN for another library, or its steering vectors, or its feature store. What a format cannot hold is
     refused."""
     import saelab
 

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import itertools
 import os
+import re
 import signal
 import sys
 import threading
@@ -184,4 +185,6 @@ def _run(args: list[str]) -> int:
 
 
 def _summary(function: Callable[..., None]) -> str:
-    return (function.__doc__ or "").partition("\n")[0]
+    """The first sentence of its docstring, on one line."""
+    text = " ".join((function.__doc__ or "").split("\n\n")[0].split())
+    return re.split(r"(?<=\.)\s+(?=[A-Z])", text)[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -129,7 +131,8 @@ class HFBackend(Backend):
         """Logits after the last of `ids`, and the KV cache, with which only new tokens are run; None if unsupported."""
         past = 0 if cache is None else cache.get_seq_length()
         told = self._told(positions, past) | self._last_only
-        logits, cache = self.forward(ids[:, past:], cache, self.has_cache, **told)
+        with _contiguous_input(self.model.get_output_embeddings() if past == 0 and len(ids) > 1 else None):
+            logits, cache = self.forward(ids[:, past:], cache, self.has_cache, **told)
         return logits[:, -1], cache
 
     @cached_property
@@ -161,6 +164,20 @@ class HFBackend(Backend):
             )
         last, raw = head.last[0].cpu(), head.raw[0].cpu()
         return logit_weights(unembed.cpu(), norm, self.d_model, last, raw, type(self.model).__name__)
+
+
+@contextmanager
+def _contiguous_input(head: nn.Module | None) -> Iterator[None]:
+    """The unembedding is applied to a copy of its input: to the last tokens of several prompts where they stand, torch applies
+    it row by row, which takes longer than all the steps that follow."""
+    if head is None:
+        yield
+        return
+    handle = head.register_forward_pre_hook(lambda _, given: tuple(one.contiguous() for one in given))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class BridgeBackend(Backend):

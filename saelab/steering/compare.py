@@ -16,7 +16,7 @@ from saelab.steering.compared import Continuation, FeatureRead
 from saelab.steering.comparison import Comparison
 from saelab.steering.control import random_control
 from saelab.steering.plan import Plan
-from saelab.steering.reading_back import FIRES_ABOVE, Reader, features_of, p99_of
+from saelab.steering.read_features import FIRES_ABOVE, Reader, features_of, p99_of
 from saelab.steering.strengths import adds, as_plan, checked_strengths, handle_of, is_feature, scaled
 
 OnStep = Callable[[int, Callable[[], list[Continuation]]], bool | None]

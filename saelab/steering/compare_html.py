@@ -5,9 +5,10 @@ Below each text a strip has one bar for each token: the higher, the less likely 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from difflib import SequenceMatcher
 from itertools import groupby
+from typing import Any
 
 from saelab.features.numbers import signed
 from saelab.features.token_text import Group, display_groups
@@ -73,7 +74,7 @@ def drafts_html(texts: Sequence[Continuation], prompt: str) -> str:
     """Texts that are not finished, without numbers."""
     rows = []
     for one in sorted(texts, key=lambda one: one.seed):
-        text = "".join(escape(group.text) for group in display_groups(one.pieces))
+        text = _text(display_groups(one.pieces))
         names = f"<b>{arm_name(one)}</b><span>seed {one.seed}</span>"
         rows.append(_grid(names, f'<div class="sc-text"><bdi>{text}</bdi></div>'))
     return (
@@ -103,7 +104,13 @@ def kept_tokens(compared: Compared, continuation: Continuation) -> list[bool]:
     return kept
 
 
-def _name(edit: object) -> str:
+def _name(edit: Any) -> str:
+    asked = getattr(edit, "asked", {})
+    if "unit" in asked and isinstance(asked.get("value"), int | float):
+        where = ", where it fires" if asked.get("where") == "fires" else ""
+        return (
+            f"{asked['do']} {asked['value']:g} {asked['unit']} of feature {asked['feature']} at {edit.hook_name}{where}"
+        )
     return repr(edit).strip("<>")[:120]
 
 
@@ -173,9 +180,14 @@ def tokens_html(compared: Compared, continuation: Continuation) -> str:
 
     shown = []
     for name, run in groupby(display_groups(continuation.pieces), kind):
-        text = escape("".join(group.text for group in run)).replace("\u21b5", "\u21b5<wbr>")
+        text = _text(run)
         shown.append(f"<{name}>{text}</{name}>" if name else text)
     return "".join(shown)
+
+
+def _text(run: Iterable[Group]) -> str:
+    lines = "".join(group.text for group in run).split("\n")
+    return "<br>".join(escape(line) for line in lines)
 
 
 def _share(value: float | None) -> str:

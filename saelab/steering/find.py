@@ -1,6 +1,7 @@
 """`find`: which features of a store steer, at which strength, and what it costs.
 
-Candidates are tried by successive halving: all of them at the first strength, the better part at the others. A candidate whose
+Candidates are tried in three rounds: all of them at the first strength on the first two prompts; the better part at the other
+strengths; the best of these on all other prompts, since the best of many on two prompts are partly lucky. A candidate whose
 text reads back but is not fluent may be fluent at another strength, so it stays in on half of its read-back.
 """
 
@@ -15,17 +16,26 @@ from saelab.files import locked
 from saelab.models import LanguageModel
 from saelab.steering.candidates import draw_candidates
 from saelab.steering.criteria import Criteria, next_token_criteria
-from saelab.steering.found import Found, Row, mean, row_of
+from saelab.steering.found import Found, Row, best_score, mean, ranked, row_of
 from saelab.steering.trial_file import TrialFile
 from saelab.steering.trials import ARMS, Choice, Settings, Trial, Trials, as_texts
 from saelab.validation import check_integer
 
-PROMPTS = ("My favourite thing in the world is", "I think that")
+PROMPTS = (
+    "My favourite thing in the world is",
+    "I think that",
+    "The most important thing about this is",
+    "My friend told me that",
+    "The book on the shelf was about",
+    "After the meeting we decided to",
+)
+FIRST_PROMPTS = 2
+"""Those that all rounds use; the rest are for the last one."""
 STRENGTHS = (2.0, 1.0, 1.5, 3.0)
 """In p99. The first is tried with every candidate, the others with the better part."""
-KEPT = 0.4
-"""That part of the candidates."""
-_VERSION = 1
+KEPT, FINALISTS = 0.4, 0.15
+"""Parts of the candidates that get to the second and to the last round."""
+_VERSION = 2
 _FROM_READ_BACK = 0.5
 
 
@@ -44,10 +54,10 @@ def find(
 ) -> Found:
     """Rank features of `store` by how far steering with them reads back in fluent text, and find the strength (in p99).
 
-    Candidates are `features`, or `n_candidates` drawn with `seed`: density 1e-3 to 1.5e-2, at least 5 distinct words at their
-    peaks. Each continues every prompt; `trials.py` says how a text is scored. Finished batches are kept in `RUN/steering`, one
-    file for each set of arguments, and the same call goes on where it was interrupted. At the end the scores go to
-    `annotations.sqlite`, as `steer_score` of the table and of the feature. Verify a choice on other prompts with `run_trials`.
+    Candidates are `features`, or `n_candidates` drawn with `seed` (`candidates.py`). Each continues the first two prompts, the
+    best all of them; `trials.py` says how a text is scored. Finished batches are kept in `RUN/steering`, one file for each set of
+    arguments, and the same call goes on where it was interrupted. At the end the scores go to `annotations.sqlite`, as
+    `steer_score` of the table and of the feature. Verify a choice on other prompts with `run_trials`.
 
     Raises `ValueError` for no candidates, prompts that are no texts, a strength of 0, or a model that is not the store's or is
     being steered; `SaelabError` while another process finds features in the same run, or for a file of trials that was altered.
@@ -62,7 +72,7 @@ def find(
     folder = store.folder.resolve().parent / "steering"
     with locked(folder, f"Another process is finding features in {folder}: wait until it is done."):
         kept = TrialFile(folder, _identity(trials, chosen, strengths))
-        with tqdm(total=len(chosen) * len(settings.prompts), desc="Steering", unit="text", disable=not progress) as bar:
+        with tqdm(total=0, desc="Steering", unit="text", disable=not progress) as bar:
             search = _Search(trials, kept, bar)
             rows = search.rows(chosen, strengths)
         store.annotations.add_each("steer", {row.feature: row.as_json() for row in rows})
@@ -80,7 +90,7 @@ def _identity(trials: Trials, features: Sequence[int], strengths: Sequence[float
         "dtype": str(lm.dtype),
         "strengths": list(strengths),
         "features": list(map(int, features)),
-        "kept": KEPT,
+        "kept": [KEPT, FINALISTS, FIRST_PROMPTS],
         "arms": ARMS,
         **how,
         "prompts": list(how["prompts"]),
@@ -102,32 +112,34 @@ class _Search:
         given = store.labels
         labels = {one: given.get(one) or ", ".join(store.peak_words(one)) or None for one in features}
         rows = [row_of(one, labels[one], tried[one], criteria[one]) for one in features]
-        return sorted(rows, key=lambda row: (-row.steer_score, -row.read_back, row.feature))
+        return ranked(rows)
 
     def run(self, features: Sequence[int], strengths: Sequence[float]) -> dict[int, list[Trial]]:
         """All trials by feature."""
         first, *others = strengths
+        n, n_prompts = len(features), len(self.trials.settings.prompts)
+        early, late = range(n_prompts)[:FIRST_PROMPTS], range(n_prompts)[FIRST_PROMPTS:]
         tried = {feature: [] for feature in features}
-        self._try([(feature, first) for feature in features], tried)
-        if others:
-            n = max(1, round(KEPT * len(features)))
-            better = sorted(features, key=lambda feature: (-_promise(tried[feature]), feature))[:n]
-            self.bar.total += len(better) * len(others) * len(self.trials.settings.prompts)
-            self._try([(feature, strength) for strength in others for feature in better], tried)
+        self._try([(feature, first) for feature in features], early, tried)
+        better = sorted(features, key=lambda one: (-_promise(tried[one]), one))[: max(1, round(KEPT * n))]
+        self._try([(feature, strength) for strength in others for feature in better], early, tried)
+        best = sorted(better, key=lambda one: (-best_score(tried[one]), one))[: max(1, round(FINALISTS * n))]
+        self._try([(feature, strength) for strength in strengths for feature in best], late, tried)
         return tried
 
     def criteria(self, features: Sequence[int], strength: float) -> dict[int, Criteria]:
         """`criteria.py` of every feature."""
         found: list[Any] = []
-        of, prompts = self.trials, self.trials.settings.prompts
+        of, prompts = self.trials, self.trials.settings.prompts[:FIRST_PROMPTS]
         for batch in _split([(feature, strength) for feature in features]):
             found += self._batch(
                 f"criteria {_named(batch)}", lambda batch=batch: next_token_criteria(of.store, of.lm, batch, prompts)
             )
         return {feature: Criteria(*one) for feature, one in zip(features, found, strict=True)}
 
-    def _try(self, choices: Sequence[Choice], tried: dict[int, list[Trial]]) -> None:
-        for prompt in range(len(self.trials.settings.prompts)):
+    def _try(self, choices: Sequence[Choice], prompts: Sequence[int], tried: dict[int, list[Trial]]) -> None:
+        self.bar.total += len(choices) * len(prompts)
+        for prompt in prompts if choices else ():
             for batch in _split(choices):
                 told = self._batch(f"prompt {prompt}: {_named(batch)}", lambda b=batch, n=prompt: self.trials.run(b, n))
                 for one in told:

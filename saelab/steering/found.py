@@ -157,3 +157,19 @@ def row_of(feature: int, label: str | None, trials: Sequence[Trial], criteria: C
         *criteria,
         tuple(trials),
     )
+
+
+def best_score(trials: Sequence[Trial]) -> float:
+    """The largest mean score at one strength."""
+    return max(
+        mean([one.score for one in trials if one.strength == strength]) for strength in {one.strength for one in trials}
+    )
+
+
+def ranked(rows: Sequence[Row]) -> list[Row]:
+    """Rows by score, those tried on most prompts first: what was tried on few prompts scores at most as the last of them, because
+    it would have gone on if it were better."""
+    most = max(len(row.best) for row in rows)
+    lowest = min(row.steer_score for row in rows if len(row.best) == most)
+    rows = [row if len(row.best) == most else row._replace(steer_score=min(row.steer_score, lowest)) for row in rows]
+    return sorted(rows, key=lambda row: (-len(row.best), -row.steer_score, -row.read_back, row.feature))

@@ -17,6 +17,7 @@ from saelab.models import LanguageModel
 from saelab.models.sampling import Generation
 from saelab.saes import SAE
 from saelab.saes.hooks_used import HooksUsed
+from saelab.steering.unsteered import refuse_steered, unsteered_pass
 
 
 class Read(NamedTuple):
@@ -39,36 +40,20 @@ class Read(NamedTuple):
         return float(self.nll.mean()) if len(self.nll) else 0.0
 
 
-class _Recorder:
-    """An edit that changes nothing and keeps the activations."""
-
-    def __init__(self, hook_name: str) -> None:
-        self.hook_name, self.x = hook_name, torch.empty(0)
-
-    def apply(self, x: Float[Tensor, "batch seq d_in"], positions: Int[Tensor, "batch seq"]) -> Tensor:
-        self.x = x.clone()  # a later layer may write into the tensor
-        return x
-
-
 class Reader:
     """Reads texts with a model and an SAE at these hooks. Raises `ValueError` if the model is being steered."""
 
     def __init__(self, lm: LanguageModel, sae: SAE, hooks: HooksUsed) -> None:
         self.lm, self.sae, self.hooks = lm, sae, hooks
         self._special = torch.tensor(lm.special_ids, dtype=torch.int64)
-        _refuse_steered(lm)
+        refuse_steered(lm)
 
     @torch.no_grad()
     def read(self, texts: Sequence[Generation]) -> list[Read]:
         """Texts in one batch. Raises as `lm.logits` does, and `ValueError` for a hook that cannot be edited."""
-        _refuse_steered(self.lm)
-        ids, positions = _right_padded([text.ids for text in texts])
-        recorders = [_Recorder(name) for name in dict.fromkeys(self.hooks.inputs)]
-        with self.lm.steer(*recorders):
-            logits = self.lm.logits(ids, positions=positions)
-        rows = {one.hook_name: one.x for one in recorders}
-        x = HooksUsed(self.hooks.inputs, self.hooks.inputs).batch(rows).x  # (batch, seq, [n_sources,] d_in)
-        return [self._read(text, logits[i], x[i]) for i, text in enumerate(texts)]
+        found = unsteered_pass(self.lm, [text.ids for text in texts], self.hooks.inputs)
+        x = HooksUsed(self.hooks.inputs, self.hooks.inputs).batch(found.x).x  # (batch, seq, [n_sources,] d_in)
+        return [self._read(text, found.logits[i], x[i]) for i, text in enumerate(texts)]
 
     def _read(self, text: Generation, logits: Float[Tensor, "seq vocab"], x: Tensor) -> Read:
         first, stop = text.n_prompt, len(text.ids)
@@ -86,22 +71,3 @@ def _flat(x: Any) -> Tensor:
 
 def _on_cpu(found: SparseActs) -> SparseActs:
     return SparseActs(found.values.detach().float().cpu(), found.features.cpu(), found.offsets.cpu(), found.d_sae)
-
-
-def _right_padded(rows: Sequence[Int[Tensor, " n_tokens"]]) -> tuple[Int[Tensor, "b s"], Int[Tensor, "b s"]]:
-    """Ids padded on the right to one length, and their positions, -1 on padding."""
-    width = max(map(len, rows))
-    ids = torch.zeros(len(rows), width, dtype=torch.int64)
-    positions = torch.full_like(ids, -1)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = row
-        positions[i, : len(row)] = torch.arange(len(row))
-    return ids, positions
-
-
-def _refuse_steered(lm: LanguageModel) -> None:
-    if lm.edits:
-        raise ValueError(
-            f"The model is being steered by {lm.edits[0]!r}, but the unsteered model is to read: call this outside of "
-            "`with lm.steer(...)`."
-        )

@@ -17,6 +17,7 @@ from saelab.evaluation.loss_recovered import MAX_LOGITS
 from saelab.models import LanguageModel
 from saelab.saes.hooks_used import HooksUsed
 from saelab.saes.trained_hooks import hooks_of
+from saelab.steering.unsteered import unsteered_pass
 
 FIRES_ABOVE = 0.25
 """A feature counts as read back on a token where it exceeds this many p99."""
@@ -31,17 +32,6 @@ class Read(NamedTuple):
     """Feature activations in p99 (magnitudes in the SAE's own units for a feature without a p99), towards the steered end."""
 
 
-class _Recorder:
-    """An edit that changes nothing and keeps the activations."""
-
-    def __init__(self, hook_name: str) -> None:
-        self.hook_name, self.x = hook_name, torch.empty(0)
-
-    def apply(self, x: Float[Tensor, "batch seq d_in"], positions: Int[Tensor, "batch seq"]) -> Tensor:
-        self.x = x
-        return x
-
-
 class Reader:
     """Reads texts with the unsteered model, and features in the same pass."""
 
@@ -52,12 +42,8 @@ class Reader:
 
     @torch.no_grad()
     def read(self, texts: Sequence[Int[Tensor, " n_tokens"]], n_prompt: int) -> list[Read]:
-        """Each text behind its first `n_prompt` tokens. Leaves `lm.last_report` as it is."""
-        reported = self.lm.last_report
-        try:
-            return [one for batch in self._batches(texts) for one in self._read(batch, n_prompt)]
-        finally:
-            self.lm.last_report = reported  # the recorders are edits too, which no user asked for
+        """Each text behind its first `n_prompt` tokens."""
+        return [one for batch in self._batches(texts) for one in self._read(batch, n_prompt)]
 
     def _batches(self, texts: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
         """As many texts at once as a forward pass may hold logits of."""
@@ -65,18 +51,12 @@ class Reader:
         return (texts[first : first + size] for first in range(0, len(texts), size))
 
     def _read(self, texts: Sequence[Tensor], n_prompt: int) -> list[Read]:
-        width = max(map(len, texts))
-        ids = torch.stack([torch.cat([one, one.new_zeros(width - len(one))]) for one in texts])
-        counted = torch.arange(width).expand(len(texts), -1)
-        positions = torch.where(counted < torch.tensor([len(one) for one in texts])[:, None], counted, -1)
-        recorders = {name: _Recorder(name) for _, hooks in self.features for name in hooks.all}
-        with self.lm.steer(*recorders.values(), positions=tuple(range(1, width))):  # named, special tokens are read too
-            logits = self.lm.logits(ids, positions=positions)
-        x = {name: recorder.x[:, n_prompt:] for name, recorder in recorders.items()}
-        values = self._values(x, (len(texts), width - n_prompt))
+        found = unsteered_pass(self.lm, texts, [name for _, hooks in self.features for name in hooks.all])
+        x = {name: rows[:, n_prompt:] for name, rows in found.x.items()}
+        values = self._values(x, (len(texts), max(map(len, texts)) - n_prompt))
         result = []
         for i, one in enumerate(texts):
-            log_probs = logits[i, n_prompt - 1 : len(one) - 1].float().log_softmax(-1).cpu()
+            log_probs = found.logits[i, n_prompt - 1 : len(one) - 1].float().log_softmax(-1).cpu()
             chosen = log_probs.gather(1, one[n_prompt:, None]).squeeze(1)
             result.append(Read(chosen, values[:, i, : len(one) - n_prompt]))
         return result
