@@ -128,7 +128,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8"), filename=name) for na
 
 
 def test_links_are_relative_and_resolve():
-    assert set(LINKS) == {"saelab/kernels", "saelab/activation_cache", "saelab/app", "saelab/data"}
+    assert set(LINKS) == {f"saelab/{name}" for name in ("kernels", "activation_cache", "app", "data", "notebooks")}
     for link, folder in LINKS.items():
         assert (ROOT / link).is_symlink(), f"{link} is no link: git config core.symlinks true, then check it out again"
         assert (ROOT / link).readlink() == Path("..") / folder

@@ -188,6 +188,8 @@ def test_the_wheel_holds_everything_once(wheel: Path):
     data = {path.name for path in (ROOT / "examples" / "data").iterdir() if path.is_file()}
     assert data >= {"corpus.parquet", "concepts.parquet", "README.md", "LICENSE-PSF.txt", "LICENSE-WORDNET.txt"}
     assert {f"saelab/data/{name}" for name in data} <= names
+    notebooks = {f"saelab/notebooks/{path.name}" for path in (ROOT / "examples" / "notebooks").glob("*.ipynb")}
+    assert {name for name in names if name.endswith(".ipynb")} == notebooks
     assert "License-Expression: Apache-2.0" in metadata
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
