@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterable
 
-from saelab.features.collecting.words import stem_of
 from saelab.features.records import Example
 
 _WORD = re.compile(r"[^\W\d_]{3,}|[^\W\d_\x00-\x7f]+")
@@ -30,11 +27,3 @@ def _continues(before: str, after: str) -> bool:
 def is_word(text: str) -> bool:
     """Whether a text is three letters or more, or in another script than Latin one or more."""
     return _WORD.fullmatch(text) is not None
-
-
-def commonest_words(examples: Iterable[Example], n: int = 4) -> list[str]:
-    """The commonest words at the peaks, one form of each stem; of equally common ones those of the stronger examples first."""
-    words = [word for one in examples if is_word(word := word_at_peak(one))]
-    counts = Counter(map(stem_of, words))
-    forms = {stem: next(word for word in words if stem_of(word) == stem) for stem in counts}
-    return [forms[stem] for stem, _ in counts.most_common(n)]

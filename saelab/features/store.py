@@ -16,7 +16,7 @@ from saelab.features.documents import Document, tokens_of
 from saelab.features.feature import Feature
 from saelab.features.html_file import write_features
 from saelab.features.manifest import COLLECT_AGAIN
-from saelab.features.peak_words import commonest_words, is_word, word_at_peak
+from saelab.features.peak_words import is_word, word_at_peak
 from saelab.features.records import Promoted, PromotedToken
 from saelab.features.search import Search
 from saelab.features.steer_scores import STEER_SCORE, source, steer_scores
@@ -179,11 +179,6 @@ class FeatureStore(Search):
         (in other scripts than Latin, of one)."""
         words = [word_at_peak(example) for example in self.feature(feature).examples()]
         return [stem_of(word) if is_word(word) else "" for word in words]
-
-    def peak_words(self, feature: int) -> list[str]:
-        """The commonest words at the peaks of the strongest examples: what a topic is about, while the words of `label` are those
-        of all its firings."""
-        return commonest_words(self.feature(feature).examples())
 
     def contrast(self, lm: Any, a: Any, b: Any) -> Any:
         """Which features fire in more texts of one list than of the other: see `contrast.Contrast`, whose `rows()` are sorted by

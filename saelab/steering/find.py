@@ -110,7 +110,7 @@ class _Search:
         tried, criteria = self.run(features, strengths), self.criteria(features, strengths[0])
         store = self.trials.store
         given = store.labels
-        labels = {one: given.get(one) or ", ".join(store.peak_words(one)) or None for one in features}
+        labels = {one: given.get(one) or store.row_of(one)["label"] for one in features}
         rows = [row_of(one, labels[one], tried[one], criteria[one]) for one in features]
         return ranked(rows)
 
