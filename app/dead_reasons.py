@@ -24,18 +24,6 @@ REMEDIES = {
     "it came close to firing": "More training, or a larger k, may be enough.",
     "far from firing on every token": "Train on with an auxiliary loss (auxk_alpha), or with fewer features.",
 }
-_HEADS = {
-    "Feature": "",
-    "Fired": "Tokens on which it fired",
-    "Reason": "",
-    "What may help": "",
-    "Margin": "The largest pre-activation minus what it had to exceed, on one token in 64; the nearer to 0, the nearer it came",
-    "Enc\u2013dec": "Cosine similarity of its encoder and decoder rows",
-    "Encoder bias": "",
-    "Nearest": "The feature with the most similar decoder row",
-    "Cosine to it": "",
-    "It fired": "Tokens on which the nearest feature fired",
-}
 
 
 class Diagnosis(NamedTuple):
@@ -60,8 +48,7 @@ def show_reasons(store: FeatureStore, features: list[int]) -> None:
     except SaelabError as error:
         st.info(markdown.plain(str(error)), icon=":material/update:")
         return
-    head = "".join(f'<th title="{escape(meaning)}">{escape(name)}</th>' for name, meaning in _HEADS.items())
-    st.html(f'<table class="sa-table"><tr>{head}</tr>{"".join(map(_row, found))}</table>')
+    st.html(f'<ul class="sa-reasons">{"".join(map(_item, found))}</ul>')
     st.caption(
         "Margin: how much it lacked at its best, on one token in 64; the nearer to 0, the easier it is to revive."
     )
@@ -111,14 +98,14 @@ def reason(row: dict[str, Any], margin: float | None, near: float, near_fired: i
     return "it came close to firing" if margin > _NEAR else "far from firing on every token"
 
 
-def _row(found: Diagnosis) -> str:
-    margin = "fires" if found.n_fired else fixed(found.margin, 3)
-    cells = [
-        _link(found.feature), f"{found.n_fired:,}", escape(found.reason), escape(REMEDIES[found.reason]), margin,
-        cosine(found.cosine), fixed(found.bias, 3), _link(found.nearest), cosine(found.cosine_to_nearest),
-        f"{found.nearest_fired:,}",
-    ]  # fmt: skip
-    return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+def _item(found: Diagnosis) -> str:
+    fired = f"fired {found.n_fired:,}\u00d7" if found.n_fired else f"margin {fixed(found.margin, 3)}"
+    more = (
+        f"{fired}, encoder and decoder cosine {cosine(found.cosine)}, encoder bias {fixed(found.bias, 3)}; nearest feature "
+        f"{_link(found.nearest)} (cosine {cosine(found.cosine_to_nearest)}, fired {found.nearest_fired:,}\u00d7)"
+    )
+    said = f"{escape(found.reason)}. {escape(REMEDIES[found.reason])}"
+    return f"<li><b>{_link(found.feature)}</b> {said} <small>{more}</small></li>"
 
 
 def _link(feature: int) -> str:

@@ -79,6 +79,9 @@ minmax(0,2fr)}}
 .sa-tokens{display:grid;grid-template-columns:minmax(5rem,max-content) minmax(0,1fr);gap:.25rem 1rem;font-size:.9rem;margin:0}
 .sa-tokens dt{text-align:right;white-space:pre;overflow:hidden;text-overflow:ellipsis}.sa-tokens dd{margin:0}
 .sa-dim{opacity:.8}
+.sa-reasons{list-style:none;margin:0;padding:0!important;font-size:.9rem}.sa-reasons small{opacity:.8}
+.sa-reasons li{margin:0;padding:.25rem 0;border-top:1px solid rgba(128,128,128,.2);overflow-wrap:anywhere}
+.sa-reasons a{color:inherit;text-decoration:underline;text-underline-offset:2px}
 .sa-pill{border:1px solid rgba(128,128,128,.4);border-radius:4px;padding:0 .35em;margin-right:.35em;display:inline-block}
 .sa-pill small{opacity:.75}
 .sa-table caption{text-align:left;padding:.3rem 0}.sa-pairs{table-layout:fixed}

@@ -444,7 +444,8 @@ def test_nan_activations_stop_the_pass(sae, tiny_lm, tmp_path, monkeypatch):
 def test_table_sorts_filters_and_pages(store):
     rows = store.table("p99", descending=False, where={"n_fired": (1, None)}, limit=5, offset=2)
     everything = sorted(
-        (store.feature(i).row for i in range(48) if store.feature(i).n_fired), key=lambda row: row["p99"]
+        (store.feature(i).row | {"steer_score": None} for i in range(48) if store.feature(i).n_fired),
+        key=lambda row: row["p99"],
     )
     assert rows == everything[2:7]
     assert store.count({"n_fired": (1, None)}) == len(everything)

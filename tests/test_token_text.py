@@ -116,6 +116,9 @@ def test_a_character_is_seen_in_every_place(kind, place):
         text = token_bytes(tokenizer, [index])[index].decode()
         assert text == char, (kind, hex(ord(char)))
         markup = PLACES[place](text)
+        if place == "generated" and char == "\n":
+            assert "<br>" in markup
+            continue
         assert escape(char) in markup or shown in Page(markup).text
         assert shown in Page(markup).text
         if shown != char and not shown.endswith(char):
