@@ -145,17 +145,30 @@ ENTRY = {"feature": 7, "do": "add", "value": 1.0, "unit": "p99", "hook_name": HO
         (written(edits=[ENTRY | {"do": "explode"}]), "do='explode' is unknown"),
         (written(edits=[ENTRY | {"do": "__init__"}]), "do='__init__' is unknown"),
         (written(edits=[ENTRY | {"do": ["add"]}]), "do=.'add'. is unknown"),
+        (written(edits=[ENTRY | {"do": "above"}]), "a gate is no edit"),
+        (written(edits=[ENTRY | {"do": "scale"}]), "'unit', which is unknown"),
+        (written(edits=[ENTRY | {"value": 10**400}]), "which is not a number"),
+        (written(edits=[ENTRY | {"value": True}]), "value='True', which is not a number"),
+        (written(edits=[ENTRY | {"end": True}]), "end=True"),
+        (written(edits=[ENTRY | {"hook_name": 5}]), "hook_name=5"),
+        (written(edits=[ENTRY | {"do": "clamp", "value": [10**400]}]), "no array of numbers"),
+        (written(saelab_plan=True), "no plan of version 1"),
+        (written(keep_norm="no"), "keep_norm='no'"),
+        (written(positions=[10**30]), "positions"),
+        (written(window=[10**30, None]), "beyond any context"),
+        (written(cap=10**400), "cap="),
+        (written()[:-1] + ', "edits": []}', "a name twice"),
         (written(edits=[ENTRY | {"feature": 64}]), "feature=64"),
         (written(edits=[ENTRY | {"feature": -1}]), "feature=-1"),
         (written(edits=[ENTRY | {"feature": "7"}]), "feature='7'"),
         (written(edits=[ENTRY | {"sae": "0" * 64}]), "the SAE 000000000000, which is not given"),
         (written(edits=[ENTRY | {"value": "much"}]), "value='much', which is not a number"),
         (written(edits=[ENTRY | {"do": "clamp", "value": [1, "a"]}]), "no array of numbers"),
-        (written(edits=[ENTRY | {"value": None}]), "value=None, which is not a number"),
+        (written(edits=[ENTRY | {"value": None}]), "value='None', which is not a number"),
         (written(edits=[ENTRY | {"unit": "furlong"}]), "unit='furlong'"),
         (written(edits=[ENTRY | {"end": 5}]), "end=5"),
         (written(edits=[{key: value for key, value in ENTRY.items() if key != "value"}]), "add of .*missing"),
-        (written(edits=[ENTRY | {"min": 1}]), "add of .*unexpected"),
+        (written(edits=[ENTRY | {"min": 1}]), "add of a plan has 'min', which is unknown"),
         (written(edits=[{"do": "add", "value": 1}]), "neither a feature nor a direction"),
         (written(edits=[{"do": "add", "value": 1, "direction": ["a"], "hook_name": HOOK}]), "no list of numbers"),
         (written().replace("1.0]", "NaN]"), "NaN, which is not a finite number"),
@@ -163,7 +176,7 @@ ENTRY = {"feature": 7, "do": "add", "value": 1.0, "unit": "p99", "hook_name": HO
         (written(positions=[0]), "first token"),
         (written(cap=-1), "cap=-1"),
         (written(gate={"do": "above", "value": 0.5}), "neither a feature nor a direction"),
-        (written(gate=ENTRY), "is no gate"),
+        (written(gate=ENTRY), "a gate is no edit"),
     ],
 )
 def test_what_is_no_plan_is_refused(sae, text, words):
@@ -190,3 +203,23 @@ def test_an_edit_of_another_kind_is_not_saved():
 
     with pytest.raises(ValueError, match="Custom.*cannot be saved in a plan"):
         Plan([Custom()]).to_json()
+
+
+def test_a_mostly_negative_feature_is_not_turned_around(tiny_lm, sae, active):
+    """Its sign comes from its store: an SAE alone is refused where that matters. In raw units, too, a gate looks its way."""
+    handle = FeatureHandle(sae, active, HOOK, {"p99": -2.0, "max": -4.0, "mean": -1.0})
+
+    class Negative(Store):
+        def feature(self, index: int):
+            row = Row(sae, index)
+            row.handle = handle
+            return row
+
+    for plan in (Plan([handle.add(0.5, unit="resid_norm")]), Plan([handle * 1.0], gate=handle.above(0.2, unit="raw"))):
+        assert Plan.from_json(plan.to_json(), Negative(sae)).to_json() == plan.to_json()
+        if plan.gate is None:
+            with pytest.raises(ValueError, match="mostly negative"):
+                Plan.from_json(plan.to_json(), sae)
+    x = next(iter(tiny_lm.stream_activations([PROMPT], [HOOK])))[HOOK].clone()
+    z = sae.encode(x[0]).column(active)
+    assert torch.equal(handle.above(0.2, unit="raw").is_open(x)[0], -z > 0.2)

@@ -115,7 +115,6 @@ def test_a_named_position_may_be_special(tiny_lm):
 
 NOWHERE = {
     "generated, but nothing is": (lambda lm: lm.logits(PROMPT), {"on": "generated"}),
-    "one new token, which is never read": (lambda lm: lm.generate(PROMPT, 1), {"on": "generated"}),
     "beyond the end": (lambda lm: lm.logits(PROMPT), {"positions": [99]}),
     "before the start": (lambda lm: lm.logits(PROMPT), {"window": (None, -99)}),
     "a prompt of one token": (lambda lm: lm.logits([[5]]), {}),
@@ -146,6 +145,22 @@ def test_a_silent_feature_is_no_error(tiny_lm, sae):
         sae.b_enc[5] = bias
     (report,) = tiny_lm.last_report
     assert report.n_applied and report.n_changed == 0 and report.relative_change == 0.0
+
+
+def test_a_text_that_ends_at_once_is_no_error(tiny_lm):
+    """No generated token was read, so there was none to steer; and the first token of a prompt is never steered."""
+    for prompt, options in ((PROMPT, {"on": "generated"}), ([[5]], {})):
+        with tiny_lm.steer(Everywhere(), **options):
+            tiny_lm.generate_ids(prompt, 1)
+        assert tiny_lm.last_report[0].n_applied == 0
+
+
+def test_a_callback_that_runs_the_model_does_not_spoil_the_report(tiny_lm):
+    with tiny_lm.steer(Direction(torch.ones(32), HOOK) * 1.0):
+        tiny_lm.generate(PROMPT, 4)
+        want = tiny_lm.last_report
+        tiny_lm.generate(PROMPT, 4, on_token=lambda n: tiny_lm.logits(SHORT) is None)
+    assert tiny_lm.last_report == want
 
 
 # --- how far
@@ -182,6 +197,31 @@ def test_norm_cap_and_report_by_hand(tiny_lm):
         assert abs(report.relative_change - float(share)) < 1e-4
 
 
+def test_limits_hold_for_any_size_of_change(tiny_lm):
+    ids = tiny_lm.to_ids(SHORT)
+    size = activations(tiny_lm, ids)[0, 1:].norm(dim=-1)
+    with tiny_lm.steer(Direction(torch.ones(32), HOOK) * 1e25, keep_norm=True):
+        torch.testing.assert_close(activations(tiny_lm, ids)[0, 1:].norm(dim=-1), size)
+    with tiny_lm.steer(Direction(torch.ones(32), HOOK) * 1e25, cap=0.5):
+        activations(tiny_lm, ids)
+    assert abs(tiny_lm.last_report[0].relative_change - 0.5) < 1e-4
+
+
+def test_blocks_that_set_the_same_are_refused_and_options_need_edits(tiny_lm):
+    direction = Direction(torch.ones(32), HOOK)
+    with (
+        tiny_lm.steer(direction.ablate()),
+        pytest.raises(ValueError, match="both set"),
+        tiny_lm.steer(direction.ablate()),
+    ):
+        pass
+    for options in ({"on": "prompt"}, {"cap": 0.5}):
+        with pytest.raises(ValueError, match="there is no edit"), tiny_lm.steer(**options):
+            pass
+    with pytest.raises(ValueError, match="cap: a plan has these"), tiny_lm.steer(Plan([direction * 1.0]), cap=0.0):
+        pass
+
+
 def test_limits_are_of_the_sum_at_a_hook_and_no_op_with_nothing_to_limit(tiny_lm):
     up, down = Direction(torch.ones(32), HOOK) * 50.0, Direction(torch.ones(32), HOOK) * -50.0
     ids = tiny_lm.to_ids(SHORT)
@@ -204,6 +244,8 @@ def test_limits_are_of_the_sum_at_a_hook_and_no_op_with_nothing_to_limit(tiny_lm
         ({"window": ("a", None)}, "start and end are integers"),
         ({"positions": [1], "window": (1, 2)}, "give one of the two"),
         ({"cap": 0.0}, "cap=0.0"),
+        ({"keep_norm": "no"}, "keep_norm='no'"),
+        ({"positions": [2**40]}, "at most 10000 are possible"),
         ({"cap": float("nan")}, "cap=nan"),
         ({"gate": 3.0}, "gate=3.0 is no gate"),
     ],
@@ -220,6 +262,12 @@ def test_two_edits_that_set_one_feature_are_refused(sae):
     direction = Direction(torch.ones(32), HOOK)
     with pytest.raises(ValueError, match="both set the same activation"):
         Plan([direction.clamp(1.0), direction.project_out()])
+    again = Direction(-2 * torch.ones(32), HOOK)
+    for one, other in ((direction.project_out(), again.clamp(1.0)), (feature.project_out(), feature.project_out())):
+        with pytest.raises(ValueError, match="both set the same activation"):
+            Plan([one, other])
+    with pytest.raises(ValueError, match="both set the same activation"):
+        Plan([feature.clamp(1.0), feature.clamp(2.0, where="fires")])
     other = FeatureHandle(sae, 6, HOOK, units={"p99": 1.0})
     assert Plan([feature.clamp(1.0), feature * 1.0, feature * 2.0, other.ablate()])
 

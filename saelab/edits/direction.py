@@ -46,8 +46,11 @@ class VectorEdit:
 
     @property
     def sets(self) -> Any:
-        """What two edits must not both set; None for one that adds."""
-        return None if self.mode in ("raw", "resid_norm") else (self.hook_name, self.vector.data_ptr())
+        """What two edits must not both set, and the end of it (0: both); None for one that adds."""
+        if self.mode in ("raw", "resid_norm"):
+            return None
+        unit = self.vector.double() / self.vector.double().norm()
+        return (self.hook_name, tuple((unit * unit[unit.abs().argmax()].sign()).float().tolist())), 0
 
     @property
     def d_in(self) -> int:

@@ -44,8 +44,9 @@ class FeatureEdit:
 
     @property
     def sets(self) -> Any:
-        """What two edits must not both set; None for one that adds."""
-        return None if self.mode == "add" else (self.hook_name, id(self.sae), self.feature, self.where)
+        """What two edits must not both set, and the end of it (0: both); None for one that adds."""
+        end = {"positive": 1, "negative": -1}.get(self.where, 0)
+        return None if self.mode == "add" else ((self.hook_name, id(self.sae), self.feature), end)
 
     @property
     def d_in(self) -> int:

@@ -67,7 +67,9 @@ class FeatureHandle:
         "resid_norm" the decoder row's unit vector times `value` times each activation's norm."""
         if unit == _ALONG:
             edit = self.direction.add(value, unit)
-            return replace(edit, asked=self._asked("add", value=finite(value), unit=unit, sae=self.sae))
+            return replace(
+                edit, asked=self._asked("add", value=finite(value), unit=unit, sae=self.sae, sign=self._sign)
+            )
         return self._edit("add", finite(value) * self.unit(unit), value=finite(value), unit=unit)
 
     def clamp(self, value: Any, unit: str = "p99", where: str = "always") -> FeatureEdit:
@@ -118,14 +120,14 @@ class FeatureHandle:
                 f"A gate needs the feature's activation, which this {self.sae.variant} cannot compute from {self.hook_name} "
                 "alone: gate with a direction (direction.above)."
             )
-        bound = finite(value) * self.unit(unit)
+        bound = finite(value) * (self._sign if unit == "raw" else self.unit(unit))  # raw: towards its dominant end
         return FeatureGate(
             self.hook_name,
             self.sae,
             self.feature,
             bound,
             self._sign,
-            self._asked("above", value=finite(value), unit=unit),
+            self._asked("above", value=finite(value), unit=unit, sign=self._sign),
         )
 
     @property

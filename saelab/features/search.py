@@ -10,7 +10,9 @@ import numpy as np
 from saelab.errors import StoreError
 from saelab.features import schema
 from saelab.features.reader import StoreReader
+from saelab.validation import check_integer
 
+_MOST_ROWS = 10_000_000
 _WEIGHTS = "10.0, 5.0, 1.0"
 """Of the columns of the search index: label, words at peaks, text around them."""
 
@@ -36,10 +38,11 @@ class Search(StoreReader):
         notes that were added are searched first. Text in double quotes, such as `'" don"'`, and text without letters or digits is
         looked for as a token. "found_in" says where: "label", "note", "peaks" or "text". Raises `ValueError` for an empty text.
         """
-        quote = words.strip()
+        check_integer("limit", limit, 1, _MOST_ROWS)
+        quote = words.replace("\0", " ").strip()
         if len(quote) > 2 and quote[0] == quote[-1] == '"':
             return self.firing_on(quote[1:-1], limit)
-        terms = words.split()
+        terms = quote.split()
         if not terms:
             raise ValueError("search needs at least one word, such as store.search('weather').")
         self.check_version("search index")
@@ -49,7 +52,7 @@ class Search(StoreReader):
         } | found_in
         exact = ['"' + term.replace('"', '""') + '"' for term in terms if any(char.isalnum() for char in term)]
         if not exact:
-            return self.firing_on(words.strip(), limit)
+            return self.firing_on(quote, limit)
         quoted = [f"{term}*" for term in exact]
         both, either = " ".join(quoted), " OR ".join(quoted)
         asked = [
@@ -78,6 +81,9 @@ class Search(StoreReader):
         id.
         """
         self.check_version("token index")
+        check_integer("limit", limit, 1, _MOST_ROWS)
+        if isinstance(token, int | np.integer) and not 0 <= token < 2**31:
+            raise ValueError(f"token={token} is no token id.")
         ids = [int(token)] if isinstance(token, int | np.integer) else self._ids_of(token)
         if not ids:
             return []

@@ -36,6 +36,7 @@ class Tally:
     def __init__(self, hook_name: str, steering: Steering, edits: Sequence[Any]) -> None:
         self.hook_name, self.steering, self.edits = hook_name, steering, tuple(edits)
         self.counts: Tensor | None = None
+        self.any_in_phase: Any = False
 
     @torch.no_grad()
     def count(
@@ -43,10 +44,12 @@ class Tally:
         before: Float[Tensor, "batch seq d_in"],
         after: Float[Tensor, "batch seq d_in"],
         read: Bool[Tensor, "batch seq"],
+        in_phase: Bool[Tensor, "batch seq"],
         applied: Bool[Tensor, "batch seq"],
         capped: Bool[Tensor, "batch seq"] | None,
     ) -> None:
-        """Add one forward pass."""
+        """Add one forward pass. `in_phase` are the tokens behind the first that `on` admits."""
+        self.any_in_phase = in_phase.any() | self.any_in_phase
         changed = (after != before).any(-1)
         size = before.float().norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
         share = ((after.float() - before.float()).norm(dim=-1) / size).where(changed, 0.0)
@@ -62,10 +65,14 @@ class Tally:
         return HookReport(self.hook_name, names, int(n_read), int(n_applied), int(n_changed), mean, int(n_capped))
 
 
-def check_applied(tallies: Sequence[Tally]) -> None:
-    """Raises `SteeringError` for a block that applied to no token of the call, unless a gate was to decide."""
+def check_applied(tallies: Sequence[Tally], generating: bool) -> None:
+    """Raises `SteeringError` for a block that applied to no token of the call, unless a gate was to decide, or the text ended
+    before a token was read that its `on` admits."""
     for steering in {id(tally.steering): tally.steering for tally in tallies}.values():
-        told = [tally.report() for tally in tallies if tally.steering is steering]
+        mine = [tally for tally in tallies if tally.steering is steering]
+        if generating and not any(bool(tally.any_in_phase) for tally in mine):
+            continue
+        told = [tally.report() for tally in mine]
         if steering.gate is None and not any(report.n_applied for report in told):
             n_read, names = max(report.n_read for report in told), ", ".join(told[0].edits)
             raise SteeringError(

@@ -70,7 +70,9 @@ class Pass:
                 result, capped = _limited(x, result, block.steering)
             result = torch.where(here[..., None], result, x)
         tally = self.tallies.setdefault((id(block), hook_name), Tally(hook_name, block.steering, edits))
-        tally.count(x, result, tokens.positions >= 0, here & (tokens.positions > 0), capped)
+        behind = tokens.positions > 0
+        in_phase = block.steering.in_phase(tokens) & behind
+        tally.count(x, result, tokens.positions >= 0, in_phase, here & behind, capped)
         return result
 
     def _selected(self, i: int, block: Block, tokens: Tokens) -> Bool[Tensor, "batch seq"]:
@@ -100,7 +102,7 @@ def sum_of_changes(x: Tensor, results: list[Tensor]) -> Tensor:
 
 def _limited(x: Tensor, result: Tensor, steering: Steering) -> tuple[Tensor, Bool[Tensor, "batch seq"] | None]:
     """The result within `cap` and at the norm that `keep_norm` keeps, and the tokens that were capped."""
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = torch.float64  # the square of a large change overflows fp32
     before, change, capped = x.to(wide), result.to(wide) - x.to(wide), None
     changed = (change != 0).any(-1, keepdim=True)
     norm = before.norm(dim=-1, keepdim=True)

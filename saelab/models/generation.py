@@ -37,7 +37,7 @@ class Generates:
     _opened: Callable[..., AbstractContextManager[None]]
     _checked: Callable[[Steering], Steering]
     to_batch: Callable[..., Batch]
-    _running: Callable[[], AbstractContextManager[None]]
+    _running: Callable[..., AbstractContextManager[None]]
 
     def generate(
         self,
@@ -143,7 +143,12 @@ class Generates:
 
         Raises as `generate_ids` and `steer` do.
         """
-        (row,) = self._rows(prompt)
+        rows = self._rows(prompt)
+        if len(rows) != 1:
+            raise ValueError(f"generate_arms takes one prompt, got {len(rows)}: call it once for each.")
+        if not arms or not all(arm is None or isinstance(arm, Steering) for arm in arms):
+            raise ValueError(f"arms={arms!r}; expected at least one of Plan([...]) or None (unsteered).")
+        (row,) = rows
         n_seeds = len(seeds) or n_seeds
         how = Sampling(max_new_tokens, temperature, seed, n_seeds, self.stop_ids, keep_logits, seeds)
         blocks = [
@@ -186,7 +191,7 @@ class Generates:
         def check(logits: Tensor, n: int) -> None:
             self._check_finite(logits.amax(-1), f" at new token {n} of {how.max_new_tokens}")
 
-        with self._running():
+        with self._running(generating=True):
             groups = [rows] if together else [[row] for row in rows]
             step = self._step_from_start if crosses else self._step
             return [

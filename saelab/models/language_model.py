@@ -167,9 +167,9 @@ class LanguageModel(Generates, Steers):
         return {name: captured[name].flatten(2) for name in names}
 
     @contextmanager
-    def _running(self) -> Iterator[None]:
+    def _running(self, generating: bool = False) -> Iterator[None]:
         """The context of every pass: lock, inference mode, no dropout; edits are reported. The model's state is restored."""
-        with self._lock, torch.inference_mode(), in_eval_mode(self.model), self._reported():
+        with self._lock, torch.inference_mode(), in_eval_mode(self.model), self._reported(generating):
             yield
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
@@ -11,6 +10,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+_LARGEST = torch.finfo(torch.float32).max
+_MOST_POSITIONS, _LAST_POSITION = 10_000, 2**31 - 1
 On = Literal["both", "prompt", "generated"]
 
 
@@ -64,7 +65,7 @@ class Steering:
     """Only these, from the first to before the second, as in a slice; negative ones count from the end of the prompt."""
     gate: Any = None
     """Only tokens at which it is open."""
-    keep_norm: bool = False
+    keep_norm: Any = False
     """Rescale every edited activation to the norm that it had."""
     cap: float | None = None
     """Largest change, as a multiple of the activation's norm; larger ones are shortened."""
@@ -83,9 +84,11 @@ class Steering:
             raise ValueError(
                 f"gate={self.gate!r} is no gate: make one with feature.above(0.5) or direction.above(0.0)."
             )
-        if self.cap is not None and not (_is_number(self.cap) and 0 < self.cap < math.inf):
+        if not isinstance(self.keep_norm, bool):
+            raise ValueError(f"keep_norm={self.keep_norm!r}; expected True or False.")
+        if self.cap is not None and not (_is_number(self.cap) and 0 < self.cap <= _LARGEST):
             raise ValueError(f"cap={self.cap!r}; expected a positive multiple of the activation's norm, such as 1.0.")
-        _refuse_conflicts(self.edits)
+        refuse_conflicts(self.edits)
 
     @property
     def is_bounded(self) -> bool:
@@ -95,10 +98,7 @@ class Steering:
     def selected(self, tokens: Tokens) -> Bool[Tensor, "batch seq"]:
         """The tokens at which the edits apply, but for the gate. Special tokens behind the first are left out unless `positions`
         names them; the first is up to the edit."""
-        at, n = tokens.positions, tokens.n_prompt[:, None]
-        keep = at >= 0
-        if self.on != "both":
-            keep = keep & ((at < n) if self.on == "prompt" else (at >= n))
+        at, n, keep = tokens.positions, tokens.n_prompt[:, None], self.in_phase(tokens)
         if self.positions is not None:
             named = torch.tensor(self.positions, device=at.device)
             named = torch.where(named < 0, named + n, named)  # (batch, n_named)
@@ -108,6 +108,13 @@ class Steering:
                 keep = keep & is_inside(at, bound + n if bound < 0 else torch.full_like(n, bound))
         return keep & ~(tokens.special & (at > 0))
 
+    def in_phase(self, tokens: Tokens) -> Bool[Tensor, "batch seq"]:
+        """The tokens that `on` admits."""
+        at, n = tokens.positions, tokens.n_prompt[:, None]
+        if self.on == "both":
+            return at >= 0
+        return (at >= 0) & ((at < n) if self.on == "prompt" else (at >= n))
+
     def describe(self) -> str:
         """The options that choose tokens, as they are written."""
         given = {"on": self.on, "positions": self.positions, "window": self.window}
@@ -116,6 +123,7 @@ class Steering:
 
 
 def _checked_positions(positions: Any) -> tuple[int, ...]:
+    positions = positions.tolist() if hasattr(positions, "tolist") else positions
     listed = [positions] if _is_integer(positions) else positions
     if not isinstance(listed, Sequence) or isinstance(listed, str) or not listed or not all(map(_is_integer, listed)):
         raise ValueError(f"positions={positions!r}; expected integers such as [3, -1].")
@@ -123,28 +131,39 @@ def _checked_positions(positions: Any) -> tuple[int, ...]:
         raise ValueError(
             f"positions={positions!r} has 0, the first token, which takes the attention of all others and is never edited."
         )
-    return tuple(int(one) for one in listed)
+    distinct = tuple(dict.fromkeys(int(one) for one in listed))
+    largest = max(map(abs, distinct))
+    if len(distinct) > _MOST_POSITIONS or largest > _LAST_POSITION:
+        raise ValueError(f"positions names {len(distinct)}, up to {largest}; at most {_MOST_POSITIONS} are possible.")
+    return distinct
 
 
 def _checked_window(window: Any) -> tuple[int | None, int | None]:
+    window = window.tolist() if hasattr(window, "tolist") else window
     if not isinstance(window, Sequence) or isinstance(window, str) or len(window) != 2:
         raise ValueError(f"window={window!r}; expected a start and an end, such as (-4, None).")
     if not all(bound is None or _is_integer(bound) for bound in window):
         raise ValueError(f"window={window!r}; start and end are integers, or None where it is open.")
+    if any(bound is not None and abs(bound) > _LAST_POSITION for bound in window):
+        raise ValueError(f"window={window!r} is beyond any context.")
     start, end = window
     if start is not None and end is not None and (start < 0) == (end < 0) and start >= end:
         raise ValueError(f"window={window!r} is empty: its start is not before its end.")
     return start, end
 
 
-def _refuse_conflicts(edits: Sequence[Any]) -> None:
-    """Raises `ValueError` for two edits that set the activation of one feature: they would not say which counts."""
-    seen: dict[Any, Any] = {}
+def refuse_conflicts(edits: Sequence[Any]) -> None:
+    """Raises `ValueError` for two edits that set the same activation: they would not say which counts."""
+    seen: dict[Any, list[tuple[int, Any]]] = {}
     for edit in edits:
-        target = getattr(edit, "sets", None)
-        if target is not None and target in seen:
-            raise ValueError(f"{seen[target]!r} and {edit!r} both set the same activation: keep one of them, or add.")
-        seen[target] = edit
+        found = getattr(edit, "sets", None)
+        if found is None:
+            continue
+        target, end = found
+        for other_end, other in seen.get(target, []):
+            if other_end == end or 0 in (other_end, end):
+                raise ValueError(f"{other!r} and {edit!r} both set the same activation: keep one of them, or add.")
+        seen.setdefault(target, []).append((end, edit))
 
 
 def _is_integer(value: Any) -> bool:

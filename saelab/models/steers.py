@@ -16,7 +16,7 @@ from saelab.models.applied import HookReport, Tally, check_applied
 from saelab.models.applying import Block, Pass
 from saelab.models.hooks import unknown_hook
 from saelab.models.prompts import Prompt
-from saelab.models.steered import Edit, Gate, On, Steering, Tokens
+from saelab.models.steered import Edit, Gate, On, Steering, Tokens, refuse_conflicts
 
 _OPEN: ContextVar[tuple[tuple[object, Block], ...]] = ContextVar("saelab_steer", default=())
 """Every open block with its model; each thread and each coroutine sees its own."""
@@ -90,14 +90,17 @@ class Steers:
             return self.logits(text_or_ids)
 
     @contextmanager
-    def _reported(self) -> Iterator[None]:
+    def _reported(self, generating: bool) -> Iterator[None]:
         """One call of the model: afterwards its edits are reported. Raises `SteeringError` if a block applied nowhere."""
-        self._tallies = {}
-        yield
-        if self._tallies:
+        around, self._tallies = self._tallies, {}
+        try:
+            yield
             tallies = list(self._tallies.values())
+        finally:
+            self._tallies = around  # a callback may have called the model in the middle of a text
+        if tallies:
             self.last_report = tuple(tally.report() for tally in tallies)
-            check_applied(tallies)
+            check_applied(tallies, generating)
 
     def _pass(
         self,
@@ -108,16 +111,17 @@ class Steers:
     ) -> Pass | None:
         """These blocks, or the open ones, in a forward pass over these tokens; None without any. Without `n_prompt` all tokens
         are the prompt's."""
-        blocks = self._blocks if blocks is None else blocks
+        blocks, tallies = (self._blocks, self._tallies) if blocks is None else (blocks, {})
         if not blocks:
             return None
         special = torch.tensor(self.special_ids, dtype=ids.dtype, device=ids.device)
         n_prompt = positions.amax(1) + 1 if n_prompt is None else n_prompt.to(positions.device)
-        return Pass(blocks, Tokens(positions, n_prompt, torch.isin(ids, special)), self._tallies)
+        return Pass(blocks, Tokens(positions, n_prompt, torch.isin(ids, special)), tallies)
 
     def _checked(self, steering: Steering) -> Steering:
         for edit in steering.edits:
             self._check_edit(edit)
+        refuse_conflicts([*self.edits, *steering.edits])
         order = list(self.backend.hook_places)
         if steering.gate is not None:
             gate = steering.gate
@@ -150,7 +154,13 @@ def _steerings(edits: Sequence[Any], options: dict[str, Any]) -> list[Steering]:
     """The edits as one block, after the plans among them. Raises `ValueError` for a plan beside options: it has its own."""
     plans = [edit for edit in edits if isinstance(edit, Steering)]
     rest = [edit for edit in edits if not isinstance(edit, Steering)]
-    given = {name: value for name, value in options.items() if value not in (None, False, "both")}
+    given = [name for name, value in options.items() if not _is_default(value)]
     if plans and given:
         raise ValueError(f"{', '.join(given)}: a plan has these options itself; give them to Plan(...) instead.")
+    if given and not rest:
+        raise ValueError(f"{', '.join(given)}: there is no edit that this could hold for.")
     return [*plans, *([Steering(tuple(rest), **options)] if rest else [])]
+
+
+def _is_default(value: Any) -> bool:
+    return value is None or value is False or (isinstance(value, str) and value == "both")

@@ -57,9 +57,13 @@ def compare(
     refuse_steered(lm)
     plan, given = as_plan(edits), [] if isinstance(edits, Steering) else _listed(edits)
     arms = _arms(plan, checked_strengths(strengths, plan, bool(given) and all(map(is_feature, given))), control)
+    if others := [one for one in _listed(read) if not is_feature(one)]:
+        raise ValueError(f"read={others[0]!r} is no feature: give features of a store, or handles.")
     handles = [*features_of(plan.edits), *map(handle_of, _listed(read))]
     reader = Reader(lm, list({(id(one.sae), one.feature, one.end): one for one in handles}.values()))
     drawn = _listed(seeds)
+    if not drawn:
+        raise ValueError("seeds=[] asks for no text: give at least one.")
     temperature = (0.8 if len(drawn) > 1 else 0.0) if temperature is None else temperature
     listed, texts = list(several(prompts, "prompts")), []
     with tqdm(total=len(listed) * max_new_tokens, unit=" tokens", desc="Writing", disable=not progress) as bar:
@@ -138,7 +142,8 @@ def _prompt_text(lm: LanguageModel, prompt: Any) -> str:
 
 
 def _feature_read(handle: Any, given: Sequence[Any]) -> FeatureRead:
-    labels = [getattr(one, "label", None) for one in given if is_feature(one) and one.feature == handle.feature]
+    same = [one for one in given if is_feature(one) and one.feature == handle.feature]
+    labels = [getattr(one, "label", None) for one in same if handle_of(one).sae is handle.sae]
     unit = p99_of(handle)
     label = next(filter(None, labels), "")
     return FeatureRead(handle.feature, handle.hook_name, label, 0.0 if unit is None else FIRES_ABOVE, unit is not None)

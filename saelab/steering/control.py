@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelab.edits.direction import Direction, VectorEdit
 from saelab.edits.feature_edit import FeatureEdit
+from saelab.saes import SAE
+from saelab.saes.token_norm import TOKEN_NORMS
 from saelab.steering.plan import Plan
+
+
+@dataclass(frozen=True, eq=False)
+class SizedEdit:
+    """Adds a vector times the size of each token, as the features of an SAE do that normalises each token by itself."""
+
+    hook_name: str
+    vector: Float[Tensor, " d_in"]
+    sae: SAE
+
+    @torch.no_grad()
+    def apply(
+        self, x: Float[Tensor, "batch seq d_in"], positions: Int[Tensor, "batch seq"]
+    ) -> Float[Tensor, "batch seq d_in"]:
+        """The edited activations, in the dtype of `x`, computed in fp32."""
+        flat = x.flatten(0, 1).float()
+        edited = flat + self.sae.token_sizes(flat) * self.vector.to(x.device)
+        return torch.where((positions > 0)[..., None], edited.view(x.shape).to(x.dtype), x)
 
 
 def random_control(plan: Plan, seed: int = 0) -> Plan:
@@ -23,7 +44,7 @@ def random_control(plan: Plan, seed: int = 0) -> Plan:
     return replace(plan, edits=tuple(_random(edit, generator) for edit in plan.edits))
 
 
-def _random(edit: Any, generator: torch.Generator) -> VectorEdit:
+def _random(edit: Any, generator: torch.Generator) -> VectorEdit | SizedEdit:
     if isinstance(edit, VectorEdit) and edit.mode in ("raw", "resid_norm"):
         return replace(edit, vector=_of_norm(edit.vector, generator), asked={})
     if isinstance(edit, FeatureEdit) and edit.mode == "add" and edit.where == "always":
@@ -31,7 +52,10 @@ def _random(edit: Any, generator: torch.Generator) -> VectorEdit:
         row = float(edit.value) * decoder[edit.feature].detach().float() / scale.float()
         if not bool(row.any()):
             return Direction(torch.ones_like(row), edit.hook_name).add(0.0)
-        return Direction(_of_norm(row, generator), edit.hook_name).add(1.0)
+        drawn = _of_norm(row, generator)
+        if edit.sae.config.normalize in TOKEN_NORMS:
+            return SizedEdit(edit.hook_name, drawn, edit.sae)
+        return Direction(drawn, edit.hook_name).add(1.0)
     raise ValueError(
         f"{edit!r} has no control: its change depends on what the SAE reads. Controls are for what is added, such as "
         "feature * 2.0."

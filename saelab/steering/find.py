@@ -12,6 +12,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from saelab.errors import SaelabError
 from saelab.files import locked
 from saelab.models import LanguageModel
 from saelab.steering.candidates import draw_candidates
@@ -64,7 +65,13 @@ def find(
     """
     strengths = _checked(strengths)
     check_integer("n_candidates", n_candidates, 1)
-    chosen = list(dict.fromkeys(features)) if features is not None else draw_candidates(store, n_candidates, seed)
+    check_integer("seed", seed, 0, 2**63 - 1)
+    if features is not None and (
+        isinstance(features, str | int) or not all(hasattr(one, "__index__") for one in features)
+    ):
+        raise ValueError(f"features={features!r}; expected indices such as [17, 88].")
+    given = None if features is None else [int(one) for one in features]
+    chosen = list(dict.fromkeys(given)) if given is not None else draw_candidates(store, n_candidates, seed)
     if not chosen:
         raise ValueError("features=[] names no feature to try.")
     settings = Settings(as_texts(prompts), max_new_tokens, temperature, seed)
@@ -86,6 +93,7 @@ def _identity(trials: Trials, features: Sequence[int], strengths: Sequence[float
     return {
         "saelab_find": _VERSION,
         "sae": trials.store.manifest["sae"]["hash"],
+        "store": trials.store.manifest["files"]["store.sqlite"]["sha256"],  # strengths are in its p99
         "model": lm.hash,
         "dtype": str(lm.dtype),
         "strengths": list(strengths),
@@ -142,9 +150,14 @@ class _Search:
         for prompt in prompts if choices else ():
             for batch in _split(choices):
                 told = self._batch(f"prompt {prompt}: {_named(batch)}", lambda b=batch, n=prompt: self.trials.run(b, n))
-                for one in told:
-                    trial = Trial(*one)._replace(ids=tuple(one[4]))
-                    tried[trial.feature].append(trial)
+                try:
+                    for one in told:
+                        trial = Trial(*one)._replace(ids=tuple(one[4]))
+                        tried[trial.feature].append(trial)
+                except (TypeError, KeyError, IndexError) as error:
+                    raise SaelabError(
+                        f"{self.kept.path} was altered: move it away, and the search begins anew."
+                    ) from error
                 self.bar.update(len(batch))
 
     def _batch(self, key: str, run: Callable[[], Any]) -> Any:
@@ -161,7 +174,7 @@ def _split(choices: Sequence[Choice]) -> Iterator[Sequence[Choice]]:
 
 
 def _named(choices: Sequence[Choice]) -> str:
-    return " ".join(f"{feature}x{strength:g}" for feature, strength in choices)
+    return " ".join(f"{feature}x{strength!r}" for feature, strength in choices)
 
 
 def _promise(trials: Sequence[Trial]) -> float:

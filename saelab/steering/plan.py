@@ -20,8 +20,16 @@ from saelab.validation import check_integer
 VERSION = 1
 MOST_EDITS = 64
 _OPTIONS = ("on", "positions", "window", "keep_norm", "cap")
-_FEATURE = {"feature", "do", "value", "unit", "where", "min", "max", "end", "hook_name", "sae"}
-_DIRECTION = {"direction", "do", "value", "unit", "min", "max", "hook_name"}
+_TAKES = {
+    "add": {"value", "unit"},
+    "clamp": {"value", "unit", "where"},
+    "scale": {"value"},
+    "cap": {"min", "max", "unit"},
+    "project_out": set(),
+    "above": {"value", "unit"},
+}
+"""What each kind of edit, and a gate (above), is given."""
+_FEATURE, _DIRECTION = {"feature", "do", "end", "sign", "hook_name", "sae"}, {"direction", "do", "hook_name"}
 
 
 class Plan(Steering):
@@ -50,7 +58,7 @@ class Plan(Steering):
         sources = _by_hash(source)
         options = {name: told[name] for name in _OPTIONS if name in told}
         if "gate" in told:
-            options["gate"] = _built(told["gate"], sources)
+            options["gate"] = _built(told["gate"], sources, gates=True)
         return cls(tuple(_built(entry, sources) for entry in told["edits"]), **options)
 
     def save(self, path: str | Path) -> Path:
@@ -66,7 +74,7 @@ class Plan(Steering):
 
 def _told(edit: Any) -> dict[str, Any]:
     """An edit or gate in the words of a plan."""
-    if isinstance(edit, FeatureEdit | FeatureGate):
+    if isinstance(edit, FeatureEdit | FeatureGate) and edit.asked:
         return {**edit.asked, "hook_name": edit.hook_name, "sae": edit.sae.hash}
     if isinstance(edit, VectorEdit) and edit.asked:
         return {**edit.asked, "hook_name": edit.hook_name, "sae": edit.asked["sae"].hash}
@@ -85,11 +93,11 @@ def _told(edit: Any) -> dict[str, Any]:
 
 def _parsed(text: str) -> dict[str, Any]:
     try:
-        told = json.loads(text, parse_constant=_refuse_constant)
+        told = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_once)
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"This is no plan, because it is no JSON ({error}): {text[:80]!r}.") from error
-    if not isinstance(told, dict) or told.get("saelab_plan") != VERSION:
-        version = told.get("saelab_plan") if isinstance(told, dict) else None
+    version = told.get("saelab_plan") if isinstance(told, dict) else None
+    if not isinstance(told, dict) or not isinstance(version, int) or isinstance(version, bool) or version != VERSION:
         raise ValueError(
             f"This is no plan of version {VERSION} (saelab_plan={version!r}); write one with plan.save(path)."
         )
@@ -103,6 +111,14 @@ def _parsed(text: str) -> dict[str, Any]:
     return told
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of the plan. Raises `ValueError` for a name that it has twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"The plan has an object with a name twice: {', '.join(name for name, _ in pairs)[:80]}.")
+    return found
+
+
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"The plan holds {name}, which is not a finite number.")
 
@@ -113,43 +129,58 @@ def _by_hash(source: Any) -> dict[str, Any]:
     return {one.manifest["sae"]["hash"] if hasattr(one, "manifest") else one.hash: one for one in listed}
 
 
-def _built(entry: Any, sources: Mapping[str, Any]) -> Any:
+def _built(entry: Any, sources: Mapping[str, Any], gates: bool = False) -> Any:
     """The edit or gate that an entry tells of."""
     if not isinstance(entry, dict):
         raise ValueError(f"The plan holds {entry!r}; expected an object with 'do' and a feature or direction.")
-    known = _FEATURE if "feature" in entry else _DIRECTION
+    do = "project_out" if entry.get("do") == "ablate" else entry.get("do")
+    if not isinstance(do, str) or do not in _TAKES:
+        raise ValueError(f"do={entry.get('do')!r} is unknown; expected {', '.join(_TAKES)}.")
+    if (do == "above") != gates:
+        raise ValueError(f"do={do!r} makes {'an edit' if gates else 'a gate'}: a gate is no edit; 'above' makes one.")
+    known = _TAKES[do] | (_FEATURE if "feature" in entry else _DIRECTION)
     if unknown := sorted(set(entry) - known):
         raise ValueError(
-            f"An edit of the plan has {unknown[0]!r}, which is unknown; it may have {', '.join(sorted(known))}."
+            f"The {do} of a plan has {unknown[0]!r}, which is unknown; it may have {', '.join(sorted(known))}."
         )
     maker = _feature(entry, sources) if "feature" in entry else _direction(entry)
-    given = {name: entry[name] for name in ("value", "unit", "where", "min", "max") if name in entry}
-    do = "project_out" if entry.get("do") == "ablate" else entry.get("do")
-    if not isinstance(do, str) or do not in ("add", "clamp", "scale", "cap", "project_out", "above"):
-        raise ValueError(f"do={entry.get('do')!r} is unknown; expected add, clamp, scale, cap, project_out or above.")
+    given = {name: entry[name] for name in _TAKES[do] if name in entry}
     if do == "clamp" and isinstance(given.get("value"), list):
         given["value"] = _tensor(given["value"])
-    if do == "scale":
-        given = {"factor": given.get("value")}
     _check_numbers(given)
+    if do == "scale":
+        given = {"factor": given["value"]} if "value" in given else {}
     try:
-        return getattr(maker, do)(**given)
+        made = getattr(maker, do)(**given)
     except TypeError as error:
         raise ValueError(f"The plan's {do} of {maker!r} got {given}: {error}.") from error
+    sign = getattr(made, "asked", {}).get("sign")
+    if sign != entry.get("sign", sign):
+        raise ValueError(
+            f"Feature {entry['feature']} is mostly negative in the plan's store: give that store, not the SAE."
+        )
+    return made
 
 
 def _tensor(values: list[Any]) -> torch.Tensor:
     try:
         return torch.tensor(values, dtype=torch.float32)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"An edit of the plan has value={str(values)[:60]}, which is no array of numbers.") from error
 
 
 def _check_numbers(given: Mapping[str, Any]) -> None:
-    for name in ("value", "factor", "min", "max"):
+    for name in ("value", "min", "max"):
         value = given.get(name, 0.0)
-        if not isinstance(value, int | float | torch.Tensor) and not (value is None and name in ("min", "max")):
-            raise ValueError(f"An edit of the plan has {name}={value!r}, which is not a number.")
+        if not isinstance(value, torch.Tensor) and not _is_number(value) and not (value is None and name != "value"):
+            raise ValueError(f"An edit of the plan has {name}={str(value)[:40]!r}, which is not a number.")
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a number that float32 holds."""
+    return (
+        isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= torch.finfo(torch.float32).max
+    )
 
 
 def _feature(entry: Mapping[str, Any], sources: Mapping[str, Any]) -> FeatureHandle:
@@ -164,9 +195,11 @@ def _feature(entry: Mapping[str, Any], sources: Mapping[str, Any]) -> FeatureHan
         )
     source, index, end = sources[wanted], entry["feature"], entry.get("end", 0)
     check_integer("feature", index, 0, source.d_sae - 1)
-    if end not in (-1, 0, 1):
+    if isinstance(end, bool) or not isinstance(end, int) or end not in (-1, 0, 1):
         raise ValueError(f"end={end!r}; expected 1, -1, or 0 for both ends.")
     hook_name = entry.get("hook_name")
+    if not isinstance(hook_name, str | None):
+        raise ValueError(f"hook_name={hook_name!r} of a plan's edit is no name of a hook.")
     if not hasattr(source, "feature"):
         return FeatureHandle(source, index, hook_name, end=end)
     feature = source.feature(index)
@@ -180,6 +213,6 @@ def _direction(entry: Mapping[str, Any]) -> Direction:
     vector, hook_name = entry.get("direction"), entry.get("hook_name")
     if not isinstance(hook_name, str) or not isinstance(vector, list):
         raise ValueError("An edit of the plan has neither a feature nor a direction with its hook_name.")
-    if not all(isinstance(one, int | float) for one in vector):
+    if not all(map(_is_number, vector)):
         raise ValueError(f"A direction of the plan is no list of numbers: {str(vector)[:60]}.")
     return Direction(torch.tensor(vector, dtype=torch.float32), hook_name)

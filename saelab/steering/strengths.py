@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from saelab.edits.direction import Direction, VectorEdit
+import torch
+
+from saelab.edits.direction import Direction, VectorEdit, finite
 from saelab.edits.feature_edit import FeatureEdit
 from saelab.edits.feature_handle import FeatureHandle
 from saelab.models import Steering
 from saelab.steering.plan import Plan
 
+_LARGEST = torch.finfo(torch.float32).max
 FOR_FEATURES = (1.0, 2.0, 4.0)
 """Strengths, in p99, for features whose strength is not said."""
 
@@ -61,10 +63,10 @@ def scaled(plan: Plan, strength: float) -> Plan:
 
 
 def _times(edit: Any, strength: float) -> Any:
-    asked = {**edit.asked, "value": edit.asked["value"] * strength} if "value" in edit.asked else edit.asked
+    asked = {**edit.asked, "value": finite(edit.asked["value"] * strength)} if "value" in edit.asked else edit.asked
     if isinstance(edit, VectorEdit):
-        return replace(edit, strength=edit.strength * strength, asked=asked)
-    return replace(edit, value=edit.value * strength, asked=asked)
+        return replace(edit, strength=finite(edit.strength * strength), asked=asked)
+    return replace(edit, value=finite(edit.value * strength), asked=asked)
 
 
 def checked_strengths(strengths: Any, plan: Plan, all_features: bool) -> tuple[float, ...]:
@@ -75,7 +77,7 @@ def checked_strengths(strengths: Any, plan: Plan, all_features: bool) -> tuple[f
     listed = list(strengths) if isinstance(strengths, Sequence) and not isinstance(strengths, str) else [strengths]
     if not listed or not all(_is_finite(one) for one in listed) or len(set(listed)) < len(listed):
         raise ValueError(f"strengths={strengths!r}; expected numbers, each once, such as [0.5, 1, 2].")
-    if len(listed) > 1 and not any(map(adds, plan.edits)):
+    if listed != [1.0] and not any(map(adds, plan.edits)):
         raise ValueError(
             f"strengths={strengths!r} multiply what is added, but the edits ({', '.join(map(repr, plan.edits))}) add nothing: "
             "leave them out, and give one comparison for each clamp or scale."
@@ -84,4 +86,4 @@ def checked_strengths(strengths: Any, plan: Plan, all_features: bool) -> tuple[f
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
