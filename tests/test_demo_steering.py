@@ -20,7 +20,7 @@ def test_the_two_best_features_are_shown_at_three_strengths(tmp_path, monkeypatc
     shown = store.rows_of([int(head.split()[1]) for head in heads])
     assert shown[0]["feature"] == planted.STEERS and len(shown) == 2
     assert [row["steer_score"] for row in shown] == [row["steer_score"] for row in store.table("steer_score", limit=2)]
-    assert "(The): best at " in heads[0]
+    assert "(The" in heads[0] and "): best at " in heads[0]
     start = lines.index(heads[0])
     assert [line.split()[0] for line in lines[start + 1 : start + 5]] == ["unsteered", "0.5", "4", "12"]
 

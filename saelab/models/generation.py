@@ -115,11 +115,7 @@ class Generates:
         `on_step(n, ids, logits)`, instead of `on_token(n)`, is called after n new tokens with all ids (1, seq) and the logits
         (1, vocab) of the last one; when it returns True, the text ends there.
         """
-        rows = self._rows(prompt)
-        if len(rows) != 1:
-            raise ValueError(
-                f"generate_ids takes one prompt, got {len(rows)}; call it once for each, or use generate for texts."
-            )
+        rows = [self._row(prompt, "generate_ids")]
         how = Sampling(max_new_tokens, temperature, seed, 1, self.stop_ids, keep_logits)
         return self._generate(rows, how, on_step or self._on_step(on_token, None, 1, 0, []))[0]
 
@@ -143,12 +139,9 @@ class Generates:
 
         Raises as `generate_ids` and `steer` do.
         """
-        rows = self._rows(prompt)
-        if len(rows) != 1:
-            raise ValueError(f"generate_arms takes one prompt, got {len(rows)}: call it once for each.")
+        row = self._row(prompt, "generate_arms")
         if not arms or not all(arm is None or isinstance(arm, Steering) for arm in arms):
             raise ValueError(f"arms={arms!r}; expected at least one of Plan([...]) or None (unsteered).")
-        (row,) = rows
         n_seeds = len(seeds) or n_seeds
         how = Sampling(max_new_tokens, temperature, seed, n_seeds, self.stop_ids, keep_logits, seeds)
         blocks = [
@@ -165,6 +158,15 @@ class Generates:
         with self._opened(blocks):
             found = self._generate([row] * len(arms), how, told)
         return [found[i * n_seeds : (i + 1) * n_seeds] for i in range(len(arms))]
+
+    def _row(self, prompt: Prompt, call: str) -> Tensor:
+        """The ids of a single prompt. Raises `ValueError` for several."""
+        rows = self._rows(prompt)
+        if len(rows) != 1:
+            raise ValueError(
+                f"{call} takes one prompt, got {len(rows)}; call it once for each, or use generate for texts."
+            )
+        return rows[0]
 
     def _rows(self, prompt: Prompt, attention_mask: Any = None) -> list[Tensor]:
         """The ids of each prompt, without what the tokenizer appended to them.

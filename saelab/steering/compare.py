@@ -57,13 +57,9 @@ def compare(
     refuse_steered(lm)
     plan, given = as_plan(edits), [] if isinstance(edits, Steering) else _listed(edits)
     arms = _arms(plan, checked_strengths(strengths, plan, bool(given) and all(map(is_feature, given))), control)
-    if others := [one for one in _listed(read) if not is_feature(one)]:
-        raise ValueError(f"read={others[0]!r} is no feature: give features of a store, or handles.")
-    handles = [*features_of(plan.edits), *map(handle_of, _listed(read))]
+    handles = [*features_of(plan.edits), *_read_too(read)]
     reader = Reader(lm, list({(id(one.sae), one.feature, one.end): one for one in handles}.values()))
-    drawn = _listed(seeds)
-    if not drawn:
-        raise ValueError("seeds=[] asks for no text: give at least one.")
+    drawn = _seeds(seeds)
     temperature = (0.8 if len(drawn) > 1 else 0.0) if temperature is None else temperature
     listed, texts = list(several(prompts, "prompts")), []
     with tqdm(total=len(listed) * max_new_tokens, unit=" tokens", desc="Writing", disable=not progress) as bar:
@@ -73,6 +69,18 @@ def compare(
     features = tuple(_feature_read(handle, [*given, *_listed(read)]) for handle, _ in reader.features)
     told = {"max_new_tokens": max_new_tokens, "temperature": float(temperature), "report": lm.last_report}
     return Comparison(plan, tuple(_prompt_text(lm, one) for one in listed), features, tuple(texts), lm.name, **told)
+
+
+def _seeds(seeds: Any) -> list[Any]:
+    if not _listed(seeds):
+        raise ValueError("seeds=[] asks for no text: give at least one.")
+    return _listed(seeds)
+
+
+def _read_too(read: Any) -> list[Any]:
+    if others := [one for one in _listed(read) if not is_feature(one)]:
+        raise ValueError(f"read={others[0]!r} is no feature: give features of a store, or handles.")
+    return [handle_of(one) for one in _listed(read)]
 
 
 def _listed(one: Any) -> list[Any]:

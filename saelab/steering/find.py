@@ -66,12 +66,7 @@ def find(
     strengths = _checked(strengths)
     check_integer("n_candidates", n_candidates, 1)
     check_integer("seed", seed, 0, 2**63 - 1)
-    if features is not None and (
-        isinstance(features, str | int) or not all(hasattr(one, "__index__") for one in features)
-    ):
-        raise ValueError(f"features={features!r}; expected indices such as [17, 88].")
-    given = None if features is None else [int(one) for one in features]
-    chosen = list(dict.fromkeys(given)) if given is not None else draw_candidates(store, n_candidates, seed)
+    chosen = draw_candidates(store, n_candidates, seed) if features is None else _indices(features)
     if not chosen:
         raise ValueError("features=[] names no feature to try.")
     settings = Settings(as_texts(prompts), max_new_tokens, temperature, seed)
@@ -85,6 +80,13 @@ def find(
         store.annotations.add_each("steer", {row.feature: row.as_json() for row in rows})
     known = {row.feature: _known(store, row.feature) for row in rows}
     return Found(tuple(rows), settings, tuple(search.unsteered), kept.path, known)
+
+
+def _indices(features: Any) -> list[int]:
+    """Indices of features, each once. Raises `ValueError` for what is no list of them."""
+    if isinstance(features, str | int) or not all(hasattr(one, "__index__") for one in features):
+        raise ValueError(f"features={features!r}; expected indices such as [17, 88].")
+    return list(dict.fromkeys(int(one) for one in features))
 
 
 def _identity(trials: Trials, features: Sequence[int], strengths: Sequence[float]) -> dict[str, Any]:

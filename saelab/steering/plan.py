@@ -78,17 +78,17 @@ def _told(edit: Any) -> dict[str, Any]:
         return {**edit.asked, "hook_name": edit.hook_name, "sae": edit.sae.hash}
     if isinstance(edit, VectorEdit) and edit.asked:
         return {**edit.asked, "hook_name": edit.hook_name, "sae": edit.asked["sae"].hash}
-    at = {"hook_name": edit.hook_name, "direction": edit.vector.tolist()} if hasattr(edit, "vector") else {}
+    if not isinstance(edit, VectorEdit | DirectionGate):
+        raise ValueError(f"{edit!r} cannot be saved in a plan: only edits and gates of features and directions can.")
+    at = {"hook_name": edit.hook_name, "direction": edit.vector.tolist()}
     if isinstance(edit, DirectionGate):
         return {"do": "above", "value": edit.bound, **at}
-    if isinstance(edit, VectorEdit):
-        if edit.mode in ("raw", "resid_norm"):
-            return {"do": "add", "value": edit.strength, "unit": edit.mode, **at}
-        if edit.mode == "cap":
-            low, high = (bound if abs(bound) != float("inf") else None for bound in edit.bounds)
-            return {"do": "cap", "min": low, "max": high, **at}
-        return {"do": edit.mode, **({} if edit.mode == "ablate" else {"value": edit.strength}), **at}
-    raise ValueError(f"{edit!r} cannot be saved in a plan: only edits and gates of features and directions can.")
+    if edit.mode in ("raw", "resid_norm"):
+        return {"do": "add", "value": edit.strength, "unit": edit.mode, **at}
+    if edit.mode == "cap":
+        low, high = (bound if abs(bound) != float("inf") else None for bound in edit.bounds)
+        return {"do": "cap", "min": low, "max": high, **at}
+    return {"do": edit.mode, **({} if edit.mode == "ablate" else {"value": edit.strength}), **at}
 
 
 def _parsed(text: str) -> dict[str, Any]:

@@ -41,7 +41,8 @@ def unsteered_pass(lm: LanguageModel, texts: Sequence[Int[Tensor, " n_tokens"]],
     positions = torch.where(counted < torch.tensor([len(text) for text in texts])[:, None], counted, -1)
     recorders, reported = [_Recorder(name) for name in dict.fromkeys(hook_names)], lm.last_report
     try:
-        with lm.steer(*recorders, positions=tuple(range(1, width))):  # named, special tokens are read too
+        named = tuple(range(1, width)) if recorders else None  # so that special tokens are read too
+        with lm.steer(*recorders, positions=named):
             logits = lm.logits(ids, positions=positions)
     finally:
         lm.last_report = reported  # the recorders are edits too, which no user asked for
