@@ -90,13 +90,19 @@ def kept(notebook: Any) -> str:
 
 
 def outputs(given: Sequence[Any]) -> Iterator[Any]:
-    """Those worth keeping."""
+    """Those worth keeping; lines that were printed one after the other as one output."""
+    last: Any = None
     for one in given:
-        if one.output_type == "stream" and one.name == "stderr":
+        is_text = one.output_type == "stream"
+        if (is_text and one.name == "stderr") or _LEFT_OUT in one.get("data", {}):
             continue
-        if _LEFT_OUT not in one.get("data", {}):
-            one.pop("metadata", None) if one.output_type == "stream" else one.update(metadata={})
-            yield one
+        if is_text and last is not None:
+            last.text += one.text
+            continue
+        if not is_text:
+            one.metadata = {}
+        last = one if is_text else None
+        yield one
 
 
 def machine() -> set[str]:

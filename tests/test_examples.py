@@ -101,7 +101,13 @@ def test_all_examples_are_covered():
         assert len(path.read_text().splitlines()) < 60, path
 
 
-NOTEBOOKS = [name for name in SMALLER if name.endswith(".ipynb")]
+NOT_RUN = ("train_an_sae", "diff_two_checkpoints", "attention_output_sae")
+"""Notebooks that have no outputs yet: docs/make_notebooks.py makes them."""
+NOTEBOOKS = [
+    pytest.param(name, marks=[pytest.mark.xfail(strict=True, reason="no outputs yet")] * (Path(name).stem in NOT_RUN))
+    for name in SMALLER
+    if name.endswith(".ipynb")
+]
 
 
 WITHOUT_OUTPUTS = {"train_an_sae", "diff_two_checkpoints", "attention_output_sae"}

@@ -56,8 +56,11 @@ def test_outputs_that_tell_of_the_machine_or_are_too_large_are_refused(script):
 def test_progress_bars_are_left_out_and_cards_stay(script):
     given = [
         new_output("display_data", {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "bar"}),
+        new_output("stream", text="one\n"),
         new_output("stream", name="stderr", text="bar"),
+        new_output("stream", text="two\n"),
         new_output("display_data", {"text/html": "<b>card</b>"}, metadata={"a": 1}),
     ]
-    (kept,) = script.outputs(given)
+    lines, kept = script.outputs(given)
+    assert lines.text == "one\ntwo\n"
     assert kept.data == {"text/html": "<b>card</b>"} and kept.metadata == {}
