@@ -110,11 +110,7 @@ NOTEBOOKS = [
 ]
 
 
-WITHOUT_OUTPUTS = {"train_an_sae", "diff_two_checkpoints", "attention_output_sae"}
-"""Not yet run on the demo by docs/make_notebooks.py."""
-
-
-@pytest.mark.parametrize("name", [name for name in NOTEBOOKS if Path(name).stem not in WITHOUT_OUTPUTS])
+@pytest.mark.parametrize("name", NOTEBOOKS)
 def test_a_notebook_reads_without_running(name: str):
     """The outputs of the whole model are in the file, every cell once and in order."""
     path = EXAMPLES / name
