@@ -478,7 +478,8 @@ def test_requests_wait_in_a_queue_of_limited_length(tiny_lm, run, monkeypatch):
 
 def test_an_error_in_a_stream_that_has_begun_ends_it(client, plans):
     options: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, "max_tokens": 1, "temperature": 0}
-    stream = client.completions.create(stream=True, extra_body={"steering": plans["first"].to_json()}, **options)
+    nowhere = json.loads(plans["first"].to_json()) | {"on": "prompt", "positions": [100]}
+    stream = client.completions.create(stream=True, extra_body={"steering": nowhere}, **options)
     assert next(iter(stream)).choices[0].text
     with pytest.raises(openai.APIError, match="applied to none of the"):
         list(stream)
@@ -604,7 +605,8 @@ def test_a_bad_plan_is_refused_with_what_is_wrong(process, plans):
             with pytest.raises(openai.BadRequestError, match=said):
                 client.completions.create(model=MODEL, prompt=PROMPT, stream=is_streamed, extra_body={"steering": plan})
     with pytest.raises(openai.BadRequestError, match="applied to none of the"):
-        client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=1, extra_body={"steering": told})
+        nowhere = told | {"on": "prompt", "positions": [100]}
+        client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=1, extra_body={"steering": nowhere})
     with pytest.raises(openai.BadRequestError, match="The preset preset steers already"):
         client.completions.create(model="preset", prompt=PROMPT, extra_body={"steering": told})
 

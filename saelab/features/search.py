@@ -43,6 +43,8 @@ class Search(StoreReader):
         if len(quote) > 2 and quote[0] == quote[-1] == '"':
             return self.firing_on(quote[1:-1], limit)
         terms = quote.split()
+        if not terms and words.strip():
+            return []  # nothing that could be written
         if not terms:
             raise ValueError("search needs at least one word, such as store.search('weather').")
         self.check_version("search index")

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from saelab.models import LanguageModel
 from saelab.models.prompts import Batch, several
-from saelab.steering.unsteered import refuse_steered
 
 BATCH = 16
 
@@ -43,9 +42,7 @@ def counted_tokens(lm: LanguageModel, batch: Batch) -> Bool[Tensor, "batch seq"]
 
 
 def stream_tokens(lm: LanguageModel, texts: Sequence[Any], hook_names: Sequence[str]) -> Iterator[Tokens]:
-    """The counted tokens of `texts` at each hook, `BATCH` texts at a time. Raises `ValueError` if the model is
-    being steered."""
-    refuse_steered(lm)
+    """The counted tokens of `texts` at each hook, `BATCH` texts at a time. Active edits apply."""
     for start in range(0, len(texts), BATCH):
         batch = lm.to_batch(texts[start : start + BATCH])
         kept = counted_tokens(lm, batch)
