@@ -15,7 +15,8 @@ def show() -> None:
     st.title("Features")
     asked = query.from_url(store)
     _controls(store, asked)
-    features = query.ids(store, asked)
+    found = query.found(store, asked)
+    features = list(found)
     _summary(store, asked, len(features))
     if not features:
         fix = "Search for other words." if asked.words.strip() else "Choose **All**."
@@ -23,8 +24,9 @@ def show() -> None:
         return
     with url.page_of(len(features)) as here:
         as_python.offer(query.as_python(asked, url.PER_PAGE, here.start), store=store)
+        rows = [row | {"found_in": found[row["feature"]]} for row in store.rows_of(features[here])]
         sort = "" if asked.words.strip() else asked.sort
-        show_rows(store, query.rows(store, asked, features[here]), sort, asked.order == "down", asked.parameters())
+        show_rows(store, rows, sort, asked.order == "down", asked.parameters())
     if asked.among and not asked.words.strip():
         state.download(asked.among, features)
 

@@ -78,21 +78,17 @@ def from_url(store: FeatureStore) -> Query:
 
 def ids(store: FeatureStore, query: Query) -> list[int]:
     """The features of a query, in its order."""
+    return list(found(store, query))
+
+
+def found(store: FeatureStore, query: Query) -> dict[int, str]:
+    """The features of a query, in its order, with where a search found its words ("" without a search)."""
     if query.words.strip():
-        return [row["feature"] for row in store.search(query.words, _MOST_FOUND)]
+        return {row["feature"]: row.get("found_in", "") for row in store.search(query.words, _MOST_FOUND)}
     if query.among:
         chosen = set(store.lists.get(query.among, []))
-        return [feature for feature in _ordered(store, query) if feature in chosen]
-    return _ordered(store, query)
-
-
-def rows(store: FeatureStore, query: Query, features: list[int]) -> list[dict[str, Any]]:
-    """The rows of the table for these features; of a search with where its words were found."""
-    found = store.rows_of(features)
-    if not query.words.strip():
-        return found
-    found_in = {row["feature"]: row.get("found_in", "") for row in store.search(query.words, _MOST_FOUND)}
-    return [row | {"found_in": found_in.get(row["feature"], "")} for row in found]
+        return {feature: "" for feature in _ordered(store, query) if feature in chosen}
+    return dict.fromkeys(_ordered(store, query), "")
 
 
 def as_python(query: Query, limit: int, offset: int) -> str:

@@ -240,5 +240,8 @@ def test_memory_does_not_grow_with_the_number_of_tokens():
             state.update(sae, x, tokens, tokens // 40)
         held = [state.near_misses, *(one for end in state.ends.ends.values() for one in end.kept.values())]
         sizes.append(sum(len(batch.group) for one in held for batch in one._batches))
+        assert (
+            len(state.sample._batches) <= 32
+        )  # small blocks between the large ones of a pass keep its memory from reuse
     assert max(sizes[40:]) <= 1.1 * max(sizes[25:40])
     assert sae.d_in == D_IN

@@ -14,10 +14,12 @@ import saelab
 from saelab.errors import StoreError
 from saelab.evaluation.heldout import open_score_stream
 from saelab.features.collecting.document_positions import document_positions
-from saelab.features.collecting.feature_words import FeatureWords
+from saelab.features.collecting.feature_words import FeatureWords, _End
 from saelab.features.collecting.labelling import Labeller, Peaks
+from saelab.features.collecting.signed import SignedAccumulator
 from saelab.features.collecting.words import Words
 from saelab.features.quantiles import N_GROUPS, PER_GROUP, share_below, value_at
+from saelab.kernels.sparse_acts import SparseActs
 
 HOOK = "blocks.1.hook_resid_post"
 OLD = Path(__file__).parent / "fixtures"
@@ -325,3 +327,30 @@ def test_a_search_says_where_it_found_the_words(store):
     finally:
         feature.store.annotations.add(feature.feature, "note", None)
     assert store.search("zebras") == []
+
+
+def test_sampled_peaks_stand_for_all_firings():
+    """Of 100 weak firings and 3 strong ones, each sampled peak carries the squared activation of those it stands for."""
+    ctx_len, strong = 8, (10, 50, 90)
+    state = SignedAccumulator(1, ctx_len, 20)
+    tokens = torch.arange(103) * ctx_len + 4
+    values = torch.ones(103).index_fill(0, torch.tensor(strong), 9.0)
+    offsets = torch.arange(104)
+    state.update(SparseActs(values, torch.zeros(103, dtype=torch.int64), offsets, 1), tokens, torch.arange(103))
+    peaks = _End(state.ends[1]).peaks(0)
+    is_strong = peaks.values > 5
+    assert is_strong.sum() == 3 and len(peaks.values) < 103
+    assert peaks.energy[is_strong].sum() == pytest.approx(3 * 81) and peaks.energy[~is_strong].sum() == pytest.approx(
+        100
+    )
+
+
+def test_a_label_counts_before_a_note(store):
+    index = alive(store)[2]
+    for kind in ("label", "note"):
+        store.annotations.add(index, kind, "zebra crossing")
+    try:
+        assert [(row["feature"], row["found_in"]) for row in store.search("zebra")] == [(index, "label")]
+    finally:
+        for kind in ("label", "note"):
+            store.annotations.add(index, kind, None)

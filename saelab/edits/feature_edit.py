@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelab.edits.direction import OPEN, Range
+from saelab.edits.rows import edited_rows, with_changes
 from saelab.saes import SAE
 
 
@@ -63,8 +64,7 @@ class FeatureEdit:
         self, x: Float[Tensor, "batch seq d_in"], positions: Int[Tensor, "batch seq"]
     ) -> Float[Tensor, "batch seq d_in"]:
         """The edited activations; `x` itself when nothing changes. Raises `ValueError` for a position without a clamp value."""
-        flat = x.reshape(-1, x.shape[-1])  # (batch * seq, d_in)
-        rows = (positions > 0).flatten().nonzero().squeeze(1)
+        flat, rows = edited_rows(x, positions)
         change = self._change(flat, rows, positions)  # (n_rows) z' - z
         moved = change != 0
         if not moved.any():
@@ -72,10 +72,7 @@ class FeatureEdit:
         rows, change = rows[moved], change[moved]
         decoder, scale = self.sae.decoder(self.source)
         direction = (decoder[self.feature].float() / scale.float()).to(x.device)
-        edited = flat.clone()
-        before = flat[rows].float()
-        edited[rows] = (before + change[:, None] * self.sae.token_sizes(before) * direction).to(x.dtype)
-        return edited.reshape(x.shape)
+        return with_changes(x, rows, lambda before: change[:, None] * self.sae.token_sizes(before) * direction)
 
     def _change(self, flat: Tensor, rows: Tensor, positions: Tensor) -> Float[Tensor, " n_rows"]:
         value = self.value

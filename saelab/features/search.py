@@ -48,26 +48,20 @@ class Search(StoreReader):
         if not terms:
             raise ValueError("search needs at least one word, such as store.search('weather').")
         self.check_version("search index")
-        found_in = {feature: "note" for feature, text in sorted(self.notes.items()) if _all_in(terms, text)}
-        found_in = {
-            feature: "label" for feature, text in sorted(self.labels.items()) if _all_in(terms, text)
-        } | found_in
+        found_in: dict[int, str] = {}
+        for where, texts in (("label", self.labels), ("note", self.notes)):
+            for feature in sorted(feature for feature, text in texts.items() if _all_in(terms, text)):
+                found_in.setdefault(feature, where)
         exact = ['"' + term.replace('"', '""') + '"' for term in terms if any(char.isalnum() for char in term)]
         if not exact:
             return self.firing_on(quote, limit)
         quoted = [f"{term}*" for term in exact]
         both, either = " ".join(quoted), " OR ".join(quoted)
-        asked = [
-            (f"{{label peaks}} : ({' '.join(exact)})", "peaks"),
-            (f"{{label peaks}} : ({both})", "peaks"),
-            (both, "text"),
-        ]
-        for (
-            match,
-            where,
-        ) in asked:  # ranking all texts that hold a common word takes long, and these come after the others
-            if len(found_in) < limit:
-                found_in.update((feature, where) for feature in self._matching(match, limit) if feature not in found_in)
+        at_peaks = [f"{{label peaks}} : ({terms})" for terms in (" ".join(exact), both)]
+        for match in [*at_peaks, both]:
+            if len(found_in) < limit:  # ranking all texts that hold a common word takes long, and these come last
+                for feature in self._matching(match, limit):
+                    found_in.setdefault(feature, "text" if match == both else "peaks")
         found_in = found_in or dict.fromkeys(self._matching(either, limit), "text")
         return [row | {"found_in": found_in[row["feature"]]} for row in self.rows_of(list(found_in)[:limit])]
 

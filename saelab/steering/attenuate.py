@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saelab.edits.direction import finite
+from saelab.edits.rows import edited_rows, with_changes
 from saelab.errors import SaelabError
 from saelab.features.separability import separability
 from saelab.models import LanguageModel
@@ -118,8 +119,7 @@ class Attenuation:
         self, x: Float[Tensor, "batch seq d_in"], positions: Int[Tensor, "batch seq"]
     ) -> Float[Tensor, "batch seq d_in"]:
         """The edited activations; `x` itself when nothing changes."""
-        flat = x.reshape(-1, x.shape[-1])  # (batch * seq, d_in)
-        rows = (positions > 0).flatten().nonzero().squeeze(1)
+        flat, rows = edited_rows(x, positions)
         sparse_acts = self.sae.encode(flat[rows].to(self.sae.W_dec.device))
         feature_acts = (
             torch.stack([sparse_acts.column(i) for i in self.features], 1).float().cpu()
@@ -131,9 +131,7 @@ class Attenuation:
         rows, change = rows[moved.to(rows.device)], change[moved].to(x.device)
         decoder, scale = self.sae.decoder(self.source)
         directions = (decoder[list(self.features)].float() / scale.float()).to(x.device)  # (n_features, d_in)
-        edited, before = flat.clone(), flat[rows].float()
-        edited[rows] = (before + (change @ directions) * self.sae.token_sizes(before)).to(x.dtype)
-        return edited.reshape(x.shape)
+        return with_changes(x, rows, lambda before: (change @ directions) * self.sae.token_sizes(before))
 
 
 class _Firings(NamedTuple):

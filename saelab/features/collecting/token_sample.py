@@ -16,6 +16,8 @@ from saelab.features.collecting.entries import token_hash
 from saelab.kernels.sparse_acts import SparseActs
 
 MAX_TOKENS = 1 << 17
+_MOST_BATCHES = 32
+"""Batches that are kept apart: many small blocks between the large ones of a pass keep its freed memory from being used again."""
 
 
 class TokenSample:
@@ -42,7 +44,7 @@ class TokenSample:
 
     def csr(self) -> tuple[Int[Tensor, " n"], Int[Tensor, " n_plus_1"], Int[Tensor, " nnz"]]:
         """Token numbers (ascending), offsets, and the ids of the features that fire on each token (ascending)."""
-        tokens, counts, features = (torch.cat(column) for column in zip(*self._batches, strict=True))
+        tokens, counts, features = self._joined()
         order = torch.argsort(tokens, stable=True)
         starts = counts.cumsum(0) - counts
         inside = torch.repeat_interleave(starts[order] - (counts[order].cumsum(0) - counts[order]), counts[order])
@@ -67,6 +69,12 @@ class TokenSample:
             self.level += 1
             self._batches = [self._thinned(*batch) for batch in self._batches]
             self._n_tokens = sum(len(batch[0]) for batch in self._batches)
+        if len(self._batches) > _MOST_BATCHES:
+            self._batches = [self._joined()]
+
+    def _joined(self) -> tuple[Tensor, Tensor, Tensor]:
+        tokens, counts, features = (torch.cat(column) for column in zip(*self._batches, strict=True))
+        return tokens, counts, features
 
     def _thinned(self, tokens: Tensor, counts: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         here = self._belongs(tokens)
