@@ -165,7 +165,27 @@ def test_the_card_holds_every_text_and_no_markup_of_theirs(tiny_lm, feature, com
     assert page.count('class="sc-bars"') == 20 and "<mark>" in page and "<i>" in page
     assert f"add 1 p99 of feature {feature.feature} at {HOOK}</bdi></h3>" in page
     hostile = compare(tiny_lm, HOSTILE, feature, max_new_tokens=2, progress=False)._repr_html_()
-    tags = {"style", "div", "h3", "h4", "bdi", "table", "tr", "th", "td", "p", "b", "span", "i", "mark", "br"}
+    tags = {
+        "style",
+        "div",
+        "h3",
+        "h4",
+        "bdi",
+        "table",
+        "tr",
+        "th",
+        "td",
+        "p",
+        "b",
+        "span",
+        "i",
+        "mark",
+        "br",
+        "svg",
+        "path",
+        "g",
+        "text",
+    }
     assert (
         set(re.findall(r"<([a-zA-Z0-9]+)", hostile)) <= tags and "&lt;script&gt;" in hostile and "\u202e" not in hostile
     )

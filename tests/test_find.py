@@ -274,6 +274,10 @@ def test_intervals_of_means():
     got = mean_interval(values)
     assert got.mean == 0.5 and got.low == pytest.approx(0.4, abs=0.03) and got.high == pytest.approx(0.6, abs=0.03)
     assert mean_interval(values) == got and not got.covers_zero and mean_interval([-1.0, 1.0]).covers_zero
+    alike = [[float(row % 2)] * 5 for row in range(20)]  # five seeds of a prompt that say the same are no five prompts
+    assert mean_interval(alike).high == pytest.approx(mean_interval([row[0] for row in alike]).high, abs=0.03)
+    within = mean_interval([[0.0, 1.0] * 50])
+    assert within.low == pytest.approx(0.4, abs=0.03) and within.high == pytest.approx(0.6, abs=0.03)
     assert difference_interval([3.0] * 4, [1.0] * 9) == (2.0, 2.0, 2.0)
     assert difference_interval(values, values).covers_zero
     for call in (lambda: mean_interval([]), lambda: difference_interval([1.0], [])):
@@ -289,5 +293,8 @@ def test_tokens_rise_along_the_unsteered_text(case):
     with lm.steer(edit):
         after = lm.logits(text.ids[None])[0, text.n_prompt - 1 : -1].log_softmax(-1)
     (got,) = Unsteered(lm, [text]).shifts(Plan((edit,)), tokens)
-    assert got.rise == pytest.approx(float((after - before)[:, tokens].mean()), abs=1e-5) and got.rise > 0.5
+    (rise,) = got.rises
+    assert rise == pytest.approx(float((after - before)[:, tokens].mean()), abs=1e-5) and rise > 0.5
+    new = text.ids[text.n_prompt :, None]
+    assert got.nll_rise == pytest.approx(float((before - after).gather(1, new).mean()), abs=1e-5) and got.nll_rise != 0
     assert got.kl == pytest.approx(float((after.exp() * (after - before)).sum(-1).mean()), abs=1e-5) and got.kl > 0

@@ -16,7 +16,7 @@ def find(
     run: Run,
     feature: Annotated[tuple[int, ...], arg(help="Features to try, instead of a draw.")] = (),
     n_candidates: Annotated[int, arg(help="Features to draw: of topics, neither rare nor dense.")] = 200,
-    prompt: Annotated[tuple[str, ...], arg(help="Prompts to continue.", help_behavior_hint="(default: two)")] = (),
+    prompt: Annotated[tuple[str, ...], arg(help="Prompts to continue.", help_behavior_hint="(default: six)")] = (),
     max_new_tokens: Annotated[int, arg(help="Tokens of each text.")] = 30,
     temperature: Annotated[float, arg(help="0 takes the likeliest token.")] = 0.0,
     seed: Annotated[int, arg(help="Seed of the draw and of the texts.")] = 0,

@@ -11,10 +11,11 @@ from tyro.conf import OmitArgPrefixes, UseAppendAction, arg
 
 from saelab.cli.answers import AsJson, answering
 from saelab.cli.commands import Dtype, OwnModel, Run, runs_of
+from saelab.cli.steer_report import report
 from saelab.run_folder.opening import load_lm
 
 _WITHOUT_STRENGTH = ("ablate", "project_out")
-_NONE = "(default: none)"
+_NONE, _PROMPT = "(default: none)", "The weather today"
 _END = "For a signed feature (abs_topk): the end that positive strengths steer towards; by default the dominant one."
 
 
@@ -54,7 +55,10 @@ class Edits:
 class Writing:
     """What is written."""
 
-    prompt: Annotated[str, arg(help="Text to continue.")] = "The weather today"
+    prompt: Annotated[
+        str | None,
+        arg(help="Text to continue.", help_behavior_hint="(default: The weather today; several for --report)"),
+    ] = None
     chat: Annotated[bool, arg(help="The prompt is a user's message: apply the model's chat template.")] = False
     max_new_tokens: Annotated[int, arg(help="Tokens to generate.")] = 40
     temperature: Annotated[
@@ -77,6 +81,13 @@ class Writing:
 class Files:
     """What is kept."""
 
+    report: Annotated[
+        Path | None,
+        arg(
+            help="Instead, measure one feature beside controls (random directions, random features, the difference of means, a "
+            "prompt that asks), a few minutes, and write the card to this HTML file."
+        ),
+    ] = None
     out: Annotated[Path | None, arg(help="Write the texts side by side to this HTML file.")] = None
     save_plan: Annotated[Path | None, arg(help="Write the edits to this plan file.")] = None
     gguf: Annotated[
@@ -97,13 +108,17 @@ def steer(
     from saelab.steering import compare
 
     stores = _stores(run, several=edits.plan is not None)
+    if files.report is not None:
+        report(stores, edits, writing, files, model=model, as_json=as_json, dtype=dtype)
+        return
+    writing = replace(writing, prompt=_PROMPT if writing.prompt is None else writing.prompt)
     plan = _plan(stores, edits, writing)
     _save(plan, files)
     with answering(as_json) as answer:
         lm = load_lm(model or stores[0].manifest["model"]["name"], dtype)
         if files.gguf is not None:
             _save_gguf(plan, files.gguf, lm)
-        prompt = lm.chat(writing.prompt) if writing.chat else writing.prompt
+        prompt = lm.chat(writing.prompt or "") if writing.chat else writing.prompt
         found = compare(
             lm, prompt, plan, strengths=writing.strengths or 1.0, seeds=writing.seeds or writing.seed,
             read=_features(stores, edits),
@@ -186,7 +201,7 @@ def _answer(found: Any, plan: Any, edits: Edits, writing: Writing) -> tuple[dict
     """The texts as data and as lines: of one strength and seed as two texts, of several as a comparison."""
     import json
 
-    before = "" if writing.chat else writing.prompt
+    before = "" if writing.chat else str(writing.prompt)
     default, steered = found.texts[0], next(one for one in found.texts if one.strength is not None)
     data: dict[str, Any] = {
         "prompt": writing.prompt, "chat": writing.chat, "max_new_tokens": writing.max_new_tokens,
@@ -223,6 +238,7 @@ STEER = {
         "saelab steer runs/demo --feature 17 --strength 2 --feature 88 --strength -1 --on generated --save-plan plan.json\n"
         "saelab steer runs/demo --feature 17 --strengths 0 1 2 4 --seeds 0 1 2 --control --out card.html\n"
         'saelab steer runs/demo --plan plan.json --chat --prompt "Where shall we go?" --json\n'
-        "saelab steer runs/demo --feature 17 --strength 2 --gguf vector.gguf",
+        "saelab steer runs/demo --feature 17 --strength 2 --gguf vector.gguf\n"
+        "saelab steer runs/demo --feature 17 --report report.html",
     )
 }

@@ -14,6 +14,9 @@ from saelab.steering.found import Found
 from saelab.steering.lineas import lineas
 from saelab.steering.plan import Plan
 from saelab.steering.probe import Probe, probe
+from saelab.steering.report import steering_report
+from saelab.steering.report_shown import SteeringReport
+from saelab.steering.reported import ReportRow
 from saelab.steering.trials import Trial, run_trials
 from saelab.steering.vectors import diff_means, pca_pairs
 
@@ -31,6 +34,8 @@ __all__ = [
     "Plan",
     "LinEAS",
     "Probe",
+    "ReportRow",
+    "SteeringReport",
     "Trial",
     "attenuate",
     "compare",
@@ -42,4 +47,5 @@ __all__ = [
     "pca_pairs",
     "probe",
     "run_trials",
+    "steering_report",
 ]

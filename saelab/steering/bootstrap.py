@@ -23,13 +23,20 @@ class Estimate(NamedTuple):
         return self.low <= 0 <= self.high
 
 
-def mean_interval(values: Sequence[float], seed: int = 0, n: int = 2000) -> Estimate:
-    """The mean, and the 2.5th and 97.5th percentile of the means of `n` resamples. Raises `ValueError` without any value."""
+def mean_interval(values: Sequence[float] | Sequence[Sequence[float]], seed: int = 0, n: int = 2000) -> Estimate:
+    """The mean, and the 2.5th and 97.5th percentile of the means of `n` resamples.
+
+    For rows of equal length, such as the texts of each prompt, rows are drawn first and then values within each, since what one
+    prompt yields is alike. Raises `ValueError` without any value.
+    """
     array = np.asarray(values, dtype=np.float64)
-    if not len(array):
+    if not array.size:
         raise ValueError("mean_interval needs at least one value.")
-    drawn = np.random.default_rng(seed).integers(0, len(array), (n, len(array)))
-    low, high = np.quantile(array[drawn].mean(1), (0.025, 0.975))
+    generator, rows = np.random.default_rng(seed), array.reshape(len(array), -1)
+    drawn = rows[generator.integers(0, len(rows), (n, len(rows)))]  # (n, rows, width)
+    if rows.shape[1] > 1:
+        drawn = np.take_along_axis(drawn, generator.integers(0, rows.shape[1], drawn.shape), axis=2)
+    low, high = np.quantile(drawn.mean((1, 2)), (0.025, 0.975))
     return Estimate(float(array.mean()), float(low), float(high))
 
 

@@ -95,8 +95,7 @@ def _arms(plan: Plan, strengths: Sequence[float], control: bool) -> list[_Arm]:
         raise ValueError(f"strengths={list(strengths)}: 0 is the unsteered text, which is always there; give others.")
     found = [_Arm(None, False, None), *(_Arm(strength, False, scaled(plan, strength)) for strength in listed)]
     if control:
-        random = random_control(plan)
-        found += [_Arm(strength, True, scaled(random, strength)) for strength in listed]
+        found += [_Arm(strength, True, random_control(scaled(plan, strength))) for strength in listed]
     return found
 
 

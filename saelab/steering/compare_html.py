@@ -14,6 +14,7 @@ from saelab.features.numbers import signed
 from saelab.features.token_text import Group, display_groups
 from saelab.features.visible import escape
 from saelab.steering.compared import Compared, Continuation
+from saelab.steering.effect_plot import Point, effect_plot
 
 MAX_BYTES = 200_000
 _FRAME = 4_000  # bytes of style, head and the note on what is left out
@@ -54,7 +55,7 @@ def compare_card(compared: Compared) -> str:
 
 def comparison_html(compared: Compared) -> str:
     """Numbers and texts, without style; texts that would exceed the size are left out, and counted."""
-    shown, left = [_summary(compared), _legend(compared)], MAX_BYTES - _FRAME
+    shown, left = [_summary(compared), _plot(compared), _legend(compared)], MAX_BYTES - _FRAME
     left -= sum(len(one.encode()) for one in shown) + len(STYLE) + len(_CARD)
     for (prompt, seed), texts in groupby(_by_seed(compared), lambda one: (one.prompt, one.seed)):
         pieces = [_head(compared, prompt, seed), *(_row(compared, one) for one in texts)]
@@ -131,6 +132,19 @@ def _summary(compared: Compared) -> str:
         rows.append("".join(f"<td>{cell}</td>" for cell in (*cells, _share(row["repeated"]))))
     head = "".join(f'<th scope="col">{name}</th>' for name in names)
     return f'<table class="sc-sum"><tr>{head}</tr>{"".join(f"<tr>{row}</tr>" for row in rows)}</table>'
+
+
+def _plot(compared: Compared) -> str:
+    """Effect against cost, where several strengths were read back."""
+    series: dict[str, list[Point]] = {}
+    for row in compared.summary:
+        if row["read_back"] is not None and row["strength"] is not None:
+            effect, name = row["read_back_rise"], f"\u00d7 {row['strength']:g}".replace("-", "\u2212")
+            point = Point(row["nll_cost"], effect, effect, effect, name)
+            series.setdefault("random direction" if row["control"] else "steered", []).append(point)
+    if max(map(len, series.values()), default=0) < 2:
+        return ""
+    return effect_plot(series, "cost (nats per token)", "read back over unsteered")
 
 
 def _legend(compared: Compared) -> str:

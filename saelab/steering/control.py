@@ -41,27 +41,37 @@ def random_control(plan: Plan, seed: int = 0) -> Plan:
     Raises `ValueError` for an edit whose change depends on what the SAE reads (clamp, scale, cap, project out): it has no norm.
     """
     generator = torch.Generator().manual_seed(seed)
-    return replace(plan, edits=tuple(_random(edit, generator) for edit in plan.edits))
+    return replace(
+        plan, edits=tuple(along(edit, torch.randn(_width(edit), generator=generator)) for edit in plan.edits)
+    )
 
 
-def _random(edit: Any, generator: torch.Generator) -> VectorEdit | SizedEdit:
+def along(edit: Any, direction: Float[Tensor, " d_in"]) -> VectorEdit | SizedEdit:
+    """What the edit adds, turned into `direction`, at the same norm. Raises `ValueError` as `random_control`."""
+    added = _added(edit)
+    if not bool(added.any()):
+        return Direction(torch.ones_like(added), edit.hook_name).add(0.0)
+    unit = direction.to(added.device, torch.float32) / direction.float().norm()
+    turned = unit * added.norm()
+    if isinstance(edit, VectorEdit):
+        return replace(edit, vector=turned, asked={})
+    if edit.sae.config.normalize in TOKEN_NORMS:
+        return SizedEdit(edit.hook_name, turned, edit.sae)
+    return Direction(turned, edit.hook_name).add(1.0)
+
+
+def _added(edit: Any) -> Float[Tensor, " d_in"]:
+    """The vector that an edit adds: of a direction, before its strength."""
     if isinstance(edit, VectorEdit) and edit.mode in ("raw", "resid_norm"):
-        return replace(edit, vector=_of_norm(edit.vector, generator), asked={})
+        return edit.vector.float()
     if isinstance(edit, FeatureEdit) and edit.mode == "add" and edit.where == "always":
         decoder, scale = edit.sae.decoder(edit.source)
-        row = float(edit.value) * decoder[edit.feature].detach().float() / scale.float()
-        if not bool(row.any()):
-            return Direction(torch.ones_like(row), edit.hook_name).add(0.0)
-        drawn = _of_norm(row, generator)
-        if edit.sae.config.normalize in TOKEN_NORMS:
-            return SizedEdit(edit.hook_name, drawn, edit.sae)
-        return Direction(drawn, edit.hook_name).add(1.0)
+        return float(edit.value) * decoder[edit.feature].detach().float() / scale.float()
     raise ValueError(
         f"{edit!r} has no control: its change depends on what the SAE reads. Controls are for what is added, such as "
         "feature * 2.0."
     )
 
 
-def _of_norm(vector: Tensor, generator: torch.Generator) -> Tensor:
-    drawn = torch.randn(len(vector), generator=generator).to(vector.device)
-    return drawn / drawn.norm() * vector.float().norm()
+def _width(edit: Any) -> int:
+    return len(_added(edit))

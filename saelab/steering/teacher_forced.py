@@ -19,10 +19,12 @@ from saelab.models.sampling import Generation
 class Shift(NamedTuple):
     """Along one text; means over the places at which its generated tokens were chosen."""
 
-    rise: float
-    """Rise in log-probability of the chosen tokens, mean over them, in nats."""
+    rises: tuple[float, ...]
+    """Of each set of chosen tokens: the rise in log-probability, mean over the set, in nats."""
     kl: float
     """KL divergence of the steered from the unsteered distribution, in nats."""
+    nll_rise: float
+    """How much less likely the text itself becomes, in nats per token."""
 
 
 class Unsteered:
@@ -30,21 +32,22 @@ class Unsteered:
 
     def __init__(self, lm: LanguageModel, texts: Sequence[Generation]) -> None:
         self.lm, self.texts = lm, texts
-        self.log_probs = self._log_probs(None)
+        self.log_probs = [self._log_probs(text, None) for text in texts]
 
-    def shifts(self, steering: Steering, tokens: Sequence[int]) -> list[Shift]:
-        """What a steering changes along each text, and how far `tokens` rise."""
-        chosen, found = torch.tensor(list(tokens), dtype=torch.int64), []
-        for before, after in zip(self.log_probs, self._log_probs(steering), strict=True):
-            kl = (after.exp() * (after - before)).sum(-1).mean()
-            found.append(Shift(float((after - before)[:, chosen].mean()), float(kl)))
-        return found
+    def shifts(self, steering: Steering, *token_sets: Sequence[int]) -> list[Shift]:
+        """What a steering changes along each text, and how far each set of tokens rises."""
+        return [self.shift(i, steering, *token_sets) for i in range(len(self.texts))]
 
-    def _log_probs(self, steering: Steering | None) -> list[Float[Tensor, "n_generated vocab"]]:
+    def shift(self, index: int, steering: Steering, *token_sets: Sequence[int]) -> Shift:
+        """The same along one text."""
+        text, before = self.texts[index], self.log_probs[index]
+        after = self._log_probs(text, steering)
+        change, new = after - before, text.ids[text.n_prompt :, None].to(after.device)
+        rises = [float(change[:, torch.tensor(list(tokens), dtype=torch.int64)].mean()) for tokens in token_sets]
+        return Shift(tuple(rises), float((after.exp() * change).sum(-1).mean()), -float(change.gather(1, new).mean()))
+
+    def _log_probs(self, text: Generation, steering: Steering | None) -> Float[Tensor, "n_generated vocab"]:
         arms: list[Any] = [] if steering is None else [steering]
-        found = []
-        for text in self.texts:
-            with self.lm.steer(*arms):
-                logits = self.lm.logits(text.ids[None])[0, text.n_prompt - 1 : -1]
-            found.append(logits.float().cpu().log_softmax(-1))
-        return found
+        with self.lm.steer(*arms):
+            logits = self.lm.logits(text.ids[None])[0, text.n_prompt - 1 : -1]
+        return logits.float().cpu().log_softmax(-1)

@@ -80,7 +80,7 @@ class Trials:
     are no texts, an SAE of several models, or a model that is being steered."""
 
     def __init__(self, store: Any, lm: LanguageModel, settings: Settings) -> None:
-        _check(store, lm)
+        check_model(store, lm)
         self.store, self.lm, self.settings = store, lm, settings
         hooks = store.manifest["sites"]
         self.reader = Reader(lm, store.sae, HooksUsed(tuple(hooks["reads"]), tuple(hooks["writes"])))
@@ -151,15 +151,16 @@ def run_trials(
     ]
 
 
-def as_texts(prompts: Any) -> tuple[str, ...]:
-    """Prompts as texts. Raises `ValueError` for anything else, or none."""
-    texts = tuple(several(prompts, "prompts"))
+def as_texts(prompts: Any, name: str = "prompts") -> tuple[str, ...]:
+    """Prompts, or what `name` says, as texts. Raises `ValueError` for anything else, or none."""
+    texts = tuple(several(prompts, name))
     if not texts or not all(isinstance(text, str) and text for text in texts):
-        raise ValueError(f"prompts={prompts!r}; expected texts, such as ['I think that'].")
+        raise ValueError(f"{name}={prompts!r}; expected texts, such as ['I think that'].")
     return texts
 
 
-def _check(store: Any, lm: LanguageModel) -> None:
+def check_model(store: Any, lm: LanguageModel) -> None:
+    """Raises `ValueError` for a model of other weights than the store's or without a tokenizer, and for an SAE of several."""
     known = store.manifest["model"]
     if lm.hash != known["hash"]:
         raise ValueError(f"The store was collected with {known['name']}: {lm.name} has other weights.")
