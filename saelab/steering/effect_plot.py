@@ -20,7 +20,7 @@ _MARKS = (
     "M0-5L5 0 0 5-5 0z",
     "M-4-4L4 4M-4 4L4-4",
 )
-_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM, _LEGEND = 420, 230, 48, 12, 40, 170
+_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM, _LEGEND = 420, 230, 48, 12, 40, 190
 
 
 class Point(NamedTuple):
@@ -32,7 +32,7 @@ class Point(NamedTuple):
     """Ends of the interval of the effect."""
     high: float
     name: str = ""
-    """Written beside it."""
+    """Written beside it in the first series."""
 
 
 def effect_plot(series: Mapping[str, Sequence[Point]], cost_name: str, effect_name: str) -> str:
@@ -47,8 +47,8 @@ def effect_plot(series: Mapping[str, Sequence[Point]], cost_name: str, effect_na
     for i, (name, row) in enumerate(series.items()):
         shown += _line(row, i, to)
         y = _TOP + 14 + 20 * i
-        shown.append(f'<g transform="translate({_LEFT + _WIDTH + 18} {y - 4})">{_mark(i)}</g>')
-        shown.append(f'<text x="{_LEFT + _WIDTH + 30}" y="{y}">{escape(name)}</text>')
+        shown.append(f'<g transform="translate({_LEFT + _WIDTH + 44} {y - 4})">{_mark(i)}</g>')
+        shown.append(f'<text x="{_LEFT + _WIDTH + 56}" y="{y}">{escape(name)}</text>')
     size = f"{_LEFT + _WIDTH + _LEGEND} {_TOP + _HEIGHT + _BOTTOM}"
     label = escape(f"{effect_name} against {cost_name}")
     return (
@@ -105,7 +105,7 @@ def _line(row: Sequence[Point], i: int, to: _Scale) -> list[str]:
         x, low, high = to.x(one.cost), to.y(one.low), to.y(one.high)
         found.append(f'<path d="M{x:.1f} {high:.1f}V{low:.1f}" stroke="{colour}" opacity=".45"/>')
         found.append(f'<g transform="translate({x:.1f} {to.y(one.effect):.1f})">{_mark(i)}</g>')
-        if one.name:
+        if one.name and i == 0:  # the controls have the same strengths
             found.append(
                 f'<text x="{x + 7:.1f}" y="{to.y(one.effect) - 6:.1f}" opacity=".85">{escape(one.name)}</text>'
             )
