@@ -7,10 +7,12 @@ from saelab.steering.affine_maps import AffineEdit, LinEAS
 from saelab.steering.attenuate import Attenuation, attenuate
 from saelab.steering.compare import compare
 from saelab.steering.comparison import Comparison
+from saelab.steering.concept_bench import Concept, concept_bench
 from saelab.steering.concept_features import ConceptFeature, features_for
 from saelab.steering.effect_table import NEUTRAL_PROMPTS, EffectTable, effect_table
 from saelab.steering.find import find
 from saelab.steering.found import Found
+from saelab.steering.judges import ModelJudge
 from saelab.steering.lineas import lineas
 from saelab.steering.plan import Plan
 from saelab.steering.probe import Probe, probe
@@ -24,6 +26,7 @@ __all__ = [
     "NEUTRAL_PROMPTS",
     "AffineEdit",
     "Attenuation",
+    "Concept",
     "ConceptFeature",
     "Comparison",
     "Direction",
@@ -33,12 +36,14 @@ __all__ = [
     "Found",
     "Plan",
     "LinEAS",
+    "ModelJudge",
     "Probe",
     "ReportRow",
     "SteeringReport",
     "Trial",
     "attenuate",
     "compare",
+    "concept_bench",
     "diff_means",
     "effect_table",
     "features_for",

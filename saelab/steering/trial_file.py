@@ -18,14 +18,14 @@ from saelab.files import atomic_write_text, writing
 
 
 class TrialFile:
-    """The batches in `FOLDER/find-HASH.jsonl`, by key; HASH is that of the settings, so other settings have a file of their own.
+    """The batches in `FOLDER/NAME-HASH.jsonl`, by key; HASH is that of the settings, so other settings have a file of their own.
 
     Raises `SaelabError` for a file that was altered.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, Any], name: str = "find") -> None:
         first = json.dumps(settings, sort_keys=True, ensure_ascii=False, allow_nan=False)
-        self.path = folder / f"find-{hashlib.sha256(first.encode()).hexdigest()[:12]}.jsonl"
+        self.path = folder / f"{name}-{hashlib.sha256(first.encode()).hexdigest()[:12]}.jsonl"
         if not self.path.exists():
             atomic_write_text(self.path, first + "\n")
         self.batches = self._read(json.loads(first))
