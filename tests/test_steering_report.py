@@ -135,6 +135,20 @@ def test_the_prompt_that_asks(case):
     assert not steering_report(lm, store.feature(0), ["the light of"], ask="", **SHORT).of(ASKED)
 
 
+def test_what_was_asked_for_is_read_behind_the_plain_prompt(tiny_lm, hostile_run):
+    store = saelab.load_features(hostile_run)
+    feature = store.feature(store.table("density", limit=1)[0]["feature"])
+    said = steering_report(tiny_lm, feature, ["the light of"], ask="The old mill. ", **SHORT)
+    plain = tiny_lm.to_ids("the light of")[0]
+    nll = []
+    for before in ("The old mill. ", ""):
+        made = tiny_lm.generate_ids(f"{before}the light of", 4, 0.8, 0)
+        new = made.ids[made.n_prompt :]
+        logits = tiny_lm.logits(torch.cat([plain, new])[None])[0, len(plain) - 1 : -1]
+        nll.append(float(-logits.log_softmax(-1).gather(1, new[:, None]).mean()))
+    assert said.of(ASKED)[0].nll_cost.mean == pytest.approx(nll[0] - nll[1], abs=1e-5) and nll[0] != nll[1]
+
+
 def test_the_card_escapes_and_stands_alone(report, tmp_path):
     hostile = "</dd><script>alert(1)</script>\u202e"
     rows = tuple(row._replace(example=hostile) for row in report.rows)
@@ -166,7 +180,7 @@ def reported(*rows: ReportRow) -> SteeringReport:
 
 
 def test_elbow_and_area_of_known_curves():
-    found = reported(row(1, 0.2, 0.1), row(2, 0.4, 0.2), row(3, 0.5, 1.0), row(4, 0.5, 3.0, 0.0))
+    found = reported(row(1, 0.2, 0.1), row(2, 0.4, 0.2), row(3, 0.5, 1.0), row(4, 0.9, 3.0, 0.0))
     assert found.elbow.strength == 2 and found.best.strength == 3
     assert found.area() == pytest.approx(0.1 * 0 + 0.1 * 0.2 + 0.8 * 0.4)
     assert found.area(most_nats=2.0) == pytest.approx((0.1 * 0.2 + 0.8 * 0.4 + 1.0 * 0.5) / 2)

@@ -79,17 +79,8 @@ def concept_bench(
     plans = _checked(concepts, factors)
     how = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     bench = _Bench(lm, prompts, tuple(map(float, factors)), judge or NoJudge(), ask, chat, how)
-    rows = []
-    with (
-        _kept(folder, bench, concepts, plans) as kept,
-        tqdm(
-            total=sum(len(one) + bool(ask) for one in plans), desc="Bench", unit="method", disable=not progress
-        ) as bar,
-    ):
-        for concept, of_method in zip(concepts, plans, strict=True):
-            for method in [*of_method, *([ASKED] if ask else [])]:
-                rows.append(bench.row(concept, method, of_method.get(method), kept))
-                bar.update()
+    with _kept(folder, bench, concepts, plans) as kept:
+        rows = bench.rows(concepts, plans, kept, progress)
     return ConceptBench(tuple(rows), bench.judge.name, prompts, lm.name)
 
 
@@ -156,6 +147,23 @@ class _Bench:
         }
         settings = {"prompts": list(self.prompts), "factors": list(self.factors), "concepts": told}
         return {"saelab_concept_bench": _VERSION, **named, **settings, **self.how}
+
+    def rows(
+        self, concepts: Sequence[Concept], plans: Sequence[Mapping[str, Plan]], kept: TrialFile | None, progress: bool
+    ) -> list[BenchRow]:
+        """The lines of all concepts and methods."""
+        pairs = [
+            (concept, of, [*of, *([ASKED] if self.ask else [])]) for concept, of in zip(concepts, plans, strict=True)
+        ]
+        with tqdm(
+            total=sum(len(methods) for *_, methods in pairs), desc="Bench", unit="method", disable=not progress
+        ) as bar:
+            rows = []
+            for concept, of, methods in pairs:
+                for method in methods:
+                    rows.append(self.row(concept, method, of.get(method), kept))
+                    bar.update()
+        return rows
 
     def row(self, concept: Concept, method: str, plan: Plan | None, kept: TrialFile | None) -> BenchRow:
         """The line of one method."""
