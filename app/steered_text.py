@@ -19,7 +19,8 @@ from saelab.features.visible import escape
 MAX_PROMPT, MAX_TOKENS, MAX_SEEDS, MAX_STRENGTHS = 8000, 512, 8, 8
 MAX_NEW_TOKENS_IN_ALL = 16_384
 """New tokens of all texts together: they are written in one batch, which has to fit in memory."""
-_REDRAWN = 0.15  # seconds between two looks at the texts
+_REDRAWN, _READ_AGAIN = 0.15, 1.5
+"""Seconds between two looks at the texts, and between two readings, which cost a forward pass."""
 
 
 def n_texts(request: dict[str, Any]) -> int:
@@ -118,13 +119,16 @@ def _drawing(request: dict[str, Any], status: Any, drafts: Any) -> Callable[[int
     """What draws the texts so far, and notices that the run was ended."""
     from saelab.steering.compare_html import STYLE, drafts_html
 
-    drawn, n_tokens = 0.0, request["max_new_tokens"]
+    drawn, was_read, n_tokens = 0.0, time.monotonic(), request["max_new_tokens"]
+    read: list[Any] = []
 
-    def draw(n: int, texts: Callable[[], list[Any]]) -> None:
-        nonlocal drawn
+    def draw(n: int, texts: Callable[..., list[Any]]) -> None:
+        nonlocal drawn, was_read, read
         status.caption(f"Writing: {n} of {n_tokens} tokens.")
         if time.monotonic() - drawn > _REDRAWN:
-            html = f"<style>{STYLE}</style>{drafts_html(texts(), request['prompt'])}"
+            if time.monotonic() - was_read > _READ_AGAIN:
+                read, was_read = texts(read=True), time.monotonic()
+            html = f"<style>{STYLE}</style>{drafts_html(texts(), request['prompt'], read)}"
             st.session_state["steer_stopped"] = (n, n_tokens, html)
             drafts.html(html)
             drawn = time.monotonic()

@@ -10,11 +10,12 @@ import pytest
 import torch
 from conftest import HOSTILE
 
+from saelab.features.numbers import signed
 from saelab.features.reading import read_text
 from saelab.features.store import load_features
 from saelab.saes import TranscoderConfig, TranscoderSAE
 from saelab.steering import Direction, FeatureHandle, Plan, compare
-from saelab.steering.compare_html import MAX_BYTES, kept_tokens, strip
+from saelab.steering.compare_html import MAX_BYTES, drafts_html, kept_tokens, strip
 from saelab.steering.control import random_control
 from saelab.steering.strengths import as_plan, scaled
 
@@ -144,6 +145,21 @@ def test_what_cannot_be_compared(tiny_lm, feature, options, words):
 def test_inside_a_block_nothing_would_be_unsteered(tiny_lm, feature):
     with pytest.raises(ValueError, match="is being steered"), tiny_lm.steer(feature * 1.0):
         compare(tiny_lm, PROMPT, feature)
+
+
+def test_texts_are_read_while_they_grow(tiny_lm, feature):
+    how = {"strengths": [1, 8], "seeds": [0, 1], "max_new_tokens": 9, "progress": False}
+    told = []
+    found = compare(tiny_lm, PROMPT, feature, on_step=lambda n, texts: told.append(texts(read=True)), **how)
+    assert found.rows == compare(tiny_lm, PROMPT, feature, **how).rows and found.report[0].n_changed > 0
+    for draft, last in zip(told[-1], found.texts, strict=True):
+        assert draft.values == last.values and draft.log_probs == last.log_probs
+    html = drafts_html(told[-1], PROMPT, told[0])
+    assert html.count("read back") == 6 and html.count("cost ") == 4 and "read back" not in drafts_html(told[0], PROMPT)
+    rows = {(row["strength"], row["seed"]): row for row in found.rows}
+    said = drafts_html(told[-1], PROMPT, told[-1])
+    assert all(f"read back {row['read_back']:.2f}" in said for row in rows.values())
+    assert f"cost {signed(rows[8.0, 1]['nll_cost'], 2)}" in said
 
 
 def test_texts_are_told_while_they_grow(tiny_lm, feature):

@@ -154,6 +154,28 @@ def test_two_threads_write_what_each_writes_alone(tiny_lm, feature):
     assert same_state(before, state_of(tiny_lm))
 
 
+def test_a_callback_may_compute_without_the_edits(tiny_lm, feature):
+    plain, told = tiny_lm.logits(PROMPT), []
+
+    def read(n: int) -> None:
+        with tiny_lm.unsteered():
+            assert not tiny_lm.edits
+            told.append(torch.equal(tiny_lm.logits(PROMPT), plain))
+            with tiny_lm.steer(feature.add(4.0, "raw")):
+                told.append(not torch.equal(tiny_lm.logits(PROMPT), plain))
+        assert tiny_lm.edits
+
+    with tiny_lm.steer(feature.add(8.0, "raw")):
+        text = tiny_lm.generate(PROMPT, 5)
+        report = tiny_lm.last_report
+        assert tiny_lm.generate(PROMPT, 5, on_token=read) == text and all(told) and len(told) == 10
+        assert [one.n_applied for one in tiny_lm.last_report] == [one.n_applied for one in report]
+        with pytest.raises(KeyError), tiny_lm.unsteered():
+            raise KeyError
+        assert tiny_lm.edits
+    assert not tiny_lm.edits
+
+
 def test_two_coroutines_keep_their_own_edits(tiny_lm, feature):
     before = state_of(tiny_lm)
     plans = [Plan([feature.add(size, unit="raw")]) for size in (3.0, -3.0)]

@@ -75,6 +75,19 @@ class Steers:
             finally:  # only its own: blocks may end in a different order than they began
                 _OPEN.set(tuple(one for one in _OPEN.get() if not any(one is other for other in mine)))
 
+    @contextmanager
+    def unsteered(self) -> Iterator[Any]:
+        """Inside the block this model computes without the edits that are active around it: in a callback of `generate`, say, to
+        read what has been generated so far. New `steer` blocks inside apply."""
+        with self._lock:
+            mine, reported = tuple(one for one in _OPEN.get() if one[0] is self._key), self.last_report
+            _OPEN.set(tuple(one for one in _OPEN.get() if one[0] is not self._key))
+            try:
+                yield self
+            finally:
+                _OPEN.set((*mine, *_OPEN.get()))
+                self.last_report = reported
+
     @property
     def _blocks(self) -> tuple[Block, ...]:
         return tuple(block for key, block in _OPEN.get() if key is self._key)

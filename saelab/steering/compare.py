@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -19,8 +20,9 @@ from saelab.steering.plan import Plan
 from saelab.steering.read_features import FIRES_ABOVE, Reader, features_of, p99_of
 from saelab.steering.strengths import adds, as_plan, checked_strengths, handle_of, is_feature, scaled
 
-OnStep = Callable[[int, Callable[[], list[Continuation]]], bool | None]
-"""(number of new tokens, what makes the texts so far) -> whether to end the texts here; None goes on."""
+OnStep = Callable[[int, Callable[..., list[Continuation]]], bool | None]
+"""(number of new tokens, what makes the texts so far) -> whether to end the texts here; None goes on. `texts(read=True)` also has
+the unsteered model and SAE read them, which costs a forward pass."""
 
 
 class _Arm(NamedTuple):
@@ -49,7 +51,7 @@ def compare(
     1), and 0 is the unsteered text. `seeds` is one seed or several; `temperature` None is 0, or 0.8 with several seeds. With
     `control` every strength is also tried with random directions of equal norm. The unsteered model and SAE read every text:
     the log-probability of its tokens, and where the steered features and those of `read` fire. `on_step(n, texts)` is called
-    after n new tokens of a prompt; `texts()` are those so far, and when it returns True they end there.
+    after n new tokens of a prompt; `texts()` are those so far, `texts(read=True)` with numbers. When it returns True they end.
 
     Raises `ValueError` inside a `steer` block and for what cannot be steered, compared or controlled; otherwise as
     `lm.generate_arms` does.
@@ -113,23 +115,28 @@ class _Writing:
 
         def told(n: int, ids: Tensor, _: Tensor) -> bool | None:
             bar.update(1)
-            return None if on_step is None else on_step(n, lambda: self._drafts(ids, ids.shape[1] - n))
+            return None if on_step is None else on_step(n, partial(self._drafts, reader, ids, ids.shape[1] - n))
 
         found = self.lm.generate_arms(self.prompt, plans, seeds=self.seeds, on_step=told, **how)
         bar.update(start + how["max_new_tokens"] - bar.n)
         every = [one for of_arm in found for one in of_arm]
-        n_prompt = every[0].n_prompt
-        found_in = reader.read([one.ids for one in every], n_prompt)
+        return self._read(reader, [one.ids for one in every], every[0].n_prompt)
+
+    def _read(self, reader: Reader, texts: Sequence[Tensor], n_prompt: int) -> list[Continuation]:
         return [
-            self._text(i, one.ids[n_prompt:])._replace(
+            self._text(i, ids[n_prompt:])._replace(
                 log_probs=tuple(read.log_probs.tolist()), values=tuple(map(tuple, read.values.tolist()))
             )
-            for i, (one, read) in enumerate(zip(every, found_in, strict=True))
+            for i, (ids, read) in enumerate(zip(texts, reader.read(texts, n_prompt), strict=True))
         ]
 
-    def _drafts(self, ids: Tensor, n_prompt: int) -> list[Continuation]:
+    def _drafts(self, reader: Reader, ids: Tensor, n_prompt: int, *, read: bool = False) -> list[Continuation]:
         """The texts so far, each up to its end."""
-        return [self._text(i, row[row >= 0]) for i, row in enumerate(ids[:, n_prompt:].cpu())]
+        rows = [row[row >= 0] for row in ids.cpu()]
+        if not read:
+            return [self._text(i, row[n_prompt:]) for i, row in enumerate(rows)]
+        with self.lm.unsteered():
+            return self._read(reader, rows, n_prompt)
 
     def _text(self, i: int, ids: Tensor) -> Continuation:
         arm, seed, new = self.arms[i // len(self.seeds)], self.seeds[i % len(self.seeds)], ids.tolist()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from difflib import SequenceMatcher
 from itertools import groupby
+from statistics import fmean
 from typing import Any
 
 from saelab.features.numbers import signed
@@ -15,6 +16,7 @@ from saelab.features.token_text import Group, display_groups
 from saelab.features.visible import escape
 from saelab.steering.compared import Compared, Continuation
 from saelab.steering.effect_plot import Point, effect_plot
+from saelab.steering.read_features import FIRES_ABOVE
 
 MAX_BYTES = 200_000
 _FRAME = 4_000  # bytes of style, head and the note on what is left out
@@ -71,16 +73,30 @@ def comparison_html(compared: Compared) -> str:
     return f'<div class="sc">{"".join(shown)}</div>'
 
 
-def drafts_html(texts: Sequence[Continuation], prompt: str) -> str:
-    """Texts that are not finished, without numbers."""
-    rows = []
+def drafts_html(texts: Sequence[Continuation], prompt: str, read: Sequence[Continuation] = ()) -> str:
+    """Texts that are not finished, with the numbers of those that were `read` last, which may be shorter."""
+    told, rows = _numbers_of(read), []
     for one in sorted(texts, key=lambda one: one.seed):
         text = _text(display_groups(one.pieces))
-        names = f"<b>{arm_name(one)}</b><span>seed {one.seed}</span>"
+        numbers = "".join(f"<span>{said}</span>" for said in told.get((one.arm, one.seed), ()))
+        names = f"<b>{arm_name(one)}</b><span>seed {one.seed}</span>{numbers}"
         rows.append(_grid(names, f'<div class="sc-text"><bdi>{text}</bdi></div>'))
     return (
         f'<div class="sc"><p class="sc-note"><bdi>{escape(prompt[:_MAX_PROMPT])}</bdi> \u2026</p>{"".join(rows)}</div>'
     )
+
+
+def _numbers_of(read: Sequence[Continuation]) -> dict[Any, list[str]]:
+    """Read-back and cost by arm and seed, of texts of one prompt."""
+    base = {one.seed: one for one in read if one.strength is None}
+    found = {}
+    for one in read:
+        fires = [fmean(value > FIRES_ABOVE for value in values) for values in one.values]
+        said = [f"read back {fmean(fires):.2f}"] if fires else []
+        found[one.arm, one.seed] = said + (
+            [] if one.strength is None else [f"cost {signed(one.nll - base[one.seed].nll, 2)}"]
+        )
+    return found
 
 
 def arm_name(continuation: Continuation) -> str:
