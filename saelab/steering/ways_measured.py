@@ -12,6 +12,7 @@ import torch
 from saelab.models import LanguageModel
 from saelab.models.sampling import Generation
 from saelab.steering.bootstrap import Estimate, mean_interval
+from saelab.steering.criteria import promoted_ids
 from saelab.steering.fluency import distinct_ngrams, fluency, repeated_ngrams
 from saelab.steering.probe import Probe
 from saelab.steering.read_features import FIRES_ABOVE, Reader
@@ -52,7 +53,7 @@ class Measured:
         ids = [lm.to_ids(text).flatten()[:NEUTRAL_TOKENS] for text in neutral]
         self.neutral = Unsteered(lm, [Generation(one, 1, None) for one in ids if len(one) > 1])
         self.n_neutral = len(self.neutral.texts)
-        self.token_sets = _token_sets(lm, feature)
+        self.token_sets = _token_sets(feature)
         self.unsteered = [self._texts(prompt, [None])[0] for prompt in prompts]
         self.example = self.unsteered[0][0].text
         """The first unsteered text."""
@@ -118,9 +119,8 @@ def _read_back(one: _Text, base: _Text) -> float:
     return one.fires - base.fires
 
 
-def _token_sets(lm: LanguageModel, feature: Any) -> list[list[int]]:
+def _token_sets(feature: Any) -> list[list[int]]:
     """The tokens at the peaks of its strongest examples, and those whose logits its decoder row raises most, if it has logits."""
     peaks = sorted({example.token_ids[example.peak] for example in feature.examples()})
-    side = "negative" if feature.sign == -1 else "positive"
-    promoted = feature.store.arrays(feature.feature, "logits").get(f"{side}_ids", [])
-    return [peaks, [int(one) for one in promoted[:N_PROMOTED]]] if len(promoted) else [peaks]
+    promoted = promoted_ids(feature.store, feature.feature, feature.sign)[:N_PROMOTED]
+    return [peaks, promoted] if promoted else [peaks]
