@@ -11,6 +11,7 @@ from tyro.conf import OmitArgPrefixes, UseAppendAction, arg
 
 from saelab.cli.answers import AsJson, answering
 from saelab.cli.commands import Dtype, OwnModel, Run, runs_of
+from saelab.files import check_writable
 from saelab.run_folder.opening import load_lm
 
 _WITHOUT_STRENGTH = ("ablate", "project_out")
@@ -96,6 +97,9 @@ def steer(
     """Continue a prompt with the unsteered model and with features steered: at several strengths and seeds, by a plan file."""
     from saelab.steering import compare
 
+    for flag, path in {"--out": files.out, "--save-plan": files.save_plan, "--gguf": files.gguf}.items():
+        if path is not None:
+            check_writable(path, flag)  # before the model is loaded, and texts are written
     stores = _stores(run, several=edits.plan is not None)
     plan = _plan(stores, edits, writing)
     _save(plan, files)
