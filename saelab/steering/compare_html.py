@@ -14,6 +14,7 @@ from saelab.features.numbers import signed
 from saelab.features.token_text import Group, display_groups
 from saelab.features.visible import escape
 from saelab.steering.compared import Compared, Continuation
+from saelab.steering.plan import is_as_asked
 
 MAX_BYTES = 200_000
 _FRAME = 4_000  # bytes of style, head and the note on what is left out
@@ -105,7 +106,7 @@ def kept_tokens(compared: Compared, continuation: Continuation) -> list[bool]:
 
 
 def _name(edit: Any) -> str:
-    asked = getattr(edit, "asked", {})
+    asked = edit.asked if getattr(edit, "asked", {}) and is_as_asked(edit) else {}
     if "unit" in asked and isinstance(asked.get("value"), int | float):
         where = ", where it fires" if asked.get("where") == "fires" else ""
         return (
