@@ -236,7 +236,7 @@ INTEROP: dict[str, tuple[Callable[..., None], str]] = {
         "saelab export runs/demo runs/for-saelens --format sae_lens\n"
         "saelab export runs/mlp/sae-l1 out --format dictionary_learning\n"
         "saelab export runs/demo tables --format parquet\n"
-        "saelab export runs/demo topic.gguf --format gguf --feature 17 --strength 1.5\n"
+        "saelab export runs/demo topic.gguf --format gguf --feature 2769 --strength 1.5\n"
         "saelab export runs/demo topic.gguf --format gguf --plan topic.json",
     ),
 }

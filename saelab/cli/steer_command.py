@@ -222,11 +222,11 @@ def _kept(files: Files) -> list[str]:
 STEER = {
     "steer": (
         steer,
-        "saelab steer runs/demo --feature 17\n"
-        'saelab steer runs/demo --feature 17 --strength 4 --prompt "My favourite place is" --temperature 0.8 --seed 1\n'
-        "saelab steer runs/demo --feature 17 --strength 2 --feature 88 --strength -1 --on generated --save-plan plan.json\n"
-        "saelab steer runs/demo --feature 17 --strengths 0 1 2 4 --seeds 0 1 2 --control --out card.html\n"
+        "saelab steer runs/demo --feature 2769\n"
+        'saelab steer runs/demo --feature 2769 --strength 4 --prompt "My favourite place is" --temperature 0.8 --seed 1\n'
+        "saelab steer runs/demo --feature 2769 --strength 2 --feature 3948 --strength 1 --on generated --save-plan plan.json\n"
+        "saelab steer runs/demo --feature 2769 --strengths 0 1 2 4 --seeds 0 1 2 --control --out card.html\n"
         'saelab steer runs/demo --plan plan.json --chat --prompt "Where shall we go?" --json\n'
-        "saelab steer runs/demo --feature 17 --strength 2 --gguf vector.gguf",
+        "saelab steer runs/demo --feature 2769 --strength 2 --gguf vector.gguf",
     )
 }
