@@ -11,7 +11,7 @@ import streamlit as st
 from saelab.app import markdown, url
 from saelab.app.job_forms import REFUSED, show_refusal
 from saelab.errors import SaelabError
-from saelab.features.visible import visible
+from saelab.features.visible import visible, visible_lines
 from saelab.jobs import KINDS, Job, cancel, jobs
 from saelab.jobs.control import PATIENCE
 from saelab.jobs.job import ACTIVE, SILENT_SECONDS
@@ -129,8 +129,3 @@ def duration(seconds: float) -> str:
         return f"{total} s"
     minutes, rest = divmod(total, 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def visible_lines(text: str) -> str:
-    """A log with everything invisible in it shown, but for the ends of lines."""
-    return "\n".join(visible(line) for line in text.split("\n"))

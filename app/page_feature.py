@@ -69,7 +69,7 @@ def _navigation(feature: Feature, asked: query.Query) -> None:
     after = (index + 1 if index < store.d_sae - 1 else None) if here is None else None
     if here is not None and here + 1 < len(order):
         after = order[here + 1]
-    with st.container(horizontal=True, vertical_alignment="bottom"):
+    with st.container(key="sl-step", horizontal=True, vertical_alignment="bottom"):
         url.go_button("Previous", ":material/chevron_left:", "Left", disabled=before is None, feature=before)
         url.go_button("Next", ":material/chevron_right:", "Right", disabled=after is None, feature=after)
         st.number_input("Go to", 0, store.d_sae - 1, step=1, width=130, **url.bound("feature", index))

@@ -63,6 +63,8 @@ align-items:center}
 [class*="st-key-sa-run-"] [data-testid="stColumn"]{flex:none;width:100%}
 .sa-run{grid-template-columns:repeat(auto-fill,minmax(7rem,1fr))}
 .sa-run .sa-num{text-align:left}.sa-run dt{position:static;width:auto;height:auto;clip-path:none;font-size:.72rem;opacity:.75}}
+.st-key-sl-step>:has([data-testid="stPageLink"]){margin:0}
+.st-key-sl-step [data-testid="stPageLink-NavLink"]{margin:0;min-height:2.5rem}
 .st-key-sl-marks [data-testid="stColumn"]{min-width:min(100%,19rem)}
 .sa-cfg{display:grid;grid-template-columns:max-content minmax(0,1fr);gap:.2rem 1.2rem;font-size:.86rem;margin:0}
 .sa-cfg dt{opacity:.75}.sa-cfg dd{margin:0;overflow-wrap:anywhere}

@@ -48,6 +48,19 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
                 temporary.unlink(missing_ok=True)
 
 
+def check_writable(path: str | Path, name: str) -> None:
+    """Raise `ValueError` if `path` is a folder, `SaelabError` if no file can be written there: before what takes long."""
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{name}={str(path)!r} is a folder; name a file, such as one in it.")
+    with writing(path, "Nothing was done"):
+        home = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+        if not home.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "a file where a folder must be")
+        if not os.access(home, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "permission denied")
+
+
 def temporary_path(path: Path, owner: int | None = None) -> Path:
     """Temporary path where this process, or the one with number `owner`, builds `path`."""
     machine, pid = divmod(process_number() if owner is None else owner, _PIDS)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from saelab.errors import SaelabError
+from saelab.models import Steering
 from saelab.saes import SAE, CrosscoderConfig, CrosscoderSAE, ReLUConfig, ReLUSAE
 from saelab.steering import Attenuation, FeatureHandle, attenuate
 from saelab.steering.attenuate import Posterior, _Firings, _fitted
@@ -134,12 +135,31 @@ def test_it_is_fitted_to_the_activations_of_each_set():
 # --- bad input
 
 
+def test_a_feature_is_suppressed_once(sae, tiny_lm, edit):
+    """As two edits that set one feature are refused; one beside it that adds, or sets another feature, is not."""
+    mine, free = FeatureHandle(sae, edit.features[0]), next(i for i in range(64) if i not in edit.features)
+    for other in (
+        replace(edit, strength=0.5),
+        replace(edit, features=edit.features[1:]),
+        mine.ablate(),
+        mine.scale(0.5),
+    ):
+        with pytest.raises(ValueError, match="both set the same activation"):
+            Steering([edit, other])
+        with pytest.raises(ValueError, match="both set the same activation"), tiny_lm.steer(other), tiny_lm.steer(edit):
+            pass
+    Steering([edit, mine.add(1.0, unit="raw"), FeatureHandle(sae, free).ablate()])
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"strength": 1.5}, "strength=1.5 must be between 0 and 1"),
         ({"prior": -0.1}, "prior=-0.1 must be between 0 and 1"),
-        ({"strength": math.nan}, "not finite"),
+        ({"strength": math.nan}, "strength nan is not finite"),
+        ({"prior": math.inf}, "prior inf is not finite"),
+        ({"prior": True}, "prior True is not a number"),
+        ({"n_features": True}, "n_features=True must be a whole number"),
         ({"how": "zero"}, "how='zero' is unknown; expected one of posterior, mask, range"),
         ({"n_features": 0}, "n_features=0"),
         ({"n_features": 65}, "n_features=65"),

@@ -108,3 +108,12 @@ def test_a_page_in_the_browser(page, path):
             break
     else:
         pytest.fail("Tab does not reach the page")
+
+
+def test_the_row_above_a_feature_is_one_line(page):
+    """Buttons and links beside each other have one height."""
+    opened(page, "/feature?feature=3&kind=uniform&by=encoder")
+    row = page.locator(".st-key-sl-step")
+    row.get_by_text("Save as HTML").wait_for()
+    boxes = [one.bounding_box() for one in row.locator("button:has(p), a:has(p)").all()]
+    assert len(boxes) == 6 and len({(round(box["y"]), round(box["height"])) for box in boxes}) == 1

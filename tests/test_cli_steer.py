@@ -83,6 +83,56 @@ def test_what_only_adds_is_a_control_vector(hostile_run, store, busiest, capfd, 
     assert "depends on the activations" in clamped and not where.exists()
 
 
+ESCAPES = "the \x1b[31mred\x1b]0;title\x07 \x9b2J\u202eriver\u2069\r\n\u200bthe mill"
+
+
+def test_text_commands_no_terminal(hostile_run, busiest, capfd, tmp_path):
+    """Of the model or the user, alone or side by side, in every command that prints it; ends of lines stay."""
+    run = tmp_path / "run"
+    shutil.copytree(hostile_run, run)
+    for feature in busiest:
+        saelab.load_features(run).annotations.add(feature, "label", ESCAPES)
+    commands = [
+        ["steer", run, "--feature", busiest[0], *FEW, "--prompt", ESCAPES],
+        ["steer", run, "--feature", busiest[0], *FEW, "--prompt", ESCAPES, "--seeds", 1, 2],
+        ["find", run, "--feature", *busiest, "--max-new-tokens", 4, "--prompt", ESCAPES],
+        ["features", run, "--feature", *busiest],
+        ["features", run, "--find", ESCAPES],
+        ["features", run, "--find", "the"],
+        ["steer", run, "--feature", busiest[0], "--plan", tmp_path / ESCAPES],
+        ["steer", run, "--plan", tmp_path / ESCAPES],
+    ]
+    for words in commands:
+        code = main([*map(str, words)])
+        printed = capfd.readouterr()
+        assert code == (2 if "--plan" in words else 0), printed.err
+        for char in "\x1b\x07\x9b\u202e\u2069\u200b\r":
+            assert char not in printed.out and (char not in printed.err or char == "\r"), (
+                words[0],
+                char,
+            )  # bars have \r
+    main(["steer", str(run), "--feature", str(busiest[0]), *FEW, "--prompt", ESCAPES])
+    assert (
+        "the \u241b[31mred\u241b]0;title\u2407 " in (said := capfd.readouterr().out)
+        and "\n\u27e8U+200B\u27e9the mill" in said
+    )
+
+
+def test_files_that_cannot_be_written_are_refused_at_once(hostile_run, busiest, capfd, tmp_path, monkeypatch):
+    monkeypatch.setattr("saelab.cli.steer_command.load_lm", lambda *_: pytest.fail("the model was loaded"))
+    (tmp_path / "file").write_text("")
+    for flag in ("--out", "--save-plan", "--gguf"):
+        for path, said in (
+            (tmp_path, f"{flag}={str(tmp_path)!r} is a folder"),
+            (tmp_path / "file" / "a" / "card", "there is a file where a folder must be"),
+            ("", f"{flag}='.' is a folder"),
+        ):
+            assert said in refused(hostile_run, capfd, "--feature", busiest[0], f"{flag}={path}")
+    monkeypatch.setattr("saelab.files.os.access", lambda *_: False)
+    said = refused(hostile_run, capfd, "--feature", busiest[0], "--out", tmp_path / "new" / "card.html")
+    assert "permission is denied" in said and not (tmp_path / "new").exists()
+
+
 def test_a_plan_of_another_sae_is_found_in_the_run(hostile_run, busiest, capfd, tmp_path, store):
     run = tmp_path / "two"
     for name in ("sae", "features"):

@@ -238,12 +238,23 @@ def test_altered_files_are_refused(maps, tmp_path, change, said):
         ({"steps": -1}, "steps=-1"),
         ({"batch_size": 1}, "batch_size=1"),
         ({"lr": -0.1}, "lr=-0.1 must be at least 0"),
-        ({"gamma": float("nan")}, "not finite"),
+        ({"gamma": float("nan")}, "gamma nan is not finite"),
+        ({"lr": float("inf")}, "lr inf is not finite"),
+        ({"lr": True}, "lr True is not a number"),
+        ({"group": -1.0}, "group=-1 must be at least 0"),
+        ({"steps": True}, "steps=True must be a whole number"),
     ],
 )
 def test_what_is_refused(tiny_lm, change, said):
     with pytest.raises(ValueError, match=said):
         learned(tiny_lm, **change)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_maps_that_are_not_finite_are_an_error(tiny_lm, steps):
+    with pytest.raises(SaelabError, match=r"learned with lr=1e\+30 are not finite.*smaller lr"):
+        learned(tiny_lm, lr=1e30, steps=steps)
+    assert tiny_lm.edits == ()
 
 
 def test_a_steered_model_and_a_bad_strength_are_refused(tiny_lm, maps):

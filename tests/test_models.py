@@ -21,7 +21,9 @@ PROMPT = "The weather today"
 
 
 class Add:
-    """An edit that adds a number at every token and writes down what it saw."""
+    """An edit that adds a number at every token, the first too, and writes down what it saw."""
+
+    first_token = True
 
     def __init__(self, hook_name: str, amount: float = 1.0, error: BaseException | None = None):
         self.hook_name, self.amount, self.error = hook_name, amount, error

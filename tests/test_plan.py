@@ -10,9 +10,12 @@ import pytest
 import torch
 from tiny_saes import config_of
 
+from saelab.edits.direction import Range
 from saelab.errors import SaelabError
 from saelab.saes import VARIANTS
 from saelab.steering import Direction, FeatureHandle, Plan
+from saelab.steering.compare_html import _name
+from saelab.steering.strengths import scaled
 
 HOOK, PROMPT = "blocks.1.hook_resid_post", "The weather today is fine, and the river runs"
 
@@ -192,6 +195,48 @@ def test_a_feature_needs_its_store(sae):
         Plan.from_json(text, sae)
     raw = Plan([Row(sae, 7).handle.add(2.0, unit="raw")])
     assert Plan.from_json(raw.to_json(), sae).to_json() == raw.to_json()
+
+
+CHANGED = {
+    "value": lambda f: replace(f * 2.0, value=9.0),
+    "mode": lambda f: replace(f * 2.0, mode="clamp"),
+    "feature": lambda f: replace(f * 2.0, feature=8),
+    "where": lambda f: replace(f.clamp(2.0), where="fires"),
+    "values by position": lambda f: replace(f.clamp(torch.linspace(0, 1, 40)), value=torch.linspace(0, 3, 40)),
+    "values of another length": lambda f: replace(f.clamp(torch.linspace(0, 1, 40)), value=torch.linspace(0, 1, 30)),
+    "one value of many": lambda f: replace(f.clamp(torch.linspace(0, 1, 40)), value=1.0),
+    "bounds": lambda f: replace(f.cap(-0.1, 0.2), bounds=Range(-1.0, 1.0)),
+    "strength along the stream": lambda f: replace(f.add(0.3, unit="resid_norm"), strength=0.6),
+    "vector": lambda f: replace(f.add(0.3, unit="resid_norm"), vector=torch.ones(32)),
+    "vector turned around": lambda f: replace(f.add(0.3, "resid_norm"), vector=-f.direction.vector),
+    "vector projected out": lambda f: replace(f.project_out(), vector=torch.ones(32)),
+}
+
+
+@pytest.mark.parametrize("case", CHANGED)
+def test_what_was_changed_since_it_was_asked_is_not_saved(sae, case, tmp_path):
+    """A plan would save the old words."""
+    changed = CHANGED[case](Row(sae, 7).handle)
+    with pytest.raises(ValueError, match=r"is no longer what was asked of its feature, \{'feature': 7"):
+        Plan([changed]).save(tmp_path / "plan.json")
+    assert not (tmp_path / "plan.json").exists()
+    assert ", ".join(map(str, changed.asked.values())) not in _name(changed)  # nor does a card tell of them
+
+
+def test_a_gate_that_was_changed_is_not_saved(sae):
+    gate = Row(sae, 9).handle.above(0.5)
+    for changed in (replace(gate, bound=3.0), replace(gate, feature=8), replace(gate, sign=-1)):
+        with pytest.raises(ValueError, match="no longer what was asked"):
+            Plan([Row(sae, 7).handle * 1.0], gate=changed).to_json()
+
+
+def test_edits_at_another_strength_are_saved(sae):
+    """What `compare` multiplies is asked for anew, but for the last bit."""
+    for end in (0, 1, -1):
+        for edit in (Row(sae, 7, end).handle * 0.7, Row(sae, 7, end).handle.add(0.3, unit="resid_norm")):
+            for strength in (0.1, 1 / 3, -7.3):
+                told = json.loads(scaled(Plan([edit]), strength).to_json())
+                assert told["edits"][0]["value"] == edit.asked["value"] * strength
 
 
 def test_an_edit_of_another_kind_is_not_saved():

@@ -32,6 +32,7 @@ REWRITES = [
     (r"n_tokens=250_000", "n_tokens=2000", 1),
     (r"n_tokens=2_000_000", "n_tokens=2048", 1),
     (r"d_sae=4096, k=32", "d_sae=64, k=8", 1),
+    (r"feature\(2769\)", "feature(17)", 1),
     (r"max_new_tokens=40", "max_new_tokens=3", 1),
     (r"--n-tokens 250_000", "--n-tokens 2000 --texts small.jsonl --model MODEL", 1),
     (r"--n-tokens 2_000_000", "--n-tokens 2048", 1),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from dataclasses import replace
 
@@ -95,12 +96,70 @@ def test_the_tokens_of_each_option(tiny_lm, case):
     want = {(i, at) for i, row in enumerate(rows) for at in expected(row, tiny_lm.special_ids, N_NEW, wanted)}
     assert edit.asked == want and want
     (report,) = tiny_lm.last_report
-    first = 2 * (case in ("both", "prompt", "window up to there"))  # which this edit does not leave alone, as ours do
-    assert report.n_applied == len(want) and report.n_changed == len(want) + first
+    assert report.n_applied == len(want) and report.n_changed == len(want)
     alone = Everywhere()
     with tiny_lm.steer(alone, **options):
         tiny_lm.generate(PROMPT, N_NEW)
     assert {at for _, at in alone.asked} == {at for row, at in want if row == 0}
+
+
+class WritesIntoX(Everywhere):
+    """As `Everywhere`, but into the tensor that it is shown."""
+
+    def apply(self, x: Tensor, positions: Tensor) -> Tensor:
+        x += self.amount
+        return x
+
+
+class IsNotANumber(Everywhere):
+    """As `Everywhere`, with NaN where it has no business."""
+
+    def apply(self, x: Tensor, positions: Tensor) -> Tensor:
+        return torch.where((positions > 0)[..., None], x + self.amount, torch.nan)
+
+
+@pytest.mark.parametrize("kind", [Everywhere, WritesIntoX, IsNotANumber])
+@pytest.mark.parametrize("options", [{}, {"window": (0, 4)}, {"positions": [-10, 2]}, {"cap": 1.0, "keep_norm": True}])
+def test_tokens_that_are_left_alone_keep_their_bits(tiny_lm, kind, options):
+    """The first token, special tokens and padding, whatever an edit does to them; alone or beside others, in one block or two."""
+    batch = tiny_lm.to_batch([PROMPT, SHORT])
+    special = torch.isin(batch.ids, torch.tensor(tiny_lm.special_ids))
+    assert bool((special & (batch.positions > 0)).any()) and len(batch.rows()[1]) == 10  # so that -10 is its first
+    free = (batch.positions > 0) & ~special
+
+    def ran(*blocks: list) -> Tensor:
+        with contextlib.ExitStack() as stack:
+            for edits in blocks:
+                stack.enter_context(tiny_lm.steer(*edits, **options))
+            found = tiny_lm.logits(batch.ids, positions=batch.positions)
+            x = _edited(tiny_lm, batch)
+        assert bool(found[batch.positions >= 0].isfinite().all())
+        return x
+
+    plain = _edited(tiny_lm, batch)
+    for blocks in (
+        [[kind()]],
+        [[kind(), Everywhere(amount=0.5)]],
+        [[kind()], [kind()]],
+        [[kind(), Everywhere(amount=0.0)]],
+    ):
+        x = ran(*blocks)
+        assert torch.equal(x[~free], plain[~free])
+        assert not torch.equal(x[free], plain[free])
+
+
+def _edited(lm, batch) -> Tensor:
+    """The activations behind the edits at `HOOK`, of padded texts."""
+    return lm._capture(batch.ids, batch.positions, [HOOK])[HOOK].clone()
+
+
+def test_an_edit_that_writes_into_x_is_reported(tiny_lm):
+    reports = []
+    for edit in (Everywhere(), WritesIntoX()):
+        with tiny_lm.steer(edit):
+            tiny_lm.logits(PROMPT)
+        reports.append(tiny_lm.last_report[0]._replace(edits=()))
+    assert reports[0] == reports[1] and reports[0].n_changed
 
 
 def test_a_named_position_may_be_special(tiny_lm):
@@ -475,3 +534,116 @@ def test_bf16_and_a_bridge_are_steered_alike(tiny_folder, sae):
             lm.logits(PROMPT)
         (report,) = lm.last_report
         assert report.n_changed == report.n_applied > 0 and 0 < report.relative_change <= 0.21
+
+
+@pytest.mark.parametrize("how", ["closed", "exhausted", "dropped"])
+def test_a_block_may_end_in_another_thread(tiny_lm, how):
+    """A generator that holds it open: afterwards nothing is steered, anywhere, and every thread gets the model."""
+    plain = tiny_lm.logits(PROMPT)
+
+    def steered():
+        with tiny_lm.steer(Everywhere()):
+            yield tiny_lm.logits(PROMPT)
+
+    going = [steered()]
+    assert not torch.equal(next(going[0]), plain) and len(tiny_lm.edits) == 1
+    in_thread = {"closed": lambda: going[0].close(), "exhausted": lambda: list(going[0]), "dropped": going.clear}[how]
+    assert in_another_thread(in_thread) in (None, [])
+    assert torch.equal(in_another_thread(lambda: tiny_lm.logits(PROMPT)), plain)
+    assert tiny_lm.edits == () and torch.equal(tiny_lm.logits(PROMPT), plain)
+    with tiny_lm.steer(Everywhere(amount=2.0)):  # and it can be steered again
+        assert [edit.amount for edit in tiny_lm.edits] == [2.0]
+    assert tiny_lm.edits == ()
+
+
+def test_a_block_that_ends_elsewhere_leaves_the_others(tiny_lm):
+    """The thread goes on with its other block, and keeps the model."""
+    outer = tiny_lm.run_with_edit(PROMPT, Everywhere(amount=2.0))
+
+    def inner():
+        with tiny_lm.steer(Everywhere()):
+            yield
+
+    got: list[Tensor] = []
+    other = threading.Thread(target=lambda: got.append(tiny_lm.logits(PROMPT)), daemon=True)
+    with tiny_lm.steer(Everywhere(amount=2.0)):
+        going = inner()
+        next(going)
+        in_another_thread(going.close)
+        assert torch.equal(tiny_lm.logits(PROMPT), outer)
+        other.start()
+        other.join(0.2)
+        assert other.is_alive() and not got
+    other.join(30)
+    assert torch.equal(got[0], tiny_lm.logits(PROMPT))
+
+
+def test_a_coroutine_does_not_outlive_the_block(tiny_lm):
+    plain = tiny_lm.logits(PROMPT)
+
+    async def late(ended: asyncio.Event) -> Tensor:
+        await ended.wait()
+        return tiny_lm.logits(PROMPT)
+
+    async def outer() -> Tensor:
+        ended = asyncio.Event()
+        with tiny_lm.steer(Everywhere()):
+            task = asyncio.create_task(late(ended))
+            await asyncio.sleep(0)
+        ended.set()
+        return await task
+
+    assert torch.equal(asyncio.run(outer()), plain)
+
+
+def in_another_thread(call):
+    """What the call returns there; a call that hangs fails."""
+    found: list = []
+
+    def run() -> None:
+        try:
+            found.append(call())
+        except BaseException as error:
+            found.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert found and not isinstance(found[0], BaseException), found or "it hangs"
+    return found[0]
+
+
+# --- what edits share
+
+
+class Alone:
+    """An edit that shares nothing with others."""
+
+    def __init__(self, edit):
+        self.hook_name, self.edit = edit.hook_name, edit
+
+    def apply(self, x: Tensor, positions: Tensor) -> Tensor:
+        return self.edit.apply(x, positions)
+
+
+def test_edits_of_one_sae_encode_once(tiny_lm, sae, monkeypatch):
+    """Once for each hook, pass and block, and with the bits that every edit has alone."""
+    other = VARIANTS["topk"](config_of("topk", 64), 32, seed=4).requires_grad_(False)
+    edits = [FeatureHandle(sae, i, HOOK).clamp(0.5 + i / 9, unit="raw") for i in range(40)]
+    edits += [FeatureHandle(sae, 41, HOOK).ablate(), FeatureHandle(sae, 42, HOOK).add(1.0, unit="raw")]
+    edits += [FeatureHandle(other, i, HOOK).clamp(0.5, unit="raw") for i in range(2)]
+    edits += [FeatureHandle(sae, i, LATER).clamp(0.5, unit="raw") for i in range(2)]
+    alone = tiny_lm.run_with_edit(PROMPT, [Alone(edit) for edit in edits])
+    counts = {id(one): 0 for one in (sae, other)}
+    for one in (sae, other):
+
+        def counted(x, one=one, encode=one.encode):
+            counts[id(one)] += 1
+            return encode(x)
+
+        monkeypatch.setattr(one, "encode", counted)
+    assert torch.equal(tiny_lm.run_with_edit(PROMPT, edits), alone)
+    assert counts == {id(sae): 2, id(other): 1}
+    with tiny_lm.steer(*edits):
+        assert torch.equal(tiny_lm.logits(PROMPT), alone) and torch.equal(tiny_lm.logits(PROMPT), alone)
+    assert counts == {id(sae): 6, id(other): 3}

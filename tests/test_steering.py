@@ -320,7 +320,7 @@ def test_diff_means_by_hand(tiny_lm):
 
 
 def test_diff_means_needs_tokens(tiny_lm):
-    with pytest.raises(ValueError, match="neg holds 0 texts"):
+    with pytest.raises(ValueError, match="neg holds no text"):
         diff_means(tiny_lm, [PROMPT], [], HOOK)
     with pytest.raises(ValueError, match="pos holds 1 texts and no token"):
         diff_means(tiny_lm, ["a"], [PROMPT], HOOK)

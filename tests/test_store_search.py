@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +129,10 @@ def test_neighbours_are_the_largest_cosines(store, sae):
         assert [one["feature"] for one in found] == wanted.indices.tolist()
         assert [one["cosine"] for one in found] == pytest.approx(wanted.values.tolist(), abs=1e-5)
     assert len(store.neighbours(7, k=1000)) == 63
+    calls = (partial(store.neighbours, 7), store.feature(7).neighbours, partial(store.coactivation, 7))
+    for call, k in product(calls, (0, -1)):
+        with pytest.raises(ValueError, match=f"k={k} must be at least 1"):
+            call(k=k)
     for call in (lambda: store.neighbours(7, by="name"), lambda: store.neighbours(64), lambda: store.coactivation(-1)):
         with pytest.raises(ValueError):
             call()

@@ -31,10 +31,12 @@ def answering(as_json: bool) -> Iterator[Callable[..., None]]:
 
 
 def show(*shown: Any) -> None:
-    """Print lines and rich tables."""
+    """Print lines and rich tables. Lines hold text of models and users: no character of it commands the terminal."""
     for one in shown:
         if isinstance(one, str):
-            print(one)
+            from saelab.features.visible import visible_lines
+
+            print(visible_lines(one))
             continue
         from rich.console import Console
 

@@ -62,9 +62,10 @@ def _look_at(sae: SAE, lm: LanguageModel, out_dir: Path, eval_tokens: int | None
     store = saelab.collect_features(sae, lm, out_dir=out_dir / "features", n_tokens=eval_tokens)
     _say(6, "Find features that steer the model")
     from saelab.cli.demo_steering import steering_lines
+    from saelab.features.visible import visible_lines
 
     for line in steering_lines(lm, store):
-        print(f"   {line}".rstrip(), flush=True)
+        print(f"   {visible_lines(line)}".rstrip(), flush=True)
 
 
 def _say(step: int, what: str) -> None:

@@ -52,6 +52,6 @@ def find(
 FIND: dict[str, tuple[Callable[..., None], str]] = {
     "find": (
         find,
-        "saelab find runs/demo\nsaelab find runs/demo --n-candidates 24\nsaelab find runs/demo --feature 17 88",
+        "saelab find runs/demo\nsaelab find runs/demo --n-candidates 24\nsaelab find runs/demo --feature 2769 3948",
     )
 }

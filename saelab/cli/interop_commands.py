@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from saelab.cli.answers import AsJson, answering
+from saelab.files import check_writable
 
 _SOURCE = "A folder or file, or a hub id with the path of the SAE behind it (org/repo/path)."
 _ASSUME = (
@@ -113,6 +114,7 @@ def _export_vectors(
 
     if bool(features) == (plan is not None):
         raise ValueError(f"--format {format} needs features (--feature 17, or several) or a --plan, one of the two.")
+    check_writable(out, "OUT")
     store = saelab.load_features(run)
     model = str((store.sae.provenance.origin.get("model") or {}).get("name") or "unknown")
     write = save_gguf if format == "gguf" else save_directions
@@ -234,7 +236,7 @@ INTEROP: dict[str, tuple[Callable[..., None], str]] = {
         "saelab export runs/demo runs/for-saelens --format sae_lens\n"
         "saelab export runs/mlp/sae-l1 out --format dictionary_learning\n"
         "saelab export runs/demo tables --format parquet\n"
-        "saelab export runs/demo topic.gguf --format gguf --feature 17 --strength 1.5\n"
+        "saelab export runs/demo topic.gguf --format gguf --feature 2769 --strength 1.5\n"
         "saelab export runs/demo topic.gguf --format gguf --plan topic.json",
     ),
 }

@@ -117,7 +117,9 @@ def main(args: Sequence[str] | None = None) -> int:
         said = None if debug else explain(error)
         if said is None:
             raise
-        print(f"saelab{f' (rank {rank})' if rank else ''}:", " ".join(said.split()), file=sys.stderr)
+        from saelab.features.visible import visible
+
+        print(f"saelab{f' (rank {rank})' if rank else ''}:", visible(" ".join(said.split())), file=sys.stderr)
         return 2
 
 
@@ -141,7 +143,10 @@ def _silent(*_: Any) -> None:
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
     """Print a warning as one line, without its source location, which a user cannot act on."""
-    print(f"saelab: {category.__name__}:" if category is not UserWarning else "saelab:", message, file=sys.stderr)
+    from saelab.features.visible import visible_lines
+
+    kind = "saelab:" if category is UserWarning else f"saelab: {category.__name__}:"
+    print(kind, visible_lines(str(message)), file=sys.stderr)
 
 
 def _run(args: list[str]) -> int:

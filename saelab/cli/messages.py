@@ -19,8 +19,10 @@ class Shown(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one message."""
+        from saelab.features.visible import visible_lines
+
         to_stderr = Shown.on_stderr or record.name == "saelab.models"
-        print(record.getMessage(), file=sys.stderr if to_stderr else sys.stdout, flush=True)
+        print(visible_lines(record.getMessage()), file=sys.stderr if to_stderr else sys.stdout, flush=True)
 
 
 _handler, _blocks, _lock = Shown(), list[int](), threading.Lock()

@@ -12,6 +12,7 @@ from tyro.conf import OmitArgPrefixes, UseAppendAction, arg
 from saelab.cli.answers import AsJson, answering
 from saelab.cli.commands import Dtype, OwnModel, Run, runs_of
 from saelab.cli.steer_report import report
+from saelab.files import check_writable
 from saelab.run_folder.opening import load_lm
 
 _WITHOUT_STRENGTH = ("ablate", "project_out")
@@ -107,6 +108,10 @@ def steer(
     """Continue a prompt with the unsteered model and with features steered: at several strengths and seeds, by a plan file."""
     from saelab.steering import compare
 
+    named = {"--out": files.out, "--save-plan": files.save_plan, "--gguf": files.gguf, "--report": files.report}
+    for flag, path in named.items():
+        if path is not None:
+            check_writable(path, flag)  # before the model is loaded, and texts are written
     stores = _stores(run, several=edits.plan is not None)
     if files.report is not None:
         report(stores, edits, writing, files, model=model, as_json=as_json, dtype=dtype)
@@ -233,12 +238,12 @@ def _kept(files: Files) -> list[str]:
 STEER = {
     "steer": (
         steer,
-        "saelab steer runs/demo --feature 17\n"
-        'saelab steer runs/demo --feature 17 --strength 4 --prompt "My favourite place is" --temperature 0.8 --seed 1\n'
-        "saelab steer runs/demo --feature 17 --strength 2 --feature 88 --strength -1 --on generated --save-plan plan.json\n"
-        "saelab steer runs/demo --feature 17 --strengths 0 1 2 4 --seeds 0 1 2 --control --out card.html\n"
+        "saelab steer runs/demo --feature 2769\n"
+        'saelab steer runs/demo --feature 2769 --strength 4 --prompt "My favourite place is" --temperature 0.8 --seed 1\n'
+        "saelab steer runs/demo --feature 2769 --strength 2 --feature 3948 --strength 1 --on generated --save-plan plan.json\n"
+        "saelab steer runs/demo --feature 2769 --strengths 0 1 2 4 --seeds 0 1 2 --control --out card.html\n"
         'saelab steer runs/demo --plan plan.json --chat --prompt "Where shall we go?" --json\n'
-        "saelab steer runs/demo --feature 17 --strength 2 --gguf vector.gguf\n"
-        "saelab steer runs/demo --feature 17 --report report.html",
+        "saelab steer runs/demo --feature 2769 --strength 2 --gguf vector.gguf\n"
+        "saelab steer runs/demo --feature 2769 --report report.html",
     )
 }

@@ -45,12 +45,12 @@ class VectorEdit:
     """Where a feature made it: how it was asked for, in the words of `FeatureHandle`."""
 
     @property
-    def sets(self) -> Any:
-        """What two edits must not both set, and the end of it (0: both); None for one that adds."""
+    def sets(self) -> tuple[tuple[Any, int], ...]:
+        """What two edits must not both set, each with the end of it (0: both); nothing for one that adds."""
         if self.mode in ("raw", "resid_norm"):
-            return None
+            return ()
         unit = self.vector.double() / self.vector.double().norm()
-        return (self.hook_name, tuple((unit * unit[unit.abs().argmax()].sign()).float().tolist())), 0
+        return (((self.hook_name, tuple((unit * unit[unit.abs().argmax()].sign()).float().tolist())), 0),)
 
     @property
     def d_in(self) -> int:
@@ -146,12 +146,14 @@ def in_range(low: Any, high: Any) -> Range:
     return found
 
 
-def finite(value: Any) -> float:
-    """`value` as a float that is finite in float32. Raises `ValueError` otherwise."""
+def finite(value: Any, name: str = "strength") -> float:
+    """`value` as a float that is finite in float32. Raises `ValueError` otherwise, naming it."""
     try:
-        number = float(value)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"strength {value!r} is not a number; give one such as 2.0.") from error
+        number = None if isinstance(value, str | bytes | bool) else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        number = None
+    if number is None:
+        raise ValueError(f"{name} {value!r} is not a number; give one such as 2.0.")
     if not abs(number) <= torch.finfo(torch.float32).max:
-        raise ValueError(f"strength {value!r} is not finite in float32; give a number such as 2.0.")
+        raise ValueError(f"{name} {value!r} is not finite in float32; give a number such as 2.0.")
     return number

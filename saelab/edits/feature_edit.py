@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelab.edits.direction import OPEN, Range
-from saelab.edits.rows import edited_rows, with_changes
+from saelab.edits.rows import edited_rows, encoded_rows, with_changes
 from saelab.saes import SAE
 
 
@@ -44,10 +44,10 @@ class FeatureEdit:
     """Those of the handle that built it."""
 
     @property
-    def sets(self) -> Any:
-        """What two edits must not both set, and the end of it (0: both); None for one that adds."""
+    def sets(self) -> tuple[tuple[Any, int], ...]:
+        """What two edits must not both set, each with the end of it (0: both); nothing for one that adds."""
         end = {"positive": 1, "negative": -1}.get(self.where, 0)
-        return None if self.mode == "add" else ((self.hook_name, id(self.sae), self.feature), end)
+        return () if self.mode == "add" else (((self.hook_name, id(self.sae), self.feature), end),)
 
     @property
     def d_in(self) -> int:
@@ -59,13 +59,19 @@ class FeatureEdit:
         value = f"{self.bounds.low:g} to {self.bounds.high:g}" if self.mode == "cap" else value
         return f"<{self.mode} feature {self.feature} at {self.hook_name}: {value}>"
 
-    @torch.no_grad()
     def apply(
         self, x: Float[Tensor, "batch seq d_in"], positions: Int[Tensor, "batch seq"]
     ) -> Float[Tensor, "batch seq d_in"]:
         """The edited activations; `x` itself when nothing changes. Raises `ValueError` for a position without a clamp value."""
+        return self.apply_knowing(x, positions, {})
+
+    @torch.no_grad()
+    def apply_knowing(
+        self, x: Float[Tensor, "batch seq d_in"], positions: Int[Tensor, "batch seq"], known: dict[Any, Any]
+    ) -> Float[Tensor, "batch seq d_in"]:
+        """As `apply`, with what other edits have computed from the same arguments."""
         flat, rows = edited_rows(x, positions)
-        change = self._change(flat, rows, positions)  # (n_rows) z' - z
+        change = self._change(flat, rows, positions, known)  # (n_rows) z' - z
         moved = change != 0
         if not moved.any():
             return x
@@ -74,12 +80,12 @@ class FeatureEdit:
         direction = (decoder[self.feature].float() / scale.float()).to(x.device)
         return with_changes(x, rows, lambda before: change[:, None] * self.sae.token_sizes(before) * direction)
 
-    def _change(self, flat: Tensor, rows: Tensor, positions: Tensor) -> Float[Tensor, " n_rows"]:
+    def _change(self, flat: Tensor, rows: Tensor, positions: Tensor, known: dict[Any, Any]) -> Float[Tensor, " n_rows"]:
         value = self.value
         if self.mode == "add" and self.where == "always":
             return torch.full((len(rows),), float(value), device=flat.device)  # needs no encode
-        weight = self.sae.W_dec
-        z = self.sae.encode(flat[rows].to(weight.device)).column(self.feature).to(flat.device, torch.float32)
+        feature_acts = encoded_rows(self.sae, flat, rows, known)
+        z = feature_acts.column(self.feature).to(flat.device, torch.float32)
         if self.mode == "cap":
             change = z.clamp(*self.bounds) - z
         elif self.mode == "clamp":

@@ -128,6 +128,7 @@ class FeatureHandle:
             bound,
             self._sign,
             self._asked("above", value=finite(value), unit=unit, sign=self._sign),
+            self.units,
         )
 
     @property

@@ -24,6 +24,8 @@ class FeatureGate:
     """In raw feature-activation units; negative for a feature whose dominant end is."""
     sign: Literal[-1, 1] = 1
     asked: Mapping[str, Any] = field(default_factory=dict)
+    units: Mapping[str, float] = field(default_factory=dict)
+    """Those of the handle that built it."""
 
     @torch.no_grad()
     def is_open(self, x: Float[Tensor, "batch seq d_in"]) -> Bool[Tensor, "batch seq"]:

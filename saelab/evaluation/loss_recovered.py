@@ -9,7 +9,7 @@ them, unedited, and the results are means over its hooks.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -32,6 +32,8 @@ class ReplaceRows:
     hook_name: str
     keep: Bool[Tensor, "batch seq"]
     replacement: SAE | Float[Tensor, " d_in"] | Float[Tensor, "n_kept d_in"]
+    first_token: ClassVar[bool] = True
+    """`keep` alone says which rows."""
 
     def apply(self, x: Float[Tensor, "batch seq d_in"], positions: Int[Tensor, "batch seq"]) -> Tensor:
         """`x` with the kept rows replaced by the reconstruction, by rows, or by one row."""

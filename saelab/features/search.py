@@ -128,7 +128,9 @@ class Search(StoreReader):
 
     def neighbours(self, feature: int, *, by: str = "decoder", k: int = 20) -> list[dict[str, Any]]:
         """The `k` features of largest cosine to this one, as dicts with "feature" and "cosine", by their rows in the decoder or
-        the encoder (all sources of a crosscoder concatenated). Raises `ValueError` for another `by`."""
+        the encoder (all sources of a crosscoder concatenated); all others where `k` exceeds their number. Raises `ValueError`
+        for another `by`, and for `k` under 1."""
+        check_integer("k", k, 1)
         if by not in ("decoder", "encoder"):
             raise ValueError(f"by={by!r} is unknown; neighbours are by 'decoder' or 'encoder'.")
         self.check_feature(feature)
@@ -173,8 +175,9 @@ class Search(StoreReader):
 
         Dicts with "feature", "n_both", "jaccard" (both / either), "lift" (P(both) / (P(this) P(other))), "p_given_this" =
         P(other | this) and "p_this_given" = P(this | other); the largest Jaccard first. [] where it fired on no token of the
-        sample.
+        sample. Raises `ValueError` for `k` under 1.
         """
+        check_integer("k", k, 1)
         self.check_feature(feature)
         self.check_version("token sample")
         sample = self.sample

@@ -42,6 +42,11 @@ def visible(text: str) -> str:
     return "".join(shown)
 
 
+def visible_lines(text: str) -> str:
+    """`visible`, but for the ends of lines: what a terminal may print."""
+    return "\n".join(map(visible, text.split("\n")))
+
+
 def _glyph(char: str) -> str | None:
     """The replacement for an invisible character; None for a visible one."""
     if char in _GLYPHS:

@@ -61,14 +61,14 @@ class Pass:
         assert tokens is not None, "edits need the positions of the tokens"
         here = self._selected(i, block, tokens)
         positions = tokens.positions.masked_fill(~here, -1)
-        results = [_checked(edit, x, positions) for edit in edits]
+        known: dict[Any, Any] = {}
+        results = [_result(edit, x, positions, known) for edit in edits]
         results = [result for result in results if result is not x]
         result, capped = x, None
         if results:
             result = results[0] if len(results) == 1 else sum_of_changes(x, results)
             if block.steering.is_bounded:
                 result, capped = _limited(x, result, block.steering)
-            result = torch.where(here[..., None], result, x)
         tally = self.tallies.setdefault((id(block), hook_name), Tally(hook_name, block.steering, edits))
         behind = tokens.positions > 0
         in_phase = block.steering.in_phase(tokens) & behind
@@ -84,12 +84,19 @@ class Pass:
         return here if block.steering.gate is None else here & self._open[i]
 
 
-def _checked(edit: Any, x: Tensor, positions: Tensor) -> Tensor:
-    result = edit.apply(x, positions)
+def _result(edit: Any, x: Tensor, positions: Tensor, known: dict[Any, Any]) -> Tensor:
+    """What the edit makes of the tokens that are its own; `x` itself where it changes nothing. In `known` edits share what they
+    compute from the same `x` and `positions`, such as the feature activations of their SAE."""
+    copy = x.clone()  # an edit may write into it
+    shares = getattr(edit, "apply_knowing", None)
+    result = edit.apply(copy, positions) if shares is None else shares(copy, positions, known)
     if not isinstance(result, Tensor) or result.shape != x.shape:
         got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
         raise ValueError(f"{edit!r} at {edit.hook_name!r} returned {got}, expected a tensor of {tuple(x.shape)}.")
-    return result.to(x.dtype)
+    if result is copy and torch.equal(copy, x):
+        return x
+    here = positions >= 0 if getattr(edit, "first_token", False) else positions > 0
+    return torch.where(here[..., None], result.to(x.dtype), x)
 
 
 def sum_of_changes(x: Tensor, results: list[Tensor]) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +27,7 @@ from saelab.models.hashing import (
 )
 from saelab.models.hook_places import HookPlace
 from saelab.models.hooks import hook_list, is_plain_mistake, tapped, unknown_hook
+from saelab.models.model_lock import ModelLock
 from saelab.models.prompts import Batch, Prompt, check_batch, several, to_batch
 from saelab.models.steers import Steers
 from saelab.tokens.tokenizing import special_tokens
@@ -55,7 +55,7 @@ class LanguageModel(Generates, Steers):
         self.d_vocab, self.max_ctx = self.backend.d_vocab, self.backend.max_ctx
         weight = next(self.model.parameters())
         self.dtype, self.device = weight.dtype, weight.device
-        self._key, self._lock = object(), threading.RLock()
+        self._key, self._lock = object(), ModelLock()
         self._tallies = {}
         self._widths: dict[str, int] = {}
         self._hash: str | None = None

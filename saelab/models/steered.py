@@ -17,14 +17,14 @@ On = Literal["both", "prompt", "generated"]
 
 @runtime_checkable
 class Edit(Protocol):
-    """An edit for `lm.steer`: any object with these two members."""
+    """An edit for `lm.steer`: any object with these two members. One that may change the first token has `first_token = True`."""
 
     @property
     def hook_name(self) -> str: ...
 
     def apply(self, x: Float[Tensor, "batch seq d_in"], positions: Int[Tensor, "batch seq"]) -> Tensor:
         """The edited `x`, same shape. `positions` are absolute (KV cache counted), -1 on padding and on tokens that the options
-        of `lm.steer` leave out."""
+        of `lm.steer` leave out. These, and the first token, keep their activations whatever is returned for them."""
         ...
 
 
@@ -97,7 +97,7 @@ class Steering:
 
     def selected(self, tokens: Tokens) -> Bool[Tensor, "batch seq"]:
         """The tokens at which the edits apply, but for the gate. Special tokens behind the first are left out unless `positions`
-        names them; the first is up to the edit."""
+        names them; the first is for edits of the `first_token`."""
         at, n, keep = tokens.positions, tokens.n_prompt[:, None], self.in_phase(tokens)
         if self.positions is not None:
             named = torch.tensor(self.positions, device=at.device)
@@ -156,14 +156,13 @@ def refuse_conflicts(edits: Sequence[Any]) -> None:
     """Raises `ValueError` for two edits that set the same activation: they would not say which counts."""
     seen: dict[Any, list[tuple[int, Any]]] = {}
     for edit in edits:
-        found = getattr(edit, "sets", None)
-        if found is None:
-            continue
-        target, end = found
-        for other_end, other in seen.get(target, []):
-            if other_end == end or 0 in (other_end, end):
-                raise ValueError(f"{other!r} and {edit!r} both set the same activation: keep one of them, or add.")
-        seen.setdefault(target, []).append((end, edit))
+        found = getattr(edit, "sets", ())
+        for target, end in found:
+            for other_end, other in seen.get(target, []):
+                if other_end == end or 0 in (other_end, end):
+                    raise ValueError(f"{other!r} and {edit!r} both set the same activation: keep one of them, or add.")
+        for target, end in found:
+            seen.setdefault(target, []).append((end, edit))
 
 
 def _is_integer(value: Any) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,11 +14,20 @@ from torch import Tensor
 from saelab.models.applied import HookReport, Tally, check_applied
 from saelab.models.applying import Block, Pass
 from saelab.models.hooks import unknown_hook
+from saelab.models.model_lock import ModelLock
 from saelab.models.prompts import Prompt
 from saelab.models.steered import Edit, Gate, On, Steering, Tokens, refuse_conflicts
 
-_OPEN: ContextVar[tuple[tuple[object, Block], ...]] = ContextVar("saelab_steer", default=())
-"""Every open block with its model; each thread and each coroutine sees its own."""
+
+class _Open:
+    """A block of a model, for as long as it is open: once it has ended, in whichever thread, it has for all that saw it."""
+
+    def __init__(self, key: object, block: Block) -> None:
+        self.key, self.block, self.ended = key, block, False
+
+
+_OPEN: ContextVar[tuple[_Open, ...]] = ContextVar("saelab_steer", default=())
+"""The blocks that were opened; each thread and each coroutine sees its own."""
 
 
 class Steers:
@@ -31,7 +39,7 @@ class Steers:
     hook_names: Any
     special_ids: Any
     logits: Callable[[Prompt], Tensor]
-    _lock: threading.RLock  # pyright: ignore[reportGeneralTypeIssues]
+    _lock: ModelLock
     _key: object
     """What the model's open blocks are found by."""
     _tallies: dict[Any, Tally]
@@ -57,9 +65,10 @@ class Steers:
         alone, as are special tokens that `positions` does not name. `keep_norm` rescales edited activations to the norm that they
         had, `cap` limits a change to that multiple of the norm. Instead of edits and options, a `saelab.steering.Plan`.
 
-        `last_report` says afterwards what was changed. Raises `ValueError` for an edit at a hook that cannot be edited, or whose
-        width is not the hook's, and for options that cannot be met; a call inside the block raises `SteeringError` when its edits
-        applied to no token at all.
+        The block steers the thread, or coroutine, that opened it. Other threads that call the model wait until it ends, which may
+        be in any thread, where a generator holds it open. `last_report` says afterwards what was changed. Raises `ValueError` for
+        an edit at a hook that cannot be edited, or whose width is not the hook's, and for options that cannot be met; a call
+        inside the block raises `SteeringError` when its edits applied to no token at all.
         """
         options = {"on": on, "positions": positions, "window": window, "gate": gate, "keep_norm": keep_norm, "cap": cap}
         with self._opened([Block(self._checked(steering)) for steering in _steerings(edits, options)]):
@@ -68,12 +77,14 @@ class Steers:
     @contextmanager
     def _opened(self, blocks: Sequence[Block]) -> Iterator[None]:
         with self._lock:
-            mine = [(self._key, block) for block in blocks]
-            _OPEN.set((*_OPEN.get(), *mine))
+            mine = [_Open(self._key, block) for block in blocks]
+            _OPEN.set((*_still_open(), *mine))
             try:
                 yield
-            finally:  # only its own: blocks may end in a different order than they began
-                _OPEN.set(tuple(one for one in _OPEN.get() if not any(one is other for other in mine)))
+            finally:  # only its own: blocks may end in a different order than they began, and in another thread
+                for one in mine:
+                    one.ended = True
+                _OPEN.set(_still_open())
 
     @contextmanager
     def unsteered(self) -> Iterator[Any]:
@@ -90,7 +101,7 @@ class Steers:
 
     @property
     def _blocks(self) -> tuple[Block, ...]:
-        return tuple(block for key, block in _OPEN.get() if key is self._key)
+        return tuple(one.block for one in _still_open() if one.key is self._key)
 
     @property
     def edits(self) -> tuple[Edit, ...]:
@@ -161,6 +172,10 @@ class Steers:
                 f"The edit is made for activations of width {width}, but {edit.hook_name} of {self.name} has width "
                 f"{d_in}. Use an SAE or vector that belongs to this hook."
             )
+
+
+def _still_open() -> tuple[_Open, ...]:
+    return tuple(one for one in _OPEN.get() if not one.ended)
 
 
 def _steerings(edits: Sequence[Any], options: dict[str, Any]) -> list[Steering]:

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saelab.edits.direction import finite
-from saelab.edits.rows import edited_rows, with_changes
+from saelab.edits.rows import edited_rows, encoded_rows, with_changes
 from saelab.errors import SaelabError
 from saelab.features.separability import separability
 from saelab.models import LanguageModel
@@ -26,6 +26,7 @@ from saelab.saes import SAE
 from saelab.saes.base import check_is_sae
 from saelab.saes.trained_hooks import needs_other_hooks, refuse_partial, steered_hook
 from saelab.steering.text_activations import stream_tokens, text_list
+from saelab.steering.unsteered import refuse_steered
 from saelab.validation import check_integer
 
 HOW = ("posterior", "mask", "range")
@@ -84,11 +85,7 @@ class Attenuation:
     source: int = -1
 
     def __post_init__(self) -> None:
-        if self.how not in HOW:
-            raise ValueError(f"how={self.how!r} is unknown; expected one of {', '.join(HOW)}.")
-        for name in ("strength", "prior"):
-            if not 0 <= finite(getattr(self, name)) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be between 0 and 1.")
+        _check(self.how, self.strength, self.prior)
 
     def __repr__(self) -> str:
         return f"<attenuate {len(self.features)} features at {self.hook_name}: {self.how}, strength {self.strength:g}>"
@@ -98,6 +95,11 @@ class Attenuation:
         return replace(self, strength=self.strength * finite(factor))
 
     __rmul__ = __mul__
+
+    @property
+    def sets(self) -> tuple[tuple[Any, int], ...]:
+        """What two edits must not both set: the features that it suppresses."""
+        return tuple(((self.hook_name, id(self.sae), feature), 0) for feature in self.features)
 
     @property
     def d_in(self) -> int:
@@ -114,13 +116,19 @@ class Attenuation:
             share = self.posterior.probability(feature_acts, self.prior)
         return (self.strength * share).to(feature_acts.dtype)
 
-    @torch.no_grad()
     def apply(
         self, x: Float[Tensor, "batch seq d_in"], positions: Int[Tensor, "batch seq"]
     ) -> Float[Tensor, "batch seq d_in"]:
         """The edited activations; `x` itself when nothing changes."""
+        return self.apply_knowing(x, positions, {})
+
+    @torch.no_grad()
+    def apply_knowing(
+        self, x: Float[Tensor, "batch seq d_in"], positions: Int[Tensor, "batch seq"], known: dict[Any, Any]
+    ) -> Float[Tensor, "batch seq d_in"]:
+        """As `apply`, with what other edits have computed from the same arguments."""
         flat, rows = edited_rows(x, positions)
-        sparse_acts = self.sae.encode(flat[rows].to(self.sae.W_dec.device))
+        sparse_acts = encoded_rows(self.sae, flat, rows, known)
         feature_acts = (
             torch.stack([sparse_acts.column(i) for i in self.features], 1).float().cpu()
         )  # (n_rows, n_features)
@@ -132,6 +140,14 @@ class Attenuation:
         decoder, scale = self.sae.decoder(self.source)
         directions = (decoder[list(self.features)].float() / scale.float()).to(x.device)  # (n_features, d_in)
         return with_changes(x, rows, lambda before: (change @ directions) * self.sae.token_sizes(before))
+
+
+def _check(how: str, strength: float, prior: float) -> None:
+    if how not in HOW:
+        raise ValueError(f"how={how!r} is unknown; expected one of {', '.join(HOW)}.")
+    for name, value in (("strength", strength), ("prior", prior)):
+        if not 0 <= finite(value, name) <= 1:
+            raise ValueError(f"{name}={value!r} must be between 0 and 1.")
 
 
 class _Firings(NamedTuple):
@@ -161,12 +177,14 @@ def attenuate(
     `concept` and `others` are lists of texts; their tokens, without position 0 and special ones, are the samples. Of the features
     that are more active on the concept, the `n_features` with the largest Jensen-Shannon distance are edited. `how="mask"` and
     "range" are the usual alternatives: zero always, or wherever an activation is within 2.5 standard deviations of the
-    concept's mean. `strength` and `prior` are between 0 and 1. Raises `ValueError` for other values, sides without tokens, and an
-    SAE whose activations need other hooks than the one it is steered at; `SaelabError` if no feature is more active on the
-    concept.
+    concept's mean. `strength` and `prior` are between 0 and 1. Raises `ValueError` for other values, sides without tokens, a
+    model that is being steered, and an SAE whose activations need other hooks than the one it is steered at; `SaelabError` if no
+    feature is more active on the concept.
     """
     check_is_sae(sae, "attenuate")
     check_integer("n_features", n_features, 1, sae.d_sae)
+    _check(how, strength, prior)  # before the texts are read
+    refuse_steered(lm)
     refuse_partial(sae, "steered")
     hook, source = steered_hook(sae, hook_name)
     if hook is None:

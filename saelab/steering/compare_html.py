@@ -16,6 +16,7 @@ from saelab.features.token_text import Group, display_groups
 from saelab.features.visible import escape
 from saelab.steering.compared import Compared, Continuation
 from saelab.steering.effect_plot import Point, effect_plot
+from saelab.steering.plan import is_as_asked
 from saelab.steering.read_features import FIRES_ABOVE
 
 MAX_BYTES = 200_000
@@ -122,7 +123,7 @@ def kept_tokens(compared: Compared, continuation: Continuation) -> list[bool]:
 
 
 def _name(edit: Any) -> str:
-    asked = getattr(edit, "asked", {})
+    asked = edit.asked if getattr(edit, "asked", {}) and is_as_asked(edit) else {}
     if "unit" in asked and isinstance(asked.get("value"), int | float):
         where = ", where it fires" if asked.get("where") == "fires" else ""
         return (

@@ -16,7 +16,8 @@ from saelab.models import LanguageModel
 from saelab.saes import SAE
 from saelab.saes.base import check_is_sae
 from saelab.saes.trained_hooks import hooks_of
-from saelab.steering.text_activations import stream_tokens, text_list
+from saelab.steering.text_activations import distinct_texts, stream_tokens
+from saelab.steering.unsteered import refuse_steered
 from saelab.validation import check_integer
 
 MIN_TEXTS = 4
@@ -65,16 +66,17 @@ def features_for(
 
     A text that comes twice in a side counts once; `seed` draws the halves. Ties go to the larger difference of mean maxima, then
     to the lower number. Position 0 and special tokens do not count. Raises `ValueError` for fewer than 4 different texts a side,
-    texts without a counted token, an SAE for another hook or width, and a bad `k`, `by` or `seed`.
+    texts without a counted token, an SAE for another hook or width, a model that is being steered, and a bad `k`, `by` or `seed`.
     """
     check_is_sae(sae, "features_for")
     check_integer("k", k, 1)
     check_integer("seed", seed, 0)
     if by not in ("difference", "auroc"):
         raise ValueError(f"by={by!r} is unknown; expected 'difference' or 'auroc'.")
+    refuse_steered(lm)
     sides = []
     for texts, side in ((positive, "positive"), (negative, "negative")):
-        distinct = list(dict.fromkeys(text_list(texts, side)))
+        distinct = distinct_texts(texts, side)
         if len(distinct) < MIN_TEXTS:
             raise ValueError(f"{side} has {len(distinct)} different texts; features_for needs at least {MIN_TEXTS}.")
         sides.append(text_maxima(sae, lm, distinct, side, hook_name))

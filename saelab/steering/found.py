@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from saelab.features.visible import visible
 from saelab.steering.criteria import Criteria, rank_correlations
 from saelab.steering.trials import Settings, Trial
 
@@ -113,7 +114,7 @@ class Found(NamedTuple):
         for row in self.rows[:n]:
             numbers = f"{row.steer_score:.2f}", f"{row.strength:g}", f"{row.read_back:.2f}", f"{row.nll_cost:+.2f}"
             text = " ".join(row.best[0].text.split())
-            table.add_row(str(row.feature), escape(row.label or ""), *numbers, escape(text))
+            table.add_row(str(row.feature), escape(visible(row.label or "")), *numbers, escape(visible(text)))
         summary = (
             f"{len(self.working)} of {len(self.rows)} candidates read back on at least {WORKS:.0%} more of the text at a cost of "
             f"at most {MOST_NATS:g} nat per token; {self.failed_share:.0%} failed."

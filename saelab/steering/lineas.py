@@ -22,7 +22,6 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from saelab.activation_cache.checks import refuse_steered
 from saelab.edits.direction import finite
 from saelab.errors import SaelabError
 from saelab.models import LanguageModel
@@ -31,6 +30,7 @@ from saelab.models.hooks import hook_list, unknown_hook
 from saelab.steering.affine_maps import AffineEdit, LinEAS
 from saelab.steering.text_activations import counted_tokens, text_list, text_vectors
 from saelab.steering.transport import shrink, transport_cost
+from saelab.steering.unsteered import refuse_steered
 from saelab.validation import check_integer
 
 _FLOOR = 0.1
@@ -55,8 +55,10 @@ class _Settings:
         for name, minimum in (("steps", 0), ("batch_size", 2), ("seed", 0)):
             check_integer(name, getattr(self, name), minimum)
         for name in ("lr", "gamma", "lasso", "group"):
-            if finite(getattr(self, name)) < 0:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be at least 0.")
+            number = finite(getattr(self, name), name)
+            if number < 0:
+                raise ValueError(f"{name}={number:g} must be at least 0.")
+            object.__setattr__(self, name, number)
 
 
 def lineas(
@@ -82,7 +84,7 @@ def lineas(
     between the first and the last hook. The model is left as it was, also by an exception.
 
     Raises `ValueError` for fewer than two texts a side, texts without a counted token, a hook that cannot be edited, a model
-    that is being steered, and numbers out of range; `SaelabError` if the loss is not finite to begin with.
+    that is being steered, and numbers out of range; `SaelabError` if the loss is not finite to begin with, or the maps at last.
     """
     settings = _Settings(steps, lr, gamma, lasso, group, batch_size, seed)
     refuse_steered(lm)
@@ -95,8 +97,7 @@ def lineas(
         learning = _Learning(lm, texts[0], texts[1], names)
         start = learning.loss_on_all()
         losses = learning.run(settings, progress)
-        with lm.steer(*learning.edits()):
-            end = learning.loss_on_all()
+        end = _loss_at_end(lm, learning, lr)
     counts = {"source_texts": len(texts[0]), "target_texts": len(texts[1])}
     return LinEAS(learning.edits(), tuple(losses), start, end, lm.name, vars(settings) | counts)
 
@@ -194,6 +195,19 @@ class _Learning:
         means = {name: (x.float() * share[..., None]).sum(1) for name, x in found.items()}
         costs = [one.cost(means[name], self.target[name][wanted]) for name, one in self.maps.items()]
         return torch.stack(costs).sum()
+
+
+def _loss_at_end(lm: LanguageModel, learning: _Learning, lr: float) -> float:
+    """The loss on all texts under the maps. Raises `SaelabError` if it is not finite, or they are not."""
+    with lm.steer(*learning.edits()):
+        end = learning.loss_on_all()
+    numbers = torch.cat([value for one in learning.edits() for value in (one.weight, one.bias)])
+    if not math.isfinite(end) or not bool(numbers.isfinite().all()):
+        raise SaelabError(
+            f"The maps learned with lr={lr:g} are not finite, or the model is not under them (loss {end:g}): take a smaller lr, "
+            "such as 0.1, or more steps, in which those that are too long are halved."
+        )
+    return end
 
 
 def _drawn(n: int, batch_size: int, generator: torch.Generator) -> list[int]:

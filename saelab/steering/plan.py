@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +76,13 @@ class Plan(Steering):
 
 def _told(edit: Any) -> dict[str, Any]:
     """An edit or gate in the words of a plan."""
-    if isinstance(edit, FeatureEdit | FeatureGate) and edit.asked:
-        return {**edit.asked, "hook_name": edit.hook_name, "sae": edit.sae.hash}
-    if isinstance(edit, VectorEdit) and edit.asked:
-        return {**edit.asked, "hook_name": edit.hook_name, "sae": edit.asked["sae"].hash}
+    if isinstance(edit, FeatureEdit | FeatureGate | VectorEdit) and edit.asked:
+        if not is_as_asked(edit):
+            raise ValueError(
+                f"{edit!r} is no longer what was asked of its feature, {_words(edit.asked)}, which a plan would save: make it "
+                "again with feature.add, clamp, scale or cap instead of changing its fields."
+            )
+        return {**edit.asked, "hook_name": edit.hook_name, "sae": _sae(edit).hash}
     if not isinstance(edit, VectorEdit | DirectionGate):
         raise ValueError(f"{edit!r} cannot be saved in a plan: only edits and gates of features and directions can.")
     at = {"hook_name": edit.hook_name, "direction": edit.vector.tolist()}
@@ -89,6 +94,51 @@ def _told(edit: Any) -> dict[str, Any]:
         low, high = (bound if abs(bound) != float("inf") else None for bound in edit.bounds)
         return {"do": "cap", "min": low, "max": high, **at}
     return {"do": edit.mode, **({} if edit.mode == "ablate" else {"value": edit.strength}), **at}
+
+
+def is_as_asked(edit: FeatureEdit | FeatureGate | VectorEdit) -> bool:
+    """Whether its feature would make the same edit or gate again: `dataclasses.replace` changes what is applied alone."""
+    asked, units = edit.asked, getattr(edit, "units", {"p99": edit.asked.get("sign", 1)})
+    given = {name: asked[name] for name in _TAKES[asked["do"]] if name in asked}
+    names = [one.name for one in fields(edit) if one.name not in ("asked", "units", "sae")]
+    sources = [
+        one for one in _sae(edit).provenance.origin.get("hook_names") or () if one.endswith(f"/{edit.hook_name}")
+    ]
+    for hook_name in sources or [edit.hook_name]:  # "MODEL/HOOK" for an SAE of several models
+        made = _make(
+            FeatureHandle(_sae(edit), asked["feature"], hook_name, units, end=asked["end"]), asked["do"], given
+        )
+        if type(made) is type(edit) and all(_close(getattr(edit, one), getattr(made, one), edit) for one in names):
+            return True
+    return False
+
+
+def _sae(edit: FeatureEdit | FeatureGate | VectorEdit) -> Any:
+    return edit.asked["sae"] if isinstance(edit, VectorEdit) else edit.sae
+
+
+def _close(value: Any, wanted: Any, edit: Any) -> bool:
+    """Equal, but for the rounding of products whose factors came in another order. A direction that is removed has no sign."""
+    if isinstance(value, torch.Tensor) != isinstance(wanted, torch.Tensor):
+        return False
+    if isinstance(value, torch.Tensor):
+        signs = (1, -1) if getattr(edit, "mode", None) == "ablate" else (1,)
+        return value.shape == wanted.shape and any(torch.allclose(value, sign * wanted, 1e-5, 0.0) for sign in signs)
+    if isinstance(value, tuple):
+        return all(_close(one, other, edit) for one, other in zip(value, wanted, strict=True))
+    if isinstance(value, float) and isinstance(wanted, float):
+        return math.isclose(value, wanted, rel_tol=1e-6)
+    return bool(value == wanted)
+
+
+def _words(asked: Mapping[str, Any]) -> str:
+    return str({name: value for name, value in asked.items() if name != "sae"})[:120]
+
+
+def _make(maker: Any, do: str, given: dict[str, Any]) -> Any:
+    """What a handle or direction makes of a plan's words."""
+    given = {name: _tensor(value) if isinstance(value, list) else value for name, value in given.items()}
+    return getattr(maker, do)(**({"factor": given["value"]} if do == "scale" and "value" in given else given))
 
 
 def _parsed(text: str) -> dict[str, Any]:
@@ -148,10 +198,8 @@ def _built(entry: Any, sources: Mapping[str, Any], gates: bool = False) -> Any:
     if do == "clamp" and isinstance(given.get("value"), list):
         given["value"] = _tensor(given["value"])
     _check_numbers(given)
-    if do == "scale":
-        given = {"factor": given["value"]} if "value" in given else {}
     try:
-        made = getattr(maker, do)(**given)
+        made = _make(maker, do, given)
     except TypeError as error:
         raise ValueError(f"The plan's {do} of {maker!r} got {given}: {error}.") from error
     sign = getattr(made, "asked", {}).get("sign")

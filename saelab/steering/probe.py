@@ -16,7 +16,8 @@ from torch import Tensor
 
 from saelab.edits.direction import Direction
 from saelab.models import LanguageModel
-from saelab.steering.text_activations import text_list, text_vectors
+from saelab.steering.text_activations import distinct_texts, text_list, text_vectors
+from saelab.steering.unsteered import refuse_steered
 from saelab.validation import check_integer
 
 PENALTIES = tuple(10.0**power for power in range(-6, 3))
@@ -59,11 +60,12 @@ def probe(lm: LanguageModel, pos: Any, neg: Any, hook_name: str, *, seed: int = 
     A quarter of each side, drawn with `seed`, is held out and only measures the accuracy; the penalty is the one of `PENALTIES`
     with the best log-loss in 4-fold cross-validation on the rest, on which the returned probe is trained. A text's vector is the
     mean over its tokens, without position 0 and special tokens. Raises `ValueError` for fewer than 8 different texts a side,
-    texts without tokens, and an unknown hook.
+    texts without tokens, an unknown hook, and a model that is being steered.
     """
     lm.check_hook(hook_name)
     check_integer("seed", seed, 0)
-    sides = [list(dict.fromkeys(text_list(texts, side))) for texts, side in ((pos, "pos"), (neg, "neg"))]
+    refuse_steered(lm)
+    sides = [distinct_texts(texts, side) for texts, side in ((pos, "pos"), (neg, "neg"))]
     for texts, side in zip(sides, ("pos", "neg"), strict=True):
         if len(texts) < 2 * N_FOLDS:
             raise ValueError(f"{side} has {len(texts)} different texts; a probe needs at least {2 * N_FOLDS} a side.")

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saelab.models import LanguageModel
 from saelab.models.prompts import Batch, several
+from saelab.tokens.documents import whole_numbers
 
 BATCH = 16
 
@@ -28,11 +30,24 @@ class Tokens(NamedTuple):
 
 
 def text_list(texts: Any, side: str) -> list[Any]:
-    """The texts of one side as a list. Raises `ValueError` if there are none, or for what is no list of texts."""
+    """The texts of one side, each a text or its token ids. Raises `ValueError` if there are none, and for anything else."""
     found = list(several(texts, side))
     if not found:
         raise ValueError(f"{side} holds no text; give a list of texts.")
+    if whole_numbers(found) is not None:  # the ids of one text
+        return [found]
+    if len(found) == 1 and isinstance(found[0], Tensor | np.ndarray) and found[0].ndim == 2:
+        found = list(found[0])
+    for one in found:
+        if not isinstance(one, str) and whole_numbers(one) is None:
+            raise ValueError(f"{side} holds {repr(one)[:60]}, which is neither a text nor the token ids of one.")
     return found
+
+
+def distinct_texts(texts: Any, side: str) -> list[Any]:
+    """As `text_list`, each text once."""
+    found = text_list(texts, side)
+    return list({one if isinstance(one, str) else tuple(whole_numbers(one) or ()): one for one in found}.values())
 
 
 def counted_tokens(lm: LanguageModel, batch: Batch) -> Bool[Tensor, "batch seq"]:

@@ -10,17 +10,18 @@ from torch import Tensor
 
 from saelab.edits.direction import Direction
 from saelab.models import LanguageModel
-from saelab.models.prompts import several
 from saelab.steering.text_activations import stream_tokens, text_list, text_vectors
+from saelab.steering.unsteered import refuse_steered
 
 
 def diff_means(lm: LanguageModel, pos: Any, neg: Any, hook_name: str) -> Direction:
     """Difference of means: the mean activation over the tokens of `pos` minus that of `neg`, without position 0 and special
     tokens. Each side is a list of texts, a column of a table, or an iterator.
 
-    Raises `ValueError` when a side has no texts or no tokens left, or for an unknown hook.
+    Raises `ValueError` when a side has no texts or no tokens left, for an unknown hook, or if the model is being steered.
     """
     lm.check_hook(hook_name)
+    refuse_steered(lm)
     difference = _mean(lm, pos, hook_name, "pos") - _mean(lm, neg, hook_name, "neg")
     if not bool(difference.any()):
         raise ValueError(f"pos and neg have the same mean activation at {hook_name}: give texts that differ.")
@@ -28,7 +29,7 @@ def diff_means(lm: LanguageModel, pos: Any, neg: Any, hook_name: str) -> Directi
 
 
 def _mean(lm: LanguageModel, texts: Any, hook_name: str, side: str) -> Float[Tensor, " d_in"]:
-    texts = list(several(texts, side))
+    texts = text_list(texts, side)
     total, count = torch.zeros(lm.d_in(hook_name), dtype=torch.float64), 0
     for tokens in stream_tokens(lm, texts, [hook_name]):
         total += tokens.x[hook_name].double().sum(0)
@@ -45,9 +46,10 @@ def pca_pairs(lm: LanguageModel, pos: Any, neg: Any, hook_name: str, *, tokens: 
     A text's vector is the mean over its tokens, or that of its last token (`tokens="last"`, as in the paper). Each pair counts in
     both orders, so no mean is subtracted. The direction points to `pos` on average; its norm is the root mean square of
     the differences along it, in raw units. Raises `ValueError` for sides of different lengths, texts without tokens, an unknown
-    hook, and pairs that do not differ.
+    hook, pairs that do not differ, and a model that is being steered.
     """
     lm.check_hook(hook_name)
+    refuse_steered(lm)
     first, second = text_list(pos, "pos"), text_list(neg, "neg")
     if len(first) != len(second):
         raise ValueError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -30,6 +30,8 @@ class CodeEdit:
     positions: tuple[int, ...] | None
     """Absolute positions; None means all."""
     slot: int = -1
+    first_token: ClassVar[bool] = True
+    """Codes are forced and blocked at the first token too: it has codes as any other."""
 
     @classmethod
     def made(
