@@ -77,17 +77,17 @@ def test_the_factor_is_chosen_on_the_prompts_that_are_not_scored(case, concept):
 def test_an_interrupted_bench_goes_on(case, concept, tmp_path):
     lm, _ = case
     judge, calls = CountsThe(), 0
-    call = {"factors": (1.0, 4.0), "folder": tmp_path, "max_new_tokens": 4, "progress": False}
+    call: dict[str, Any] = {"factors": (1.0, 4.0), "folder": tmp_path, "max_new_tokens": 4, "progress": False}
     whole = concept_bench(lm, [concept], planted.PROMPTS[:2], **call | {"folder": None}, judge=judge)
     n_asked = len(judge.asked)
 
     class Tires(CountsThe):
-        def marks(self, *args: Any) -> Marks:
+        def marks(self, concept: str, prompt: str, text: str, measured: Measured) -> Marks:
             nonlocal calls
             calls += 1
             if calls == 7:
                 raise KeyboardInterrupt
-            return super().marks(*args)
+            return super().marks(concept, prompt, text, measured)
 
     with pytest.raises(KeyboardInterrupt):
         concept_bench(lm, [concept], planted.PROMPTS[:2], judge=Tires(), **call)
@@ -176,7 +176,8 @@ def test_bad_input_is_refused(case, concept, change, said):
         odd = {"twice": [concept, concept], "read": [concept._replace(read=3)]}
         change = {"concepts": odd[change["concepts"]]}
     with pytest.raises(ValueError, match=said):
-        concept_bench(lm, **{"concepts": [concept], "prompts": ["a", "b"], **SHORT} | change)
+        given: dict[str, Any] = {"concepts": [concept], "prompts": ["a", "b"], **SHORT} | change
+        concept_bench(lm, **given)
 
 
 def test_a_direction_alone_needs_a_judge_and_an_unsteered_model(case, concept):

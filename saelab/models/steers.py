@@ -91,12 +91,12 @@ class Steers:
         """Inside the block this model computes without the edits that are active around it: in a callback of `generate`, say, to
         read what has been generated so far. New `steer` blocks inside apply."""
         with self._lock:
-            mine, reported = tuple(one for one in _OPEN.get() if one[0] is self._key), self.last_report
-            _OPEN.set(tuple(one for one in _OPEN.get() if one[0] is not self._key))
+            mine, reported = tuple(one for one in _still_open() if one.key is self._key), self.last_report
+            _OPEN.set(tuple(one for one in _still_open() if one.key is not self._key))
             try:
                 yield self
             finally:
-                _OPEN.set((*mine, *_OPEN.get()))
+                _OPEN.set((*mine, *_still_open()))
                 self.last_report = reported
 
     @property
