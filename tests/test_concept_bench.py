@@ -77,8 +77,9 @@ def test_the_factor_is_chosen_on_the_prompts_that_are_not_scored(case, concept):
 def test_an_interrupted_bench_goes_on(case, concept, tmp_path):
     lm, _ = case
     judge, calls = CountsThe(), 0
-    call: dict[str, Any] = {"factors": (1.0, 4.0), "folder": tmp_path, "max_new_tokens": 4, "progress": False}
-    whole = concept_bench(lm, [concept], planted.PROMPTS[:2], **call | {"folder": None}, judge=judge)
+    how: dict[str, Any] = {"factors": (1.0, 4.0), "max_new_tokens": 4, "progress": False}
+    call = how | {"folder": tmp_path}
+    whole = concept_bench(lm, [concept], planted.PROMPTS[:2], judge=judge, **how)
     n_asked = len(judge.asked)
 
     class Tires(CountsThe):
