@@ -101,16 +101,7 @@ def test_all_examples_are_covered():
         assert len(path.read_text().splitlines()) < 60, path
 
 
-NOT_RUN = ("train_an_sae", "diff_two_checkpoints", "attention_output_sae")
-"""Notebooks that have no outputs yet: docs/make_notebooks.py makes them."""
-NOTEBOOKS = [
-    pytest.param(name, marks=[pytest.mark.xfail(strict=True, reason="no outputs yet")] * (Path(name).stem in NOT_RUN))
-    for name in SMALLER
-    if name.endswith(".ipynb")
-]
-
-
-@pytest.mark.parametrize("name", NOTEBOOKS)
+@pytest.mark.parametrize("name", [name for name in SMALLER if name.endswith(".ipynb")])
 def test_a_notebook_reads_without_running(name: str):
     """The outputs of the whole model are in the file, every cell once and in order."""
     path = EXAMPLES / name
