@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from saelab.losses import auxk
 from saelab.saes.hooks_used import HooksUsed
 from saelab.saes.step import RULES
 from saelab.training import fused_step
+from saelab.training.cuda_graph import Replayed
 from saelab.training.dead_bound import DeadBound
 from saelab.training.dead_features import DeadFeatures
 from saelab.training.steps import AutogradTraining, FusedTraining, Trained
@@ -85,9 +87,9 @@ def by_autograd(x, residual, weights, since, k_aux, dtype=torch.float64):
     return loss.detach(), *(1 + g for g in torch.autograd.grad(ALPHA * loss, parameters))
 
 
-def assert_same(got, want, **tolerance):
+def assert_same(got, want):
     for one, other in zip(got, want, strict=True):
-        torch.testing.assert_close(one, other.float(), **{"rtol": 1e-5, "atol": 1e-6} | tolerance)
+        torch.testing.assert_close(one, other.float(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -211,10 +213,23 @@ def usual():
 def test_room_grows_and_shrinks_and_changes_no_bit(monkeypatch, usual):
     sae, metrics, rooms = usual
     assert rooms == [4, 4, 4, 24, 24, 24, 24, 4]
+    forgotten = []
+    monkeypatch.setattr(Replayed, "forget", forgotten.append)
     monkeypatch.setattr(fused_step, "capacity_for", lambda n_dead, d_sae: d_sae)
     other, its_metrics, _ = stepped()
     assert metrics == its_metrics
     assert all(torch.equal(p, q) for p, q in zip(sae.parameters(), other.parameters(), strict=True))
+    assert len(forgotten) == 1
+
+
+def test_a_graph_is_forgotten_with_the_room_that_it_works_on(monkeypatch):
+    done = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: done.append("waited"))
+    replayed = Replayed(lambda: done.append("launched"), torch.device("cpu"))
+    replayed._graph = SimpleNamespace(replay=lambda: done.append("replayed"))
+    for act in (replayed, replayed.forget, replayed, replayed.forget):
+        act()
+    assert done == ["replayed", "waited", "launched"]
 
 
 def test_training_with_dead_features_is_that_of_autograd(usual):

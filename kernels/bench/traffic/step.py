@@ -123,29 +123,29 @@ def _dense() -> list[KernelSpec]:
 
 def _aux() -> list[KernelSpec]:
     tile: dict[str, Any] = {"D_IN": _D_IN, "TILE": auxk._TILE, "DEPTH": auxk._DEPTH}
-    acts, weights = 4 * _BATCH * _DEAD, 4 * _DEAD * _D_IN
+    kept, weights = 4 * _BATCH * _DEAD, 4 * _DEAD * _D_IN
     weights_of = "*fp32 *fp32 *i32 *i32"
     variances = {"VARIANCES": ceil_div(_D_IN, prepare._COLUMNS)}
     return [
         _spec(
             bucket._list_kernel, "*i64 *i32 *i32 i64 i32 i32", {"BLOCK": bucket._LISTED}, bucket._LISTED_WARPS, 8 * _D_SAE
         ),
-        _spec(bucket._keep_largest_kernel, "*fp32 *i32 i32 i32", {"BLOCK": bucket._BLOCK}, bucket._WARPS, 2 * acts),
+        _spec(bucket._keep_largest_kernel, "*fp32 *i32 i32 i32", {"BLOCK": bucket._BLOCK}, bucket._WARPS, 2 * kept),
         _spec(
             auxk._encode_kernel, f"{weights_of} *fp32 *fp32 i32 i32", tile | {"kept_ptr": None}, auxk._WARPS,
-            _ROWS + weights + acts,
+            _ROWS + weights + kept,
         ),
         _spec(
             auxk._encode_kernel, f"{weights_of} *fp32 *fp32 i32 i32", tile | {"bias_ptr": None}, auxk._WARPS,
-            _ROWS + weights + 2 * acts,
+            _ROWS + weights + 2 * kept,
         ),
         _spec(
             auxk._decode_kernel, f"{weights_of} *fp32 *fp32 *fp32 *fp32 *fp32 i32 i32 i32 fp32 fp32 fp32", tile | variances,
-            auxk._WARPS, acts + weights + 2 * _ROWS,
+            auxk._WARPS, kept + weights + 2 * _ROWS,
         ),
         _spec(
             auxk._add_gradients_kernel, "*fp32 *fp32 *fp32 *fp32 *i32 *i32 *fp32 *fp32 *fp32 i32 i32", tile, auxk._WARPS,
-            2 * acts + 2 * _ROWS + 4 * weights,
+            2 * kept + 2 * _ROWS + 4 * weights,
         ),
     ]  # fmt: skip
 

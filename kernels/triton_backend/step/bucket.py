@@ -73,7 +73,7 @@ def _number_from(row_ptr, count, key, BLOCK: tl.constexpr):
     return tl.sum(found, axis=0)
 
 
-@triton.jit(do_not_specialize=["k", "capacity"])
+@triton.jit(do_not_specialize=["k"])
 @no_type_check
 def _keep_largest_kernel(feature_acts_ptr, count_ptr, k, capacity, BLOCK: tl.constexpr):
     """Find the k-th largest key of a row by bisection, and set to 0 what is below it, or equal to it but beyond the k-th."""
