@@ -214,7 +214,7 @@ def test_room_grows_and_shrinks_and_changes_no_bit(monkeypatch, usual):
     sae, metrics, rooms = usual
     assert rooms == [4, 4, 4, 24, 24, 24, 24, 4]
     forgotten = []
-    monkeypatch.setattr(Replayed, "forget", forgotten.append)
+    monkeypatch.setattr(Replayed, "forget", lambda replayed: forgotten.append(replayed))
     monkeypatch.setattr(fused_step, "capacity_for", lambda n_dead, d_sae: d_sae)
     other, its_metrics, _ = stepped()
     assert metrics == its_metrics
