@@ -226,7 +226,7 @@ def test_a_graph_is_forgotten_with_the_room_that_it_works_on(monkeypatch):
     done = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: done.append("waited"))
     replayed = Replayed(lambda: done.append("launched"), torch.device("cpu"))
-    replayed._graph = SimpleNamespace(replay=lambda: done.append("replayed"))
+    monkeypatch.setattr(replayed, "_graph", SimpleNamespace(replay=lambda: done.append("replayed")))
     for act in (replayed, replayed.forget, replayed, replayed.forget):
         act()
     assert done == ["replayed", "waited", "launched"]
