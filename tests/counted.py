@@ -25,6 +25,7 @@ FREE = (
         "transpose",
         "unsqueeze",
         "squeeze",
+        "squeeze_",
     ),
     *("expand", "as_strided", "unbind", "split", "empty", "empty_like", "empty_strided", "new_empty", "permute"),
     *("is_pinned", "_pin_memory", "lift_fresh"),

@@ -17,6 +17,7 @@ from saelab.saes.step import RULES, Batch, StepInfo
 from saelab.training import fused_step, steps
 from saelab.training.adam import Adam
 from saelab.training.cuda_graph import Replayed, wanted
+from saelab.training.dead_bound import DeadBound
 from saelab.training.dead_features import DeadFeatures
 from saelab.training.fused_step import FusedStep
 from saelab.training.late_records import LAG, LateRecords
@@ -83,7 +84,8 @@ def compare(n_steps=2, change=lambda sae: None, n_rows=6, d_in=12, d_sae=20, k=3
         ids = dead.dead.nonzero().squeeze(1)
         loss, norm = by_autograd(theirs, its_adam, its_dead, x, step, lr)
         fused.load(x, lr, step)
-        fused.run(ids if len(ids) else None)
+        fused.make_room(max(len(ids), 1))
+        fused.run(with_aux=bool(len(ids)))
         record = dict(zip(update.RECORD, fused.record.tolist(), strict=True))
         uncertain += record["uncertain"]
         want = loss.feature_acts.to_dense()
@@ -188,9 +190,9 @@ def test_it_is_the_step_of_autograd(monkeypatch, case):
     assert float(fused.sae.W_dec.detach().norm(dim=1).sub(1).abs().max()) < 1e-6
 
 
-def steady_step(x, change=lambda sae: None):
+def steady_step(x, change=lambda sae: None, **options):
     """What a step on these rows asks for, once records of earlier steps have arrived."""
-    sae, adam, dead = trained(**{name: size for name, size in SIZES.items() if name != "n_rows"})
+    sae, adam, dead = trained(**{name: size for name, size in SIZES.items() if name != "n_rows"}, **options)
     change(sae)
     train_config = dataclasses.replace(SHORT, batch_size=len(x), n_tokens=len(x) * 100)
     hooks = HooksUsed(("hook",), ("hook",))
@@ -301,11 +303,16 @@ def lines(folder):
     ]
 
 
-def test_a_run_is_logged_in_full_and_resumes_bit_for_bit(tmp_path, monkeypatch, full):
+@pytest.mark.parametrize("room", [None, 64])
+def test_a_run_is_logged_in_full_and_resumes_bit_for_bit(tmp_path, monkeypatch, full, room):
+    """What a resumed run knows of the dead features, and so whether there is room for any and how much, changes no bit."""
     folder, sae = full
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_at(patch, 5)
         run(tmp_path / "cut")
+    if room is not None:
+        monkeypatch.setattr(fused_step, "capacity_for", lambda n_dead, d_sae: room)
+        monkeypatch.setattr(DeadBound, "at_most", property(lambda self: 1, lambda self, value: None), raising=False)
     assert run(tmp_path / "cut").hash == sae.hash
     assert lines(tmp_path / "cut") == lines(folder)
     assert [line["step"] for line in lines(folder)] == [0, 3, 6, 7]

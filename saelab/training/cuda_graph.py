@@ -17,7 +17,8 @@ class Replayed:
 
     def __init__(self, run: Callable[[], object], device: torch.device) -> None:
         self._run, self._device = run, device
-        self._left = _EAGER if device.type == "cuda" and wanted() else -1
+        self._first = _EAGER if device.type == "cuda" and wanted() else -1
+        self._left = self._first
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self) -> None:
@@ -28,6 +29,12 @@ class Replayed:
             return
         self._run()
         self._left -= self._left > 0
+
+    def forget(self) -> None:
+        """Record again, as memory that `run` works on was replaced; waits for a replay under way, which ends with the graph."""
+        if self._graph is not None:
+            torch.cuda.synchronize(self._device)
+        self._graph, self._left = None, self._first
 
     def _recorded(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()

@@ -1,8 +1,8 @@
 """A TopK training step of fixed shapes for GPUs: no number has to come back to the host before the next step is launched.
 
 It computes what `loss`, `backward` and `apply_step` compute, in some thirty launches, with gradients, clip factor and counters
-left on the device. What a step found is copied out in a record that is read a few steps later (`late_records.py`). Only if a
-feature is dead, or may soon be, the host asks for the number of dead features before a step, as the shape of AuxK depends on it.
+left on the device. What a step found is copied out in a record that is read a few steps later (`late_records.py`). AuxK has room
+for a bound on the number of dead features (`dead_bound.py`); their number itself stays on the device.
 
 Selections are exact as everywhere: candidates from a fp16 product, values in fp32, uncertain rows selected from all features.
 """
@@ -12,13 +12,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from saelab.kernels.triton_backend.launch import target_of
 from saelab.kernels.triton_backend.sddmm import sum_slices
 from saelab.kernels.triton_backend.spmm import spmm_residual
-from saelab.kernels.triton_backend.step.candidates import Sizes, empty_slots, find_candidates, slices_of
+from saelab.kernels.triton_backend.step.auxk import Aux, Weights, add_auxk, empty_aux
+from saelab.kernels.triton_backend.step.bucket import capacity_for
+from saelab.kernels.triton_backend.step.candidates import empty_slots, find_candidates, sizes_of, slices_of
 from saelab.kernels.triton_backend.step.dense import decode_dense, dense_gradients, dense_pays, empty_dense
 from saelab.kernels.triton_backend.step.gradients import Pairs, empty_gradients, fill_gradients, sort_pairs
 from saelab.kernels.triton_backend.step.prepare import (
@@ -40,15 +42,14 @@ from saelab.kernels.triton_backend.step.update import (
     finish,
     update,
 )
-from saelab.losses import auxk
 from saelab.saes.topk import TopKSAE
 from saelab.training.adam import Adam
 from saelab.training.dead_features import DeadFeatures
-from saelab.training.late_records import Record
+from saelab.training.late_records import LAG, Record
 
 _READ_AS_THEY_ARE = (torch.float32, torch.bfloat16, torch.float16)
-HORIZON = 16
-"""Steps for which a record that finds no feature near death vouches."""
+HORIZON = 2 * LAG
+"""Steps for which the record of a step bounds the number of dead features; it is read after `LAG`."""
 
 
 class FusedStep:
@@ -79,6 +80,7 @@ class FusedStep:
         self._moments = [Moments(p, *adam.moments(p)) for p in (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec)]
         decay = sae.weight_decay.get(sae.W_enc, 0.0)
         self._options = AdamOptions(*adam.betas, adam.eps, clip_norm, decay)
+        self._aux: Aux | None = None
 
     @torch.no_grad()
     def load(self, x: Float[Tensor, "batch d_in"], lr: float, step: int) -> None:
@@ -98,16 +100,29 @@ class FusedStep:
         pinned = numbers.pin_memory() if self.schedule.is_cuda else numbers
         self.schedule.copy_(pinned, non_blocking=True)
 
+    @property
+    def room(self) -> int:
+        """The number of dead features that AuxK has room for."""
+        return 0 if self._aux is None else self._aux.bucket.ids.shape[0]
+
+    def make_room(self, n_dead: int) -> bool:
+        """Make room for so many dead features; whether that changed it. Room is kept until four times less would do."""
+        config, needed = self.sae.config, capacity_for(n_dead, self.sae.d_sae)
+        if needed <= self.room < 4 * needed:
+            return False
+        self._aux = None  # before there is another
+        self._aux = empty_aux(needed, config.k_aux or max(self.sae.d_in // 2, 1), config.auxk_alpha, self.rows.x)
+        return True
+
     @torch.no_grad()
-    def run(self, dead: Int[Tensor, " n_dead"] | None = None) -> None:
-        """One step on the loaded rows, with AuxK if there are `dead` features (their ids)."""
+    def run(self, with_aux: bool = False) -> None:
+        """One step on the loaded rows; `with_aux` for the features that are dead, if any is."""
         sae, x = self.sae, self.rows.x
         variance = variance_of(x)
         self._select()
         bias = None if sae.pre_bias is not None else sae.b_dec
         residual, error, pairs = self._reconstruct(bias, variance)
-        if dead is not None:
-            self._add_aux(dead, residual)
+        losses = self._add_aux(residual, error) if with_aux else None
         through = self._gradients.b_enc @ sae.W_enc if sae.pre_bias is not None else None
         window = self.dead.window
         counted = self._gradients, sae.W_dec, pairs, self.dead.tokens_since_fired, self.n_rows, window
@@ -115,7 +130,7 @@ class FusedStep:
         W_enc, W_dec, b_enc, b_dec = self._moments
         finish(
             error, variance, each, pairs, self._uncertain.count, residual.sum(0), through, self.schedule, b_dec,
-            self._db_dec, self._control, self.record, self._options,
+            self._db_dec, self._control, self.record, self._options, losses,
         )  # fmt: skip
         update(W_enc, W_dec, b_enc, self._gradients, parallel, self._control, self.schedule, self._options)
 
@@ -126,7 +141,7 @@ class FusedStep:
         if self._dense is not None:
             residual, error = decode_dense(self.selection, W_dec, bias, x, self._dense)
             low = self.rows.low[:, : x.shape[1]]
-            dense_gradients(self.selection, low, residual, variance, self._dense, self._gradients)
+            dense_gradients(self.selection, low, variance, self._dense, self._gradients)
             return residual, error, pairs
         residual, error = spmm_residual(values.view(-1), features.view(-1), self._offsets, W_dec, bias, x)
         partials = pair_products(residual, W_dec, features, counts, by_feature=(pairs.features, pairs.order))
@@ -137,7 +152,7 @@ class FusedStep:
         """Fill `selection` from the loaded rows."""
         sae, k = self.sae, self.sae.config.k
         prepare_weights(sae.W_enc, sae.b_enc, self._low, self._norms)
-        sizes = Sizes(self._norms, self._norms.mean(1), None if self._dense is None else self._norms.amax(1))
+        sizes = sizes_of(self._norms, with_most=self._dense is not None)
         for rows in self._slices:
             scores = self._scores[: (rows.stop - rows.start) * sae.d_sae].view(-1, sae.d_sae)
             product(self.rows.low[rows], self._low, scores)
@@ -146,25 +161,26 @@ class FusedStep:
         select(*operands, self.slots, self.selection, self._uncertain)
         search_rows(*operands, self._uncertain, self._plan, self._scores.view(torch.int64), self.selection)
 
-    def _add_aux(self, dead: Int[Tensor, " n_dead"], residual: Float[Tensor, "batch d_in"]) -> None:
-        """Add the gradients of AuxK to those of the dead features, and its loss to the record."""
-        sae, config = self.sae, self.sae.config
-        with torch.enable_grad():
-            W_enc, W_dec, b_enc = (p.detach()[dead].requires_grad_() for p in (sae.W_enc, sae.W_dec, sae.b_enc))
-            loss = auxk(self.rows.x, -residual, W_enc, b_enc, W_dec, config.k_aux or max(sae.d_in // 2, 1))
-            gradients = torch.autograd.grad(config.auxk_alpha * loss, (W_enc, W_dec, b_enc))
-        for total, more in zip(self._gradients, gradients, strict=True):
-            total.index_add_(0, dead, more)  # each row once: no sum depends on an order
-        self.record[RECORD.index("auxk")] = loss.detach()
+    def _add_aux(self, residual: Float[Tensor, "batch d_in"], error: Float[Tensor, ""]) -> Tensor:
+        """Add the gradients of AuxK to those of the dead features; returns the shares of its loss."""
+        assert self._aux is not None
+        weights = Weights(self.sae.W_enc, self.sae.b_enc, self.sae.W_dec)
+        dead = self.dead.tokens_since_fired, self.dead.window
+        add_auxk(self.rows.x, residual, error, weights, dead, self._aux, self._gradients)
+        return self._aux.losses
 
     def values(self, record: Record) -> dict[str, Any]:
-        """The metrics in the record of a step, and under "none_dead_soon" whether none can be dead for `HORIZON` steps."""
+        """The metrics in the record of a step."""
         numbers = dict(zip(RECORD, record.numbers.tolist(), strict=True))
         aux = {"auxk": numbers["auxk"]} if record.with_aux else {}
         loss = numbers["fvu"] + sum(self.sae.config.auxk_alpha * term for term in aux.values())
         found = {"loss": loss, "l0": numbers["nnz"] / self.n_rows, "fvu": numbers["fvu"], **aux}
-        found |= {"grad_norm": numbers["grad_norm"], "dead_fraction_train": numbers["dead"] / self.sae.d_sae}
-        return found | {"none_dead_soon": not numbers["dead_soon"]}
+        return found | {"grad_norm": numbers["grad_norm"], "dead_fraction_train": numbers["dead"] / self.sae.d_sae}
+
+    def dead_counts(self, record: Record) -> tuple[int, int]:
+        """The numbers of features that are dead after a step, and that may be so `HORIZON` steps later."""
+        numbers = record.numbers.tolist()
+        return int(numbers[RECORD.index("dead")]), int(numbers[RECORD.index("dead_soon")])
 
     def selected(self) -> dict[str, float]:
         """Of the last step: candidates a row beyond k, and the shares of rows that were certain and selected again. Waits."""

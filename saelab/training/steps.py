@@ -6,6 +6,7 @@ for a GPU. `settle` returns the rest.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -21,6 +22,7 @@ from saelab.training.adam import Adam
 from saelab.training.config import TrainConfig
 from saelab.training.cuda_graph import Replayed
 from saelab.training.data_source import Rows
+from saelab.training.dead_bound import DeadBound
 from saelab.training.dead_features import DeadFeatures
 from saelab.training.device_rows import device_rows
 from saelab.training.exchange import Exchange
@@ -120,7 +122,7 @@ def fused_serves(of: Trained) -> bool:
 
 
 class FusedTraining:
-    """The fused step, recorded as a CUDA graph, its metrics some steps late."""
+    """The fused step, recorded as CUDA graphs with and without AuxK, its metrics some steps late."""
 
     def __init__(self, of: Trained) -> None:
         from saelab.training.fused_step import HORIZON, FusedStep
@@ -128,21 +130,17 @@ class FusedTraining:
         assert isinstance(of.sae, TopKSAE)
         self._of = of
         self._fused = FusedStep(of.sae, of.adam, of.dead, of.train.batch_size, of.train.clip_norm)
-        self._replayed = Replayed(self._fused.run, of.device)
-        self._records, self._horizon = LateRecords(), HORIZON
-        self._none_dead_before = -1
-        """No feature is dead at the start of an earlier step."""
+        self._without_aux = Replayed(partial(self._fused.run, with_aux=False), of.device)
+        self._with_aux = Replayed(partial(self._fused.run, with_aux=True), of.device)
+        self._records, self._bound = LateRecords(), DeadBound(of.dead, HORIZON * of.train.batch_size)
 
     def __call__(self, rows: Rows, step: int, lr: float, logged: bool) -> Found:
         of = self._of
         (name,) = of.hooks.all
         self._fused.load(device_rows(rows, name, slice(None), of.device), lr, step)
-        dead = self._dead(step)
-        if dead is None:
-            self._replayed()
-        else:
-            self._fused.run(dead)
-        self._records.push(step, self._fused.record, with_aux=dead is not None)
+        with_aux = self._makes_room()
+        (self._with_aux if with_aux else self._without_aux)()
+        self._records.push(step, self._fused.record, with_aux)
         return [self._metrics(record) for record in self._records.take(LAG)]
 
     def settle(self, step: int) -> Found:
@@ -154,16 +152,15 @@ class FusedTraining:
         """What the selection of the last step did (`FusedStep.selected`)."""
         return self._fused.selected()
 
-    def _dead(self, step: int) -> torch.Tensor | None:
-        """The dead features of this step; None if there is none, which records of earlier steps may have ruled out."""
-        of = self._of
-        if step < self._none_dead_before or not of.sae.config.auxk_alpha:
-            return None
-        ids = of.dead.dead.nonzero().squeeze(1)  # waits
-        return ids if len(ids) else None
+    def _makes_room(self) -> bool:
+        """Whether a feature may be dead in the next step: there is then room for AuxK."""
+        config, at_most = self._of.sae.config, self._bound.at_most
+        with_aux = config.auxk_alpha > 0 and at_most > 0
+        if with_aux and self._fused.make_room(at_most):
+            self._with_aux.forget()
+        self._bound.note_room(self._fused.room if with_aux else 0 if config.auxk_alpha else config.d_sae)
+        return with_aux
 
     def _metrics(self, record: Record) -> tuple[int, dict[str, Any]]:
-        found = self._fused.values(record)
-        if found.pop("none_dead_soon"):
-            self._none_dead_before = record.step + self._horizon + 1
-        return record.step, found
+        n_dead = self._bound.read(record.step, *self._fused.dead_counts(record))
+        return record.step, self._fused.values(record._replace(with_aux=record.with_aux and n_dead > 0))

@@ -99,8 +99,11 @@ def kernel_spec(
         least_bytes=least_bytes or (lambda cache: compulsory_bytes),
         compulsory_bytes=compulsory_bytes,
         tile=(
-            constexprs.get("PAIRS", 1),
-            next((constexprs[name] for name in ("COLUMNS", "BLOCK", "SLOTS", "FEATURES") if name in constexprs), 1),
+            constexprs.get("PAIRS", constexprs.get("TILE", 1)),
+            next(
+                (constexprs[name] for name in ("COLUMNS", "TILE", "BLOCK", "SLOTS", "FEATURES") if name in constexprs),
+                1,
+            ),
         ),
         tensor_cores=False,
     )

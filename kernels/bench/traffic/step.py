@@ -7,6 +7,8 @@ from typing import Any
 from saelab.kernels.bench.traffic.spec import PRODUCTION, SMALL, KernelSpec, kernel_spec
 from saelab.kernels.triton_backend.launch import ceil_div
 from saelab.kernels.triton_backend.step import (
+    auxk,
+    bucket,
     candidates,
     dense,
     gradients,
@@ -24,11 +26,12 @@ _FOUND = 8192 * 80  # candidates of a batch, k plus 16 a row
 _TILES = ceil_div(_D_IN, gradients.COLUMNS)
 _WIDE_AND_NARROW = ((update._BLOCK, update._WARPS), (update._BLOCK // 4, update._WARPS // 2))
 _PARTIALS = 4 * _TILES * _FOUND
+_DEAD = 1024  # features; their rows of the weights stay in the cache
 
 
 def production_specs() -> list[KernelSpec]:
     """Entries of the compile report."""
-    return [*_first(), *_selection(), *_gradients(), *_last()]
+    return [*_first(), *_selection(), *_gradients(), *_dense(), *_aux(), *_last()]
 
 
 def _spec(fn: Any, types: str, constexprs: dict[str, Any], num_warps: int, traffic: int) -> KernelSpec:
@@ -69,6 +72,7 @@ def _selection() -> list[KernelSpec]:
     gathers = _ROWS + _WEIGHTS + 12 * _FOUND + _PARTIALS
     kept = "*fp32 *i32 *i32 *i32"
     return [
+        _spec(candidates._sizes_kernel, "*fp32 *fp32 *fp32 i32", {"BLOCK": 2 * candidates._BLOCK}, 8, 8 * _D_SAE),
         _spec(candidates._candidates_kernel, found, all_features, 8, 2 * _BATCH * SMALL.d_sae),
         _spec(candidates._candidates_kernel, exact, many, 4, scores + 4 * _BATCH * _SLOTS),
         _spec(products._by_row_kernel, "*fp32 *fp32 *i32 *i32 *i32 *fp32 i32 i32", by_row, products.ROW_WARPS, gathers),
@@ -101,12 +105,53 @@ def _gradients() -> list[KernelSpec]:
             chunk | tile | {"PAIRS": gradients._PAIRS}, gradients._WARPS, 2 * _ROWS + 2 * _WEIGHTS + lists + far,
         ),
         _spec(gradients._add_far_kernel, f"*i32 *i64 {sums}", chunk | tile, gradients._WARPS, 3 * far),
-        _spec(dense._scatter_kernel, "*fp32 *i32 *i32 *fp16 *fp16 i32 i32", {"BLOCK": 128}, 1, 8 * _NNZ),
+    ]  # fmt: skip
+
+
+def _dense() -> list[KernelSpec]:
+    d_sae, row, slots = SMALL.d_sae, {"BLOCK": dense._BLOCK}, {"BLOCK": 128, "CLEARED": dense._BLOCK}
+    scatter = "*fp32 *i32 *i32 *fp16 i32 i32"
+    return [
+        _spec(
+            dense._scatter_kernel, scatter, slots | {"from_ptr": None}, dense._WARPS, 8 * _BATCH * 128 + 2 * _BATCH * d_sae
+        ),
+        _spec(dense._scatter_kernel, scatter.replace("*fp16", "*fp16 *fp16"), slots, dense._WARPS, 8 * _BATCH * 128),
+        _spec(dense._residual_kernel, "*fp32 *fp32 *fp32 *fp16 *fp32 i32", row, dense._WARPS, 7 * _ROWS // 2),
+        _spec(dense._scale_kernel, "*fp32 *fp32 *fp32 *fp32 i32", row, dense._WARPS, 16 * d_sae * _D_IN),
+    ]  # fmt: skip
+
+
+def _aux() -> list[KernelSpec]:
+    tile: dict[str, Any] = {"D_IN": _D_IN, "TILE": auxk._TILE, "DEPTH": auxk._DEPTH}
+    kept, weights = 4 * _BATCH * _DEAD, 4 * _DEAD * _D_IN
+    weights_of = "*fp32 *fp32 *i32 *i32"
+    variances = {"VARIANCES": ceil_div(_D_IN, prepare._COLUMNS)}
+    return [
+        _spec(
+            bucket._list_kernel, "*i64 *i32 *i32 i64 i32 i32", {"BLOCK": bucket._LISTED}, bucket._LISTED_WARPS, 8 * _D_SAE
+        ),
+        _spec(bucket._keep_largest_kernel, "*fp32 *i32 i32 i32", {"BLOCK": bucket._BLOCK}, bucket._WARPS, 2 * kept),
+        _spec(
+            auxk._encode_kernel, f"{weights_of} *fp32 *fp32 i32 i32", tile | {"kept_ptr": None}, auxk._WARPS,
+            _ROWS + weights + kept,
+        ),
+        _spec(
+            auxk._encode_kernel, f"{weights_of} *fp32 *fp32 i32 i32", tile | {"bias_ptr": None}, auxk._WARPS,
+            _ROWS + weights + 2 * kept,
+        ),
+        _spec(
+            auxk._decode_kernel, f"{weights_of} *fp32 *fp32 *fp32 *fp32 *fp32 i32 i32 i32 fp32 fp32 fp32", tile | variances,
+            auxk._WARPS, kept + weights + 2 * _ROWS,
+        ),
+        _spec(
+            auxk._add_gradients_kernel, "*fp32 *fp32 *fp32 *fp32 *i32 *i32 *fp32 *fp32 *fp32 i32 i32", tile, auxk._WARPS,
+            2 * kept + 2 * _ROWS + 4 * weights,
+        ),
     ]  # fmt: skip
 
 
 def _last() -> list[KernelSpec]:
-    numbers = "*fp32 *fp32 *fp32 *i64 *i32 " + "*fp32 " * 9 + "i32 i32 fp32 fp32 fp32 fp32"
+    numbers = "*fp32 *fp32 *fp32 *i64 *i32 " + "*fp32 " * 10 + "i32 i32 i32 fp32 fp32 fp32 fp32"
     return [
         *(
             _spec(

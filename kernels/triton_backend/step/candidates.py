@@ -172,6 +172,21 @@ def _candidates_kernel(
     tl.store(bounds_ptr + row, tl.where(floor > 0.0, floor + step * floor + least, 0.0))  # what is below 0 stays so
 
 
+@triton.jit(do_not_specialize=["d_sae"])
+@no_type_check
+def _sizes_kernel(norms_ptr, means_ptr, most_ptr, d_sae, BLOCK: tl.constexpr):
+    kind = tl.program_id(0).to(tl.int64)
+    total, most = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for first in range(0, d_sae, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        norms = tl.load(norms_ptr + kind * d_sae + at, mask=at < d_sae, other=0.0)
+        total += norms
+        most = tl.maximum(most, norms)
+    tl.store(means_ptr + kind, tl.sum(total, axis=0) / d_sae)
+    if most_ptr is not None:
+        tl.store(most_ptr + kind, tl.max(most, axis=0))
+
+
 def slots_for(k: int) -> int:
     """Slots of a row: several times what is needed on activations of real models (k plus 20 to 80)."""
     return max(_LEAST_SLOTS, 4 << (k - 1).bit_length())
@@ -193,6 +208,13 @@ class Sizes(NamedTuple):
     means: Float[Tensor, " 2"]
     most: Float[Tensor, " 2"] | None
     """The largest; needed for `Slots.rough`."""
+
+
+def sizes_of(norms: Float[Tensor, "2 d_sae"], with_most: bool) -> Sizes:
+    """The sizes of features whose norms, and those of their rounding errors, are given."""
+    means, most = norms.new_empty(2), norms.new_empty(2) if with_most else None
+    launch(_sizes_kernel, (2,), norms, means, most, norms.shape[1], BLOCK=2 * _BLOCK, num_warps=8)
+    return Sizes(norms, means, most)
 
 
 def find_candidates(

@@ -181,6 +181,11 @@ def prepare_weights(W: Tensor, bias: Tensor, low: Tensor, norms: Tensor) -> None
 
 def variance_of(x: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
     """`sum |x - mean(x)|^2`."""
+    return variances_of(x).sum()
+
+
+def variances_of(x: Float[Tensor, "batch d_in"]) -> Float[Tensor, " tiles"]:
+    """The sum over each tile of columns."""
     n_rows, d_in = x.shape
     n_blocks, n_tiles = ceil_div(n_rows, _ROWS), ceil_div(d_in, _COLUMNS)
     means, squares = torch.empty(2, n_blocks, d_in, dtype=torch.float32, device=x.device)
@@ -188,7 +193,7 @@ def variance_of(x: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
     tile = {"ROWS": _ROWS, "COLUMNS": _COLUMNS}
     launch(_column_moments_kernel, (n_blocks, n_tiles), x, means, squares, n_rows, d_in, **tile, num_warps=_WARPS)
     launch(_variance_kernel, (n_tiles,), means, squares, parts, n_rows, d_in, n_blocks, **tile, num_warps=1)
-    return parts.sum()
+    return parts
 
 
 def product(a: Float[Tensor, "rows width"], b: Float[Tensor, "d_sae width"], out: Float[Tensor, "rows d_sae"]) -> None:

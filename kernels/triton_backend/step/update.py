@@ -20,7 +20,7 @@ from saelab.kernels.triton_backend.launch import launch
 from saelab.kernels.triton_backend.step.gradients import Gradients, Pairs
 
 RECORD = ("fvu", "nnz", "grad_norm", "dead", "dead_soon", "uncertain", "auxk")
-"""The entries of a step's record, fp32; "loss" is the FVU, and "auxk" is left to the caller."""
+"""The entries of a step's record, fp32; "auxk" is written in steps that have it."""
 _BLOCK = 1024
 _WARPS = 4
 _TINY = torch.finfo(torch.float32).eps
@@ -103,11 +103,12 @@ def _step_bias(
         tl.store(square_ptr + at, square, mask=real)
 
 
-@triton.jit(do_not_specialize=["d_sae", "d_in"])
+@triton.jit(do_not_specialize=["d_sae", "d_in", "n_losses"])
 @no_type_check
 def _finish_kernel(
     error_ptr, variance_ptr, each_ptr, offsets_ptr, n_uncertain_ptr, sums_ptr, through_ptr, schedule_ptr, b_ptr, average_ptr,
-    square_ptr, db_ptr, control_ptr, record_ptr, d_sae, d_in, beta1, beta2, eps, clip_norm, BLOCK: tl.constexpr,
+    square_ptr, db_ptr, control_ptr, record_ptr, losses_ptr, d_sae, d_in, n_losses, beta1, beta2, eps, clip_norm,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = tl.arange(0, BLOCK)
     squares, dead, soon = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
@@ -138,6 +139,11 @@ def _finish_kernel(
     tl.store(record_ptr + 4, tl.sum(soon, axis=0))
     tl.store(record_ptr + 5, tl.load(n_uncertain_ptr).to(tl.float32))
     tl.store(n_uncertain_ptr, 0)
+    if losses_ptr is not None:
+        loss = tl.zeros([BLOCK], tl.float32)
+        for first in range(0, n_losses, BLOCK):
+            loss += tl.load(losses_ptr + first + at, mask=first + at < n_losses, other=0.0)
+        tl.store(record_ptr + 6, tl.sum(loss, axis=0))
 
 
 @triton.jit
@@ -210,10 +216,12 @@ def count_and_norm(
 def finish(
     error: Tensor, variance: Tensor, each: Tensor, pairs: Pairs, n_uncertain: Tensor, sums: Tensor, through: Tensor | None,
     schedule: Tensor, b_dec: Moments, db_dec: Tensor, control: Tensor, record: Tensor, options: AdamOptions,
+    losses: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Step `b_dec`, and write `control` (clip factor, whether the norm is finite) and the `record` of the step.
 
-    `sums` are the column sums of the residual, `through` is `db_enc @ W_enc` where `b_dec` is subtracted from the input.
+    `sums` are the column sums of the residual, `through` is `db_enc @ W_enc` where `b_dec` is subtracted from the input,
+    `losses` are the shares of AuxK.
     """
     d_sae, d_in = pairs.offsets.shape[0] - 1, sums.shape[0]
     operands = (
@@ -229,8 +237,10 @@ def finish(
         db_dec,
         control,
         record,
+        losses,
     )
-    numbers = (d_sae, d_in, options.beta1, options.beta2, options.eps, options.clip_norm)
+    n_losses = 0 if losses is None else losses.numel()
+    numbers = (d_sae, d_in, n_losses, options.beta1, options.beta2, options.eps, options.clip_norm)
     launch(_finish_kernel, (1,), *operands, *numbers, BLOCK=_BLOCK, num_warps=8)
 
 
