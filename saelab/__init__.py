@@ -1,5 +1,7 @@
 """saelab: a workbench for sparse autoencoders. The public names, imported when first used."""
 
+import os
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +36,11 @@ __all__ = [
     "steering",
     "train",
 ]
+
+# A thread of torch's OpenMP that waits for the others spins for a millisecond or so before it sleeps. Beside another process that
+# is busy, it spins away the time of the thread that it waits for. Read once, when torch is loaded; what the user set stands.
+if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 # Where each name lives; None: the name is a module itself.
 _HOMES = {
