@@ -6,6 +6,7 @@ Every setting is in the address. Enter in a box applies it, as everywhere in the
 from __future__ import annotations
 
 import math
+import re
 from functools import partial
 from typing import Any
 
@@ -148,7 +149,7 @@ def _edits(store: FeatureStore, edits: tuple[PageEdit, ...], on: str) -> tuple[P
 
 def _strengths(text: str) -> tuple[float, ...]:
     """The strengths of an address. Raises `ValueError` for anything else."""
-    found = tuple(float(one) for one in text.replace(" ", "").split(",")) if text.strip() else ()
+    found = tuple(float(one) for one in re.split(r"\s*,\s*|\s+", text.strip())) if text.strip() else ()
     wrong = any(not math.isfinite(one) or abs(one) > MAX_STRENGTH for one in found)
     if wrong or len(found) > MAX_STRENGTHS or len(set(found)) < len(found):
         raise ValueError(text)

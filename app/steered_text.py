@@ -10,7 +10,7 @@ from typing import Any
 
 import streamlit as st
 
-from saelab.app import markdown, state, steer_edits, steer_plan
+from saelab.app import effect_chart, markdown, state, steer_edits, steer_plan
 from saelab.app.steer_edits import KINDS
 from saelab.features import FeatureStore
 from saelab.features.render import model_label
@@ -60,7 +60,7 @@ def plan_of(store: FeatureStore, request: dict[str, Any]) -> Any:
 def generate(store: FeatureStore, request: dict[str, Any]) -> dict[str, Any]:
     """The texts, drawn into the page as they grow. Streamlit may end the run at any new token: whatever is changed on the page
     restarts it; then the texts so far stay in `steer_stopped`."""
-    from saelab.steering.compare_html import comparison_html, tokens_html
+    from saelab.steering.compare_html import comparison_html, effect_against_cost, tokens_html
 
     check_request(store, request)
     found, same_model = _compared(store, request)
@@ -71,7 +71,8 @@ def generate(store: FeatureStore, request: dict[str, Any]) -> dict[str, Any]:
     return {
         "request": request, "folder": store.folder, "rows": found.rows, "warning": warning,
         "unsteered": before + found.texts[0].text, "steered": before + steered.text,
-        "html": [tokens_html(found, one) for one in found.texts] if simple else [comparison_html(found)],
+        "html": [tokens_html(found, one) for one in found.texts] if simple else [comparison_html(found, with_plot=False)],
+        "effect": effect_against_cost(found),
     }  # fmt: skip
 
 
@@ -183,6 +184,8 @@ def show_result(result: dict[str, Any], request: dict[str, Any], store: FeatureS
         )
     if result["warning"]:
         st.warning(result["warning"])
+    if result["effect"]:
+        effect_chart.show(result["effect"])
     st.html(f"<style>{STYLE}</style>")
     if len(result["html"]) == 1:
         st.html(result["html"][0])

@@ -142,6 +142,16 @@ def test_what_cannot_be_compared(tiny_lm, feature, options, words):
         compare(tiny_lm, options.pop("prompts", PROMPT), edits, max_new_tokens=2, progress=False, **options)
 
 
+def test_no_prompt_is_refused_and_one_edit_is_a_plan(tiny_lm, feature):
+    with pytest.raises(ValueError, match="asks for no text"):
+        compare(tiny_lm, [], feature)
+    assert Plan(feature * 2.0).to_json() == Plan([feature * 2.0]).to_json()
+    assert f"feature {feature.feature}" in repr(feature * 2.0) and "(2 p99)" in repr(feature * 2.0)
+    assert len(repr(feature.handle.direction.add(3.0))) < 120
+    with pytest.raises(ValueError, match="no plan file"):
+        Plan.load("nowhere.json")
+
+
 def test_inside_a_block_nothing_would_be_unsteered(tiny_lm, feature):
     with pytest.raises(ValueError, match="is being steered"), tiny_lm.steer(feature * 1.0):
         compare(tiny_lm, PROMPT, feature)

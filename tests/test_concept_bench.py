@@ -53,7 +53,7 @@ def test_the_planted_feature_wins_without_a_judge(case, concept):
     rows = {row.method: row for row in found.rows}
     assert list(rows) == ["feature", "random", ASKED] and rows["feature"].factor == 4.0 and rows[ASKED].factor is None
     assert rows["feature"].score.low > 0.3 and rows["random"].score.mean < 0.3 and rows["feature"].instruction is None
-    assert len(rows["feature"].items) == 3 * 4 and rows[ASKED].nll_cost is not None
+    assert rows["feature"].n_unmarked == 0 and len(rows["feature"].items) == 3 * 4 and rows[ASKED].nll_cost is not None
     assert found.methods()["feature"].mean == pytest.approx(rows["feature"].score.mean)
     found.show()
     json.dumps(found.data(), allow_nan=False)
@@ -135,7 +135,7 @@ def test_marks():
     assert {answer: mark_in(answer) for answer in told} == told
 
 
-def test_a_model_is_asked_three_questions(tiny_lm):
+def test_a_model_is_asked_three_questions(tiny_lm, caplog):
     @dataclass
     class Model:
         name: str = "scripted"
@@ -143,7 +143,7 @@ def test_a_model_is_asked_three_questions(tiny_lm):
 
         def ask(self, messages: Any, max_tokens: int) -> str:
             self.asked.append(messages[1]["content"])
-            return ["2", "hm", "1", "Answer: 0"][len(self.asked) - 1]
+            return ["2", "1", "Answer: 0"][len(self.asked) - 1]
 
     class Vague(Model):
         def ask(self, messages: Any, max_tokens: int) -> str:
@@ -152,10 +152,34 @@ def test_a_model_is_asked_three_questions(tiny_lm):
     model = Model()
     assert ModelJudge(model).marks("rain", "It is", " wet", Measured(None, 1.0)) == (2.0, 1.0, 0.0)
     assert "rain" in model.asked[0] and all("Text:  wet" in one for one in model.asked)
-    with pytest.raises(SaelabError, match="asked for a mark of 0, 1 or 2 and answered"):
-        ModelJudge(Vague()).marks("rain", "It is", " wet", Measured(None, 1.0))
-    with tiny_lm.steer(), pytest.raises(SaelabError, match="asked for a mark"):
-        ModelJudge(LocalModel(tiny_lm))._mark("?", "a", "b")
+    assert ModelJudge(Vague()).marks("rain", "It is", " wet", Measured(None, 1.0)) is None
+    assert "answered 'It is wet.'" in caplog.text
+    assert LocalModel(tiny_lm).ask([{"role": "user", "content": "0?"}], 2) is not None  # what ModelJudge asks
+
+
+def test_texts_without_marks_are_left_out_and_counted(case, concept):
+    lm, _ = case
+
+    class Forgets(CountsThe):
+        """Gives no marks to the third prompt, nor to any text of what is named random."""
+
+        silent: str = ""
+
+        def marks(self, concept: str, prompt: str, text: str, measured: Measured) -> Marks | None:
+            marks = super().marks(concept, prompt, text, measured)
+            return None if prompt == planted.PROMPTS[3] or self.silent == "all" else marks
+
+    how = {"factors": (0.5, 4.0), "ask": "", **HOW}
+    whole = concept_bench(lm, [concept], planted.PROMPTS, judge=CountsThe(), **how).rows[0]
+    found = concept_bench(lm, [concept], planted.PROMPTS, judge=Forgets(), **how)
+    row = found.rows[0]
+    assert row.n_unmarked == 2 and row.factor == whole.factor and whole.n_unmarked == 0
+    (held,) = [one for one in whole.items if one.factor == row.factor and one.prompt == 1]
+    assert row.score.mean == held.score and json.dumps(found.data(), allow_nan=False)
+    silent = Forgets()
+    silent.silent = "all"
+    with pytest.raises(SaelabError, match="gave no marks to the texts of 'the word The' by 'feature'"):
+        concept_bench(lm, [concept], planted.PROMPTS, judge=silent, **how)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +190,8 @@ def test_a_model_is_asked_three_questions(tiny_lm):
         ({"concepts": "twice"}, "name of its own"),
         ({"concepts": [Concept("a", {})]}, "needs methods"),
         ({"concepts": [Concept("a", {ASKED: None})]}, "always there"),
-        ({"factors": (1.0, 1.0)}, "each once"),
+        ({"factors": (1.0, 1.0)}, "factors.*each once"),
+        ({"factors": (float("nan"),)}, "factors=.nan"),
         ({"factors": ()}, "expected numbers"),
         ({"concepts": "read"}, "no feature"),
     ],

@@ -334,7 +334,7 @@ def test_two_edits_that_set_one_feature_are_refused(sae):
 # --- gates
 
 
-def test_gates_by_hand(tiny_lm, sae):
+def test_gates_by_hand(tiny_lm, sae, caplog):
     feature = firing(sae, tiny_lm)
     ids = tiny_lm.to_ids(PROMPT)
     plain = {hook: activations(tiny_lm, ids, hook)[0] for hook in (EARLIER, HOOK)}
@@ -354,7 +354,7 @@ def test_gates_by_hand(tiny_lm, sae):
         assert tiny_lm.last_report[0].n_applied == int(want.sum())
     with tiny_lm.steer(Everywhere(), gate=feature.above(1e6)):  # a gate that stays shut is no error: it says so
         assert torch.equal(tiny_lm.logits(PROMPT), tiny_lm.logits(PROMPT))
-    assert tiny_lm.last_report[0].n_applied == 0
+    assert tiny_lm.last_report[0].n_applied == 0 and "was open at none of the" in caplog.text
     lost = Direction(torch.ones(32), "blocks.9.hook_resid_post").above(0.0)
     for edit, gate, words in (
         (Everywhere(EARLIER), feature.above(0.3), "must read that hook"),

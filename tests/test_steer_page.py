@@ -1,5 +1,6 @@
 """The Steer page: its state in the address, texts that are marked once they are stale, and the limits on a request."""
 
+import json
 import re
 
 import pytest
@@ -175,6 +176,20 @@ def test_strengths_seeds_and_a_control_are_one_table(open_page, hostile_run, lm,
     )
     assert app.session_state["steered"]["rows"] == expected.rows
     assert html_of(app).count('class="sc-row"') == len(expected.texts) == 10
+
+
+@pytest.mark.parametrize("written", ["1,8", "1 8", " 1 ,  8 "])
+def test_strengths_are_divided_by_commas_or_spaces_and_plotted(open_page, lm, index, written):  # noqa: F811
+    app = open_page("steer", feature=index, strengths=written, control=True, tokens=5)
+    app.button[0].click().run()
+    assert not app.exception
+    (chart,) = app.get("plotly_chart")
+    figure = json.loads(chart.proto.spec)
+    names = {trace["name"]: trace["text"] for trace in figure["data"]}
+    assert names == {name: ["\u00d7 1", "\u00d7 8"] for name in ("steered", "random direction")}
+    alone = open_page("steer", feature=index, strengths="2", tokens=3)
+    alone.button[0].click().run()
+    assert not alone.get("plotly_chart")
 
 
 def test_read_back_and_cost_stand_beside_the_text(open_page, lm, index):  # noqa: F811

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,7 @@ import planted_steering as planted
 import pytest
 import torch
 from conftest import build_tokenizer
+from rich.console import Console
 
 import saelab
 from saelab.cli.main import main
@@ -166,6 +168,20 @@ def test_the_card_escapes_and_stands_alone(report, tmp_path):
     assert len(text.encode()) < 100_000 and "default-src 'none'" in text
     assert json.loads(json.dumps(report.data(), allow_nan=False))["best_strength"] == 4.0
     altered.show()
+
+
+@pytest.mark.parametrize("width", [80, 120, 300])
+def test_the_table_fits_the_terminal(report, width):
+    console = Console(width=width, file=io.StringIO())
+    report.show(console)
+    text = console.file.getvalue()
+    best = report.best
+    told = [
+        f"{one.mean:+.2f} [{one.low:+.2f}, {one.high:+.2f}]".replace("-", "\u2212")
+        for one in (best.read_back, best.nll_cost)
+    ]
+    assert all(one in text for one in told) and "\u2026" not in text and max(map(len, text.splitlines())) <= width
+    assert ("A wider terminal" in text) == (width < 300)
 
 
 def row(strength: float, effect: float, cost: float, score: float | None = None) -> ReportRow:

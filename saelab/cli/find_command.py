@@ -33,6 +33,8 @@ def find(
 
     runs_of(run, one=True)
     store = saelab.load_features(run)
+    for index in feature:
+        store.feature(index)  # refused before the model is loaded
     with answering(as_json) as answer:
         found = find_features(
             store,

@@ -107,6 +107,7 @@ def steer(
 ) -> None:
     """Continue a prompt with the unsteered model and with features steered: at several strengths and seeds, by a plan file."""
     from saelab.steering import compare
+    from saelab.steering.strengths import checked_strengths
 
     named = {"--out": files.out, "--save-plan": files.save_plan, "--gguf": files.gguf, "--report": files.report}
     for flag, path in named.items():
@@ -118,6 +119,7 @@ def steer(
         return
     writing = replace(writing, prompt=_PROMPT if writing.prompt is None else writing.prompt)
     plan = _plan(stores, edits, writing)
+    checked_strengths(writing.strengths or 1.0, plan, all_features=False)
     _save(plan, files)
     with answering(as_json) as answer:
         lm = load_lm(model or stores[0].manifest["model"]["name"], dtype)

@@ -44,6 +44,13 @@ class VectorEdit:
     asked: Mapping[str, Any] = field(default_factory=dict)
     """Where a feature made it: how it was asked for, in the words of `FeatureHandle`."""
 
+    def __repr__(self) -> str:
+        what = (
+            f"feature {self.asked['feature']}" if self.asked else f"a direction of norm {float(self.vector.norm()):.3g}"
+        )
+        bounds = f" from {self.bounds.low:g} to {self.bounds.high:g}" if self.mode == "cap" else ""
+        return f"<{self.mode} {self.strength:g}{bounds} of {what} at {self.hook_name}>"
+
     @property
     def sets(self) -> tuple[tuple[Any, int], ...]:
         """What two edits must not both set, each with the end of it (0: both); nothing for one that adds."""

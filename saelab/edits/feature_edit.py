@@ -57,6 +57,8 @@ class FeatureEdit:
     def __repr__(self) -> str:
         value = "values by position" if isinstance(self.value, Tensor) else f"{self.value:g}"
         value = f"{self.bounds.low:g} to {self.bounds.high:g}" if self.mode == "cap" else value
+        if self.asked.get("unit") not in (None, "raw") and isinstance(self.asked.get("value"), int | float):
+            value += f" ({self.asked['value']:g} {self.asked['unit']})"
         return f"<{self.mode} feature {self.feature} at {self.hook_name}: {value}>"
 
     def apply(

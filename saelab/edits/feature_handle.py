@@ -150,7 +150,7 @@ class FeatureHandle:
     def unit(self, unit: str) -> float:
         """One `unit` as a raw feature activation. Raises `ValueError` for an unknown unit, `SaelabError` for a missing one."""
         if unit not in UNITS:
-            raise ValueError(f"unit={unit!r} is unknown; expected one of {', '.join(UNITS)}.")
+            raise ValueError(f"unit={unit!r} is unknown; expected one of {', '.join(UNITS)}, or for add {_ALONG}.")
         size = 1.0 if unit == "raw" else self.units.get(unit)
         if size is None or not math.isfinite(size) or size == 0:
             why = self.no_units or (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from saelab.errors import SteeringError
 from saelab.models.steered import Steering
+
+_LOG = logging.getLogger("saelab")
 
 
 class HookReport(NamedTuple):
@@ -73,7 +76,10 @@ def check_applied(tallies: Sequence[Tally], generating: bool) -> None:
         if generating and not any(bool(tally.any_in_phase) for tally in mine):
             continue
         told = [tally.report() for tally in mine]
-        if steering.gate is None and not any(report.n_applied for report in told):
+        if steering.gate is not None and not any(report.n_applied for report in told):
+            n_read, names = max(report.n_read for report in told), ", ".join(told[0].edits)
+            _LOG.warning("The gate of %s was open at none of the %d tokens that the model read.", names, n_read)
+        elif not any(report.n_applied for report in told):
             n_read, names = max(report.n_read for report in told), ", ".join(told[0].edits)
             raise SteeringError(
                 f"{names} applied to none of the {n_read} tokens that the model read, with {steering.describe()}. The first "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
@@ -71,7 +71,8 @@ class Steering:
     """Largest change, as a multiple of the activation's norm; larger ones are shortened."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "edits", tuple(self.edits))
+        edits = self.edits if isinstance(self.edits, Iterable) else (self.edits,)
+        object.__setattr__(self, "edits", tuple(edits))
         if self.on not in get_args(On):
             raise ValueError(f"on={self.on!r} is unknown; expected {', '.join(map(repr, get_args(On)))}.")
         if self.positions is not None and self.window is not None:
@@ -82,7 +83,7 @@ class Steering:
             object.__setattr__(self, "window", _checked_window(self.window))
         if self.gate is not None and not callable(getattr(self.gate, "is_open", None)):
             raise ValueError(
-                f"gate={self.gate!r} is no gate: make one with feature.above(0.5) or direction.above(0.0)."
+                f"gate={str(self.gate)[:80]} is no gate: make one with feature.above(0.5) or direction.above(0.0)."
             )
         if not isinstance(self.keep_norm, bool):
             raise ValueError(f"keep_norm={self.keep_norm!r}; expected True or False.")

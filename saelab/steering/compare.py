@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -61,9 +61,9 @@ def compare(
     arms = _arms(plan, checked_strengths(strengths, plan, bool(given) and all(map(is_feature, given))), control)
     handles = [*features_of(plan.edits), *_read_too(read)]
     reader = Reader(lm, list({(id(one.sae), one.feature, one.end): one for one in handles}.values()))
-    drawn = _seeds(seeds)
+    drawn = _some(_listed(seeds), "seeds")
     temperature = (0.8 if len(drawn) > 1 else 0.0) if temperature is None else temperature
-    listed, texts = list(several(prompts, "prompts")), []
+    listed, texts = _some(several(prompts, "prompts"), "prompts"), []
     with tqdm(total=len(listed) * max_new_tokens, unit=" tokens", desc="Writing", disable=not progress) as bar:
         for i, prompt in enumerate(listed):
             writing = _Writing(lm, prompt, i, arms, drawn)
@@ -73,10 +73,11 @@ def compare(
     return Comparison(plan, tuple(_prompt_text(lm, one) for one in listed), features, tuple(texts), lm.name, **told)
 
 
-def _seeds(seeds: Any) -> list[Any]:
-    if not _listed(seeds):
-        raise ValueError("seeds=[] asks for no text: give at least one.")
-    return _listed(seeds)
+def _some(found: Iterable[Any], name: str) -> list[Any]:
+    listed = list(found)
+    if not listed:
+        raise ValueError(f"{name}=[] asks for no text: give at least one.")
+    return listed
 
 
 def _read_too(read: Any) -> list[Any]:

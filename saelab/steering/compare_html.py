@@ -23,6 +23,7 @@ MAX_BYTES = 200_000
 _FRAME = 4_000  # bytes of style, head and the note on what is left out
 _MAX_PROMPT = 1_000  # characters of a prompt that are shown
 _BARS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
+COST, EFFECT = "cost (nats per token)", "read back over unsteered"
 NATS_PER_BAR = 1.25
 """A strip's lowest bar is up to this many nats, the highest over seven times as many."""
 
@@ -56,9 +57,10 @@ def compare_card(compared: Compared) -> str:
     return f'<style>{STYLE}{_CARD}</style><div class="sc-card"><h3><bdi>{title}</bdi></h3>{body}</div>'
 
 
-def comparison_html(compared: Compared) -> str:
+def comparison_html(compared: Compared, with_plot: bool = True) -> str:
     """Numbers and texts, without style; texts that would exceed the size are left out, and counted."""
-    shown, left = [_summary(compared), _plot(compared), _legend(compared)], MAX_BYTES - _FRAME
+    plot = _plot(compared) if with_plot else ""
+    shown, left = [_summary(compared), plot, _legend(compared)], MAX_BYTES - _FRAME
     left -= sum(len(one.encode()) for one in shown) + len(STYLE) + len(_CARD)
     for (prompt, seed), texts in groupby(_by_seed(compared), lambda one: (one.prompt, one.seed)):
         pieces = [_head(compared, prompt, seed), *(_row(compared, one) for one in texts)]
@@ -151,17 +153,20 @@ def _summary(compared: Compared) -> str:
     return f'<table class="sc-sum"><tr>{head}</tr>{"".join(f"<tr>{row}</tr>" for row in rows)}</table>'
 
 
-def _plot(compared: Compared) -> str:
-    """Effect against cost, where several strengths were read back."""
+def effect_against_cost(compared: Compared) -> dict[str, list[Point]]:
+    """Each strength as a point, of what is steered and of the control; {} where fewer than two were read back."""
     series: dict[str, list[Point]] = {}
     for row in compared.summary:
         if row["read_back"] is not None and row["strength"] is not None:
             effect, name = row["read_back_rise"], f"\u00d7 {row['strength']:g}".replace("-", "\u2212")
             point = Point(row["nll_cost"], effect, effect, effect, name)
             series.setdefault("random direction" if row["control"] else "steered", []).append(point)
-    if max(map(len, series.values()), default=0) < 2:
-        return ""
-    return effect_plot(series, "cost (nats per token)", "read back over unsteered")
+    return series if max(map(len, series.values()), default=0) > 1 else {}
+
+
+def _plot(compared: Compared) -> str:
+    series = effect_against_cost(compared)
+    return effect_plot(series, COST, EFFECT) if series else ""
 
 
 def _legend(compared: Compared) -> str:

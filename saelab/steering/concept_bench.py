@@ -7,6 +7,7 @@ good it is. Asking for the concept in the prompt is always among the methods, as
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from tqdm.auto import tqdm
 
+from saelab.errors import SaelabError
 from saelab.files import locked
 from saelab.models import LanguageModel
-from saelab.steering.bootstrap import Estimate, mean_interval
+from saelab.steering.bootstrap import mean_interval
 from saelab.steering.concept_table import BenchRow, ConceptBench, Item
 from saelab.steering.fluency import fluency
 from saelab.steering.judges import Judge, Measured, NoJudge
@@ -99,6 +101,8 @@ def _checked(concepts: Sequence[Concept], factors: Sequence[float]) -> list[dict
     names = [concept.name for concept in concepts]
     if not names or len(set(names)) < len(names) or not all(isinstance(name, str) and name.strip() for name in names):
         raise ValueError(f"concepts={names}; expected at least one Concept, each with a name of its own.")
+    if not factors or not all(math.isfinite(one) for one in factors) or len(set(factors)) < len(factors):
+        raise ValueError(f"factors={list(factors)}; expected numbers, each once, such as {FACTORS}.")
     plans = []
     for concept in concepts:
         if not concept.methods or ASKED in concept.methods:
@@ -178,14 +182,22 @@ class _Bench:
                 if kept is not None:
                     kept.add(key, found)
             items += found
-        chosen = max(factors, key=lambda factor: _mean_score(items, factor, choosing=True))
-        held = [one for one in items if one.factor == chosen and one.prompt % 2 == 1]
-        means = {
-            name: _mean([getattr(one, name) for one in held])
-            for name in ("concept", "instruction", "fluency", "nll_cost")
-        }
-        score: Estimate = mean_interval([one.score for one in held])
-        return BenchRow(concept.name, method, chosen, score, **means, items=tuple(items))
+        return self._scored(concept, method, factors, items)
+
+    def _scored(self, concept: Concept, method: str, factors: Sequence[Any], items: Sequence[Item]) -> BenchRow:
+        marked = [one for one in items if one.score is not None]
+        chosen = max(factors, key=lambda factor: _mean_score(marked, factor))
+        held = [one for one in marked if one.factor == chosen and one.prompt % 2 == 1]
+        if not held:
+            raise SaelabError(
+                f"{self.judge.name} gave no marks to the texts of {concept.name!r} by {method!r}: choose a judge that answers "
+                "with a number, or give more prompts."
+            )
+        names = ("concept", "instruction", "fluency", "nll_cost")
+        means = {name: _mean([getattr(one, name) for one in held]) for name in names}
+        score = mean_interval([one.score for one in held if one.score is not None])
+        n_unmarked = len(items) - len(marked)
+        return BenchRow(concept.name, method, chosen, score, n_unmarked, **means, items=tuple(items))
 
     def _items(self, concept: Concept, plan: Plan | None, factors: Sequence[Any], n: int) -> list[Item]:
         """The texts of one prompt at every factor, with their marks."""
@@ -210,7 +222,8 @@ class _Bench:
             marks = self.judge.marks(
                 concept.name, self.prompts[n], text, Measured(rise, fluency(cost, ids.tolist(), text))
             )
-            items.append(Item(factor, n, text, *marks, marks.score, cost))
+            given = (None, None, None, None) if marks is None else (*marks, marks.score)
+            items.append(Item(factor, n, text, *given, cost))
         return items
 
     def _prompt(self, prompt: str, before: str) -> str:
@@ -233,8 +246,10 @@ def _fires(read: Any) -> float:
     return float((read.values[0] > FIRES_ABOVE).float().mean())
 
 
-def _mean_score(items: Sequence[Item], factor: Any, choosing: bool) -> float:
-    return fmean(one.score for one in items if one.factor == factor and (one.prompt % 2 == 0) == choosing)
+def _mean_score(marked: Sequence[Item], factor: Any) -> float:
+    """Over the prompts that choose the factor; below any score where nothing was marked."""
+    scores = [one.score for one in marked if one.factor == factor and one.prompt % 2 == 0 and one.score is not None]
+    return fmean(scores) if scores else -1.0
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

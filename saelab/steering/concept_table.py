@@ -20,10 +20,11 @@ class Item(NamedTuple):
     prompt: int
     """Its number; even ones choose the factor, odd ones are scored."""
     text: str
-    concept: float
+    concept: float | None
+    """The marks; None where the judge gave none."""
     instruction: float | None
-    fluency: float
-    score: float
+    fluency: float | None
+    score: float | None
     """Harmonic mean of the marks, 0 if any is 0."""
     nll_cost: float
     """Nats per token under the unsteered model, above the unsteered text."""
@@ -37,6 +38,8 @@ class BenchRow(NamedTuple):
     factor: float | None
     score: Estimate
     """Over the prompts that did not choose the factor."""
+    n_unmarked: int
+    """Texts, at all factors, to which the judge gave no marks: they are left out."""
     concept: float | None
     instruction: float | None
     fluency: float | None
@@ -54,11 +57,10 @@ class ConceptBench(NamedTuple):
     model: str
 
     def methods(self) -> dict[str, Estimate]:
-        """The mean score of each method, with a bootstrap interval over concepts and prompts."""
-        scores: dict[str, list[list[float]]] = {}
+        """The mean score of each method, with a bootstrap interval over concepts."""
+        scores: dict[str, list[float]] = {}
         for row in self.rows:
-            held = [one.score for one in row.items if one.factor == row.factor and one.prompt % 2 == 1]
-            scores.setdefault(row.method, []).append(held)
+            scores.setdefault(row.method, []).append(row.score.mean)
         return {method: mean_interval(values) for method, values in scores.items()}
 
     def data(self) -> dict[str, Any]:
@@ -92,5 +94,7 @@ class ConceptBench(NamedTuple):
             ]
             table.add_row(escape(visible(row.concept_name)), escape(row.method), factor, str(row.score), *marks)
         console.print(table)
+        if n := sum(row.n_unmarked for row in self.rows):
+            console.print(f"{n} texts were left out: the judge gave them no marks.")
         for method, score in self.methods().items():
             console.print(f"{escape(method)}: {score}", highlight=False)

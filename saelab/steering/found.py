@@ -18,6 +18,8 @@ WORKS = 0.2
 """Read-back above the unsteered text from which a feature counts as one that steers."""
 MOST_NATS = 1.0
 """Cost in nats per token up to which it does."""
+FEWEST_TO_CORRELATE = 10
+"""Candidates from which on rank correlations are shown."""
 _OF_STORE = ("density", "sharpness", "label_share", "p99", "promoted_logit", "promoted_z")
 
 
@@ -119,7 +121,8 @@ class Found(NamedTuple):
             f"{len(self.working)} of {len(self.rows)} candidates read back on at least {WORKS:.0%} more of the text at a cost of "
             f"at most {MOST_NATS:g} nat per token; {self.failed_share:.0%} failed."
         )
-        return [table, summary, _correlations_table(self.rank_correlations())]
+        enough = len(self.rows) >= FEWEST_TO_CORRELATE
+        return [table, summary, *([_correlations_table(self.rank_correlations())] if enough else [])]
 
 
 def _correlations_table(found: dict[str, dict[str, float | None]]) -> Table:

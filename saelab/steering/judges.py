@@ -6,6 +6,7 @@ prompt asked, is it fluent? An item's score is their harmonic mean, 0 if any of 
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from saelab.errors import SaelabError
 from saelab.steering.found import WORKS
 
+_LOG = logging.getLogger("saelab")
 BEST = 2.0
 _TASK = "You mark a text that a language model wrote. Answer with one number alone: 0, 1 or 2."
 _QUESTIONS = {
@@ -52,8 +54,8 @@ class Judge(Protocol):
 
     @property
     def name(self) -> str: ...
-    def marks(self, concept: str, prompt: str, text: str, measured: Measured) -> Marks:
-        """The marks of one text. Raises `SaelabError` saying why there are none."""
+    def marks(self, concept: str, prompt: str, text: str, measured: Measured) -> Marks | None:
+        """The marks of one text; None where it gives none. Raises `SaelabError` where it cannot judge at all."""
         ...
 
 
@@ -79,29 +81,23 @@ class ModelJudge:
 
     model: Any
     """Has `name` and `ask(messages, max_tokens)`."""
-    attempts: int = 2
 
     @property
     def name(self) -> str:
         return str(self.model.name)
 
-    def marks(self, concept: str, prompt: str, text: str, measured: Measured) -> Marks:
-        """Raises `SaelabError` for answers that hold no mark."""
-        return Marks(**{
-            name: self._mark(question.format(concept=concept), prompt, text) for name, question in _QUESTIONS.items()
-        })  # fmt: skip
-
-    def _mark(self, question: str, prompt: str, text: str) -> float:
-        shown = f"{question}\n\nPrompt: {prompt}\n\nText: {text}"
-        messages = [{"role": "system", "content": _TASK}, {"role": "user", "content": shown}]
-        answers = []
-        for _ in range(self.attempts):
-            answers.append(self.model.ask(messages, 8))
-            if (found := mark_in(answers[-1])) is not None:
-                return found
-        raise SaelabError(
-            f"{self.name} was asked for a mark of 0, 1 or 2 and answered {answers[-1][:80]!r}: ask another model."
-        )
+    def marks(self, concept: str, prompt: str, text: str, measured: Measured) -> Marks | None:
+        """None where an answer holds no mark. Raises `SaelabError` where there is no answer."""
+        found: dict[str, float] = {}
+        for name, question in _QUESTIONS.items():
+            shown = f"{question.format(concept=concept)}\n\nPrompt: {prompt}\n\nText: {text}"
+            answer = self.model.ask([{"role": "system", "content": _TASK}, {"role": "user", "content": shown}], 8)
+            mark = mark_in(answer)
+            if mark is None:
+                _LOG.warning("%s was asked for a mark of 0, 1 or 2 and answered %r.", self.name, answer[:80])
+                return None
+            found[name] = mark
+        return Marks(**found)
 
 
 def mark_in(answer: str) -> float | None:

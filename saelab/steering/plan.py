@@ -70,7 +70,9 @@ class Plan(Steering):
 
     @classmethod
     def load(cls, path: str | Path, source: Any = None) -> Plan:
-        """The plan in a file, as `from_json`."""
+        """The plan in a file, as `from_json`. Raises `ValueError` for a path at which there is no file."""
+        if not Path(path).is_file():
+            raise ValueError(f"{path} is no plan file: write one with plan.save(path), or saelab steer --save-plan.")
         return cls.from_json(Path(path).read_text(encoding="utf-8"), source)
 
 

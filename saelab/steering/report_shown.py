@@ -12,6 +12,9 @@ from saelab.features.visible import visible
 from saelab.steering.report_html import report_card, save_report
 from saelab.steering.reported import Reported, cell, columns
 
+_LEFT, _COLUMN = 32, 22
+"""Characters that the first two columns take, and that each other one takes."""
+
 
 class SteeringReport(Reported):
     """The report: `rows` hold the numbers, `best`, `elbow`, `area(way)` and `verdict()` what follows, `data()` plain values."""
@@ -25,14 +28,19 @@ class SteeringReport(Reported):
 
     def show(self, console: Console | None = None) -> None:
         """Print the table, the verdict, and a text of each way at the best strength."""
-        console = console or Console()
-        table = Table(title=visible(f"Feature {self.feature} {self.label}").strip(), title_justify="left")
-        for column in ("way", "p99", *(name for name, _ in columns(self))):
-            table.add_column(column, justify="left" if column == "way" else "right")
+        console, every = console or Console(), columns(self)
+        shown = every[: max(2, (console.width - _LEFT) // _COLUMN)]
+        title = visible(f"Feature {self.feature} {self.label}").strip()
+        table = Table(title=title, title_justify="left", padding=(0, 0, 0, 1))
+        for column in ("way", "p99", *(name for name, _ in shown)):
+            table.add_column(column, justify="left" if column == "way" else "right", no_wrap=True)
         for row in self.rows:
-            cells = [cell(of(row)) for _, of in columns(self)]
-            table.add_row(row.way, "" if row.strength is None else f"{row.strength:g}", *cells)
+            table.add_row(
+                row.way, "" if row.strength is None else f"{row.strength:g}", *(cell(of(row)) for _, of in shown)
+            )
         console.print(table)
+        if left_out := [name for name, _ in every[len(shown) :]]:
+            console.print(f"A wider terminal and the card also show: {', '.join(left_out)}.")
         console.print(self.verdict())
         for way, text in self.examples():
             console.print(f"[bold]{way}[/bold]: {escape(visible(text))}")
