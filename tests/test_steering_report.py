@@ -172,9 +172,9 @@ def test_the_card_escapes_and_stands_alone(report, tmp_path):
 
 @pytest.mark.parametrize("width", [80, 120, 300])
 def test_the_table_fits_the_terminal(report, width):
-    console = Console(width=width, file=io.StringIO())
-    report.show(console)
-    text = console.file.getvalue()
+    printed = io.StringIO()
+    report.show(Console(width=width, file=printed))
+    text = printed.getvalue()
     best = report.best
     told = [
         f"{one.mean:+.2f} [{one.low:+.2f}, {one.high:+.2f}]".replace("-", "\u2212")

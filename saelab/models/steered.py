@@ -71,8 +71,8 @@ class Steering:
     """Largest change, as a multiple of the activation's norm; larger ones are shortened."""
 
     def __post_init__(self) -> None:
-        edits = self.edits if isinstance(self.edits, Iterable) else (self.edits,)
-        object.__setattr__(self, "edits", tuple(edits))
+        edits: Any = self.edits
+        object.__setattr__(self, "edits", tuple(edits) if isinstance(edits, Iterable) else (edits,))
         if self.on not in get_args(On):
             raise ValueError(f"on={self.on!r} is unknown; expected {', '.join(map(repr, get_args(On)))}.")
         if self.positions is not None and self.window is not None:

@@ -222,8 +222,8 @@ class _Bench:
             marks = self.judge.marks(
                 concept.name, self.prompts[n], text, Measured(rise, fluency(cost, ids.tolist(), text))
             )
-            given = (None, None, None, None) if marks is None else (*marks, marks.score)
-            items.append(Item(factor, n, text, *given, cost))
+            given = (None, None, None) if marks is None else marks
+            items.append(Item(factor, n, text, *given, score=marks and marks.score, nll_cost=cost))
         return items
 
     def _prompt(self, prompt: str, before: str) -> str:
