@@ -13,7 +13,7 @@ from saelab.kernels.error_bounds import bf16_operands, working_operands
 from saelab.kernels.search import Candidates, Operands
 from saelab.kernels.sparse_acts import offsets_of
 
-MIN_BF16_ROWS = 64
+MIN_BF16_ROWS = 96
 """With fewer rows, rounding the weights to bfloat16 costs more than it saves."""
 
 
