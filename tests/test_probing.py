@@ -30,7 +30,8 @@ def columns(y) -> Columns:
     raw[:, 0] += torch.from_numpy(y).double()
     features = torch.relu(torch.randn(N, 12, generator=generator).double() - 1) * 9
     features[:, PLANTED] = torch.from_numpy(y) * torch.rand(N, generator=generator).double().clamp_min(0.1)
-    tokens = (torch.rand(N, 30, generator=generator) < 0.2).double()
+    often = torch.tensor([0.2] * 20 + [0.01] * 10)  # of a rare token one half may hold too few to make a column of it
+    tokens = (torch.rand(N, 30, generator=generator) < often).double()
     return Columns(raw, features, torch.arange(100, 112), tokens)
 
 

@@ -66,26 +66,28 @@ def test_a_planted_feature_is_found_and_chance_is_chance(case, report):
     assert report.methods == ["raw", "pca", "tokens", "k=1", "k=2", "all"]
 
 
-def test_an_interrupted_run_goes_on(case, report, tmp_path, monkeypatch):
+def test_an_interrupted_run_goes_on(case, tmp_path, monkeypatch):
     lm, sae, _, sets = case
-    calls = 0
+    once, own = replace(CONFIG, n_splits=1), sets[:1]
+    uninterrupted = probe_sets(sae, lm, own, once, folder=tmp_path / "a", progress=False).data()
+    calls, threads = 0, torch.get_num_threads()
     measure = running.outcome
 
     def counted(*args: Any) -> Outcome:
         nonlocal calls
         calls += 1
-        if calls == 10:  # in the second of the eight splits
+        if calls == 10:  # in the second of the three splits
             raise KeyboardInterrupt
         return measure(*args)
 
     monkeypatch.setattr(running, "outcome", counted)
     with pytest.raises(KeyboardInterrupt):
-        probe_sets(sae, lm, sets, CONFIG, folder=tmp_path, progress=False)
-    found = probe_sets(sae, lm, sets, CONFIG, folder=tmp_path, progress=False)
-    assert calls == 10 + 6 * (8 - 1) and found.data() == report.data()
-    assert probe_sets(sae, lm, sets, CONFIG, folder=tmp_path, progress=False).data() == report.data() and calls == 52
-    probe_sets(sae, lm, sets, replace(CONFIG, ks=(1,), n_hard_sets=0), folder=tmp_path, progress=False)
-    assert calls == 52 + 5 * 4
+        probe_sets(sae, lm, own, once, folder=tmp_path / "b", progress=False)
+    for _ in range(2):
+        assert probe_sets(sae, lm, own, once, folder=tmp_path / "b", progress=False).data() == uninterrupted
+        assert calls == 10 + 6 * 2
+    probe_sets(sae, lm, own, replace(once, ks=(1,), n_hard_sets=0), folder=tmp_path / "b", progress=False)
+    assert calls == 22 + 5 and torch.get_num_threads() == threads
 
 
 def test_another_sae_on_the_hook_reads_the_same_rows(case, tmp_path, monkeypatch):

@@ -44,7 +44,7 @@ Method = Callable[[Columns, Int[Tensor, " n_fit"], Bool[Tensor, " n_fit"]], Iter
 @torch.inference_mode()
 def columns_of(rows: Rows, sae: SAE) -> Columns:
     """What the methods read of a set."""
-    found = sae.encode(rows.x.to(sae.W_dec.device))
+    found = sae.encode(rows.x.to(sae.center.device))
     feature_ids, place = found.features.cpu().unique(return_inverse=True)
     features = torch.zeros(len(rows.y), len(feature_ids), dtype=torch.float64)
     features[found.rows.cpu(), place] = found.values.cpu().double()

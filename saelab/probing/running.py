@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm.auto import tqdm
 
 from saelab.errors import SaelabError
@@ -100,11 +102,22 @@ def _plan(rows: Sequence[Rows], config: ProbeConfig) -> Iterator[tuple[Rows, lis
         yield one, [Regime(), *(config.hard_regimes() if i in hard else ())]
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Matrices of a few hundred rows: more threads wait for each other, most of all on a busy machine."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)
+
+
 def _draws(sae: SAE, rows: Sequence[Rows], config: ProbeConfig, kept: TrialFile, progress: bool) -> list[Draw]:
     """The outcomes of all sets, regimes and splits; those not in `kept` yet are measured."""
     plan, used, found = list(_plan(rows, config)), methods(config.ks), []
     total = sum(len(regimes) for _, regimes in plan) * config.n_splits
-    with tqdm(total=total, desc="Probe", unit="split", disable=not progress) as bar:
+    with _one_thread(), tqdm(total=total, desc="Probe", unit="split", disable=not progress) as bar:
         for one, regimes in plan:
             columns: Any = None
             bar.set_postfix_str(one.name[:40], refresh=False)
