@@ -90,10 +90,12 @@ def test_sets_are_fetched_when_asked_for_and_name_their_origin(wheel):
         "LICENSE",
         "probing_datasets_MASTER.csv.zst",
     ]
+    with pytest.raises(ValueError, match="'art_sing' is no labelled set; did you mean art_song"):
+        set_names(["art_sing"])
     with pytest.raises(
-        ValueError, match="'nonsense' is no labelled set; give sae-probes or concepts, or one of is_long, "
+        ValueError, match="'zzz' is no labelled set; give sae-probes or concepts, or names of --list-sets"
     ):
-        set_names(["nonsense"])
+        set_names(["zzz"])
     with pytest.raises(ValueError, match=r"'wordnet_x' is no labelled set"):
         set_names(["wordnet_x"])
 

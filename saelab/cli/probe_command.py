@@ -15,9 +15,10 @@ from saelab.run_folder.opening import with_model
 _SETS = "Names of labelled sets, or sae-probes (113 sets, 45 MB are fetched once) or concepts (WordNet, with saelab)."
 
 
+# The fields of `ProbeConfig`, for a command line that imports no torch to print its help.
 @dataclass(frozen=True)
 class ProbeFlags:
-    """The fields of `ProbeConfig`, for a command line that imports no torch to print its help."""
+    """Sizes of the run."""
 
     ks: Annotated[tuple[int, ...], arg(help="Features of the k-sparse probes.")] = (1, 16, 128)
     n_train: Annotated[int, arg(help="Most texts to train on, validation included.")] = 256
@@ -39,25 +40,28 @@ def probe(
     as_json: AsJson = False,
     dtype: Dtype = None,
 ) -> None:
-    """Probe labelled texts with features of the SAE, one, a few and all of them, beside baselines on the activations. An
+    """Probe labelled texts with features of an SAE, one, a few and all of them, beside baselines on the activations. An
     interrupted run goes on; the report is in RUN/probing."""
     from saelab.probing.config import ProbeConfig
     from saelab.probing.labelled_sets import set_names, set_origins
     from saelab.probing.report_shown import save, told
     from saelab.probing.running import probe_sets
 
+    names = set_names(sets)  # before the model, which takes longer to load
     if list_sets:
         with answering(as_json) as answer:
-            origins = set_origins(set_names(sets))
+            origins = set_origins(names)
             answer({"sets": origins}, *(f"{name}: {origin}" for name, origin in origins.items()))
         return
-    (found,) = runs_of(run, one=True)
     with answering(as_json) as answer:
-        sae, lm = with_model(found.sae_dir, model, dtype)
-        folder = found.report_path.parent / "probing"
-        report = probe_sets(sae, lm, sets, ProbeConfig(**asdict(flags)), folder=folder)
-        path, page = save(report, folder / found.report_path.name)
-        answer(report.data(), *told(report), f"The report is in {path} and, with the quiver, in {page}")
+        config = ProbeConfig(**asdict(flags))
+        for found in runs_of(run, one=as_json):
+            sae, lm = with_model(found.sae_dir, model, dtype)
+            folder = found.report_path.parent / "probing"
+            report = probe_sets(sae, lm, names, config, folder=folder)
+            path, page = save(report, folder / found.report_path.name)
+            title = f"{found.name} of {run}"
+            answer(report.data(), title, *told(report), f"The report is in {path} and, with the quiver, in {page}")
 
 
 PROBE: dict[str, tuple[Callable[..., None], str]] = {

@@ -7,6 +7,7 @@ texts count once, so that none is in both halves of a split; texts with both lab
 
 from __future__ import annotations
 
+import difflib
 import functools
 import hashlib
 import shutil
@@ -78,9 +79,9 @@ def set_names(asked: Sequence[str] = GROUPS) -> list[str]:
     for name in asked:
         known = _concepts() if name.startswith(("concepts", CONCEPT)) else _index()
         if name not in known and name not in GROUPS:
-            raise ValueError(
-                f"{name!r} is no labelled set; give {' or '.join(GROUPS)}, or one of {', '.join([*_index(), *_concepts()])}."
-            )
+            close = difflib.get_close_matches(name, [*_index(), *_concepts()], n=1)
+            hint = f"did you mean {close[0]}?" if close else f"give {' or '.join(GROUPS)}, or names of --list-sets."
+            raise ValueError(f"{name!r} is no labelled set; {hint}")
         found += [name] if name in known else list(known)
     return list(dict.fromkeys(found))
 
