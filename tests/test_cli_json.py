@@ -31,6 +31,10 @@ ANSWERS: dict[str, tuple[str, set[str]]] = {
     "steer": ("{run} --feature {feature} --max-new-tokens 2", {"default", "steered", "prompt", "seed"}),
     "sweep": ("{run} --n-tokens 512 --d-sae 32 --k 2 --out-dir {out} --batch-size 256", {"rows", "folder"}),
     "features": ("{run}", {"n_features", "n_silent", "n_tokens", "hook_name", "model"}),
+    "probe": (
+        "{run} --model {model} --sets wordnet_noun.food --ks 1 --n-splits 1 --n-hard-sets 0",
+        {"sae", "hooks", "sets", "regimes", "draws", "config"},
+    ),
     "label": ("{run} --address {server} --model m --feature {feature}", {"labelled", "left_out", "unusable"}),
     "verify": ("{run} --n-examples 5", {"n_examples", "n_features", "largest_error"}),
     "import": ("{foreign} {out} --model {model} --texts {texts} --n-tokens 512", {"check", "warnings", "report"}),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from saelab.steering import Probe, probe
-from saelab.steering.probe import PENALTIES, _fit, logistic_regression
+from saelab.steering.logistic import PENALTIES, fit_logistic, fit_path, logistic_regression
 
 HOOK = "blocks.1.hook_resid_post"
 WORDS = ["river", "mill", "house", "hill", "man", "hat", "word", "light", "function", "end"]
@@ -36,11 +36,23 @@ def test_the_regression_is_where_the_gradient_of_its_loss_is_zero(n, penalty):
 def test_a_shift_and_a_unit_of_the_activations_change_nothing():
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(30, 50, generator=generator).double(), (torch.arange(30) % 3 > 0).double()
-    weight, bias = _fit(x, y, 0.1)
-    other, shifted = _fit(100 * x + 7, y, 0.1)
+    weight, bias = fit_logistic(x, y, 0.1)
+    other, shifted = fit_logistic(100 * x + 7, y, 0.1)
     torch.testing.assert_close((100 * x + 7) @ other + shifted, x @ weight + bias)
     p = torch.sigmoid(x @ weight + bias)
     assert float(p[y > 0].mean() + p[y == 0].mean()) == pytest.approx(1)  # the bias is not penalised
+
+
+def test_a_path_of_penalties_has_the_fits_of_each_in_the_order_that_was_asked_for():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(30, 50, generator=generator).double(), (torch.arange(30) % 3 > 0).double()
+    asked = (1e-2, 10.0, 1e-4)
+    weights, biases = fit_path(x, y, asked)
+    for penalty, weight, bias in zip(asked, weights, biases, strict=True):
+        alone, its_bias = fit_logistic(x, y, penalty)
+        torch.testing.assert_close(weight, alone)
+        assert float(bias) == pytest.approx(its_bias)
+    assert not torch.allclose(weights[0], weights[2])
 
 
 def test_it_tells_texts_it_has_not_seen_apart(tiny_lm, found):

@@ -1,4 +1,4 @@
-"""Every variant through the command line to the dashboard: train, eval, features, steer, and the pages that show it."""
+"""Every variant through the command line to the dashboard: train, eval, features, probe, steer, and the pages that show it."""
 
 import json
 from pathlib import Path
@@ -59,5 +59,8 @@ def test_from_the_command_line_to_the_dashboard(run, name, tiny_lm, capsys, open
     for page in ("feature", "steer"):
         app = open_page(page, run, sae=sae.name, feature=busiest)
         assert not app.exception and not app.error, (page, app.exception, app.error)
+    small = ["--n-train", "32", "--n-test", "32", "--ks", "2", "--n-splits", "1", "--n-hard-sets", "0"]
+    assert main.main(["probe", str(sae), "--sets", "wordnet_noun.food", *small]) == 0, capsys.readouterr()
+    assert (run / "probing" / f"report-{name}.json").exists()
     assert main.main(["steer", str(sae), "--feature", str(busiest), "--max-new-tokens", "3"]) == 0, capsys.readouterr()
     assert "add 2" in capsys.readouterr().out

@@ -28,11 +28,12 @@ from saelab.cli.find_command import FIND
 from saelab.cli.interop_commands import INTEROP
 from saelab.cli.messages import shown
 from saelab.cli.notebook_command import NOTEBOOKS
+from saelab.cli.probe_command import PROBE
 from saelab.cli.serving_commands import SERVING
 from saelab.cli.steer_command import STEER
 from saelab.errors import explain
 
-COMMANDS = commands.COMMANDS | STEER | FEATURES | FIND | INTEROP | SERVING | NOTEBOOKS
+COMMANDS = commands.COMMANDS | STEER | FEATURES | FIND | INTEROP | PROBE | SERVING | NOTEBOOKS
 
 
 def _variant(args: Sequence[str]) -> str:

@@ -2,8 +2,7 @@
 
     p(pos | text) = sigmoid(w . mean(x) + b)
 
-With few texts and many dimensions the weights lie in the span of the texts, where Newton's method runs; no random number but
-the split of the texts.
+No random number but the split of the texts.
 """
 
 from __future__ import annotations
@@ -16,16 +15,14 @@ from torch import Tensor
 
 from saelab.edits.direction import Direction
 from saelab.models import LanguageModel
+from saelab.steering.logistic import PENALTIES, balanced_weights, fit_logistic, fit_path, log_loss
 from saelab.steering.text_activations import distinct_texts, text_list, text_vectors
 from saelab.steering.unsteered import refuse_steered
 from saelab.validation import check_integer
 
-PENALTIES = tuple(10.0**power for power in range(-6, 3))
-"""L2 penalties that are tried, for activations whose root mean square norm is 1 once their mean is subtracted."""
 TEST_SHARE = 4
 """One text in so many, of each side, is held out to measure the accuracy."""
 N_FOLDS = 4
-N_NEWTON = 100
 
 
 class Probe(Direction):
@@ -75,9 +72,9 @@ def probe(lm: LanguageModel, pos: Any, neg: Any, hook_name: str, *, seed: int = 
     turn = torch.cat([torch.randperm(len(texts), generator=generator) for texts in sides])
     test, fold = turn % TEST_SHARE == 0, turn // TEST_SHARE % N_FOLDS  # both sides are spread evenly
     penalty = _best_penalty(x[~test], y[~test], fold[~test])
-    weight, bias = _fit(x[~test], y[~test], penalty)
+    weight, bias = fit_logistic(x[~test], y[~test], penalty)
     right = ((x[test] @ weight + bias > 0) == (y[test] > 0.5)).double()
-    accuracy = float(_weights(y[test]) @ right) / int(test.sum())
+    accuracy = float(balanced_weights(y[test]) @ right) / int(test.sum())
     return Probe(weight, hook_name, bias, accuracy, int(test.sum()), penalty)
 
 
@@ -86,53 +83,6 @@ def _best_penalty(x: Float[Tensor, "n d_in"], y: Float[Tensor, " n"], fold: Tens
     losses = torch.zeros(len(PENALTIES), dtype=torch.float64)
     for i in fold.unique():
         out: Bool[Tensor, " n"] = fold == i
-        for j, penalty in enumerate(PENALTIES):
-            weight, bias = _fit(x[~out], y[~out], penalty)
-            losses[j] += _log_loss(x[out] @ weight + bias, y[out]).sum()
+        weights, biases = fit_path(x[~out], y[~out])
+        losses += log_loss(weights @ x[out].T + biases[:, None], y[out]).sum(1)
     return PENALTIES[int((losses <= losses.min()).nonzero().max())]
-
-
-def _log_loss(log_odds: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    return torch.nn.functional.softplus(torch.where(y > 0.5, -log_odds, log_odds))
-
-
-def _weights(y: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """Weights of the texts, 1 on average: both sides weigh the same."""
-    share = y.mean()
-    return torch.where(y > 0.5, 0.5 / share, 0.5 / (1 - share))
-
-
-def _fit(x: Float[Tensor, "n d_in"], y: Float[Tensor, " n"], penalty: float) -> tuple[Float[Tensor, " d_in"], float]:
-    """Weights and bias in raw units. The rows are centred, divided by their root mean square norm, and turned into the
-    coordinates of their span: none of these changes which weights are penalised how much."""
-    mean = x.mean(0)
-    size = (x - mean).square().sum(1).mean().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
-    left, sizes, rows = torch.linalg.svd((x - mean) / size, full_matrices=False)
-    found = logistic_regression(left * sizes, y, penalty)
-    weight = found[:-1] @ rows / size
-    return weight, float(found[-1] - weight @ mean)
-
-
-def logistic_regression(x: Float[Tensor, "n d"], y: Float[Tensor, " n"], penalty: float) -> Float[Tensor, " d_plus_1"]:
-    """Weights, then bias, that minimise mean log-loss (both labels weigh the same) + penalty / 2 |weights|^2, by Newton's method
-    with step halving."""
-    wide = torch.cat([x, x.new_ones(len(x), 1)], 1)  # (n, d + 1)
-    ridge = x.new_full((wide.shape[1],), penalty)
-    ridge[-1] = 0
-    share, found = _weights(y) / len(y), x.new_zeros(wide.shape[1])
-
-    def loss(point: Tensor) -> Tensor:
-        return share @ _log_loss(wide @ point, y) + (ridge * point.square()).sum() / 2
-
-    for _ in range(N_NEWTON):
-        p = torch.sigmoid(wide @ found)
-        gradient = wide.T @ (share * (p - y)) + ridge * found
-        curvature = (wide.T * (share * p * (1 - p)).clamp_min(1e-12)) @ wide + torch.diag(ridge)
-        step, before = torch.linalg.solve(curvature, gradient), loss(found)
-        scale = 1.0
-        while scale > 1e-8 and not bool(loss(found - scale * step) <= before):
-            scale /= 2
-        found = found - scale * step
-        if float(gradient.abs().max()) < 1e-11 or scale <= 1e-8:
-            break
-    return found
