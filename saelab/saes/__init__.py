@@ -16,6 +16,7 @@ from saelab.saes.relu import ReLUConfig, ReLUSAE
 from saelab.saes.relu_transcoder import ReLUTranscoderConfig, ReLUTranscoderSAE
 from saelab.saes.skip_transcoder import SkipTranscoderConfig, SkipTranscoderSAE
 from saelab.saes.step import Batch, Loss, SAEOutput, StepInfo
+from saelab.saes.top_afa import TopAFAConfig, TopAFASAE
 from saelab.saes.topk import TopKConfig, TopKSAE
 from saelab.saes.transcoder import TranscoderConfig, TranscoderSAE
 
@@ -23,6 +24,7 @@ VARIANTS: dict[str, type[SAE]] = {
     "topk": TopKSAE,
     "batch_topk": BatchTopKSAE,
     "abs_topk": AbsTopKSAE,
+    "top_afa": TopAFASAE,
     "relu": ReLUSAE,
     "jumprelu": JumpReLUSAE,
     "gated": GatedSAE,
@@ -73,6 +75,8 @@ __all__ = [
     "SkipTranscoderConfig",
     "SkipTranscoderSAE",
     "StepInfo",
+    "TopAFAConfig",
+    "TopAFASAE",
     "TopKConfig",
     "TopKSAE",
     "TranscoderConfig",
