@@ -9,6 +9,7 @@ from saelab.saes.feature_choice import FeatureChoiceConfig, FeatureChoiceSAE
 from saelab.saes.gated import GatedConfig, GatedSAE
 from saelab.saes.jumprelu import JumpReLUConfig, JumpReLUSAE
 from saelab.saes.jumprelu_transcoder import JumpReLUTranscoderConfig, JumpReLUTranscoderSAE
+from saelab.saes.masked_topk import MaskedTopKConfig, MaskedTopKSAE
 from saelab.saes.matching_pursuit import MatchingPursuitConfig, MatchingPursuitSAE
 from saelab.saes.matryoshka import MatryoshkaConfig, MatryoshkaSAE
 from saelab.saes.mutual_choice import MutualChoiceConfig, MutualChoiceSAE
@@ -24,6 +25,7 @@ VARIANTS: dict[str, type[SAE]] = {
     "topk": TopKSAE,
     "batch_topk": BatchTopKSAE,
     "abs_topk": AbsTopKSAE,
+    "masked_topk": MaskedTopKSAE,
     "top_afa": TopAFASAE,
     "relu": ReLUSAE,
     "jumprelu": JumpReLUSAE,
@@ -61,6 +63,8 @@ __all__ = [
     "JumpReLUTranscoderConfig",
     "JumpReLUTranscoderSAE",
     "Loss",
+    "MaskedTopKConfig",
+    "MaskedTopKSAE",
     "MatchingPursuitConfig",
     "MatchingPursuitSAE",
     "MatryoshkaConfig",
