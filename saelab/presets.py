@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from saelab.saes import VARIANTS
+from saelab.saes import VARIANTS, TopKConfig
 from saelab.validation import check_integer
 
 
@@ -25,3 +25,13 @@ def cpu(variant: str, d_sae: int = 4096, n_tokens: int = 2_000_000, **changes: A
     check_integer("n_tokens", n_tokens, 1)
     cls = VARIANTS[variant]
     return cls.Config(d_sae=d_sae, **(cls.preset(n_tokens) | changes))
+
+
+def k_sparse(d_sae: int = 4096, k: int = 32, k_start: int | None = None, **changes: Any) -> TopKConfig:
+    """The k-sparse autoencoder of Makhzani and Frey (2013): TopK without aux loss or pre-bias, whose k falls during training.
+
+    `k_start` defaults to the ratio of the paper's example, which falls from 100 to 15. Unlike theirs, the decoder is not tied to
+    the encoder (but starts equal to it) and has rows of norm 1, and what is negative does not fire.
+    """
+    start = min(round(k * 100 / 15), d_sae) if k_start is None else k_start
+    return TopKConfig(d_sae, k, **({"k_start": start, "auxk_alpha": 0.0, "pre_bias": False} | changes))

@@ -24,7 +24,8 @@ from saelab.training.feature_shards import shard_of
 
 D_SAE = 96
 SPECIAL: dict[str, dict[str, Any]] = {
-    "topk": {"k_aux": 6},
+    "topk": {"k_aux": 6, "k_start": 6},
+    "mutual_choice": {"k_start": 9},
     "batch_topk": {"aux": "aux_zipf"},
     "relu": {"target_l0": 6.0},
     "gated": {"target_l0": 6.0},

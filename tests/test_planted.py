@@ -14,6 +14,7 @@ KINDS = {
     "flat": superposition,
     "zipf": lambda seed: superposition(seed, zipf=True),
     "mixed": lambda seed: superposition(seed, mixed=True),
+    "noisy": lambda seed: superposition(seed, noise=0.3),
     "signed": lambda seed: superposition(seed, signed=True),
     "hierarchy": hierarchy,
     "diffing": diffing,
@@ -44,6 +45,12 @@ def test_groups_share_out_features_and_rows_are_sums_of_them(kind):
     x = planted.rows(50, torch.Generator().manual_seed(1))
     expected = torch.einsum("nf,f...->n...", codes(planted, 50, 1), planted.features)
     assert (x - expected).abs().max() <= 6 * planted.noise + 1e-5
+
+
+def test_noise_has_the_given_standard_deviation():
+    x = superposition(0, noise=0.3).rows(2000, torch.Generator().manual_seed(1))
+    clean = superposition(0).rows(2000, torch.Generator().manual_seed(1))
+    assert float((x - clean).std()) == pytest.approx(0.3, rel=0.02)
 
 
 def test_features_have_length_1_and_keep_apart():

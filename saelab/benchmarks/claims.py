@@ -131,6 +131,13 @@ CLAIMS = [
     *_aux("TopK", "topk, aux_zipf", "topk, no aux"),
     *_aux("Mutual Choice", "mutual_choice", "mutual_choice, no aux"),
     Claim(
+        "Hiding coordinates finds more features of noisy data with too large a dictionary and k",
+        "noisy",
+        Side("masked_topk", "recovered"),
+        Side("topk", "recovered"),
+        below=False,
+    ),
+    Claim(
         "AbsTopK finds more of the signed axes than TopK",
         "signed",
         Side("abs_topk", "recovered"),

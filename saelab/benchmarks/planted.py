@@ -61,11 +61,12 @@ def superposition(
     zipf: bool = False,
     mixed: bool = False,
     signed: bool = False,
+    noise: float = 0.0,
 ) -> Planted:
     """Twice as many features as dimensions, `n_active` in each token.
 
     `zipf`: feature r is drawn with probability proportional to 1 / r. `mixed`: one active feature in 60 % of the tokens, six
-    in the others. `signed`: each activation has a random sign.
+    in the others. `signed`: each activation has a random sign. `noise`: standard deviation of what is added to each coordinate.
     """
     n_features = n_features or 2 * d_in
     weights = 1 / torch.arange(1, n_features + 1) if zipf else torch.ones(n_features)
@@ -83,7 +84,7 @@ def superposition(
 
     half = n_features // 2
     groups = {"common": slice(0, half), "rare": slice(half, n_features)} if zipf else {}
-    return Planted(low_coherence(n_features, d_in, seed), sample, groups)
+    return Planted(low_coherence(n_features, d_in, seed), sample, groups, noise)
 
 
 def hierarchy(seed: int = 0, d_in: int = 24, n_parents: int = 8, n_children: int = 4) -> Planted:

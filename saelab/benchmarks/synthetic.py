@@ -62,6 +62,7 @@ KINDS: dict[str, Kind] = {
     "flat": Kind(superposition, (*_CHOICES, "abs_topk", "matryoshka", "matching_pursuit", "jumprelu", "gated", "relu")),
     "zipf": Kind(partial(superposition, zipf=True), (*_CHOICES, *_AUX)),
     "mixed": Kind(partial(superposition, mixed=True), _CHOICES),
+    "noisy": Kind(partial(superposition, noise=0.3), ("topk", "masked_topk"), 128, 6),  # more of both than is true
     "signed": Kind(partial(superposition, signed=True), ("topk", "abs_topk"), signed=True),
     "hierarchy": Kind(hierarchy, ("topk", "batch_topk", "matryoshka", "matching_pursuit"), 40, 2, 5000),
     "diffing": Kind(diffing, ("crosscoder, L1", "crosscoder, BatchTopK"), 48, 3, 3000),

@@ -9,6 +9,7 @@ from saelab.saes.feature_choice import FeatureChoiceConfig, FeatureChoiceSAE
 from saelab.saes.gated import GatedConfig, GatedSAE
 from saelab.saes.jumprelu import JumpReLUConfig, JumpReLUSAE
 from saelab.saes.jumprelu_transcoder import JumpReLUTranscoderConfig, JumpReLUTranscoderSAE
+from saelab.saes.masked_topk import MaskedTopKConfig, MaskedTopKSAE
 from saelab.saes.matching_pursuit import MatchingPursuitConfig, MatchingPursuitSAE
 from saelab.saes.matryoshka import MatryoshkaConfig, MatryoshkaSAE
 from saelab.saes.mutual_choice import MutualChoiceConfig, MutualChoiceSAE
@@ -16,6 +17,7 @@ from saelab.saes.relu import ReLUConfig, ReLUSAE
 from saelab.saes.relu_transcoder import ReLUTranscoderConfig, ReLUTranscoderSAE
 from saelab.saes.skip_transcoder import SkipTranscoderConfig, SkipTranscoderSAE
 from saelab.saes.step import Batch, Loss, SAEOutput, StepInfo
+from saelab.saes.top_afa import TopAFAConfig, TopAFASAE
 from saelab.saes.topk import TopKConfig, TopKSAE
 from saelab.saes.transcoder import TranscoderConfig, TranscoderSAE
 
@@ -23,6 +25,8 @@ VARIANTS: dict[str, type[SAE]] = {
     "topk": TopKSAE,
     "batch_topk": BatchTopKSAE,
     "abs_topk": AbsTopKSAE,
+    "masked_topk": MaskedTopKSAE,
+    "top_afa": TopAFASAE,
     "relu": ReLUSAE,
     "jumprelu": JumpReLUSAE,
     "gated": GatedSAE,
@@ -59,6 +63,8 @@ __all__ = [
     "JumpReLUTranscoderConfig",
     "JumpReLUTranscoderSAE",
     "Loss",
+    "MaskedTopKConfig",
+    "MaskedTopKSAE",
     "MatchingPursuitConfig",
     "MatchingPursuitSAE",
     "MatryoshkaConfig",
@@ -73,6 +79,8 @@ __all__ = [
     "SkipTranscoderConfig",
     "SkipTranscoderSAE",
     "StepInfo",
+    "TopAFAConfig",
+    "TopAFASAE",
     "TopKConfig",
     "TopKSAE",
     "TranscoderConfig",

@@ -8,13 +8,15 @@ At inference a threshold replaces the selection over the batch (`threshold.py`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jaxtyping import Float
 from torch import Tensor
 
 from saelab.kernels.encode_batch_topk import encode_batch_topk
 from saelab.kernels.sparse_acts import SparseActs
+from saelab.saes.annealing import annealed_k, check_k_start
+from saelab.saes.config import LATER
 from saelab.saes.selection import SelectionConfig
 from saelab.saes.step import StepInfo
 from saelab.saes.threshold import ThresholdSAE, smallest
@@ -24,6 +26,13 @@ from saelab.saes.threshold import ThresholdSAE, smallest
 class BatchTopKConfig(SelectionConfig):
     """A dictionary of `d_sae` features of which on average `k` fire per token."""
 
+    k_start: int | None = field(default=None, metadata=LATER)
+    """Features per token at the start of training; falls to `k` over the first half of the run. None trains with `k` only."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_k_start(self)
+
 
 class BatchTopKSAE(ThresholdSAE):
     """Keeps the k B largest pre-activations of the batch."""
@@ -31,8 +40,12 @@ class BatchTopKSAE(ThresholdSAE):
     variant = "batch_topk"
     Config = BatchTopKConfig
 
+    @classmethod
+    def peak_l0(cls, config: BatchTopKConfig) -> float:
+        return config.k_start or config.k
+
     def select(self, x: Float[Tensor, "batch d_in"], info: StepInfo) -> SparseActs:
-        n_kept = self.config.k * info.ranks.global_batch_size(len(x))
+        n_kept = round(annealed_k(self.config, info) * info.ranks.global_batch_size(len(x)))
         feature_acts = encode_batch_topk(
             x, self.W_enc, self.b_enc, n_kept, center=self.pre_bias, global_pairs=self.global_pairs(info)
         )

@@ -13,13 +13,12 @@ import torch
 
 from saelab.kernels.decode import decode
 from saelab.losses import squared_error, total_variance
-from saelab.saes.batch_topk import BatchTopKSAE
-from saelab.saes.selection import SelectionConfig
+from saelab.saes.batch_topk import BatchTopKConfig, BatchTopKSAE
 from saelab.saes.step import Batch, Loss, StepInfo
 
 
 @dataclass(frozen=True)
-class MatryoshkaConfig(SelectionConfig):
+class MatryoshkaConfig(BatchTopKConfig):
     """A dictionary of `d_sae` features in nested groups, of which on average `k` fire per token."""
 
     group_fractions: tuple[float, ...] = (1 / 16, 1 / 16, 1 / 8, 1 / 4, 1 / 2)

@@ -8,12 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from saelab.saes.batch_topk import BatchTopKSAE
-from saelab.saes.selection import SelectionConfig
+from saelab.saes.batch_topk import BatchTopKConfig, BatchTopKSAE
 
 
 @dataclass(frozen=True)
-class MutualChoiceConfig(SelectionConfig):
+class MutualChoiceConfig(BatchTopKConfig):
     """A dictionary of `d_sae` features of which on average `k` fire per token."""
 
     aux: Literal["auxk", "aux_zipf"] = "aux_zipf"

@@ -120,11 +120,16 @@ class SelectionSAE(SAE):
 
     def aux_term(self, x: Tensor, residual: Tensor, feature_acts: SparseActs, info: StepInfo) -> dict[str, Tensor]:
         """The aux loss under its name; empty if it is off or no feature needs it."""
+        centered = x if self.pre_bias is None else x - self.pre_bias
+        return self.aux_of(centered, *self.rows[:2], residual, feature_acts, info)
+
+    def aux_of(
+        self, centered: Tensor, W_enc: Tensor, W_dec: Tensor, residual: Tensor, feature_acts: SparseActs, info: StepInfo
+    ) -> dict[str, Tensor]:
+        """The aux loss of inputs minus their bias, which these weights read and whose residual they write."""
         chosen = self._helped(feature_acts, info).nonzero().squeeze(1)
         if not self.config.auxk_alpha or not len(chosen):
             return {}
-        centered = x if self.pre_bias is None else x - self.pre_bias
-        W_enc, W_dec, _ = self.rows
         rows = W_enc[chosen], self.b_enc[chosen], W_dec[chosen]
         k_aux = self.config.k_aux or max(self.d_in // 2, 1)
         norms = self.aux_norms(info)

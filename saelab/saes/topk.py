@@ -19,6 +19,7 @@ from saelab.kernels.encode_groupmax import encode_groupmax
 from saelab.kernels.encode_topk import encode_topk
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.losses import total_variance
+from saelab.saes.annealing import annealed_k, check_k_start
 from saelab.saes.config import LATER
 from saelab.saes.selection import SelectionConfig, SelectionSAE
 from saelab.saes.step import Batch, Loss, StepInfo
@@ -38,10 +39,17 @@ class TopKConfig(SelectionConfig):
     """What is compared: the pre-activations, or these times the norms of their decoder rows."""
     pre_bias: bool = field(default=True, metadata=LATER)
     """Subtract `b_dec` from the input before the encoder."""
+    k_start: int | None = field(default=None, metadata=LATER)
+    """Features per token at the start of training; falls to `k` over the first half of the run. None trains with `k` only."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_groups(self.select, self.d_sae, self.k)
+        check_k_start(self)
+        if self.k_start is not None and self.select == "groupmax":
+            raise ValueError(
+                "select='groupmax' makes k groups of features, and k_start changes k; leave k_start at None."
+            )
 
 
 class TopKSAE(SelectionSAE):
@@ -61,7 +69,7 @@ class TopKSAE(SelectionSAE):
 
     @classmethod
     def peak_l0(cls, config: TopKConfig) -> float:
-        return config.k * (5 if config.multi_topk else 1)
+        return (config.k_start or config.k) * (5 if config.multi_topk else 1)
 
     @property
     def pre_bias(self) -> Float[Tensor, " d_in"] | None:
@@ -71,6 +79,11 @@ class TopKSAE(SelectionSAE):
         if self.config.select == "groupmax":
             return encode_groupmax(x, self.W_enc, self.b_enc, self.config.k, self._norms, self.pre_bias)
         return self._best(x, self.config.k)
+
+    def select(self, x: Float[Tensor, "batch d_in"], info: StepInfo) -> SparseActs:
+        if self.config.k_start is None:
+            return self.encode_normalized(x)
+        return self._best(x, round(annealed_k(self.config, info)))
 
     @property
     def _norms(self) -> Float[Tensor, " d_sae"] | None:
@@ -84,7 +97,8 @@ class TopKSAE(SelectionSAE):
         if not self.config.multi_topk:
             return loss
         x, target = self.normalized(batch)
-        error, _ = decode_error(self._best(x, min(4 * self.config.k, self.d_sae)), self.W_dec, self.b_dec, target)
+        wide = self._best(x, min(4 * round(annealed_k(self.config, info)), self.d_sae))
+        error, _ = decode_error(wide, self.W_dec, self.b_dec, target)
         more = error / total_variance(target, info.ranks)
         return loss._replace(total=loss.total + more / 8, terms=loss.terms | {"multi_topk": more})
 

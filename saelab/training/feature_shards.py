@@ -24,6 +24,7 @@ from saelab.kernels.decode import decode
 from saelab.kernels.ragged import kth_largest
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.losses import fvu_of_rest, squared_error
+from saelab.saes.annealing import annealed_k
 from saelab.saes.base import SAE
 from saelab.saes.batch_topk import BatchTopKSAE
 from saelab.saes.selection import SelectionSAE
@@ -85,10 +86,11 @@ class TopKShard(FeatureShard, TopKSAE):
     """A token's k largest over all shards are among the k largest of the individual shards."""
 
     def select(self, x: Float[Tensor, "batch d_in"], info: StepInfo) -> SparseActs:
-        feature_acts = self._best(x, self.config.k)
-        here = torch.arange(self.config.k, device=x.device) < feature_acts.counts[:, None]
+        k = round(annealed_k(self.config, info))
+        feature_acts = self._best(x, k)
+        here = torch.arange(k, device=x.device) < feature_acts.counts[:, None]
         scores = x.new_zeros(here.shape).masked_scatter_(here, feature_acts.values.detach())
-        return feature_acts.where(among_best(scores, self.config.k, self.mesh.feature)[here])
+        return feature_acts.where(among_best(scores, k, self.mesh.feature)[here])
 
 
 class BatchTopKShard(FeatureShard, BatchTopKSAE):
@@ -130,10 +132,11 @@ def check_shardable(variant: type[SAE], config: Any, feature_shards: int) -> Non
             f"feature_shards={feature_shards} works for {' and '.join(SHARDS)}; {variant.variant} trains data-parallel: leave "
             "feature_shards at 1."
         )
-    if config.d_sae % feature_shards or config.d_sae // feature_shards < config.k:
+    k = config.k_start or config.k
+    if config.d_sae % feature_shards or config.d_sae // feature_shards < k:
         raise ValueError(
             f"d_sae={config.d_sae} must be a multiple of feature_shards={feature_shards}, each shard with at least "
-            f"k={config.k} features."
+            f"k={k} features."
         )
     changed = [
         name for name in ("aux", *_TOPK_OPTIONS) if getattr(config, name, None) != getattr(type(config), name, None)

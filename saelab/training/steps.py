@@ -116,7 +116,13 @@ def fused_serves(of: Trained) -> bool:
     if type(of.sae) is not TopKSAE or backend_name(of.sae.W_enc) != "triton" or of.rules < FUSED_SINCE:
         return False
     config = of.sae.config
-    plain = config.select == "topk" and config.score == "value" and config.aux == "auxk" and not config.multi_topk
+    plain = (
+        config.select == "topk"
+        and config.score == "value"
+        and config.aux == "auxk"
+        and not config.multi_topk
+        and config.k_start is None
+    )
     single = of.mesh.world.size == 1 and len(of.train.micro_batches) == 1 and of.running is None
     return plain and single and config.normalize not in TOKEN_NORMS and of.sae.W_enc.dtype == torch.float32
 
