@@ -6,6 +6,7 @@ import difflib
 from typing import Any
 
 from saelab.saes import VARIANTS, TopKConfig
+from saelab.training import TrainConfig
 from saelab.validation import check_integer
 
 
@@ -35,3 +36,30 @@ def k_sparse(d_sae: int = 4096, k: int = 32, k_start: int | None = None, **chang
     """
     start = min(round(k * 100 / 15), d_sae) if k_start is None else k_start
     return TopKConfig(d_sae, k, **({"k_start": start, "auxk_alpha": 0.0, "pre_bias": False} | changes))
+
+
+def fast(
+    variant: str, d_in: int, expansion: int = 8, n_tokens: int = 40_960_000, **changes: Any
+) -> tuple[Any, TrainConfig]:
+    """The SAE and the training run of FAST (Li et al. 2025), for a cache of dialogues, each read by itself (`harvest --chat`).
+
+    `variant` is "relu" or "jumprelu". Warm-ups keep their share of a shorter run. Unlike theirs, the learning rate falls linearly
+    to 0 (cosine to a tenth), inputs are normalised, `b_dec` starts at the mean, and training leaves special tokens out: score
+    those with `saelab.evaluation.document_error`. Raises `ValueError` for another variant.
+    """
+    if variant not in _FAST:
+        raise ValueError(f"variant={variant!r} must be one of {', '.join(_FAST)}: those that FAST was published with.")
+    config = VARIANTS[variant].Config(d_sae=expansion * d_in, **(_FAST[variant] | changes))
+    warmup = round(n_tokens / 128 * 16_000 / 320_000)
+    return config, TrainConfig(n_tokens, 128, lr=7e-5, seed=42, warmup_steps=warmup, decay_fraction=0.95)
+
+
+_FAST: dict[str, dict[str, Any]] = {
+    "relu": {"l1_coefficient": 5.0, "l1_warmup": 10_000 / 320_000},
+    "jumprelu": {
+        "sparsity_coefficient": 0.01,
+        "bandwidth": 0.001,
+        "initial_threshold": 0.001,
+        "sparsity_warmup": 10_000 / 320_000,
+    },
+}
