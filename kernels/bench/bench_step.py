@@ -31,7 +31,7 @@ from saelab.kernels.bench.rows import COLUMNS, RESULTS, append_csv, hardware
 from saelab.kernels.bench.sizes import Shape
 from saelab.kernels.bench.step_settings import Settings
 from saelab.kernels.dispatch import without_bf16
-from saelab.models.smollm2 import cache_folder
+from saelab.models.wheels import cache_folder
 
 
 def main(settings: Settings) -> int:
