@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from saelab.kernels import dispatch
+from saelab.kernels import candidates, dispatch
 from saelab.kernels.bench import bench_step, exactness, measure, memory, peers
 from saelab.kernels.bench.dense_step import DenseTopK
 from saelab.kernels.bench.rows import COLUMNS, quantiles
@@ -65,11 +65,13 @@ def test_growth_is_told_from_8192_on():
 def test_without_bf16_the_screen_is_float32(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(dispatch, "_has_fast_bf16", lambda _: True)
     for bf16 in (True, False):
-        WORKSPACE.buffers.clear()
-        settings = step_settings(d_sae=(64,), k=(4,), d_in=16, batch_size=64, pairs=1, warmup=1, bf16=bf16)
-        assert bench_step.main(settings) == 0
-        assert any(dtype == torch.bfloat16 for _, dtype in WORKSPACE.buffers) == bf16
-        assert (",float32 (bf16 screen)," in capsys.readouterr().out) == bf16
+        for batch_size in (candidates.MIN_BF16_ROWS, candidates.MIN_BF16_ROWS - 1):
+            WORKSPACE.buffers.clear()
+            settings = step_settings(d_sae=(64,), k=(4,), d_in=16, batch_size=batch_size, pairs=1, warmup=1, bf16=bf16)
+            assert bench_step.main(settings) == 0
+            used = bf16 and batch_size >= candidates.MIN_BF16_ROWS
+            assert any(dtype == torch.bfloat16 for _, dtype in WORKSPACE.buffers) == used
+            assert (",float32 (bf16 screen)," in capsys.readouterr().out) == used
 
 
 FAKE_PEERS = """

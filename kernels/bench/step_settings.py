@@ -13,6 +13,7 @@ import torch
 from saelab.kernels.bench.providers import BASELINES, Baseline, BaselineName, Op
 from saelab.kernels.bench.rows import default_device
 from saelab.kernels.bench.sizes import CPU_D_SAE, GPU_SIZES, Shape
+from saelab.kernels.candidates import MIN_BF16_ROWS
 from saelab.kernels.dispatch import fast_bf16
 
 
@@ -74,7 +75,8 @@ class Settings:
     @property
     def screen(self) -> str:
         """Precision of our product."""
-        return "bf16" if self.bf16 and fast_bf16(self.device) else "fp32"
+        enough = self.batch_size >= MIN_BF16_ROWS or not self.on_cpu
+        return "bf16" if self.bf16 and enough and fast_bf16(self.device) else "fp32"
 
     def with_dense(self, d_sae: int) -> bool:
         """Whether baselines and peers run at this size."""
