@@ -11,7 +11,7 @@ from saelab.distributed.mesh import Mesh
 from saelab.errors import TrainingError
 from saelab.kernels.dispatch import using
 from saelab.kernels.triton_backend.step import candidates, gradients, products, update
-from saelab.saes import BatchTopKConfig, BatchTopKSAE, TopKConfig, TopKSAE
+from saelab.saes import MatryoshkaConfig, MatryoshkaSAE, TopKConfig, TopKSAE
 from saelab.saes.hooks_used import HooksUsed
 from saelab.saes.step import RULES, Batch, StepInfo
 from saelab.training import fused_step, steps
@@ -21,7 +21,7 @@ from saelab.training.dead_features import DeadFeatures
 from saelab.training.fused_step import FusedStep
 from saelab.training.late_records import LAG, LateRecords
 from saelab.training.optimizer import apply_step
-from saelab.training.steps import FUSED_SINCE, Trained, fused_serves, make_step
+from saelab.training.steps import Trained, fused_serves, make_step
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # there compiled, here in the interpreter
 SIZES = {"n_rows": 6, "d_in": 12, "d_sae": 20, "k": 3}
@@ -345,13 +345,15 @@ def test_a_bad_batch_is_named_though_it_is_noticed_later(tmp_path):
         ({"config": {"normalize": "none"}}, True),
         ({"config": {"multi_topk": True}}, False),
         ({"config": {"select": "groupmax"}}, False),
-        ({"config": {"score": "decoder_norm"}}, False),
+        ({"config": {"score": "decoder_norm"}}, True),
+        ({"config": {"score": "decoder_norm"}, "rules": 5}, False),
         ({"config": {"aux": "aux_zipf"}}, False),
         ({"config": {"normalize": "layer_norm"}}, False),
         ({"train": {"grad_accumulation": 2}}, False),
         ({"running": "some"}, False),
-        ({"rules": FUSED_SINCE - 1}, False),
-        ({"sae": BatchTopKSAE(BatchTopKConfig(d_sae=12, k=2), 8)}, False),
+        ({"rules": 5}, True),
+        ({"rules": 4}, False),
+        ({"sae": MatryoshkaSAE(MatryoshkaConfig(d_sae=12, k=2), 8)}, False),
     ],
 )
 def test_which_runs_take_it(change, expected):

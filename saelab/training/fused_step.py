@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saelab.kernels.sparse_acts import SparseActs, offsets_of
 from saelab.kernels.triton_backend.launch import target_of
 from saelab.kernels.triton_backend.sddmm import sum_slices
 from saelab.kernels.triton_backend.spmm import spmm_residual
@@ -31,7 +32,7 @@ from saelab.kernels.triton_backend.step.prepare import (
 )
 from saelab.kernels.triton_backend.step.products import pair_products
 from saelab.kernels.triton_backend.step.search_rows import plan_search, search_rows
-from saelab.kernels.triton_backend.step.select import empty_selection, select
+from saelab.kernels.triton_backend.step.select import VALUES, Scoring, empty_selection, select
 from saelab.kernels.triton_backend.step.update import (
     RECORD,
     AdamOptions,
@@ -41,7 +42,7 @@ from saelab.kernels.triton_backend.step.update import (
     update,
 )
 from saelab.losses import auxk
-from saelab.saes.topk import TopKSAE
+from saelab.saes.selection import SelectionSAE
 from saelab.training.adam import Adam
 from saelab.training.dead_features import DeadFeatures
 from saelab.training.late_records import Record
@@ -52,33 +53,51 @@ HORIZON = 16
 
 
 class FusedStep:
-    """Steps an SAE, its optimiser and its dead-feature counters in place, on batches of `n_rows` rows."""
+    """Steps an SAE, its optimiser and its dead-feature counters in place, on batches of `n_rows` rows.
 
-    def __init__(self, sae: TopKSAE, adam: Adam, dead: DeadFeatures, n_rows: int, clip_norm: float) -> None:
+    Others (`fused_table.py`) differ in what pairs are ranked by, or in how they select.
+    """
+
+    rough = True
+    """Whether a dense step may keep rough values (`candidates.Rough`)."""
+
+    def __init__(self, sae: SelectionSAE, adam: Adam, dead: DeadFeatures, n_rows: int, clip_norm: float) -> None:
         self.sae, self.adam, self.dead, self.n_rows = sae, adam, dead, n_rows
         target_of(sae.W_enc.device)  # refuses what the kernels cannot run on
-        device, (d_sae, d_in), k = sae.W_enc.device, sae.W_enc.shape, sae.config.k
+        device, (d_sae, d_in) = sae.W_enc.device, sae.W_enc.shape
         width = width_of(d_in)
         empty, half = torch.empty, torch.float16
         bounds = empty(2, n_rows, device=device)
         self.rows = Rows(empty(n_rows, d_in, device=device), empty(n_rows, width, dtype=half, device=device), bounds)
         self._low, self._norms = empty(d_sae, width, dtype=half, device=device), empty(2, d_sae, device=device)
         self._slices = slices_of(n_rows, d_sae)
-        self._plan = plan_search(d_sae, k, len(self._slices))
-        n_scores = max((rows.stop - rows.start for rows in self._slices), default=0) * d_sae
-        self._scores = empty(max(n_scores, n_rows * self._plan.row_bytes // 2), dtype=half, device=device)
-        dense = dense_pays(d_sae, k) and len(self._slices) == 1
-        self._dense = empty_dense(n_rows, sae.W_dec.detach(), self._scores) if dense else None
-        self.slots = empty_slots(n_rows, k, device, rough=dense)
-        self.selection, self._uncertain = empty_selection(n_rows, k, device)
+        self._make_room()
         self._gradients = empty_gradients(sae.W_dec)
         self._bins = torch.arange(d_sae + 1, dtype=torch.int32, device=device)
-        self._offsets = torch.arange(0, n_rows * k + 1, k, device=device)
         self._db_dec, self._control = empty(d_in, device=device), torch.zeros(2, device=device)
         self.record, self.schedule = torch.zeros(len(RECORD), device=device), torch.zeros(3, device=device)
         self._moments = [Moments(p, *adam.moments(p)) for p in (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec)]
         decay = sae.weight_decay.get(sae.W_enc, 0.0)
         self._options = AdamOptions(*adam.betas, adam.eps, clip_norm, decay)
+
+    def _make_room(self) -> None:
+        """Allocate what the selection needs."""
+        sae, n_rows = self.sae, self.n_rows
+        device, d_sae, k = sae.W_enc.device, sae.d_sae, sae.config.k
+        self._plan = plan_search(d_sae, k, len(self._slices))
+        n_scores = max((rows.stop - rows.start for rows in self._slices), default=0) * d_sae
+        self._scores = torch.empty(
+            max(n_scores, n_rows * self._plan.row_bytes // 2), dtype=torch.float16, device=device
+        )
+        dense = dense_pays(d_sae, k) and len(self._slices) == 1
+        self._dense = empty_dense(n_rows, sae.W_dec.detach(), self._scores) if dense else None
+        self.slots = empty_slots(n_rows, k, device, rough=dense and self.rough)
+        self.selection, self._uncertain = empty_selection(n_rows, k, device)
+        self._offsets = torch.arange(0, n_rows * k + 1, k, device=device)
+
+    def scoring(self) -> Scoring:
+        """What the pairs of a row are ranked by."""
+        return VALUES
 
     @torch.no_grad()
     def load(self, x: Float[Tensor, "batch d_in"], lr: float, step: int) -> None:
@@ -135,16 +154,17 @@ class FusedStep:
 
     def _select(self) -> None:
         """Fill `selection` from the loaded rows."""
-        sae, k = self.sae, self.sae.config.k
-        prepare_weights(sae.W_enc, sae.b_enc, self._low, self._norms)
-        sizes = Sizes(self._norms, self._norms.mean(1), None if self._dense is None else self._norms.amax(1))
+        sae, k, scoring = self.sae, self.sae.config.k, self.scoring()
+        prepare_weights(sae.W_enc, sae.b_enc, self._low, self._norms, scoring.norms)
+        sizes = Sizes(self._norms, self._norms.mean(1), None if self.slots.rough is None else self._norms.amax(1))
+        both_signs = sae.b_enc if scoring.magnitude else None
         for rows in self._slices:
             scores = self._scores[: (rows.stop - rows.start) * sae.d_sae].view(-1, sae.d_sae)
             product(self.rows.low[rows], self._low, scores)
-            find_candidates(scores, self.rows.bounds, sizes, k, rows.start, self.slots)
+            find_candidates(scores, self.rows.bounds, sizes, k, rows.start, self.slots, both_signs)
         operands = self.rows.x, sae.W_enc, sae.b_enc
-        select(*operands, self.slots, self.selection, self._uncertain)
-        search_rows(*operands, self._uncertain, self._plan, self._scores.view(torch.int64), self.selection)
+        select(*operands, self.slots, self.selection, self._uncertain, scoring)
+        search_rows(*operands, self._uncertain, self._plan, self._scores.view(torch.int64), self.selection, scoring)
 
     def _add_aux(self, dead: Int[Tensor, " n_dead"], residual: Float[Tensor, "batch d_in"]) -> None:
         """Add the gradients of AuxK to those of the dead features, and its loss to the record."""
@@ -156,6 +176,12 @@ class FusedStep:
         for total, more in zip(self._gradients, gradients, strict=True):
             total.index_add_(0, dead, more)  # each row once: no sum depends on an order
         self.record[RECORD.index("auxk")] = loss.detach()
+
+    def feature_acts(self) -> SparseActs:
+        """What the last step selected. Waits."""
+        values, features, counts, _ = self.selection
+        kept = torch.arange(values.shape[1], device=counts.device) < counts[:, None]
+        return SparseActs(values[kept], features[kept].long(), offsets_of(counts.long()), self.sae.d_sae)
 
     def values(self, record: Record) -> dict[str, Any]:
         """The metrics in the record of a step, and under "none_dead_soon" whether none can be dead for `HORIZON` steps."""

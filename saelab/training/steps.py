@@ -16,7 +16,6 @@ from saelab.losses import sum_of_squares, total_variance
 from saelab.saes import SAE, StepInfo
 from saelab.saes.hooks_used import HooksUsed
 from saelab.saes.token_norm import TOKEN_NORMS
-from saelab.saes.topk import TopKSAE
 from saelab.training.adam import Adam
 from saelab.training.config import TrainConfig
 from saelab.training.cuda_graph import Replayed
@@ -24,12 +23,11 @@ from saelab.training.data_source import Rows
 from saelab.training.dead_features import DeadFeatures
 from saelab.training.device_rows import device_rows
 from saelab.training.exchange import Exchange
+from saelab.training.fused_table import fused_step_of
 from saelab.training.late_records import LAG, LateRecords, Record
 from saelab.training.optimizer import apply_step
 from saelab.training.running_norm import RunningNorm
 
-FUSED_SINCE = 5
-"""The training rules from which on a GPU takes the fused step."""
 Found = list[tuple[int, dict[str, Any]]]
 """Steps and their metrics, in order."""
 
@@ -110,25 +108,25 @@ class AutogradTraining:
 
 
 def fused_serves(of: Trained) -> bool:
-    """Whether the fused step computes what this run asks for: TopK as Gao et al. 2024 describe it, in one process, on a GPU."""
-    if type(of.sae) is not TopKSAE or backend_name(of.sae.W_enc) != "triton" or of.rules < FUSED_SINCE:
+    """Whether a fused step computes what this run asks for: an SAE of `fused_table.py`, in one process, on a GPU."""
+    fused = fused_step_of(of.sae)
+    if fused is None or backend_name(of.sae.W_enc) != "triton" or of.rules < fused.since:
         return False
-    config = of.sae.config
-    plain = config.select == "topk" and config.score == "value" and config.aux == "auxk" and not config.multi_topk
     single = of.mesh.world.size == 1 and len(of.train.micro_batches) == 1 and of.running is None
-    return plain and single and config.normalize not in TOKEN_NORMS and of.sae.W_enc.dtype == torch.float32
+    return single and of.sae.config.normalize not in TOKEN_NORMS and of.sae.W_enc.dtype == torch.float32
 
 
 class FusedTraining:
     """The fused step, recorded as a CUDA graph, its metrics some steps late."""
 
     def __init__(self, of: Trained) -> None:
-        from saelab.training.fused_step import HORIZON, FusedStep
+        from saelab.training.fused_step import HORIZON
 
-        assert isinstance(of.sae, TopKSAE)
+        fused = fused_step_of(of.sae)
+        assert fused is not None
         self._of = of
-        self._fused = FusedStep(of.sae, of.adam, of.dead, of.train.batch_size, of.train.clip_norm)
-        self._replayed = Replayed(self._fused.run, of.device)
+        self.fused = fused.load()(of.sae, of.adam, of.dead, of.train.batch_size, of.train.clip_norm)
+        self._replayed = Replayed(self.fused.run, of.device)
         self._records, self._horizon = LateRecords(), HORIZON
         self._none_dead_before = -1
         """No feature is dead at the start of an earlier step."""
@@ -136,13 +134,13 @@ class FusedTraining:
     def __call__(self, rows: Rows, step: int, lr: float, logged: bool) -> Found:
         of = self._of
         (name,) = of.hooks.all
-        self._fused.load(device_rows(rows, name, slice(None), of.device), lr, step)
+        self.fused.load(device_rows(rows, name, slice(None), of.device), lr, step)
         dead = self._dead(step)
         if dead is None:
             self._replayed()
         else:
-            self._fused.run(dead)
-        self._records.push(step, self._fused.record, with_aux=dead is not None)
+            self.fused.run(dead)
+        self._records.push(step, self.fused.record, with_aux=dead is not None)
         return [self._metrics(record) for record in self._records.take(LAG)]
 
     def settle(self, step: int) -> Found:
@@ -152,7 +150,7 @@ class FusedTraining:
 
     def selection(self) -> dict[str, float]:
         """What the selection of the last step did (`FusedStep.selected`)."""
-        return self._fused.selected()
+        return self.fused.selected()
 
     def _dead(self, step: int) -> torch.Tensor | None:
         """The dead features of this step; None if there is none, which records of earlier steps may have ruled out."""
@@ -163,7 +161,7 @@ class FusedTraining:
         return ids if len(ids) else None
 
     def _metrics(self, record: Record) -> tuple[int, dict[str, Any]]:
-        found = self._fused.values(record)
+        found = self.fused.values(record)
         if found.pop("none_dead_soon"):
             self._none_dead_before = record.step + self._horizon + 1
         return record.step, found

@@ -45,7 +45,7 @@ def _first() -> list[KernelSpec]:
     return [
         _spec(prepare._prepare_rows_kernel, rows, row, prepare._WARPS, _ROWS // 2 + _ROWS + 2 * _BATCH * width),
         _spec(
-            prepare._prepare_weights_kernel, "*fp32 *fp32 *fp16 *fp32 i32 i32 i32", row, prepare._WARPS,
+            prepare._prepare_weights_kernel, "*fp32 *fp32 *fp32 *fp16 *fp32 i32 i32 i32", row, prepare._WARPS,
             _WEIGHTS + 2 * _D_SAE * width + 12 * _D_SAE,
         ),
         _spec(prepare._column_moments_kernel, "*fp32 *fp32 *fp32 i32 i32", tile, prepare._WARPS, _ROWS + blocks),
@@ -57,33 +57,35 @@ def _selection() -> list[KernelSpec]:
     scores = 2 * _BATCH * _D_SAE  # read twice, the second time from the cache
     found = "*fp16 *fp32 *fp32 *fp32 *fp32 *i32 *i32 *fp32 *fp32 *i32 *i32 i32 i32 i32 i32 fp32 fp32"
     many: dict[str, Any] = {"MARGIN": 1.2, "SLOTS": _SLOTS, "GROUPS": 2048, "BLOCK": candidates._BLOCK}
-    all_features = many | {"SLOTS": 512, "GROUPS": SMALL.d_sae}
+    all_features = many | {"SLOTS": 512, "GROUPS": SMALL.d_sae, "bias_ptr": None}
     many |= dict.fromkeys(("most_ptr", "rough_ptr", "open_ptr", "n_open_ptr"))  # exact values for all
-    exact = "*fp16 *fp32 *fp32 *fp32 *i32 *i32 *fp32 i32 i32 i32 i32 fp32 fp32"
+    exact = "*fp16 *fp32 *fp32 *fp32 *fp32 *i32 *i32 *fp32 i32 i32 i32 i32 fp32 fp32"
     plan = search_rows.plan_search(_D_SAE, _K, 1)
-    search = "*fp32 *fp32 *fp32 *i32 *i32 *i64"
+    search = "*i32 *i32 *i64"
     lists = {"BEST": plan.n_best}
     by_row = {"SLOTS": _SLOTS, "PAIRS": products.ROW_PAIRS, "COLUMNS": products.COLUMNS}
     by_feature = {"SLOTS": _SLOTS, "PAIRS": products._PAIRS, "COLUMNS": products.COLUMNS}
     tile = {"PAIRS": search_rows._PAIRS, "COLUMNS": products.COLUMNS}
     gathers = _ROWS + _WEIGHTS + 12 * _FOUND + _PARTIALS
-    kept = "*fp32 *i32 *i32 *i32"
+    kept, signed = "*fp32 *i32 *i32 *i32", {"MAGNITUDE": True}
     return [
         _spec(candidates._candidates_kernel, found, all_features, 8, 2 * _BATCH * SMALL.d_sae),
         _spec(candidates._candidates_kernel, exact, many, 4, scores + 4 * _BATCH * _SLOTS),
         _spec(products._by_row_kernel, "*fp32 *fp32 *i32 *i32 *i32 *fp32 i32 i32", by_row, products.ROW_WARPS, gathers),
         _spec(products._by_feature_kernel, "*fp32 *fp32 *i32 *i64 *fp32 i32 i32 i32", by_feature, products._WARPS, gathers),
         _spec(
-            select._select_kernel, f"*fp32 *i32 *i32 *fp32 *fp32 *fp32 {kept} *i32 *i32 i32 i32 i32 i32", {"SLOTS": _SLOTS},
+            select._select_kernel, f"*fp32 *i32 *i32 *fp32 *fp32 *fp32 *fp32 {kept} *i32 *i32 i32 i32 i32 i32",
+            {"SLOTS": _SLOTS, "MAGNITUDE": True},
             4, _PARTIALS + 4 * _FOUND + 12 * _NNZ,
         ),
         _spec(
-            search_rows._search_rows_kernel, f"{search} i32 i32 i32",
-            lists | {"LANES": 8, "SPLIT": plan.split, "COLUMNS": search_rows._TILE // plan.n_best}, search_rows._WARPS, _WEIGHTS,
+            search_rows._search_rows_kernel, f"*fp32 *fp32 *fp32 *fp32 {search} i32 i32 i32",
+            signed | lists | {"LANES": 8, "SPLIT": plan.split, "COLUMNS": search_rows._TILE // plan.n_best},
+            search_rows._WARPS, _WEIGHTS,
         ),
         _spec(
-            search_rows._merge_rows_kernel, f"{search} {kept} i32 i32 i32 i32", lists | {"LANES": 64} | tile,
-            search_rows._WARPS, plan.row_bytes,
+            search_rows._merge_rows_kernel, f"*fp32 *fp32 *fp32 {search} {kept} i32 i32 i32 i32",
+            signed | lists | {"LANES": 64} | tile, search_rows._WARPS, plan.row_bytes,
         ),
     ]  # fmt: skip
 
