@@ -60,9 +60,12 @@ class FusedStep:
 
     rough = True
     """Whether a dense step may keep rough values (`candidates.Rough`)."""
+    record_size = len(RECORD)
 
-    def __init__(self, sae: SelectionSAE, adam: Adam, dead: DeadFeatures, n_rows: int, clip_norm: float) -> None:
-        self.sae, self.adam, self.dead, self.n_rows = sae, adam, dead, n_rows
+    def __init__(
+        self, sae: SelectionSAE, adam: Adam, dead: DeadFeatures, n_rows: int, clip_norm: float, n_steps: int = 0
+    ) -> None:
+        self.sae, self.adam, self.dead, self.n_rows, self.n_steps = sae, adam, dead, n_rows, n_steps
         target_of(sae.W_enc.device)  # refuses what the kernels cannot run on
         device, (d_sae, d_in) = sae.W_enc.device, sae.W_enc.shape
         width = width_of(d_in)
@@ -75,7 +78,7 @@ class FusedStep:
         self._gradients = empty_gradients(sae.W_dec)
         self._bins = torch.arange(d_sae + 1, dtype=torch.int32, device=device)
         self._db_dec, self._control = empty(d_in, device=device), torch.zeros(2, device=device)
-        self.record, self.schedule = torch.zeros(len(RECORD), device=device), torch.zeros(3, device=device)
+        self.record, self.schedule = torch.zeros(self.record_size, device=device), torch.zeros(3, device=device)
         self._moments = [Moments(p, *adam.moments(p)) for p in (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec)]
         decay = sae.weight_decay.get(sae.W_enc, 0.0)
         self._options = AdamOptions(*adam.betas, adam.eps, clip_norm, decay)
@@ -133,10 +136,25 @@ class FusedStep:
         parallel, each = count_and_norm(*counted, window - HORIZON * self.n_rows)
         W_enc, W_dec, b_enc, b_dec = self._moments
         finish(
-            error, variance, each, pairs, self._uncertain.count, residual.sum(0), through, self.schedule, b_dec,
+            error, variance, each, pairs, self._uncertain.count, self._bias_sums(residual), through, self.schedule, b_dec,
             self._db_dec, self._control, self.record, self._options,
         )  # fmt: skip
         update(W_enc, W_dec, b_enc, self._gradients, parallel, self._control, self.schedule, self._options)
+
+    def _bias_sums(self, residual: Float[Tensor, "batch d_in"]) -> Float[Tensor, " d_in"]:
+        """The column sums of the residual: the gradient of `b_dec`, but for its scale."""
+        return residual.sum(0)
+
+    def after(self, step: int) -> None:
+        """What else a step changes, launched behind it."""
+
+    def resized(self, record: Record) -> bool:
+        """Whether lists were made longer or shorter for what a step has found; launches must then be recorded again."""
+        return False
+
+    def is_void(self, record: Record) -> bool:
+        """Whether the step has changed nothing, as all after it, because a list was too short: it must be made again."""
+        return False
 
     def _reconstruct(self, bias: Tensor | None, variance: Tensor) -> tuple[Tensor, Tensor, Pairs]:
         """Residual, its squared norm and the sorted pairs of the selection; fills the gradients of the weights."""
@@ -185,7 +203,7 @@ class FusedStep:
 
     def values(self, record: Record) -> dict[str, Any]:
         """The metrics in the record of a step, and under "none_dead_soon" whether none can be dead for `HORIZON` steps."""
-        numbers = dict(zip(RECORD, record.numbers.tolist(), strict=True))
+        numbers = dict(zip(RECORD, record.numbers.tolist(), strict=False))
         aux = {"auxk": numbers["auxk"]} if record.with_aux else {}
         loss = numbers["fvu"] + sum(self.sae.config.auxk_alpha * term for term in aux.values())
         found = {"loss": loss, "l0": numbers["nnz"] / self.n_rows, "fvu": numbers["fvu"], **aux}

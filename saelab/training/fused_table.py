@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from saelab.saes import SAE
 from saelab.saes.abs_topk import AbsTopKConfig, AbsTopKSAE
+from saelab.saes.batch_topk import BatchTopKConfig, BatchTopKSAE
 from saelab.saes.topk import TopKConfig, TopKSAE
 
 
@@ -36,7 +37,15 @@ def _abs_topk(config: AbsTopKConfig) -> Fused | None:
     return Fused("fused_scores", "FusedAbsTopK", 6) if config.aux == "auxk" else None
 
 
-TABLE: dict[type[SAE], Callable[[Any], Fused | None]] = {TopKSAE: _topk, AbsTopKSAE: _abs_topk}
+def _batch_topk(config: BatchTopKConfig) -> Fused | None:
+    return Fused("fused_batch_topk", "FusedBatchTopK", 6) if config.aux == "auxk" else None
+
+
+TABLE: dict[type[SAE], Callable[[Any], Fused | None]] = {
+    TopKSAE: _topk,
+    AbsTopKSAE: _abs_topk,
+    BatchTopKSAE: _batch_topk,
+}
 """By class of the SAE; not by its subclasses, which may compute something else."""
 
 

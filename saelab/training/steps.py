@@ -6,6 +6,7 @@ for a GPU. `settle` returns the rest.
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -117,7 +118,10 @@ def fused_serves(of: Trained) -> bool:
 
 
 class FusedTraining:
-    """The fused step, recorded as a CUDA graph, its metrics some steps late."""
+    """The fused step, recorded as a CUDA graph, its metrics some steps late.
+
+    A step whose lists were too short has changed nothing, as all steps after it; when its record comes they are made again.
+    """
 
     def __init__(self, of: Trained) -> None:
         from saelab.training.fused_step import HORIZON
@@ -125,13 +129,20 @@ class FusedTraining:
         fused = fused_step_of(of.sae)
         assert fused is not None
         self._of = of
-        self.fused = fused.load()(of.sae, of.adam, of.dead, of.train.batch_size, of.train.clip_norm)
+        self.fused = fused.load()(of.sae, of.adam, of.dead, of.train.batch_size, of.train.clip_norm, of.train.n_steps)
         self._replayed = Replayed(self.fused.run, of.device)
+        self._under_way: deque[tuple[Rows, int, float]] = deque()
+        """The steps without a record, in order."""
         self._records, self._horizon = LateRecords(), HORIZON
         self._none_dead_before = -1
         """No feature is dead at the start of an earlier step."""
 
     def __call__(self, rows: Rows, step: int, lr: float, logged: bool) -> Found:
+        self._make(rows, step, lr)
+        return self._take(LAG)
+
+    def _make(self, rows: Rows, step: int, lr: float) -> None:
+        """Launch a step."""
         of = self._of
         (name,) = of.hooks.all
         self.fused.load(device_rows(rows, name, slice(None), of.device), lr, step)
@@ -140,11 +151,34 @@ class FusedTraining:
             self._replayed()
         else:
             self.fused.run(dead)
+        self.fused.after(step)
         self._records.push(step, self.fused.record, with_aux=dead is not None)
-        return [self._metrics(record) for record in self._records.take(LAG)]
+        self._under_way.append((rows, step, lr))
+
+    def _take(self, left: int) -> Found:
+        """The metrics of all steps but the newest `left`."""
+        found = []
+        while len(self._records) > left:
+            record = self._records.next()
+            if self.fused.resized(record):
+                self._replayed = Replayed(self.fused.run, self._of.device)
+            if self.fused.is_void(record):
+                self._make_again()
+            else:
+                self._under_way.popleft()
+                found.append(self._metrics(record))
+        return found
+
+    def _make_again(self) -> None:
+        """Make all steps under way again: none of them has changed anything."""
+        self._records.take(0)
+        steps = list(self._under_way)
+        self._under_way.clear()
+        for each in steps:
+            self._make(*each)
 
     def settle(self, step: int) -> Found:
-        found = [self._metrics(record) for record in self._records.take(0)]
+        found = self._take(0)
         self._of.adam.note_steps(step)
         return found
 

@@ -64,7 +64,7 @@ def _selection() -> list[KernelSpec]:
     search = "*i32 *i32 *i64"
     lists = {"BEST": plan.n_best}
     by_row = {"SLOTS": _SLOTS, "PAIRS": products.ROW_PAIRS, "COLUMNS": products.COLUMNS}
-    by_feature = {"SLOTS": _SLOTS, "PAIRS": products._PAIRS, "COLUMNS": products.COLUMNS}
+    by_feature = {"SLOTS": 1, "PAIRS": products._PAIRS, "COLUMNS": products.COLUMNS}
     tile = {"PAIRS": search_rows._PAIRS, "COLUMNS": products.COLUMNS}
     gathers = _ROWS + _WEIGHTS + 12 * _FOUND + _PARTIALS
     kept, signed = "*fp32 *i32 *i32 *i32", {"MAGNITUDE": True}
@@ -72,7 +72,7 @@ def _selection() -> list[KernelSpec]:
         _spec(candidates._candidates_kernel, found, all_features, 8, 2 * _BATCH * SMALL.d_sae),
         _spec(candidates._candidates_kernel, exact, many, 4, scores + 4 * _BATCH * _SLOTS),
         _spec(products._by_row_kernel, "*fp32 *fp32 *i32 *i32 *i32 *fp32 i32 i32", by_row, products.ROW_WARPS, gathers),
-        _spec(products._by_feature_kernel, "*fp32 *fp32 *i32 *i64 *fp32 i32 i32 i32", by_feature, products._WARPS, gathers),
+        _spec(products._by_feature_kernel, "*fp32 *fp32 *i32 *i64 *i32 *fp32 i32 i32 i32", by_feature, products._WARPS, gathers),
         _spec(
             select._select_kernel, f"*fp32 *i32 *i32 *fp32 *fp32 *fp32 *fp32 {kept} *i32 *i32 i32 i32 i32 i32",
             {"SLOTS": _SLOTS, "MAGNITUDE": True},
@@ -97,7 +97,7 @@ def _gradients() -> list[KernelSpec]:
     sums = "*fp32 *fp32 *fp32 *fp32 *fp32 *fp32 i32 i32 i32"
     lists = 2 * _TILES * 8 * _NNZ
     return [
-        _spec(gradients._gather_kernel, "*i64 *fp32 *fp32 *i32 *fp32 *fp32 i32 i32", gather, gradients._WARPS, 28 * _NNZ),
+        _spec(gradients._gather_kernel, "*i64 *fp32 *fp32 *i32 *i32 *fp32 *fp32 i32 i32", gather, gradients._WARPS, 28 * _NNZ),
         _spec(
             gradients._gradients_kernel, f"*i32 *i64 *i32 *fp32 *fp32 *fp32 *fp32 *fp32 {sums}",
             chunk | tile | {"PAIRS": gradients._PAIRS}, gradients._WARPS, 2 * _ROWS + 2 * _WEIGHTS + lists + far,
