@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
 from saelab.kernels.triton_backend.step import dense
-from saelab.training import fused_batch_topk, fused_step
+from saelab.training import fused_batch_topk, fused_step, fused_threshold
 
 FREE = (
     *(
@@ -91,7 +91,11 @@ def counted():
     real_products = {torch.float16: fused_step.product, torch.float32: dense._product}
     with pytest.MonkeyPatch.context() as patch, counts:
         patch.setattr(interpreter.GridExecutor, "__call__", launch)
-        for module in (fused_step, fused_batch_topk):  # the interpreter makes several operators of a product
+        for module in (
+            fused_step,
+            fused_batch_topk,
+            fused_threshold,
+        ):  # the interpreter makes several operators of a product
             patch.setattr(module, "product", one_product)
         patch.setattr(dense, "_product", one_product)
         yield counts

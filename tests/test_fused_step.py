@@ -11,7 +11,20 @@ from saelab.distributed.mesh import Mesh
 from saelab.errors import TrainingError
 from saelab.kernels.dispatch import using
 from saelab.kernels.triton_backend.step import candidates, gradients, products, update
-from saelab.saes import MatryoshkaConfig, MatryoshkaSAE, TopKConfig, TopKSAE
+from saelab.saes import (
+    AbsTopKConfig,
+    AbsTopKSAE,
+    BatchTopKConfig,
+    BatchTopKSAE,
+    JumpReLUConfig,
+    JumpReLUSAE,
+    MatryoshkaConfig,
+    MatryoshkaSAE,
+    ReLUConfig,
+    ReLUSAE,
+    TopKConfig,
+    TopKSAE,
+)
 from saelab.saes.hooks_used import HooksUsed
 from saelab.saes.step import RULES, Batch, StepInfo
 from saelab.training import fused_step, steps
@@ -354,6 +367,15 @@ def test_a_bad_batch_is_named_though_it_is_noticed_later(tmp_path):
         ({"rules": 5}, True),
         ({"rules": 4}, False),
         ({"sae": MatryoshkaSAE(MatryoshkaConfig(d_sae=12, k=2), 8)}, False),
+        ({"sae": AbsTopKSAE(AbsTopKConfig(d_sae=12, k=2), 8)}, True),
+        ({"sae": AbsTopKSAE(AbsTopKConfig(d_sae=12, k=2), 8), "rules": 5}, False),
+        ({"sae": BatchTopKSAE(BatchTopKConfig(d_sae=12, k=2), 8)}, True),
+        ({"sae": BatchTopKSAE(BatchTopKConfig(d_sae=12, k=2), 8), "rules": 5}, False),
+        ({"sae": BatchTopKSAE(BatchTopKConfig(d_sae=12, k=2, aux="aux_zipf"), 8)}, False),
+        ({"sae": ReLUSAE(ReLUConfig(d_sae=12), 8)}, True),
+        ({"sae": ReLUSAE(ReLUConfig(d_sae=12), 8), "rules": 5}, False),
+        ({"sae": JumpReLUSAE(JumpReLUConfig(d_sae=12), 8)}, True),
+        ({"sae": JumpReLUSAE(JumpReLUConfig(d_sae=12), 8), "rules": 5}, False),
     ],
 )
 def test_which_runs_take_it(change, expected):

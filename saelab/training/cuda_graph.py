@@ -29,6 +29,13 @@ class Replayed:
         self._run()
         self._left -= self._left > 0
 
+    def renew(self) -> None:
+        """Record anew, as what it launches has changed; waits for what runs."""
+        if self._graph is not None:
+            torch.cuda.synchronize(self._device)
+            self._graph = None
+        self._left = _EAGER if self._left >= 0 else -1
+
     def _recorded(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         # Threads that read the cache may meanwhile use the GPU: that is no error of the recording.

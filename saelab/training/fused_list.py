@@ -71,12 +71,17 @@ class FusedListStep(FusedStep):
         self.void.zero_()
         return True
 
+    @torch.no_grad()
     def run(self, dead: Int[Tensor, " n_dead"] | None = None) -> None:
         since = self.dead.tokens_since_fired
         before = since.clone()
-        super().run(dead)
+        self._make_step(dead)
         since.copy_(torch.where(self.void == 0, since, before))
-        self.record[VOID:].copy_(self.void)
+        self.record[VOID : VOID + 1].copy_(self.void)
+
+    def _make_step(self, dead: Int[Tensor, " n_dead"] | None) -> None:
+        """The step itself, whose updates of weights do nothing if it is void."""
+        super().run(dead)
 
     def _bias_sums(self, residual: Float[Tensor, "batch d_in"]) -> Float[Tensor, " d_in"]:
         return residual.sum(0) + self.void  # if that is NaN, nothing is updated

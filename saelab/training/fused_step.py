@@ -42,7 +42,7 @@ from saelab.kernels.triton_backend.step.update import (
     update,
 )
 from saelab.losses import auxk
-from saelab.saes.selection import SelectionSAE
+from saelab.saes import SAE
 from saelab.training.adam import Adam
 from saelab.training.dead_features import DeadFeatures
 from saelab.training.late_records import Record
@@ -63,7 +63,7 @@ class FusedStep:
     record_size = len(RECORD)
 
     def __init__(
-        self, sae: SelectionSAE, adam: Adam, dead: DeadFeatures, n_rows: int, clip_norm: float, n_steps: int = 0
+        self, sae: SAE, adam: Adam, dead: DeadFeatures, n_rows: int, clip_norm: float, n_steps: int = 0
     ) -> None:
         self.sae, self.adam, self.dead, self.n_rows, self.n_steps = sae, adam, dead, n_rows, n_steps
         target_of(sae.W_enc.device)  # refuses what the kernels cannot run on
@@ -78,7 +78,10 @@ class FusedStep:
         self._gradients = empty_gradients(sae.W_dec)
         self._bins = torch.arange(d_sae + 1, dtype=torch.int32, device=device)
         self._db_dec, self._control = empty(d_in, device=device), torch.zeros(2, device=device)
-        self.record, self.schedule = torch.zeros(self.record_size, device=device), torch.zeros(3, device=device)
+        self.record, self.schedule = (
+            torch.zeros(self.record_size, device=device),
+            torch.zeros(len(self.numbers(0.0, 0)), device=device),
+        )
         self._moments = [Moments(p, *adam.moments(p)) for p in (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec)]
         decay = sae.weight_decay.get(sae.W_enc, 0.0)
         self._options = AdamOptions(*adam.betas, adam.eps, clip_norm, decay)
@@ -108,7 +111,7 @@ class FusedStep:
 
         Raises `ValueError` for rows of another shape than the step was made for.
         """
-        sae, (beta1, beta2) = self.sae, self.adam.betas
+        sae = self.sae
         if x.shape != self.rows.x.shape:
             raise ValueError(
                 f"This SAE reads activations of width d_in={sae.d_in}, {self.n_rows} rows a batch; got a tensor of shape "
@@ -116,9 +119,19 @@ class FusedStep:
             )
         x = x if x.dtype in _READ_AS_THEY_ARE else x.float()
         prepare_rows(x, sae.center, sae.scale, sae.pre_bias, self.rows)
-        numbers = torch.tensor([lr, 1 - beta1 ** (step + 1), (1 - beta2 ** (step + 1)) ** 0.5], dtype=torch.float32)
+        numbers = torch.tensor(self.numbers(lr, step), dtype=torch.float32)
         pinned = numbers.pin_memory() if self.schedule.is_cuda else numbers
         self.schedule.copy_(pinned, non_blocking=True)
+
+    def numbers(self, lr: float, step: int) -> list[float]:
+        """What changes from step to step, as the kernels read it."""
+        beta1, beta2 = self.adam.betas
+        return [lr, 1 - beta1 ** (step + 1), (1 - beta2 ** (step + 1)) ** 0.5]
+
+    @property
+    def helps_dead(self) -> bool:
+        """Whether a term of the loss trains dead features."""
+        return bool(self.sae.config.auxk_alpha)
 
     @torch.no_grad()
     def run(self, dead: Int[Tensor, " n_dead"] | None = None) -> None:
@@ -206,7 +219,7 @@ class FusedStep:
         numbers = dict(zip(RECORD, record.numbers.tolist(), strict=False))
         aux = {"auxk": numbers["auxk"]} if record.with_aux else {}
         loss = numbers["fvu"] + sum(self.sae.config.auxk_alpha * term for term in aux.values())
-        found = {"loss": loss, "l0": numbers["nnz"] / self.n_rows, "fvu": numbers["fvu"], **aux}
+        found: dict[str, Any] = {"loss": loss, "l0": numbers["nnz"] / self.n_rows, "fvu": numbers["fvu"], **aux}
         found |= {"grad_norm": numbers["grad_norm"], "dead_fraction_train": numbers["dead"] / self.sae.d_sae}
         return found | {"none_dead_soon": not numbers["dead_soon"]}
 

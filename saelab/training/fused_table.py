@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 from saelab.saes import SAE
 from saelab.saes.abs_topk import AbsTopKConfig, AbsTopKSAE
 from saelab.saes.batch_topk import BatchTopKConfig, BatchTopKSAE
+from saelab.saes.jumprelu import JumpReLUConfig, JumpReLUSAE
+from saelab.saes.relu import ReLUConfig, ReLUSAE
 from saelab.saes.topk import TopKConfig, TopKSAE
 
 
@@ -41,10 +43,20 @@ def _batch_topk(config: BatchTopKConfig) -> Fused | None:
     return Fused("fused_batch_topk", "FusedBatchTopK", 6) if config.aux == "auxk" else None
 
 
+def _relu(config: ReLUConfig) -> Fused:
+    return Fused("fused_threshold", "FusedThreshold", 6)
+
+
+def _jumprelu(config: JumpReLUConfig) -> Fused:
+    return Fused("fused_jumprelu", "FusedJumpReLU", 6)
+
+
 TABLE: dict[type[SAE], Callable[[Any], Fused | None]] = {
     TopKSAE: _topk,
     AbsTopKSAE: _abs_topk,
     BatchTopKSAE: _batch_topk,
+    ReLUSAE: _relu,
+    JumpReLUSAE: _jumprelu,
 }
 """By class of the SAE; not by its subclasses, which may compute something else."""
 

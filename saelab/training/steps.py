@@ -161,7 +161,7 @@ class FusedTraining:
         while len(self._records) > left:
             record = self._records.next()
             if self.fused.resized(record):
-                self._replayed = Replayed(self.fused.run, self._of.device)
+                self._replayed.renew()
             if self.fused.is_void(record):
                 self._make_again()
             else:
@@ -189,7 +189,7 @@ class FusedTraining:
     def _dead(self, step: int) -> torch.Tensor | None:
         """The dead features of this step; None if there is none, which records of earlier steps may have ruled out."""
         of = self._of
-        if step < self._none_dead_before or not of.sae.config.auxk_alpha:
+        if step < self._none_dead_before or not self.fused.helps_dead:
             return None
         ids = of.dead.dead.nonzero().squeeze(1)  # waits
         return ids if len(ids) else None

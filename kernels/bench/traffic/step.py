@@ -45,7 +45,7 @@ def _first() -> list[KernelSpec]:
     return [
         _spec(prepare._prepare_rows_kernel, rows, row, prepare._WARPS, _ROWS // 2 + _ROWS + 2 * _BATCH * width),
         _spec(
-            prepare._prepare_weights_kernel, "*fp32 *fp32 *fp32 *fp16 *fp32 i32 i32 i32", row, prepare._WARPS,
+            prepare._prepare_weights_kernel, "*fp32 *fp32 *fp32 *fp32 *fp16 *fp32 i32 i32 i32", row, prepare._WARPS,
             _WEIGHTS + 2 * _D_SAE * width + 12 * _D_SAE,
         ),
         _spec(prepare._column_moments_kernel, "*fp32 *fp32 *fp32 i32 i32", tile, prepare._WARPS, _ROWS + blocks),
@@ -109,17 +109,25 @@ def _gradients() -> list[KernelSpec]:
 
 def _last() -> list[KernelSpec]:
     numbers = "*fp32 *fp32 *fp32 *i64 *i32 " + "*fp32 " * 9 + "i32 i32 fp32 fp32 fp32 fp32"
+    unit = {"UNIT": True}
     return [
         *(
             _spec(
                 update._count_and_norm_kernel, "*fp32 *fp32 *fp32 *fp32 *i64 *i64 *fp32 *fp32 i32 i64 i64 i32",
-                {"BLOCK": block}, warps, 3 * _WEIGHTS,
+                unit | {"BLOCK": block}, warps, 3 * _WEIGHTS,
             )
             for block, warps in _WIDE_AND_NARROW
         ),
         _spec(update._finish_kernel, numbers, {"BLOCK": update._BLOCK}, 8, 36 * _D_IN),
         *(
-            _spec(update._update_kernel, "*fp32 " * 15 + "i32 fp32 fp32 fp32 fp32 fp32", {"BLOCK": block}, warps, 14 * _WEIGHTS)
+            _spec(
+                update._update_kernel, "*fp32 " * 15 + "i32 fp32 fp32 fp32 fp32 fp32", unit | {"BLOCK": block}, warps,
+                14 * _WEIGHTS,
+            )
             for block, warps in _WIDE_AND_NARROW
+        ),
+        _spec(
+            update._update_vector_kernel, "*fp32 " * 6 + "i32 fp32 fp32 fp32", {"BLOCK": update._BLOCK}, update._WARPS,
+            28 * _D_SAE,
         ),
     ]  # fmt: skip

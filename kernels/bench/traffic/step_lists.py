@@ -6,7 +6,7 @@ from typing import Any
 
 from saelab.kernels.bench.traffic.spec import PRODUCTION, KernelSpec, kernel_spec
 from saelab.kernels.triton_backend.launch import ceil_div
-from saelab.kernels.triton_backend.step import keep, kth, pair_list, products
+from saelab.kernels.triton_backend.step import keep, kth, pair_list, penalty, products, strength
 
 _BATCH, _D_IN, _D_SAE, _K = PRODUCTION
 _KEPT = _BATCH * _K
@@ -17,7 +17,7 @@ _TILES = ceil_div(_D_IN, products.COLUMNS)
 
 def production_specs() -> list[KernelSpec]:
     """Entries of the compile report."""
-    return [*_kth(), *_lists()]
+    return [*_kth(), *_lists(), *_thresholds()]
 
 
 def _spec(fn: Any, types: str, constexprs: dict[str, Any], num_warps: int, traffic: int) -> KernelSpec:
@@ -60,4 +60,26 @@ def _lists() -> list[KernelSpec]:
         _spec(keep._count_kept_kernel, f"{lists} *i32 *fp32 *fp32 *i32 *fp32 i32 i32", by_floor, keep._WARPS, 8 * _ROOM),
         _spec(keep._write_kept_kernel, f"{lists} *fp32 *i32 *i32 *i64 {out}", by_last, keep._WARPS, 20 * _ROOM),
         _spec(keep._write_kept_kernel, f"{lists} *fp32 *fp32 *i32 *i64 {out}", by_floor, keep._WARPS, 20 * _ROOM),
+    ]  # fmt: skip
+
+
+def _thresholds() -> list[KernelSpec]:
+    block = {"BLOCK": penalty._BLOCK}
+    slopes = "*fp32 *i32 *fp32 *fp32 " + "*fp32 " * 7 + "i32 i32 fp32 fp32"
+    relu = dict.fromkeys(("theta_ptr",)) | {"KIND": penalty.LINEAR, "TO_INPUT": False}
+    return [
+        _spec(penalty._activate_kernel, "*fp32 *i32 *fp32 *fp32 *i32 i32 i32", block, penalty._WARPS, 16 * _ROOM),
+        _spec(
+            penalty._slopes_kernel, slopes, block | {"KIND": penalty.TANH, "TO_INPUT": True}, penalty._WARPS, 32 * _ROOM,
+        ),
+        _spec(
+            penalty._slopes_kernel, slopes.replace("*fp32 *fp32 ", "*fp32 ", 1), block | relu, penalty._WARPS, 28 * _ROOM,
+        ),
+        _spec(
+            penalty._sum_by_feature_kernel, "*i64 *i64 " + "*fp32 " * 10 + "*i32 i32 fp32",
+            {"PAIRS": penalty._PAIRS, "COLUMNS": penalty._COLUMNS}, penalty._WARPS // 2, 24 * _KEPT + 12 * _D_SAE * _D_IN,
+        ),
+        _spec(
+            strength._strength_kernel, "*i32 *fp32 *fp32 *fp32 *i64 *fp32 i32 " + "fp32 " * 7, {}, 1, 64,
+        ),
     ]  # fmt: skip

@@ -63,10 +63,10 @@ def _nth_kernel(
         in_block = tl.sum(n, axis=0)
         reached = above + in_block - tl.cumsum(n, axis=0) + n  # numbers in this bin or above
         here = tl.max(tl.where(reached >= n_wanted, at, -1), axis=0)
-        is_first = (found < 0) & (here >= 0)
+        reaches = (found < 0) & (here >= 0)
         larger = above + tl.sum(tl.where(at > here, n, 0), axis=0)
-        needed = tl.where(is_first, n_wanted - larger, needed)
-        found = tl.where(is_first, here, found)
+        needed = tl.where(reaches, n_wanted - larger, needed)
+        found = tl.where(reaches, here, found)
         above += in_block
     needed = tl.where(found < 0, n_wanted - above, needed)
     found = tl.maximum(found, 0)
