@@ -12,10 +12,10 @@ from saelab.training.fused_step import FusedStep
 from saelab.training.metrics_log import read_lines
 
 CONFIGS = {
-    "abs_topk": AbsTopKConfig(d_sae=12, k=2),
-    "batch_topk": BatchTopKConfig(d_sae=12, k=2),
-    "relu": ReLUConfig(d_sae=12, target_l0=2.0, normalize="scale"),
-    "jumprelu": JumpReLUConfig(d_sae=12, target_l0=2.0, loss="tanh", sparsity_coefficient=0.1),
+    "abs_topk": AbsTopKConfig(d_sae=16, k=2),
+    "batch_topk": BatchTopKConfig(d_sae=16, k=2),
+    "relu": ReLUConfig(d_sae=16, target_l0=2.0, normalize="scale"),
+    "jumprelu": JumpReLUConfig(d_sae=16, target_l0=2.0, loss="tanh", sparsity_coefficient=0.1),
 }
 SHORT = TrainConfig(
     n_tokens=24, batch_size=6, warmup_steps=2, lr=1e-2, log_every=2, device=DEVICE.type, checkpoint_every=2

@@ -133,4 +133,4 @@ def empty_kept(n_rows: int, room: int, device: torch.device) -> Kept:
     ints = torch.zeros(2, room, dtype=torch.int32, device=device)
     offsets = torch.zeros(n_rows + 1, dtype=torch.int64, device=device)
     counts = torch.zeros(2, n_rows, dtype=torch.int32, device=device)
-    return Kept(torch.zeros(room, dtype=torch.float32, device=device), *ints, offsets, counts)
+    return Kept(torch.zeros(room, dtype=torch.float32, device=device), ints[0], ints[1], offsets, counts)

@@ -85,4 +85,4 @@ def empty_list(n_rows: int, room: int, device: torch.device) -> PairList:
     ints = torch.zeros(2, room, dtype=torch.int32, device=device)
     rows = torch.zeros(2, n_rows, dtype=torch.int32, device=device)
     total = torch.zeros(1, dtype=torch.int32, device=device)
-    return PairList(*ints, *rows, total, torch.zeros(room, dtype=torch.float32, device=device))
+    return PairList(ints[0], ints[1], rows[0], rows[1], total, torch.zeros(room, dtype=torch.float32, device=device))

@@ -187,4 +187,5 @@ def empty_slopes(room: int, device: torch.device) -> Slopes:
 
 
 def empty_sums(d_sae: int, device: torch.device) -> Sums:
-    return Sums(*torch.zeros(2, d_sae, device=device), torch.zeros(d_sae, dtype=torch.int32, device=device))
+    dtheta, penalty = torch.zeros(2, d_sae, device=device)
+    return Sums(dtheta, penalty, torch.zeros(d_sae, dtype=torch.int32, device=device))
