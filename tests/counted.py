@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
 from saelab.kernels.triton_backend.step import dense
-from saelab.training import fused_step
+from saelab.training import fused_batch_topk, fused_step, fused_threshold
 
 FREE = (
     *(
@@ -28,7 +28,7 @@ FREE = (
         "squeeze_",
     ),
     *("expand", "as_strided", "unbind", "split", "empty", "empty_like", "empty_strided", "new_empty", "permute"),
-    *("is_pinned", "_pin_memory", "lift_fresh"),
+    *("is_pinned", "_pin_memory", "lift_fresh", "promote_types"),
 )
 """Operators that start no kernel: views and allocations. `lift_fresh` makes a tensor of numbers of the host."""
 WAITS = (
@@ -92,6 +92,11 @@ def counted():
     real_products = {torch.float16: fused_step.product, torch.float32: dense._product}
     with pytest.MonkeyPatch.context() as patch, counts:
         patch.setattr(interpreter.GridExecutor, "__call__", launch)
-        patch.setattr(fused_step, "product", one_product)  # the interpreter makes several operators of a product
+        for module in (
+            fused_step,
+            fused_batch_topk,
+            fused_threshold,
+        ):  # the interpreter makes several operators of a product
+            patch.setattr(module, "product", one_product)
         patch.setattr(dense, "_product", one_product)
         yield counts

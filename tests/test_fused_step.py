@@ -4,15 +4,26 @@ import dataclasses
 
 import pytest
 import torch
-from counted import counted
 
 from saelab import TrainConfig, train
 from saelab.distributed.mesh import Mesh
 from saelab.errors import TrainingError
 from saelab.kernels.dispatch import using
 from saelab.kernels.triton_backend.step import candidates, gradients, products, update
-from saelab.saes import BatchTopKConfig, BatchTopKSAE, TopKConfig, TopKSAE
-from saelab.saes.hooks_used import HooksUsed
+from saelab.saes import (
+    AbsTopKConfig,
+    AbsTopKSAE,
+    BatchTopKConfig,
+    BatchTopKSAE,
+    JumpReLUConfig,
+    JumpReLUSAE,
+    MatryoshkaConfig,
+    MatryoshkaSAE,
+    ReLUConfig,
+    ReLUSAE,
+    TopKConfig,
+    TopKSAE,
+)
 from saelab.saes.step import RULES, Batch, StepInfo
 from saelab.training import fused_step, steps
 from saelab.training.adam import Adam
@@ -22,10 +33,9 @@ from saelab.training.dead_features import DeadFeatures
 from saelab.training.fused_step import FusedStep
 from saelab.training.late_records import LAG, LateRecords
 from saelab.training.optimizer import apply_step
-from saelab.training.steps import FUSED_SINCE, Trained, fused_serves, make_step
+from saelab.training.steps import Trained, fused_serves
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # there compiled, here in the interpreter
-SIZES = {"n_rows": 6, "d_in": 12, "d_sae": 20, "k": 3}
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +82,7 @@ def dense(selection, d_sae):
     return out.scatter_add_(1, selection.features.long(), selection.values)
 
 
-def compare(n_steps=2, change=lambda sae: None, n_rows=6, d_in=12, d_sae=20, k=3, lr=1e-2, rtol=1e-4, **options):
+def compare(n_steps=1, change=lambda sae: None, n_rows=6, d_in=12, d_sae=20, k=3, lr=1e-2, rtol=1e-4, **options):
     """Both steps on the same batches; returns the fused step and the sum of its uncertain rows."""
     ours, adam, dead = trained(d_in, d_sae, k, **options)
     theirs, its_adam, its_dead = trained(d_in, d_sae, k, **options)
@@ -84,7 +94,7 @@ def compare(n_steps=2, change=lambda sae: None, n_rows=6, d_in=12, d_sae=20, k=3
         ids = dead.dead.nonzero().squeeze(1)
         loss, norm = by_autograd(theirs, its_adam, its_dead, x, step, lr)
         fused.load(x, lr, step)
-        fused.make_room(max(len(ids), 1))
+        fused.make_dead_room(max(len(ids), 1))
         fused.run(with_aux=bool(len(ids)))
         record = dict(zip(update.RECORD, fused.record.tolist(), strict=True))
         uncertain += record["uncertain"]
@@ -158,7 +168,7 @@ def beyond_half_precision(sae):
 
 
 CASES = {
-    "plain": (None, None, {}),
+    "plain": (None, None, {"n_steps": 3}),
     "no candidates": (no_candidates, None, {}),
     "too few slots": (few_slots, None, {}),
     "by feature": (by_feature, None, {}),
@@ -171,11 +181,11 @@ CASES = {
     "no pre-bias, with decay": (None, None, {"pre_bias": False, "encoder_decay": 0.5}),
     "odd sizes": (None, None, {"n_rows": 5, "d_in": 33, "d_sae": 19, "k": 5}),
     "k is d_sae": (None, None, {"n_rows": 5, "d_in": 16, "d_sae": 8, "k": 8}),
-    "dense": (by_dense_products, None, {"rtol": 1e-2}),
+    "dense": (by_dense_products, None, {"rtol": 1e-2, "n_steps": 2}),
     "dense, no candidates": (by_dense_products_without_candidates, None, {"rtol": 1e-2}),
     "dense, equal features": (by_dense_products, equal_features, {"rtol": 1e-2}),
     "dense, fewer than k": (by_dense_products, mostly_negative, {"rtol": 1e-2, "pre_bias": False}),
-    "dead features": (None, mostly_negative, {"window": 6, "n_steps": 4, "k_aux": 3}),
+    "dead features": (None, mostly_negative, {"window": 6, "n_steps": 3, "k_aux": 3}),
 }
 
 
@@ -188,39 +198,6 @@ def test_it_is_the_step_of_autograd(monkeypatch, case):
     if case in ("no candidates", "too few slots", "dense, no candidates"):
         assert uncertain, "the search through all features was not needed"
     assert float(fused.sae.W_dec.detach().norm(dim=1).sub(1).abs().max()) < 1e-6
-
-
-def steady_step(x, change=lambda sae: None, **options):
-    """What a step on these rows asks for, once records of earlier steps have arrived."""
-    sae, adam, dead = trained(**{name: size for name, size in SIZES.items() if name != "n_rows"}, **options)
-    change(sae)
-    train_config = dataclasses.replace(SHORT, batch_size=len(x), n_tokens=len(x) * 100)
-    hooks = HooksUsed(("hook",), ("hook",))
-    with using("triton"):
-        step = make_step(Trained(sae, adam, dead, hooks, train_config, Mesh(), None, DEVICE, RULES))
-        for n in range(2):
-            step({"hook": batch(len(x), x.shape[1], n)}, n, 1e-2, logged=True)
-        with counted() as counts:
-            found = step({"hook": x}, 2, 1e-2, logged=True)
-    assert [n for n, _ in found] == [1], "the step has waited for its own metrics"
-    return counts
-
-
-@pytest.mark.skipif(DEVICE.type != "cpu", reason="counted in the interpreter")
-@pytest.mark.parametrize(("is_dense", "most"), [(False, 32), (True, 40)])
-def test_a_step_launches_little_and_waits_for_nothing(monkeypatch, is_dense, most):
-    monkeypatch.setattr(fused_step, "dense_pays", lambda d_sae, k: is_dense)
-    counts = steady_step(batch(SIZES["n_rows"], SIZES["d_in"], 99))
-    assert counts.waits == []
-    assert 20 < len(counts.calls) <= most, counts.calls
-
-
-@pytest.mark.skipif(DEVICE.type != "cpu", reason="counted in the interpreter")
-def test_what_it_launches_is_independent_of_the_data():
-    x = batch(SIZES["n_rows"], SIZES["d_in"], 99)
-    usual = steady_step(x)
-    for other, change in ((torch.zeros_like(x), lambda sae: None), (x[:1].repeat(6, 1), all_negative)):
-        assert steady_step(other, change).calls == usual.calls
 
 
 def test_a_gradient_that_is_not_finite_changes_no_weight():
@@ -352,13 +329,24 @@ def test_a_bad_batch_is_named_though_it_is_noticed_later(tmp_path):
         ({"config": {"normalize": "none"}}, True),
         ({"config": {"multi_topk": True}}, False),
         ({"config": {"select": "groupmax"}}, False),
-        ({"config": {"score": "decoder_norm"}}, False),
+        ({"config": {"score": "decoder_norm"}}, True),
+        ({"config": {"score": "decoder_norm"}, "rules": 5}, False),
         ({"config": {"aux": "aux_zipf"}}, False),
         ({"config": {"normalize": "layer_norm"}}, False),
         ({"train": {"grad_accumulation": 2}}, False),
         ({"running": "some"}, False),
-        ({"rules": FUSED_SINCE - 1}, False),
-        ({"sae": BatchTopKSAE(BatchTopKConfig(d_sae=12, k=2), 8)}, False),
+        ({"rules": 5}, True),
+        ({"rules": 4}, False),
+        ({"sae": MatryoshkaSAE(MatryoshkaConfig(d_sae=12, k=2), 8)}, False),
+        ({"sae": AbsTopKSAE(AbsTopKConfig(d_sae=12, k=2), 8)}, True),
+        ({"sae": AbsTopKSAE(AbsTopKConfig(d_sae=12, k=2), 8), "rules": 5}, False),
+        ({"sae": BatchTopKSAE(BatchTopKConfig(d_sae=12, k=2), 8)}, True),
+        ({"sae": BatchTopKSAE(BatchTopKConfig(d_sae=12, k=2), 8), "rules": 5}, False),
+        ({"sae": BatchTopKSAE(BatchTopKConfig(d_sae=12, k=2, aux="aux_zipf"), 8)}, False),
+        ({"sae": ReLUSAE(ReLUConfig(d_sae=12), 8)}, True),
+        ({"sae": ReLUSAE(ReLUConfig(d_sae=12), 8), "rules": 5}, False),
+        ({"sae": JumpReLUSAE(JumpReLUConfig(d_sae=12), 8)}, True),
+        ({"sae": JumpReLUSAE(JumpReLUConfig(d_sae=12), 8), "rules": 5}, False),
     ],
 )
 def test_which_runs_take_it(change, expected):

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-MODULES = ("group_max", "grouped_product", "sddmm", "spmm", "spmm_transposed", "rows", "step")
+MODULES = ("group_max", "grouped_product", "sddmm", "spmm", "spmm_transposed", "rows", "step", "step_lists")
 """Modules of `kernels/bench/traffic`; each lists its kernels in `production_specs()`."""
 
 TARGETS = {

@@ -10,7 +10,7 @@ from torch import Tensor
 from saelab.distributed import SINGLE_PROCESS, Ranks
 from saelab.kernels.sparse_acts import SparseActs
 
-RULES = 5
+RULES = 6
 """Version of the training rules. A change that alters the bits of a run increments it; runs already started keep theirs."""
 
 

@@ -80,14 +80,24 @@ class ThresholdSAE(SelectionSAE):
     def observe(self, smallest: Tensor, info: StepInfo) -> None:
         """Update the threshold with the smallest kept score of a batch, infinite if nothing was kept."""
         smallest = info.ranks.all_reduce_min(smallest)
-        last = info.n_steps - max(1, int(LAST * info.n_steps))
+        last = last_stretch(info.n_steps)
         if info.step == last and (self._last_stretch != last or info.rules < 2):  # once, not for each micro-batch
             self.n_observed.zero_()
             self._last_stretch = last
-        seen = smallest.isfinite()
-        rate = (1 / (self.n_observed + 1)).clamp_min(1 - DECAY if info.step < last else 0).to(self.threshold)
+        self.average(smallest, info.step < last)
+
+    @torch.no_grad()
+    def average(self, smallest: Tensor, moving: bool) -> None:
+        """Average the smallest kept score of one more batch; while weights are still `moving`, late batches weigh more."""
+        seen = smallest < torch.inf  # NaN is not
+        rate = (1 / (self.n_observed + 1)).clamp_min(1 - DECAY if moving else 0).to(self.threshold)
         self.threshold.copy_(torch.where(seen, self.threshold.lerp(smallest.to(self.threshold), rate), self.threshold))
         self.n_observed += seen
+
+
+def last_stretch(n_steps: int) -> int:
+    """The step from which on the threshold is a plain mean."""
+    return n_steps - max(1, int(LAST * n_steps))
 
 
 def smallest(scores: Float[Tensor, " nnz"]) -> Float[Tensor, ""]:

@@ -29,6 +29,10 @@ class DeadBound:
         """Note that the step about to be made has room for so many dead features."""
         self._rooms.append(room)
 
+    def forget_rooms(self) -> None:
+        """The steps whose record was not read yet are void: each is made again, with a room of its own."""
+        self._rooms.clear()
+
     def read(self, step: int, dead: int, dead_soon: int) -> int:
         """Take in the record of `step`; returns the number of dead features that it began with.
 

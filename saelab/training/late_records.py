@@ -42,8 +42,15 @@ class LateRecords:
         """The records but for the newest `left`, in order; waits for those that have not arrived."""
         taken = []
         while len(self._waiting) > left:
-            record, arrived = self._waiting.popleft()
-            if arrived is not None:
-                arrived.synchronize()
-            taken.append(record)
+            taken.append(self.next())
         return taken
+
+    def next(self) -> Record:
+        """The oldest record; waits for it."""
+        record, arrived = self._waiting.popleft()
+        if arrived is not None:
+            arrived.synchronize()
+        return record
+
+    def __len__(self) -> int:
+        return len(self._waiting)

@@ -227,6 +227,7 @@ class Run:
 
     def _snapshot(self, rows: Rows) -> None:
         """Keep the SAE as it is before the next step, unless the run had come so far before it was interrupted."""
+        self._settle()
         missing = self.folder is not None and not has_snapshot(self.folder, self.step)
         if not self.ranks.any_rank(missing, self.device):
             return

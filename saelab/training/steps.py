@@ -6,6 +6,7 @@ for a GPU. `settle` returns the rest.
 
 from __future__ import annotations
 
+from collections import deque
 from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -17,7 +18,6 @@ from saelab.losses import sum_of_squares, total_variance
 from saelab.saes import SAE, StepInfo
 from saelab.saes.hooks_used import HooksUsed
 from saelab.saes.token_norm import TOKEN_NORMS
-from saelab.saes.topk import TopKSAE
 from saelab.training.adam import Adam
 from saelab.training.config import TrainConfig
 from saelab.training.cuda_graph import Replayed
@@ -26,12 +26,11 @@ from saelab.training.dead_bound import DeadBound
 from saelab.training.dead_features import DeadFeatures
 from saelab.training.device_rows import device_rows
 from saelab.training.exchange import Exchange
+from saelab.training.fused_table import fused_step_of
 from saelab.training.late_records import LAG, LateRecords, Record
 from saelab.training.optimizer import apply_step
 from saelab.training.running_norm import RunningNorm
 
-FUSED_SINCE = 5
-"""The training rules from which on a GPU takes the fused step."""
 Found = list[tuple[int, dict[str, Any]]]
 """Steps and their metrics, in order."""
 
@@ -112,61 +111,90 @@ class AutogradTraining:
 
 
 def fused_serves(of: Trained) -> bool:
-    """Whether the fused step computes what this run asks for: TopK as Gao et al. 2024 describe it, in one process, on a GPU."""
-    if type(of.sae) is not TopKSAE or backend_name(of.sae.W_enc) != "triton" or of.rules < FUSED_SINCE:
+    """Whether a fused step computes what this run asks for: an SAE of `fused_table.py`, in one process, on a GPU."""
+    fused = fused_step_of(of.sae)
+    if fused is None or backend_name(of.sae.W_enc) != "triton" or of.rules < fused.since:
         return False
-    config = of.sae.config
-    plain = (
-        config.select == "topk"
-        and config.score == "value"
-        and config.aux == "auxk"
-        and not config.multi_topk
-        and config.k_start is None
-    )
     single = of.mesh.world.size == 1 and len(of.train.micro_batches) == 1 and of.running is None
-    return plain and single and config.normalize not in TOKEN_NORMS and of.sae.W_enc.dtype == torch.float32
+    return single and of.sae.config.normalize not in TOKEN_NORMS and of.sae.W_enc.dtype == torch.float32
 
 
 class FusedTraining:
-    """The fused step, recorded as CUDA graphs with and without AuxK, its metrics some steps late."""
+    """The fused step, recorded as CUDA graphs with and without the term for dead features, its metrics some steps late.
+
+    A step whose lists were too short has changed nothing, as all steps after it; when its record comes they are made again.
+    """
 
     def __init__(self, of: Trained) -> None:
-        from saelab.training.fused_step import HORIZON, FusedStep
+        from saelab.training.fused_step import HORIZON
 
-        assert isinstance(of.sae, TopKSAE)
+        fused = fused_step_of(of.sae)
+        assert fused is not None
         self._of = of
-        self._fused = FusedStep(of.sae, of.adam, of.dead, of.train.batch_size, of.train.clip_norm)
-        self._without_aux = Replayed(partial(self._fused.run, with_aux=False), of.device)
-        self._with_aux = Replayed(partial(self._fused.run, with_aux=True), of.device)
+        self.fused = fused.load()(of.sae, of.adam, of.dead, of.train.batch_size, of.train.clip_norm, of.train.n_steps)
+        self._without_aux = Replayed(partial(self.fused.run, with_aux=False), of.device)
+        self._with_aux = Replayed(partial(self.fused.run, with_aux=True), of.device)
+        self._under_way: deque[tuple[Rows, int, float]] = deque()
+        """The steps without a record, in order."""
         self._records, self._bound = LateRecords(), DeadBound(of.dead, HORIZON * of.train.batch_size)
 
     def __call__(self, rows: Rows, step: int, lr: float, logged: bool) -> Found:
+        self._make(rows, step, lr)
+        return self._take(LAG)
+
+    def _make(self, rows: Rows, step: int, lr: float) -> None:
+        """Launch a step."""
         of = self._of
         (name,) = of.hooks.all
-        self._fused.load(device_rows(rows, name, slice(None), of.device), lr, step)
-        with_aux = self._makes_room()
+        self.fused.load(device_rows(rows, name, slice(None), of.device), lr, step)
+        with_aux = self._makes_dead_room()
         (self._with_aux if with_aux else self._without_aux)()
-        self._records.push(step, self._fused.record, with_aux)
-        return [self._metrics(record) for record in self._records.take(LAG)]
+        self.fused.after(step)
+        self._records.push(step, self.fused.record, with_aux)
+        self._under_way.append((rows, step, lr))
+
+    def _take(self, left: int) -> Found:
+        """The metrics of all steps but the newest `left`."""
+        found = []
+        while len(self._records) > left:
+            record = self._records.next()
+            if self.fused.resized(record):
+                self._with_aux.forget()
+                self._without_aux.forget()
+            if self.fused.is_void(record):
+                self._make_again()
+            else:
+                self._under_way.popleft()
+                found.append(self._metrics(record))
+        return found
+
+    def _make_again(self) -> None:
+        """Make all steps under way again: none of them has changed anything."""
+        self._records.take(0)
+        self._bound.forget_rooms()
+        steps = list(self._under_way)
+        self._under_way.clear()
+        for each in steps:
+            self._make(*each)
 
     def settle(self, step: int) -> Found:
-        found = [self._metrics(record) for record in self._records.take(0)]
+        found = self._take(0)
         self._of.adam.note_steps(step)
         return found
 
     def selection(self) -> dict[str, float]:
         """What the selection of the last step did (`FusedStep.selected`)."""
-        return self._fused.selected()
+        return self.fused.selected()
 
-    def _makes_room(self) -> bool:
-        """Whether a feature may be dead in the next step: there is then room for AuxK."""
-        config, at_most = self._of.sae.config, self._bound.at_most
-        with_aux = config.auxk_alpha > 0 and at_most > 0
-        if with_aux and self._fused.make_room(at_most):
+    def _makes_dead_room(self) -> bool:
+        """Whether a feature may be dead in the next step: there is then room for the term that trains it."""
+        at_most = self._bound.at_most if self.fused.helps_dead else 0
+        if at_most and self.fused.make_dead_room(at_most):
             self._with_aux.forget()
-        self._bound.note_room(self._fused.room if with_aux else 0 if config.auxk_alpha else config.d_sae)
-        return with_aux
+        none_needed = 0 if self.fused.helps_dead else self._of.sae.d_sae
+        self._bound.note_room(self.fused.dead_room if at_most else none_needed)
+        return at_most > 0
 
     def _metrics(self, record: Record) -> tuple[int, dict[str, Any]]:
-        n_dead = self._bound.read(record.step, *self._fused.dead_counts(record))
-        return record.step, self._fused.values(record._replace(with_aux=record.with_aux and n_dead > 0))
+        n_dead = self._bound.read(record.step, *self.fused.dead_counts(record))
+        return record.step, self.fused.values(record._replace(with_aux=record.with_aux and n_dead > 0))

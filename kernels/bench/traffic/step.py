@@ -48,7 +48,7 @@ def _first() -> list[KernelSpec]:
     return [
         _spec(prepare._prepare_rows_kernel, rows, row, prepare._WARPS, _ROWS // 2 + _ROWS + 2 * _BATCH * width),
         _spec(
-            prepare._prepare_weights_kernel, "*fp32 *fp32 *fp16 *fp32 i32 i32 i32", row, prepare._WARPS,
+            prepare._prepare_weights_kernel, "*fp32 *fp32 *fp32 *fp32 *fp16 *fp32 i32 i32 i32", row, prepare._WARPS,
             _WEIGHTS + 2 * _D_SAE * width + 12 * _D_SAE,
         ),
         _spec(prepare._column_moments_kernel, "*fp32 *fp32 *fp32 i32 i32", tile, prepare._WARPS, _ROWS + blocks),
@@ -60,34 +60,36 @@ def _selection() -> list[KernelSpec]:
     scores = 2 * _BATCH * _D_SAE  # read twice, the second time from the cache
     found = "*fp16 *fp32 *fp32 *fp32 *fp32 *i32 *i32 *fp32 *fp32 *i32 *i32 i32 i32 i32 i32 fp32 fp32"
     many: dict[str, Any] = {"MARGIN": 1.2, "SLOTS": _SLOTS, "GROUPS": 2048, "BLOCK": candidates._BLOCK}
-    all_features = many | {"SLOTS": 512, "GROUPS": SMALL.d_sae}
+    all_features = many | {"SLOTS": 512, "GROUPS": SMALL.d_sae, "bias_ptr": None}
     many |= dict.fromkeys(("most_ptr", "rough_ptr", "open_ptr", "n_open_ptr"))  # exact values for all
-    exact = "*fp16 *fp32 *fp32 *fp32 *i32 *i32 *fp32 i32 i32 i32 i32 fp32 fp32"
+    exact = "*fp16 *fp32 *fp32 *fp32 *fp32 *i32 *i32 *fp32 i32 i32 i32 i32 fp32 fp32"
     plan = search_rows.plan_search(_D_SAE, _K, 1)
-    search = "*fp32 *fp32 *fp32 *i32 *i32 *i64"
+    search = "*i32 *i32 *i64"
     lists = {"BEST": plan.n_best}
     by_row = {"SLOTS": _SLOTS, "PAIRS": products.ROW_PAIRS, "COLUMNS": products.COLUMNS}
-    by_feature = {"SLOTS": _SLOTS, "PAIRS": products._PAIRS, "COLUMNS": products.COLUMNS}
+    by_feature = {"SLOTS": 1, "PAIRS": products._PAIRS, "COLUMNS": products.COLUMNS}
     tile = {"PAIRS": search_rows._PAIRS, "COLUMNS": products.COLUMNS}
     gathers = _ROWS + _WEIGHTS + 12 * _FOUND + _PARTIALS
-    kept = "*fp32 *i32 *i32 *i32"
+    kept, signed = "*fp32 *i32 *i32 *i32", {"MAGNITUDE": True}
     return [
         _spec(candidates._sizes_kernel, "*fp32 *fp32 *fp32 i32", {"BLOCK": 2 * candidates._BLOCK}, 8, 8 * _D_SAE),
         _spec(candidates._candidates_kernel, found, all_features, 8, 2 * _BATCH * SMALL.d_sae),
         _spec(candidates._candidates_kernel, exact, many, 4, scores + 4 * _BATCH * _SLOTS),
         _spec(products._by_row_kernel, "*fp32 *fp32 *i32 *i32 *i32 *fp32 i32 i32", by_row, products.ROW_WARPS, gathers),
-        _spec(products._by_feature_kernel, "*fp32 *fp32 *i32 *i64 *fp32 i32 i32 i32", by_feature, products._WARPS, gathers),
+        _spec(products._by_feature_kernel, "*fp32 *fp32 *i32 *i64 *i32 *fp32 i32 i32 i32", by_feature, products._WARPS, gathers),
         _spec(
-            select._select_kernel, f"*fp32 *i32 *i32 *fp32 *fp32 *fp32 {kept} *i32 *i32 i32 i32 i32 i32", {"SLOTS": _SLOTS},
+            select._select_kernel, f"*fp32 *i32 *i32 *fp32 *fp32 *fp32 *fp32 {kept} *i32 *i32 i32 i32 i32 i32",
+            {"SLOTS": _SLOTS, "MAGNITUDE": True},
             4, _PARTIALS + 4 * _FOUND + 12 * _NNZ,
         ),
         _spec(
-            search_rows._search_rows_kernel, f"{search} i32 i32 i32",
-            lists | {"LANES": 8, "SPLIT": plan.split, "COLUMNS": search_rows._TILE // plan.n_best}, search_rows._WARPS, _WEIGHTS,
+            search_rows._search_rows_kernel, f"*fp32 *fp32 *fp32 *fp32 {search} i32 i32 i32",
+            signed | lists | {"LANES": 8, "SPLIT": plan.split, "COLUMNS": search_rows._TILE // plan.n_best},
+            search_rows._WARPS, _WEIGHTS,
         ),
         _spec(
-            search_rows._merge_rows_kernel, f"{search} {kept} i32 i32 i32 i32", lists | {"LANES": 64} | tile,
-            search_rows._WARPS, plan.row_bytes,
+            search_rows._merge_rows_kernel, f"*fp32 *fp32 *fp32 {search} {kept} i32 i32 i32 i32",
+            signed | lists | {"LANES": 64} | tile, search_rows._WARPS, plan.row_bytes,
         ),
     ]  # fmt: skip
 
@@ -99,7 +101,7 @@ def _gradients() -> list[KernelSpec]:
     sums = "*fp32 *fp32 *fp32 *fp32 *fp32 *fp32 i32 i32 i32"
     lists = 2 * _TILES * 8 * _NNZ
     return [
-        _spec(gradients._gather_kernel, "*i64 *fp32 *fp32 *i32 *fp32 *fp32 i32 i32", gather, gradients._WARPS, 28 * _NNZ),
+        _spec(gradients._gather_kernel, "*i64 *fp32 *fp32 *i32 *i32 *fp32 *fp32 i32 i32", gather, gradients._WARPS, 28 * _NNZ),
         _spec(
             gradients._gradients_kernel, f"*i32 *i64 *i32 *fp32 *fp32 *fp32 *fp32 *fp32 {sums}",
             chunk | tile | {"PAIRS": gradients._PAIRS}, gradients._WARPS, 2 * _ROWS + 2 * _WEIGHTS + lists + far,
@@ -124,7 +126,7 @@ def _dense() -> list[KernelSpec]:
 def _aux() -> list[KernelSpec]:
     tile: dict[str, Any] = {"D_IN": _D_IN, "TILE": auxk._TILE, "DEPTH": auxk._DEPTH}
     kept, weights = 4 * _BATCH * _DEAD, 4 * _DEAD * _D_IN
-    weights_of = "*fp32 *fp32 *i32 *i32"
+    weights_of, plain = "*fp32 *fp32 *i32 *i32", tile | {"SIGNED": False, "floors_ptr": None}
     variances = {"VARIANCES": ceil_div(_D_IN, prepare._COLUMNS)}
     return [
         _spec(
@@ -132,15 +134,15 @@ def _aux() -> list[KernelSpec]:
         ),
         _spec(bucket._keep_largest_kernel, "*fp32 *i32 i32 i32", {"BLOCK": bucket._BLOCK}, bucket._WARPS, 2 * kept),
         _spec(
-            auxk._encode_kernel, f"{weights_of} *fp32 *fp32 i32 i32", tile | {"kept_ptr": None}, auxk._WARPS,
+            auxk._encode_kernel, f"{weights_of} *fp32 *fp32 i32 i32", plain | {"kept_ptr": None}, auxk._WARPS,
             _ROWS + weights + kept,
         ),
         _spec(
-            auxk._encode_kernel, f"{weights_of} *fp32 *fp32 i32 i32", tile | {"bias_ptr": None}, auxk._WARPS,
+            auxk._encode_kernel, f"{weights_of} *fp32 *fp32 i32 i32", plain | {"bias_ptr": None}, auxk._WARPS,
             _ROWS + weights + 2 * kept,
         ),
         _spec(
-            auxk._decode_kernel, f"{weights_of} *fp32 *fp32 *fp32 *fp32 *fp32 i32 i32 i32 fp32 fp32 fp32", tile | variances,
+            auxk._decode_kernel, f"{weights_of} *fp32 *fp32 *fp32 *fp32 *fp32 *fp32 i32 i32 i32 fp32 fp32 fp32", tile | variances,
             auxk._WARPS, kept + weights + 2 * _ROWS,
         ),
         _spec(
@@ -152,17 +154,25 @@ def _aux() -> list[KernelSpec]:
 
 def _last() -> list[KernelSpec]:
     numbers = "*fp32 *fp32 *fp32 *i64 *i32 " + "*fp32 " * 10 + "i32 i32 i32 fp32 fp32 fp32 fp32"
+    unit = {"UNIT": True}
     return [
         *(
             _spec(
-                update._count_and_norm_kernel, "*fp32 *fp32 *fp32 *fp32 *i64 *i64 *fp32 *fp32 i32 i64 i64 i32",
-                {"BLOCK": block}, warps, 3 * _WEIGHTS,
+                update._count_and_norm_kernel, "*fp32 *fp32 *fp32 *fp32 *i64 *i64 *fp32 *fp32 *fp32 i32 i64 i64 i32",
+                unit | {"BLOCK": block}, warps, 3 * _WEIGHTS,
             )
             for block, warps in _WIDE_AND_NARROW
         ),
         _spec(update._finish_kernel, numbers, {"BLOCK": update._BLOCK}, 8, 36 * _D_IN),
         *(
-            _spec(update._update_kernel, "*fp32 " * 15 + "i32 fp32 fp32 fp32 fp32 fp32", {"BLOCK": block}, warps, 14 * _WEIGHTS)
+            _spec(
+                update._update_kernel, "*fp32 " * 15 + "i32 fp32 fp32 fp32 fp32 fp32", unit | {"BLOCK": block}, warps,
+                14 * _WEIGHTS,
+            )
             for block, warps in _WIDE_AND_NARROW
+        ),
+        _spec(
+            update._update_vector_kernel, "*fp32 " * 6 + "i32 fp32 fp32 fp32", {"BLOCK": update._BLOCK}, update._WARPS,
+            28 * _D_SAE,
         ),
     ]  # fmt: skip

@@ -2,6 +2,8 @@
 
     e_hat = z W_dec[ids],   z = the k_aux largest of ReLU(x W_enc[ids]^T + b_enc[ids]),   AuxK = |e_hat - e|^2 / |e - mean(e)|^2
 
+or, where activations are signed, those of largest magnitude, without the ReLU.
+
 Dense products of fp32 operands, as k_aux is usually large against the number of dead features. They gather the rows of the
 weights by id and add to the rows of the gradients, so the dead features are never copied. Every sum runs over blocks of fixed
 size, in order, up to the number of dead features: the bits are independent of the bucket's capacity, and of how the batch is cut
@@ -44,15 +46,17 @@ class Aux(NamedTuple):
     difference: Float[Tensor, "rows d_in"]
     losses: Float[Tensor, "row_tiles column_tiles"]
     """The share of each tile of `e_hat` in the loss."""
+    signed: bool
 
 
 @triton.jit(do_not_specialize=["n_rows"])
 @no_type_check
 def _encode_kernel(
-    x_ptr, W_ptr, ids_ptr, count_ptr, bias_ptr, kept_ptr, out_ptr, n_rows, capacity,
-    D_IN: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+    x_ptr, W_ptr, ids_ptr, count_ptr, bias_ptr, floors_ptr, kept_ptr, out_ptr, n_rows, capacity,
+    SIGNED: tl.constexpr, D_IN: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """ReLU of `<x, W[id]> + bias[id]`; without a bias `<x, W[id]>` where what is kept is not 0."""
+    """`u = <x, W[id]> + bias[id]` if signed, otherwise its ReLU, or that of `floor[id] - u`; without a bias `<x, W[id]>` where
+    what is kept is not 0."""
     count, first = tl.load(count_ptr), tl.program_id(0) * TILE
     if first >= count:
         return
@@ -64,7 +68,10 @@ def _encode_kernel(
     at, mask = row[:, None] * capacity + slot[None, :], inside[:, None] & real[None, :]
     if bias_ptr is not None:
         out += tl.load(bias_ptr + feature, mask=real, other=0.0)[None, :]
-        out = tl.where(out <= 0, 0.0, out)  # NaN stays
+        if floors_ptr is not None:
+            out = tl.load(floors_ptr + feature, mask=real, other=0.0)[None, :] - out
+        if not SIGNED:
+            out = tl.where(out <= 0, 0.0, out)  # NaN stays
     else:
         out = tl.where(tl.load(kept_ptr + at, mask=mask, other=0.0) == 0, 0.0, out)
     tl.store(out_ptr + at, out, mask=mask)
@@ -83,11 +90,12 @@ def _inverse_variance(error_ptr, variances_ptr, n_variances, tiny, rounding, VAR
 @triton.jit(do_not_specialize=["n_rows"])
 @no_type_check
 def _decode_kernel(
-    feature_acts_ptr, W_ptr, ids_ptr, count_ptr, residual_ptr, error_ptr, variances_ptr, out_ptr, losses_ptr, n_rows,
-    capacity, n_variances, weight, tiny, rounding,
+    feature_acts_ptr, W_ptr, ids_ptr, count_ptr, residual_ptr, error_ptr, variances_ptr, times_ptr, out_ptr, losses_ptr,
+    n_rows, capacity, n_variances, weight, tiny, rounding,
     VARIANCES: tl.constexpr, D_IN: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of `weight` times the loss with respect to `e_hat`, and each tile's share of the loss; `e = -residual`."""
+    """The gradient of `weight` (times a number on the device) times the loss with respect to `e_hat`, and each tile's share of
+    the loss; `e = -residual`."""
     count = tl.load(count_ptr)
     losses_ptr += tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     if count == 0:
@@ -108,6 +116,8 @@ def _decode_kernel(
     at, mask = row[:, None] * D_IN + column[None, :], inside[:, None] & within[None, :]
     difference = sums + tl.load(residual_ptr + at, mask=mask, other=0.0)
     scale = _inverse_variance(error_ptr, variances_ptr, n_variances, tiny, rounding, VARIANCES)
+    if times_ptr is not None:
+        weight *= tl.load(times_ptr)
     tl.store(out_ptr + at, difference * (2.0 * weight * scale), mask=mask)
     tl.store(losses_ptr, tl.sum(tl.sum(difference * difference, axis=1), axis=0) * scale)
 
@@ -143,14 +153,19 @@ def _add_gradients_kernel(
     tl.store(db_enc_ptr + feature, b, mask=real & is_enc & (tl.program_id(1) == 0))
 
 
-def empty_aux(capacity: int, k_aux: int, alpha: float, x: Float[Tensor, "batch d_in"]) -> Aux:
+def slices_for(capacity: int, n_rows: int) -> list[slice]:
+    """Slices of a batch for matrices of `capacity` columns; multiples of the tiles, so that they change no sum."""
+    at_once = max(1, _MOST // capacity // _TILE) * _TILE
+    return [slice(start, min(start + at_once, n_rows)) for start in range(0, n_rows, at_once)]
+
+
+def empty_aux(capacity: int, k_aux: int, alpha: float, x: Float[Tensor, "batch d_in"], signed: bool = False) -> Aux:
     """Room for AuxK, of weight `alpha` in the loss, of batches like `x` with up to `capacity` dead features."""
     n_rows, d_in = x.shape
-    at_once = max(1, _MOST // capacity // _TILE) * _TILE  # a multiple of the tiles, so that slices change no sum
-    slices = [slice(start, min(start + at_once, n_rows)) for start in range(0, n_rows, at_once)]
-    rows = min(n_rows, at_once)
+    slices = slices_for(capacity, n_rows)
+    rows = slices[0].stop
     losses = torch.empty(ceil_div(n_rows, _TILE), ceil_div(d_in, _TILE), dtype=torch.float32, device=x.device)
-    return Aux(empty_bucket(capacity, rows, x.device), k_aux, alpha, slices, x.new_empty(rows, d_in), losses)
+    return Aux(empty_bucket(capacity, rows, x.device), k_aux, alpha, slices, x.new_empty(rows, d_in), losses, signed)
 
 
 class Weights(NamedTuple):
@@ -163,36 +178,49 @@ class Weights(NamedTuple):
 
 def add_auxk(
     x: Float[Tensor, "batch d_in"], residual: Float[Tensor, "batch d_in"], error: Float[Tensor, ""], weights: Weights,
-    dead: tuple[Tensor, int], aux: Aux, gradients: Gradients,
+    dead: tuple[Tensor, int], aux: Aux, gradients: Gradients, times: Float[Tensor, ""] | None = None,
 ) -> None:  # fmt: skip
     """Add the gradients of AuxK to `gradients`, and write the shares of its loss to `aux.losses`: all 0 if no feature is dead.
 
     `residual` is the reconstruction minus its target and `error` its squared norm; `dead` are the counters of the features
-    and from where on they are dead.
+    and from where on they are dead. The gradients are multiplied by `times`, the loss is not.
     """
     list_dead(*dead, aux.bucket)
-    moments = error, variances_of(residual)
+    moments = error, variances_of(residual), times
     for rows in aux.slices:
         _add_slice(x[rows], residual[rows], moments, weights, aux, gradients, aux.losses[rows.start // _TILE :])
 
 
 def _add_slice(
-    x: Tensor, residual: Tensor, moments: tuple[Tensor, Tensor], weights: Weights, aux: Aux, gradients: Gradients, losses: Tensor
+    x: Tensor, residual: Tensor, moments: tuple[Tensor, Tensor, Tensor | None], weights: Weights, aux: Aux, gradients: Gradients,
+    losses: Tensor,
 ) -> None:  # fmt: skip
-    """The same for a slice of the batch; `moments` are squared norm and variances of the full residual."""
+    """The same for a slice of the batch; `moments` are squared norm and variances of the full residual, and `times`."""
     (n_rows, d_in), (ids, count, feature_acts, dacts), capacity = x.shape, aux.bucket, aux.bucket.ids.shape[0]
-    tile: dict[str, int] = {"D_IN": d_in, "TILE": _TILE, "DEPTH": _DEPTH, "num_warps": _WARPS}
+    tile, dead, sizes = _tile(d_in), (ids, count), (n_rows, capacity)
     slots, row_tiles, columns = ceil_div(capacity, _TILE), ceil_div(n_rows, _TILE), ceil_div(d_in, _TILE)
-    dead, sizes = (ids, count), (n_rows, capacity)
-    launch(
-        _encode_kernel, (slots, row_tiles), x, weights.W_enc, *dead, weights.b_enc, None, feature_acts, *sizes, **tile
-    )
+    encode_dead(x, weights.W_enc, aux.bucket, weights.b_enc, None, None, feature_acts, aux.signed)
     keep_largest(feature_acts[:n_rows], count, aux.k_aux)
     operands = (feature_acts, weights.W_dec, *dead, residual, *moments, aux.difference, losses)
     n_variances = len(moments[1])
     numbers, padded = (n_variances, aux.alpha, _TINY, _ROUNDING), 1 << (n_variances - 1).bit_length()
     launch(_decode_kernel, (columns, row_tiles), *operands, *sizes, *numbers, VARIANCES=padded, **tile)
-    operands = (aux.difference, weights.W_dec, *dead, None, feature_acts, dacts)
-    launch(_encode_kernel, (slots, row_tiles), *operands, *sizes, **tile)
+    encode_dead(aux.difference[:n_rows], weights.W_dec, aux.bucket, None, None, feature_acts, dacts)
     operands = (feature_acts, dacts, x, aux.difference, *dead, gradients.W_enc, gradients.W_dec, gradients.b_enc)
     launch(_add_gradients_kernel, (slots, columns, 2), *operands, *sizes, **tile)
+
+
+def encode_dead(
+    x: Tensor, W: Tensor, bucket: Bucket, bias: Tensor | None, floors: Tensor | None, kept: Tensor | None, out: Tensor,
+    signed: bool = False,
+) -> None:  # fmt: skip
+    """Fill the rows of `out` with what the dead features make of the rows of `x` (`_encode_kernel`)."""
+    (n_rows, d_in), capacity = x.shape, bucket.ids.shape[0]
+    operands = (x, W, bucket.ids, bucket.count, bias, floors, kept, out, n_rows, capacity)
+    launch(
+        _encode_kernel, (ceil_div(capacity, _TILE), ceil_div(n_rows, _TILE)), *operands, SIGNED=signed, **_tile(d_in)
+    )
+
+
+def _tile(d_in: int) -> dict[str, int]:
+    return {"D_IN": d_in, "TILE": _TILE, "DEPTH": _DEPTH, "num_warps": _WARPS}

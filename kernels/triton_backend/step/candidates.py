@@ -61,20 +61,41 @@ def ordered(values):
 
 @triton.jit
 @no_type_check
-def _group_maxima(scores_ptr, d_sae, GROUPS: tl.constexpr):
+def twice_error(feature, inside, by_norm, by_error, norms_ptr, d_sae):
+    """At least twice the bound that the columns of the operands have added to the scores of these features."""
+    norm = tl.load(norms_ptr + feature, mask=inside, other=0.0)
+    error = tl.load(norms_ptr + d_sae + feature, mask=inside, other=0.0)
+    return 2.02 * (by_norm * norm + by_error * error) + 2.4e-7 * (by_norm + by_error + norm + error)
+
+
+@triton.jit
+@no_type_check
+def _bounds_of(scores_ptr, feature, by_norm, by_error, norms_ptr, bias_ptr, d_sae):
+    """Upper bounds on the scores of features: of their values, or with `bias` of their magnitudes."""
+    inside = feature < d_sae
+    u = tl.load(scores_ptr + feature, mask=inside, other=float("-inf")).to(tl.float32)
+    if bias_ptr is not None:  # whose two halves were rounded up as well
+        bias = tl.load(bias_ptr + feature, mask=inside, other=0.0)
+        twice = twice_error(feature, inside, by_norm, by_error, norms_ptr, d_sae)
+        twice += 2.0e-6 * tl.maximum(bias, -bias) + 2.0e-7
+        u = tl.where(inside, tl.maximum(u, twice - u), float("-inf"))
+    return u
+
+
+@triton.jit
+@no_type_check
+def _group_maxima(scores_ptr, by_norm, by_error, norms_ptr, bias_ptr, d_sae, GROUPS: tl.constexpr):
     group = tl.arange(0, GROUPS)
     best = tl.full([GROUPS], float("-inf"), tl.float32)
     for first in range(0, d_sae, GROUPS):
-        inside = first + group < d_sae
-        u = tl.load(scores_ptr + first + group, mask=inside, other=float("-inf")).to(tl.float32)
-        best = tl.maximum(best, u)
+        best = tl.maximum(best, _bounds_of(scores_ptr, first + group, by_norm, by_error, norms_ptr, bias_ptr, d_sae))
     return best
 
 
 @triton.jit
 @no_type_check
 def _kth_largest(values, k):
-    """The k-th largest of numbers that are exact in fp16: their ordered bits differ in the upper 19 only."""
+    """The k-th largest of numbers that are exact in fp16 (or at most that): their ordered bits differ in the upper 19 only."""
     keys = ordered(values) >> 13
     low, high = (
         tl.full([], -(1 << 18), tl.int32),
@@ -135,15 +156,15 @@ def _store_rough(
 @triton.jit(do_not_specialize=["k", "first_row", "n_rows"])
 @no_type_check
 def _candidates_kernel(
-    scores_ptr, by_norm_ptr, norms_ptr, means_ptr, most_ptr, features_ptr, counts_ptr, bounds_ptr, rough_ptr, open_ptr,
+    scores_ptr, by_norm_ptr, bias_ptr, norms_ptr, means_ptr, most_ptr, features_ptr, counts_ptr, bounds_ptr, rough_ptr, open_ptr,
     n_open_ptr, d_sae, k, first_row, n_rows, step, least,
     MARGIN: tl.constexpr, SLOTS: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) + first_row
     scores_ptr += tl.program_id(0).to(tl.int64) * d_sae
-    best = _group_maxima(scores_ptr, d_sae, GROUPS)
-    kth = _kth_largest(best, k)
     by_norm, by_error = tl.load(by_norm_ptr + row), tl.load(by_norm_ptr + n_rows + row)
+    best = _group_maxima(scores_ptr, by_norm, by_error, norms_ptr, bias_ptr, d_sae, GROUPS)
+    kth = _kth_largest(best, k)
     margin = by_norm * tl.load(means_ptr) + by_error * tl.load(means_ptr + 1)
     rounding = step * tl.maximum(kth, -kth) + least
     floor = tl.maximum(kth - 2 * rounding - MARGIN * margin, 0.0)
@@ -152,7 +173,7 @@ def _candidates_kernel(
     found, n_open = 0, 0
     for first in range(0, d_sae, BLOCK):
         feature = first + tl.arange(0, BLOCK)
-        u = tl.load(scores_ptr + feature, mask=feature < d_sae, other=float("-inf")).to(tl.float32)
+        u = _bounds_of(scores_ptr, feature, by_norm, by_error, norms_ptr, bias_ptr, d_sae)
         hit = (u >= floor).to(tl.int32)
         slot = found + tl.cumsum(hit, axis=0) - 1
         tl.store(features_ptr + row * SLOTS + slot, feature, mask=(hit > 0) & (slot < SLOTS))
@@ -224,15 +245,17 @@ def find_candidates(
     k: int,
     first_row: int,
     out: Slots,
+    bias: Float[Tensor, " d_sae"] | None = None,
 ) -> None:
     """Fill the slots of the rows from `first_row` on with the candidates of `scores`, in fp16; `bounds` are those of the rows
-    (`prepare.Rows`)."""
+    (`prepare.Rows`). With the `bias` of the features magnitudes are compared."""
     d_sae = scores.shape[1]
     full = 1 << (max(d_sae, 2) - 1).bit_length()
     groups = full if out.rough is not None else min(max(_GROUPS, 32 << (k - 1).bit_length()), full)
     launch(
         _candidates_kernel, (scores.shape[0],),
-        scores, bounds, *sizes, *out[:3], *(out.rough or (None, None, None)), d_sae, k, first_row, bounds.shape[1], _STEP, _LEAST,
+        scores, bounds, bias, *sizes, *out[:3], *(out.rough or (None, None, None)),
+        d_sae, k, first_row, bounds.shape[1], _STEP, _LEAST,
         MARGIN=MARGIN, SLOTS=out.features.shape[1], GROUPS=groups, BLOCK=min(_BLOCK, full),
         num_warps=4 if groups <= 2048 else 8,
     )  # fmt: skip

@@ -49,11 +49,16 @@ class Gradients(NamedTuple):
 
 @triton.jit(do_not_specialize=["n_pairs", "k"])
 @no_type_check
-def _gather_kernel(order_ptr, values_ptr, dvalues_ptr, rows_ptr, z_ptr, dz_ptr, n_pairs, k, BLOCK: tl.constexpr):
+def _gather_kernel(
+    order_ptr, values_ptr, dvalues_ptr, listed_ptr, rows_ptr, z_ptr, dz_ptr, n_pairs, k, BLOCK: tl.constexpr
+):
     pair = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     real = pair < n_pairs
     at = tl.load(order_ptr + pair, mask=real, other=0)
-    tl.store(rows_ptr + pair, (at // k).to(tl.int32), mask=real)
+    row = (at // k).to(tl.int32)
+    if listed_ptr is not None:
+        row = tl.load(listed_ptr + at, mask=real, other=0)
+    tl.store(rows_ptr + pair, row, mask=real)
     tl.store(z_ptr + pair, tl.load(values_ptr + at, mask=real, other=0.0), mask=real)
     tl.store(dz_ptr + pair, tl.load(dvalues_ptr + at, mask=real, other=0.0), mask=real)
 
@@ -130,21 +135,22 @@ def _add_far_kernel(
     tl.store(db_enc_ptr + feature, b, mask=is_enc & (tile == 0))
 
 
-def sort_pairs(keys: Int[Tensor, "batch k"], bins: Int[Tensor, " d_sae_plus_1"]) -> Pairs:
+def sort_pairs(keys: Int[Tensor, "batch k"] | Int[Tensor, " pairs"], bins: Int[Tensor, " d_sae_plus_1"]) -> Pairs:
     """The pairs by feature, and by row within a feature; `bins` are the numbers from 0 to d_sae."""
     features, order = keys.view(-1).sort(stable=True)
     return Pairs(features, order, torch.searchsorted(features, bins))
 
 
 def fill_gradients(
-    pairs: Pairs, values: Float[Tensor, "batch k"], dvalues: Float[Tensor, " pairs"], x: Tensor, residual: Tensor,
-    variance: Tensor, out: Gradients,
+    pairs: Pairs, values: Float[Tensor, "batch k"] | Float[Tensor, " pairs"], dvalues: Float[Tensor, " pairs"], x: Tensor,
+    residual: Tensor, variance: Tensor, out: Gradients, listed: Int[Tensor, " pairs"] | None = None,
 ) -> None:  # fmt: skip
-    """Fill `out`; `dvalues` is `<residual[row], W_dec[feature]>`, in the order of the rows as `values` are."""
+    """Fill `out`; `dvalues` is `<residual[row], W_dec[feature]>`, in the order of the rows as `values` are. For pairs of a list
+    `listed` are their rows."""
     (d_sae, d_in), n_pairs = out.W_enc.shape, pairs.order.numel()
     n_far, n_tiles = ceil_div(n_pairs, CHUNK), ceil_div(d_in, COLUMNS)
     rows, sorted_values = torch.empty_like(pairs.features), torch.empty(2, n_pairs, device=x.device)
-    gathered = (pairs.order, values, dvalues, rows, *sorted_values, n_pairs, values.shape[1])
+    gathered = (pairs.order, values, dvalues, listed, rows, *sorted_values, n_pairs, values.shape[-1])
     launch(_gather_kernel, (ceil_div(n_pairs, _BLOCK),), *gathered, BLOCK=_BLOCK, num_warps=_WARPS)
     far = [torch.empty(n_far, *width, dtype=torch.float32, device=x.device) for width in ((d_in,), (d_in,), ())]
     sizes, shape = {"CHUNK": CHUNK, "COLUMNS": COLUMNS}, (d_sae, d_in, n_tiles)

@@ -96,14 +96,18 @@ def _prepare_rows_kernel(
 @triton.jit(do_not_specialize=["d_in", "width"])
 @no_type_check
 def _prepare_weights_kernel(
-    W_ptr, bias_ptr, low_ptr, norms_ptr, d_sae, d_in, width, BLOCK: tl.constexpr, TAIL: tl.constexpr
-):
+    W_ptr, bias_ptr, factors_ptr, floors_ptr, low_ptr, norms_ptr, d_sae, d_in, width,
+    BLOCK: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
     feature = tl.program_id(0).to(tl.int64)
+    factor = 1.0
+    if factors_ptr is not None:
+        factor = tl.load(factors_ptr + feature)
     square, errors = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for first in range(0, d_in, BLOCK):
         columns = first + tl.arange(0, BLOCK)
         inside = columns < d_in
-        w = tl.load(W_ptr + feature * d_in + columns, mask=inside, other=0.0)
+        w = tl.load(W_ptr + feature * d_in + columns, mask=inside, other=0.0) * factor
         low = _lowered(w)
         difference = low.to(tl.float32) - w
         square += w * w
@@ -112,7 +116,10 @@ def _prepare_weights_kernel(
     norm, error = tl.sqrt_rn(tl.sum(square, axis=0)), tl.sqrt_rn(tl.sum(errors, axis=0))
     tl.store(norms_ptr + feature, norm)
     tl.store(norms_ptr + d_sae + feature, error)
-    bias = tl.load(bias_ptr + feature)
+    bias = tl.load(bias_ptr + feature) * factor
+    if floors_ptr is not None:  # rounded up
+        floor = tl.load(floors_ptr + feature)
+        bias = bias - floor + 1.0e-6 * (tl.maximum(bias, -bias) + tl.maximum(floor, -floor))
     high = _lowered(bias)
     tail = tl.arange(0, TAIL)
     rest = tl.where(tail == 1, bias - high.to(tl.float32), tl.where(tail == 2, norm, error))
@@ -170,13 +177,14 @@ def prepare_rows(x: Tensor, center: Tensor, scale: Tensor, bias: Tensor | None, 
     launch(_prepare_rows_kernel, (n_rows,), *operands, *out, *sizes, BLOCK=_BLOCK, TAIL=_TAIL, num_warps=_WARPS)
 
 
-def prepare_weights(W: Tensor, bias: Tensor, low: Tensor, norms: Tensor) -> None:
+def prepare_weights(
+    W: Tensor, bias: Tensor, low: Tensor, norms: Tensor, factors: Tensor | None = None, floors: Tensor | None = None
+) -> None:
     """Write the fp16 operand of the weights into `low (d_sae, width)`, and the norms of rows and of their rounding errors
-    into `norms (2, d_sae)`."""
-    sizes = (*W.shape, low.shape[1])
-    launch(
-        _prepare_weights_kernel, (W.shape[0],), W, bias, low, norms, *sizes, BLOCK=_BLOCK, TAIL=_TAIL, num_warps=_WARPS
-    )
+    into `norms (2, d_sae)`; all of them times `factors`, one for each feature. With `floors`, one for each feature too, the
+    products bound how far scores exceed these."""
+    operands, sizes = (W, bias, factors, floors, low, norms), (*W.shape, low.shape[1])
+    launch(_prepare_weights_kernel, (W.shape[0],), *operands, *sizes, BLOCK=_BLOCK, TAIL=_TAIL, num_warps=_WARPS)
 
 
 def variance_of(x: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:

@@ -48,19 +48,24 @@ def _by_row_kernel(
 @triton.jit(do_not_specialize=["n_pairs", "d_sae", "d_in"])
 @no_type_check
 def _by_feature_kernel(
-    x_ptr, W_ptr, features_ptr, order_ptr, partials_ptr, n_pairs, d_sae, d_in,
+    x_ptr, W_ptr, features_ptr, order_ptr, rows_ptr, partials_ptr, n_pairs, d_sae, d_in,
     SLOTS: tl.constexpr, PAIRS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The pairs are sorted by feature; `order` are their places `row * SLOTS + slot`, to which the sums are written."""
+    """The pairs are sorted by feature; `order` are their places `row * SLOTS + slot`, to which the sums are written. With
+    `rows` the rows are theirs at these places; without `order` the places are those of the pairs."""
     first = tl.program_id(0).to(tl.int64) * PAIRS
     if tl.load(features_ptr + first) >= d_sae:  # only empty slots
         return
     tile = tl.program_id(1)
     pair = first + tl.arange(0, PAIRS)
     feature = tl.load(features_ptr + pair, mask=pair < n_pairs, other=2147483647).to(tl.int64)
-    place = tl.load(order_ptr + pair, mask=pair < n_pairs, other=0).to(tl.int64)
     real = feature < d_sae
+    place = pair
+    if order_ptr is not None:
+        place = tl.load(order_ptr + pair, mask=pair < n_pairs, other=0).to(tl.int64)
     row = place // SLOTS
+    if rows_ptr is not None:
+        row = tl.load(rows_ptr + place, mask=real, other=0).to(tl.int64)
     columns = tile * COLUMNS + tl.arange(0, COLUMNS)
     inside = real[:, None] & (columns < d_in)[None, :]
     x = tl.load(x_ptr + row[:, None] * d_in + columns[None, :], mask=inside, other=0.0)
@@ -86,6 +91,21 @@ def pair_products(
         operands = (x, W, features, counts, chosen, partials, n_pairs, d_in)
         launch(_by_row_kernel, (n_rows, n_tiles), *operands, PAIRS=ROW_PAIRS, **tile, num_warps=ROW_WARPS)
         return partials
-    operands = (x, W, *(by_feature or features.view(-1).sort()), partials, n_pairs, d_sae, d_in)
+    operands = (x, W, *(by_feature or features.view(-1).sort()), None, partials, n_pairs, d_sae, d_in)
     launch(_by_feature_kernel, (ceil_div(n_pairs, _PAIRS), n_tiles), *operands, PAIRS=_PAIRS, **tile, num_warps=_WARPS)
+    return partials
+
+
+def list_products(
+    x: Float[Tensor, "batch d_in"], W: Float[Tensor, "d_sae d_in"], features: Int[Tensor, " pairs"],
+    rows: Int[Tensor, " pairs"], by_feature: tuple[Tensor, Tensor] | None = None,
+) -> Float[Tensor, "tiles pairs"]:  # fmt: skip
+    """Partial sums of `<x[row], W[feature]>` at the pairs of a list, behind which the features are `d_sae`: undefined there."""
+    (d_sae, d_in), n_pairs, n_tiles = W.shape, len(features), ceil_div(W.shape[1], COLUMNS)
+    partials = torch.empty(n_tiles, n_pairs, dtype=torch.float32, device=x.device)
+    stays = d_sae * COLUMNS * W.element_size() <= CACHE_BYTES
+    taken = (features, None) if stays else by_feature or features.sort()
+    operands = (x, W, *taken, rows, partials, n_pairs, d_sae, d_in)
+    tile = {"SLOTS": 1, "PAIRS": _PAIRS, "COLUMNS": COLUMNS}
+    launch(_by_feature_kernel, (ceil_div(n_pairs, _PAIRS), n_tiles), *operands, **tile, num_warps=_WARPS)
     return partials

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from saelab.kernels.triton_backend.launch import ceil_div, launch
 from saelab.kernels.triton_backend.step.products import COLUMNS
-from saelab.kernels.triton_backend.step.select import Selection, Uncertain, key_of
+from saelab.kernels.triton_backend.step.select import VALUES, Scoring, Selection, Uncertain, key_of, score_of
 
 _LANES = 8
 _MERGE_LANES = 64
@@ -43,8 +43,8 @@ class Plan(NamedTuple):
 @triton.jit(do_not_specialize=["n_splits", "d_sae", "d_in"])
 @no_type_check
 def _search_rows_kernel(
-    x_ptr, W_ptr, bias_ptr, rows_ptr, n_rows_ptr, lists_ptr, n_splits, d_sae, d_in,
-    LANES: tl.constexpr, SPLIT: tl.constexpr, BEST: tl.constexpr, COLUMNS: tl.constexpr,
+    x_ptr, W_ptr, bias_ptr, norms_ptr, rows_ptr, n_rows_ptr, lists_ptr, n_splits, d_sae, d_in,
+    MAGNITUDE: tl.constexpr, LANES: tl.constexpr, SPLIT: tl.constexpr, BEST: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(0)
     place = tl.arange(0, BEST)
@@ -64,6 +64,7 @@ def _search_rows_kernel(
                     x[None, :] * tl.load(W_ptr + at_w, mask=real[:, None] & inside[None, :], other=0.0), axis=1
                 )
             score += tl.load(bias_ptr + feature, mask=real, other=0.0)
+            score = score_of(score, feature, real, norms_ptr, MAGNITUDE)
             key = tl.where(real & (score > 0), key_of(score, feature), -1)
             best = tl.sort(tl.maximum(best, tl.sort(key)), descending=True)
         tl.store(lists_ptr + ((tl.zeros([], tl.int64) + at) * n_splits + split) * BEST + place, best)
@@ -73,7 +74,7 @@ def _search_rows_kernel(
 @no_type_check
 def _merge_rows_kernel(
     x_ptr, W_ptr, bias_ptr, rows_ptr, n_rows_ptr, lists_ptr, values_ptr, kept_ptr, n_kept_ptr, keys_ptr, n_splits, k,
-    d_sae, d_in, LANES: tl.constexpr, BEST: tl.constexpr, PAIRS: tl.constexpr, COLUMNS: tl.constexpr,
+    d_sae, d_in, MAGNITUDE: tl.constexpr, LANES: tl.constexpr, BEST: tl.constexpr, PAIRS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     place = tl.arange(0, BEST)
     for at in range(tl.program_id(0), tl.load(n_rows_ptr), LANES):
@@ -103,7 +104,9 @@ def _merge_rows_kernel(
                 w = tl.load(W_ptr + at_w, mask=real[:, None] & inside[None, :], other=0.0)
                 value += tl.sum(x[None, :] * w, axis=1)
             value += tl.load(bias_ptr + kept_feature, mask=real, other=0.0)
-            tl.store(values_ptr + row * k + slot, tl.maximum(value, 0.0), mask=real)
+            if not MAGNITUDE:
+                value = tl.maximum(value, 0.0)  # its sum above had another order
+            tl.store(values_ptr + row * k + slot, value, mask=real)
 
 
 def plan_search(d_sae: int, k: int, n_slices: int) -> Plan:
@@ -114,17 +117,18 @@ def plan_search(d_sae: int, k: int, n_slices: int) -> Plan:
 
 
 def search_rows(
-    x: Tensor, W: Tensor, bias: Tensor, uncertain: Uncertain, plan: Plan, lists: Tensor, out: Selection
-) -> None:
+    x: Tensor, W: Tensor, bias: Tensor, uncertain: Uncertain, plan: Plan, lists: Tensor, out: Selection,
+    scoring: Scoring = VALUES,
+) -> None:  # fmt: skip
     """Select the uncertain rows again, from all features; `lists` is memory for `plan.row_bytes` bytes a row."""
     d_sae, d_in = W.shape
-    operands = (x, W, bias, *uncertain, lists)
+    rows = (*uncertain, lists)
     columns = max(16, _TILE // plan.n_best)
     launch(
-        _search_rows_kernel, (plan.n_splits, _LANES), *operands, plan.n_splits, d_sae, d_in,
-        LANES=_LANES, SPLIT=plan.split, BEST=plan.n_best, COLUMNS=columns, num_warps=_WARPS,
+        _search_rows_kernel, (plan.n_splits, _LANES), x, W, bias, scoring.norms, *rows, plan.n_splits, d_sae, d_in,
+        MAGNITUDE=scoring.magnitude, LANES=_LANES, SPLIT=plan.split, BEST=plan.n_best, COLUMNS=columns, num_warps=_WARPS,
     )  # fmt: skip
     launch(
-        _merge_rows_kernel, (_MERGE_LANES,), *operands, *out, plan.n_splits, out.values.shape[1], d_sae, d_in,
-        LANES=_MERGE_LANES, BEST=plan.n_best, PAIRS=_PAIRS, COLUMNS=COLUMNS, num_warps=_WARPS,
+        _merge_rows_kernel, (_MERGE_LANES,), x, W, bias, *rows, *out, plan.n_splits, out.values.shape[1], d_sae, d_in,
+        MAGNITUDE=scoring.magnitude, LANES=_MERGE_LANES, BEST=plan.n_best, PAIRS=_PAIRS, COLUMNS=COLUMNS, num_warps=_WARPS,
     )  # fmt: skip

@@ -30,11 +30,32 @@ class Selection(NamedTuple):
     """The features, but `d_sae` in empty slots: sorted, the pairs of each feature lie together and the empty slots last."""
 
 
+class Scoring(NamedTuple):
+    """By what the pairs of a row are ranked: their values, magnitudes, or values times `norms`, one for each feature."""
+
+    norms: Float[Tensor, " d_sae"] | None = None
+    magnitude: bool = False
+
+
+VALUES = Scoring()
+
+
 class Uncertain(NamedTuple):
     """The rows that have to be selected again."""
 
     rows: Int[Tensor, " batch"]
     count: Int[Tensor, " 1"]
+
+
+@triton.jit
+@no_type_check
+def score_of(value, feature, real, norms_ptr, MAGNITUDE: tl.constexpr):
+    """What pairs are ranked by (`Scoring`)."""
+    if norms_ptr is not None:
+        value *= tl.load(norms_ptr + feature, mask=real, other=0.0)
+    if MAGNITUDE:
+        value = tl.maximum(value, -value)
+    return value
 
 
 @triton.jit
@@ -54,8 +75,8 @@ def score_of_key(keys):
 @triton.jit(do_not_specialize=["n_pairs", "n_tiles", "k", "d_sae"])
 @no_type_check
 def _select_kernel(
-    partials_ptr, features_ptr, counts_ptr, bounds_ptr, rough_ptr, bias_ptr, values_ptr, kept_ptr, n_kept_ptr, keys_ptr,
-    uncertain_ptr, n_uncertain_ptr, n_pairs, n_tiles, k, d_sae, SLOTS: tl.constexpr,
+    partials_ptr, features_ptr, counts_ptr, bounds_ptr, rough_ptr, bias_ptr, norms_ptr, values_ptr, kept_ptr, n_kept_ptr,
+    keys_ptr, uncertain_ptr, n_uncertain_ptr, n_pairs, n_tiles, k, d_sae, MAGNITUDE: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     slot = tl.arange(0, SLOTS)
@@ -67,12 +88,12 @@ def _select_kernel(
         value += tl.load(partials_ptr + row * SLOTS + slot, mask=real, other=0.0)
         partials_ptr += n_pairs
     value += tl.load(bias_ptr + feature, mask=real, other=0.0)
-    score = value
+    score = score_of(value, feature, real, norms_ptr, MAGNITUDE)
     if rough_ptr is not None:
         rough = tl.load(rough_ptr + row * SLOTS + slot, mask=real, other=0.0)
         value = tl.where(rough == rough, rough, value)
         score = tl.where(rough == rough, 3e38, value)  # surely among the k largest
-    key = tl.where(real & (value > 0), key_of(score, feature), -1)  # keys of positive scores are not negative
+    key = tl.where(real & (score > 0), key_of(score, feature), -1)  # keys of positive scores are not negative
     kth_key = tl.sum(tl.where(slot == k - 1, tl.sort(key, descending=True), 0), axis=0)
     kept = (key >= kth_key) & (key >= 0)
     n_kept = tl.sum(kept.to(tl.int32), axis=0)
@@ -91,7 +112,9 @@ def _select_kernel(
         tl.store(uncertain_ptr + tl.atomic_add(n_uncertain_ptr, 1), row.to(tl.int32))
 
 
-def select(x: Tensor, W: Tensor, bias: Tensor, found: Slots, out: Selection, uncertain: Uncertain) -> None:
+def select(
+    x: Tensor, W: Tensor, bias: Tensor, found: Slots, out: Selection, uncertain: Uncertain, scoring: Scoring = VALUES
+) -> None:
     """Fill `out` with the k best candidates of each row and `uncertain` with the rows that they may be wrong for."""
     rough = found.rough
     chosen, counts = (None, found.counts) if rough is None else (rough.open_slots, rough.n_open)
@@ -103,6 +126,7 @@ def select(x: Tensor, W: Tensor, bias: Tensor, found: Slots, out: Selection, unc
         *found[:3],
         None if rough is None else rough.values,
         bias,
+        scoring.norms,
         *out,
         *uncertain,
         n_pairs,
@@ -110,7 +134,7 @@ def select(x: Tensor, W: Tensor, bias: Tensor, found: Slots, out: Selection, unc
         k,
         W.shape[0],
     )
-    launch(_select_kernel, (x.shape[0],), *operands, SLOTS=n_slots, num_warps=4)
+    launch(_select_kernel, (x.shape[0],), *operands, MAGNITUDE=scoring.magnitude, SLOTS=n_slots, num_warps=4)
 
 
 def empty_selection(n_rows: int, k: int, device: torch.device) -> tuple[Selection, Uncertain]:

@@ -16,7 +16,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saelab.kernels.triton_backend.launch import launch
+from saelab.kernels.triton_backend.launch import ceil_div, launch
 from saelab.kernels.triton_backend.step.gradients import Gradients, Pairs
 
 RECORD = ("fvu", "nnz", "grad_norm", "dead", "dead_soon", "uncertain", "auxk")
@@ -48,8 +48,8 @@ class AdamOptions(NamedTuple):
 @triton.jit(do_not_specialize=["n_rows", "d_in", "window", "soon"])
 @no_type_check
 def _count_and_norm_kernel(
-    enc_ptr, dec_ptr, db_ptr, W_dec_ptr, offsets_ptr, since_ptr, parallel_ptr, out_ptr, n_rows, window, soon, d_in,
-    BLOCK: tl.constexpr,
+    enc_ptr, dec_ptr, db_ptr, W_dec_ptr, offsets_ptr, since_ptr, void_ptr, parallel_ptr, out_ptr, n_rows, window, soon, d_in,
+    UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     feature = tl.program_id(0).to(tl.int64)
     along, dec, enc = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
@@ -62,11 +62,16 @@ def _count_and_norm_kernel(
         g = tl.load(enc_ptr + at, mask=inside, other=0.0)
         enc += g * g
     parallel, b = tl.sum(along, axis=0), tl.load(db_ptr + feature)
+    if not UNIT:
+        parallel = 0.0
     tl.store(parallel_ptr + feature, parallel)
     square = tl.maximum(tl.sum(dec, axis=0) - parallel * parallel, 0.0) + tl.sum(enc, axis=0) + b * b
     fired = tl.load(offsets_ptr + feature + 1) > tl.load(offsets_ptr + feature)
     since = tl.where(fired, 0, tl.load(since_ptr + feature) + n_rows)
-    tl.store(since_ptr + feature, since)
+    counts = True
+    if void_ptr is not None:
+        counts = tl.load(void_ptr) == 0
+    tl.store(since_ptr + feature, since, mask=counts)
     tl.store(out_ptr + 3 * feature, square)
     tl.store(out_ptr + 3 * feature + 1, (since >= window).to(tl.float32))
     tl.store(out_ptr + 3 * feature + 2, (since >= soon).to(tl.float32))
@@ -168,7 +173,7 @@ def _stepped(w_ptr, average_ptr, square_ptr, g_ptr, along, at, inside, scale, de
 def _update_kernel(
     enc_ptr, enc_average_ptr, enc_square_ptr, dec_ptr, dec_average_ptr, dec_square_ptr, b_ptr, b_average_ptr, b_square_ptr,
     denc_ptr, ddec_ptr, db_ptr, parallel_ptr, control_ptr, schedule_ptr, d_in, beta1, beta2, eps, decay, tiny,
-    BLOCK: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     if tl.load(control_ptr + 1) == 0.0:  # the gradient is not finite
         return
@@ -186,12 +191,13 @@ def _update_kernel(
             dec_ptr, dec_average_ptr, dec_square_ptr, ddec_ptr, along, at, inside, scale, 0.0, schedule_ptr, beta1, beta2, eps
         )  # fmt: skip
         squares += tl.where(inside, w * w, 0.0)
-    norm = tl.maximum(tl.sqrt_rn(tl.sum(squares, axis=0)), tiny)
-    tl.debug_barrier()
-    for first in range(0, d_in, BLOCK):
-        columns = first + tl.arange(0, BLOCK)
-        at, inside = feature * d_in + columns, columns < d_in
-        tl.store(dec_ptr + at, tl.div_rn(tl.load(dec_ptr + at, mask=inside, other=0.0), norm), mask=inside)
+    if UNIT:
+        norm = tl.maximum(tl.sqrt_rn(tl.sum(squares, axis=0)), tiny)
+        tl.debug_barrier()
+        for first in range(0, d_in, BLOCK):
+            columns = first + tl.arange(0, BLOCK)
+            at, inside = feature * d_in + columns, columns < d_in
+            tl.store(dec_ptr + at, tl.div_rn(tl.load(dec_ptr + at, mask=inside, other=0.0), norm), mask=inside)
     b, average, square = tl.load(b_ptr + feature), tl.load(b_average_ptr + feature), tl.load(b_square_ptr + feature)
     g = tl.load(db_ptr + feature)
     b, average, square = _adam(b, average, square, g, scale, 0.0, schedule_ptr, beta1, beta2, eps)
@@ -200,16 +206,33 @@ def _update_kernel(
     tl.store(b_square_ptr + feature, square)
 
 
+@triton.jit(do_not_specialize=["n"])
+@no_type_check
+def _update_vector_kernel(
+    w_ptr, average_ptr, square_ptr, g_ptr, control_ptr, schedule_ptr, n, beta1, beta2, eps, BLOCK: tl.constexpr
+):
+    finite = tl.load(control_ptr + 1)
+    if finite == 0.0:
+        return
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    scale = tl.load(control_ptr)
+    _stepped(
+        w_ptr, average_ptr, square_ptr, g_ptr, 0.0, at, at < n, scale, 0.0, schedule_ptr, beta1, beta2, eps
+    )  # fmt: skip
+
+
 def count_and_norm(
-    gradients: Gradients, W_dec: Tensor, pairs: Pairs, since: Int[Tensor, " d_sae"], n_rows: int, window: int, soon: int
-) -> tuple[Float[Tensor, " d_sae"], Float[Tensor, "d_sae 3"]]:
-    """Add `n_rows` to the counters of features that did not fire and reset the others. Returns `<dW_dec, W_dec>` of each row,
-    and for each feature its part of the squared norm, whether it is dead, and whether it is so from `soon` tokens on."""
+    gradients: Gradients, W_dec: Tensor, pairs: Pairs, since: Int[Tensor, " d_sae"], n_rows: int, window: int, soon: int,
+    void: Tensor | None = None, unit_norm: bool = True,
+) -> tuple[Float[Tensor, " d_sae"], Float[Tensor, "d_sae 3"]]:  # fmt: skip
+    """Add `n_rows` to the counters of features that did not fire and reset the others. Returns `<dW_dec, W_dec>` of each row
+    (0 if rows are not kept at `unit_norm`), and for each feature its part of the squared norm, whether it is dead, and whether
+    it is so from `soon` tokens on. Counters are left as they are if `void` is not 0."""
     (d_sae, d_in), device = W_dec.shape, since.device
     parallel = torch.empty(d_sae, dtype=torch.float32, device=device)
     out = torch.empty(d_sae, 3, dtype=torch.float32, device=device)
-    operands = (gradients.W_enc, gradients.W_dec, gradients.b_enc, W_dec, pairs.offsets, since, parallel, out)
-    launch(_count_and_norm_kernel, (d_sae,), *operands, n_rows, window, soon, d_in, **_tile(d_in))
+    operands = (gradients.W_enc, gradients.W_dec, gradients.b_enc, W_dec, pairs.offsets, since, void, parallel, out)
+    launch(_count_and_norm_kernel, (d_sae,), *operands, n_rows, window, soon, d_in, UNIT=unit_norm, **_tile(d_in))
     return parallel, out
 
 
@@ -221,7 +244,7 @@ def finish(
     """Step `b_dec`, and write `control` (clip factor, whether the norm is finite) and the `record` of the step.
 
     `sums` are the column sums of the residual, `through` is `db_enc @ W_enc` where `b_dec` is subtracted from the input,
-    `losses` are the shares of AuxK.
+    `losses` are the shares of the term for dead features.
     """
     d_sae, d_in = pairs.offsets.shape[0] - 1, sums.shape[0]
     operands = (
@@ -246,13 +269,20 @@ def finish(
 
 def update(
     W_enc: Moments, W_dec: Moments, b_enc: Moments, gradients: Gradients, parallel: Tensor, control: Tensor, schedule: Tensor,
-    options: AdamOptions,
+    options: AdamOptions, unit_norm: bool = True,
 ) -> None:  # fmt: skip
-    """Step the rows of both matrices and the encoder's bias; decoder rows end with norm 1."""
+    """Step the rows of both matrices and the encoder's bias; decoder rows end with norm 1 if they are kept at `unit_norm`."""
     d_sae, d_in = W_enc.parameter.shape
     operands = (*W_enc, *W_dec, *b_enc, gradients.W_enc, gradients.W_dec, gradients.b_enc, parallel, control, schedule)
     numbers = (d_in, options.beta1, options.beta2, options.eps, options.decay, _TINY)
-    launch(_update_kernel, (d_sae,), *operands, *numbers, **_tile(d_in))
+    launch(_update_kernel, (d_sae,), *operands, *numbers, UNIT=unit_norm, **_tile(d_in))
+
+
+def update_vector(of: Moments, gradient: Tensor, control: Tensor, schedule: Tensor, options: AdamOptions) -> None:
+    """Step a parameter with one entry for each feature."""
+    n = gradient.numel()
+    operands = (*of, gradient, control, schedule, n, options.beta1, options.beta2, options.eps)
+    launch(_update_vector_kernel, (ceil_div(n, _BLOCK),), *operands, BLOCK=_BLOCK, num_warps=_WARPS)
 
 
 def _tile(d_in: int) -> dict[str, int]:
