@@ -332,6 +332,8 @@ def test_a_bad_batch_is_named_though_it_is_noticed_later(tmp_path):
         ({"config": {"score": "decoder_norm"}}, True),
         ({"config": {"score": "decoder_norm"}, "rules": 5}, False),
         ({"config": {"aux": "aux_zipf"}}, False),
+        ({"config": {"k_start": 6}}, False),
+        ({"sae": BatchTopKSAE(BatchTopKConfig(d_sae=12, k=2, k_start=6), 8)}, False),
         ({"config": {"normalize": "layer_norm"}}, False),
         ({"train": {"grad_accumulation": 2}}, False),
         ({"running": "some"}, False),
