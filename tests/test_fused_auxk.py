@@ -100,9 +100,9 @@ def test_loss_and_gradients_are_those_of_autograd(n_dead, k_aux):
 
 @pytest.mark.parametrize("n_dead", [5, 17])
 def test_no_bit_depends_on_the_capacity_or_the_slices(monkeypatch, n_dead):
-    data = case(n_dead, n_rows=35)
+    data = case(n_dead, n_rows=18)
     usual = by_kernels(*data, 4, capacity_for(max(n_dead, 1), D_SAE))
-    for most, capacity, n_slices in ((1 << 27, 40, 1), (1, 20, 3)):
+    for most, capacity, n_slices in ((1 << 27, 40, 1), (1, 20, 2)):
         monkeypatch.setattr(kernels, "_MOST", most)
         assert len(empty_aux(capacity, 4, ALPHA, data[0]).slices) == n_slices
         got = by_kernels(*data, 4, capacity)
@@ -177,7 +177,7 @@ def test_a_step_with_dead_features_is_that_of_autograd(monkeypatch, case):
     patch, options = STEPS[case]
     if patch is not None:
         patch(monkeypatch)
-    fused, _ = compare(change=mostly_negative, window=6, n_steps=3, **options)
+    fused, _ = compare(change=mostly_negative, window=6, n_steps=2, **options)
     assert fused.record[fused_step.RECORD.index("auxk")] > 0
 
 

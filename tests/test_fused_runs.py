@@ -6,15 +6,13 @@ from fused_cases import DEVICE
 
 from saelab import TrainConfig, train
 from saelab.kernels.dispatch import using
-from saelab.saes import AbsTopKConfig, BatchTopKConfig, JumpReLUConfig, ReLUConfig
+from saelab.saes import BatchTopKConfig, JumpReLUConfig
 from saelab.training import fused_step, steps
 from saelab.training.fused_step import FusedStep
 from saelab.training.metrics_log import read_lines
 
 CONFIGS = {
-    "abs_topk": AbsTopKConfig(d_sae=16, k=2),
     "batch_topk": BatchTopKConfig(d_sae=16, k=2),
-    "relu": ReLUConfig(d_sae=16, target_l0=2.0, normalize="scale"),
     "jumprelu": JumpReLUConfig(d_sae=16, target_l0=2.0, loss="tanh", sparsity_coefficient=0.1),
 }
 SHORT = TrainConfig(

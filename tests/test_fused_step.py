@@ -185,7 +185,6 @@ CASES = {
     "dense, no candidates": (by_dense_products_without_candidates, None, {"rtol": 1e-2}),
     "dense, equal features": (by_dense_products, equal_features, {"rtol": 1e-2}),
     "dense, fewer than k": (by_dense_products, mostly_negative, {"rtol": 1e-2, "pre_bias": False}),
-    "dead features": (None, mostly_negative, {"window": 6, "n_steps": 3, "k_aux": 3}),
 }
 
 
