@@ -67,7 +67,7 @@ def test_a_steered_model_is_refused(tiny_lm, sae, name):
     """It would be read silently as if nothing steered it."""
     with (
         tiny_lm.steer(Direction(torch.ones(32), "blocks.0.hook_resid_post") * 3.0),
-        pytest.raises(ValueError, match="The model is being steered by VectorEdit"),
+        pytest.raises(ValueError, match="The model is being steered by <raw 3 of a direction"),
     ):
         CALLS[name](sae, tiny_lm, POS, NEG)
 
