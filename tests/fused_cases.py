@@ -13,9 +13,11 @@ from counted import counted
 from saelab import TrainConfig
 from saelab.distributed.mesh import Mesh
 from saelab.kernels.dispatch import using
+from saelab.kernels.triton_backend.step import products
 from saelab.saes import VARIANTS
 from saelab.saes.hooks_used import HooksUsed
 from saelab.saes.step import RULES, Batch, StepInfo
+from saelab.training import fused_step
 from saelab.training.adam import Adam
 from saelab.training.dead_features import DeadFeatures
 from saelab.training.steps import AutogradTraining, FusedTraining, Trained, make_step
@@ -167,3 +169,31 @@ def nan_step(config: Any, n_rows=6, d_in=12) -> None:
 
 def replaced(config: Any, **changes: Any) -> Any:
     return dataclasses.replace(config, **changes)
+
+
+# What may be done to an SAE or to the kernels before they are compared.
+
+
+def mostly_negative(sae):
+    sae.b_enc.data.fill_(-3.0)
+
+
+def all_negative(sae):
+    sae.b_enc.data.fill_(-100.0)
+
+
+def on_every_token(sae):
+    sae.b_enc.data[3], sae.b_enc.data[7] = 50.0, 60.0
+
+
+def in_parts(monkeypatch):
+    parts = fused_step.slices_of
+    monkeypatch.setattr(fused_step, "slices_of", lambda rows, d_sae: parts(rows, d_sae, limit=50))
+
+
+def by_feature(monkeypatch):
+    monkeypatch.setattr(products, "CACHE_BYTES", 0)
+
+
+def equal_features(sae):
+    sae.W_enc.data[10:16], sae.b_enc.data[10:16] = sae.W_enc.data[0].clone(), sae.b_enc.data[0].clone()

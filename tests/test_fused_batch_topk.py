@@ -4,11 +4,17 @@ import pytest
 import torch
 from fused_cases import (
     DEVICE,
+    all_negative,
     an_sae,
     batch,
+    by_feature,
     compare,
+    equal_features,
     fused_training,
+    in_parts,
+    mostly_negative,
     nan_step,
+    on_every_token,
     one_step,
     replaced,
     run_of,
@@ -16,7 +22,6 @@ from fused_cases import (
 )
 
 from saelab.kernels.dispatch import using
-from saelab.kernels.triton_backend.step import products
 from saelab.saes import BatchTopKConfig
 from saelab.training import fused_batch_topk, fused_list, fused_step, steps
 from saelab.training.cuda_graph import Replayed
@@ -46,36 +51,11 @@ def some_equal_rows(n_rows, d_in, seed):
     return x
 
 
-def equal_features(sae):
-    sae.W_enc.data[10:16], sae.b_enc.data[10:16] = sae.W_enc.data[0].clone(), sae.b_enc.data[0].clone()
-
-
 def nearly_equal_features(sae):
     """Their order is that of the exact values only: those of half precision differ by more."""
     steps_up = 1 + 1e-4 * torch.arange(10, device=DEVICE)
     sae.W_enc.data[10:] = sae.W_enc.data[0] * steps_up[:, None]
     sae.b_enc.data[10:] = sae.b_enc.data[0] * steps_up
-
-
-def mostly_negative(sae):
-    sae.b_enc.data.fill_(-3.0)
-
-
-def all_negative(sae):
-    sae.b_enc.data.fill_(-100.0)
-
-
-def on_every_token(sae):
-    sae.b_enc.data[3], sae.b_enc.data[7] = 50.0, 60.0
-
-
-def in_parts(monkeypatch):
-    parts = fused_step.slices_of
-    monkeypatch.setattr(fused_step, "slices_of", lambda rows, d_sae: parts(rows, d_sae, limit=50))
-
-
-def by_feature(monkeypatch):
-    monkeypatch.setattr(products, "CACHE_BYTES", 0)
 
 
 def no_room(monkeypatch):

@@ -4,12 +4,13 @@ import dataclasses
 
 import pytest
 import torch
+from fused_cases import all_negative, by_feature, equal_features, in_parts, mostly_negative, on_every_token
 
 from saelab import TrainConfig, train
 from saelab.distributed.mesh import Mesh
 from saelab.errors import TrainingError
 from saelab.kernels.dispatch import using
-from saelab.kernels.triton_backend.step import candidates, gradients, products, update
+from saelab.kernels.triton_backend.step import candidates, gradients, update
 from saelab.saes import (
     AbsTopKConfig,
     AbsTopKSAE,
@@ -126,16 +127,8 @@ def few_slots(monkeypatch):
     monkeypatch.setattr(candidates, "MARGIN", 500.0)
 
 
-def by_feature(monkeypatch):
-    monkeypatch.setattr(products, "CACHE_BYTES", 0)
-
-
 def short_chunks(monkeypatch):
     monkeypatch.setattr(gradients, "CHUNK", 4)
-
-
-def in_parts(monkeypatch):
-    monkeypatch.setattr(fused_step, "slices_of", lambda rows, d_sae: candidates.slices_of(rows, d_sae, limit=50))
 
 
 def by_dense_products(monkeypatch):
@@ -145,22 +138,6 @@ def by_dense_products(monkeypatch):
 def by_dense_products_without_candidates(monkeypatch):
     by_dense_products(monkeypatch)
     no_candidates(monkeypatch)
-
-
-def on_every_token(sae):
-    sae.b_enc.data[3], sae.b_enc.data[7] = 50.0, 60.0
-
-
-def equal_features(sae):
-    sae.W_enc.data[10:16], sae.b_enc.data[10:16] = sae.W_enc.data[0].clone(), sae.b_enc.data[0].clone()
-
-
-def mostly_negative(sae):
-    sae.b_enc.data.fill_(-3.0)
-
-
-def all_negative(sae):
-    sae.b_enc.data.fill_(-100.0)
 
 
 def beyond_half_precision(sae):

@@ -4,18 +4,22 @@ import pytest
 import torch
 from fused_cases import (
     DEVICE,
+    all_negative,
     an_sae,
     batch,
+    by_feature,
     compare,
     fused_training,
+    in_parts,
+    mostly_negative,
     nan_step,
+    on_every_token,
     one_step,
     replaced,
     run_of,
     state_after,
 )
 
-from saelab.kernels.triton_backend.step import products
 from saelab.saes import JumpReLUConfig, ReLUConfig
 from saelab.training import fused_step, fused_threshold, steps
 
@@ -35,18 +39,6 @@ def longer_rows(sae):
     sae.W_dec.data *= torch.linspace(0.5, 2, sae.d_sae, device=DEVICE)[:, None]
 
 
-def mostly_negative(sae):
-    sae.b_enc.data.fill_(-3.0)
-
-
-def all_negative(sae):
-    sae.b_enc.data.fill_(-100.0)
-
-
-def on_every_token(sae):
-    sae.b_enc.data[3], sae.b_enc.data[7] = 50.0, 60.0
-
-
 def nearly_at_threshold(sae):
     """Pre-activations that half precision cannot tell from a threshold: those of one row of the first batch."""
     with torch.no_grad():
@@ -54,15 +46,6 @@ def nearly_at_threshold(sae):
         x = x if sae.pre_bias is None else x - sae.pre_bias
         theta = getattr(sae, "threshold", torch.zeros(20, device=DEVICE))
         sae.b_enc.copy_(theta - (x @ sae.W_enc.T)[0] + 1e-5 * torch.arange(-10, 10, device=DEVICE) + 5e-6)
-
-
-def in_parts(monkeypatch):
-    parts = fused_step.slices_of
-    monkeypatch.setattr(fused_step, "slices_of", lambda rows, d_sae: parts(rows, d_sae, limit=50))
-
-
-def by_feature(monkeypatch):
-    monkeypatch.setattr(products, "CACHE_BYTES", 0)
 
 
 def no_room(monkeypatch):
