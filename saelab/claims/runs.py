@@ -9,8 +9,8 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from saelab.benchmarks.claims import Verdict, check_all
-from saelab.benchmarks.experiments import Experiment, experiments, labels
 from saelab.benchmarks.results import Rows, open_rows
+from saelab.claims.registry import Experiment, experiments, labels
 
 KEYS = ("data", "sae", "seed")
 
