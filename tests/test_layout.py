@@ -64,6 +64,7 @@ PUBLIC = {
     "harvest",
     "train",
     "evaluate",
+    "finetune",
     "collect_features",
     "TrainConfig",
     "saes",
