@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -128,6 +129,26 @@ class SparseActs:
         rows, features = dense.nonzero(as_tuple=True)
         counts = torch.bincount(rows, minlength=dense.shape[0])
         return cls(dense[rows, features], features, offsets_of(counts), dense.shape[1])
+
+
+def columns(values: Float[Tensor, "batch n"], features: Sequence[int], d_sae: int) -> SparseActs:
+    """The activations of a few features, each once, whose columns these are; all others are silent."""
+    ids = torch.tensor(list(features), device=values.device)
+    order = ids.argsort()
+    few = SparseActs.from_dense(values[:, order])
+    return SparseActs(few.values, ids[order][few.features], few.offsets, d_sae)
+
+
+def summed(parts: Sequence[SparseActs]) -> SparseActs:
+    """The sum of at least one; activations of one feature are added in order, and zeros are dropped."""
+    batch, d_sae = parts[0].batch, parts[0].d_sae
+    positions, where = torch.cat([one.rows * d_sae + one.features for one in parts]).unique(return_inverse=True)
+    values = parts[0].values.new_zeros(len(positions))
+    for one, at in zip(parts, where.split([one.nnz for one in parts]), strict=True):
+        values = values.index_add(0, at, one.values)
+    counts = torch.bincount(positions // d_sae, minlength=batch)
+    total = SparseActs(values, positions % d_sae, offsets_of(counts), d_sae)
+    return total.where(values != 0)
 
 
 def join_features(parts: list[SparseActs]) -> SparseActs:

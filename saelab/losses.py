@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -95,19 +96,20 @@ def auxk(
     residual: Float[Tensor, "batch d_out"],
     W_enc_dead: Float[Tensor, "n_dead d_in"],
     b_enc_dead: Float[Tensor, " n_dead"],
-    W_dec_dead: Float[Tensor, "n_dead d_out"],
+    W_dec_dead: Float[Tensor, "n_dead width"],
     k_aux: int,
     signed: bool = False,
     ranks: Ranks = SINGLE_PROCESS,
     norms: Float[Tensor, " n_dead"] | None = None,
+    decoded: Callable[[Tensor], Tensor] = lambda summed: summed,
 ) -> Float[Tensor, ""]:
     """AuxK (Gao et al. 2024, Appendix A.2): the `k_aux` strongest dead features model the residual.
 
     `MSE(e_hat, e) / MSE(mean(e), e)` with `e` the detached residual, `e_hat` decoded without bias from the ReLU of the
     dead pre-activations of `x` (already centred by `b_dec`); with `signed` activations the strongest are those of
-    largest magnitude, and there is no ReLU. With `norms` the strongest are those of largest pre-activation times norm. Only
-    rows of dead features are touched. Returns 0 if no feature is dead or nothing is left to explain; 1 means no better than
-    the mean.
+    largest magnitude, and there is no ReLU. With `norms` the strongest are those of largest pre-activation times norm.
+    `decoded` maps sums of decoder rows to what they decode to, where a decoder is not linear. Only rows of dead features are
+    touched. Returns 0 if no feature is dead or nothing is left to explain; 1 means no better than the mean.
     """
     if W_enc_dead.shape[0] == 0 or residual.shape[0] == 0:
         return residual.new_zeros(())
@@ -117,4 +119,4 @@ def auxk(
         scores = pre_acts.abs() if signed else pre_acts
         top = (scores if norms is None else scores * norms).topk(k_aux, dim=1).indices
         pre_acts = torch.zeros_like(pre_acts).scatter(1, top, pre_acts.gather(1, top))
-    return fvu_of_rest(target, (pre_acts if signed else pre_acts.relu()) @ W_dec_dead, ranks)
+    return fvu_of_rest(target, decoded((pre_acts if signed else pre_acts.relu()) @ W_dec_dead), ranks)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import saelab
 from saelab.errors import SteeringError
+from saelab.kernels.sparse_acts import SparseActs
 from saelab.models import Steering, load_model
 from saelab.saes import VARIANTS, Batch, StepInfo
 from saelab.saes.trained_hooks import needs_other_hooks
@@ -367,12 +368,19 @@ def test_gates_by_hand(tiny_lm, sae, caplog):
 # --- every variant, and every SAE of other libraries
 
 
+def with_change(codes, feature, change):
+    dense = codes.to_dense()
+    dense[:, feature] += change
+    return SparseActs.from_dense(dense)
+
+
 def _check_every_edit(lm, sae):
-    """No-ops keep every bit; the rest is the decoded change, at tokens whose activation changes."""
+    """No-ops keep every bit; the rest is the difference of two decodes, at tokens whose activation changes."""
     feature = firing(sae, lm)
     ids = lm.to_ids(PROMPT)
     plain = activations(lm, ids)[0]
-    z = sae.encode(plain).column(feature.feature)
+    codes = sae.encode(plain)
+    z = codes.column(feature.feature)
     special = torch.isin(ids[0], torch.tensor(lm.special_ids))
     free = ~special & (torch.arange(len(z)) > 0)
     assert bool((z[free] != 0).any())
@@ -394,7 +402,7 @@ def _check_every_edit(lm, sae):
     for edit, change in changes:
         with lm.steer(edit):
             steered = activations(lm, ids)[0]
-        moved = sae.token_sizes(plain) * (change * free)[:, None] * row
+        moved = sae.decode(with_change(codes, feature.feature, change * free), plain) - sae.decode(codes, plain)
         torch.testing.assert_close(steered, plain + moved, atol=2e-4, rtol=1e-4)
         assert torch.equal(steered[change * free == 0], plain[change * free == 0]), edit
     with lm.steer(feature.project_out()):

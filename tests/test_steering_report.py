@@ -21,7 +21,7 @@ from saelab.saes import ReLUConfig, ReLUSAE
 from saelab.steering import Plan, SteeringReport, steering_report
 from saelab.steering.bootstrap import Estimate
 from saelab.steering.compare import _arms
-from saelab.steering.control import SizedEdit, along
+from saelab.steering.control import TurnedEdit, along
 from saelab.steering.effect_plot import Point, effect_plot
 from saelab.steering.report_ways import ASKED, DIFF_MEANS, FEATURE, RANDOM_DIRECTION, RANDOM_FEATURE
 from saelab.steering.reported import ReportRow
@@ -83,7 +83,7 @@ def test_controls_push_exactly_as_hard(case, normalize):
     sae.provenance = replace(sae.provenance, origin={"hook_name": planted.HOOK})
     edit = FeatureHandle(sae.requires_grad_(False), 2).add(-3.0, unit="raw")
     turned = along(edit, torch.randn(planted.D, generator=torch.Generator().manual_seed(1)))
-    assert isinstance(turned, SizedEdit) == (normalize == "layer_norm")
+    assert isinstance(turned, TurnedEdit) == (normalize == "layer_norm")
     x, positions = torch.randn(1, 5, planted.D), torch.arange(5)[None]
     changes = [(one.apply(x, positions) - x)[0, 1:] for one in (edit, turned)]
     assert torch.allclose(changes[0].norm(dim=1), changes[1].norm(dim=1), rtol=1e-4)

@@ -3,13 +3,15 @@
     x = sum_i z_i f_i + noise,   |f_i| = 1,   z_i = |N(1, 1/4)| where feature i is active, else 0
 
 The kinds of data differ in which features are active: with equal or Zipf frequencies, a fixed or a varying number per
-token, with both signs, as children of a parent, or with different strengths in a second model (then x is (n_sources, d_in)).
+token, with both signs, as children of a parent, or with different strengths in a second model (then x is (n_sources, d_in)). In
+one kind pairs of features write a product as well.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -23,6 +25,14 @@ numbers (a generator uses only the lowest 32 bits of its seed)."""
 SPREAD = 0.25
 HARD, HARD_SHARE = 6, 0.4
 WEAK = 0.3
+TOGETHER = 0.8
+
+
+class Products(NamedTuple):
+    """Pairs of features, and the direction along which each pair writes the product of its activations."""
+
+    pairs: Int[Tensor, "n_pairs 2"]
+    directions: Float[Tensor, "n_pairs d_in"]
 
 
 @dataclass(frozen=True)
@@ -36,10 +46,16 @@ class Planted:
     groups: dict[str, slice] = field(default_factory=dict)
     """Groups of features that are also measured separately, by name."""
     noise: float = 0.0
+    products: Products | None = None
+    """What pairs of features write together, besides what each does."""
 
     def rows(self, n: int, generator: Generator) -> Float[Tensor, " n *d"]:
         """n random tokens."""
-        x = torch.tensordot(self.sample(n, generator), self.features, 1)
+        feature_acts = self.sample(n, generator)
+        x = torch.tensordot(feature_acts, self.features, 1)
+        if self.products is not None:
+            first, second = (feature_acts[:, ids] for ids in self.products.pairs.T)
+            x = x + (first * second) @ self.products.directions
         return x + self.noise * torch.randn(x.shape, generator=generator) if self.noise else x
 
     def stream(self, seed: int, chunk: int = 8192) -> Iterator[Float[Tensor, " chunk *d"]]:
@@ -140,6 +156,24 @@ def diffing(seed: int = 0, d_in: int = 24, n_shared: int = 24, n_each: int = 4) 
         return active * _magnitudes(n, len(strength), generator)
 
     return Planted(strength[:, :, None] * directions[:, None], sample, groups, noise=0.02)
+
+
+def pairs(
+    seed: int = 0, d_in: int = 32, n_features: int = 32, n_products: int = 8, n_together: int = 8, n_active: int = 3
+) -> Planted:
+    """Features 0 and 1, 2 and 3, ... of the first `n_products` pairs write a product besides themselves; of the next `n_together`
+    pairs the second fires on four of five tokens on which the first does. No pair is of both kinds, and the others of neither."""
+    rows = low_coherence(n_features + n_products, d_in, seed)
+    leads = 2 * torch.arange(n_products, n_products + n_together)
+
+    def sample(n: int, generator: Generator) -> FeatureActs:
+        active = _active(torch.full((n,), n_active), torch.ones(n_features), generator)
+        drawn = (torch.rand(n, n_together, generator=generator) < TOGETHER).float()
+        active[:, leads + 1] = torch.maximum(active[:, leads + 1], active[:, leads] * drawn)
+        return active * _magnitudes(n, n_features, generator)
+
+    products = Products(torch.arange(2 * n_products).view(-1, 2), rows[n_features:])
+    return Planted(rows[:n_features], sample, products=products)
 
 
 def low_coherence(

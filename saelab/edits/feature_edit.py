@@ -1,4 +1,5 @@
-"""Edits of one SAE feature that add the decoded change of its activation to the hook's activations:
+"""Edits of one SAE feature that add the decoded change of its activation to the hook's activations (`rows.py`). For a linear
+decoder that is
 
     h' = h + (z' - z) W_dec / scale
 
@@ -18,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelab.edits.direction import OPEN, Range
-from saelab.edits.rows import edited_rows, encoded_rows, with_changes
+from saelab.edits.rows import edited_rows, encoded_rows, with_moved_features
 from saelab.saes import SAE
 
 
@@ -74,13 +75,7 @@ class FeatureEdit:
         """As `apply`, with what other edits have computed from the same arguments."""
         flat, rows = edited_rows(x, positions)
         change = self._change(flat, rows, positions, known)  # (n_rows) z' - z
-        moved = change != 0
-        if not moved.any():
-            return x
-        rows, change = rows[moved], change[moved]
-        decoder, scale = self.sae.decoder(self.source)
-        direction = (decoder[self.feature].float() / scale.float()).to(x.device)
-        return with_changes(x, rows, lambda before: change[:, None] * self.sae.token_sizes(before) * direction)
+        return with_moved_features(x, rows, self.sae, (self.feature,), change[:, None], known, self.source)
 
     def _change(self, flat: Tensor, rows: Tensor, positions: Tensor, known: dict[Any, Any]) -> Float[Tensor, " n_rows"]:
         value = self.value

@@ -133,7 +133,7 @@ class FeatureHandle:
 
     @property
     def direction(self) -> Direction:
-        """The decoder row in raw units, towards the feature's dominant end."""
+        """The decoder row in raw units, towards the feature's dominant end; where a decoder is not linear, its linear part."""
         decoder, scale = self.sae.decoder(self.source)
         row = decoder[self.feature].detach().float() / scale.float()
         return Direction(row * self._sign, self.hook_name)

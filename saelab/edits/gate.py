@@ -30,7 +30,7 @@ class FeatureGate:
     @torch.no_grad()
     def is_open(self, x: Float[Tensor, "batch seq d_in"]) -> Bool[Tensor, "batch seq"]:
         """Of each token, by the SAE's own encode."""
-        z = self.sae.encode(x.flatten(0, 1).to(self.sae.W_dec.device)).column(self.feature)
+        z = self.sae.encode(x.flatten(0, 1).to(self.sae.W_enc.device)).column(self.feature)
         return (self.sign * z > self.sign * self.bound).view(x.shape[:2]).to(x.device)
 
 

@@ -72,7 +72,7 @@ def document_error(
     stream = open_score_stream(sae, lm, texts, **options)
     every, kept, of_special = DocumentMean(), DocumentMean(), DocumentMean()
     for tokens, batch, keep in stream.pairs():
-        real, device = tokens.doc >= 0, sae.W_dec.device
+        real, device = tokens.doc >= 0, sae.W_enc.device
         x, y = (each[real.to(each.device)].to(device).float() for each in (batch.x, batch.y))
         errors = (y - sae(x).x_hat).square().mean(1).cpu()
         doc, keep, is_special = tokens.doc[real], keep[real].cpu(), _special(lm, special, tokens.ids)[real]

@@ -38,7 +38,7 @@ def norm_pairs(sae: SAE, x: Float[Tensor, "n d_in"]) -> NormPairs:
 
     Raises `ValueError` for SAEs whose features do not add up to a reconstruction of `x` itself.
     """
-    if sae.extra_dims or sae.variant == "codebook":
+    if sae.extra_dims or sae.variant == "codebook" or not sae.additive:
         raise ValueError(
             f"A {sae.variant} does not reconstruct the activations it reads as a sum of features times activations, so their "
             "norms cannot be compared; use an SAE on one hook, such as topk."

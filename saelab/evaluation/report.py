@@ -189,7 +189,7 @@ def _measure(
     """One pass over all tokens: the metrics under the mask, the sums with masked tokens, and what the mask keeps."""
     measures, keeps = Reconstruction(sae), []
     masked = {"fvu_unmasked": VarianceSums(), "fvu_special": VarianceSums()}
-    device = sae.W_dec.device
+    device = sae.W_enc.device
     for tokens, batch, keep in tqdm(stream.pairs(), total=len(stream.batches), desc="Evaluating", disable=not progress):
         real = tokens.doc >= 0
         special = token_mask(tokens.ids, tokens.doc, stream.mask.special_ids)["special"]

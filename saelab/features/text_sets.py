@@ -45,7 +45,7 @@ def contrast_texts(
             keep, _ = mask.apply(batch, found)
             x = hooks.batch(found).x
             if bool(keep.any()):
-                tally.add(sae.encode(x[keep.to(x.device)].float().to(sae.W_dec.device)), batch.doc[keep.cpu()])
+                tally.add(sae.encode(x[keep.to(x.device)].float().to(sae.W_enc.device)), batch.doc[keep.cpu()])
             done += len(batch.ids)
             if progress is not None:
                 progress(done, total)

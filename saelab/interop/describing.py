@@ -60,6 +60,11 @@ def blueprint_of(sae: SAE) -> Blueprint:
 
 def _refuse_other_units(sae: SAE) -> None:
     """Raise `SaelabError` for what is no encoder and decoder of raw activations."""
+    if not sae.additive:
+        raise SaelabError(
+            f"A {sae.variant} is in no other library's format, as its decoder is not linear in the feature activations; save it "
+            "in saelab's own (format='saelab')."
+        )
     if sae.variant in ("crosscoder", "codebook", "top_afa"):
         raise SaelabError(
             f"A {sae.variant} is in no other library's format; save it in saelab's own (format='saelab')."

@@ -30,7 +30,7 @@ def constant_vector(edit: Any) -> Float[Tensor, " d_in"]:
     Raises `SaelabError` for edits that depend on the activations (clamp, scale, ablate, units of a token's norm).
     """
     if isinstance(edit, FeatureEdit) and edit.mode == "add" and edit.where == "always":
-        if edit.sae.config.normalize not in TOKEN_NORMS:
+        if edit.sae.additive and edit.sae.config.normalize not in TOKEN_NORMS:
             decoder, scale = edit.sae.decoder(edit.source)
             return (float(edit.value) * decoder[edit.feature].float() / scale.float()).detach().cpu()
     elif isinstance(edit, VectorEdit) and edit.mode == "raw":

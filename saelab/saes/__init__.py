@@ -14,6 +14,7 @@ from saelab.saes.masked_topk import MaskedTopKConfig, MaskedTopKSAE
 from saelab.saes.matching_pursuit import MatchingPursuitConfig, MatchingPursuitSAE
 from saelab.saes.matryoshka import MatryoshkaConfig, MatryoshkaSAE
 from saelab.saes.mutual_choice import MutualChoiceConfig, MutualChoiceSAE
+from saelab.saes.poly import PolyConfig, PolySAE
 from saelab.saes.relu import ReLUConfig, ReLUSAE
 from saelab.saes.relu_transcoder import ReLUTranscoderConfig, ReLUTranscoderSAE
 from saelab.saes.skip_transcoder import SkipTranscoderConfig, SkipTranscoderSAE
@@ -28,6 +29,7 @@ VARIANTS: dict[str, type[SAE]] = {
     "abs_topk": AbsTopKSAE,
     "masked_topk": MaskedTopKSAE,
     "top_afa": TopAFASAE,
+    "poly": PolySAE,
     "relu": ReLUSAE,
     "jumprelu": JumpReLUSAE,
     "gated": GatedSAE,
@@ -75,6 +77,8 @@ __all__ = [
     "MatryoshkaSAE",
     "MutualChoiceConfig",
     "MutualChoiceSAE",
+    "PolyConfig",
+    "PolySAE",
     "ReLUConfig",
     "ReLUSAE",
     "ReLUTranscoderConfig",

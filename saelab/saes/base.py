@@ -38,8 +38,7 @@ def check_is_sae(sae: Any, call: str) -> None:
 class SAE(nn.Module):
     """A sparse autoencoder. `W_enc` and `W_dec` are both `(d_sae, d_in)`, one row per feature.
 
-    A variant overrides `encode_normalized` and `loss`, plus whichever other `extension_points` it needs: weights
-    (`make_weights` to `fold`), units (`set_normalization` to `denormalize`), or what other modules query on the class.
+    A variant overrides `encode_normalized` and `loss`, plus whichever other `extension_points` it needs.
     """
 
     # fmt: off
@@ -48,7 +47,7 @@ class SAE(nn.Module):
         "make_weights", "decoder", "decoder_norms", "pre_bias", "weight_decay", "start_at", "fold",
         "set_normalization", "normalize", "normalize_target", "normalized", "denormalize", "token_sizes", "sparse_target",
         "variant", "Config", "selection_rule", "extra_dims", "tied", "unit_norm", "supports_data_parallel",
-        "base_lr", "cpu_preset", "short_preset", "expected_l0", "peak_l0", "has_dense_aux", "hooks",
+        "additive", "base_lr", "cpu_preset", "short_preset", "expected_l0", "peak_l0", "has_dense_aux", "hooks",
     })
     # fmt: on
     """What a variant may override; the contract suite rejects anything else."""
@@ -63,6 +62,8 @@ class SAE(nn.Module):
     """Whether decoder rows are kept at norm 1 (training then removes the gradient component parallel to each row)."""
     supports_data_parallel: ClassVar[bool] = True
     """Whether it can be trained data-parallel, each rank on its share of every batch."""
+    additive: ClassVar[bool] = True
+    """Whether `decode` is linear plus a constant; otherwise an edit adds the difference of two decodes (`edits/rows.py`)."""
     base_lr: ClassVar[float] = 3e-3
     """Adam's learning rate at d_sae 4096 when `TrainConfig.lr` is None; scaled by sqrt(4096 / d_sae)."""
     cpu_preset: ClassVar[dict[str, Any]] = {}
@@ -74,8 +75,7 @@ class SAE(nn.Module):
 
     def __init__(self, config: Any, d_in: int, seed: int = 0) -> None:
         super().__init__()
-        self.config = config
-        self.d_in, self.d_sae = d_in, int(config.d_sae)
+        self.config, self.d_in, self.d_sae = config, d_in, int(config.d_sae)
         rows = torch.randn(self.d_sae, d_in, generator=torch.Generator().manual_seed(seed))
         rows /= rows.norm(dim=1, keepdim=True)
         self.make_weights(rows)
@@ -280,7 +280,7 @@ class SAE(nn.Module):
             self.fold(torch.where(norms > 0, norms, 1))
 
     def fold(self, norms: Float[Tensor, " d_sae"]) -> None:
-        """Multiply everything that feature activations are computed from by `norms`, and divide the decoder rows by them."""
+        """Multiply everything that feature activations are computed from by `norms`, and divide decoder rows by them."""
         self.W_enc.mul_(norms[:, None])
         self.b_enc.mul_(norms)
         self.W_dec.div_(norms[:, None])

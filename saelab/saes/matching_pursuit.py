@@ -25,7 +25,7 @@ from saelab.kernels.decode import decode
 from saelab.kernels.encode_topk import encode_topk
 from saelab.kernels.precision import widened
 from saelab.kernels.primitives import sddmm, spmm, spmm_transposed
-from saelab.kernels.sparse_acts import SparseActs, offsets_of
+from saelab.kernels.sparse_acts import SparseActs, offsets_of, summed
 from saelab.losses import auxk, sum_of_squares, total_variance
 from saelab.saes.base import SAE
 from saelab.saes.config import LATER, check_config
@@ -166,14 +166,7 @@ def _sum(choices: list[SparseActs], d_sae: int, like: Float[Tensor, "batch d_in"
     if not choices:
         ids = torch.zeros(len(like) + 1, dtype=torch.int64, device=like.device)
         return SparseActs(like.new_zeros(0), ids[:0], ids, d_sae)
-    batch = len(like)
-    positions, where = torch.cat([c.rows * d_sae + c.features for c in choices]).unique(return_inverse=True)
-    values = choices[0].values.new_zeros(len(positions))
-    for choice, at in zip(choices, where.split([c.nnz for c in choices]), strict=True):
-        values = values.index_add(0, at, choice.values)
-    counts = torch.bincount(positions // d_sae, minlength=batch)
-    total = SparseActs(values, positions % d_sae, offsets_of(counts), d_sae)
-    return total.where(values != 0)
+    return summed(choices)
 
 
 class Pursuit(Function):

@@ -62,6 +62,7 @@ class SelectionSAE(SAE):
     extension_points = SAE.extension_points | {
         "select",
         "rebuild",
+        "decoded",
         "aux_term",
         "aux_norms",
         "zipf_law",
@@ -113,6 +114,10 @@ class SelectionSAE(SAE):
         """Squared error of the reconstruction, summed over the batch, and reconstruction minus target, detached."""
         return decode_error(feature_acts, *self.rows[1:], target)
 
+    def decoded(self, summed: Float[Tensor, "n width"]) -> Float[Tensor, "n d_out"]:
+        """What sums of `rows` times feature activations decode to, without the bias: themselves, where the decoder is linear."""
+        return summed
+
     def loss(self, batch: Batch, info: StepInfo) -> Loss:
         x, target = self.normalized(batch)
         feature_acts = self.select(x, info)
@@ -138,7 +143,8 @@ class SelectionSAE(SAE):
         k_aux = self.config.k_aux or max(self.d_in // 2, 1)
         norms = self.aux_norms(info)
         norms = None if norms is None else norms[chosen]
-        return {self.config.aux: auxk(centered, -residual, *rows, k_aux, self.signed, info.ranks, norms)}
+        aux = auxk(centered, -residual, *rows, k_aux, self.signed, info.ranks, norms, self.decoded)
+        return {self.config.aux: aux}
 
     def aux_norms(self, info: StepInfo) -> Float[Tensor, " d_sae"] | None:
         """Factors on pre-activations when the aux loss ranks them; None for no factors."""

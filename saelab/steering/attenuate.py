@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saelab.edits.direction import finite
-from saelab.edits.rows import edited_rows, encoded_rows, with_changes
+from saelab.edits.rows import edited_rows, encoded_rows, with_moved_features
 from saelab.errors import SaelabError
 from saelab.features.separability import separability
 from saelab.models import LanguageModel
@@ -133,13 +133,7 @@ class Attenuation:
             torch.stack([sparse_acts.column(i) for i in self.features], 1).float().cpu()
         )  # (n_rows, n_features)
         change = -feature_acts * self.suppressed(feature_acts)
-        moved = (change != 0).any(1)
-        if not bool(moved.any()):
-            return x
-        rows, change = rows[moved.to(rows.device)], change[moved].to(x.device)
-        decoder, scale = self.sae.decoder(self.source)
-        directions = (decoder[list(self.features)].float() / scale.float()).to(x.device)  # (n_features, d_in)
-        return with_changes(x, rows, lambda before: (change @ directions) * self.sae.token_sizes(before))
+        return with_moved_features(x, rows, self.sae, self.features, change.to(x.device), known, self.source)
 
 
 def _check(how: str, strength: float, prior: float) -> None:
@@ -219,7 +213,7 @@ def _firings(sae: SAE, lm: LanguageModel, concept: Sequence[Any], others: Sequen
         n_tokens.append(0)
         for tokens in stream_tokens(lm, texts, [hook]):
             n_tokens[-1] += len(tokens.texts)
-            feature_acts = sae.encode(tokens.x[hook].float().to(sae.W_dec.device))
+            feature_acts = sae.encode(tokens.x[hook].float().to(sae.W_enc.device))
             fired = feature_acts.values != 0
             values.append(feature_acts.values[fired].float().cpu())
             features.append(feature_acts.features[fired].long().cpu())

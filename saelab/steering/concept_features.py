@@ -101,7 +101,7 @@ def text_maxima(
     for tokens in stream_tokens(lm, texts, hooks.all):
         if not len(tokens.texts):
             continue
-        feature_acts = sae.encode(hooks.batch(tokens.x).x.float().to(sae.W_dec.device))
+        feature_acts = sae.encode(hooks.batch(tokens.x).x.float().to(sae.W_enc.device))
         where = tokens.texts[feature_acts.rows.cpu()] * sae.d_sae + feature_acts.features.cpu()
         values = feature_acts.values.float().cpu()
         for sign, reduce in ((values > 0, "amax"), (values < 0, "amin")):

@@ -11,27 +11,26 @@ from torch import Tensor
 
 from saelab.edits.direction import Direction, VectorEdit
 from saelab.edits.feature_edit import FeatureEdit
-from saelab.saes import SAE
 from saelab.saes.token_norm import TOKEN_NORMS
 from saelab.steering.plan import Plan
 
 
 @dataclass(frozen=True, eq=False)
-class SizedEdit:
-    """Adds a vector times the size of each token, as the features of an SAE do that normalises each token by itself."""
+class TurnedEdit:
+    """Adds a direction, at each token as much of it as another edit changes there: for edits whose size depends on the token."""
 
     hook_name: str
-    vector: Float[Tensor, " d_in"]
-    sae: SAE
+    edit: FeatureEdit
+    unit: Float[Tensor, " d_in"]
 
     @torch.no_grad()
     def apply(
         self, x: Float[Tensor, "batch seq d_in"], positions: Int[Tensor, "batch seq"]
     ) -> Float[Tensor, "batch seq d_in"]:
         """The edited activations, in the dtype of `x`, computed in fp32."""
-        flat = x.flatten(0, 1).float()
-        edited = flat + self.sae.token_sizes(flat) * self.vector.to(x.device)
-        return torch.where((positions > 0)[..., None], edited.view(x.shape).to(x.dtype), x)
+        wide = x.float()
+        size = (self.edit.apply(wide, positions) - wide).norm(dim=-1, keepdim=True)
+        return torch.where((positions > 0)[..., None], (wide + size * self.unit.to(x.device)).to(x.dtype), x)
 
 
 def random_control(plan: Plan, seed: int = 0) -> Plan:
@@ -46,7 +45,7 @@ def random_control(plan: Plan, seed: int = 0) -> Plan:
     )
 
 
-def along(edit: Any, direction: Float[Tensor, " d_in"]) -> VectorEdit | SizedEdit:
+def along(edit: Any, direction: Float[Tensor, " d_in"]) -> VectorEdit | TurnedEdit:
     """What the edit adds, turned into `direction`, at the same norm. Raises `ValueError` as `random_control`."""
     added = _added(edit)
     if not bool(added.any()):
@@ -55,13 +54,13 @@ def along(edit: Any, direction: Float[Tensor, " d_in"]) -> VectorEdit | SizedEdi
     turned = unit * added.norm()
     if isinstance(edit, VectorEdit):
         return replace(edit, vector=turned, asked={})
-    if edit.sae.config.normalize in TOKEN_NORMS:
-        return SizedEdit(edit.hook_name, turned, edit.sae)
+    if edit.sae.config.normalize in TOKEN_NORMS or not edit.sae.additive:
+        return TurnedEdit(edit.hook_name, edit, unit)
     return Direction(turned, edit.hook_name).add(1.0)
 
 
 def _added(edit: Any) -> Float[Tensor, " d_in"]:
-    """The vector that an edit adds: of a direction, before its strength."""
+    """The vector that an edit adds: of a direction, before its strength; of a feature, along its decoder row."""
     if isinstance(edit, VectorEdit) and edit.mode in ("raw", "resid_norm"):
         return edit.vector.float()
     if isinstance(edit, FeatureEdit) and edit.mode == "add" and edit.where == "always":

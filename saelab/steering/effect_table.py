@@ -12,11 +12,11 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from saelab.edits.direction import Direction
 from saelab.edits.feature_handle import FeatureHandle
 from saelab.models import Edit, LanguageModel
 from saelab.models.hooks import writes_to_residual
 from saelab.models.prompts import several
+from saelab.steering.control import along
 
 NEUTRAL_PROMPTS = (
     "The weather today is",
@@ -147,8 +147,7 @@ def _effect(
     n_random: int,
     generator: torch.Generator,
 ) -> Effect:
-    decoder, scale = handle.sae.decoder(handle.source)
-    row = decoder[handle.feature].detach().float().cpu()
+    row = handle.sae.decoder(handle.source)[0][handle.feature].detach().float().cpu()
     if not writes_to_residual(handle.hook_name) or len(row) != weights.shape[1]:
         raise ValueError(
             f"{handle.hook_name} does not write to the residual stream, so its features have no logits to compare with."
@@ -159,14 +158,10 @@ def _effect(
     def rise(edit: Edit) -> float:
         return float((log_probs(edit) - before)[:, promoted].mean())
 
-    norm = strength * abs(unit) * row.norm() / scale.cpu()
-    randoms = []
-    for _ in range(n_random):
-        direction = torch.randn(len(row), generator=generator)
-        edit = Direction(direction / direction.norm() * norm, handle.hook_name).add(1.0)
-        randoms.append(rise(edit))
+    steered = handle * strength
+    randoms = [rise(along(steered, torch.randn(len(row), generator=generator))) for _ in range(n_random)]
     words = [str(token) if lm.tokenizer is None else lm.tokenizer.decode([int(token)]) for token in promoted]
-    return Effect(handle.feature, tuple(words), rise(handle * strength), sum(randoms) / len(randoms), max(randoms))
+    return Effect(handle.feature, tuple(words), rise(steered), sum(randoms) / len(randoms), max(randoms))
 
 
 def _handles(store_or_handles: Any, n_features: int, seed: int) -> list[FeatureHandle]:

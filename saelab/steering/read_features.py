@@ -67,7 +67,7 @@ class Reader:
         for handle, hooks in self.features:
             rows = hooks.batch(x).x
             if id(handle.sae) not in encoded:
-                flat = rows.flatten(0, 1).float().to(handle.sae.W_dec.device)
+                flat = rows.flatten(0, 1).float().to(handle.sae.W_enc.device)
                 encoded[id(handle.sae)] = handle.sae.encode(flat)
             unit = p99_of(handle)
             z = encoded[id(handle.sae)].column(handle.feature).float().cpu()

@@ -61,7 +61,7 @@ class Reader:
         kept = ~torch.isin(ids, self._special)
         before = logits[first - 1 : stop - 1].float().log_softmax(-1)  # (n_generated, vocab)
         nll = -before.gather(1, ids[:, None].to(before.device)).squeeze(1).cpu()
-        feature_acts = self.sae.encode(_flat(x[first:stop]).to(self.sae.W_dec.device))
+        feature_acts = self.sae.encode(_flat(x[first:stop]).to(self.sae.W_enc.device))
         return Read(ids[kept], nll[kept], _on_cpu(feature_acts).select_rows(kept.nonzero().flatten()))
 
 
