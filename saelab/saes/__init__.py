@@ -6,6 +6,7 @@ from saelab.saes.batch_topk import BatchTopKConfig, BatchTopKSAE
 from saelab.saes.batch_topk_transcoder import BatchTopKTranscoderConfig, BatchTopKTranscoderSAE
 from saelab.saes.codebook import CodebookConfig, CodebookSAE
 from saelab.saes.crosscoder import CrosscoderConfig, CrosscoderSAE
+from saelab.saes.csr import CSRSAE, CSRConfig
 from saelab.saes.feature_choice import FeatureChoiceConfig, FeatureChoiceSAE
 from saelab.saes.gated import GatedConfig, GatedSAE
 from saelab.saes.jumprelu import JumpReLUConfig, JumpReLUSAE
@@ -28,6 +29,7 @@ VARIANTS: dict[str, type[SAE]] = {
     "batch_topk": BatchTopKSAE,
     "abs_topk": AbsTopKSAE,
     "masked_topk": MaskedTopKSAE,
+    "csr": CSRSAE,
     "top_afa": TopAFASAE,
     "poly": PolySAE,
     "relu": ReLUSAE,
@@ -52,6 +54,8 @@ __all__ = [
     "AbsTopKConfig",
     "AbsTopKSAE",
     "Batch",
+    "CSRConfig",
+    "CSRSAE",
     "BatchTopKConfig",
     "BatchTopKSAE",
     "BatchTopKTranscoderConfig",

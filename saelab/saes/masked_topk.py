@@ -50,6 +50,7 @@ class MaskedTopKSAE(SelectionSAE):
     variant = "masked_topk"
     Config = MaskedTopKConfig
     config: MaskedTopKConfig
+    exported_as = "topk"
     selection_rule = "the k largest u of the token, where positive"
     trains_in_model = False  # its loss reads a part of the coordinates
 
