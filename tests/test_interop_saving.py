@@ -22,6 +22,7 @@ ORIGIN = {
 }
 UNITS = ("none", "scale", "center_and_scale")
 
+WRITTEN_AS = {"gba": "relu"}  # a variant that only saelab has, written as one that computes the same
 # format -> variant -> why it cannot be written; all others can
 NO_PLAIN = {name: f"A {name} is in no other library's format" for name in ("crosscoder", "codebook", "top_afa", "poly")}
 ONLY_THRESHOLDS = {
@@ -30,7 +31,7 @@ ONLY_THRESHOLDS = {
 CANNOT: dict[str, dict[str, str]] = {
     "sae_lens": {"transcoder": "a TopK transcoder", "skip_transcoder": "a TopK transcoder"},
     "sparsify": {
-        name: f"a {name} \\(only a k per token\\)"
+        name: f"a {WRITTEN_AS.get(name, name)} \\(only a k per token\\)"
         for name in VARIANTS
         if name not in ("topk", "masked_topk", "csr", "transcoder", "skip_transcoder", *NO_PLAIN)
     },

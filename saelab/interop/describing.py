@@ -27,6 +27,7 @@ def blueprint_of(sae: SAE) -> Blueprint:
     Raises `SaelabError` for variants that are more than one encoder and one decoder, and where folding would change feature
     activations.
     """
+    sae = sae.as_exported()
     _refuse_other_units(sae)
     scale, center = sae.scale.double(), sae.center.double()
     out = (sae.scale_out.double(), sae.center_out.double()) if isinstance(sae, Transcoding) else (scale, center)
@@ -41,7 +42,7 @@ def blueprint_of(sae: SAE) -> Blueprint:
         W_skip = sae.W_skip.double() * scale / out[0]
         b_dec = b_dec - W_skip @ center
     return Blueprint(
-        variant=sae.exported_as or sae.variant,
+        variant=sae.variant,
         W_enc=W_enc.float(),
         W_dec=(sae.W_dec.double() / out[0]).float(),
         b_enc=None if b_enc is None else b_enc.float(),

@@ -9,6 +9,7 @@ from saelab.saes.crosscoder import CrosscoderConfig, CrosscoderSAE
 from saelab.saes.csr import CSRSAE, CSRConfig
 from saelab.saes.feature_choice import FeatureChoiceConfig, FeatureChoiceSAE
 from saelab.saes.gated import GatedConfig, GatedSAE
+from saelab.saes.gba import GBASAE, GBAConfig
 from saelab.saes.jumprelu import JumpReLUConfig, JumpReLUSAE
 from saelab.saes.jumprelu_transcoder import JumpReLUTranscoderConfig, JumpReLUTranscoderSAE
 from saelab.saes.masked_topk import MaskedTopKConfig, MaskedTopKSAE
@@ -35,6 +36,7 @@ VARIANTS: dict[str, type[SAE]] = {
     "relu": ReLUSAE,
     "jumprelu": JumpReLUSAE,
     "gated": GatedSAE,
+    "gba": GBASAE,
     "mutual_choice": MutualChoiceSAE,
     "feature_choice": FeatureChoiceSAE,
     "matryoshka": MatryoshkaSAE,
@@ -49,6 +51,7 @@ VARIANTS: dict[str, type[SAE]] = {
 }
 
 __all__ = [
+    "GBASAE",
     "SAE",
     "VARIANTS",
     "AbsTopKConfig",
@@ -66,6 +69,7 @@ __all__ = [
     "CrosscoderSAE",
     "FeatureChoiceConfig",
     "FeatureChoiceSAE",
+    "GBAConfig",
     "GatedConfig",
     "GatedSAE",
     "JumpReLUConfig",

@@ -41,8 +41,8 @@ class SAE(nn.Module):
         "make_weights", "decoder", "decoder_norms", "pre_bias", "weight_decay", "start_at", "fold",
         "set_normalization", "normalize", "normalize_target", "normalized", "denormalize", "token_sizes", "sparse_target",
         "variant", "Config", "selection_rule", "extra_dims", "tied", "unit_norm", "supports_data_parallel",
-        "takes_view", "exported_as", "additive", "base_lr", "cpu_preset", "short_preset", "expected_l0", "peak_l0",
-        "has_dense_aux", "hooks",
+        "takes_view", "additive", "base_lr", "cpu_preset", "short_preset", "expected_l0", "peak_l0", "has_dense_aux", "hooks",
+        "as_exported",
     })
     # fmt: on
     """What a variant may override; the contract suite rejects anything else."""
@@ -61,8 +61,6 @@ class SAE(nn.Module):
     """Whether `decode` is linear plus a constant; otherwise an edit adds the difference of two decodes (`edits/rows.py`)."""
     takes_view: ClassVar[bool] = False
     """Whether y of a training `Batch(x, y)` is a second view of x, which is not reconstructed."""
-    exported_as: ClassVar[str | None] = None
-    """The variant that it is at inference, as which other formats hold it; None for its own name."""
     base_lr: ClassVar[float] = 3e-3
     """Adam's learning rate at d_sae 4096 when `TrainConfig.lr` is None; scaled by sqrt(4096 / d_sae)."""
     cpu_preset: ClassVar[dict[str, Any]] = {}
@@ -112,10 +110,8 @@ class SAE(nn.Module):
 
     @classmethod
     def hooks(cls, config: Any, names: Sequence[str], hook_name: str | None = None) -> HooksUsed:
-        """The hooks that an SAE of this config uses, out of `names` (those in the data); `hook_name` is the one to read.
-
-        Raises `ValueError` naming a hook that is missing.
-        """
+        """The hooks that an SAE of this config uses, out of `names` (those in the data); `hook_name` is the one to read. Raises
+        `ValueError` naming a hook that is missing."""
         return one_hook(names, hook_name)
 
     def _apply(self, fn: Any, recurse: bool = True) -> SAE:
@@ -145,10 +141,7 @@ class SAE(nn.Module):
         self.scale.copy_(scale)
 
     def normalize(self, x: Any) -> Float[Tensor, "batch d_in"]:
-        """Map raw activations (any device, any float dtype) to the units of the weights.
-
-        Raises `ValueError` for a wrong width and for anything that is not activations.
-        """
+        """Raw activations (any device, any float dtype) in the units of the weights. Raises `ValueError` for anything else."""
         x = as_activations(x)
         if x.ndim != 2 or x.shape[1] != self.d_in:
             raise ValueError(
@@ -219,10 +212,8 @@ class SAE(nn.Module):
         return token_sizes(self.config.normalize, x)
 
     def encode(self, x: Any) -> SparseActs:
-        """Feature activations of raw activations `x (batch, d_in)`, a tensor or NumPy array of floats.
-
-        They are float32 if the weights are in half precision. Raises `ValueError` for rows with NaN or infinite values.
-        """
+        """Feature activations of raw activations `x (batch, d_in)`, a tensor or NumPy array of floats; float32 if the weights are
+        in half precision. Raises `ValueError` for rows with NaN or infinite values."""
         return self.encode_normalized(self.checked(self.normalize(x)))
 
     def checked(self, x: Float[Tensor, "batch width"]) -> Float[Tensor, "batch width"]:
@@ -292,6 +283,10 @@ class SAE(nn.Module):
     def decoder_norms(self) -> Float[Tensor, " d_sae"]:
         """The norm of each feature's decoder row."""
         return widened(self.W_dec)[0].norm(dim=1)
+
+    def as_exported(self) -> SAE:
+        """What other libraries' formats are written from: itself, or an SAE of a variant they know that computes the same."""
+        return self
 
     @property
     def hash(self) -> str:

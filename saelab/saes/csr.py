@@ -28,6 +28,7 @@ from saelab.losses import info_nce, total_variance
 from saelab.saes.config import check_config
 from saelab.saes.selection import SelectionSAE
 from saelab.saes.step import Batch, Loss, StepInfo
+from saelab.saes.topk import TopKSAE, as_topk
 from saelab.validation import check_integer
 
 _VIEWS = 6 << 29
@@ -81,7 +82,6 @@ class CSRSAE(SelectionSAE):
     config: CSRConfig
     tied = True
     takes_view = True
-    exported_as = "topk"
     short_preset: ClassVar[dict[str, Any]] = {}
     selection_rule = "the k largest u of the item, where positive"
 
@@ -118,6 +118,9 @@ class CSRSAE(SelectionSAE):
             terms["info_nce"] = info_nce(loss.feature_acts, view, self.config.temperature, info.ranks)
             total = total + self.config.contrast * terms["info_nce"]
         return loss._replace(total=total, terms=terms)
+
+    def as_exported(self) -> TopKSAE:
+        return as_topk(self)
 
     def _view(self, batch: Batch, loss: Loss, info: StepInfo) -> SparseActs:
         """The feature activations of the second view of each item."""

@@ -23,6 +23,7 @@ from saelab.kernels.sparse_acts import SparseActs
 from saelab.losses import squared_error, total_variance
 from saelab.saes.selection import SelectionConfig, SelectionSAE
 from saelab.saes.step import Batch, Loss, StepInfo
+from saelab.saes.topk import TopKSAE, as_topk
 
 _MASKS = 7 << 29
 """Added to the step, so that masks share no random numbers with weights or data."""
@@ -50,7 +51,6 @@ class MaskedTopKSAE(SelectionSAE):
     variant = "masked_topk"
     Config = MaskedTopKConfig
     config: MaskedTopKConfig
-    exported_as = "topk"
     selection_rule = "the k largest u of the token, where positive"
     trains_in_model = False  # its loss reads a part of the coordinates
 
@@ -61,6 +61,9 @@ class MaskedTopKSAE(SelectionSAE):
 
     def encode_normalized(self, x: Float[Tensor, "batch d_in"]) -> SparseActs:
         return encode_topk(x, self.W_enc, self.b_enc, self.config.k, center=self.b_dec)
+
+    def as_exported(self) -> TopKSAE:
+        return as_topk(self)
 
     def loss(self, batch: Batch, info: StepInfo) -> Loss:
         x, target = self.normalized(batch)

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from jaxtyping import Float
 from torch import Tensor
@@ -107,3 +107,11 @@ def check_groups(select: str, d_sae: int, k: int) -> None:
     """Raise `ValueError` if "groupmax" cannot divide `d_sae` features into k groups of one size."""
     if select == "groupmax" and d_sae % k:
         raise ValueError(f"select='groupmax' needs k groups of one size: d_sae={d_sae} is not a multiple of k={k}.")
+
+
+def as_topk(sae: Any) -> TopKSAE:
+    """The TopK SAE with the weights of one that computes the same at inference, which other libraries' formats can hold."""
+    topk = TopKSAE(TopKConfig(sae.d_sae, sae.config.k, normalize=sae.config.normalize), sae.d_in)
+    topk.to(sae.W_dec.dtype).load_state_dict({name: getattr(sae, name) for name in topk.state_dict()})
+    topk.provenance = sae.provenance
+    return topk
