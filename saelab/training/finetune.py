@@ -23,9 +23,9 @@ from saelab.identity import of_scoring
 from saelab.models.differentiable import check_editable
 from saelab.models.language_model import LanguageModel
 from saelab.saes import SAE, VARIANTS
-from saelab.saes.base import check_is_sae
 from saelab.saes.provenance import Provenance
 from saelab.saes.selection import SelectionSAE
+from saelab.saes.trained_hooks import check_is_sae
 from saelab.tokens import Texts, check_split, load_texts
 from saelab.tokens.mask import NORM_RULE_ROWS
 from saelab.tokens.packing import PACKED
