@@ -30,6 +30,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "relu": {"target_l0": 6.0},
     "gated": {"target_l0": 6.0},
     "jumprelu": {"target_l0": 6.0},
+    "gba": {"adapt_every": 2},
 }
 CONFIGS = {name: config_of(name, D_SAE, **SPECIAL.get(name, {})) for name in VARIANTS if name != "codebook"}
 # Two parts of 34 and 33 rows, of which the second has no equal shares. Clipping is float32's affair.

@@ -7,6 +7,7 @@ from saelab.saes.codebook import CodebookConfig, CodebookSAE
 from saelab.saes.crosscoder import CrosscoderConfig, CrosscoderSAE
 from saelab.saes.feature_choice import FeatureChoiceConfig, FeatureChoiceSAE
 from saelab.saes.gated import GatedConfig, GatedSAE
+from saelab.saes.gba import GBASAE, GBAConfig
 from saelab.saes.jumprelu import JumpReLUConfig, JumpReLUSAE
 from saelab.saes.jumprelu_transcoder import JumpReLUTranscoderConfig, JumpReLUTranscoderSAE
 from saelab.saes.masked_topk import MaskedTopKConfig, MaskedTopKSAE
@@ -30,6 +31,7 @@ VARIANTS: dict[str, type[SAE]] = {
     "relu": ReLUSAE,
     "jumprelu": JumpReLUSAE,
     "gated": GatedSAE,
+    "gba": GBASAE,
     "mutual_choice": MutualChoiceSAE,
     "feature_choice": FeatureChoiceSAE,
     "matryoshka": MatryoshkaSAE,
@@ -43,6 +45,7 @@ VARIANTS: dict[str, type[SAE]] = {
 }
 
 __all__ = [
+    "GBASAE",
     "SAE",
     "VARIANTS",
     "AbsTopKConfig",
@@ -56,6 +59,7 @@ __all__ = [
     "CrosscoderSAE",
     "FeatureChoiceConfig",
     "FeatureChoiceSAE",
+    "GBAConfig",
     "GatedConfig",
     "GatedSAE",
     "JumpReLUConfig",

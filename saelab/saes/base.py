@@ -48,7 +48,7 @@ class SAE(nn.Module):
         "make_weights", "decoder", "decoder_norms", "pre_bias", "weight_decay", "start_at", "fold",
         "set_normalization", "normalize", "normalize_target", "normalized", "denormalize", "token_sizes", "sparse_target",
         "variant", "Config", "selection_rule", "extra_dims", "tied", "unit_norm", "supports_data_parallel",
-        "base_lr", "cpu_preset", "short_preset", "expected_l0", "peak_l0", "has_dense_aux", "hooks",
+        "base_lr", "cpu_preset", "short_preset", "expected_l0", "peak_l0", "has_dense_aux", "hooks", "as_exported",
     })
     # fmt: on
     """What a variant may override; the contract suite rejects anything else."""
@@ -113,10 +113,8 @@ class SAE(nn.Module):
 
     @classmethod
     def hooks(cls, config: Any, names: Sequence[str], hook_name: str | None = None) -> HooksUsed:
-        """The hooks that an SAE of this config uses, out of `names` (those in the data); `hook_name` is the one to read.
-
-        Raises `ValueError` naming a hook that is missing.
-        """
+        """The hooks that an SAE of this config uses, out of `names` (those in the data); `hook_name` is the one to read. Raises
+        `ValueError` naming a hook that is missing."""
         return one_hook(names, hook_name)
 
     def _apply(self, fn: Any, recurse: bool = True) -> SAE:
@@ -146,10 +144,7 @@ class SAE(nn.Module):
         self.scale.copy_(scale)
 
     def normalize(self, x: Any) -> Float[Tensor, "batch d_in"]:
-        """Map raw activations (any device, any float dtype) to the units of the weights.
-
-        Raises `ValueError` for a wrong width and for anything that is not activations.
-        """
+        """Raw activations (any device, any float dtype) in the units of the weights. Raises `ValueError` for anything else."""
         x = as_activations(x)
         if x.ndim != 2 or x.shape[1] != self.d_in:
             raise ValueError(
@@ -220,10 +215,8 @@ class SAE(nn.Module):
         return token_sizes(self.config.normalize, x)
 
     def encode(self, x: Any) -> SparseActs:
-        """Feature activations of raw activations `x (batch, d_in)`, a tensor or NumPy array of floats.
-
-        They are float32 if the weights are in half precision. Raises `ValueError` for rows with NaN or infinite values.
-        """
+        """Feature activations of raw activations `x (batch, d_in)`, a tensor or NumPy array of floats; float32 if the weights are
+        in half precision. Raises `ValueError` for rows with NaN or infinite values."""
         return self.encode_normalized(self.checked(self.normalize(x)))
 
     def checked(self, x: Float[Tensor, "batch width"]) -> Float[Tensor, "batch width"]:
@@ -293,6 +286,10 @@ class SAE(nn.Module):
     def decoder_norms(self) -> Float[Tensor, " d_sae"]:
         """The norm of each feature's decoder row."""
         return widened(self.W_dec)[0].norm(dim=1)
+
+    def as_exported(self) -> SAE:
+        """What other libraries' formats are written from: itself, or an SAE of a variant they know that computes the same."""
+        return self
 
     @property
     def hash(self) -> str:

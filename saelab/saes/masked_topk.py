@@ -23,6 +23,7 @@ from saelab.kernels.sparse_acts import SparseActs
 from saelab.losses import squared_error, total_variance
 from saelab.saes.selection import SelectionConfig, SelectionSAE
 from saelab.saes.step import Batch, Loss, StepInfo
+from saelab.saes.topk import TopKConfig, TopKSAE
 
 _MASKS = 7 << 29
 """Added to the step, so that masks share no random numbers with weights or data."""
@@ -59,6 +60,12 @@ class MaskedTopKSAE(SelectionSAE):
 
     def encode_normalized(self, x: Float[Tensor, "batch d_in"]) -> SparseActs:
         return encode_topk(x, self.W_enc, self.b_enc, self.config.k, center=self.b_dec)
+
+    def as_exported(self) -> TopKSAE:
+        sae = TopKSAE(TopKConfig(self.d_sae, self.config.k, normalize=self.config.normalize), self.d_in)
+        sae.to(self.W_enc.dtype).load_state_dict({name: getattr(self, name) for name in sae.state_dict()})
+        sae.provenance = self.provenance
+        return sae
 
     def loss(self, batch: Batch, info: StepInfo) -> Loss:
         x, target = self.normalized(batch)
