@@ -31,7 +31,7 @@ def differentiable_activations(
             raise unknown_hook(name, lm.hook_names, f"the editable hooks of {lm.name}")
     lm.backend.prepare(batch.positions)
     captured: dict[str, Tensor] = {}
-    with _frozen(lm):
+    with frozen(lm):
         ids, positions = (x.clone().to(lm.device) for x in batch)  # inference tensors cannot be saved for a gradient
         under = lm._pass(ids, positions, blocks=[Block(Steering(edits))] if edits else [])
         with tapped(lm.backend.hook_places, under, hook_names, captured):
@@ -40,7 +40,7 @@ def differentiable_activations(
 
 
 @contextmanager
-def _frozen(lm: LanguageModel) -> Iterator[None]:
+def frozen(lm: LanguageModel) -> Iterator[None]:
     """The lock, no dropout, gradients on, none of them for the weights; everything is restored afterwards."""
     with lm._lock, torch.inference_mode(False), torch.enable_grad(), in_eval_mode(lm.model):
         trained: list[Any] = [weight for weight in lm.model.parameters() if weight.requires_grad]
