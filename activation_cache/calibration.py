@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from saelab.activation_cache.codec import Storage, find_outliers, kept_rows
+from saelab.activation_cache.columns import columns_of
 from saelab.activation_cache.journal import Journal
 from saelab.models.language_model import LanguageModel
 from saelab.tokens import TokenBatch
@@ -19,8 +20,8 @@ class Read(NamedTuple):
     """One forward pass."""
 
     batch: TokenBatch
-    activations: dict[str, Tensor]
-    """(n, ctx, d_in) per hook."""
+    columns: dict[str, Tensor]
+    """(n, ctx, d_in) per column: the activations of each hook, and their gradients if the cache has them."""
     norms: dict[str, Tensor]
     """(n, ctx) per hook."""
 
@@ -32,7 +33,7 @@ class Calibration:
     """
 
     def __init__(self, lm: LanguageModel, config: dict[str, Any], journal: Journal):
-        self._journal, self._hooks = journal, list(config["hooks"])
+        self._journal, self._columns = journal, list(columns_of(config))
         self._special_ids = tuple(lm.special_ids)
         self._norm_rule = NormRule(lm.special_ids)
         self._waiting: list[Read] = []
@@ -69,8 +70,8 @@ class Calibration:
         """Choose the columns that int8 keeps in bfloat16, from the norm rule's rows that the mask keeps."""
         keeps = [mask.apply_norms(read.batch, read.norms)[0] for read in waiting]
         outliers: dict[str, list[int]] = {}
-        for hook in self._hooks if waiting else ():
-            x = torch.cat([kept_rows(read.activations[hook], keep) for read, keep in zip(waiting, keeps, strict=True)])
+        for hook in self._columns if waiting else ():
+            x = torch.cat([kept_rows(read.columns[hook], keep) for read, keep in zip(waiting, keeps, strict=True)])
             outliers[hook] = find_outliers(x)
             Storage("int8", outliers).check_error(hook, x)
         self.storage = Storage("int8", outliers)

@@ -9,13 +9,17 @@ from torch import Tensor
 
 from saelab.errors import CacheError
 from saelab.models.language_model import LanguageModel
+from saelab.models.loss_gradients import check_gradient_hooks
 from saelab.tokens import Texts, TokenBatch, check_split
 from saelab.tokens.mask import row_norms
 from saelab.validation import check_integer
 
 
-def check_arguments(lm: LanguageModel, hooks: list[str], split: str, sizes: dict[str, int], seed: int = 0) -> None:
-    """Raise `ValueError` for a bad split, size, seed or hook, a context too long for the model, or a steered model."""
+def check_arguments(
+    lm: LanguageModel, hooks: list[str], split: str, sizes: dict[str, int], seed: int = 0, gradients: bool = False
+) -> None:
+    """Raise `ValueError` for a bad split, size, seed or hook (also one where no gradient can be taken, if `gradients` are
+    wanted), a context too long for the model, or a steered model."""
     check_split(split)
     for name, value in sizes.items():
         check_integer(name, value, 1)
@@ -23,6 +27,8 @@ def check_arguments(lm: LanguageModel, hooks: list[str], split: str, sizes: dict
     if not hooks or not all(isinstance(hook, str) for hook in hooks) or len(set(hooks)) < len(hooks):
         raise ValueError(f"hook_names={hooks!r}: expected a hook name, or a list of distinct hook names.")
     refuse_steered(lm)
+    if gradients:
+        check_gradient_hooks(lm, hooks)
     for hook in hooks:
         lm.check_hook(hook)
     if sizes["ctx_len"] > lm.max_ctx:

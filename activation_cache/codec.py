@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Float32, Int, Int8
 from torch import Tensor
 from torch.nn.functional import pad
 
+from saelab.activation_cache.columns import is_gradient
 from saelab.errors import CacheError
 
 NAMES = ("bfloat16", "float16", "int8")
@@ -65,18 +66,22 @@ def find_outliers(x: Float[Tensor, "n d_in"]) -> list[int]:
 
 @dataclass(frozen=True)
 class Storage:
-    """Encodes the rows of each hook as the tensors of a shard."""
+    """Encodes the rows of each column as the tensors of a shard."""
 
     name: str
     outliers: Mapping[str, Sequence[int]] = field(default_factory=dict)
     """int8: hook -> columns kept in bfloat16, in ascending order."""
+
+    def kind(self, hook: str) -> str:
+        """How the rows of a hook are stored; its gradients, which may be too small for float16, are bfloat16 instead."""
+        return "bfloat16" if self.name == "float16" and is_gradient(hook) else self.name
 
     def encode(self, hook: str, x: Float[Tensor, "n d_in"]) -> dict[str, Tensor]:
         """Rows as they wait in the shuffle buffer, on the CPU: the stored tensors and, except for bfloat16, `error (n)`.
 
         `error` is the squared distance of the stored row from `x`, fp32. Raises `CacheError` if float16 overflows.
         """
-        if self.name == "bfloat16":
+        if self.kind(hook) == "bfloat16":
             return {"acts": x.to("cpu", torch.bfloat16)}
         x = x.cpu()  # before any sum: on an accelerator its last bits may depend on the number of rows
         if self.name == "float16":

@@ -15,11 +15,13 @@ from tqdm.auto import tqdm
 from saelab.activation_cache import layout
 from saelab.activation_cache.calibration import Calibration, Read
 from saelab.activation_cache.checks import finite_norms
+from saelab.activation_cache.columns import gradient_of, has_loss
 from saelab.activation_cache.journal import rows_on_disk
 from saelab.activation_cache.manifest import Totals, contents
 from saelab.activation_cache.writer import CacheWriter
 from saelab.files import atomic_write_json
 from saelab.models.language_model import LanguageModel
+from saelab.models.loss_gradients import activations_and_gradients
 from saelab.models.multi_model import names_and_hashes
 from saelab.tokens import Texts, TokenBatch, document_id
 from saelab.tokens.packing import contexts
@@ -56,18 +58,30 @@ class Reading:
 
 
 def read_model(lm: LanguageModel, config: Mapping[str, Any], batches: Iterable[TokenBatch]) -> Iterator[Read]:
-    """The activations of each batch. Raises `CacheError` for non-finite rows, naming the batch."""
-    sent: deque[TokenBatch] = deque()
+    """The columns of each batch. Raises `CacheError` for non-finite rows, naming the batch."""
+    for batch, columns in read_columns(lm, config, batches):
+        norms = finite_norms(batch, columns, config["batch_size"], "Rows already on disk are intact.")
+        yield Read(batch, columns, {hook: norms[hook] for hook in config["hooks"]})
+
+
+def read_columns(
+    lm: LanguageModel, config: Mapping[str, Any], batches: Iterable[TokenBatch]
+) -> Iterator[tuple[TokenBatch, dict[str, Tensor]]]:
+    """Each batch with its columns: the activations of each hook, and the gradients if the cache has them."""
+    hooks, sent = list(config["hooks"]), deque[TokenBatch]()
+    if "gradients" in config:
+        for batch in batches:
+            activations, gradients = activations_and_gradients(lm, batch.ids, hooks, batch.doc >= 0)
+            yield batch, activations | {gradient_of(hook): g for hook, g in gradients.items()}
+        return
 
     def ids() -> Iterator[Tensor]:
         for batch in batches:
             sent.append(batch)
             yield batch.ids
 
-    for activations in lm.stream_activations(ids(), list(config["hooks"])):
-        batch = sent.popleft()
-        norms = finite_norms(batch, activations, config["batch_size"], "Rows already on disk are intact.")
-        yield Read(batch, activations, norms)
+    for activations in lm.stream_activations(ids(), hooks):
+        yield sent.popleft(), activations
 
 
 def run_pass(lm: LanguageModel, batches: Iterable[TokenBatch], calibration: Calibration, writer: CacheWriter) -> None:
@@ -83,7 +97,11 @@ def run_pass(lm: LanguageModel, batches: Iterable[TokenBatch], calibration: Cali
         writer.storage = calibration.storage
         for read in ready:
             assert calibration.mask is not None
-            writer.add(read.batch, read.activations, *calibration.mask.apply_norms(read.batch, read.norms))
+            keep, counts = calibration.mask.apply_norms(read.batch, read.norms)
+            if "gradients" in writer.config:
+                without = keep & ~has_loss(read.batch)
+                keep, counts = keep & ~without, counts | {"no_loss": int(without.sum())}
+            writer.add(read.batch, read.columns, keep, counts)
 
     try:
         for read in read_model(lm, writer.config, needed()):

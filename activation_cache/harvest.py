@@ -19,6 +19,7 @@ from saelab.activation_cache.blocks import calibrate, harvest_blocks
 from saelab.activation_cache.calibration import Calibration
 from saelab.activation_cache.checks import check_arguments, warn_if_none_held_out
 from saelab.activation_cache.codec import identity
+from saelab.activation_cache.columns import LOSS, columns_of
 from saelab.activation_cache.forward_pass import Reading, finish, run_pass
 from saelab.activation_cache.journal import Journal, begin, begun_with
 from saelab.activation_cache.reader import ActivationCache
@@ -55,24 +56,24 @@ def harvest(
     shuffle: bool = True,
     chat: bool = False,
     block_contexts: int | None = None,
+    gradients: bool = False,
 ) -> ActivationCache:
     """Run `lm` over texts and store the activations at `hook_names`, shuffled, in `out_dir`; see docs/cache.md.
 
-    Reads `n_tokens` packed tokens (rounded up to whole contexts of `ctx_len`; fewer if the texts end first), `batch_size`
-    contexts at a time, from the documents of `split`. Rows that the mask keeps are written in shards of `shard_rows`, drawn
-    from a shuffle buffer of `pool_shards` times as many. Repeating the call resumes it. `prepend_bos` overrides the
-    tokenizer's default. `shuffle=False` keeps the order; with `chat`, texts are lists of messages, one conversation per
-    context; `block_contexts` splits the work among processes. Hooks of several models are named "MODEL/HOOK".
+    Reads `n_tokens` packed tokens of `split` (rounded up to contexts), `batch_size` contexts at a time; writes the rows that the
+    mask keeps in shards of `shard_rows`, from a buffer of `pool_shards` shards. Repeating the call resumes it. With `chat` texts
+    are conversations; `block_contexts` splits the work among processes; `gradients` also stores the gradient of the loss.
 
-    Raises `ValueError` for bad arguments, texts that leave no row, or an `out_dir` that holds something else; `CacheError` if
-    rows do not fit `max_bytes` or `storage`, or are not finite; `SaelabError` on a full disk. What was written is kept.
+    Raises `ValueError` for bad arguments, no row, or an `out_dir` that holds something else; `CacheError` if rows are not finite
+    or do not fit `max_bytes` or `storage`; `SaelabError` on a full disk. What was written is kept.
     """
     hooks = hook_keys(lm := together(lm), hook_names)
     sizes = {"n_tokens": n_tokens, "ctx_len": ctx_len, "batch_size": batch_size}
     sizes |= {"shard_rows": shard_rows, "pool_shards": pool_shards}
-    check_arguments(lm, hooks, split, sizes, seed)
+    check_arguments(lm, hooks, split, sizes, seed, gradients)
     texts = _conversations(texts, lm) if chat else load_texts(texts)
-    config = of_rows(lm, texts, hooks) | identity(storage) | sizes | _modes(shuffle, chat, block_contexts, batch_size)
+    modes = _modes(shuffle, chat, block_contexts, batch_size, gradients)
+    config = of_rows(lm, texts, hooks) | identity(storage) | sizes | modes
     config |= {"split": split, "prepend_bos": _bos(lm, prepend_bos, Path(out_dir)), "seed": seed}
     folder = claim_folder(out_dir, layout.JOURNAL, "cache")
     return _harvest_into(folder, lm, texts, _as_begun(config, folder), max_bytes, progress)
@@ -119,7 +120,7 @@ def _announce(folder: Path, texts: Texts, config: dict[str, Any], max_bytes: int
     _LOG.info(f"Harvesting {texts.describe(config['split'])}.")
     warn_if_none_held_out(texts, config["split"], 4)
     n_contexts = math.ceil(config["n_tokens"] / config["ctx_len"])
-    sizes = config["ctx_len"], config["hooks"], config["shard_rows"], config["dtype"]
+    sizes = config["ctx_len"], columns_of(config), config["shard_rows"], config["dtype"]
     layout.check_space(folder, layout.estimate_bytes(n_contexts, *sizes), max_bytes)
 
 
@@ -132,7 +133,7 @@ def _harvest_stream(folder: Path, reading: Reading, calibration: Calibration, jo
     finish(folder, reading, calibration, journal.of_kind("start")[0], journal.entries, writer.counts)
 
 
-def _modes(shuffle: bool, chat: bool, block_contexts: int | None, batch_size: int) -> dict[str, Any]:
+def _modes(shuffle: bool, chat: bool, block_contexts: int | None, batch_size: int, gradients: bool) -> dict[str, Any]:
     """The config entries of modes other than the default. Raises `ValueError` if a block would split a batch."""
     modes: dict[str, Any] = {} if shuffle else {"pool_shards": 1, "shuffle": False}
     modes |= {"packing": UNPACKED} if chat else {}
@@ -141,7 +142,9 @@ def _modes(shuffle: bool, chat: bool, block_contexts: int | None, batch_size: in
         if block_contexts % batch_size:
             raise ValueError(f"block_contexts={block_contexts} must be a multiple of batch_size={batch_size}.")
         modes["block_contexts"] = block_contexts
-    return modes | ({"format_version": layout.FORMAT_VERSION} if modes else {})
+    if gradients:
+        return modes | {"gradients": LOSS, "format_version": layout.FORMAT_VERSION}
+    return modes | ({"format_version": layout.MODES_VERSION} if modes else {})
 
 
 def _conversations(texts: Any, lm: LanguageModel) -> Texts:

@@ -6,6 +6,7 @@ documents.safetensors              ids (n_documents) int64, in order of appearan
 tokens/seq-000000.safetensors      ids, doc (n_sequences, ctx_len) int32; doc is a row of documents, -1 on padding
 shards/r000-000000/index.safetensors   seq, pos, token (n_rows) int32, shared by all hooks
 shards/r000-000000/HOOK.safetensors    acts (n_rows, d_in) in the cache's storage, and fp64 sums for the statistics
+shards/.../HOOK.gradient.safetensors   the same of the gradient at the hook, in a cache with gradients; also in stats/
 stats/HOOK.safetensors             mean, second_moment (d_in) fp64, mean_norm, median_norm, n
 
 A harvest in blocks: block 7 has journals/r007.jsonl, tokens/r007-000000.safetensors and shards/r007-000000/.
@@ -25,13 +26,17 @@ from typing import Any
 import torch
 
 from saelab.activation_cache.codec import row_bytes
+from saelab.activation_cache.columns import columns_of
 from saelab.errors import CacheError
 from saelab.files import read_json, sha256_file
 from saelab.tokens.packing import PACKED
 
 _LOG = logging.getLogger("saelab")
 
-FORMAT_VERSION = 3  # 1: bfloat16; 2: other storage (`codec.identity`); 3: a mode. The lowest that suffices is written.
+FORMAT_VERSION = (
+    4  # 1: bfloat16; 2: other storage (`codec.identity`); 3: a mode; 4: gradients. The lowest that suffices is written.
+)
+MODES_VERSION = 3
 MANIFEST = "manifest.json"
 JOURNAL = "journal.jsonl"
 BLOCK_JOURNALS = "journals"
@@ -220,7 +225,8 @@ def _check_manifest(manifest: Mapping[str, Any]) -> None:
     _ = manifest["model_name"], manifest["texts"], manifest["documents"], manifest["tokens"], manifest["n_tokens"]
     if manifest["config"]["dtype"] != "bfloat16":
         _ = manifest["storage"]["error"], manifest["storage"]["outliers"]
-    for hook in manifest["config"]["hooks"]:
-        _ = manifest["max_norm"][hook], manifest["stats"][hook]
+    _ = [manifest["max_norm"][hook] for hook in manifest["config"]["hooks"]]
+    for column in columns_of(manifest["config"]):
+        _ = manifest["stats"][column]
         for shard in manifest["shards"]:
-            _ = shard["folder"], shard["files"][f"{hook}.safetensors"], shard["files"][INDEX]
+            _ = shard["folder"], shard["files"][f"{column}.safetensors"], shard["files"][INDEX]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from saelab.activation_cache import layout
 from saelab.activation_cache.codec import Storage
+from saelab.activation_cache.columns import columns_of
 from saelab.files import atomic_save_safetensors
 from saelab.tokens import TokenBatch
 
@@ -53,7 +54,7 @@ def contents(
     atomic_save_safetensors(folder / layout.DOCUMENTS, {"ids": document_ids})
     shards = [{k: e[k] for k in ("folder", "rows", "files")} for e in entries if e["kind"] == "shard"]
     tokens = [{k: e[k] for k in ("file", "sequences", "bytes", "sha256")} for e in entries if e["kind"] == "tokens"]
-    stats = {hook: save_stats(folder, hook, shards, medians[hook]) for hook in config["hooks"]}
+    stats = {column: save_stats(folder, column, shards, medians.get(column)) for column in columns_of(config)}
     return {
         "n_rows": sum(shard["rows"] for shard in shards),
         "n_sequences": totals.n_contexts,
@@ -64,13 +65,14 @@ def contents(
         "shards": shards,
         "tokens": tokens,
         "stats": stats,
-        **_storage_entry(folder, config["hooks"], storage, shards),
+        **_storage_entry(folder, columns_of(config), storage, shards),
         "documents": layout.describe_file(folder / layout.DOCUMENTS),
     }
 
 
-def save_stats(folder: Path, hook: str, shards: Sequence[Mapping[str, Any]], median: float) -> dict[str, Any]:
-    """Write the statistics of a hook from the sums in its shards; returns the file's size and SHA-256."""
+def save_stats(folder: Path, hook: str, shards: Sequence[Mapping[str, Any]], median: float | None) -> dict[str, Any]:
+    """Write the statistics of a hook from the sums in its shards; returns the file's size and SHA-256. Gradients have no
+    median norm."""
     n = sum(shard["rows"] for shard in shards)
     totals = _totals(folder, hook, shards, "sum", "sum_squares", "sum_norms")
     tensors = {
@@ -78,8 +80,9 @@ def save_stats(folder: Path, hook: str, shards: Sequence[Mapping[str, Any]], med
         "mean": totals["sum"] / n,
         "second_moment": totals["sum_squares"] / n,
         "mean_norm": totals["sum_norms"] / n,
-        "median_norm": torch.tensor(median, dtype=torch.float64),
     }
+    if median is not None:
+        tensors["median_norm"] = torch.tensor(median, dtype=torch.float64)
     path = folder / layout.stats_file(hook)
     atomic_save_safetensors(path, tensors)
     return layout.describe_file(path)
@@ -91,7 +94,7 @@ def _storage_entry(
     """Manifest entry of a storage other than bfloat16: outlier columns (int8) and quantisation error of each hook."""
     if storage.name == "bfloat16":
         return {}
-    error = {hook: _relative_error(folder, hook, shards) for hook in hooks}
+    error = {hook: _relative_error(folder, hook, shards) for hook in hooks if storage.kind(hook) != "bfloat16"}
     outliers = {hook: list(dims) for hook, dims in storage.outliers.items()}
     return {"storage": {"error": error, "outliers": outliers}}
 

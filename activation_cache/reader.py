@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from saelab.activation_cache import layout
 from saelab.activation_cache.codec import decode
+from saelab.activation_cache.columns import columns_of
 from saelab.activation_cache.prefetch import shuffled_batches
 from saelab.errors import CacheError
 
@@ -42,7 +43,7 @@ class ActivationCache:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.manifest: dict[str, Any] = layout.read_manifest(self.path)
-        self._widths: dict[str, int] = self.manifest["config"]["hooks"]
+        self._widths: dict[str, int] = columns_of(self.manifest["config"])
         self._checked: set[str] = set()
 
     def __repr__(self) -> str:
@@ -51,7 +52,12 @@ class ActivationCache:
     @property
     def hook_names(self) -> list[str]:
         """Hooks in the cache."""
-        return list(self._widths)
+        return list(self.manifest["config"]["hooks"])
+
+    @property
+    def gradients(self) -> str | None:
+        """The loss whose gradients the cache also holds, as the rows of "HOOK.gradient"; None if it holds none."""
+        return self.manifest["config"].get("gradients")
 
     @property
     def n_rows(self) -> int:
@@ -69,7 +75,7 @@ class ActivationCache:
 
     def stats(self, hook_name: str | None = None) -> dict[str, Any]:
         """Exact statistics over all rows as they are stored: `n`, `mean` and `second_moment` (d_in) fp64, `mean_norm`,
-        and `median_norm`.
+        and, of activations, `median_norm`.
 
         `second_moment` is the mean square of each dimension; `median_norm` is the norm rule's (first 16,384 rows).
         """
@@ -82,7 +88,7 @@ class ActivationCache:
         is not measured.
         """
         hook_name = self._hook(hook_name)
-        return self.manifest["storage"]["error"][hook_name] if "storage" in self.manifest else None
+        return self.manifest.get("storage", {"error": {}})["error"].get(hook_name)
 
     @overload
     def batches(
@@ -128,7 +134,7 @@ class ActivationCache:
         Each epoch reshuffles the shards and the rows within each; batches may span shards and epochs. `prefetch` shards
         are opened ahead. `dtype=torch.bfloat16` yields rows stored in bfloat16 unchanged. `shuffle=False` yields consecutive
         rows in stored order (`index(shard)` says where they come from). A list of hooks yields dicts by hook: row i is the
-        same token in each, in the same order as for one hook alone.
+        same token in each, in the same order as for one hook alone. "HOOK.gradient" names the gradients at a hook.
         `leave_out` rows, spread over all shards, appear in no batch (see `left_out`).
         `pin_memory` gathers the rows into pinned memory, for asynchronous copies to a GPU.
         Raises `ValueError` for bad arguments, and `CacheError` naming a damaged shard.
@@ -244,7 +250,7 @@ class ActivationCache:
             f"{shard['folder']}/{name}": known for shard in manifest["shards"] for name, known in shard["files"].items()
         }
         files |= {known["file"]: known for known in manifest["tokens"]}
-        files |= {layout.stats_file(hook): known for hook, known in manifest["stats"].items()}
+        files |= {layout.stats_file(column): known for column, known in manifest["stats"].items()}
         return files | {layout.DOCUMENTS: manifest["documents"]}
 
     def damaged(self, progress: bool = False) -> dict[str, str]:
@@ -260,10 +266,10 @@ class ActivationCache:
             raise CacheError(f"{parts}. {layout.FIX}")
 
     def _hook(self, hook_name: str | None) -> str:
-        if hook_name is None and len(self._widths) == 1:
+        if hook_name is None and len(self.hook_names) == 1:
             return self.hook_names[0]
         if hook_name not in self._widths:
-            raise ValueError(f"hook_name={hook_name!r} is not in {self.path}: it holds {', '.join(self.hook_names)}.")
+            raise ValueError(f"hook_name={hook_name!r} is not in {self.path}: it holds {', '.join(self._widths)}.")
         return hook_name
 
     def _read(self, shard: int, name: str) -> dict[str, Tensor]:

@@ -17,7 +17,8 @@ from tqdm.auto import tqdm
 
 from saelab.activation_cache import layout
 from saelab.activation_cache.codec import Storage, kept_rows
-from saelab.activation_cache.forward_pass import Reading
+from saelab.activation_cache.columns import columns_of, has_loss
+from saelab.activation_cache.forward_pass import Reading, read_columns
 from saelab.activation_cache.journal import Journal
 from saelab.activation_cache.manifest import save_stats
 from saelab.activation_cache.reader import ActivationCache
@@ -70,9 +71,9 @@ class _Repair:
         known = {file: dict(entry) for file, entry in self.cache.files().items()}
         self._write_texts()
         self._write_shards(progress)
-        for hook in self.config["hooks"]:
-            if layout.stats_file(hook) in self.damaged:
-                save_stats(self.cache.path, hook, self.manifest["shards"], self._medians()[hook])
+        for column in columns_of(self.config):
+            if layout.stats_file(column) in self.damaged:
+                save_stats(self.cache.path, column, self.manifest["shards"], self._medians().get(column))
         same = {
             file: layout.problem_of(self.cache.path / file, known[file], contents=True) is None for file in self.damaged
         }
@@ -120,9 +121,9 @@ class _Repair:
             folder = self.cache.path / self.folders[i]
             if self._is_unreadable(i):
                 save_index(folder, indices[i])
-            for hook in self.config["hooks"]:
-                if self._is_unreadable(i, f"{hook}.safetensors"):
-                    save_rows(folder, hook, self.storage, {name: x[at] for name, x in rows[hook].items()})
+            for column, tensors in rows.items():
+                if self._is_unreadable(i, f"{column}.safetensors"):
+                    save_rows(folder, column, self.storage, {name: x[at] for name, x in tensors.items()})
 
     def _is_unreadable(self, shard: int, name: str = layout.INDEX) -> bool:
         return f"{self.folders[shard]}/{name}" in self.damaged
@@ -141,28 +142,30 @@ class _Repair:
     def _run_model(
         self, wanted: Tensor, unknown: Tensor, progress: bool
     ) -> tuple[Int[Tensor, " n"], dict[str, dict[str, Tensor]]]:
-        """Flat positions of the `wanted` tokens and of the `unknown` ones that the mask keeps, and their rows by hook."""
+        """Flat positions of the `wanted` tokens and of the `unknown` ones that the mask keeps, and their rows by column."""
         mask = Mask(tuple(self.config["special_ids"]), self.manifest["max_norm"])
         asked: list[TokenBatch] = []
         for batch in self.batches:
             out = token_mask(batch.ids, batch.doc, mask.special_ids)
             span = slice(batch.first_context, batch.first_context + len(batch.ids))
             unknown[span] &= ~(out["padding"] | out["position"] | out["special"])
+            if "gradients" in self.config:
+                unknown[span] &= has_loss(batch)
             if bool((wanted[span] | unknown[span]).any()):
                 asked.append(batch)
         positions: list[Tensor] = []
-        found: dict[str, list[dict[str, Tensor]]] = {hook: [] for hook in self.config["hooks"]}
-        stream = self.lm.stream_activations((batch.ids for batch in asked), list(self.config["hooks"]))
-        for batch, activations in zip(asked, tqdm(stream, "Repairing", len(asked), disable=not progress), strict=True):
+        found: dict[str, list[dict[str, Tensor]]] = {column: [] for column in columns_of(self.config)}
+        stream = read_columns(self.lm, self.config, asked)
+        for batch, columns in tqdm(stream, "Repairing", len(asked), disable=not progress):
             first = batch.first_context
-            keep, _ = mask.apply_norms(batch, row_norms(activations))
+            keep, _ = mask.apply_norms(batch, row_norms({hook: columns[hook] for hook in self.config["hooks"]}))
             take = wanted[first : first + len(keep)] | (keep & unknown[first : first + len(keep)])
             positions.append(take.flatten().nonzero().flatten() + first * self.config["ctx_len"])
-            for hook, x in activations.items():
-                found[hook].append(self.storage.encode(hook, kept_rows(x, take)))
+            for column, x in columns.items():
+                found[column].append(self.storage.encode(column, kept_rows(x, take)))
         return torch.cat(positions), {
-            hook: {name: torch.cat([tensors[name] for tensors in batches]) for name in batches[0]}
-            for hook, batches in found.items()
+            column: {name: torch.cat([tensors[name] for tensors in batches]) for name in batches[0]}
+            for column, batches in found.items()
         }
 
     def _drawn(self, kept: Bool[Tensor, "n_sequences ctx_len"]) -> Iterator[Int[Tensor, "n 3"]]:

@@ -25,6 +25,7 @@ from saelab.activation_cache.journal import Journal
 from saelab.activation_cache.shuffle_buffer import RowTensors, ShuffleBuffer
 from saelab.files import atomic_save_safetensors
 from saelab.tokens import TokenBatch
+from saelab.tokens.mask import REASONS
 
 
 class _Background:
@@ -82,7 +83,7 @@ class CacheWriter:
         self._tokens_written = self._first + sum(entry["sequences"] for entry in journal.of_kind("tokens"))
         self._tokens_waiting: list[TokenBatch] = []
         self._end = self._consumed = self._first
-        self.counts = {"position": 0, "special": 0, "norm": 0}
+        self.counts = dict.fromkeys((*REASONS, *(("no_loss",) if "gradients" in config else ())), 0)
         self.start = self._cursor = self._first
         self._restore()
 
@@ -136,7 +137,7 @@ class CacheWriter:
     def add(
         self,
         batch: TokenBatch,
-        activations: Mapping[str, Float[Tensor, "n ctx d_in"]],
+        columns: Mapping[str, Float[Tensor, "n ctx d_in"]],
         keep: Bool[Tensor, "n ctx"],
         counts: Mapping[str, int],
     ) -> None:
@@ -152,7 +153,7 @@ class CacheWriter:
             self.counts = {reason: n + counts[reason] for reason, n in self.counts.items()}
         seq, pos = keep.nonzero(as_tuple=True)
         index = torch.stack([seq + first, pos, batch.ids[seq, pos]], dim=1).int()
-        rows = {hook: self.storage.encode(hook, kept_rows(x, keep)) for hook, x in activations.items()}
+        rows = {hook: self.storage.encode(hook, kept_rows(x, keep)) for hook, x in columns.items()}
         self._buffer.add(index, rows)
         if end < self._cursor:
             return

@@ -101,6 +101,8 @@ class Stats:
 
 def _statistics(cache: ActivationCache, hook: str) -> dict[str, Any]:
     """Norms and means of a hook; shares are of the mean squared norm."""
+    from saelab.activation_cache.columns import gradient_of
+
     stats = cache.stats(hook)
     mean_square = stats["second_moment"].sum()
     largest = stats["second_moment"].topk(min(3, cache.d_in(hook)))
@@ -110,6 +112,7 @@ def _statistics(cache: ActivationCache, hook: str) -> dict[str, Any]:
         "mean_norm": float(stats["mean_norm"]),
         "median_norm": float(stats["median_norm"]),
         "max_norm": cache.manifest["max_norm"][hook],
+        "mean_norm_gradient": float(cache.stats(gradient_of(hook))["mean_norm"]) if cache.gradients else None,
         "norm_of_mean": float(stats["mean"].norm()),
         "share_of_mean": float(stats["mean"].square().sum() / mean_square),
         "largest_dimensions": dict(zip(largest.indices.tolist(), shares, strict=True)),
@@ -122,6 +125,7 @@ def _described(cache: ActivationCache, hook: str, found: dict[str, Any]) -> dict
         "mean norm": f"{found['mean_norm']:.4g}",
         "median norm": f"{found['median_norm']:.4g} (first 16,384 rows)",
         "largest norm kept": f"{found['max_norm']:.4g}",
+        **({"mean norm, gradient": f"{found['mean_norm_gradient']:.4g}"} if cache.gradients else {}),
         "norm of the mean": f"{found['norm_of_mean']:.4g}, {found['share_of_mean']:.1%} of the squared norm",
         "largest dimensions": dims,
         **_lost(cache, [hook]),
@@ -148,9 +152,10 @@ def cache(what: OmitSubcommandPrefixes[OmitArgPrefixes[Command]]) -> None:  # py
 def _content(cache: ActivationCache) -> dict[str, Any]:
     """What a finished cache holds."""
     manifest, config = cache.manifest, cache.manifest["config"]
-    measured = cache.hook_names if "storage" in manifest else []
+    measured = manifest["storage"]["error"] if "storage" in manifest else []
     return {
         "hooks": config["hooks"],
+        "gradients": cache.gradients,
         "model": manifest["model_name"],
         "model_dtype": config["model_dtype"],
         "texts": (manifest["texts"] or {}).get("source"),
@@ -177,10 +182,11 @@ def _described_content(cache: ActivationCache) -> dict[str, Any]:
     found = _content(cache)
     return {
         "hooks": ", ".join(f"{hook} ({width} wide)" for hook, width in found["hooks"].items()),
+        **({"gradients": f"at each hook, of the {found['gradients']}"} if found["gradients"] else {}),
         "model": f"{found['model']}, {found['model_dtype']}",
         "texts": f"{found['texts'] or 'given in Python'}, split {found['split']}",
         "rows": f"{found['n_rows']:,} in {found['n_shards']} shards, {found['storage']}",
-        **_lost(cache, cache.hook_names),
+        **_lost(cache, list(found["quantisation_error"])),
         "tokens": f"{found['n_tokens']:,} of {found['n_documents']:,} documents",
         "masked": ", ".join(f"{n:,} {reason}" for reason, n in found["masked"].items()),
         "contexts": f"{found['n_contexts']:,} of {found['ctx_len']} tokens",

@@ -59,16 +59,17 @@ def harvest(
     ] = False,
     block_contexts: Annotated[int | None, arg(help="Contexts per block of work, to split it among processes.")] = None,
     shuffle: Annotated[bool, arg(help="Shuffle the rows; otherwise they keep the order of the texts.")] = True,
+    gradients: Annotated[bool, arg(help="Also store the gradient of the loss at each activation.")] = False,
 ) -> None:
     """Run a language model over texts and store the activations of its hooks in RUN/cache."""
     import saelab
     from saelab.distributed import is_main_process, set_local_device
 
     set_local_device()
-    options: dict[str, Any] = {"ctx_len": ctx_len, "batch_size": batch_size, "seed": seed, "split": split}
-    options |= {"prepend_bos": prepend_bos, "max_bytes": max_bytes, "storage": storage, "shuffle": shuffle}
-    options |= {"chat": chat, "block_contexts": block_contexts, "progress": is_main_process()}
-    options |= {"hook_names": list(hook_name), "n_tokens": n_tokens, "out_dir": run / "cache"}
+    options: dict[str, Any] = {"hook_names": list(hook_name), "n_tokens": n_tokens, "out_dir": run / "cache"}
+    options |= {"ctx_len": ctx_len, "batch_size": batch_size, "seed": seed, "split": split, "prepend_bos": prepend_bos}
+    options |= {"max_bytes": max_bytes, "storage": storage, "shuffle": shuffle, "chat": chat, "gradients": gradients}
+    options |= {"block_contexts": block_contexts, "progress": is_main_process()}
     template = load_lm(model, dtype) if chat else None
     corpus = saelab.load_texts(texts, column=column, chat=template)  # before the model, which takes longer to load
     cache = saelab.harvest(template or load_lm(model, dtype), corpus, **options)

@@ -30,7 +30,7 @@ def differentiable_activations(
     check_editable(lm, [*hook_names, *(edit.hook_name for edit in edits)])
     lm.backend.prepare(batch.positions)
     captured: dict[str, Tensor] = {}
-    with _frozen(lm):
+    with frozen(lm):
         ids, positions = (x.clone().to(lm.device) for x in batch)  # inference tensors cannot be saved for a gradient
         with tapped(lm.backend.hook_places, _under(edits, lm, ids, positions), hook_names, captured):
             lm.backend.trunk(ids, positions)
@@ -62,7 +62,7 @@ def _under(edits: Sequence[Edit], lm: LanguageModel, ids: Tensor, positions: Ten
 
 
 @contextmanager
-def _frozen(lm: LanguageModel) -> Iterator[None]:
+def frozen(lm: LanguageModel) -> Iterator[None]:
     """The lock, no dropout, gradients on, none of them for the weights; everything is restored afterwards."""
     with lm._lock, torch.inference_mode(False), torch.enable_grad(), in_eval_mode(lm.model):
         trained: list[Any] = [weight for weight in lm.model.parameters() if weight.requires_grad]

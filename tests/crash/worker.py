@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,12 @@ TEXTS = [" ".join(WORDS[(i * j) % len(WORDS)] for j in range(1, 90)) + f" {i}." 
 HOOK = "blocks.1.hook_resid_post"
 
 
-def run_harvest(lm: Any, folder: Path) -> None:
+def run_harvest(lm: Any, folder: Path, to: str = "cache", gradients: bool = False) -> None:
     large = lm.name == "smollm2"
     sizes: dict[str, Any] = {"n_tokens": 8_000, "ctx_len": 128} if large else {"n_tokens": 50_000, "ctx_len": 64}
     sizes |= {"shard_rows": 500, "pool_shards": 3} if large else {"shard_rows": 2_000, "pool_shards": 4}
     texts: Any = "demo" if large else TEXTS
-    harvest(lm, texts, HOOK, out_dir=folder / "cache", batch_size=8, progress=False, **sizes)
+    harvest(lm, texts, HOOK, out_dir=folder / to, batch_size=8, progress=False, gradients=gradients, **sizes)
 
 
 def run_train(lm: Any, folder: Path) -> None:
@@ -54,7 +55,13 @@ def _train(large: bool, data: Any, folder: Path) -> None:
     train(sae, data, config, out_dir=folder, progress=False)
 
 
-WORK = {"harvest": run_harvest, "train": run_train, "stream": run_stream, "finetune": run_finetune}
+WORK = {
+    "harvest": run_harvest,
+    "gradients": partial(run_harvest, to="gradients", gradients=True),
+    "train": run_train,
+    "stream": run_stream,
+    "finetune": run_finetune,
+}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
