@@ -59,9 +59,14 @@ def blueprint_of(sae: SAE) -> Blueprint:
 
 def _refuse_other_units(sae: SAE) -> None:
     """Raise `SaelabError` for what is no encoder and decoder of raw activations."""
-    if sae.variant in ("crosscoder", "codebook", "top_afa"):
+    if sae.variant in ("crosscoder", "codebook", "top_afa", "icfl"):
         raise SaelabError(
             f"A {sae.variant} is in no other library's format; save it in saelab's own (format='saelab')."
+        )
+    if sae.whitening is not None:
+        raise SaelabError(
+            f"This {sae.variant} whitens its input by control data, which no other library's format can hold; save it in "
+            "saelab's own (format='saelab')."
         )
     if getattr(sae, "folded", None) is not None:
         raise SaelabError(

@@ -1,4 +1,4 @@
-"""Normalisation of each token by its own statistics (`normalize="layer_norm"` or "constant_norm"):
+"""Normalisation of each token by its own statistics (`normalize="layer_norm"` or "constant_norm"; for "whiten" see `whitening`):
 
     layer_norm:     x_norm = (x - mean(x)) / (std(x) + 1e-5),   x_hat = x_hat_norm std(x) + mean(x)
     constant_norm:  x_norm = x sqrt(d_in) / |x|,                x_hat = x_hat_norm |x| / sqrt(d_in)
@@ -11,14 +11,17 @@ needs the raw activations again.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from saelab.kernels.primitives import sddmm
+from saelab.saes.inputs import as_activations
+from saelab.saes.whitening import WHITEN
 
-TOKEN_NORMS = ("layer_norm", "constant_norm")
+TOKEN_NORMS = ("layer_norm", "constant_norm", WHITEN)
 _EPS = 1e-5
 
 
@@ -37,6 +40,16 @@ def restore_tokens(kind: str, normalized: Float[Tensor, "batch d"], x: Float[Ten
     return restored + _means(x) if kind == "layer_norm" else restored
 
 
+def tokens_given(kind: str, x: Any) -> Float[Tensor, "batch d"]:
+    """The raw activations that sizes are taken from. Raises `ValueError` if they were not passed."""
+    if x is None:
+        raise ValueError(
+            f"This SAE normalises every token by its own size (normalize={kind!r}): pass the activations too, "
+            "sae.decode(feature_acts, x), or call sae(x)."
+        )
+    return as_activations(x)
+
+
 def token_sizes(kind: str, x: Float[Tensor, "batch d"]) -> Float[Tensor, "batch 1"]:
     """One normalised unit in raw units, for each token: 1 unless tokens are normalised one by one."""
     if kind == "layer_norm":
@@ -49,6 +62,8 @@ def token_sizes(kind: str, x: Float[Tensor, "batch d"]) -> Float[Tensor, "batch 
 def normalized_moments(kind: str, mean: Float[Tensor, " d"], mean_square: float | Tensor) -> tuple[Tensor, Tensor]:
     """Mean `(d)` and mean squared norm (fp64) of normalised tokens, from the moments of the raw ones, as if all had one size."""
     d, square = len(mean), float(mean_square)
+    if kind == WHITEN:
+        return torch.zeros_like(mean), torch.tensor(float(d), dtype=torch.float64)
     middle = float(mean.mean()) if kind == "layer_norm" else 0.0
     size = max((square - d * middle**2) / d, torch.finfo(torch.float32).tiny) ** 0.5
     return (mean - middle) / size, torch.tensor(float(d), dtype=torch.float64)

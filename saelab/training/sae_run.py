@@ -21,6 +21,7 @@ from saelab.saes.step import RULES
 from saelab.training.adam import EPS, Adam, default_eps
 from saelab.training.checkpoint import State, claim_run, list_checkpoints
 from saelab.training.config import TrainConfig
+from saelab.training.control import whiten_by_control
 from saelab.training.data_source import DataSource, Rows, View
 from saelab.training.dead_features import DeadFeatures, dead_window
 from saelab.training.environment import environment, warn_if_elsewhere
@@ -68,6 +69,7 @@ class Run:
         self.hooks = view.hooks
         self.sae = variant(config, view.d_in, seed=train.seed, **view.shape)
         self._place(view.moments)
+        whiten_by_control(self.sae, source)
         self.sae.provenance, self._documents = Provenance(origin=view.origin), source.documents
         self._unsharded: SAE | None = None
         if train.feature_shards > 1:
