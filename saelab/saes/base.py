@@ -20,17 +20,10 @@ from saelab.kernels.primitives import unit_norm_
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.saes.config import SHORT_RUN, normalization
 from saelab.saes.hooks_used import HooksUsed, one_hook
-from saelab.saes.inputs import HALF, as_activations, check_dtype, check_finite
+from saelab.saes.inputs import HALF, as_activations, check_dtype, check_finite, tokens_given
 from saelab.saes.provenance import Provenance
 from saelab.saes.step import Batch, Loss, SAEOutput, StepInfo
-from saelab.saes.token_norm import (
-    TOKEN_NORMS,
-    normalize_tokens,
-    normalized_moments,
-    restore_tokens,
-    token_sizes,
-    tokens_given,
-)
+from saelab.saes.token_norm import TOKEN_NORMS, normalize_tokens, normalized_moments, restore_tokens, token_sizes
 from saelab.saes.whitening import WHITEN, Whitening
 
 

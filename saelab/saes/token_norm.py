@@ -11,14 +11,12 @@ needs the raw activations again.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from saelab.kernels.primitives import sddmm
-from saelab.saes.inputs import as_activations
 from saelab.saes.whitening import WHITEN
 
 TOKEN_NORMS = ("layer_norm", "constant_norm", WHITEN)
@@ -38,16 +36,6 @@ def restore_tokens(kind: str, normalized: Float[Tensor, "batch d"], x: Float[Ten
     """`(batch, d)` in normalised units, mapped to mean and size of the tokens `x`."""
     restored = normalized * token_sizes(kind, x)
     return restored + _means(x) if kind == "layer_norm" else restored
-
-
-def tokens_given(kind: str, x: Any) -> Float[Tensor, "batch d"]:
-    """The raw activations that sizes are taken from. Raises `ValueError` if they were not passed."""
-    if x is None:
-        raise ValueError(
-            f"This SAE normalises every token by its own size (normalize={kind!r}): pass the activations too, "
-            "sae.decode(feature_acts, x), or call sae(x)."
-        )
-    return as_activations(x)
 
 
 def token_sizes(kind: str, x: Float[Tensor, "batch d"]) -> Float[Tensor, "batch 1"]:

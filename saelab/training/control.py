@@ -19,8 +19,11 @@ def with_control(source: DataSource, control: DataSource | None, configs: list[A
 
 
 def whiten_by_control(sae: SAE, source: DataSource) -> None:
-    """Fit the whitening of an SAE that has one. Raises `ValueError` for control data of another width, too few rows, or none."""
-    if sae.whitening is None:
+    """Fit the whitening of an SAE that has one, unless training begins with a given SAE.
+
+    Raises `ValueError` for control data of another width, too few rows, or none.
+    """
+    if sae.whitening is None or source.start is not None:
         return
     control = source if source.control is None else source.control
     if control.sample is None:

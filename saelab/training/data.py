@@ -31,6 +31,8 @@ def open_data(data: Any, hook_name: str | None, rules: int = RULES, device: torc
     `rules` are the training rules of the run, which determine whether rows are held out of the batches.
     For a CUDA `device` the rows of a cache or stream come in the dtype they are stored in, those of a cache in pinned memory.
     """
+    if isinstance(data, DataSource):
+        return data
     if isinstance(data, str | Path):
         data = ActivationCache(data)
     if isinstance(data, ActivationCache | ActivationStream):
@@ -68,10 +70,6 @@ def _from_cache(cache: _Cache, hook_name: str | None, rules: int, for_cuda: bool
         rounded = "" if storage == "bfloat16" else f" {storage}"  # rounds rows differently
         return f"cache {origin['dataset_fingerprint']}{rounded} {hooks}", origin
 
-    def kept_out(names: Sequence[str]) -> Rows:
-        assert isinstance(cache, ActivationCache)
-        return cache.left_out(leave_out, list(names))
-
     streamed = isinstance(cache, ActivationStream)
     return DataSource(
         moments=moments,
@@ -83,9 +81,14 @@ def _from_cache(cache: _Cache, hook_name: str | None, rules: int, for_cuda: bool
         rows="" if isinstance(cache, ActivationStream) else config_hash(cache.manifest["config"]),
         held_bytes=cache.held_bytes if streamed else 0,
         pinned=options.get("pin_memory", False),
-        kept_out=kept_out if leave_out else None,
+        kept_out=functools.partial(_left_out, cache, leave_out) if leave_out else None,
         sample=None if isinstance(cache, ActivationStream) else functools.partial(_sample, cache, leave_out),
     )
+
+
+def _left_out(cache: _Cache, leave_out: int, names: Sequence[str]) -> Rows:
+    assert isinstance(cache, ActivationCache)
+    return cache.left_out(leave_out, list(names))
 
 
 def _sample(cache: ActivationCache, leave_out: int, name: str) -> Tensor:

@@ -87,6 +87,10 @@ class DataSource:
     """Hook name -> rows to estimate its covariance from; None if they cannot be read before training."""
     control: DataSource | None = None
     """Rows to whiten by (`control.py`); None for those of the data itself."""
+    start: SAE | None = None
+    """The SAE whose weights, thresholds and normalisation training begins with; None: a new one."""
+    make_step: Callable[[Any], Any] | None = None
+    """What makes the steps (as `steps.make_step`, which is used if it is None)."""
 
     def view(self, variant: type[SAE], config: Any) -> View:
         """What an SAE of this config reads. Raises `ValueError` if the data does not fit it."""
