@@ -72,6 +72,7 @@ def _train_arguments(args: Sequence[str]) -> type:
         ("variant", Literal[tuple(saelab.VARIANTS)], "SAE variant; determines which config flags exist.", "topk"),
         ("name", str | None, "Write to RUN/sae-NAME instead of RUN/sae.", None),
         ("hook_name", str | None, "Hook to train on, if the cache holds several.", None),
+        ("control", Path | None, "RUN whose cache normalize=whiten whitens by; None: the rows trained on.", None),
         (
             "stream",
             Annotated[tuple[str, ...], arg(help_behavior_hint="(default: none)")],

@@ -65,9 +65,14 @@ def _refuse_other_units(sae: SAE) -> None:
             f"A {sae.variant} is in no other library's format, as its decoder is not linear in the feature activations; save it "
             "in saelab's own (format='saelab')."
         )
-    if sae.variant in ("crosscoder", "codebook", "top_afa"):
+    if sae.variant in ("crosscoder", "codebook", "top_afa", "icfl"):
         raise SaelabError(
             f"A {sae.variant} is in no other library's format; save it in saelab's own (format='saelab')."
+        )
+    if sae.whitening is not None:
+        raise SaelabError(
+            f"This {sae.variant} whitens its input by control data, which no other library's format can hold; save it in "
+            "saelab's own (format='saelab')."
         )
     if getattr(sae, "folded", None) is not None:
         raise SaelabError(

@@ -10,6 +10,7 @@ from saelab.saes.csr import CSRSAE, CSRConfig
 from saelab.saes.feature_choice import FeatureChoiceConfig, FeatureChoiceSAE
 from saelab.saes.gated import GatedConfig, GatedSAE
 from saelab.saes.gba import GBASAE, GBAConfig
+from saelab.saes.icfl import ICFLSAE, ICFLConfig
 from saelab.saes.jumprelu import JumpReLUConfig, JumpReLUSAE
 from saelab.saes.jumprelu_transcoder import JumpReLUTranscoderConfig, JumpReLUTranscoderSAE
 from saelab.saes.masked_topk import MaskedTopKConfig, MaskedTopKSAE
@@ -41,6 +42,7 @@ VARIANTS: dict[str, type[SAE]] = {
     "feature_choice": FeatureChoiceSAE,
     "matryoshka": MatryoshkaSAE,
     "matching_pursuit": MatchingPursuitSAE,
+    "icfl": ICFLSAE,
     "codebook": CodebookSAE,
     "crosscoder": CrosscoderSAE,
     "transcoder": TranscoderSAE,
@@ -72,6 +74,8 @@ __all__ = [
     "GBAConfig",
     "GatedConfig",
     "GatedSAE",
+    "ICFLConfig",
+    "ICFLSAE",
     "JumpReLUConfig",
     "JumpReLUSAE",
     "JumpReLUTranscoderConfig",
