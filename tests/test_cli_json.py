@@ -13,6 +13,7 @@ import pytest
 from test_labels import Server
 
 import saelab
+from saelab.benchmarks.results import open_rows
 from saelab.cli import bench_commands, cache_commands
 from saelab.cli.answers import answering
 from saelab.cli.main import COMMANDS, main
@@ -45,6 +46,7 @@ ANSWERS: dict[str, tuple[str, set[str]]] = {
     "bench synthetic": ("--out-dir {out} --data signed --seeds 0 --steps 2", {"rows", "claims"}),
     "bench family": ("{run} --out-dir {out} --variants topk --d-sae 32 --l0 2 --steps 2", {"rows", "comparisons"}),
     "bench large": (f"{_SMALL} --out-dir {{out}}", {"rows", "folder"}),
+    "bench claims": ("--out-dir {claims} --only signed --seeds 0", {"claims", "page", "folder"}),
 }
 
 
@@ -67,6 +69,9 @@ def words(hostile_run, tiny_folder, tmp_path_factory) -> Iterator[dict[str, str]
     server = Server(lambda *_: "a label")
     feature = saelab.load_features(run).table("n_fired", limit=1)[0]["feature"]
     places = {"run": run, "foreign": home / "foreign", "model": tiny_folder, "texts": run / "texts.jsonl"}
+    with open_rows(places.setdefault("claims", home / "claims"), {}, ("data", "sae", "seed")) as rows:
+        for sae in ("topk", "abs_topk"):  # measured already
+            rows.get(lambda: {"fvu": 0.1, "l0": 3, "recovered": 1.0, "copies": 1}, data="signed", sae=sae, seed=0)
     yield {**{name: str(path) for name, path in places.items()}, "server": server.address, "feature": str(feature)}
     server.close()
 

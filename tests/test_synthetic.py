@@ -17,9 +17,10 @@ import pytest
 import torch
 
 from saelab.benchmarks import synthetic
-from saelab.benchmarks.claims import CLAIMS, Claim, Side, check, check_all
+from saelab.benchmarks.claims import Claim, Side, check, check_all
 from saelab.benchmarks.diffing import exclusives, own_ratios
 from saelab.benchmarks.planted import diffing, superposition
+from saelab.benchmarks.planted_claims import CLAIMS
 from saelab.benchmarks.results import open_rows, spread, to_csv
 from saelab.benchmarks.svg import curves, dot_plot
 from saelab.benchmarks.synthetic import KINDS, SAES, at_l0, dictionary, run_synthetic
@@ -65,7 +66,7 @@ def test_a_run_gives_a_row_for_each_sae_and_seed(signed_rows):
 
 
 def test_abs_topk_beats_topk_on_signed_features_already_in_a_short_run(signed_rows):
-    verdicts = {verdict.claim.text: verdict for verdict in check_all(signed_rows[0]) if verdict.pairs}
+    verdicts = {verdict.claim.text: verdict for verdict in check_all(CLAIMS, signed_rows[0]) if verdict.pairs}
     assert len(verdicts) == 3
     assert verdicts["AbsTopK finds more of the signed axes than TopK"].held
 
@@ -81,7 +82,7 @@ def test_same_seed_same_row_other_seed_another():
 def test_finished_rows_are_not_computed_again_and_new_seeds_are(signed_rows, tmp_path, monkeypatch):
     rows, folder = signed_rows
     measured = Mock(return_value={"fvu": 0.5, "l0": 3.0})
-    monkeypatch.setattr(synthetic, "_measure_one", measured)
+    monkeypatch.setattr(synthetic, "measure_one", measured)
     assert run_synthetic((0, 1), folder, data=("signed",), n_steps=200, progress=False) == rows
     assert not measured.called
     (tmp_path / "rows.json").write_text((folder / "rows.json").read_text())
@@ -189,7 +190,7 @@ def test_variants_that_are_not_there_are_left_out(monkeypatch):
     assert at_l0("no_such", 64, 3) is None
     assert at_l0("topk", 64, 3, normalize="scale", n_sources=2) == TopKConfig(64, 3, normalize="scale")
     measured = Mock(return_value={})
-    monkeypatch.setattr(synthetic, "_measure_one", measured)
+    monkeypatch.setattr(synthetic, "measure_one", measured)
     monkeypatch.setattr(synthetic, "VARIANTS", {"topk": VARIANTS["topk"]})
     run_synthetic((0,), progress=False)
     assert {call.args[1] for call in measured.call_args_list} == {"topk", "topk, no aux", "topk, aux_zipf"}

@@ -1,4 +1,4 @@
-"""The papers' claims about their variants, each as a comparison of two numbers that a benchmark measures.
+"""A paper's claim as a comparison of two numbers that a benchmark measures, and its verdict.
 
 A claim counts as held if the comparison comes out as claimed on every seed. Nothing is tuned to achieve that: a claim that
 does not hold is printed as such, with the numbers.
@@ -28,13 +28,17 @@ class Claim:
     """On `data`, `left` is below (or, with `below=False`, above) `times * right`; `right` may be a number."""
 
     text: str
+    """What is tested here."""
     data: str
+    """The experiment: a kind of planted data, or a module of `experiments`."""
     left: Side
     right: Side | float
     below: bool = True
     times: float = 1.0
     at_equal_l0: bool = False
     """Also require that the L0 of `left` is at most 5 % above that of `right`."""
+    paper: str = ""
+    """What the paper claims, and which paper that is."""
 
 
 class Pair(NamedTuple):
@@ -57,16 +61,20 @@ class Verdict:
     def held(self) -> bool:
         return bool(self.pairs) and all(pair.held for pair in self.pairs)
 
+    @property
+    def word(self) -> str:
+        """ "held", "not held" or "not run"."""
+        return "held" if self.held else "not held" if self.pairs else "not run"
+
     def __str__(self) -> str:
         claim, sign = self.claim, "<" if self.claim.below else ">"
         numbers = ", ".join(
             f"seed {pair.seed}: {_number(pair.left)} {sign if pair.held else 'vs'} {_number(pair.right)}"
             for pair in self.pairs
         )
-        word = "held" if self.held else "not held" if self.pairs else "not run"
         times = f"{claim.times:g} x " if claim.times != 1 else ""
         sides = f"{_side(claim.left)} {sign} {times}{_side(claim.right)}"
-        return f"{word:<8}  {claim.text} [{claim.data}: {sides}] {numbers}".rstrip()
+        return f"{self.word:<8}  {claim.text} [{claim.data}: {sides}] {numbers}".rstrip()
 
 
 def _side(side: Side | float) -> str:
@@ -82,9 +90,9 @@ def check(claim: Claim, rows: Iterable[Row]) -> Verdict:
     return Verdict(claim, tuple(_pair(claim, seed, left, right) for seed, left, right in sides if left and right))
 
 
-def check_all(rows: Sequence[Row]) -> list[Verdict]:
-    """Check all of `CLAIMS`."""
-    return [check(claim, rows) for claim in CLAIMS]
+def check_all(claims: Iterable[Claim], rows: Sequence[Row]) -> list[Verdict]:
+    """Check each of `claims`."""
+    return [check(claim, rows) for claim in claims]
 
 
 def _pair(claim: Claim, seed: int, left_row: Row, right_row: Row) -> Pair:
@@ -100,99 +108,3 @@ def _pair(claim: Claim, seed: int, left_row: Row, right_row: Row) -> Pair:
 
 def _number(value: float | None) -> str:
     return "none" if value is None else f"{value:.4g}"
-
-
-def _choice(sae: str, name: str) -> list[Claim]:
-    """Claims about Mutual Choice and Feature Choice relative to TopK."""
-
-    def claim(text: str, data: str, measure: str, at_equal_l0: bool) -> Claim:
-        return Claim(f"{name} {text}", data, Side(sae, measure), Side("topk", measure), at_equal_l0=at_equal_l0)
-
-    return [
-        claim("reconstructs tokens of unequal complexity better than TopK at equal L0", "mixed", "fvu", True),
-        claim("reconstructs Zipf features better than TopK at equal L0", "zipf", "fvu", True),
-        claim("has fewer dead features than TopK", "zipf", "dead_fraction", False),
-    ]
-
-
-def _aux(sae: str, with_zipf: str, without: str) -> list[Claim]:
-    """Claims about aux_zipf relative to no auxiliary loss."""
-    sides = {name: (Side(with_zipf, name), Side(without, name)) for name in ("under_used", "mmcs_rare")}
-    return [
-        Claim(f"aux_zipf leaves fewer features of {sae} under-used", "zipf", *sides["under_used"]),
-        Claim(f"aux_zipf finds rare features of {sae} better", "zipf", *sides["mmcs_rare"], below=False),
-    ]
-
-
-_L1, _BATCH = "crosscoder, L1", "crosscoder, BatchTopK"
-CLAIMS = [
-    *_choice("mutual_choice", "Mutual Choice"),
-    *_choice("feature_choice", "Feature Choice"),
-    *_aux("TopK", "topk, aux_zipf", "topk, no aux"),
-    *_aux("Mutual Choice", "mutual_choice", "mutual_choice, no aux"),
-    Claim(
-        "Hiding coordinates finds more features of noisy data with too large a dictionary and k",
-        "noisy",
-        Side("masked_topk", "recovered"),
-        Side("topk", "recovered"),
-        below=False,
-    ),
-    Claim(
-        "AbsTopK finds more of the signed axes than TopK",
-        "signed",
-        Side("abs_topk", "recovered"),
-        Side("topk", "recovered"),
-        below=False,
-    ),
-    Claim("AbsTopK needs fewer features per axis", "signed", Side("abs_topk", "copies"), Side("topk", "copies")),
-    Claim(
-        "AbsTopK reconstructs signed features better",
-        "signed",
-        Side("abs_topk", "fvu"),
-        Side("topk", "fvu"),
-        at_equal_l0=True,
-    ),
-    Claim(
-        "Matching pursuit reconstructs a hierarchy better than TopK at equal L0",
-        "hierarchy",
-        Side("matching_pursuit", "fvu"),
-        Side("topk", "fvu"),
-        at_equal_l0=True,
-    ),
-    Claim(
-        "Matching pursuit finds the children better than TopK",
-        "hierarchy",
-        Side("matching_pursuit", "mmcs_children"),
-        Side("topk", "mmcs_children"),
-        below=False,
-    ),
-    Claim(
-        "A BatchTopK crosscoder invents fewer exclusive features than an L1 one",
-        "diffing",
-        Side(_BATCH, "false_exclusives"),
-        Side(_L1, "false_exclusives"),
-    ),
-    Claim(
-        "Latent Scaling flags the exclusives that the L1 crosscoder invents, not the true ones",
-        "diffing",
-        Side(_L1, "flagged_false"),
-        Side(_L1, "flagged_true"),
-        below=False,
-    ),
-    Claim("States get their own codes", "fsm", Side("codebook", "purity"), 0.9, below=False),
-    Claim(
-        "A model with codebooks follows the machine's rules",
-        "fsm",
-        Side("codebook", "accuracy"),
-        Side("codebook", "accuracy_bare"),
-        below=False,
-        times=0.95,
-    ),
-    Claim(
-        "Forcing a state's codes moves the model to that state",
-        "fsm",
-        Side("codebook", "js_forced"),
-        Side("codebook", "js_before"),
-        times=0.5,
-    ),
-]

@@ -50,7 +50,15 @@ class Planted:
 
     def held_out(self, n: int, seed: int) -> Float[Tensor, " n *d"]:
         """n tokens that are in no stream."""
-        return self.rows(n, torch.Generator().manual_seed(HELD_OUT + seed))
+        return self.rows(n, _held_out(seed))
+
+    def held_out_feature_acts(self, n: int, seed: int) -> FeatureActs:
+        """The true feature activations of those tokens."""
+        return self.sample(n, _held_out(seed))
+
+
+def _held_out(seed: int) -> Generator:
+    return torch.Generator().manual_seed(HELD_OUT + seed)
 
 
 def superposition(

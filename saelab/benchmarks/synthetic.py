@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from saelab.benchmarks.absorption import absorption
 from saelab.benchmarks.diffing import exclusives, own_ratios
 from saelab.benchmarks.planted import Planted, diffing, hierarchy, superposition
 from saelab.benchmarks.recovery import recovery
 from saelab.benchmarks.results import Row, Rows, open_rows
 from saelab.evaluation.crosscoder import compare_decoders
-from saelab.evaluation.reconstruction import VarianceSums
+from saelab.evaluation.reconstruction import Reconstruction, VarianceSums
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.saes import SAE, VARIANTS, CrosscoderSAE, StepInfo
 from saelab.saes.threshold import ThresholdSAE
@@ -134,10 +135,10 @@ def _config(data: str, label: str) -> Any:
 
 def _row(rows: Rows, data: str, label: str, seed: int, n_steps: int | None, bar: Any) -> Row:
     bar.set_postfix_str(f"{data}: {label}, seed {seed}", refresh=False)
-    return rows.get(lambda: _measure_one(data, label, seed, n_steps), data=data, sae=label, seed=seed)
+    return rows.get(lambda: measure_one(data, label, seed, n_steps), data=data, sae=label, seed=seed)
 
 
-def _measure_one(data: str, label: str, seed: int, n_steps: int | None) -> dict[str, Any]:
+def measure_one(data: str, label: str, seed: int, n_steps: int | None) -> dict[str, Any]:
     """Train one SAE and measure it."""
     if data == FSM:
         return _measure_fsm(seed, n_steps)
@@ -150,7 +151,9 @@ def _measure_one(data: str, label: str, seed: int, n_steps: int | None) -> dict[
     sae = train(_config(data, label), planted.stream(seed), config, progress=False)
     assert isinstance(sae, SAE)
     seconds = time.perf_counter() - start
-    return {**measure(sae, planted, planted.held_out(HELD_OUT_ROWS, seed), kind), "seconds": round(seconds, 2)}
+    row = measure(sae, planted, planted.held_out(HELD_OUT_ROWS, seed), kind)
+    row |= _absorption(sae, planted, seed) if "parents" in planted.groups else {}
+    return {**row, "seconds": round(seconds, 2)}
 
 
 def _measure_fsm(seed: int, n_steps: int | None) -> dict[str, Any]:
@@ -172,7 +175,10 @@ def measure(sae: SAE, planted: Planted, x: Tensor, kind: Kind) -> dict[str, floa
     output, decoder = sae(x), dictionary(sae)
     found = recovery(planted.features.flatten(1), decoder.flatten(1), kind.signed, planted.groups)
     fired = torch.bincount(output.acts.features, minlength=sae.d_sae) / len(x)
-    row: dict[str, float | None] = {**found, "fvu": _fvu(x, output.x_hat), "l0": output.acts.nnz / len(x)}
+    sums = Reconstruction(sae)
+    sums.add(x, output)
+    row: dict[str, float | None] = {**found, "fvu": sums.variance.fvu, "l0": output.acts.nnz / len(x)}
+    row |= {"bias": sums.relative_bias}
     row |= {
         "dead_fraction": float((fired == 0).float().mean()),
         "under_used": float(underused(fired, kind.l0 * len(x), len(x)).float().mean()),
@@ -182,6 +188,14 @@ def measure(sae: SAE, planted: Planted, x: Tensor, kind: Kind) -> dict[str, floa
     if isinstance(sae, CrosscoderSAE):
         row |= exclusives(planted.features, decoder, compare_decoders(sae).delta, *own_ratios(sae, x))
     return row
+
+
+@torch.no_grad()
+def _absorption(sae: SAE, planted: Planted, seed: int) -> dict[str, float]:
+    """Which parents of held-out tokens of a hierarchy have no feature on."""
+    true_feature_acts = planted.held_out_feature_acts(HELD_OUT_ROWS, seed)
+    fired = sae.encode(planted.held_out(HELD_OUT_ROWS, seed)).to_dense() != 0
+    return absorption(planted.features, dictionary(sae), true_feature_acts, fired, planted.groups["parents"].stop)
 
 
 def dictionary(sae: SAE) -> Tensor:

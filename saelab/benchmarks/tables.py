@@ -14,6 +14,7 @@ SYNTHETIC = {
     "copies": "copies",
     "fvu": "FVU",
     "l0": "L0",
+    "bias": "bias",
     "fvu_batch": "FVU (batch)",
     "l0_batch": "L0 (batch)",
     "dead_fraction": "dead",

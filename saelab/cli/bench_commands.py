@@ -37,12 +37,13 @@ class Synthetic:
     def run(self) -> None:
         """Run the benchmark, then print tables and verdicts."""
         from saelab.benchmarks.claims import check_all
+        from saelab.benchmarks.planted_claims import CLAIMS
         from saelab.benchmarks.synthetic import DATA, run_synthetic
         from saelab.benchmarks.tables import synthetic_picture, synthetic_tables
 
         with answering(self.as_json) as answer:
             rows = run_synthetic(self.seeds, self.out_dir, data=self.data or DATA, n_steps=self.steps)
-            verdicts = check_all(rows)
+            verdicts = check_all(CLAIMS, rows)
             claims = [{"claim": one.claim.text, "data": one.claim.data, "held": one.held} for one in verdicts]
             kept = _keep(self.out_dir, synthetic_picture(rows))
             data = {"folder": self.out_dir, "rows": rows, "claims": claims}
@@ -124,6 +125,38 @@ class Large:
             answer({"folder": self.out_dir, "rows": rows}, large_table(rows), kept)
 
 
+@dataclass
+class Claims:
+    """Test the papers' claims: run every experiment on each seed, and write one table of what held and what did not."""
+
+    only: Annotated[
+        tuple[str, ...],
+        arg(help="Experiments, as the page names them.", help_behavior_hint="(default: all)"),
+    ] = ()
+    seeds: Seeds = (0, 1, 2)
+    out_dir: Annotated[Path, arg(help="Folder for rows and page; the same command resumes an interrupted run.")] = Path(
+        "runs/claims"
+    )
+    page: Annotated[Path | None, arg(help="Markdown file for the table; None means claims.md in the folder.")] = None
+    as_json: AsJson = False
+
+    def run(self) -> None:
+        """Run the experiments, then print the verdicts."""
+        from saelab.claims.page import claims_page
+        from saelab.claims.registry import experiments
+        from saelab.claims.runs import run_claims
+        from saelab.files import atomic_write_text
+
+        page = self.page or self.out_dir / "claims.md"
+        with answering(self.as_json) as answer:
+            verdicts = run_claims(self.out_dir, self.seeds, only=self.only)
+            about = [(one.name, one.about) for one in experiments().values()]
+            atomic_write_text(page, claims_page(verdicts, about))
+            claims = [{"claim": one.claim.text, "data": one.claim.data, "verdict": one.word} for one in verdicts]
+            shown = [str(one) for one in verdicts if one.pairs]
+            answer({"folder": self.out_dir, "page": page, "claims": claims}, *shown, f"The table is in {page}")
+
+
 def _described(command: type, examples: str) -> str:
     lines = "".join(f"  saelab bench {line}\n" for line in examples.split("\n"))
     return f"{command.__doc__}\n\nExamples:\n{lines}"
@@ -134,16 +167,19 @@ _FAMILY = _described(Family, "family runs/demo\nfamily runs/demo --variants topk
 _LARGE = _described(
     Large, "large\nlarge --d-in 768 --n-features 16384 --d-sae 32768 --n-tokens 50_000_000 --device cuda"
 )
+_CLAIMS = _described(Claims, "claims\nclaims --only hierarchy signed\nclaims --page docs/claims.md")
 BENCHES: dict[str, tuple[Any, str]] = {
     "synthetic": (Synthetic, _SYNTHETIC),
     "family": (Family, _FAMILY),
     "large": (Large, _LARGE),
+    "claims": (Claims, _CLAIMS),
 }
 """The benchmarks as commands of their own, with their descriptions."""
 Bench = (
     Annotated[Synthetic, subcommand("synthetic", description=_SYNTHETIC)]
     | Annotated[Family, subcommand("family", description=_FAMILY)]
     | Annotated[Large, subcommand("large", description=_LARGE)]
+    | Annotated[Claims, subcommand("claims", description=_CLAIMS)]
 )
 
 
