@@ -14,6 +14,7 @@ from saelab.saes.gated import GatedSAE
 from saelab.saes.jumprelu import JumpReLUSAE
 from saelab.saes.masked_topk import MaskedTopKSAE
 from saelab.saes.matching_pursuit import MatchingPursuitSAE
+from saelab.saes.matryoshka import MatryoshkaSAE
 from saelab.saes.threshold import ThresholdSAE
 from saelab.saes.token_norm import TOKEN_NORMS
 from saelab.saes.transcoding import Transcoding
@@ -42,7 +43,7 @@ def blueprint_of(sae: SAE) -> Blueprint:
         W_skip = sae.W_skip.double() * scale / out[0]
         b_dec = b_dec - W_skip @ center
     return Blueprint(
-        variant="topk" if isinstance(sae, MaskedTopKSAE) else sae.variant,
+        variant="topk" if _keeps_topk(sae) else sae.variant,
         W_enc=W_enc.float(),
         W_dec=(sae.W_dec.double() / out[0]).float(),
         b_enc=None if b_enc is None else b_enc.float(),
@@ -53,7 +54,7 @@ def blueprint_of(sae: SAE) -> Blueprint:
         pre_bias=sae.pre_bias is not None,
         normalize=sae.config.normalize if sae.config.normalize in TOKEN_NORMS else "none",
         tensors={name: tensor.float() for name, tensor in tensors.items()},
-        options={name: getattr(sae.config, name) for name in _OPTIONS if hasattr(sae.config, name)},
+        options={name: getattr(sae.config, name) for name in _options(sae)},
         origin=dict(sae.provenance.origin),
     )
 
@@ -76,6 +77,17 @@ def _refuse_other_units(sae: SAE) -> None:
         )
 
 
+def _keeps_topk(sae: SAE) -> bool:
+    """Whether it is a plain TopK SAE but for its training."""
+    return isinstance(sae, MaskedTopKSAE) or (isinstance(sae, MatryoshkaSAE) and sae.config.select == "topk")
+
+
+def _options(sae: SAE) -> list[str]:
+    nested = isinstance(sae, MatryoshkaSAE)  # its `select` says how it was trained
+    left_out = {"select", "group_fractions"} if nested and _keeps_topk(sae) else {"select"} if nested else set()
+    return [name for name in _OPTIONS if hasattr(sae.config, name) and name not in left_out]
+
+
 def _gate(sae: SAE) -> dict[str, torch.Tensor]:
     return {"b_mag": sae.b_mag.double(), "r_mag": sae.r_mag.double()} if isinstance(sae, GatedSAE) else {}
 
@@ -83,7 +95,7 @@ def _gate(sae: SAE) -> dict[str, torch.Tensor]:
 def _threshold(sae: SAE) -> Any:
     if isinstance(sae, JumpReLUSAE):
         return sae.threshold.float()
-    if not isinstance(sae, ThresholdSAE):
+    if not isinstance(sae, ThresholdSAE) or _keeps_topk(sae):
         return None
     threshold = sae.known_threshold().float()
     if bool((threshold < 0).any()):

@@ -1,6 +1,6 @@
-"""A two-layer transformer trained on the language of a finite-state machine of 50 states, and a TopK SAE of 256 features, k 4, of its
-first layer's residual stream. Copies of the SAE are trained 150 steps further on the same contexts: by the KL alone, by KL + FVU,
-and by the FVU alone; scored on held-out texts.
+"""A two-layer transformer trained on the language of a finite-state machine of 50 states, and a TopK SAE of 256 features, k 4, of
+its first layer's residual stream. Copies of the SAE are trained 150 steps further on the same contexts: by the KL alone, by
+KL + FVU, and by the FVU alone; scored on held-out texts.
 """
 
 from __future__ import annotations
