@@ -13,6 +13,7 @@ from saelab.saes import SAE
 from saelab.saes.gated import GatedSAE
 from saelab.saes.jumprelu import JumpReLUSAE
 from saelab.saes.matching_pursuit import MatchingPursuitSAE
+from saelab.saes.matryoshka import MatryoshkaSAE
 from saelab.saes.threshold import ThresholdSAE
 from saelab.saes.token_norm import TOKEN_NORMS
 from saelab.saes.transcoding import Transcoding
@@ -53,7 +54,7 @@ def blueprint_of(sae: SAE) -> Blueprint:
         pre_bias=sae.pre_bias is not None,
         normalize=sae.config.normalize if sae.config.normalize in TOKEN_NORMS else "none",
         tensors={name: tensor.float() for name, tensor in tensors.items()},
-        options={name: getattr(sae.config, name) for name in _OPTIONS if hasattr(sae.config, name)},
+        options={name: getattr(sae.config, name) for name in _options(sae)},
         origin=dict(sae.provenance.origin),
     )
 
@@ -84,6 +85,11 @@ def _refuse_other_units(sae: SAE) -> None:
             f"This matching pursuit SAE scales its input by {float(sae.scale):.4g}, and its encoder is its decoder: no other "
             "format can hold the scale; train one with normalize='none' to export it."
         )
+
+
+def _options(sae: SAE) -> list[str]:
+    left_out = ("select",) if isinstance(sae, MatryoshkaSAE) else ()  # it says how that was trained
+    return [name for name in _OPTIONS if hasattr(sae.config, name) and name not in left_out]
 
 
 def _gate(sae: SAE) -> dict[str, torch.Tensor]:

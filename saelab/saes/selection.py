@@ -136,7 +136,19 @@ class SelectionSAE(SAE):
         self, centered: Tensor, W_enc: Tensor, W_dec: Tensor, residual: Tensor, feature_acts: SparseActs, info: StepInfo
     ) -> dict[str, Tensor]:
         """The aux loss of inputs minus their bias, which these weights read and whose residual they write."""
-        chosen = self._helped(feature_acts, info).nonzero().squeeze(1)
+        return self.aux_among(self._helped(feature_acts, info), centered, W_enc, W_dec, residual, info)
+
+    def aux_among(
+        self,
+        helped: Bool[Tensor, " d_sae"],
+        centered: Tensor,
+        W_enc: Tensor,
+        W_dec: Tensor,
+        residual: Tensor,
+        info: StepInfo,
+    ) -> dict[str, Tensor]:
+        """The aux loss with these features; empty if it is off or there are none."""
+        chosen = helped.nonzero().squeeze(1)
         if not self.config.auxk_alpha or not len(chosen):
             return {}
         rows = W_enc[chosen], self.b_enc[chosen], W_dec[chosen]
