@@ -5,13 +5,14 @@ import json
 import pytest
 import torch
 
-from saelab.benchmarks import claim_runs
 from saelab.benchmarks.absorption import absorption
-from saelab.benchmarks.claim_runs import run_claims
 from saelab.benchmarks.claims import Claim, Side, check
-from saelab.benchmarks.claims_page import claims_page
-from saelab.benchmarks.experiments import Experiment, experiments, labels
 from saelab.benchmarks.planted import hierarchy
+from saelab.claims import runs
+from saelab.claims.page import claims_page
+from saelab.claims.registry import Experiment, experiments, labels
+from saelab.claims.runs import run_claims
+from saelab.claims.workspace import workspace
 from saelab.cli.main import main
 
 LOWER = Claim("A has less", "small", Side("a", "fvu"), Side("b", "fvu"), paper="Doe 2020: A | B.")
@@ -29,6 +30,7 @@ class Small:
         if seed == self.stopped_at:
             raise KeyboardInterrupt
         self.seen.append(seed)
+        (workspace() / "harvest").mkdir(parents=True, exist_ok=True)
         return {"a": {"fvu": 0.1 + seed / 10, "l0": 4}, "b": {"fvu": 0.35, "l0": 4}}
 
 
@@ -39,7 +41,7 @@ def small(monkeypatch):
         "small": Experiment("small", "Two numbers.", small.measure, [LOWER, AGAINST]),
         "other": Experiment("other", "One number.", lambda seed: {"c": {"fvu": 0.1}}, [OTHER]),
     }
-    monkeypatch.setattr(claim_runs, "experiments", lambda: known)
+    monkeypatch.setattr(runs, "experiments", lambda: known)
     return small
 
 
@@ -51,6 +53,7 @@ def test_a_stopped_run_goes_on_where_it_was(small, tmp_path):
     small.stopped_at = None
     verdicts = run_claims(tmp_path, progress=False)
     assert small.seen == [0, 1, 2]
+    assert (tmp_path / "data" / "harvest").is_dir() and not (workspace() / "harvest").exists()
     assert [verdict.word for verdict in verdicts] == ["held", "held", "held"]
     path = tmp_path / "rows.json"  # killed between the two rows of a seed
     path.write_text(
@@ -96,9 +99,7 @@ def test_every_claim_names_its_paper_and_compares_what_its_experiment_measures()
 
 
 def test_the_command_writes_rows_and_page(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(
-        "saelab.benchmarks.experiments.measure_one", lambda kind, label, seed, steps: {"copies": len(label)}
-    )
+    monkeypatch.setattr("saelab.claims.registry.measure_one", lambda kind, label, seed, steps: {"copies": len(label)})
     assert not main(["bench", "claims", "--only", "signed", "--seeds", "0", "1", "--out-dir", f"{tmp_path}", "--json"])
     answer = json.loads(capsys.readouterr().out)
     told = {one["claim"]: one["verdict"] for one in answer["claims"]}

@@ -23,6 +23,7 @@ LINKS = {"saelab/" + name.removeprefix("saelab."): folder for name, folder in PA
 # Who may import whom: a unit imports its own layer and those after it. Every unit may import errors and files.
 LAYERS = [
     {"app", "cli", "serving", "jobs"},
+    {"claims"},
     {"labels", "steering", "probing", "diffing"},
     {"benchmarks", "features", "training", "evaluation", "interop", "runs", "run_folder", "presets"},
     {"edits"},
@@ -64,6 +65,7 @@ PUBLIC = {
     "harvest",
     "train",
     "evaluate",
+    "finetune",
     "collect_features",
     "TrainConfig",
     "saes",

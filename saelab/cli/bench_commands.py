@@ -142,9 +142,9 @@ class Claims:
 
     def run(self) -> None:
         """Run the experiments, then print the verdicts."""
-        from saelab.benchmarks.claim_runs import run_claims
-        from saelab.benchmarks.claims_page import claims_page
-        from saelab.benchmarks.experiments import experiments
+        from saelab.claims.page import claims_page
+        from saelab.claims.registry import experiments
+        from saelab.claims.runs import run_claims
         from saelab.files import atomic_write_text
 
         page = self.page or self.out_dir / "claims.md"

@@ -1,4 +1,4 @@
-"""The experiments that test the papers' claims: the kinds of planted data of `synthetic.py`, and the modules of this folder.
+"""The experiments that test the papers' claims: the kinds of planted data of `synthetic.py`, and the modules of `experiments/`.
 
 A module has `measure(seed)`, which returns the measures of all that it trains (label -> measure -> number), and `CLAIMS`, which
 compare them; the first paragraph of its docstring says what is done.
@@ -16,6 +16,7 @@ from saelab.benchmarks.claims import Claim, Side
 from saelab.benchmarks.planted_claims import ABOUT
 from saelab.benchmarks.planted_claims import CLAIMS as PLANTED
 from saelab.benchmarks.synthetic import measure_one
+from saelab.claims.experiments import __path__ as folder
 
 
 class Experiment(NamedTuple):
@@ -36,7 +37,7 @@ def labels(claims: Sequence[Claim]) -> list[str]:
 def experiments() -> dict[str, Experiment]:
     """All experiments by name, in the order of the page."""
     planted = [Experiment(kind, about, partial(_measure_planted, kind), _claims(kind)) for kind, about in ABOUT.items()]
-    modules = [_of_module(one.name) for one in sorted(iter_modules(__path__), key=lambda one: one.name)]
+    modules = [_of_module(one.name) for one in sorted(iter_modules(folder), key=lambda one: one.name)]
     return {one.name: one for one in (*planted, *modules)}
 
 
@@ -49,6 +50,6 @@ def _measure_planted(kind: str, seed: int) -> dict[str, dict[str, Any]]:
 
 
 def _of_module(name: str) -> Experiment:
-    module: Any = import_module(f"{__name__}.{name}")
+    module: Any = import_module(f"saelab.claims.experiments.{name}")
     about = " ".join(module.__doc__.split("\n\n")[0].split())
     return Experiment(name, about, module.measure, module.CLAIMS)
