@@ -6,6 +6,12 @@ import numpy as np
 import plotly.graph_objects as go
 
 from saelab.app.charts import BLUE, VERMILLION, finish
+from saelab.diffing.plot import HIGHEST, LOWEST, MARKS
+from saelab.diffing.report import DiffReport
+
+_SYMBOLS = ("circle", "square", "triangle-up", "diamond")
+_MOST_POINTS = 1500
+"""Points are drawn as SVG, because WebGL would need a policy that allows eval."""
 
 
 def cosines(a: np.ndarray, b: np.ndarray, names: tuple[str, str], same: float) -> go.Figure:
@@ -40,6 +46,36 @@ def side_cosines(cosine: np.ndarray, kind: np.ndarray) -> go.Figure:
         _add_bars(figure, cosine[chosen & known], edges, name, colour, shape, "cosine")
     figure.update_xaxes(title="cosine between its two decoder rows", range=[-1.02, 1.02])
     return _two(figure)
+
+
+def nu_against_norm(report: DiffReport) -> go.Figure:
+    """nu_error against the relative decoder norm: the features that look specific, by verdict, before all others."""
+    figure, marked = go.Figure(), {one.feature for one in report.features}
+    cloud = [
+        (feature, delta, nu)
+        for feature, delta, nu in zip(*(report.cloud[name] for name in ("feature", "delta", "nu_error")), strict=True)
+        if feature not in marked
+    ]
+    groups = [("others", "#808080", "circle", cloud[:: max(1, -(-len(cloud) // _MOST_POINTS))])]
+    for (verdict, (colour, _)), symbol in zip(MARKS.items(), _SYMBOLS, strict=True):
+        points = [(one.feature, one.delta, one.nu_error.value) for one in report.of(verdict)]
+        groups += [(verdict, colour, symbol, points)] if points else []
+    for name, colour, symbol, points in groups:
+        features, deltas, nus = zip(*points, strict=True) if points else ((), (), ())
+        faint = name == "others"
+        figure.add_scatter(
+            x=deltas, y=np.clip(np.array(nus, dtype=float), LOWEST, HIGHEST), mode="markers", name=name,
+            marker={"color": colour, "symbol": symbol, "size": 3 if faint else 9, "opacity": 0.4 if faint else 0.9},
+            text=[f"{feature}<br>nu_error {nu:.2f}" for feature, nu in zip(features, nus, strict=True)],
+            hovertemplate="feature %{text}, relative norm %{x:.2f}<extra>" + name + "</extra>",
+        )  # fmt: skip
+    most = report.about["thresholds"]["nu_error"]
+    figure.add_hrect(y0=-most, y1=most, fillcolor="#808080", opacity=0.1, line_width=0)
+    figure.update_xaxes(title="relative decoder norm: 0 only a, 1 only b", range=[-0.03, 1.03])
+    figure.update_yaxes(title="nu_error", range=[LOWEST - 0.05, HIGHEST + 0.05])
+    finish(figure, 300)
+    figure.update_layout(showlegend=True, legend={"orientation": "h", "y": 1.16, "x": 0})
+    return figure
 
 
 def _add_bars(

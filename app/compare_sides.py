@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import streamlit as st
 
-from saelab.app import as_python, compare_charts, url
+from saelab.app import as_python, compare_charts, compare_diff, url
 from saelab.app.compare_table import Column, show_table
 from saelab.features import FeatureStore
 from saelab.features.render import cosine, percent
 from saelab.features.sides import CLASSES, Sides, sides
+from saelab.runs import SaeRun
 
 _CONFIG = {"displayModeBar": False}
 
 
-def show(store: FeatureStore, sources: list[str], address: str) -> None:
+def show(first: SaeRun, store: FeatureStore, sources: list[str], address: str) -> None:
     """Render this part of the page; `address` is the start of a link to a feature, which its number completes."""
     a, b = _chosen(sources)
     if a == b:
@@ -21,6 +22,7 @@ def show(store: FeatureStore, sources: list[str], address: str) -> None:
         return
     found = sides(store, a, b)
     as_python.offer("from saelab.features.sides import sides", "", f"found = sides(store, {a}, {b})", store=store)
+    compare_diff.show(first, store, (sources[a], sources[b]), len(sources) > 2, address)
     left, right = st.columns(2, gap="large")
     shared = int((found.kind == 1).sum())
     left.plotly_chart(
@@ -32,8 +34,7 @@ def show(store: FeatureStore, sources: list[str], address: str) -> None:
         alt="Histogram of the cosine between the two decoder rows of each feature",
     )  # fmt: skip
     st.caption(
-        "Relative norm: 0 where a feature writes to the first source only, 1 to the second only, 0.5 to both alike. A small norm "
-        "does not prove that a source lacks a feature: `saelab.evaluation.latent_scaling` checks it on activations."
+        "Relative norm: 0 where a feature writes to the first source only, 1 to the second only, 0.5 to both alike."
     )
     _table(store, found, address)
 

@@ -43,11 +43,11 @@ class Column:
         return f'<td class="sa-of">{link} <bdi>{escape(label or _DASH)}</bdi></td>'
 
 
-def show_table(columns: list[Column], caption: str) -> None:
-    """Show the columns side by side."""
+def show_table(columns: list[Column], caption: str, *, dim: bool = False) -> None:
+    """Show the columns side by side, `dim` where they count for little."""
     head = "".join(f'<th scope="col" class="{one.kind}">{escape(one.name)}</th>' for one in columns)
     lines = "".join(f"<tr>{''.join(cells)}</tr>" for cells in zip(*(one.cells() for one in columns), strict=True))
     st.html(
-        f'<table class="sa-table sa-pairs"><caption class="sa-sub">{escape(caption)}</caption>'
+        f'<table class="sa-table sa-pairs{" sa-dim" if dim else ""}"><caption class="sa-sub">{escape(caption)}</caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
     )

@@ -58,7 +58,7 @@ def show() -> None:
             **url.bound("view", view),
         )
     if view == "sides":
-        compare_sides.show(store, sources, _address(first))
+        compare_sides.show(first, store, sources, _address(first))
     else:
         _pair(first, store, given)
 

@@ -36,6 +36,7 @@ ANSWERS: dict[str, tuple[str, set[str]]] = {
         "{run} --model {model} --sets wordnet_noun.food --ks 1 --n-splits 1 --n-hard-sets 0",
         {"sae", "hooks", "sets", "regimes", "draws", "config"},
     ),
+    "diff": ("{layers} --n-tokens 512", {"a", "b", "kind", "features", "counts", "conclusions", "path"}),
     "label": ("{run} --address {server} --model m --feature {feature}", {"labelled", "left_out", "unusable"}),
     "verify": ("{run} --n-examples 5", {"n_examples", "n_features", "largest_error"}),
     "import": ("{foreign} {out} --model {model} --texts {texts} --n-tokens 512", {"check", "warnings", "report"}),
@@ -68,7 +69,20 @@ def words(hostile_run, tiny_folder, tmp_path_factory) -> Iterator[dict[str, str]
     saelab.save_sae(saelab.load_sae(run), home / "foreign", format="sae_lens")
     server = Server(lambda *_: "a label")
     feature = saelab.load_features(run).table("n_fired", limit=1)[0]["feature"]
-    places = {"run": run, "foreign": home / "foreign", "model": tiny_folder, "texts": run / "texts.jsonl"}
+    layers = home / "layers"  # of one model: its crosscoder compares two hooks
+    cache = saelab.harvest(
+        saelab.load_model(str(tiny_folder)), run / "texts.jsonl", ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"],
+        1024, layers / "cache", ctx_len=64, progress=False,
+    )  # fmt: skip
+    small = saelab.TrainConfig(n_tokens=1024, batch_size=256, warmup_steps=1, checkpoint_every=0, device="cpu")
+    saelab.train(saelab.saes.CrosscoderConfig(d_sae=32, k=4), cache, small, layers / "sae", progress=False)
+    places = {
+        "run": run,
+        "layers": layers,
+        "foreign": home / "foreign",
+        "model": tiny_folder,
+        "texts": run / "texts.jsonl",
+    }
     with open_rows(places.setdefault("claims", home / "claims"), {}, ("data", "sae", "seed")) as rows:
         for sae in ("topk", "abs_topk"):  # measured already
             rows.get(lambda: {"fvu": 0.1, "l0": 3, "recovered": 1.0, "copies": 1}, data="signed", sae=sae, seed=0)

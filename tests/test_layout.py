@@ -24,7 +24,7 @@ LINKS = {"saelab/" + name.removeprefix("saelab."): folder for name, folder in PA
 LAYERS = [
     {"app", "cli", "serving", "jobs"},
     {"claims"},
-    {"labels", "steering", "probing"},
+    {"labels", "steering", "probing", "diffing"},
     {"benchmarks", "features", "training", "evaluation", "interop", "runs", "run_folder", "presets"},
     {"edits"},
     {"activation_cache", "io", "identity"},

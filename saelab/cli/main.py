@@ -23,6 +23,7 @@ from tyro.conf import OmitArgPrefixes, arg
 from saelab.cli import commands
 from saelab.cli.bench_commands import BENCHES
 from saelab.cli.commands import Run, StreamFlags, check_has_cache, train
+from saelab.cli.diff_command import DIFF
 from saelab.cli.feature_commands import FEATURES
 from saelab.cli.find_command import FIND
 from saelab.cli.finetune_command import FINETUNE
@@ -34,7 +35,7 @@ from saelab.cli.serving_commands import SERVING
 from saelab.cli.steer_command import STEER
 from saelab.errors import explain
 
-COMMANDS = commands.COMMANDS | FINETUNE | STEER | FEATURES | FIND | INTEROP | PROBE | SERVING | NOTEBOOKS
+COMMANDS = commands.COMMANDS | FINETUNE | STEER | FEATURES | FIND | DIFF | INTEROP | PROBE | SERVING | NOTEBOOKS
 
 
 def _variant(args: Sequence[str]) -> str:

@@ -10,15 +10,13 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saelab.kernels.decode import decode
+from saelab.evaluation.scaling_sums import ScalingSums
 from saelab.saes import CrosscoderSAE
 
 CLASSES = ("a only", "shared", "b only", "other")
-_ENTRIES = 65_536
 
 
 class DecoderComparison(NamedTuple):
@@ -53,7 +51,7 @@ def compare_decoders(sae: CrosscoderSAE, a: int = 0, b: int = -1, units: str = "
     rows are zero."""
     _check_units(units)
     scales = torch.ones_like(sae.scale) if units == "normalized" else sae.scale
-    rows_a, rows_b = (sae.W_dec[s].double().cpu() / float(scales[s]) for s in _checked(sae, a, b))
+    rows_a, rows_b = (sae.W_dec[s].double().cpu() / float(scales[s]) for s in checked_sources(sae, a, b))
     norms_a, norms_b = rows_a.norm(dim=1), rows_b.norm(dim=1)
     delta = ((norms_b - norms_a) / torch.maximum(norms_a, norms_b) + 1) / 2
     cosine = torch.cosine_similarity(rows_a, rows_b, dim=1)
@@ -107,35 +105,14 @@ def latent_scaling(
 
     `units` are "normalized", in which every source has the same variance, or "raw", those of the models: there the ratios
     of a source that is k times smaller are k times smaller too.
-
-    With `e_m = x_m - x_hat_m`: `beta_error_m = <d_b, sum_t z e_m> / (|d_b|^2 sum_t z^2) + <d_b, d_m> / |d_b|^2`.
     """
     _check_units(units)
-    sources = _checked(sae, a, b)
-    decoder = sae.W_dec.double()
-    direction = decoder[sources[1]]
-    along_error, along_hat = torch.zeros(2, 2, sae.d_sae, dtype=torch.float64, device=direction.device)
-    squares = torch.zeros_like(along_hat[0])
+    sources = checked_sources(sae, a, b)
+    sums = ScalingSums(sae, sources, sae.W_dec.detach()[sources[1]][None])
     for raw in batches:
-        x = sae.checked(sae.normalize(raw))
-        feature_acts = sae.encode_normalized(x)
-        x, x_hat = (
-            rearrange(rows, "token (source d) -> token source d", source=sae.n_sources).double()
-            for rows in (x, decode(feature_acts, *sae.rows[1:]))
-        )
-        error = x - x_hat
-        for entries in torch.arange(feature_acts.nnz, device=x.device).split(_ENTRIES):
-            z, rows = feature_acts.values[entries].double(), feature_acts.rows[entries]
-            features = feature_acts.features[entries]
-            squares.index_add_(0, features, z.square())
-            for total, y in ((along_error, error), (along_hat, x_hat)):
-                for m, source in enumerate(sources):
-                    total[m].index_add_(0, features, z * (direction[features] * y[rows, source]).sum(1))
-    weight = squares * direction.square().sum(1)
-    along_own = torch.stack([(direction * decoder[source]).sum(1) for source in sources]) * squares
-    betas = torch.cat([along_error + along_own, along_hat]) / torch.where(weight > 0, weight, torch.nan)
+        sums.add(raw)
     scales = [1.0 if units == "normalized" else float(sae.scale[source]) for source in sources]
-    return LatentScaling(*betas.cpu()).in_units_of(*scales)
+    return LatentScaling(*sums.betas.flatten(0, 2).cpu()).in_units_of(*scales)
 
 
 def _check_units(units: str) -> None:
@@ -143,7 +120,7 @@ def _check_units(units: str) -> None:
         raise ValueError(f"units={units!r} must be 'normalized' or 'raw'.")
 
 
-def _checked(sae: CrosscoderSAE, *sources: int) -> list[int]:
+def checked_sources(sae: CrosscoderSAE, *sources: int) -> list[int]:
     """Non-negative indices. Raises `ValueError` for a source out of range, or the same one twice."""
     found = [source + sae.n_sources if source < 0 else source for source in sources]
     if len(set(found)) < len(found) or not all(0 <= source < sae.n_sources for source in found):

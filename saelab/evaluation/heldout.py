@@ -49,6 +49,8 @@ class ScoreStream:
     batches: list[TokenBatch]
     mask: Mask
     prepend_bos: bool | list[int]
+    document_ids: list[int]
+    """`document_id` of every document, in the order in which `TokenBatch.doc` counts them."""
     n_tokens: int = 0
     n_masked: dict[str, int] = field(default_factory=lambda: {"special": 0, "position": 0, "norm": 0})
     mask_rule: dict[str, Any] = field(default_factory=lambda: dict(MASK_RULE))
@@ -130,7 +132,7 @@ def open_score_stream(
     if not allow_train:
         _refuse_training_documents(sae, ids, source, split)
     max_norm = (origin.get("mask") or {}).get("max_norm")
-    stream = ScoreStream(lm, hooks, split, source, batches, Mask(lm.special_ids, None), bos)
+    stream = ScoreStream(lm, hooks, split, source, batches, Mask(lm.special_ids, None), bos, ids)
     known: dict[str, Any] = max_norm if isinstance(max_norm, dict) else dict.fromkeys(hooks.all[:1], max_norm)
     max_norms = {name: float(known[name]) for name in hooks.all if known.get(name)}
     stream.mask = Mask(lm.special_ids, max_norms if len(max_norms) == len(hooks.all) else _max_norms(stream))
