@@ -36,6 +36,7 @@ ANSWERS: dict[str, tuple[str, set[str]]] = {
         "{run} --model {model} --sets wordnet_noun.food --ks 1 --n-splits 1 --n-hard-sets 0",
         {"sae", "hooks", "sets", "regimes", "draws", "config"},
     ),
+    "absorption": ("{run} --model {model} --n-words 6 --max-k 2", {"sae", "hooks", "letters", "absorption", "n_main"}),
     "label": ("{run} --address {server} --model m --feature {feature}", {"labelled", "left_out", "unusable"}),
     "verify": ("{run} --n-examples 5", {"n_examples", "n_features", "largest_error"}),
     "import": ("{foreign} {out} --model {model} --texts {texts} --n-tokens 512", {"check", "warnings", "report"}),

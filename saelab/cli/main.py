@@ -21,6 +21,7 @@ import tyro
 from tyro.conf import OmitArgPrefixes, arg
 
 from saelab.cli import commands
+from saelab.cli.absorption_command import ABSORPTION
 from saelab.cli.bench_commands import BENCHES
 from saelab.cli.commands import Run, StreamFlags, check_has_cache, train
 from saelab.cli.feature_commands import FEATURES
@@ -33,7 +34,7 @@ from saelab.cli.serving_commands import SERVING
 from saelab.cli.steer_command import STEER
 from saelab.errors import explain
 
-COMMANDS = commands.COMMANDS | STEER | FEATURES | FIND | INTEROP | PROBE | SERVING | NOTEBOOKS
+COMMANDS = commands.COMMANDS | STEER | FEATURES | FIND | INTEROP | PROBE | ABSORPTION | SERVING | NOTEBOOKS
 
 
 def _variant(args: Sequence[str]) -> str:
@@ -154,7 +155,7 @@ def _run(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help"):
         print("usage: saelab COMMAND [OPTIONS]\n\nA workbench for sparse autoencoders.\n")
         for name, (function, _) in COMMANDS.items():
-            print(f"  {name:<10}{_summary(function)}")
+            print(f"  {name:<12}{_summary(function)}")
         print(f"\n{_EPILOG}")
         return 0
     if args[0] == "--version":
