@@ -137,8 +137,10 @@ def word_by_word(seed: int) -> set[tuple[bool, str]]:
     n, d, d_sae, main = 60, 8, 20, [2, 7]
     z = torch.randn(n, d_sae, generator=generator).sub(0.7).relu() * torch.rand(d_sae, generator=generator)
     writes = torch.randn(d_sae, d, generator=generator).double()
-    x = (z.double() @ writes) * torch.rand(n, 1, generator=generator).double() * 1.5
     probe, sizes = torch.randn(d, generator=generator).double(), 0.5 + torch.rand(n, 1, generator=generator)
+    writes[5] -= (writes[5] @ probe) / (probe @ probe) * probe - 0.005 * probe / probe.norm() * writes[5].norm()
+    z[::10], z[::10, 5] = 0, 3  # alone on these words, and nearly at a right angle to the probe
+    x = (z.double() @ writes) * torch.rand(n, 1, generator=generator).double() * 1.5
     found = absorbed(SparseActs.from_dense(z), writes, sizes, x, probe, main)
     direction, kinds = probe / probe.norm(), set()
     for t in range(n):
