@@ -157,6 +157,11 @@ def test_a_remembered_model_computes_nothing_twice(tiny_lm, monkeypatch):
     with lm.steer(zero):
         assert not torch.equal(next(iter(lm.stream_activations(ids, [HOOK])))[HOOK], want[0])
     assert torch.equal(next(iter(lm.stream_activations(ids, [HOOK])))[HOOK], want[0])
+    for batches in ([[[5, 6, 7], [8]], "a text"], "a text", [[5, 6, 7], [8, 9, 10]]):  # as any model reads them
+        for got, wanted in zip(
+            lm.stream_activations(batches, HOOK), tiny_lm.stream_activations(batches, HOOK), strict=True
+        ):
+            assert torch.equal(got[HOOK], wanted[HOOK])
     monkeypatch.setattr(caching, "MOST_BYTES", 0)
     full = Remembered(tiny_lm)
     next(iter(full.stream_activations(ids, [HOOK])))

@@ -21,6 +21,7 @@ import tyro
 from tyro.conf import OmitArgPrefixes, arg
 
 from saelab.cli import commands
+from saelab.cli.absorption_command import ABSORPTION
 from saelab.cli.bench_commands import BENCHES
 from saelab.cli.commands import Run, StreamFlags, check_has_cache, train
 from saelab.cli.diff_command import DIFF
@@ -35,7 +36,8 @@ from saelab.cli.serving_commands import SERVING
 from saelab.cli.steer_command import STEER
 from saelab.errors import explain
 
-COMMANDS = commands.COMMANDS | FINETUNE | STEER | FEATURES | FIND | DIFF | INTEROP | PROBE | SERVING | NOTEBOOKS
+COMMANDS = commands.COMMANDS | FINETUNE | STEER | FEATURES | FIND | DIFF | INTEROP | PROBE | ABSORPTION | SERVING
+COMMANDS |= NOTEBOOKS
 
 
 def _variant(args: Sequence[str]) -> str:
@@ -157,7 +159,7 @@ def _run(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help"):
         print("usage: saelab COMMAND [OPTIONS]\n\nA workbench for sparse autoencoders.\n")
         for name, (function, _) in COMMANDS.items():
-            print(f"  {name:<10}{_summary(function)}")
+            print(f"  {name:<12}{_summary(function)}")
         print(f"\n{_EPILOG}")
         return 0
     if args[0] == "--version":

@@ -1,4 +1,4 @@
-"""How far apart the activations of a feature are in two sets of tokens: the Jensen-Shannon distance of their histograms.
+"""How far apart the activations of a feature are in two or more sets of tokens: the Jensen-Shannon distance of their histograms.
 
     JSD(P, Q) = (KL(P || M) + KL(Q || M)) / 2,   M = (P + Q) / 2,   distance = sqrt(JSD)
 
@@ -8,7 +8,9 @@ histogram has a bin for zero, and equal bins over the other activations.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -43,9 +45,34 @@ def separability(
     `concept` says for each activation which set its token is in; `n_tokens` are the sizes of both sets, the concept's first. A
     feature that never fired has 0.
     """
+    return pairwise_separability(values, features, (~concept).long(), n_tokens, d_sae)
+
+
+def pairwise_separability(
+    values: Float[Tensor, " nnz"],
+    features: Int[Tensor, " nnz"],
+    sets: Int[Tensor, " nnz"],
+    n_tokens: Sequence[int],
+    d_sae: int,
+) -> Float[Tensor, " d_sae"]:
+    """The same for several sets of tokens, the mean over all pairs of them; `sets` is the number of the set of each activation's
+    token, `n_tokens` the size of each set. All sets share the bins."""
+    shares = histograms(values, features, sets, n_tokens, d_sae)
+    distances = [js_distance(p, q) for p, q in itertools.combinations(shares, 2)]
+    return torch.stack(distances).mean(0)
+
+
+def histograms(
+    values: Float[Tensor, " nnz"],
+    features: Int[Tensor, " nnz"],
+    sets: Int[Tensor, " nnz"],
+    n_tokens: Sequence[int],
+    d_sae: int,
+) -> Float[Tensor, "n_sets d_sae bins"]:
+    """Shares of each set's tokens in the bins of each feature, the bin of zero first."""
     order = values.argsort(stable=True)
     order = order[features[order].argsort(stable=True)]
-    values, features, concept = values[order].double(), features[order], concept[order]
+    values, features, sets = values[order].double(), features[order], sets[order]
     counts = torch.bincount(features, minlength=d_sae)
     starts = counts.cumsum(0) - counts
     fired = counts > 0
@@ -56,8 +83,9 @@ def separability(
     width = (high - low).clamp_min(torch.finfo(torch.float64).tiny)
     bins = ((values - low[features]) / width[features] * N_BINS).long().clamp(0, N_BINS - 1)
     shares = []
-    for here, n in ((concept, n_tokens[0]), (~concept, n_tokens[1])):
+    for number, n in enumerate(n_tokens):
+        here = sets == number
         table = torch.bincount(features[here] * N_BINS + bins[here], minlength=d_sae * N_BINS).view(d_sae, N_BINS)
         silent = n - table.sum(1, keepdim=True)
         shares.append(torch.cat([silent, table], 1).double() / n)
-    return js_distance(*shares)
+    return torch.stack(shares)

@@ -50,7 +50,7 @@ def probe_sets(
     that is being steered; `SaelabError` if no set is large enough, or while another process probes in `folder`.
     """
     config = config or ProbeConfig()
-    hooks = _checked(sae, lm, hook_name)
+    hooks = checked_hooks(sae, lm, hook_name, "probe_sets")
     names = [one for asked in sets for one in (set_names([asked]) if isinstance(asked, str) else [asked])]
     folder = Path(folder)
     with locked(folder, f"Another process is probing in {folder}: wait until it is done."):
@@ -67,9 +67,9 @@ def probe_sets(
     return ProbeReport(probed, draws, config, {"sae": sae.hash, "model": lm.name, "hooks": list(hooks)})
 
 
-def _checked(sae: SAE, lm: Any, hook_name: str | Sequence[str] | None) -> tuple[str, ...]:
+def checked_hooks(sae: SAE, lm: Any, hook_name: str | Sequence[str] | None, call: str) -> tuple[str, ...]:
     """The hooks that the SAE reads. Raises `ValueError` if it does not fit the model, or the model is being steered."""
-    check_is_sae(sae, "probe_sets")
+    check_is_sae(sae, call)
     if not isinstance(lm, LanguageModel):
         raise ValueError(f"Probing reads one language model, got a {type(lm).__name__}: probe an SAE of one model.")
     refuse_steered(lm)
@@ -102,7 +102,7 @@ def _plan(rows: Sequence[Rows], config: ProbeConfig) -> Iterator[tuple[Rows, lis
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Matrices of a few hundred rows: more threads wait for each other, most of all on a busy machine."""
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -116,7 +116,7 @@ def _draws(sae: SAE, rows: Sequence[Rows], config: ProbeConfig, kept: TrialFile,
     """The outcomes of all sets, regimes and splits; those not in `kept` yet are measured."""
     plan, used, found = list(_plan(rows, config)), methods(config.ks), []
     total = sum(len(regimes) for _, regimes in plan) * config.n_splits
-    with _one_thread(), tqdm(total=total, desc="Probe", unit="split", disable=not progress) as bar:
+    with one_thread(), tqdm(total=total, desc="Probe", unit="split", disable=not progress) as bar:
         for one, regimes in plan:
             columns: Any = None
             bar.set_postfix_str(one.name[:40], refresh=False)

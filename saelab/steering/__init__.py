@@ -9,6 +9,7 @@ from saelab.steering.compare import compare
 from saelab.steering.comparison import Comparison
 from saelab.steering.concept_bench import Concept, concept_bench
 from saelab.steering.concept_features import ConceptFeature, features_for
+from saelab.steering.concept_separability import ConceptSeparability, concept_separability
 from saelab.steering.effect_table import NEUTRAL_PROMPTS, EffectTable, effect_table
 from saelab.steering.find import find
 from saelab.steering.found import Found
@@ -28,6 +29,7 @@ __all__ = [
     "Attenuation",
     "Concept",
     "ConceptFeature",
+    "ConceptSeparability",
     "Comparison",
     "Direction",
     "EffectTable",
@@ -44,6 +46,7 @@ __all__ = [
     "attenuate",
     "compare",
     "concept_bench",
+    "concept_separability",
     "diff_means",
     "effect_table",
     "features_for",
