@@ -292,7 +292,7 @@ def test_after_step_restores_unit_norm():
         (lambda: TopKConfig(0, 1), "d_sae=0"),
         (lambda: TopKConfig(16, 4, k_aux=0), "k_aux=0"),
         (lambda: TopKConfig(16, 4, auxk_alpha=-1.0), "auxk_alpha=-1"),
-        (lambda: TopKConfig(16, 4, normalize="whiten"), "whiten.*center_and_scale"),
+        (lambda: TopKConfig(16, 4, normalize="zca"), "zca.*center_and_scale"),
         (lambda: ReLUConfig(16, l1_coefficient=-1.0), "l1_coefficient=-1"),
         (lambda: ReLUConfig(16, l1_warmup=2.0), "l1_warmup=2"),
     ],

@@ -43,7 +43,7 @@ def differentiable_logits(
     """Logits under `edits` alone, with gradients as in `differentiable_activations`."""
     check_editable(lm, [edit.hook_name for edit in edits])
     lm.backend.prepare(batch.positions)
-    with _frozen(lm):
+    with frozen(lm):
         ids, positions = (x.clone().to(lm.device) for x in batch)
         with tapped(lm.backend.hook_places, _under(edits, lm, ids, positions)):
             return lm.backend.logits(ids, positions)

@@ -19,9 +19,8 @@ from torch import Tensor
 
 from saelab.features.separability import pairwise_separability
 from saelab.models import LanguageModel
-from saelab.saes.base import check_is_sae
 from saelab.saes.hooks_used import HooksUsed
-from saelab.saes.trained_hooks import hooks_of
+from saelab.saes.trained_hooks import check_is_sae, hooks_of
 from saelab.steering.text_activations import distinct_texts, stream_tokens
 from saelab.steering.unsteered import refuse_steered
 from saelab.validation import check_integer
