@@ -34,8 +34,10 @@ def target_frequencies(
     They add up to `total`, which is at most half of `d_sae`, with none above 0.5; for None the first is 0.5.
     """
     weights = float(ratio) ** -(groups.double() / groups[-1].clamp_min(1))
-    low, high = 0.0, MOST * (ratio if total is not None else 1)
-    for _ in range(100 if total is not None else 0):  # bisection for the factor at which the capped targets add up
+    if total is None:
+        return (MOST * weights).clamp_max(MOST)
+    low, high = 0.0, MOST * ratio
+    for _ in range(100):  # bisection for the factor at which the capped targets add up
         middle = (low + high) / 2
         low, high = (middle, high) if float((middle * weights).clamp_max(MOST).sum()) < total else (low, middle)
     return (high * weights).clamp_max(MOST)
