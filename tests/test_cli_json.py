@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from test_labels import Server
 
 import saelab
@@ -17,6 +18,7 @@ from saelab.benchmarks.results import open_rows
 from saelab.cli import bench_commands, cache_commands
 from saelab.cli.answers import answering
 from saelab.cli.main import COMMANDS, main
+from saelab.saes import ITDAConfig
 
 pytestmark = pytest.mark.usefixtures("models_load_in_fp32")
 
@@ -36,6 +38,7 @@ ANSWERS: dict[str, tuple[str, set[str]]] = {
         "{run} --model {model} --sets wordnet_noun.food --ks 1 --n-splits 1 --n-hard-sets 0",
         {"sae", "hooks", "sets", "regimes", "draws", "config"},
     ),
+    "similarity": ("{atoms}", {"saes", "jaccard", "model_jaccard", "layer_matching_accuracy"}),
     "label": ("{run} --address {server} --model m --feature {feature}", {"labelled", "left_out", "unusable"}),
     "verify": ("{run} --n-examples 5", {"n_examples", "n_features", "largest_error"}),
     "import": ("{foreign} {out} --model {model} --texts {texts} --n-tokens 512", {"check", "warnings", "report"}),
@@ -68,7 +71,16 @@ def words(hostile_run, tiny_folder, tmp_path_factory) -> Iterator[dict[str, str]
     saelab.save_sae(saelab.load_sae(run), home / "foreign", format="sae_lens")
     server = Server(lambda *_: "a label")
     feature = saelab.load_features(run).table("n_fired", limit=1)[0]["feature"]
-    places = {"run": run, "foreign": home / "foreign", "model": tiny_folder, "texts": run / "texts.jsonl"}
+    for name in ("a", "b"):
+        small = saelab.TrainConfig(n_tokens=128, batch_size=64, device="cpu")
+        saelab.train(ITDAConfig(8, 2), torch.randn(100, 8), small, home / "atoms" / f"sae-{name}", progress=False)
+    places = {
+        "run": run,
+        "atoms": home / "atoms",
+        "foreign": home / "foreign",
+        "model": tiny_folder,
+        "texts": run / "texts.jsonl",
+    }
     with open_rows(places.setdefault("claims", home / "claims"), {}, ("data", "sae", "seed")) as rows:
         for sae in ("topk", "abs_topk"):  # measured already
             rows.get(lambda: {"fvu": 0.1, "l0": 3, "recovered": 1.0, "copies": 1}, data="signed", sae=sae, seed=0)

@@ -26,7 +26,8 @@ def test_it_learns_loads_and_resumes_bit_for_bit(tmp_path, name, device):
     untrained = train(config, x, TrainConfig(n_tokens=128, batch_size=128), progress=False)
     there = x.to(device)  # where training went by itself
     error, before = ((one(there).x_hat - there).square().sum().item() for one in (sae, untrained))
-    assert error < (0.9 if name == "codebook" else 0.6) * before  # codes without magnitudes rebuild less
+    # Codes without magnitudes rebuild less, and a dictionary of activations is full after the first batch.
+    assert error < (0.9 if name in ("codebook", "itda") else 0.6) * before
     back = load_sae(folder)
     assert back.hash == sae.hash
     assert torch.equal(back.to(device).encode(there).to_dense(), sae.encode(there).to_dense())

@@ -30,10 +30,11 @@ from saelab.cli.messages import shown
 from saelab.cli.notebook_command import NOTEBOOKS
 from saelab.cli.probe_command import PROBE
 from saelab.cli.serving_commands import SERVING
+from saelab.cli.similarity_command import SIMILARITY
 from saelab.cli.steer_command import STEER
 from saelab.errors import explain
 
-COMMANDS = commands.COMMANDS | STEER | FEATURES | FIND | INTEROP | PROBE | SERVING | NOTEBOOKS
+COMMANDS = commands.COMMANDS | STEER | FEATURES | FIND | INTEROP | PROBE | SIMILARITY | SERVING | NOTEBOOKS
 
 
 def _variant(args: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ from saelab.saes.crosscoder import CrosscoderConfig, CrosscoderSAE
 from saelab.saes.feature_choice import FeatureChoiceConfig, FeatureChoiceSAE
 from saelab.saes.gated import GatedConfig, GatedSAE
 from saelab.saes.gba import GBASAE, GBAConfig
+from saelab.saes.itda import ITDASAE, ITDAConfig
 from saelab.saes.jumprelu import JumpReLUConfig, JumpReLUSAE
 from saelab.saes.jumprelu_transcoder import JumpReLUTranscoderConfig, JumpReLUTranscoderSAE
 from saelab.saes.masked_topk import MaskedTopKConfig, MaskedTopKSAE
@@ -36,6 +37,7 @@ VARIANTS: dict[str, type[SAE]] = {
     "feature_choice": FeatureChoiceSAE,
     "matryoshka": MatryoshkaSAE,
     "matching_pursuit": MatchingPursuitSAE,
+    "itda": ITDASAE,
     "codebook": CodebookSAE,
     "crosscoder": CrosscoderSAE,
     "transcoder": TranscoderSAE,
@@ -46,6 +48,7 @@ VARIANTS: dict[str, type[SAE]] = {
 
 __all__ = [
     "GBASAE",
+    "ITDASAE",
     "SAE",
     "VARIANTS",
     "AbsTopKConfig",
@@ -62,6 +65,7 @@ __all__ = [
     "GBAConfig",
     "GatedConfig",
     "GatedSAE",
+    "ITDAConfig",
     "JumpReLUConfig",
     "JumpReLUSAE",
     "JumpReLUTranscoderConfig",

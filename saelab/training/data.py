@@ -13,11 +13,12 @@ from torch import Tensor
 
 from saelab.activation_cache.layout import config_hash
 from saelab.activation_cache.reader import ActivationCache
+from saelab.activation_cache.row_labels import row_labels
 from saelab.activation_cache.streaming import ActivationStream
 from saelab.saes import Batch
 from saelab.saes.hooks_used import HooksUsed
 from saelab.saes.step import RULES
-from saelab.training.data_source import DataSource, Moments, Rows
+from saelab.training.data_source import DataSource, Moments, Rows, row_numbers
 from saelab.training.kept_out import n_kept_out
 from saelab.training.tensor_data import as_rows, from_iterator, from_tensors
 
@@ -67,6 +68,10 @@ def _from_cache(cache: _Cache, hook_name: str | None, rules: int, for_cuda: bool
         rounded = "" if storage == "bfloat16" else f" {storage}"  # rounds rows differently
         return f"cache {origin['dataset_fingerprint']}{rounded} {hooks}", origin
 
+    def labels(batch_size: int, seed: int, start_step: int) -> Iterator[Tensor]:
+        assert isinstance(cache, ActivationCache)
+        return row_labels(cache, batch_size, seed, start_step, leave_out)
+
     def kept_out(names: Sequence[str]) -> Rows:
         assert isinstance(cache, ActivationCache)
         return cache.left_out(leave_out, list(names))
@@ -82,6 +87,7 @@ def _from_cache(cache: _Cache, hook_name: str | None, rules: int, for_cuda: bool
         rows="" if isinstance(cache, ActivationStream) else config_hash(cache.manifest["config"]),
         held_bytes=cache.held_bytes if streamed else 0,
         pinned=options.get("pin_memory", False),
+        labels=row_numbers if streamed else labels,
         kept_out=kept_out if leave_out else None,
     )
 
