@@ -152,7 +152,7 @@ class ActivationCache:
         ):
             if value < minimum:
                 raise ValueError(f"{name}={value} must be at least {minimum}.")
-        plan = self._plan(seed if shuffle else None, start_step * batch_size, self._kept_rows(leave_out))
+        plan = self.plan(seed if shuffle else None, start_step * batch_size, leave_out)
         batches = self._batches(plan, batch_size, hooks, prefetch, dtype, pin_memory, one)
         _OPEN.add(batches)
         return batches
@@ -196,9 +196,10 @@ class ActivationCache:
             before = after
         return kept
 
-    def _plan(self, seed: int | None, skip: int, kept: Sequence[int]) -> Iterator[tuple[int, Int[Tensor, " n"]]]:
-        """Endlessly, a shard and the order of its first `kept` rows, after skipping `skip` rows of the stream; stored order
-        if `seed` is None."""
+    def plan(self, seed: int | None, skip: int, leave_out: int) -> Iterator[tuple[int, Int[Tensor, " n"]]]:
+        """Endlessly, a shard and the order of those of its rows that are not left out, after skipping `skip` rows of the
+        stream; stored order if `seed` is None."""
+        kept = self._kept_rows(leave_out)
 
         def order(n: int, *what: object) -> Tensor:
             return torch.arange(n) if seed is None else torch.randperm(n, generator=layout.seeded(*what))

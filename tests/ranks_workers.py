@@ -33,7 +33,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "jumprelu": {"target_l0": 6.0},
     "gba": {"adapt_every": 2},
 }
-CONFIGS = {name: config_of(name, D_SAE, **SPECIAL.get(name, {})) for name in VARIANTS if name != "codebook"}
+CONFIGS = {
+    name: config_of(name, D_SAE, **SPECIAL.get(name, {}))
+    for name, variant in VARIANTS.items()
+    if variant.supports_data_parallel
+}
 # Two parts of 34 and 33 rows, of which the second has no equal shares. Clipping is float32's affair.
 TRAIN = TrainConfig(
     n_tokens=67 * 6,

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from test_labels import Server
 
 import saelab
@@ -17,6 +18,7 @@ from saelab.benchmarks.results import open_rows
 from saelab.cli import bench_commands, cache_commands
 from saelab.cli.answers import answering
 from saelab.cli.main import COMMANDS, main
+from saelab.saes import ITDAConfig
 
 pytestmark = pytest.mark.usefixtures("models_load_in_fp32")
 
@@ -38,6 +40,7 @@ ANSWERS: dict[str, tuple[str, set[str]]] = {
     ),
     "diff": ("{layers} --n-tokens 512", {"a", "b", "kind", "features", "counts", "conclusions", "path"}),
     "absorption": ("{run} --model {model} --n-words 6 --max-k 2", {"sae", "hooks", "letters", "absorption", "n_main"}),
+    "similarity": ("{atoms}", {"saes", "jaccard", "model_jaccard", "layer_matching_accuracy"}),
     "label": ("{run} --address {server} --model m --feature {feature}", {"labelled", "left_out", "unusable"}),
     "verify": ("{run} --n-examples 5", {"n_examples", "n_features", "largest_error"}),
     "import": ("{foreign} {out} --model {model} --texts {texts} --n-tokens 512", {"check", "warnings", "report"}),
@@ -77,9 +80,13 @@ def words(hostile_run, tiny_folder, tmp_path_factory) -> Iterator[dict[str, str]
     )  # fmt: skip
     small = saelab.TrainConfig(n_tokens=1024, batch_size=256, warmup_steps=1, checkpoint_every=0, device="cpu")
     saelab.train(saelab.saes.CrosscoderConfig(d_sae=32, k=4), cache, small, layers / "sae", progress=False)
+    for name in ("a", "b"):
+        small = saelab.TrainConfig(n_tokens=128, batch_size=64, device="cpu")
+        saelab.train(ITDAConfig(8, 2), torch.randn(100, 8), small, home / "atoms" / f"sae-{name}", progress=False)
     places = {
         "run": run,
         "layers": layers,
+        "atoms": home / "atoms",
         "foreign": home / "foreign",
         "model": tiny_folder,
         "texts": run / "texts.jsonl",

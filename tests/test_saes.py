@@ -33,6 +33,7 @@ def gradient(parameter: torch.Tensor) -> torch.Tensor:
 
 
 every = pytest.mark.parametrize("name", VARIANTS)
+by_gradient = pytest.mark.parametrize("name", [name for name in VARIANTS if name != "itda"])
 
 
 @every
@@ -94,7 +95,7 @@ def test_code_does_not_depend_on_the_batch(name):
     assert torch.equal(sae.encode(x[4:5]).to_dense(), whole[4:5])
 
 
-@every
+@by_gradient
 def test_gradient_reaches_every_parameter(name):
     sae, x = build(name), rows(64)
     sae.loss(Batch(x, x), info()).total.backward()
@@ -102,7 +103,7 @@ def test_gradient_reaches_every_parameter(name):
         assert parameter.grad is not None and float(parameter.grad.abs().sum()) > 0, parameter_name
 
 
-@every
+@by_gradient
 def test_loss_gradient_is_right_in_float64(name):
     sae, x = build(name).double(), rows(6).double()
     held = NOT_THE_SLOPE.get(name, set())
@@ -210,7 +211,8 @@ def test_training_ends_with_decoder_norms_folded_unless_it_began_before(name, tm
         run.finish({"x": rows(64)}, {"x": rows(64)[:0]}, kept_out=False)  # no row to calibrate on
         sae = load_sae(tmp_path / str(rules))
         torch.testing.assert_close(sae(rows(50)).x_hat, x_hat, rtol=1e-3, atol=1e-3)
-        is_folded = float((sae.decoder_norms.detach() - 1).abs().max()) < 1e-5
+        norms = sae.decoder_norms.detach()
+        is_folded = float((norms[norms > 0] - 1).abs().max()) < 1e-5
         assert is_folded == (sae.unit_norm or (rules == 2 and name not in NOT_FOLDED))
 
 

@@ -9,8 +9,9 @@ from saelab.saes import VARIANTS
 
 SHORT = TrainConfig(n_tokens=128 * 60, batch_size=128, warmup_steps=5, checkpoint_every=20, log_every=5)
 D_SAE = 64
-LEAST = {"codebook": 0.9, "icfl": 0.7}
-"""Codes without magnitudes rebuild less; least squares rebuild much from random features."""
+LEAST = {"codebook": 0.9, "itda": 0.9, "icfl": 0.7}
+"""Codes without magnitudes rebuild less, and a dictionary of activations is full after the first batch; least squares rebuild
+much from random features."""
 
 
 def planted(n: int = 3000, d_in: int = 16) -> torch.Tensor:

@@ -28,7 +28,9 @@ def build(name: str, normalize: str = "center_and_scale", **changes: Any) -> Any
         for bias in (getattr(sae, "b_enc", None), getattr(sae, "b_dec", None)):
             if bias is not None:
                 bias.add_(0.1 * torch.randn(bias.shape))
-        if not bool(sae.W_dec.any()):  # a transcoder's decoder starts at 0, where no gradient reaches the encoder
+        if sae.W_dec.requires_grad and not bool(
+            sae.W_dec.any()
+        ):  # a transcoder's decoder starts at 0, where no gradient reaches the encoder
             sae.W_dec.add_(0.1 * torch.randn(sae.W_dec.shape))
         sae.loss(Batch(rows(64, 5), rows(64, 5)), info())
     return sae

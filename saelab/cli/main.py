@@ -33,11 +33,12 @@ from saelab.cli.messages import shown
 from saelab.cli.notebook_command import NOTEBOOKS
 from saelab.cli.probe_command import PROBE
 from saelab.cli.serving_commands import SERVING
+from saelab.cli.similarity_command import SIMILARITY
 from saelab.cli.steer_command import STEER
 from saelab.errors import explain
 
-COMMANDS = commands.COMMANDS | FINETUNE | STEER | FEATURES | FIND | DIFF | INTEROP | PROBE | ABSORPTION | SERVING
-COMMANDS |= NOTEBOOKS
+COMMANDS = commands.COMMANDS | FINETUNE | STEER | FEATURES | FIND | DIFF | INTEROP | PROBE | ABSORPTION | SIMILARITY
+COMMANDS |= SERVING | NOTEBOOKS
 
 
 def _variant(args: Sequence[str]) -> str:

@@ -11,6 +11,7 @@ from saelab.saes.feature_choice import FeatureChoiceConfig, FeatureChoiceSAE
 from saelab.saes.gated import GatedConfig, GatedSAE
 from saelab.saes.gba import GBASAE, GBAConfig
 from saelab.saes.icfl import ICFLSAE, ICFLConfig
+from saelab.saes.itda import ITDASAE, ITDAConfig
 from saelab.saes.jumprelu import JumpReLUConfig, JumpReLUSAE
 from saelab.saes.jumprelu_transcoder import JumpReLUTranscoderConfig, JumpReLUTranscoderSAE
 from saelab.saes.masked_topk import MaskedTopKConfig, MaskedTopKSAE
@@ -43,6 +44,7 @@ VARIANTS: dict[str, type[SAE]] = {
     "matryoshka": MatryoshkaSAE,
     "matching_pursuit": MatchingPursuitSAE,
     "icfl": ICFLSAE,
+    "itda": ITDASAE,
     "codebook": CodebookSAE,
     "crosscoder": CrosscoderSAE,
     "transcoder": TranscoderSAE,
@@ -54,6 +56,7 @@ VARIANTS: dict[str, type[SAE]] = {
 
 __all__ = [
     "GBASAE",
+    "ITDASAE",
     "SAE",
     "VARIANTS",
     "AbsTopKConfig",
@@ -76,6 +79,7 @@ __all__ = [
     "GatedSAE",
     "ICFLConfig",
     "ICFLSAE",
+    "ITDAConfig",
     "JumpReLUConfig",
     "JumpReLUSAE",
     "JumpReLUTranscoderConfig",

@@ -70,11 +70,11 @@ class MatchingPursuitSAE(SAE):
     selection_rule = "k times the largest <r, d_i>, where positive, which is then taken from r"
 
     @classmethod
-    def expected_l0(cls, config: MatchingPursuitConfig) -> float:
+    def expected_l0(cls, config: Any) -> float:
         return config.k
 
     @classmethod
-    def has_dense_aux(cls, config: MatchingPursuitConfig) -> bool:
+    def has_dense_aux(cls, config: Any) -> bool:
         return config.auxk_alpha > 0
 
     def make_weights(self, rows: Float[Tensor, "d_sae d_in"]) -> None:

@@ -28,6 +28,8 @@ class Batch(NamedTuple):
 
     x: Tensor
     y: Tensor
+    labels: Tensor | None = None
+    """Which token each row is, `(batch, 2)` (`atoms.py`); only for variants with `reads_labels`."""
 
 
 class StepInfo(NamedTuple):

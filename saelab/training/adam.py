@@ -29,7 +29,7 @@ def default_eps(batch_size: int, width: int) -> float:
 
 class Adam:
     """Each step is given its learning rate; `decay` maps parameters to their weight decay, decoupled from the gradient
-    (AdamW, Loshchilov & Hutter 2019)."""
+    (AdamW, Loshchilov & Hutter 2019). Parameters that require no gradient are left alone."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class Adam:
         betas: tuple[float, float] = BETAS,
         eps: float = EPS,
     ) -> None:
-        self.parameters = list(parameters)
+        self.parameters = [p for p in parameters if p.requires_grad]
         self.betas, self.eps = betas, eps
         # Moments below this change no weight. Those of features that do not fire would decay to denormal numbers and stay
         # there, which makes a CPU five to ten times slower; they are set to 0 every `_EVERY` steps.
@@ -53,8 +53,8 @@ class Adam:
     @torch.no_grad()
     def step(self, lr: float, grad_scale: float = 1.0) -> None:
         """One step with the gradients divided by `grad_scale`; parameters without a gradient are unchanged."""
-        first = self.parameters[0]
-        scale = None if grad_scale == 1.0 else torch.tensor(grad_scale, dtype=torch.float32, device=first.device)
+        device = self.parameters[0].device if self.parameters else None
+        scale = None if grad_scale == 1.0 else torch.tensor(grad_scale, dtype=torch.float32, device=device)
         given = [index for index, p in enumerate(self.parameters) if p.grad is not None]
         for decay in sorted(set(self._decay)):
             self._step([index for index in given if self._decay[index] == decay], lr, decay, scale)

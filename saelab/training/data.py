@@ -14,11 +14,12 @@ from torch import Tensor
 
 from saelab.activation_cache.layout import config_hash
 from saelab.activation_cache.reader import ActivationCache
+from saelab.activation_cache.row_labels import row_labels
 from saelab.activation_cache.streaming import ActivationStream
 from saelab.saes import Batch
 from saelab.saes.hooks_used import HooksUsed
 from saelab.saes.step import RULES
-from saelab.training.data_source import MOST_ROWS, DataSource, Moments, Rows
+from saelab.training.data_source import MOST_ROWS, DataSource, Moments, Rows, row_numbers
 from saelab.training.kept_out import n_kept_out
 from saelab.training.tensor_data import as_rows, from_iterator, from_tensors
 
@@ -70,6 +71,10 @@ def _from_cache(cache: _Cache, hook_name: str | None, rules: int, for_cuda: bool
         rounded = "" if storage == "bfloat16" else f" {storage}"  # rounds rows differently
         return f"cache {origin['dataset_fingerprint']}{rounded} {hooks}", origin
 
+    def labels(batch_size: int, seed: int, start_step: int) -> Iterator[Tensor]:
+        assert isinstance(cache, ActivationCache)
+        return row_labels(cache, batch_size, seed, start_step, leave_out)
+
     streamed = isinstance(cache, ActivationStream)
     return DataSource(
         moments=moments,
@@ -81,6 +86,7 @@ def _from_cache(cache: _Cache, hook_name: str | None, rules: int, for_cuda: bool
         rows="" if isinstance(cache, ActivationStream) else config_hash(cache.manifest["config"]),
         held_bytes=cache.held_bytes if streamed else 0,
         pinned=options.get("pin_memory", False),
+        labels=row_numbers if streamed else labels,
         kept_out=functools.partial(_left_out, cache, leave_out) if leave_out else None,
         sample=None if isinstance(cache, ActivationStream) else functools.partial(_sample, cache, leave_out),
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelab.saes import SAE
+from saelab.saes.atoms import numbered
 from saelab.saes.hooks_used import HooksUsed
 from saelab.saes.whitening import WHITEN
 
@@ -23,6 +25,8 @@ MOST_ROWS = 32_768
 """From which mean and covariance of control data are estimated."""
 Rows = Mapping[str, Tensor]
 """Rows by hook name; row i is the same token in each."""
+ROW_LABELS = "row labels"
+"""The key in `Rows` of which token each row is, `(batch, 2)` (`saes/atoms.py`); there only if an SAE reads them."""
 Stream = Callable[[Sequence[str], int, int, int], Iterator[Rows]]
 """(hook names, batch_size, seed, start_step) -> batches from that step on."""
 
@@ -60,6 +64,11 @@ class View(NamedTuple):
         return self.shape.get("d_out", self.width)
 
 
+def row_numbers(batch_size: int, seed: int, start_step: int) -> Iterator[Tensor]:
+    """Labels of rows that are only known by their numbers in the stream."""
+    return (numbered(step * batch_size, batch_size) for step in count(start_step))
+
+
 @dataclass
 class DataSource:
     """Training rows of one or several hooks."""
@@ -81,6 +90,8 @@ class DataSource:
     """Bytes of memory that reading takes in addition to the batches."""
     pinned: bool = False
     """Whether batches are in pinned memory, each in its own."""
+    labels: Callable[[int, int, int], Iterator[Tensor]] = row_numbers
+    """(batch_size, seed, start_step) -> the labels of the rows of the same `batches`."""
     kept_out: Callable[[Sequence[str]], Rows] | None = None
     """Hook names -> the rows held out of all batches; None if none are."""
     sample: Callable[[str], Tensor] | None = None

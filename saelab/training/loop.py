@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn, overload
 
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from saelab.distributed import init_distributed
@@ -21,7 +22,7 @@ from saelab.training.checkpoint import claimed
 from saelab.training.config import TrainConfig
 from saelab.training.control import with_control
 from saelab.training.data import open_data
-from saelab.training.data_source import DataSource, Rows
+from saelab.training.data_source import ROW_LABELS, DataSource, Rows
 from saelab.training.device_rows import ahead_on, common_device
 from saelab.training.interrupt import interrupt_between_steps
 from saelab.training.kept_out import calibration_rows
@@ -170,6 +171,8 @@ def _train_all(runs: list[Run], source: DataSource, config: TrainConfig, progres
     first, ranks = min(run.step for run in runs), runs[0].ranks
     hooks = list(dict.fromkeys(hook for run in runs for hook in run.hooks.all))
     batches = source.batches(hooks, config.batch_size, config.seed, first)
+    if any(run.sae.reads_labels for run in runs):
+        batches = _with_labels(batches, source.labels(config.batch_size, config.seed, first))
     if ranks.size == 1:  # several ranks each copy only their own rows
         batches = ahead_on(common_device(run.device for run in runs), batches, source.pinned)
     options: dict[str, Any] = {"desc": "Training", "unit": "step", "disable": not progress}
@@ -194,6 +197,10 @@ def _train_all(runs: list[Run], source: DataSource, config: TrainConfig, progres
         for run in runs:
             run.finish(rows, unseen, kept_out)
         ranks.barrier(runs[0].device)  # no rank continues before everything is written
+
+
+def _with_labels(batches: Iterator[Rows], labels: Iterator[Tensor]) -> Iterator[Rows]:
+    return ({**rows, ROW_LABELS: next(labels)} for rows in batches)
 
 
 def _stop(runs: list[Run]) -> NoReturn:

@@ -41,7 +41,7 @@ def apply_step(
         project_(sae.W_dec.grad, sae.W_dec)
     gradients = [p.grad for name, p in sae.named_parameters() if shards.is_main_process or name in ROWS]
     norms = [torch.linalg.vector_norm(grad, dim=-1).norm() for grad in gradients if grad is not None]
-    total = torch.stack(norms).norm()
+    total = torch.stack(norms).norm() if norms else torch.zeros(())
     norm = float(shards.all_reduce_sum(total.square()).sqrt() if shards.size > 1 else total)
     if math.isfinite(norm):
         adam.step(lr, grad_scale=max(1.0, norm / clip_norm, running.excess(norm) if running is not None else 1.0))

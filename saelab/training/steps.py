@@ -21,7 +21,7 @@ from saelab.saes.token_norm import TOKEN_NORMS
 from saelab.training.adam import Adam
 from saelab.training.config import TrainConfig
 from saelab.training.cuda_graph import Replayed
-from saelab.training.data_source import Rows
+from saelab.training.data_source import ROW_LABELS, Rows
 from saelab.training.dead_bound import DeadBound
 from saelab.training.dead_features import DeadFeatures
 from saelab.training.device_rows import device_rows
@@ -99,9 +99,12 @@ class AutogradTraining:
         local = micro_batch[ranks.local_rows]
         here = slice(local.start, local.stop)
         batch = of.hooks.batch({name: device_rows(rows, name, here, of.device) for name in of.hooks.all})
+        if of.sae.reads_labels:
+            batch = batch._replace(labels=rows[ROW_LABELS][here])
         share = len(local) / of.train.batch_size
         loss = of.sae.loss(batch, info._replace(ranks=ranks))
-        (loss.total * share).backward()
+        if loss.total.requires_grad:  # not in an SAE that learns without gradients
+            (loss.total * share).backward()
         of.dead.update(loss.feature_acts, ranks)
         values = {"loss": loss.total.item(), "l0": loss.feature_acts.nnz / len(local)}
         if logged:

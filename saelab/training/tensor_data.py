@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from saelab.saes import SAE, Batch
+from saelab.saes.atoms import numbered
 from saelab.saes.hooks_used import HooksUsed
 from saelab.training.data_source import MOST_ROWS, DataSource, Moments, Rows
 from saelab.training.kept_out import n_kept_out
@@ -30,6 +31,10 @@ def from_tensors(rows: Rows, rules: int) -> DataSource:
     def batches(names: Sequence[str], batch_size: int, seed: int, start_step: int) -> Iterator[Rows]:
         orders = _shuffled(n - len(last), batch_size, seed, start_step)
         return ({name: rows[name][first[order] if len(last) else order] for name in names} for order in orders)
+
+    def labels(batch_size: int, seed: int, start_step: int) -> Iterator[Tensor]:
+        orders, numbers = _shuffled(n - len(last), batch_size, seed, start_step), numbered(0, n)
+        return (numbers[first[order]] for order in orders)
 
     def kept_out(names: Sequence[str]) -> Rows:
         return {name: rows[name][last] for name in names}
@@ -52,9 +57,8 @@ def from_tensors(rows: Rows, rules: int) -> DataSource:
         return rows[name][mixed] if n > MOST_ROWS else rows[name]
 
     choose = functools.partial(_tensor_hooks, rows=rows)
-    return DataSource(
-        moments, batches, choose, identity, len(first), kept_out=kept_out if len(last) else None, sample=sample
-    )
+    held = kept_out if len(last) else None
+    return DataSource(moments, batches, choose, identity, len(first), labels=labels, kept_out=held, sample=sample)
 
 
 def _tensor_hooks(variant: type[SAE], config: Any, rows: Rows) -> HooksUsed:
