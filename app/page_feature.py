@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import streamlit as st
 
-from saelab.app import as_python, feature_effect, feature_examples, feature_notes, markdown, query, related, state, url
+from saelab.app import (
+    as_python,
+    feature_effect,
+    feature_examples,
+    feature_notes,
+    interacting,
+    markdown,
+    query,
+    related,
+    state,
+    url,
+)
 from saelab.app.dead_reasons import show_reason
 from saelab.features import Feature
 from saelab.features.render import cosine, feature_histogram_html, number, percent, signs_text
@@ -57,6 +68,7 @@ def _beside(feature: Feature, asked: query.Query) -> None:
     feature_effect.show_shares(feature)
     with state.friendly_errors():
         related.show(feature, asked.parameters())
+        interacting.show(feature, asked.parameters())
     feature_effect.show_promoted(feature)
 
 

@@ -27,7 +27,7 @@ def show(feature: Feature, parameters: dict[str, str]) -> None:
     )  # fmt: skip
     try:
         rows = [(one["feature"], f"{one['cosine']:.2f}") for one in store.neighbours(feature.feature, by=by, k=_SHOWN)]
-        st.html(_table(store, ("Feature", "Cosine"), rows, parameters))
+        st.html(table(store, ("Feature", "Cosine"), rows, parameters))
     except StoreError as error:
         st.info(markdown.plain(str(error)), icon=":material/link_off:")
     st.subheader("Fires together with")
@@ -42,7 +42,7 @@ def show(feature: Feature, parameters: dict[str, str]) -> None:
     heads = ("Feature", "Jaccard", "Lift", "P(it | this)", "P(this | it)")
     names = ("jaccard", "lift", "p_given_this", "p_this_given")
     st.html(
-        _table(store, heads, [(one["feature"], *(_short(one[name]) for name in names)) for one in found], parameters)
+        table(store, heads, [(one["feature"], *(_short(one[name]) for name in names)) for one in found], parameters)
     )
 
 
@@ -50,7 +50,8 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
 
 
-def _table(store: FeatureStore, heads: tuple[str, ...], rows: list[tuple[Any, ...]], parameters: dict[str, str]) -> str:
+def table(store: FeatureStore, heads: tuple[str, ...], rows: list[tuple[Any, ...]], parameters: dict[str, str]) -> str:
+    """Rows whose first value is a feature, with its label and a link to it that keeps `parameters`; the others are HTML."""
     given, rows_of = store.labels, {row["feature"]: row for row in store.rows_of([row[0] for row in rows])}
     lines, view = [], {**parameters, **state.sae_parameter()}
     for index, *values in rows:

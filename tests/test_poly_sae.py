@@ -11,6 +11,7 @@ from saelab.kernels.decode import decode
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.losses import fvu
 from saelab.saes import Batch, PolyConfig, PolySAE, TopKConfig, TopKSAE
+from saelab.saes.interactions import pair_directions, pair_norms
 from saelab.saes.poly import orthonormal
 from saelab.training import TrainConfig, train
 
@@ -126,7 +127,12 @@ def test_a_pair_writes_what_two_features_write_together_and_not_alone(mode):
     other = torch.eye(D_SAE, dtype=torch.float64)
     together = (decoded(sae, one + other) - decoded(sae, one) - decoded(sae, other)) / sae.scale
     together[7] /= 2  # of a feature with itself that is its square, twice
-    torch.testing.assert_close(sae.pair_directions(7), together.detach(), rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(pair_directions(sae, 7), together.detach(), rtol=1e-9, atol=1e-10)
+    norms = pair_norms(sae, [3, 7, 11])
+    torch.testing.assert_close(norms[1], pair_directions(sae, 7)[[3, 7, 11]].norm(dim=1), rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(norms, norms.T)
+    with pytest.raises(ValueError, match="topk has no products"):
+        pair_norms(build("topk"), [0, 1])
 
 
 @each_mode

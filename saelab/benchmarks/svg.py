@@ -10,6 +10,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7
 _MARKS = ("M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0", "M-4-4h8v8h-8z", "M0-5L5 4h-10z", "M0-5L5 0 0 5-5 0z")
 _GREY = "#808080"
 _PANEL, _ROW, _LABELS = 250, 20, 190
+_WIDTH, _HEIGHT, _LEFT, _TOP = 520, 340, 64, 16
 
 Points = Sequence[tuple[float, float]]
 
@@ -51,32 +52,54 @@ def _dots(values: Mapping[str, Sequence[float]], left: float, top: float) -> lis
 
 def curves(series: Mapping[str, Points], x_name: str, y_name: str) -> str:
     """The points `(x, y)` of each series joined by a line, on log-log axes with a legend. Raises `ValueError` without points."""
-    points = [point for row in series.values() for point in row]
-    if not points:
-        raise ValueError("There are no points to draw: pass at least one series with a point.")
-    width, height, left, top = 520, 340, 64, 16
-    x_low, x_high = _around([x for x, _ in points])
-    y_low, y_high = _around([y for _, y in points])
-    x_of = lambda x: left + width * math.log(x / x_low) / math.log(x_high / x_low)  # noqa: E731
-    y_of = lambda y: top + height * math.log(y_high / y) / math.log(y_high / y_low)  # noqa: E731
-    parts = [_line(left, top + height, left + width, top + height), _line(left, top, left, top + height)]
-    for tick in _ticks(x_low, x_high):
-        parts.append(_line(x_of(tick), top, x_of(tick), top + height, 0.2))
-        parts.append(_text(x_of(tick), top + height + 16, f"{tick:g}", "middle"))
-    for tick in _ticks(y_low, y_high):
-        parts.append(_line(left, y_of(tick), left + width, y_of(tick), 0.2))
-        parts.append(_text(left - 6, y_of(tick) + 4, f"{tick:g}", "end"))
-    parts.append(_text(left + width / 2, top + height + 36, x_name, "middle"))
-    parts.append(_text(left, 12, y_name, "middle"))
+    axes = _Axes([point for row in series.values() for point in row])
+    parts = axes.drawn(x_name, y_name)
     for n, (name, row) in enumerate(series.items()):
         colour, mark = COLOURS[n % len(COLOURS)], _MARKS[n // len(COLOURS) % len(_MARKS)]
-        placed = [(x_of(x), y_of(y)) for x, y in sorted(row)]
-        legend = left + width + 24, top + 12 + 20 * n
+        placed = [axes.place(*point) for point in sorted(row)]
+        legend = _LEFT + _WIDTH + 24, _TOP + 12 + 20 * n
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
         parts += [_mark(x, y, colour, mark) for x, y in (*placed, legend)]
         parts.append(_text(legend[0] + 12, legend[1] + 4, name, "start"))
-    return _svg(left + width + 200, max(top + height + 48, 40 + 20 * len(series)), parts)
+    return _svg(_LEFT + _WIDTH + 200, max(_TOP + _HEIGHT + 48, 40 + 20 * len(series)), parts)
+
+
+def scatter(points: Points, x_name: str, y_name: str) -> str:
+    """Each point `(x, y)`, of positive values, as a dot on log-log axes. Raises `ValueError` without points."""
+    axes = _Axes(points)
+    placed = [axes.place(*point) for point in points]
+    dots = [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="1.5" fill="{COLOURS[0]}" fill-opacity=".4"/>' for x, y in placed]
+    return _svg(_LEFT + _WIDTH + 24, _TOP + _HEIGHT + 48, [*axes.drawn(x_name, y_name), *dots])
+
+
+class _Axes:
+    """Log-log axes around points."""
+
+    def __init__(self, points: Points) -> None:
+        if not points:
+            raise ValueError("There are no points to draw: pass at least one series with a point.")
+        self._x, self._y = _around([x for x, _ in points]), _around([y for _, y in points])
+
+    def place(self, x: float, y: float) -> tuple[float, float]:
+        """Where a point is in the picture."""
+        (x_low, x_high), (y_low, y_high) = self._x, self._y
+        return (
+            _LEFT + _WIDTH * math.log(x / x_low) / math.log(x_high / x_low),
+            _TOP + _HEIGHT * math.log(y_high / y) / math.log(y_high / y_low),
+        )
+
+    def drawn(self, x_name: str, y_name: str) -> list[str]:
+        """Both axes, with ticks and names."""
+        bottom, right = _TOP + _HEIGHT, _LEFT + _WIDTH
+        parts = [_line(_LEFT, bottom, right, bottom), _line(_LEFT, _TOP, _LEFT, bottom)]
+        for tick in _ticks(*self._x):
+            x, _ = self.place(tick, self._y[0])
+            parts += [_line(x, _TOP, x, bottom, 0.2), _text(x, bottom + 16, f"{tick:g}", "middle")]
+        for tick in _ticks(*self._y):
+            _, y = self.place(self._x[0], tick)
+            parts += [_line(_LEFT, y, right, y, 0.2), _text(_LEFT - 6, y + 4, f"{tick:g}", "end")]
+        return [*parts, _text(_LEFT + _WIDTH / 2, bottom + 36, x_name, "middle"), _text(8, 12, y_name, "start")]
 
 
 def _around(values: Sequence[float]) -> tuple[float, float]:
@@ -86,10 +109,11 @@ def _around(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Tick positions in a positive range: powers of two within 1 to 512, else 1, 1.5, 2, 3, 5, 7 per decade."""
+    """Tick positions in a positive range: powers of two within 1 to 512, else 1, 1.5, 2, 3, 5, 7 per decade, or 1 alone."""
     powers = [2.0**n for n in range(math.floor(math.log2(low)), math.ceil(math.log2(high)) + 1)]
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    steps = powers if low >= 1 and high <= 512 else [step * 10.0**n for n in decades for step in (1, 1.5, 2, 3, 5, 7)]
+    within = (1, 1.5, 2, 3, 5, 7) if high < 100 * low else (1,)
+    steps = powers if low >= 1 and high <= 512 else [step * 10.0**n for n in decades for step in within]
     return [tick for tick in steps if low <= tick <= high]
 
 

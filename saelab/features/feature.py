@@ -74,6 +74,10 @@ class Feature(Steerable):
         """As `store.neighbours`."""
         return self.store.neighbours(self.feature, by=by, k=k)
 
+    def interactions(self, k: int = 20, lm: Any = None) -> list[dict[str, Any]]:
+        """As `store.interactions`."""
+        return self.store.interactions(self.feature, k, lm)
+
     @property
     def ends(self) -> tuple[End, ...]:
         """The ends at which it fired, the dominant one first."""

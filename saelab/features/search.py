@@ -179,31 +179,33 @@ class Search(StoreReader):
         """
         check_integer("k", k, 1)
         self.check_feature(feature)
-        self.check_version("token sample")
-        sample = self.sample
-        begins = sample["feature_offsets"]
-        rows = sample["by_feature"][begins[feature] : begins[feature + 1]]
-        if not len(rows):
-            return []
-        offsets = sample["offsets"]
-        here = np.concatenate([sample["features"][offsets[row] : offsets[row + 1]] for row in rows.tolist()])
-        both = np.bincount(here, minlength=self.d_sae)
-        counts = np.diff(begins)
-        jaccard = both / np.maximum(counts + len(rows) - both, 1)
+        both, counts, n = self.firing_together(feature)
+        here = counts[feature]
+        jaccard = both / np.maximum(counts + here - both, 1)
         jaccard[feature] = -1.0
         best = [int(i) for i in _largest(jaccard, min(k, self.d_sae - 1)) if both[i]]
-        n = len(sample["tokens"])
         return [
             {
                 "feature": i,
                 "n_both": int(both[i]),
                 "jaccard": float(jaccard[i]),
-                "lift": float(both[i] * n / (counts[i] * len(rows))),
-                "p_given_this": float(both[i] / len(rows)),
+                "lift": float(both[i] * n / (counts[i] * here)),
+                "p_given_this": float(both[i] / here),
                 "p_this_given": float(both[i] / counts[i]),
             }
             for i in best
         ]
+
+    def firing_together(self, feature: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """On how many tokens of the sample each feature fires together with this one, on how many it fires, `(d_sae,)` each, and
+        how many tokens there are."""
+        self.check_version("token sample")
+        sample = self.sample
+        begins, offsets = sample["feature_offsets"], sample["offsets"]
+        rows = sample["by_feature"][begins[feature] : begins[feature + 1]].tolist()
+        here = [sample["features"][offsets[row] : offsets[row + 1]] for row in rows]
+        both = np.bincount(np.concatenate(here) if here else sample["features"][:0], minlength=self.d_sae)
+        return both, np.diff(begins), len(sample["tokens"])
 
     @cached_property
     def sample(self) -> dict[str, np.ndarray]:

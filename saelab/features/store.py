@@ -201,6 +201,17 @@ class FeatureStore(Search):
         table, marks = source(self.annotations, where or {})
         return self._query(f"SELECT count(*) FROM {table} {clause}", [*marks, *values])[0][0]
 
+    @property
+    def additive(self) -> bool:
+        """Whether the SAE's decoder adds up features; otherwise it has products of them (`interactions`)."""
+        return self.manifest["sae"].get("additive", True)
+
+    def interactions(self, feature: int, k: int = 20, lm: Any = None) -> list[dict[str, Any]]:
+        """The features whose products with this one a `poly` SAE decodes to most: see `interactions.interactions`."""
+        from saelab.features.interactions import interactions
+
+        return interactions(self, feature, k, lm)
+
     def column(self, name: str) -> np.ndarray:
         """One metric of every feature, `(d_sae,)` float64 in feature order; NaN where a feature never fired
         or was not tried."""

@@ -177,18 +177,6 @@ class PolySAE(SelectionSAE):
         _, Q_2, Q_3 = orthonormal(torch.cat([Q_1[:, :n], U_2[:, :n], U_3], 1)).split(n, 1)
         self.U.copy_(torch.cat([Q_1, orthonormal(torch.cat([Q_2, U_2[:, n:]], 1)), Q_3], 1))
 
-    @torch.no_grad()
-    def pair_directions(self, feature: int) -> Float[Tensor, "d_sae d_in"]:
-        """For every feature j, what the product z_i z_j with this feature i writes, in raw units; for i itself, what z_i^2 does.
-
-        lambda_2 C_2 (U_1[i] * U_2[j] + U_1[j] * U_2[i]); products of three are not in it.
-        """
-        C, U_1, U_2 = widened(self.C.split(self.ranks, 1)[1], *self.projections(self.U)[:2])
-        U_1 = U_1[:, : self.ranks[1]]
-        both = U_1[feature] * U_2 + U_1 * U_2[feature]
-        both[feature] /= 2
-        return self.lambda2 * (both @ C.T) / self.scale
-
 
 def orthonormal(columns: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
     """An orthonormal basis of the columns by QR, the diagonal of R positive: it moves with them, and leaves one as it is."""

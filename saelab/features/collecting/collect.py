@@ -201,8 +201,10 @@ def _manifest(sae: SAE, stream: ScoreStream, state: Collector, out_dir: Path) ->
         folder = os.path.relpath(Path(sae.provenance.folder).resolve(), out_dir.resolve())
     nnz = int(state.ends.n_fired.sum())
     lm, _ = locate(stream.lm, stream.hook_name)
+    products = {} if sae.additive else {"additive": False}
+    sizes = {"d_sae": sae.d_sae, "d_in": sae.d_in}
     return {
-        "sae": {"hash": sae.hash, "variant": sae.variant, "d_sae": sae.d_sae, "d_in": sae.d_in, "folder": folder},
+        "sae": {"hash": sae.hash, "variant": sae.variant, **sizes, "folder": folder, **products},
         "hook_name": stream.hook_name,
         "sites": {"reads": list(stream.hooks.inputs), "writes": list(stream.hooks.outputs)},
         "model": {"name": lm.name, "hash": lm.hash},
