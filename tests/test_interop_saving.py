@@ -23,7 +23,10 @@ ORIGIN = {
 UNITS = ("none", "scale", "center_and_scale")
 
 # format -> variant -> why it cannot be written; all others can
-NO_PLAIN = {name: f"A {name} is in no other library's format" for name in ("crosscoder", "codebook", "top_afa")}
+NO_PLAIN = {
+    name: f"A {name} is in no other library's format"
+    for name in ("crosscoder", "cross_layer_transcoder", "codebook", "top_afa")
+}
 ONLY_THRESHOLDS = {name: "only thresholds" for name in ("topk", "masked_topk", "abs_topk", "gated", "matching_pursuit")}
 CANNOT: dict[str, dict[str, str]] = {
     "sae_lens": {"transcoder": "a TopK transcoder", "skip_transcoder": "a TopK transcoder"},

@@ -23,7 +23,9 @@ from saelab.training import TrainConfig, train
 
 ALL_L0 = ("topk", "batch_topk", "jumprelu", "relu")
 """Variants that are trained at every L0; the others only at the first."""
-TRANSCODERS = tuple(name for name, variant in VARIANTS.items() if "d_out" in variant.extra_dims)
+TRANSCODERS = tuple(name for name, variant in VARIANTS.items() if variant.extra_dims == ("d_out",))
+LAYERS = tuple(name for name, variant in VARIANTS.items() if variant.extra_dims == ("n_sources", "d_out"))
+"""Variants of several inputs and outputs, which this benchmark leaves out."""
 TABLES = {"crosscoder": "crosscoder", **dict.fromkeys(TRANSCODERS, "transcoder"), "codebook": "codebook"}
 """Table of each variant whose target or encoding is not comparable with the rest; all other variants are in "sae"."""
 KEYS = ("variant", "target_l0", "seed")
@@ -103,13 +105,16 @@ def _configs(
 _NEEDS = {
     "crosscoder": "needs a cache with at least two hooks",
     **dict.fromkeys(TRANSCODERS, "needs hook_name_out: a second hook of the cache"),
+    **dict.fromkeys(LAYERS, "needs the inputs and outputs of several layers, which this benchmark does not take"),
 }
 
 
 def _config(variant: str, config: FamilyConfig, level: int, n_hooks: int) -> Any:
     """The config of a variant at an L0; None if it cannot be trained on this cache."""
     table = TABLES.get(variant, "sae")
-    if (table == "crosscoder" and n_hooks < 2) or (table == "transcoder" and config.hook_name_out is None):
+    if variant in LAYERS or (table == "crosscoder" and n_hooks < 2):
+        return None
+    if table == "transcoder" and config.hook_name_out is None:
         return None
     if table == "codebook":  # its codes have no values, so its k is not comparable with an L0
         return VARIANTS[variant].Config(d_sae=config.d_sae)

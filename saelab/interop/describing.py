@@ -60,7 +60,7 @@ def blueprint_of(sae: SAE) -> Blueprint:
 
 def _refuse_other_units(sae: SAE) -> None:
     """Raise `SaelabError` for what is no encoder and decoder of raw activations."""
-    if sae.variant in ("crosscoder", "codebook", "top_afa"):
+    if sae.variant in ("crosscoder", "cross_layer_transcoder", "codebook", "top_afa"):
         raise SaelabError(
             f"A {sae.variant} is in no other library's format; save it in saelab's own (format='saelab')."
         )
