@@ -53,7 +53,7 @@ def of_scoring(sae: SAE, lm: LanguageModel, texts: Texts) -> dict[str, Any]:
         origin["prepend_bos"] = resolved_bos(lm, None) or None
     origin |= {
         key: sae.provenance.origin[key]
-        for key in ("hook_names", "hook_name_out", "packing")
+        for key in ("hook_names", "hook_name_out", "hook_names_out", "packing")
         if key in sae.provenance.origin
     }
     read_by = of_model(lm)

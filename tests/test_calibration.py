@@ -168,7 +168,7 @@ def test_aux_zipf_serves_features_that_died_after_they_fired(rules):
     sae.density.steps.fill_(10**6)
     acts = sae.encode(torch.randn(8, 3, generator=torch.Generator().manual_seed(0)))
     dead = torch.tensor([False, True, False, False])
-    assert sae._helped(acts, StepInfo(dead, 5, 10, rules=rules)).tolist() == [False, rules == 2, False, False]
+    assert sae.helped(acts, StepInfo(dead, 5, 10, rules=rules)).tolist() == [1] * (rules == 2)
 
 
 @pytest.mark.parametrize("config, warned", [(BatchTopKConfig(64, 60), True), (BatchTopKConfig(64, 4), False)])

@@ -17,7 +17,7 @@ from saelab.features.schema import N_BINS, OCTAVES, WINDOW_LEFT, WINDOW_RIGHT, b
 from saelab.saes import VARIANTS
 
 CTX, TOP_K, N = 16, 6, 320
-CASES = [name for name in VARIANTS if name != "crosscoder"]
+CASES = [name for name in VARIANTS if not name.startswith("cross")]
 FEW = ["topk", "abs_topk", "jumprelu", "relu", "matching_pursuit"]
 
 

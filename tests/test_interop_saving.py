@@ -24,7 +24,7 @@ UNITS = ("none", "scale", "center_and_scale")
 
 WRITTEN_AS = {"gba": "relu"}  # a variant that only saelab has, written as one that computes the same
 # format -> variant -> why it cannot be written; all others can
-PLAIN = ("crosscoder", "codebook", "top_afa", "poly", "icfl", "itda")
+PLAIN = ("crosscoder", "codebook", "top_afa", "poly", "icfl", "itda", "cross_layer_transcoder")
 NO_PLAIN = {name: f"An? {name} is in no other library's format" for name in PLAIN}
 ONLY_THRESHOLDS = {
     name: "only thresholds" for name in ("topk", "masked_topk", "csr", "abs_topk", "gated", "matching_pursuit")

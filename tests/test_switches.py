@@ -17,7 +17,7 @@ from saelab.saes.config import settings
 from saelab.saes.token_norm import TOKEN_NORMS
 from saelab.training import TrainConfig, train
 
-ONE_HOOK = [name for name in VARIANTS if name != "crosscoder"]
+ONE_HOOK = [name for name in VARIANTS if not name.startswith("cross")]
 norms = pytest.mark.parametrize(
     "norm", [norm for norm in TOKEN_NORMS if norm != "whiten"]
 )  # test_whitening.py has that

@@ -16,6 +16,7 @@ from saelab.saes import VARIANTS
 HOOKS = ("blocks.1.hook_resid_post", "blocks.1.hook_mlp_out")
 FLAGS = {
     "crosscoder": [],
+    "cross_layer_transcoder": ["--hook-names", *HOOKS],
     **dict.fromkeys(TRANSCODERS, ["--hook-name", HOOKS[0], "--hook-name-out", HOOKS[1]]),
 }
 

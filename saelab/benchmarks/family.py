@@ -12,10 +12,12 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from saelab.activation_cache.reader import ActivationCache
+from saelab.benchmarks.baselines import BASELINES, baseline, levels
 from saelab.benchmarks.measured import measure
 from saelab.benchmarks.results import Row, Rows, open_rows
 from saelab.benchmarks.synthetic import at_l0, check_variants
 from saelab.identity import of_model
+from saelab.io import load_sae, save_sae
 from saelab.models import LanguageModel, load_model
 from saelab.models.caching import Remembered
 from saelab.saes import SAE, VARIANTS
@@ -23,7 +25,9 @@ from saelab.training import TrainConfig, train
 
 ALL_L0 = ("topk", "batch_topk", "jumprelu", "relu")
 """Variants that are trained at every L0; the others only at the first."""
-TRANSCODERS = tuple(name for name, variant in VARIANTS.items() if "d_out" in variant.extra_dims)
+TRANSCODERS = tuple(name for name, variant in VARIANTS.items() if variant.extra_dims == ("d_out",))
+LAYERS = tuple(name for name, variant in VARIANTS.items() if variant.extra_dims == ("n_sources", "d_out"))
+"""Variants of several inputs and outputs, which this benchmark leaves out."""
 TABLES = {"crosscoder": "crosscoder", **dict.fromkeys(TRANSCODERS, "transcoder"), "codebook": "codebook"}
 """Table of each variant whose target or encoding is not comparable with the rest; all other variants are in "sae"."""
 KEYS = ("variant", "target_l0", "seed")
@@ -58,12 +62,11 @@ def run_family(
     lm: LanguageModel | None = None,
     progress: bool = True,
 ) -> list[Row]:
-    """Train all `variants` (None: every variant with a settable L0) on RUN/cache and evaluate each; one row per SAE.
+    """Train all `variants` (None: every variant with a settable L0, and the baselines) on RUN/cache and evaluate each; one row
+    per SAE. Returns all rows of `out_dir`, including those of earlier calls.
 
-    Returns all rows of `out_dir`, including those of earlier calls.
-
-    All variants are trained at the first of `l0`; topk, batch_topk, jumprelu and relu also at the others. A codebook keeps its
-    default `k`; a crosscoder reads all hooks of the cache and is skipped if there is only one. `out_dir` defaults to
+    All variants are trained at the first of `l0`; topk, batch_topk, jumprelu, relu and baselines also at the others. A codebook
+    keeps its default `k`; a crosscoder reads all hooks of the cache and is skipped if there is only one. `out_dir` defaults to
     RUN/family: `rows.json` and `rows.csv` grow row by row, and `seed-N/` (a RUN for the dashboard) holds each seed's SAEs and
     reports. The same call resumes where it was interrupted, even in the middle of training. `lm` defaults to the model that
     the cache names. Raises `ValueError` for a variant that is unknown or cannot be trained this way, for an empty `l0` and
@@ -72,7 +75,9 @@ def run_family(
     if not seeds:
         raise ValueError("seeds is empty: list at least one.")
     config, cache = config or FamilyConfig(), ActivationCache(Path(run) / "cache")
-    configs = _configs(variants, config, l0, len(cache.hook_names))
+    trained = None if variants is None else [name for name in variants if name not in BASELINES]
+    configs = {} if trained == [] else _configs(trained, config, l0, len(cache.hook_names))
+    untrained = [name for name in BASELINES if variants is None or name in variants]
     out_dir = Path(out_dir) if out_dir is not None else Path(run) / "family"
     origin = cache.origin(config.hook_name)
     settings = dataclasses.asdict(config) | {"hook_name": origin["hook_name"], "data": origin["dataset_fingerprint"]}
@@ -82,6 +87,8 @@ def run_family(
         for seed in seeds:
             if any(rows.find(variant=name, target_l0=level, seed=seed) is None for name, level in configs):
                 _run_seed(rows, configs, cache, config, seed, out_dir / f"seed-{seed}", lm, progress)
+            for name in untrained:
+                _measure_baseline(rows, name, l0, cache, config, seed, lm)
         return list(rows.rows)
 
 
@@ -103,13 +110,16 @@ def _configs(
 _NEEDS = {
     "crosscoder": "needs a cache with at least two hooks",
     **dict.fromkeys(TRANSCODERS, "needs hook_name_out: a second hook of the cache"),
+    **dict.fromkeys(LAYERS, "needs the inputs and outputs of several layers, which this benchmark does not take"),
 }
 
 
 def _config(variant: str, config: FamilyConfig, level: int, n_hooks: int) -> Any:
     """The config of a variant at an L0; None if it cannot be trained on this cache."""
     table = TABLES.get(variant, "sae")
-    if (table == "crosscoder" and n_hooks < 2) or (table == "transcoder" and config.hook_name_out is None):
+    if variant in LAYERS or (table == "crosscoder" and n_hooks < 2):
+        return None
+    if table == "transcoder" and config.hook_name_out is None:
         return None
     if table == "codebook":  # its codes have no values, so its k is not comparable with an L0
         return VARIANTS[variant].Config(d_sae=config.d_sae)
@@ -144,3 +154,19 @@ def _run_seed(
     for (variant, level), sae in pairs:
         key = {"variant": variant, "target_l0": level, "seed": seed}
         rows.get(lambda sae=sae, level=level: columns(sae, level), **key)
+
+
+def _measure_baseline(
+    rows: Rows, name: str, l0: Sequence[int], cache: ActivationCache, config: FamilyConfig, seed: int, lm: LanguageModel
+) -> None:
+    """Add the rows of a baseline; its SAEs stand beside the trained ones."""
+    assert rows.folder is not None
+    hook_name, home = config.hook_name or cache.hook_names[0], rows.folder
+
+    def measured(level: int) -> Row:
+        sae = baseline(name, cache, hook_name, level, config.d_sae, seed)
+        folder = save_sae(sae, home / f"seed-{seed}" / f"sae-{name}-{level}")
+        return {"table": "baseline", **measure(load_sae(folder), lm, level, config.eval_tokens, home)}
+
+    for level in levels(name, l0, lm.d_in(hook_name)):
+        rows.get(lambda level=level: measured(level), variant=name, target_l0=level, seed=seed)

@@ -36,12 +36,13 @@ def measure(
     start = time.perf_counter()
     path = sae_run(sae.provenance.folder).report_path
     report = evaluate(sae, lm, n_tokens=eval_tokens, n_tokens_ce=n_tokens_ce, progress=progress, path=path)
-    speed = statistics.median(line["tokens_per_second"] for line in read_lines(sae.provenance.folder / "metrics.jsonl"))
-    train_seconds = sae.provenance.trained["n_tokens"] / speed
+    speeds = [line["tokens_per_second"] for line in read_lines(sae.provenance.folder / "metrics.jsonl")]
+    speed = statistics.median(speeds) if speeds else None  # a baseline is not trained
+    train_seconds = 0.0 if speed is None else sae.provenance.trained["n_tokens"] / speed
     return {
         **{name: getattr(report, name) for name in MEASURES},
         "l0_as_asked": abs(report.l0 - level) <= L0_TOLERANCE * level,
-        "tokens_per_second": round(speed),
+        "tokens_per_second": None if speed is None else round(speed),
         "train_seconds": round(train_seconds, 1),
         "wall_seconds": round(train_seconds + time.perf_counter() - start, 1),
         "n_tokens": report.n_tokens,

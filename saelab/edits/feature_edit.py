@@ -11,7 +11,7 @@ change stays bit-identical. Position 0 (the attention sink, excluded from traini
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from saelab.edits.direction import OPEN, Range
 from saelab.edits.rows import edited_rows, encoded_rows, with_moved_features
 from saelab.saes import SAE
+from saelab.saes.trained_hooks import written_hooks
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +50,13 @@ class FeatureEdit:
         """What two edits must not both set, each with the end of it (0: both); nothing for one that adds."""
         end = {"positive": 1, "negative": -1}.get(self.where, 0)
         return () if self.mode == "add" else (((self.hook_name, id(self.sae), self.feature), end),)
+
+    def each_hook(self) -> tuple[FeatureEdit, ...]:
+        """The edit at each hook that its feature writes to: one, but for a feature that predicts several layers."""
+        hooks = written_hooks(self.sae, self.feature, self.source)
+        if len(hooks) < 2:
+            return (self,)
+        return tuple(replace(self, hook_name=name.rpartition("/")[2], source=source) for name, source in hooks)
 
     @property
     def d_in(self) -> int:

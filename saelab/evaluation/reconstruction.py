@@ -51,7 +51,7 @@ class Reconstruction:
     """The metrics of a report that need no language model."""
 
     def __init__(self, sae: SAE) -> None:
-        self.variance = VarianceSums()
+        self.variance, self._by_source = VarianceSums(), []
         self.firings = torch.zeros(sae.d_sae, dtype=torch.int64)
         self.hat = VarianceSums()
         self.cosine, self.inner = 0.0, 0.0
@@ -59,12 +59,21 @@ class Reconstruction:
     def add(self, x: Float[Tensor, "n *sources d"], output: SAEOutput) -> None:
         """Add the kept rows of one batch: the targets `x` and the SAE's output."""
         self.variance.add(x, output.x_hat)
+        if x.ndim == 3:
+            self._by_source = self._by_source or [VarianceSums() for _ in range(x.shape[1])]
+            for source, sums in enumerate(self._by_source):
+                sums.add(x[:, source], output.x_hat[:, source])
         self.hat.add(output.x_hat, output.x_hat)
         self.firings += torch.bincount(output.acts.features.cpu(), minlength=len(self.firings))
         x, x_hat = x.flatten(1).double(), output.x_hat.flatten(1).double()
         inner, squared_hat = (x * x_hat).sum(1), x_hat.square().sum(1)
         self.inner += float(inner.sum())
         self.cosine += float((inner / (x.norm(dim=1) * squared_hat.sqrt()).clamp_min(1e-300)).sum())
+
+    @property
+    def fvu_by_source(self) -> list[float | None]:
+        """The FVU of each source by itself; [] if there is only one."""
+        return [sums.fvu for sums in self._by_source]
 
     @property
     def relative_bias(self) -> float | None:

@@ -61,6 +61,8 @@ class Report:
     model_hash: str
     request: dict[str, Any]
     """What was requested: the same request returns the saved report."""
+    fvu_by_hook: dict[str, float | None] | None = None
+    """`fvu` of each hook by itself, where several are reconstructed."""
 
     def to_json(self) -> str:
         """The content of `report.json`."""
@@ -73,7 +75,7 @@ class Report:
 
     def rows(self) -> list[tuple[str, str]]:
         """Name and printable value of each metric."""
-        hidden = ("mask", "sae_hash", "model_hash", "request")
+        hidden = ["mask", "sae_hash", "model_hash", "request", *(["fvu_by_hook"] if self.fvu_by_hook is None else [])]
         return [(key, _show(value)) for key, value in dataclasses.asdict(self).items() if key not in hidden]
 
     def __str__(self) -> str:
@@ -180,6 +182,9 @@ def _report(
         sae_hash=sae.hash,
         model_hash=stream.lm.hash,
         request=request,
+        fvu_by_hook=dict(zip(stream.hooks.outputs, measures.fvu_by_source, strict=True))
+        if measures.fvu_by_source
+        else None,
     )
 
 
@@ -227,5 +232,5 @@ def _show(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4f}"
     if isinstance(value, dict):
-        return ", ".join(f"{key} {number:,}" for key, number in value.items())
+        return ", ".join(f"{key} {_show(number)}" for key, number in value.items())
     return f"{value:,}" if isinstance(value, int) else str(value)

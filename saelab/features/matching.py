@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from saelab.features.decoders import by_source
 from saelab.features.search import unit_rows
 from saelab.features.store import FeatureStore
 
@@ -159,7 +160,7 @@ def _decoder_rows(one: Any) -> np.ndarray:
     """Decoder rows of norm 1, `(d_sae, width)` float32."""
     if isinstance(one, FeatureStore):
         return one.directions("decoder")
-    return unit_rows(one.W_dec.detach().float().cpu().numpy())
+    return unit_rows(by_source(one.W_dec.detach().float().cpu().numpy(), one.d_sae))
 
 
 def _alive(one: Any, d_sae: int) -> np.ndarray:

@@ -9,6 +9,7 @@ import numpy as np
 
 from saelab.errors import StoreError
 from saelab.features import schema
+from saelab.features.decoders import by_source
 from saelab.features.reader import StoreReader
 from saelab.validation import check_integer
 
@@ -151,7 +152,8 @@ class Search(StoreReader):
 
     @cached_property
     def weights(self) -> dict[str, np.ndarray]:
-        """Weights of the SAE by name in float32, read from its folder without torch where they are stored so."""
+        """Weights of the SAE by name in float32, `W_dec` by source if it has several; read from its folder without torch where
+        they are stored so."""
         folder = self.sae_folder
         path = None if folder is None else folder / "sae.safetensors"
         if self._sae is None and path is not None and path.is_file():
@@ -161,6 +163,7 @@ class Search(StoreReader):
                 with safe_open(path, framework="np") as file:
                     found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 if {"W_enc", "W_dec"} <= found.keys():
+                    found["W_dec"] = by_source(found["W_dec"], self.d_sae)
                     return {name: array.astype(np.float32) for name, array in found.items()}
             except (SafetensorError, OSError, TypeError, AttributeError):
                 pass  # bfloat16, which NumPy does not know
@@ -168,7 +171,8 @@ class Search(StoreReader):
         named = {
             name: tensor for name in ("W_enc", "W_dec", "b_enc") if (tensor := getattr(sae, name, None)) is not None
         }
-        return {name: tensor.detach().float().cpu().numpy() for name, tensor in named.items()}
+        found = {name: tensor.detach().float().cpu().numpy() for name, tensor in named.items()}
+        return found | ({"W_dec": by_source(found["W_dec"], self.d_sae)} if "W_dec" in found else {})
 
     def coactivation(self, feature: int, k: int = 20) -> list[dict[str, Any]]:
         """The `k` features that fire most often on the tokens on which this one fires, by exact counts over the token sample.

@@ -52,9 +52,9 @@ def model_card(
 
 def _facts(sae: SAE, license: str | None) -> dict[str, str]:
     origin = sae.provenance.origin
-    hooks = str(origin.get("hook_name") or "not recorded")
+    hooks = ", ".join(origin.get("hook_names") or [str(origin.get("hook_name") or "not recorded")])
     if origin.get("hook_name_out"):
-        hooks += f" -> {origin['hook_name_out']}"
+        hooks += f" -> {', '.join(origin.get('hook_names_out') or [origin['hook_name_out']])}"
     return {
         "language model": str((origin.get("model") or {}).get("name") or "not recorded"),
         "hook": hooks,

@@ -66,7 +66,7 @@ def _refuse_other_units(sae: SAE) -> None:
             f"A {sae.variant} is in no other library's format, as its decoder is not linear in the feature activations; save it "
             "in saelab's own (format='saelab')."
         )
-    if sae.variant in ("crosscoder", "codebook", "top_afa", "icfl"):
+    if sae.variant in ("crosscoder", "codebook", "top_afa", "icfl", "cross_layer_transcoder"):
         raise SaelabError(
             f"A {sae.variant} is in no other library's format; save it in saelab's own (format='saelab')."
         )

@@ -19,6 +19,7 @@ from saelab.edits.feature_edit import FeatureEdit
 from saelab.errors import SaelabError
 from saelab.files import atomic_path, atomic_save_safetensors
 from saelab.models import Steering
+from saelab.models.steered import at_each_hook
 from saelab.saes.token_norm import TOKEN_NORMS
 
 ARCHITECTURE = "controlvector"
@@ -41,9 +42,10 @@ def constant_vector(edit: Any) -> Float[Tensor, " d_in"]:
 
 
 def constant_edits(edits: Sequence[Any] | Steering) -> Sequence[Any]:
-    """The edits of a plan, or those given. Raises `SaelabError` for a plan whose options make them depend on the token."""
+    """The edits of a plan, or those given, at each of their hooks. Raises `SaelabError` for a plan whose options make them
+    depend on the token."""
     if not isinstance(edits, Steering):
-        return edits
+        return at_each_hook(edits)
     options = {name: getattr(edits, name) for name in ("positions", "window", "gate", "cap")}
     given = {"on": edits.on} if edits.on != "both" else {}
     given |= {name: value for name, value in options.items() if value is not None}
@@ -53,7 +55,7 @@ def constant_edits(edits: Sequence[Any] | Steering) -> Sequence[Any]:
         raise SaelabError(
             f"The plan has {told}, but a constant vector is added to every token alike: export one without these options."
         )
-    return edits.edits
+    return at_each_hook(edits.edits)
 
 
 def save_gguf(edits: Sequence[Any] | Steering, path: str | Path, model: str) -> Path:

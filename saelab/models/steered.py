@@ -28,6 +28,12 @@ class Edit(Protocol):
         ...
 
 
+def at_each_hook(edits: Iterable[Any]) -> tuple[Any, ...]:
+    """The edits, those at several hooks (`edit.each_hook()`) as one for each."""
+    each = (edit.each_hook() if hasattr(edit, "each_hook") else (edit,) for edit in edits)
+    return tuple(one for several in each for one in several)
+
+
 @runtime_checkable
 class Gate(Protocol):
     """Says of each token whether the edits apply to it; from `feature.above(0.5)` or `direction.above(0.0)`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from saelab.models.applying import Block, Pass
 from saelab.models.hooks import unknown_hook
 from saelab.models.model_lock import ModelLock
 from saelab.models.prompts import Prompt
-from saelab.models.steered import Edit, Gate, On, Steering, Tokens, refuse_conflicts
+from saelab.models.steered import Edit, Gate, On, Steering, Tokens, at_each_hook, refuse_conflicts
 
 
 class _Open:
@@ -143,6 +144,8 @@ class Steers:
         return Pass(blocks, Tokens(positions, n_prompt, torch.isin(ids, special)), tallies)
 
     def _checked(self, steering: Steering) -> Steering:
+        """The block's edits, at each of their hooks. Raises `ValueError` for what cannot be applied."""
+        steering = replace(steering, edits=at_each_hook(steering.edits))
         for edit in steering.edits:
             self._check_edit(edit)
         refuse_conflicts([*self.edits, *steering.edits])

@@ -5,6 +5,7 @@ from saelab.saes.base import SAE
 from saelab.saes.batch_topk import BatchTopKConfig, BatchTopKSAE
 from saelab.saes.batch_topk_transcoder import BatchTopKTranscoderConfig, BatchTopKTranscoderSAE
 from saelab.saes.codebook import CodebookConfig, CodebookSAE
+from saelab.saes.cross_layer_transcoder import CrossLayerTranscoderConfig, CrossLayerTranscoderSAE
 from saelab.saes.crosscoder import CrosscoderConfig, CrosscoderSAE
 from saelab.saes.csr import CSRSAE, CSRConfig
 from saelab.saes.feature_choice import FeatureChoiceConfig, FeatureChoiceSAE
@@ -47,6 +48,7 @@ VARIANTS: dict[str, type[SAE]] = {
     "itda": ITDASAE,
     "codebook": CodebookSAE,
     "crosscoder": CrosscoderSAE,
+    "cross_layer_transcoder": CrossLayerTranscoderSAE,
     "transcoder": TranscoderSAE,
     "skip_transcoder": SkipTranscoderSAE,
     "batch_topk_transcoder": BatchTopKTranscoderSAE,
@@ -70,6 +72,8 @@ __all__ = [
     "BatchTopKTranscoderSAE",
     "CodebookConfig",
     "CodebookSAE",
+    "CrossLayerTranscoderConfig",
+    "CrossLayerTranscoderSAE",
     "CrosscoderConfig",
     "CrosscoderSAE",
     "FeatureChoiceConfig",

@@ -161,7 +161,7 @@ class SAE(nn.Module):
         self,
         mean: Float[Tensor, "*sources d_in"],
         mean_square: float | Tensor,
-        mean_out: Float[Tensor, " d_out"] | None = None,
+        mean_out: Float[Tensor, "*sources d_out"] | None = None,
         mean_square_out: float | Tensor | None = None,
     ) -> None:
         """Initialise biases and thresholds as if the data were centred, with standard deviation 1 (`start_at`).

@@ -29,10 +29,10 @@ from saelab.kernels.precision import widened
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.losses import weighted_l1
 from saelab.saes.config import LATER
-from saelab.saes.hooks_used import HooksUsed, chosen_hooks
-from saelab.saes.inputs import as_activations
+from saelab.saes.hooks_used import HooksUsed, chosen_hooks, set_hook_names
 from saelab.saes.l0_controller import L0Controller, check_sparsity, start_l0
 from saelab.saes.selection import SelectionConfig
+from saelab.saes.sources import as_row, as_sources, by_source
 from saelab.saes.step import Batch, Loss, StepInfo
 from saelab.saes.threshold import ThresholdSAE, smallest
 from saelab.saes.token_norm import TOKEN_NORMS
@@ -60,13 +60,7 @@ class CrosscoderConfig(SelectionConfig):
     """The sources, in order; None means every hook of the cache."""
 
     def __post_init__(self) -> None:
-        if self.hook_names is not None:
-            names = [self.hook_names] if isinstance(self.hook_names, str) else self.hook_names
-            object.__setattr__(self, "hook_names", tuple(names))  # JSON has a list
-            if not self.hook_names or len(set(self.hook_names)) < len(self.hook_names):
-                raise ValueError(
-                    f"hook_names={self.hook_names} must name one hook or more, each only once; None means all."
-                )
+        set_hook_names(self, "hook_names")
         super().__post_init__()
         check_sparsity(self, "l1")
         if self.normalize in TOKEN_NORMS:
@@ -150,19 +144,12 @@ class CrosscoderSAE(ThresholdSAE):
 
     def normalize(self, x: Any) -> Float[Tensor, "batch width"]:
         """Map raw activations (any device) to the units of the weights, a token's sources concatenated in one row."""
-        x = as_activations(x)
-        sources = x[:, None] if x.ndim == 2 and self.n_sources == 1 else x
-        if sources.ndim != 3 or sources.shape[1:] != (self.n_sources, self.d_in):
-            raise ValueError(
-                f"This crosscoder reads n_sources={self.n_sources} of width d_in={self.d_in}, got a tensor of shape "
-                f"{tuple(x.shape)}; pass (n_tokens, n_sources, d_in) from the hooks it was trained on, in their order."
-            )
-        sources = (sources.to(self.center) - self.center) * self.scale[:, None]
-        return rearrange(sources, "token source d -> token (source d)")
+        what = f"This crosscoder reads n_sources={self.n_sources} of width d_in={self.d_in}"
+        sources = by_source(x, self.n_sources, self.d_in, what)
+        return as_row((sources.to(self.center) - self.center) * self.scale[:, None])
 
     def denormalize(self, x_norm: Float[Tensor, "batch width"], x: Any = None) -> Float[Tensor, "batch *sources d_in"]:
-        sources = rearrange(x_norm, "token (source d) -> token source d", source=self.n_sources)
-        raw = sources / self.scale[:, None] + self.center
+        raw = as_sources(x_norm, self.n_sources) / self.scale[:, None] + self.center
         return raw.squeeze(1) if self.n_sources == 1 else raw
 
     def encode_above(self, x: Float[Tensor, "batch width"], threshold: Tensor) -> SparseActs:

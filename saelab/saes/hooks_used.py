@@ -1,7 +1,7 @@
 """The hooks of a model that an SAE reads (`inputs`) and reconstructs (`outputs`).
 
-Most SAEs have one hook; a crosscoder reads and reconstructs several; a transcoder reads one and predicts another. A hook's
-name starts with "MODEL/" where several models are read side by side.
+Most SAEs have one hook; a crosscoder reads and reconstructs several; a transcoder reads one and predicts another, a cross-layer
+transcoder several and as many others. A hook's name starts with "MODEL/" where several models are read side by side.
 """
 
 from __future__ import annotations
@@ -41,12 +41,15 @@ class HooksUsed(NamedTuple):
         return Batch(x, x if self.inputs == self.outputs else _joined([rows[name] for name in self.outputs]))
 
     def origin(self) -> dict[str, Any]:
-        """The entries of `sae.json`: `hook_name` (the last one read), and the other hooks if there are any."""
+        """The entries of `sae.json`: `hook_name` (the last one read), `hook_name_out` (the last one predicted, if it is another),
+        and all of either where there are several."""
         origin: dict[str, Any] = {"hook_name": self.inputs[-1]}
         if len(self.inputs) > 1:
             origin["hook_names"] = list(self.inputs)
         if self.outputs != self.inputs:
-            origin["hook_name_out"] = self.outputs[0]
+            origin["hook_name_out"] = self.outputs[-1]
+            if len(self.outputs) > 1:
+                origin["hook_names_out"] = list(self.outputs)
         return origin
 
 
@@ -71,3 +74,14 @@ def chosen_hooks(field: str, chosen: Sequence[str], names: Sequence[str]) -> tup
                 "harvest it into another RUN."
             )
     return tuple(chosen)
+
+
+def set_hook_names(config: Any, field: str) -> None:
+    """Make a tuple of a config's list of hooks, if it has one. Raises `ValueError` unless it names each once."""
+    given = getattr(config, field)
+    if given is None:
+        return
+    object.__setattr__(config, field, (given,) if isinstance(given, str) else tuple(given))  # JSON has a list
+    names = getattr(config, field)
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"{field}={names} must name one hook or more, each only once, or be None.")

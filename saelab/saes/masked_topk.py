@@ -74,7 +74,9 @@ class MaskedTopKSAE(SelectionSAE):
         x_hat = decode(feature_acts, self.W_dec, self.b_dec)
         residual, unseen = (x_hat - target).detach(), target[:, hidden]
         terms = {"fvu_hidden": squared_error(unseen, x_hat[:, hidden]) / total_variance(unseen, info.ranks)}
-        terms |= self.aux_of(x - b_dec, W_enc, self.W_dec[:, hidden], residual[:, hidden], feature_acts, info)
+        helped = self.helped(feature_acts, info)
+        rows = W_enc[helped], self.W_dec[helped][:, hidden]
+        terms |= self.aux_of(helped, x - b_dec, *rows, residual[:, hidden], info)
         aux = self.config.auxk_alpha * terms[self.config.aux] if self.config.aux in terms else 0.0
         return Loss(terms["fvu_hidden"] + aux, feature_acts, residual, target, terms)
 

@@ -152,10 +152,12 @@ class MatryoshkaSAE(BatchTopKSAE):
         """The aux loss of the whole dictionary, or the mean over the groups that have features to help."""
         if not self.config.level_aux:
             return self.aux_term(x, residuals[-1], feature_acts, info)
-        helped, group = self._helped(feature_acts, info), torch.arange(len(sizes), device=x.device)
+        helped, group = self.helped(feature_acts, info), torch.arange(len(sizes), device=x.device)
         group = group.repeat_interleave(torch.tensor(sizes, device=x.device))
-        weights = x - self.b_dec, self.W_enc, self.W_dec
-        of_groups = [self.aux_among(helped & (group == g), *weights, left, info) for g, left in enumerate(residuals)]
+        of_groups = []
+        for g, left in enumerate(residuals):
+            mine = helped[group[helped] == g]
+            of_groups.append(self.aux_of(mine, x - self.b_dec, self.W_enc[mine], self.W_dec[mine], left, info))
         found = [loss for terms in of_groups for loss in terms.values()]
         return {self.config.aux: torch.stack(found).mean()} if found else {}
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from saelab.kernels.decode import decode_error
@@ -129,32 +129,20 @@ class SelectionSAE(SAE):
 
     def aux_term(self, x: Tensor, residual: Tensor, feature_acts: SparseActs, info: StepInfo) -> dict[str, Tensor]:
         """The aux loss under its name; empty if it is off or no feature needs it."""
-        centered = x if self.pre_bias is None else x - self.pre_bias
-        return self.aux_of(centered, *self.rows[:2], residual, feature_acts, info)
+        centered, helped = x if self.pre_bias is None else x - self.pre_bias, self.helped(feature_acts, info)
+        W_enc, W_dec, _ = self.rows
+        return self.aux_of(helped, centered, W_enc[helped], W_dec[helped], residual, info)
 
     def aux_of(
-        self, centered: Tensor, W_enc: Tensor, W_dec: Tensor, residual: Tensor, feature_acts: SparseActs, info: StepInfo
+        self, helped: Tensor, centered: Tensor, W_enc: Tensor, W_dec: Tensor, residual: Tensor, info: StepInfo
     ) -> dict[str, Tensor]:
-        """The aux loss of inputs minus their bias, which these weights read and whose residual they write."""
-        return self.aux_among(self._helped(feature_acts, info), centered, W_enc, W_dec, residual, info)
-
-    def aux_among(
-        self,
-        helped: Bool[Tensor, " d_sae"],
-        centered: Tensor,
-        W_enc: Tensor,
-        W_dec: Tensor,
-        residual: Tensor,
-        info: StepInfo,
-    ) -> dict[str, Tensor]:
-        """The aux loss with these features; empty if it is off or there are none."""
-        chosen = helped.nonzero().squeeze(1)
-        if not self.config.auxk_alpha or not len(chosen):
+        """The aux loss of the features `helped`: their weights, inputs minus their bias, and the residual they write."""
+        if not self.config.auxk_alpha or not len(helped):
             return {}
-        rows = W_enc[chosen], self.b_enc[chosen], W_dec[chosen]
         k_aux = self.config.k_aux or max(self.d_in // 2, 1)
         norms = self.aux_norms(info)
-        norms = None if norms is None else norms[chosen]
+        norms = None if norms is None else norms[helped]
+        rows = W_enc, self.b_enc[helped], W_dec
         aux = auxk(centered, -residual, *rows, k_aux, self.signed, info.ranks, norms, self.decoded)
         return {self.config.aux: aux}
 
@@ -162,12 +150,13 @@ class SelectionSAE(SAE):
         """Factors on pre-activations when the aux loss ranks them; None for no factors."""
         return None
 
-    def _helped(self, feature_acts: SparseActs, info: StepInfo) -> Bool[Tensor, " d_sae"]:
+    def helped(self, feature_acts: SparseActs, info: StepInfo) -> Int[Tensor, " n"]:
         """The features that the aux loss trains."""
         if self.density is None:
-            return info.dead
+            return info.dead.nonzero().squeeze(1)
         self.density.update(feature_acts, info.ranks)
         batch = info.ranks.global_batch_size(feature_acts.batch)
         if info.rules < 2:
-            return underused(self.density.mean, self.config.k * max(batch, 1), batch)
-        return info.dead | underused(self.density.mean, self.config.k * max(batch, 1), batch, *self.zipf_law)
+            return underused(self.density.mean, self.config.k * max(batch, 1), batch).nonzero().squeeze(1)
+        rare = underused(self.density.mean, self.config.k * max(batch, 1), batch, *self.zipf_law)
+        return (info.dead | rare).nonzero().squeeze(1)

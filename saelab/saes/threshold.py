@@ -29,7 +29,13 @@ UNSET = -1.0
 class ThresholdSAE(SelectionSAE):
     """`threshold` is one number, or one per feature if `threshold_shape` is `(d_sae,)`."""
 
-    extension_points = SelectionSAE.extension_points | {"encode_above", "scores", "observe", "global_pairs"}
+    extension_points = SelectionSAE.extension_points | {
+        "encode_above",
+        "scores",
+        "observe",
+        "global_pairs",
+        "known_threshold",
+    }
     selection_rule = "u > threshold"
 
     def __init__(self, config: Any, d_in: int, seed: int = 0, threshold_shape: tuple[int, ...] = ()) -> None:
@@ -53,16 +59,20 @@ class ThresholdSAE(SelectionSAE):
 
     def calibrate(self, x: Float[Tensor, "n ..."]) -> bool:
         """Scale all thresholds by one factor, which keeps the ratios between features."""
+        factor = self.factor_for(self.config.k, x)
+        if factor is not None:
+            self.threshold.mul_(factor)
+        return factor is not None
+
+    def factor_for(self, l0: float, x: Float[Tensor, "n ..."]) -> float | None:
+        """The factor on all thresholds with which on average `l0` features fire per row of raw `x`, as `level_for` finds it."""
         threshold = self.known_threshold()
 
         def ratios(rows: Tensor, factor: float) -> Tensor:
             feature_acts = self.encode_above(self.normalize(rows), threshold * factor)
             return self.scores(feature_acts) / (threshold if threshold.ndim == 0 else threshold[feature_acts.features])
 
-        factor = level_for(self.config.k, x, ratios, LOOSER_FACTORS)
-        if factor is not None:
-            self.threshold.mul_(factor)
-        return factor is not None
+        return level_for(l0, x, ratios, LOOSER_FACTORS)
 
     def known_threshold(self) -> Tensor:
         """The threshold. Raises `ValueError` if training has not set it (`u > -1` would keep nearly everything)."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from saelab.edits.direction import Direction, VectorEdit
 from saelab.edits.feature_edit import FeatureEdit
+from saelab.models.steered import at_each_hook
 from saelab.saes.token_norm import TOKEN_NORMS
 from saelab.steering.plan import Plan
 
@@ -40,9 +41,8 @@ def random_control(plan: Plan, seed: int = 0) -> Plan:
     Raises `ValueError` for an edit whose change depends on what the SAE reads (clamp, scale, cap, project out): it has no norm.
     """
     generator = torch.Generator().manual_seed(seed)
-    return replace(
-        plan, edits=tuple(along(edit, torch.randn(_width(edit), generator=generator)) for edit in plan.edits)
-    )
+    edits = at_each_hook(plan.edits)
+    return replace(plan, edits=tuple(along(edit, torch.randn(_width(edit), generator=generator)) for edit in edits))
 
 
 def along(edit: Any, direction: Float[Tensor, " d_in"]) -> VectorEdit | TurnedEdit:

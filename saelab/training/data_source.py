@@ -61,7 +61,7 @@ class View(NamedTuple):
     @property
     def width_out(self) -> int:
         """Width of a target row."""
-        return self.shape.get("d_out", self.width)
+        return self.shape.get("d_out", self.d_in) * self.shape.get("n_sources", 1)
 
 
 def row_numbers(batch_size: int, seed: int, start_step: int) -> Iterator[Tensor]:
@@ -113,7 +113,7 @@ class DataSource:
         if n_sources > 1 and "n_sources" not in shape:
             raise ValueError(
                 f"A tensor to train on must be (n, d_in) for {variant.variant}, got {n_sources} sources per row: only a "
-                "crosscoder reads (n, n_sources, d_in)."
+                "crosscoder or a cross-layer transcoder reads (n, n_sources, d_in)."
             )
         moments = (*x, *y) if hooks.inputs != hooks.outputs else tuple(x)
         fingerprint, origin = self.identity(hooks)
@@ -133,9 +133,7 @@ class DataSource:
             return several[0]
         widths = {name: one.mean.shape[-1] for name, one in zip(names, several, strict=True)}
         if len(set(widths.values())) > 1:
-            raise ValueError(
-                f"The sources of a crosscoder must have the same width; these have {widths}: choose other hook_names."
-            )
+            raise ValueError(f"Sources must have the same width; these have {widths}: choose other hook_names.")
         return Moments(*(torch.stack(each) for each in zip(*several, strict=True)))
 
 

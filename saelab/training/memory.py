@@ -18,6 +18,7 @@ from saelab.activation_cache.layout import human_bytes
 from saelab.errors import TrainingError
 from saelab.kernels.dispatch import fast_bf16
 from saelab.saes import SAE, MatchingPursuitConfig
+from saelab.saes.cross_layer import CrossLayer
 from saelab.training.config import TrainConfig
 from saelab.training.data_source import View
 
@@ -37,6 +38,9 @@ def plan_memory(variant: type[SAE], config: Any, view: View, train: TrainConfig,
     d_sae = -(-config.d_sae // train.feature_shards)
     width, width_out = view.width, view.width_out
     matrices = [d_sae * width_out * 4] + ([] if variant.tied else [d_sae * width * 4])
+    if issubclass(variant, CrossLayer):  # features read one layer each, and write to (n_sources + 1) / 2 on average
+        n_sources = view.shape["n_sources"]
+        matrices = [matrices[0] * (n_sources + 1) // (2 * n_sources), d_sae * view.d_in * 4]
     weights = sum(matrices)
     n_rows = -(-train.batch_size // train.grad_accumulation)
     screen = min(_SCREEN_BYTES, n_rows * d_sae * 4)

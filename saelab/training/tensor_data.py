@@ -62,7 +62,8 @@ def from_tensors(rows: Rows, rules: int) -> DataSource:
 
 
 def _tensor_hooks(variant: type[SAE], config: Any, rows: Rows) -> HooksUsed:
-    """x, and y if there is one: the target of a transcoder, or a second view."""
+    """x, and y if there is one: the target of a transcoder, or a second view. Raises `ValueError` for rows that do not fit the
+    config."""
     predicts = "d_out" in variant.extra_dims
     several = config.hook_names if "n_sources" in variant.extra_dims else None
     if "y" in rows and variant.takes_view:
@@ -75,13 +76,18 @@ def _tensor_hooks(variant: type[SAE], config: Any, rows: Rows) -> HooksUsed:
         raise ValueError(
             f"{type(config).__name__} reconstructs its input: pass a tensor to train on, not a Batch(x, y)."
         )
-    if "y" not in rows and predicts and config.hook_name_out is not None:
+    field = "hook_name_out" if hasattr(config, "hook_name_out") else "hook_names_out"
+    if "y" not in rows and predicts and getattr(config, field) is not None:
         raise ValueError(
-            f"hook_name_out={config.hook_name_out!r} needs rows of that hook to train on: pass a Batch(x, y), or a cache."
+            f"{field}={getattr(config, field)!r} needs rows of that hook to train on: pass a Batch(x, y), or a cache."
         )
-    n_sources = rows["x"].shape[1] if rows["x"].ndim == 3 else 1
-    if several is not None and len(several) != n_sources:
-        raise ValueError(f"hook_names={several} names {len(several)} sources; the tensor to train on has {n_sources}.")
+    n_sources = [x.shape[1] if x.ndim == 3 else 1 for x in rows.values()]
+    if several is not None and len(several) != n_sources[0]:
+        raise ValueError(
+            f"hook_names={several} names {len(several)} sources; the tensor to train on has {n_sources[0]}."
+        )
+    if len(set(n_sources)) > 1:
+        raise ValueError(f"x and y to train on must have the same number of sources per row, got {n_sources}.")
     return HooksUsed(("x",), ("y",) if "y" in rows else ("x",))
 
 

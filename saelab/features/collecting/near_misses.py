@@ -15,6 +15,7 @@ from torch import Tensor
 from saelab.features.collecting.entries import Entries, float_rank, sort_by, token_hash
 from saelab.features.collecting.kept import Kept
 from saelab.kernels.primitives import sddmm
+from saelab.kernels.ragged import flatnonzero
 from saelab.kernels.sparse_acts import SparseActs, offsets_of
 from saelab.saes import SAE
 
@@ -62,27 +63,25 @@ class Margins:
 
     def __init__(self, sae: SAE, x: Tensor, feature_acts: SparseActs) -> None:
         config: Any = sae.config
-        self._rows = sae.normalize(x).float()
-        if getattr(sae, "b_dec", None) is not None and sae.pre_bias is not None:
-            self._rows -= sae.pre_bias.detach().float()
-        self._W_enc = (sae.W_enc if sae.W_enc.ndim == 2 else sae.W_enc.transpose(0, 1).flatten(1)).detach().float()
+        self._encoders = _encoders(sae, sae.normalize(x).float())
         bias = getattr(sae, "b_enc", None)
         self._bias = None if bias is None else bias.detach().float()
         self._signed = bool(getattr(config, "signed", getattr(sae, "signed", False)))
-        threshold = getattr(sae, "threshold", None)
+        threshold = getattr(sae, "theta", getattr(sae, "threshold", None))
         by_norm = getattr(config, "score", "value") == "decoder_norm" or (threshold is not None and sae.W_enc.ndim == 3)
-        self._norms = sae.decoder_norms.detach().float() if by_norm else None
+        folded = getattr(sae, "folded", None)
+        self._norms = sae.decoder_norms.detach().float() if by_norm else None if folded is None else 1 / folded.float()
         self._threshold = None if threshold is None else threshold.detach().float()
         self._lowest = None
         if threshold is None and sae.expected_l0(config) is not None:
             fired = self._scores_at(feature_acts.rows, feature_acts.features)
-            lowest = self._rows.new_full((len(self._rows),), torch.inf)
+            lowest = fired.new_full((len(x),), torch.inf)
             lowest.scatter_reduce_(0, feature_acts.rows.to(fired.device), fired, "amin")
             self._lowest = lowest.where(lowest < torch.inf, 0)
 
     def dense(self) -> Float[Tensor, "n d_sae"]:
         """All of them, to the rounding of a matrix product, which depends on the batch."""
-        scores = self._rows @ self._W_enc.T
+        scores = torch.cat([rows @ W_enc.T for rows, W_enc in self._encoders], 1)
         scores = self._finished(scores, slice(None))
         level = self._threshold if self._lowest is None else self._lowest[:, None]
         return scores - (0.0 if level is None else level)
@@ -98,11 +97,15 @@ class Margins:
         return scores - (self._threshold if self._threshold.ndim == 0 else self._threshold[features])
 
     def _scores_at(self, rows: Tensor, features: Tensor) -> Tensor:
-        rows, features = rows.to(self._rows.device), features.to(self._rows.device)
-        order = sort_by(rows, features)
-        offsets = offsets_of(torch.bincount(rows, minlength=len(self._rows)))
-        scores = self._rows.new_empty(len(rows))
-        scores[order] = sddmm(self._rows, self._W_enc, features[order], offsets)
+        device, first = self._encoders[0][0].device, 0
+        rows, features = rows.to(device), features.to(device)
+        scores = torch.empty(len(rows), device=device)
+        for x, W_enc in self._encoders:
+            mine = flatnonzero((features >= first) & (features < first + len(W_enc)))
+            order = mine[sort_by(rows[mine], features[mine])]
+            offsets = offsets_of(torch.bincount(rows[mine], minlength=len(x)))
+            scores[order] = sddmm(x, W_enc, features[order] - first, offsets)
+            first += len(W_enc)
         return self._finished(scores, features)
 
     def _finished(self, scores: Tensor, features: Any) -> Tensor:
@@ -110,3 +113,13 @@ class Margins:
             scores = scores + self._bias[features]
         scores = scores.abs() if self._signed else scores
         return scores if self._norms is None else scores * self._norms[features]
+
+
+def _encoders(sae: SAE, x: Float[Tensor, "n width"]) -> list[tuple[Tensor, Tensor]]:
+    """What features read and their encoder rows, in the order of the features: by layer where each reads its own."""
+    if (layers := getattr(sae, "layers", None)) is not None:
+        return [(layer.x, layer.W_enc.detach().float()) for layer in layers(x)]
+    if getattr(sae, "b_dec", None) is not None and sae.pre_bias is not None:
+        x = x - sae.pre_bias.detach().float()
+    W_enc = sae.W_enc if sae.W_enc.ndim == 2 else sae.W_enc.transpose(0, 1).flatten(1)
+    return [(x, W_enc.detach().float())]
