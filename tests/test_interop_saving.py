@@ -39,6 +39,7 @@ CANNOT: dict[str, dict[str, str]] = {
             "matching_pursuit",
             "transcoder",
             "skip_transcoder",
+            "batch_topk_transcoder",
             "relu_transcoder",
             "jumprelu_transcoder",
         )

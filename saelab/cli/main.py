@@ -26,6 +26,7 @@ from saelab.cli.bench_commands import BENCHES
 from saelab.cli.commands import Run, StreamFlags, check_has_cache, train
 from saelab.cli.feature_commands import FEATURES
 from saelab.cli.find_command import FIND
+from saelab.cli.finetune_command import FINETUNE
 from saelab.cli.interop_commands import INTEROP
 from saelab.cli.messages import shown
 from saelab.cli.notebook_command import NOTEBOOKS
@@ -34,7 +35,7 @@ from saelab.cli.serving_commands import SERVING
 from saelab.cli.steer_command import STEER
 from saelab.errors import explain
 
-COMMANDS = commands.COMMANDS | STEER | FEATURES | FIND | INTEROP | PROBE | ABSORPTION | SERVING | NOTEBOOKS
+COMMANDS = commands.COMMANDS | FINETUNE | STEER | FEATURES | FIND | INTEROP | PROBE | ABSORPTION | SERVING | NOTEBOOKS
 
 
 def _variant(args: Sequence[str]) -> str:

@@ -114,9 +114,10 @@ def as_thresholds(plan: Blueprint) -> Blueprint:
     if plan.variant in ("relu", "relu_transcoder"):
         kind = plan.variant.replace("relu", "jumprelu")
         return dataclasses.replace(plan, variant=kind, threshold=torch.zeros(plan.d_sae))
-    if plan.variant in ("batch_topk", "matryoshka", "mutual_choice", "feature_choice"):
+    if plan.variant in ("batch_topk", "matryoshka", "mutual_choice", "feature_choice", "batch_topk_transcoder"):
+        kind = "jumprelu_transcoder" if plan.variant in TRANSCODERS else "jumprelu"
         threshold = torch.as_tensor(plan.threshold, dtype=torch.float32).expand(plan.d_sae).clone()
-        return dataclasses.replace(plan, variant="jumprelu", threshold=threshold)
+        return dataclasses.replace(plan, variant=kind, threshold=threshold)
     return plan
 
 

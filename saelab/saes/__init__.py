@@ -3,6 +3,7 @@
 from saelab.saes.abs_topk import AbsTopKConfig, AbsTopKSAE
 from saelab.saes.base import SAE
 from saelab.saes.batch_topk import BatchTopKConfig, BatchTopKSAE
+from saelab.saes.batch_topk_transcoder import BatchTopKTranscoderConfig, BatchTopKTranscoderSAE
 from saelab.saes.codebook import CodebookConfig, CodebookSAE
 from saelab.saes.crosscoder import CrosscoderConfig, CrosscoderSAE
 from saelab.saes.feature_choice import FeatureChoiceConfig, FeatureChoiceSAE
@@ -38,6 +39,7 @@ VARIANTS: dict[str, type[SAE]] = {
     "crosscoder": CrosscoderSAE,
     "transcoder": TranscoderSAE,
     "skip_transcoder": SkipTranscoderSAE,
+    "batch_topk_transcoder": BatchTopKTranscoderSAE,
     "relu_transcoder": ReLUTranscoderSAE,
     "jumprelu_transcoder": JumpReLUTranscoderSAE,
 }
@@ -50,6 +52,8 @@ __all__ = [
     "Batch",
     "BatchTopKConfig",
     "BatchTopKSAE",
+    "BatchTopKTranscoderConfig",
+    "BatchTopKTranscoderSAE",
     "CodebookConfig",
     "CodebookSAE",
     "CrosscoderConfig",

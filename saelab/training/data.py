@@ -30,6 +30,8 @@ def open_data(data: Any, hook_name: str | None, rules: int = RULES, device: torc
     `rules` are the training rules of the run, which determine whether rows are held out of the batches.
     For a CUDA `device` the rows of a cache or stream come in the dtype they are stored in, those of a cache in pinned memory.
     """
+    if isinstance(data, DataSource):
+        return data
     if isinstance(data, str | Path):
         data = ActivationCache(data)
     if isinstance(data, ActivationCache | ActivationStream):

@@ -80,6 +80,10 @@ class DataSource:
     """Whether batches are in pinned memory, each in its own."""
     kept_out: Callable[[Sequence[str]], Rows] | None = None
     """Hook names -> the rows held out of all batches; None if none are."""
+    start: SAE | None = None
+    """The SAE whose weights, thresholds and normalisation training begins with; None: a new one."""
+    make_step: Callable[[Any], Any] | None = None
+    """What makes the steps (as `steps.make_step`, which is used if it is None)."""
 
     def view(self, variant: type[SAE], config: Any) -> View:
         """What an SAE of this config reads. Raises `ValueError` if the data does not fit it."""

@@ -203,8 +203,9 @@ def _summary(runs: list[Run], bar: Any, batch_size: int) -> str:
         return "/".join(form.format(run.last.get(key, float("nan"))) for run in runs)
 
     rate = (bar.format_dict["rate"] or 0) * batch_size
+    kl = f"kl {each('kl', '{:.4f}')}, " if any("kl" in run.last for run in runs) else ""
     return (
-        f"fvu {each('fvu', '{:.3f}')}, l0 {each('l0', '{:.1f}')}, "
+        f"{kl}fvu {each('fvu', '{:.3f}')}, l0 {each('l0', '{:.1f}')}, "
         f"dead {each('dead_fraction_train', '{:.1%}')}, {rate:,.0f} tokens/s"
     )
 
