@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_saes import build
+from tiny_saes import rows as tiny_rows
 
 from saelab.errors import SaelabError
 from saelab.kernels.sparse_acts import SparseActs
@@ -18,7 +20,7 @@ from saelab.probing.letter_words import LETTERS, LetterRows, _check, draw_words,
 from saelab.probing.letters import LetterConfig, first_letters, measure_letters
 from saelab.probing.sparse_probes import best_features, f1, n_split, sparse_weights
 from saelab.probing.word_absorption import absorbed
-from saelab.saes import ReLUConfig, ReLUSAE, TranscoderConfig, TranscoderSAE
+from saelab.saes import VARIANTS, ReLUConfig, ReLUSAE, TranscoderConfig, TranscoderSAE
 from saelab.steering.trial_file import TrialFile
 
 N, CHOSEN = 72, "abcd"
@@ -259,3 +261,16 @@ def test_the_report_resamples_words_within_letters(letters, tmp_path):
     assert data["n_measured"] == 4 and data["n_main"] == 1.25 and data["letters"][0]["full_rate"]["mean"] == 7 / 24
     assert save(report, tmp_path / "letters.json").exists()
     assert any("a letter takes 1.25 features" in line for line in told(report)[1:])
+
+
+def test_every_variant_is_measured():
+    letters = np.repeat(np.arange(4), 63)
+    x = tiny_rows(len(letters)) / 3
+    x[np.arange(len(letters)), letters] += 6
+    for name in VARIANTS:
+        sae = build(name).requires_grad_(False)
+        here = x if "n_sources" not in sae.shape else torch.stack([x] * sae.shape["n_sources"], 1)
+        words = LetterRows(tuple(map(str, range(len(letters)))), letters, np.arange(len(letters)) % 3 == 2, here)
+        for one in measure_letters(sae, words, 3, progress=False)[:4]:
+            assert one.n_right >= 20 and one.reason in (None, "no feature tells it"), (name, one)
+            assert all(0 <= fraction <= 1 for fraction in one.fraction) and len(one.main) <= len(one.f1) <= 3, name
