@@ -20,13 +20,7 @@ from saelab.training.kept_out import n_kept_out
 
 def from_tensors(rows: Rows, rules: int) -> DataSource:
     """A source of the rows of one tensor, or of x and y. Raises `ValueError` if they are empty or not finite."""
-    for name, x in rows.items():
-        if not x.numel():
-            raise ValueError(f"A tensor to train on must be (n, d_in) with both above 0; {name} is {tuple(x.shape)}.")
-        if not bool(x.isfinite().all()):
-            raise ValueError(
-                f"{int((~x.isfinite()).flatten(1).any(1).sum())} of {len(x)} rows contain NaN or infinite values."
-            )
+    _check_rows(rows)
 
     def batches(names: Sequence[str], batch_size: int, seed: int, start_step: int) -> Iterator[Rows]:
         orders = _shuffled(n - len(last), batch_size, seed, start_step)
@@ -59,6 +53,16 @@ def from_tensors(rows: Rows, rules: int) -> DataSource:
     choose = functools.partial(_tensor_hooks, rows=rows)
     held = kept_out if len(last) else None
     return DataSource(moments, batches, choose, identity, len(first), labels=labels, kept_out=held, sample=sample)
+
+
+def _check_rows(rows: Rows) -> None:
+    for name, x in rows.items():
+        if not x.numel():
+            raise ValueError(f"A tensor to train on must be (n, d_in) with both above 0; {name} is {tuple(x.shape)}.")
+        if not bool(x.isfinite().all()):
+            raise ValueError(
+                f"{int((~x.isfinite()).flatten(1).any(1).sum())} of {len(x)} rows contain NaN or infinite values."
+            )
 
 
 def _tensor_hooks(variant: type[SAE], config: Any, rows: Rows) -> HooksUsed:
