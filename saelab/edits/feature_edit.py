@@ -21,7 +21,7 @@ from torch import Tensor
 from saelab.edits.direction import OPEN, Range
 from saelab.edits.rows import edited_rows, encoded_rows, with_moved_features
 from saelab.saes import SAE
-from saelab.saes.trained_hooks import written_hooks
+from saelab.saes.trained_hooks import steered_hooks
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +53,7 @@ class FeatureEdit:
 
     def each_hook(self) -> tuple[FeatureEdit, ...]:
         """The edit at each hook that its feature writes to: one, but for a feature that predicts several layers."""
-        hooks = written_hooks(self.sae, self.feature, self.source)
+        hooks = steered_hooks(self.sae, self.feature, self.source)
         if len(hooks) < 2:
             return (self,)
         return tuple(replace(self, hook_name=name.rpartition("/")[2], source=source) for name, source in hooks)

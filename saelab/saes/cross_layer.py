@@ -42,6 +42,7 @@ class CrossLayer(SAE):
 
     extra_dims = ("n_sources", "d_out")
     unit_norm = False
+    trains_in_model = False  # it predicts several hooks
 
     def __init__(self, config: Any, d_in: int, seed: int = 0, n_sources: int = 1, d_out: int | None = None) -> None:
         if config.d_sae % n_sources:

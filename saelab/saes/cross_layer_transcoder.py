@@ -182,9 +182,11 @@ class CrossLayerTranscoderSAE(CrossLayer, ThresholdSAE):
         pairs, n_kept = self.global_pairs(info), self.config.k * info.ranks.global_batch_size(len(x))
         if self.config.k_over == "each_layer":
             n_layer = n_kept // self.n_sources
-            parts = [encode_batch_topk(*layer, n_layer, global_pairs=pairs) for layer in self.layers(x)]
-            self.observe(torch.stack([smallest(one.values) for one in parts]).repeat_interleave(self.per_layer), info)
-            return join_features(parts)
+            by_layer = [encode_batch_topk(*layer, n_layer, global_pairs=pairs) for layer in self.layers(x)]
+            self.observe(
+                torch.stack([smallest(one.values) for one in by_layer]).repeat_interleave(self.per_layer), info
+            )
+            return join_features(by_layer)
         n_layer = min(n_kept, len(x) * self.per_layer)
         found = join_features([encode_batch_topk(*layer, n_layer) for layer in self.layers(x)])
         scores = found.values.detach()

@@ -52,7 +52,7 @@ def steered_hook(sae: SAE, hook_name: str | None = None) -> tuple[str | None, in
     return hook_name, names.index(hook_name)
 
 
-def written_hooks(sae: SAE, feature: int, source: int = -1) -> list[tuple[str, int]]:
+def steered_hooks(sae: SAE, feature: int, source: int = -1) -> list[tuple[str, int]]:
     """The hooks that a feature is steered at, with the indices of their sources: with `source` -1 all that a feature of a
     cross-layer transcoder writes to; otherwise that of `source` alone."""
     names, layer_of = _outputs(sae) or _inputs(sae), getattr(sae, "layer_of", None)
