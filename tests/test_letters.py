@@ -138,17 +138,19 @@ def word_by_word(seed: int) -> set[tuple[bool, str]]:
     generator = torch.Generator().manual_seed(seed)
     n, d, d_sae, main = 60, 8, 20, [2, 7]
     z = torch.randn(n, d_sae, generator=generator).sub(0.7).relu() * torch.rand(d_sae, generator=generator)
-    writes = torch.randn(d_sae, d, generator=generator).double()
+    directions = torch.randn(d_sae, d, generator=generator).double()
     probe, sizes = torch.randn(d, generator=generator).double(), 0.5 + torch.rand(n, 1, generator=generator)
-    writes[5] -= (writes[5] @ probe) / (probe @ probe) * probe - 0.005 * probe / probe.norm() * writes[5].norm()
+    directions[5] -= (directions[5] @ probe) / (probe @ probe) * probe - 0.005 * probe / probe.norm() * directions[
+        5
+    ].norm()
     z[::10], z[::10, 5] = 0, 3  # alone on these words, and nearly at a right angle to the probe
-    x = (z.double() @ writes) * torch.rand(n, 1, generator=generator).double() * 1.5
-    found = absorbed(SparseActs.from_dense(z), writes, sizes, x, probe, main)
+    x = (z.double() @ directions) * torch.rand(n, 1, generator=generator).double() * 1.5
+    found = absorbed(SparseActs.from_dense(z), directions, sizes, x, probe, main)
     direction, kinds = probe / probe.norm(), set()
     for t in range(n):
         p = float(x[t] @ direction)
-        cosine = [float(F.cosine_similarity(writes[i], direction, 0)) for i in range(d_sae)]
-        parts = [float(z[t, i].double() * sizes[t].double() * (writes[i] @ direction)) for i in range(d_sae)]
+        cosine = [float(F.cosine_similarity(directions[i], direction, 0)) for i in range(d_sae)]
+        parts = [float(z[t, i].double() * sizes[t].double() * (directions[i] @ direction)) for i in range(d_sae)]
         top = max(range(d_sae), key=lambda i: parts[i])
         full = p > 0 and not any(z[t, main]) and cosine[top] >= 0.025 and parts[top] >= 0.4 * p
         mine = sum(parts[i] for i in main)

@@ -120,7 +120,7 @@ class _Task:
         x = rows.x.float().to(sae.center.device)
         self.sizes = sae.token_sizes(x if x.ndim == 2 else x.flatten(1)).cpu().expand(len(x), 1)
         self.feature_acts = sae.encode(x)
-        self.writes = _writes(sae, x.shape[1] if x.ndim == 3 else 1)
+        self.directions = _directions(sae, x.shape[1] if x.ndim == 3 else 1)
         self.x = rows.x.flatten(1).double()
         train = torch.from_numpy(np.flatnonzero(~rows.test))
         labels = torch.from_numpy(rows.letters)[train][:, None] == torch.arange(len(LETTERS))
@@ -161,7 +161,7 @@ class _Task:
         """Absorption on the held-out words that the probe gets right."""
         where = torch.from_numpy(np.flatnonzero(right))
         feature_acts = _on_cpu(self.feature_acts).select_rows(where)
-        found = absorbed(feature_acts, self.writes, self.sizes[where], self.x[where], probe, main)
+        found = absorbed(feature_acts, self.directions, self.sizes[where], self.x[where], probe, main)
         words = [self.rows.words[i] for i in where]
         taken = {word: int(i) for word, i, full in zip(words, found.absorber, found.full, strict=True) if full}
         return {
@@ -172,10 +172,10 @@ class _Task:
         }
 
 
-def _writes(sae: SAE, n_sources: int) -> Float[Tensor, "d_sae d"]:
+def _directions(sae: SAE, n_sources: int) -> Float[Tensor, "d_sae d"]:
     """What a feature activation of 1 writes at a token of size 1, in raw units; the sources of a crosscoder side by side."""
-    parts = [sae.decoder(source) for source in (range(n_sources) if n_sources > 1 else (-1,))]
-    return torch.cat([(rows.double() / scale.double()).cpu() for rows, scale in parts], 1)
+    sources = [sae.decoder(source) for source in (range(n_sources) if n_sources > 1 else (-1,))]
+    return torch.cat([(rows.double() / scale.double()).cpu() for rows, scale in sources], 1)
 
 
 def _on_cpu(found: SparseActs) -> SparseActs:

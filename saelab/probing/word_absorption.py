@@ -41,25 +41,25 @@ class Absorbed(NamedTuple):
 
 def absorbed(
     feature_acts: SparseActs,
-    writes: Float[Tensor, "d_sae d"],
+    directions: Float[Tensor, "d_sae d"],
     token_sizes: Float[Tensor, "n 1"],
     x: Float[Tensor, "n d"],
     probe: Float[Tensor, " d"],
     main: Sequence[int],
 ) -> Absorbed:
-    """Absorption on each row of `x`; `writes` is what a feature activation of 1 writes at a token of size 1, in raw units."""
-    direction = probe.double() / probe.double().norm()
-    along = writes.double() @ direction  # (d_sae,)
-    cosines = along / writes.double().norm(dim=1).clamp_min(1e-30)
-    written = feature_acts.to_dense().double() * along * token_sizes.double()  # (n, d_sae): p_i
-    total = x.double() @ direction
+    """Absorption on each row of `x`; `directions` is what a feature activation of 1 adds at a token of size 1, in raw units."""
+    unit = probe.double() / probe.double().norm()
+    along = directions.double() @ unit  # (d_sae,)
+    cosines = along / directions.double().norm(dim=1).clamp_min(1e-30)
+    projections = feature_acts.to_dense().double() * along * token_sizes.double()  # (n, d_sae): p_i
+    total = x.double() @ unit
     is_main = torch.zeros(len(along), dtype=torch.bool)
     is_main[list(main)] = True
-    top = written.max(1)
+    top = projections.max(1)
     silent = ~(feature_acts.to_dense()[:, is_main] != 0).any(1)
     full = silent & (total > 0) & (cosines[top.indices] >= FULL_COSINE) & (top.values >= SHARE * total)
-    by_main = written[:, is_main].sum(1)
-    others = torch.where(~is_main & (cosines >= FRACTION_COSINE), written.clamp_min(0), 0.0)
+    by_main = projections[:, is_main].sum(1)
+    others = torch.where(~is_main & (cosines >= FRACTION_COSINE), projections.clamp_min(0), 0.0)
     by_others = others.topk(min(N_ABSORBERS, len(along)), 1).values.sum(1)
     counted = (total > 0) & (by_main < total) & (by_others >= SHARE * total)
     rest = torch.minimum(by_others, total - by_main)
