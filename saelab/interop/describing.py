@@ -11,6 +11,7 @@ from saelab.errors import SaelabError
 from saelab.interop.blueprint import TRANSCODERS, Blueprint
 from saelab.saes import SAE
 from saelab.saes.gated import GatedSAE
+from saelab.saes.gradient import GradientSAE
 from saelab.saes.jumprelu import JumpReLUSAE
 from saelab.saes.masked_topk import MaskedTopKSAE
 from saelab.saes.matching_pursuit import MatchingPursuitSAE
@@ -18,6 +19,7 @@ from saelab.saes.threshold import ThresholdSAE
 from saelab.saes.token_norm import TOKEN_NORMS
 from saelab.saes.transcoding import Transcoding
 
+_TOPK_AT_INFERENCE = (MaskedTopKSAE, GradientSAE)
 _OPTIONS = ("select", "score", "stop_on_duplicate", "residual_threshold", "signed", "group_fractions")
 
 
@@ -42,7 +44,7 @@ def blueprint_of(sae: SAE) -> Blueprint:
         W_skip = sae.W_skip.double() * scale / out[0]
         b_dec = b_dec - W_skip @ center
     return Blueprint(
-        variant="topk" if isinstance(sae, MaskedTopKSAE) else sae.variant,
+        variant="topk" if isinstance(sae, _TOPK_AT_INFERENCE) else sae.variant,
         W_enc=W_enc.float(),
         W_dec=(sae.W_dec.double() / out[0]).float(),
         b_enc=None if b_enc is None else b_enc.float(),

@@ -7,6 +7,7 @@ from saelab.saes.codebook import CodebookConfig, CodebookSAE
 from saelab.saes.crosscoder import CrosscoderConfig, CrosscoderSAE
 from saelab.saes.feature_choice import FeatureChoiceConfig, FeatureChoiceSAE
 from saelab.saes.gated import GatedConfig, GatedSAE
+from saelab.saes.gradient import GradientConfig, GradientSAE
 from saelab.saes.jumprelu import JumpReLUConfig, JumpReLUSAE
 from saelab.saes.jumprelu_transcoder import JumpReLUTranscoderConfig, JumpReLUTranscoderSAE
 from saelab.saes.masked_topk import MaskedTopKConfig, MaskedTopKSAE
@@ -26,6 +27,7 @@ VARIANTS: dict[str, type[SAE]] = {
     "batch_topk": BatchTopKSAE,
     "abs_topk": AbsTopKSAE,
     "masked_topk": MaskedTopKSAE,
+    "gradient": GradientSAE,
     "top_afa": TopAFASAE,
     "relu": ReLUSAE,
     "jumprelu": JumpReLUSAE,
@@ -58,6 +60,8 @@ __all__ = [
     "FeatureChoiceSAE",
     "GatedConfig",
     "GatedSAE",
+    "GradientConfig",
+    "GradientSAE",
     "JumpReLUConfig",
     "JumpReLUSAE",
     "JumpReLUTranscoderConfig",

@@ -48,13 +48,12 @@ class SAE(nn.Module):
         "make_weights", "decoder", "decoder_norms", "pre_bias", "weight_decay", "start_at", "fold",
         "set_normalization", "normalize", "normalize_target", "normalized", "denormalize", "token_sizes", "sparse_target",
         "variant", "Config", "selection_rule", "extra_dims", "tied", "unit_norm", "supports_data_parallel",
-        "base_lr", "cpu_preset", "short_preset", "expected_l0", "peak_l0", "has_dense_aux", "hooks",
+        "base_lr", "cpu_preset", "short_preset", "expected_l0", "peak_l0", "has_dense_aux", "hooks", "needs_gradients",
     })
     # fmt: on
     """What a variant may override; the contract suite rejects anything else."""
     extra_dims: ClassVar[tuple[str, ...]] = ()
     """Sizes besides `d_in` that the data determines: attributes, arguments of `__init__` and keys of `sae.json`."""
-
     variant: ClassVar[str]
     Config: ClassVar[type]
     tied: ClassVar[bool] = False
@@ -63,6 +62,8 @@ class SAE(nn.Module):
     """Whether decoder rows are kept at norm 1 (training then removes the gradient component parallel to each row)."""
     supports_data_parallel: ClassVar[bool] = True
     """Whether it can be trained data-parallel, each rank on its share of every batch."""
+    needs_gradients: ClassVar[bool] = False
+    """Whether it is trained with the gradient of the model's loss at each activation."""
     base_lr: ClassVar[float] = 3e-3
     """Adam's learning rate at d_sae 4096 when `TrainConfig.lr` is None; scaled by sqrt(4096 / d_sae)."""
     cpu_preset: ClassVar[dict[str, Any]] = {}
@@ -168,8 +169,7 @@ class SAE(nn.Module):
     ) -> None:
         """Initialise biases and thresholds as if the data were centred, with standard deviation 1 (`start_at`).
 
-        Call before the first step, after `set_normalization` with the same arguments. Does nothing for "center_and_scale",
-        which already removes mean and scale.
+        Call before the first step, after `set_normalization` with the same arguments; does nothing for "center_and_scale".
         """
         if self.config.normalize == "center_and_scale":
             return

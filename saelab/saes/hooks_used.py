@@ -20,6 +20,8 @@ class HooksUsed(NamedTuple):
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    gradients: tuple[str, ...] = ()
+    """Columns of the training data with the gradients at the inputs, for variants that read them."""
 
     def __str__(self) -> str:
         inputs, output = ", ".join(self.inputs), ", ".join(self.outputs)
@@ -30,10 +32,16 @@ class HooksUsed(NamedTuple):
         """Each hook once."""
         return tuple(dict.fromkeys(self.inputs + self.outputs))
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What is read in training: the hooks, and the gradients at them."""
+        return self.all + self.gradients
+
     def batch(self, rows: Mapping[str, Tensor]) -> Batch:
-        """`Batch(x, y)` from rows `(..., d)` by hook; several hooks are stacked to `(..., n_sources, d)`."""
+        """`Batch(x, y, gradient)` from rows `(..., d)` by column; several hooks are stacked to `(..., n_sources, d)`."""
         x = _joined([rows[name] for name in self.inputs])
-        return Batch(x, x if self.inputs == self.outputs else _joined([rows[name] for name in self.outputs]))
+        y = x if self.inputs == self.outputs else _joined([rows[name] for name in self.outputs])
+        return Batch(x, y, _joined([rows[name] for name in self.gradients]) if self.gradients else None)
 
     def origin(self) -> dict[str, Any]:
         """The entries of `sae.json`: `hook_name` (the last one read), and the other hooks if there are any."""

@@ -40,7 +40,7 @@ def open_data(data: Any, hook_name: str | None, rules: int = RULES, device: torc
         return from_iterator(iter(data))
     raise ValueError(
         f"Cannot train on {type(data).__name__}: pass a cache, its path, a stream, a tensor or NumPy array (n, d_in), a "
-        "Batch(x, y) of them, or an iterator of these."
+        "Batch(x, y) or Batch(x, x, gradient) of them, or an iterator of these."
     )
 
 
@@ -51,8 +51,7 @@ def _from_cache(cache: _Cache, hook_name: str | None, rules: int, for_cuda: bool
 
     @functools.cache
     def moments(name: str) -> Moments:
-        stats = cache.stats(name)
-        return Moments(stats["mean"].float(), stats["second_moment"].sum())
+        return Moments((stats := cache.stats(name))["mean"].float(), stats["second_moment"].sum())
 
     options = _reading(cache, leave_out, for_cuda)
 
@@ -83,7 +82,17 @@ def _from_cache(cache: _Cache, hook_name: str | None, rules: int, for_cuda: bool
         held_bytes=cache.held_bytes if streamed else 0,
         pinned=options.get("pin_memory", False),
         kept_out=kept_out if leave_out else None,
+        lacks_gradients=_lacks_gradients(cache),
     )
+
+
+def _lacks_gradients(cache: _Cache) -> str | None:
+    again = f"--hook-name {' '.join(cache.hook_names)} --n-tokens NUMBER --gradients"
+    if isinstance(cache, ActivationStream):
+        return f"a stream supplies none: train on a cache, saelab harvest RUN {again}"
+    if cache.gradients is None:
+        return f"{cache.path} holds none: harvest again into another RUN, saelab harvest RUN {again}"
+    return None
 
 
 def _reading(cache: _Cache, leave_out: int, for_cuda: bool) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from saelab.activation_cache.columns import gradient_of
 from saelab.saes import SAE
 from saelab.saes.hooks_used import HooksUsed
 
@@ -80,10 +81,12 @@ class DataSource:
     """Whether batches are in pinned memory, each in its own."""
     kept_out: Callable[[Sequence[str]], Rows] | None = None
     """Hook names -> the rows held out of all batches; None if none are."""
+    lacks_gradients: str | None = None
+    """Why there is no gradient at each activation, and what to do; None if there is (`columns.gradient_of`)."""
 
     def view(self, variant: type[SAE], config: Any) -> View:
         """What an SAE of this config reads. Raises `ValueError` if the data does not fit it."""
-        hooks = self.choose(variant, config)
+        hooks = self._with_gradients(variant, self.choose(variant, config))
         x, y = self._moments(hooks.inputs), self._moments(hooks.outputs)
         n_sources = max(one.mean.shape[0] if one.mean.ndim == 2 else 1 for one in (x, y))
         sizes = {"n_sources": n_sources, "d_out": y.mean.shape[-1]}
@@ -95,6 +98,17 @@ class DataSource:
             )
         moments = (*x, *y) if hooks.inputs != hooks.outputs else tuple(x)
         return View(hooks, x.mean.shape[-1], shape, moments, *self.identity(hooks), self.rows)
+
+    def _with_gradients(self, variant: type[SAE], hooks: HooksUsed) -> HooksUsed:
+        """The hooks and, if the variant reads them, the gradients at its inputs. Raises `ValueError` if there are none."""
+        if not variant.needs_gradients:
+            return hooks
+        if self.lacks_gradients is not None:
+            raise ValueError(
+                f"The variant {variant.variant} is trained with the gradient of the language model's loss at each activation, "
+                f"and {self.lacks_gradients}."
+            )
+        return hooks._replace(gradients=tuple(map(gradient_of, hooks.inputs)))
 
     def _moments(self, names: Sequence[str]) -> Moments:
         """Moments of one hook; several hooks of equal width are stacked along a source axis."""

@@ -11,10 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saelab.activation_cache.columns import gradient_of
 from saelab.saes import SAE, Batch
 from saelab.saes.hooks_used import HooksUsed
 from saelab.training.data_source import DataSource, Moments, Rows
 from saelab.training.kept_out import n_kept_out
+
+_GRADIENT = gradient_of("x")
+_LACKS_GRADIENTS = "these rows come without: pass a Batch(x, x, gradient)"
 
 
 def from_tensors(rows: Rows, rules: int) -> DataSource:
@@ -49,7 +53,8 @@ def from_tensors(rows: Rows, rules: int) -> DataSource:
         return Moments(x.mean(0).float(), x.square().sum(-1).mean(0))
 
     choose = functools.partial(_tensor_hooks, rows=rows)
-    return DataSource(moments, batches, choose, identity, len(first), kept_out=kept_out if len(last) else None)
+    held_out, lacks = kept_out if len(last) else None, None if _GRADIENT in rows else _LACKS_GRADIENTS
+    return DataSource(moments, batches, choose, identity, len(first), kept_out=held_out, lacks_gradients=lacks)
 
 
 def _tensor_hooks(variant: type[SAE], config: Any, rows: Rows) -> HooksUsed:
@@ -72,7 +77,7 @@ def _tensor_hooks(variant: type[SAE], config: Any, rows: Rows) -> HooksUsed:
 
 def as_rows(data: Any, like: Rows | None = None) -> Rows:
     """fp32 rows, named "x" and "y", of a tensor, an array, or a Batch of them. Raises `ValueError` for a wrong shape or type."""
-    given = {"x": data.x, "y": data.y} if isinstance(data, Batch) else {"x": data}
+    given = _named(data) if isinstance(data, Batch) else {"x": data}
     if like is not None and given.keys() != like.keys():
         raise ValueError(f"Every chunk to train on must have {' and '.join(like)}; this one has {' and '.join(given)}.")
     rows = {name: _as_floats(one, None if like is None else like[name].shape[1:]) for name, one in given.items()}
@@ -81,6 +86,17 @@ def as_rows(data: Any, like: Rows | None = None) -> Rows:
             f"x and y to train on must have the same number of rows, got {[len(x) for x in rows.values()]}."
         )
     return rows
+
+
+def _named(batch: Batch) -> dict[str, Any]:
+    """What a Batch holds, by name. Raises `ValueError` for a gradient that is not one of x."""
+    if batch.gradient is None:
+        return {"x": batch.x, "y": batch.y}
+    shapes = [tuple(getattr(one, "shape", ())) for one in (batch.x, batch.gradient)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"The gradient of a Batch must have the shape of x, {shapes[0]}; got {shapes[1]}.")
+    given = {"x": batch.x, _GRADIENT: batch.gradient}
+    return given if batch.y is batch.x else given | {"y": batch.y}
 
 
 def _as_floats(rows: Any, row_shape: Sequence[int] | None = None) -> Tensor:
@@ -135,4 +151,4 @@ def from_iterator(chunks: Iterator[Any]) -> DataSource:
         fingerprint, origin = start.identity(hooks)
         return f"iterator from {fingerprint}", origin
 
-    return DataSource(start.moments, batches, start.choose, identity)
+    return DataSource(start.moments, batches, start.choose, identity, lacks_gradients=start.lacks_gradients)
