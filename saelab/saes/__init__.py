@@ -13,6 +13,7 @@ from saelab.saes.gated import GatedConfig, GatedSAE
 from saelab.saes.gba import GBASAE, GBAConfig
 from saelab.saes.icfl import ICFLSAE, ICFLConfig
 from saelab.saes.itda import ITDASAE, ITDAConfig
+from saelab.saes.gradient import GradientConfig, GradientSAE
 from saelab.saes.jumprelu import JumpReLUConfig, JumpReLUSAE
 from saelab.saes.jumprelu_transcoder import JumpReLUTranscoderConfig, JumpReLUTranscoderSAE
 from saelab.saes.masked_topk import MaskedTopKConfig, MaskedTopKSAE
@@ -34,6 +35,7 @@ VARIANTS: dict[str, type[SAE]] = {
     "abs_topk": AbsTopKSAE,
     "masked_topk": MaskedTopKSAE,
     "csr": CSRSAE,
+    "gradient": GradientSAE,
     "top_afa": TopAFASAE,
     "poly": PolySAE,
     "relu": ReLUSAE,
@@ -84,6 +86,8 @@ __all__ = [
     "ICFLConfig",
     "ICFLSAE",
     "ITDAConfig",
+    "GradientConfig",
+    "GradientSAE",
     "JumpReLUConfig",
     "JumpReLUSAE",
     "JumpReLUTranscoderConfig",

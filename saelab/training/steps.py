@@ -98,7 +98,7 @@ class AutogradTraining:
         ranks = of.mesh.data.sharing(len(micro_batch))
         local = micro_batch[ranks.local_rows]
         here = slice(local.start, local.stop)
-        batch = of.hooks.batch({name: device_rows(rows, name, here, of.device) for name in of.hooks.all})
+        batch = of.hooks.batch({name: device_rows(rows, name, here, of.device) for name in of.hooks.columns})
         if of.sae.reads_labels:
             batch = batch._replace(labels=rows[ROW_LABELS][here])
         share = len(local) / of.train.batch_size
