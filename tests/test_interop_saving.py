@@ -27,7 +27,8 @@ WRITTEN_AS = {"gba": "relu"}  # a variant that only saelab has, written as one t
 PLAIN = ("crosscoder", "codebook", "top_afa", "poly", "icfl", "itda", "cross_layer_transcoder")
 NO_PLAIN = {name: f"An? {name} is in no other library's format" for name in PLAIN}
 ONLY_THRESHOLDS = {
-    name: "only thresholds" for name in ("topk", "masked_topk", "csr", "gradient", "abs_topk", "gated", "matching_pursuit")
+    name: "only thresholds"
+    for name in ("topk", "masked_topk", "csr", "gradient", "abs_topk", "gated", "matching_pursuit")
 }
 CANNOT: dict[str, dict[str, str]] = {
     "sae_lens": {"transcoder": "a TopK transcoder", "skip_transcoder": "a TopK transcoder"},

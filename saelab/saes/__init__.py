@@ -11,9 +11,9 @@ from saelab.saes.csr import CSRSAE, CSRConfig
 from saelab.saes.feature_choice import FeatureChoiceConfig, FeatureChoiceSAE
 from saelab.saes.gated import GatedConfig, GatedSAE
 from saelab.saes.gba import GBASAE, GBAConfig
+from saelab.saes.gradient import GradientConfig, GradientSAE
 from saelab.saes.icfl import ICFLSAE, ICFLConfig
 from saelab.saes.itda import ITDASAE, ITDAConfig
-from saelab.saes.gradient import GradientConfig, GradientSAE
 from saelab.saes.jumprelu import JumpReLUConfig, JumpReLUSAE
 from saelab.saes.jumprelu_transcoder import JumpReLUTranscoderConfig, JumpReLUTranscoderSAE
 from saelab.saes.masked_topk import MaskedTopKConfig, MaskedTopKSAE
