@@ -9,10 +9,13 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import cross_entropy
 
 from saelab.distributed import SINGLE_PROCESS, Ranks
-from saelab.distributed.collectives import global_variance
+from saelab.distributed.collectives import gather_rows, global_variance
+from saelab.kernels.decode import decode
 from saelab.kernels.precision import widened
+from saelab.kernels.sparse_acts import SparseActs
 
 
 class SquaredError(Function):
@@ -108,3 +111,28 @@ def auxk(
         top = (scores if norms is None else scores * norms).topk(k_aux, dim=1).indices
         pre_acts = torch.zeros_like(pre_acts).scatter(1, top, pre_acts.gather(1, top))
     return fvu_of_rest(target, (pre_acts if signed else pre_acts.relu()) @ W_dec_dead, ranks)
+
+
+def info_nce(
+    feature_acts: SparseActs, view: SparseActs, temperature: float, ranks: Ranks = SINGLE_PROCESS
+) -> Float[Tensor, ""]:
+    """InfoNCE (van den Oord, Li & Vinyals 2018) of two views of the same items: the mean over rows t of
+
+        -log( exp(s_tt / T) / sum_r exp(s_tr / T) ),   s_tr = cos(feature_acts_t, view_r)
+
+    with r over the rows of all ranks. A row without active features has cosine 0 with every row.
+    """
+    others = gather_rows(_unit_rows(view).to_dense(), ranks)  # (all rows, d_sae)
+    cosines = decode(_unit_rows(feature_acts), others.T.contiguous())
+    first = 0 if ranks.size == 1 else ranks.local_rows.start
+    return cross_entropy(cosines / temperature, torch.arange(len(cosines), device=cosines.device) + first)
+
+
+def _unit_rows(feature_acts: SparseActs) -> SparseActs:
+    """The same with the values of each row scaled to norm 1."""
+    values = feature_acts.values
+    ones = values.new_ones(feature_acts.d_sae, 1)
+    norms = (
+        decode(feature_acts.with_values(values.square()), ones)[:, 0].clamp_min(torch.finfo(values.dtype).tiny).sqrt()
+    )
+    return feature_acts.with_values(values / norms[feature_acts.rows])

@@ -25,6 +25,7 @@ from saelab.training.feature_shards import shard_of
 D_SAE = 96
 SPECIAL: dict[str, dict[str, Any]] = {
     "topk": {"k_aux": 6, "k_start": 6},
+    "csr": {"view_dropout": 0.2},
     "mutual_choice": {"k_start": 9},
     "batch_topk": {"aux": "aux_zipf"},
     "relu": {"target_l0": 6.0},

@@ -24,13 +24,15 @@ UNITS = ("none", "scale", "center_and_scale")
 
 # format -> variant -> why it cannot be written; all others can
 NO_PLAIN = {name: f"A {name} is in no other library's format" for name in ("crosscoder", "codebook", "top_afa")}
-ONLY_THRESHOLDS = {name: "only thresholds" for name in ("topk", "masked_topk", "abs_topk", "gated", "matching_pursuit")}
+ONLY_THRESHOLDS = {
+    name: "only thresholds" for name in ("topk", "masked_topk", "csr", "abs_topk", "gated", "matching_pursuit")
+}
 CANNOT: dict[str, dict[str, str]] = {
     "sae_lens": {"transcoder": "a TopK transcoder", "skip_transcoder": "a TopK transcoder"},
     "sparsify": {
         name: f"a {name} \\(only a k per token\\)"
         for name in VARIANTS
-        if name not in ("topk", "masked_topk", "transcoder", "skip_transcoder", *NO_PLAIN)
+        if name not in ("topk", "masked_topk", "csr", "transcoder", "skip_transcoder", *NO_PLAIN)
     },
     "dictionary_learning": {
         name: f"a {name}"

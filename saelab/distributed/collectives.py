@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Bool, Float, Num, Shaped
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from saelab.errors import TrainingError
 
@@ -142,6 +144,25 @@ class Ranks:
 
 SINGLE_PROCESS = Ranks()
 """One process alone."""
+
+
+class GatherRows(Function):
+    """The rows of all ranks, in rank order; the gradient of a row is the sum of what every rank computes for it."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        return torch.cat(ranks.all_gather(local))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.ranks.all_reduce_sum(grads[0])[ctx.ranks.local_rows], None
+
+
+def gather_rows(local: Float[Tensor, "n d"], ranks: Ranks) -> Float[Tensor, "_ d"]:
+    """The rows of all ranks that share a batch, in rank order; differentiable."""
+    return local if ranks.size == 1 else GatherRows.apply(local, ranks)  # pyright: ignore[reportReturnType]
 
 
 class GradientSum:

@@ -19,9 +19,8 @@ from saelab.errors import ModelError
 from saelab.models import LanguageModel
 from saelab.models.multi_model import ModelsTogether, names_and_hashes
 from saelab.saes import SAE, Batch
-from saelab.saes.base import check_is_sae
 from saelab.saes.hooks_used import HooksUsed
-from saelab.saes.trained_hooks import hooks_of
+from saelab.saes.trained_hooks import check_is_sae, hooks_of
 from saelab.tokens import Texts, TokenBatch, document_id, load_texts
 from saelab.tokens.mask import MASK_RULE, Mask, NormRule, row_norms
 from saelab.tokens.packing import PACKED, contexts

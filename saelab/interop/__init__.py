@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from saelab import io
 from saelab.errors import SaelabError
 from saelab.files import writing
-from saelab.saes.base import check_is_sae
+from saelab.saes.trained_hooks import check_is_sae
 
 if TYPE_CHECKING:
     import torch

@@ -12,7 +12,6 @@ from saelab.interop.blueprint import TRANSCODERS, Blueprint
 from saelab.saes import SAE
 from saelab.saes.gated import GatedSAE
 from saelab.saes.jumprelu import JumpReLUSAE
-from saelab.saes.masked_topk import MaskedTopKSAE
 from saelab.saes.matching_pursuit import MatchingPursuitSAE
 from saelab.saes.threshold import ThresholdSAE
 from saelab.saes.token_norm import TOKEN_NORMS
@@ -42,7 +41,7 @@ def blueprint_of(sae: SAE) -> Blueprint:
         W_skip = sae.W_skip.double() * scale / out[0]
         b_dec = b_dec - W_skip @ center
     return Blueprint(
-        variant="topk" if isinstance(sae, MaskedTopKSAE) else sae.variant,
+        variant=sae.exported_as or sae.variant,
         W_enc=W_enc.float(),
         W_dec=(sae.W_dec.double() / out[0]).float(),
         b_enc=None if b_enc is None else b_enc.float(),

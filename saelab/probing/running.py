@@ -24,8 +24,7 @@ from saelab.probing.regimes import Regime, split
 from saelab.probing.report import Draw, ProbedSet, ProbeReport
 from saelab.probing.rows import Harvest, Rows
 from saelab.saes import SAE
-from saelab.saes.base import check_is_sae
-from saelab.saes.trained_hooks import hooks_of
+from saelab.saes.trained_hooks import check_is_sae, hooks_of
 from saelab.steering.trial_file import TrialFile
 from saelab.steering.unsteered import refuse_steered
 from saelab.tokens.tokenizing import context_start

@@ -5,6 +5,7 @@ from saelab.saes.base import SAE
 from saelab.saes.batch_topk import BatchTopKConfig, BatchTopKSAE
 from saelab.saes.codebook import CodebookConfig, CodebookSAE
 from saelab.saes.crosscoder import CrosscoderConfig, CrosscoderSAE
+from saelab.saes.csr import CSRSAE, CSRConfig
 from saelab.saes.feature_choice import FeatureChoiceConfig, FeatureChoiceSAE
 from saelab.saes.gated import GatedConfig, GatedSAE
 from saelab.saes.jumprelu import JumpReLUConfig, JumpReLUSAE
@@ -26,6 +27,7 @@ VARIANTS: dict[str, type[SAE]] = {
     "batch_topk": BatchTopKSAE,
     "abs_topk": AbsTopKSAE,
     "masked_topk": MaskedTopKSAE,
+    "csr": CSRSAE,
     "top_afa": TopAFASAE,
     "relu": ReLUSAE,
     "jumprelu": JumpReLUSAE,
@@ -48,6 +50,8 @@ __all__ = [
     "AbsTopKConfig",
     "AbsTopKSAE",
     "Batch",
+    "CSRConfig",
+    "CSRSAE",
     "BatchTopKConfig",
     "BatchTopKSAE",
     "CodebookConfig",

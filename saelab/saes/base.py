@@ -29,12 +29,6 @@ SHORT_RUN = 4_000_000
 """Runs of up to this many tokens count as short: they are likely to see rows several times."""
 
 
-def check_is_sae(sae: Any, call: str) -> None:
-    """Raise `ValueError` where something else was given, such as a folder or a language model."""
-    if not isinstance(sae, SAE):
-        raise ValueError(f"{call} needs an SAE, such as saelab.load_sae(folder); got a {type(sae).__name__}.")
-
-
 class SAE(nn.Module):
     """A sparse autoencoder. `W_enc` and `W_dec` are both `(d_sae, d_in)`, one row per feature.
 
@@ -48,7 +42,7 @@ class SAE(nn.Module):
         "make_weights", "decoder", "decoder_norms", "pre_bias", "weight_decay", "start_at", "fold",
         "set_normalization", "normalize", "normalize_target", "normalized", "denormalize", "token_sizes", "sparse_target",
         "variant", "Config", "selection_rule", "extra_dims", "tied", "unit_norm", "supports_data_parallel",
-        "base_lr", "cpu_preset", "short_preset", "expected_l0", "peak_l0", "has_dense_aux", "hooks",
+        "takes_view", "exported_as", "base_lr", "cpu_preset", "short_preset", "expected_l0", "peak_l0", "has_dense_aux", "hooks",
     })
     # fmt: on
     """What a variant may override; the contract suite rejects anything else."""
@@ -63,6 +57,10 @@ class SAE(nn.Module):
     """Whether decoder rows are kept at norm 1 (training then removes the gradient component parallel to each row)."""
     supports_data_parallel: ClassVar[bool] = True
     """Whether it can be trained data-parallel, each rank on its share of every batch."""
+    takes_view: ClassVar[bool] = False
+    """Whether y of a training `Batch(x, y)` is a second view of x, which is not reconstructed."""
+    exported_as: ClassVar[str | None] = None
+    """The variant that it is at inference, as which other formats hold it; None for its own name."""
     base_lr: ClassVar[float] = 3e-3
     """Adam's learning rate at d_sae 4096 when `TrainConfig.lr` is None; scaled by sqrt(4096 / d_sae)."""
     cpu_preset: ClassVar[dict[str, Any]] = {}

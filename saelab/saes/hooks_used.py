@@ -20,6 +20,8 @@ class HooksUsed(NamedTuple):
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    views: tuple[str, ...] = ()
+    """The second view of the input, which only training reads."""
 
     def __str__(self) -> str:
         inputs, output = ", ".join(self.inputs), ", ".join(self.outputs)
@@ -28,11 +30,14 @@ class HooksUsed(NamedTuple):
     @property
     def all(self) -> tuple[str, ...]:
         """Each hook once."""
-        return tuple(dict.fromkeys(self.inputs + self.outputs))
+        return tuple(dict.fromkeys(self.inputs + self.outputs + self.views))
 
     def batch(self, rows: Mapping[str, Tensor]) -> Batch:
-        """`Batch(x, y)` from rows `(..., d)` by hook; several hooks are stacked to `(..., n_sources, d)`."""
+        """`Batch(x, y)` from rows `(..., d)` by hook; several hooks are stacked to `(..., n_sources, d)`. y is the second view if
+        there is one."""
         x = _joined([rows[name] for name in self.inputs])
+        if self.views:
+            return Batch(x, _joined([rows[name] for name in self.views]))
         return Batch(x, x if self.inputs == self.outputs else _joined([rows[name] for name in self.outputs]))
 
     def origin(self) -> dict[str, Any]:

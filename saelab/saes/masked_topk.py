@@ -50,6 +50,7 @@ class MaskedTopKSAE(SelectionSAE):
     variant = "masked_topk"
     Config = MaskedTopKConfig
     config: MaskedTopKConfig
+    exported_as = "topk"
     selection_rule = "the k largest u of the token, where positive"
 
     def __init__(self, config: MaskedTopKConfig, d_in: int, seed: int = 0) -> None:

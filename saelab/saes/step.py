@@ -24,7 +24,7 @@ class SAEOutput(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Raw activations of a training step: `y` is `x` unless the SAE predicts another hook."""
+    """Raw activations of a training step: `y` is `x` unless the SAE predicts another hook or compares two views."""
 
     x: Tensor
     y: Tensor

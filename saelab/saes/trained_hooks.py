@@ -1,11 +1,18 @@
-"""The hooks of a trained SAE: which it reads and reconstructs, and at which its features are steered."""
+"""The hooks of a trained SAE: which it reads and reconstructs, and at which its features are steered; what is no SAE."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from saelab.saes.base import SAE
 from saelab.saes.hooks_used import HooksUsed
+
+
+def check_is_sae(sae: Any, call: str) -> None:
+    """Raise `ValueError` where something else was given, such as a folder or a language model."""
+    if not isinstance(sae, SAE):
+        raise ValueError(f"{call} needs an SAE, such as saelab.load_sae(folder); got a {type(sae).__name__}.")
 
 
 def hooks_of(sae: SAE, hook_name: str | Sequence[str] | None = None) -> HooksUsed:

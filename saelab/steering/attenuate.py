@@ -23,8 +23,7 @@ from saelab.errors import SaelabError
 from saelab.features.separability import separability
 from saelab.models import LanguageModel
 from saelab.saes import SAE
-from saelab.saes.base import check_is_sae
-from saelab.saes.trained_hooks import needs_other_hooks, refuse_partial, steered_hook
+from saelab.saes.trained_hooks import check_is_sae, needs_other_hooks, refuse_partial, steered_hook
 from saelab.steering.text_activations import stream_tokens, text_list
 from saelab.steering.unsteered import refuse_steered
 from saelab.validation import check_integer

@@ -14,8 +14,7 @@ from torch import Tensor
 from saelab.features.intervals import newcombe
 from saelab.models import LanguageModel
 from saelab.saes import SAE
-from saelab.saes.base import check_is_sae
-from saelab.saes.trained_hooks import hooks_of
+from saelab.saes.trained_hooks import check_is_sae, hooks_of
 from saelab.steering.text_activations import distinct_texts, stream_tokens
 from saelab.steering.unsteered import refuse_steered
 from saelab.validation import check_integer

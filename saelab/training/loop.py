@@ -68,10 +68,11 @@ def train(
     `data` is a cache, a cache's path, a stream, a tensor or NumPy array `(n, d_in)` (shuffled, repeated as needed) or an
     iterator of such tensors; `hook_name` selects the hook that an SAE or transcoder reads if there are several. A crosscoder
     reads the hooks that its config names, or tensors `(n, n_sources, d_in)`; a transcoder predicts its config's
-    `hook_name_out`, or the y of a `Batch(x, y)` of tensors. For a list, `train_config` may be a list too, one for each SAE,
-    with the same `n_tokens`, `batch_size`, `seed` and `feature_shards`. `out_dir` is the SAE's folder (for a list: the RUN
-    folder, in which each gets `sae-NAME/`); without it nothing is written. Repeating the call resumes where it stopped, bit
-    for bit, and returns at once if it had finished; Ctrl-C writes a checkpoint first.
+    `hook_name_out`, or the y of a `Batch(x, y)` of tensors; for csr, y is a second view of each row. For a list,
+    `train_config` may be a list too, one for each SAE, with the same `n_tokens`, `batch_size`, `seed` and `feature_shards`.
+    `out_dir` is the SAE's folder (for a list: the RUN folder, in which each gets `sae-NAME/`); without it nothing is written.
+    Repeating the call resumes where it stopped, bit for bit, and returns at once if it had finished; Ctrl-C writes a
+    checkpoint first.
 
     Under `torchrun` every rank makes this call with the same arguments and takes its share of the rows of each batch; only
     rank 0 writes. With `feature_shards` S the features of each SAE are sharded over S ranks, and rank 0 returns the whole

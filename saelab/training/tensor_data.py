@@ -53,9 +53,15 @@ def from_tensors(rows: Rows, rules: int) -> DataSource:
 
 
 def _tensor_hooks(variant: type[SAE], config: Any, rows: Rows) -> HooksUsed:
-    """x, and y if there is one, which only a transcoder may have."""
+    """x, and y if there is one: the target of a transcoder, or a second view."""
     predicts = "d_out" in variant.extra_dims
     several = config.hook_names if "n_sources" in variant.extra_dims else None
+    if "y" in rows and variant.takes_view:
+        if rows["y"].shape != rows["x"].shape:
+            raise ValueError(
+                f"The second view must have the shape of the rows, {tuple(rows['x'].shape)}; y is {tuple(rows['y'].shape)}."
+            )
+        return HooksUsed(("x",), ("x",), ("y",))
     if "y" in rows and not predicts:
         raise ValueError(
             f"{type(config).__name__} reconstructs its input: pass a tensor to train on, not a Batch(x, y)."
