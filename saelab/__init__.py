@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from saelab.models import load_model
     from saelab.saes import VARIANTS
     from saelab.tokens import load_texts
-    from saelab.training import TrainConfig, train
+    from saelab.training import TrainConfig, finetune, train
 
     __version__ = version("saelab")
 
@@ -26,6 +26,7 @@ __all__ = [
     "__version__",
     "collect_features",
     "evaluate",
+    "finetune",
     "harvest",
     "load_features",
     "load_model",
@@ -48,6 +49,7 @@ _HOMES = {
     "TrainConfig": "saelab.training",
     "collect_features": "saelab.features",
     "evaluate": "saelab.evaluation",
+    "finetune": "saelab.training",
     "harvest": "saelab.activation_cache.harvest",
     "load_features": "saelab.features",
     "load_model": "saelab.models",

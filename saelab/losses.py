@@ -78,6 +78,16 @@ def fvu_of_rest(
     return squared_error(x, x_hat) * varies / torch.where(varies, variance, 1)
 
 
+def kl_divergence(p: Float[Tensor, "n vocab"], q: Float[Tensor, "n vocab"]) -> Float[Tensor, ""]:
+    """Mean over rows of `KL(p || q)` in nats, of log-probabilities; 0 without rows."""
+    return (p.exp() * (p - q)).sum() / max(len(p), 1)
+
+
+def log_probs(logits: Float[Tensor, "n vocab"]) -> Float[Tensor, "n vocab"]:
+    """Log-probabilities, in float32 or wider."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
 def weighted_l1(values: Float[Tensor, " nnz"], decoder_norms: Float[Tensor, " nnz"], batch: int) -> Float[Tensor, ""]:
     """Mean over tokens of `sum_i |z_i| |d_i|` (Anthropic, April 2024 update): invariant under rescaling a feature."""
     return (values.abs() * decoder_norms).sum() / max(batch, 1)

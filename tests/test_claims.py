@@ -12,6 +12,7 @@ from saelab.claims import runs
 from saelab.claims.page import claims_page
 from saelab.claims.registry import Experiment, experiments, labels
 from saelab.claims.runs import run_claims
+from saelab.claims.workspace import workspace
 from saelab.cli.main import main
 
 LOWER = Claim("A has less", "small", Side("a", "fvu"), Side("b", "fvu"), paper="Doe 2020: A | B.")
@@ -29,6 +30,7 @@ class Small:
         if seed == self.stopped_at:
             raise KeyboardInterrupt
         self.seen.append(seed)
+        (workspace() / "harvest").mkdir(parents=True, exist_ok=True)
         return {"a": {"fvu": 0.1 + seed / 10, "l0": 4}, "b": {"fvu": 0.35, "l0": 4}}
 
 
@@ -51,6 +53,7 @@ def test_a_stopped_run_goes_on_where_it_was(small, tmp_path):
     small.stopped_at = None
     verdicts = run_claims(tmp_path, progress=False)
     assert small.seen == [0, 1, 2]
+    assert (tmp_path / "data" / "harvest").is_dir() and not (workspace() / "harvest").exists()
     assert [verdict.word for verdict in verdicts] == ["held", "held", "held"]
     path = tmp_path / "rows.json"  # killed between the two rows of a seed
     path.write_text(

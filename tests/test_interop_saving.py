@@ -23,7 +23,7 @@ ORIGIN = {
 UNITS = ("none", "scale", "center_and_scale")
 
 # format -> variant -> why it cannot be written; all others can
-NO_PLAIN = {name: f"A {name} is in no other library's format" for name in ("crosscoder", "codebook", "top_afa")}
+NO_PLAIN = {name: f"A {name} is in no other library's format" for name in ("crosscoder", "codebook", "top_afa", "icfl")}
 ONLY_THRESHOLDS = {
     name: "only thresholds" for name in ("topk", "masked_topk", "csr", "abs_topk", "gated", "matching_pursuit")
 }
@@ -41,6 +41,7 @@ CANNOT: dict[str, dict[str, str]] = {
             "matching_pursuit",
             "transcoder",
             "skip_transcoder",
+            "batch_topk_transcoder",
             "relu_transcoder",
             "jumprelu_transcoder",
         )

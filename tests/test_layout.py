@@ -65,6 +65,7 @@ PUBLIC = {
     "harvest",
     "train",
     "evaluate",
+    "finetune",
     "collect_features",
     "TrainConfig",
     "saes",

@@ -17,8 +17,12 @@ from saelab.training.data import open_data
 from saelab.training.feature_shards import SHARDS
 from saelab.training.sae_run import Run
 
-NOT_THE_SLOPE = {**dict.fromkeys(("jumprelu", "jumprelu_transcoder"), {"log_threshold"}), "gated": {"W_dec", "b_dec"}}
-"""Weights whose gradient is not the slope of the loss, on purpose: straight through a step, or held fixed in an aux loss."""
+NOT_THE_SLOPE = {
+    **dict.fromkeys(("jumprelu", "jumprelu_transcoder"), {"log_threshold"}),
+    **dict.fromkeys(("gated", "icfl"), {"W_dec", "b_dec"}),
+}
+"""Weights whose gradient is not the slope of the loss, on purpose: straight through a step, or held fixed in an aux loss or in a
+pursuit."""
 
 
 def gradient(parameter: torch.Tensor) -> torch.Tensor:

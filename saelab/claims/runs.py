@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from saelab.benchmarks.claims import Verdict, check_all
 from saelab.benchmarks.results import Rows, open_rows
 from saelab.claims.registry import Experiment, experiments, labels
+from saelab.claims.workspace import kept_in
 
 KEYS = ("data", "sae", "seed")
 
@@ -36,9 +37,10 @@ def run_claims(
     with open_rows(out_dir, {}, KEYS) as rows:
         runs = [(known[name], seed) for name in only or known for seed in seeds]
         bar = tqdm([one for one in runs if not _is_done(rows, *one)], "Claims", unit="run", disable=not progress)
-        for experiment, seed in bar:
-            bar.set_postfix_str(f"{experiment.name}, seed {seed}")
-            _run(rows, experiment, seed)
+        with kept_in(Path(out_dir) / "data"):
+            for experiment, seed in bar:
+                bar.set_postfix_str(f"{experiment.name}, seed {seed}")
+                _run(rows, experiment, seed)
         found = list(rows.rows)
     return [verdict for experiment in known.values() for verdict in check_all(experiment.claims, found)]
 

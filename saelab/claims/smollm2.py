@@ -1,21 +1,15 @@
-"""What the experiments on real activations share: SmolLM2-135M, its activations over the demo's texts, and SAEs trained on them.
-
-Harvests live as long as the process, so that the seeds of an experiment share them.
-"""
+"""What experiments on real activations share: SmolLM2-135M, its activations over the demo's texts, and SAEs trained on them."""
 
 from __future__ import annotations
 
-import atexit
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from saelab.activation_cache.harvest import harvest
 from saelab.activation_cache.reader import ActivationCache
 from saelab.benchmarks.synthetic import at_l0
+from saelab.claims.workspace import workspace
 from saelab.evaluation import evaluate
 from saelab.models import load_model
 from saelab.models.caching import Remembered
@@ -39,17 +33,9 @@ def language_model() -> Remembered:
 
 
 @cache
-def scratch() -> Path:
-    """A folder that is removed when the process ends."""
-    folder = Path(tempfile.mkdtemp(prefix="saelab-claims-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
-
-
-@cache
 def harvested(hook_names: tuple[str, ...] = (HOOK,), n_tokens: int = TOKENS) -> ActivationCache:
     """Activations over the demo's texts; its held-out documents stay out."""
-    folder = scratch() / f"harvest-{'-'.join(hook_names)}-{n_tokens}"
+    folder = workspace() / f"harvest-{'-'.join(hook_names)}-{n_tokens}"
     return harvest(language_model(), "demo", list(hook_names), n_tokens, folder, progress=False)
 
 

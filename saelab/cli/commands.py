@@ -98,6 +98,7 @@ def train(
     wandb_project: str | None,
     config: Any,
     train: Any,
+    control: Path | None = None,
     stream: tuple[str, ...] = (),
     reading: StreamFlags | None = None,
 ) -> None:
@@ -107,7 +108,8 @@ def train(
 
     folder = run / (f"sae-{name}" if name else "sae")
     data = run / "cache" if reading is None else _open_stream(stream, **asdict(reading))
-    saelab.train(config, data, train, out_dir=folder, hook_name=hook_name, wandb_project=wandb_project)
+    other = None if control is None else control / "cache"
+    saelab.train(config, data, train, out_dir=folder, hook_name=hook_name, control=other, wandb_project=wandb_project)
     if not is_main_process():
         return
     print(f"The {variant} SAE is in {folder}")

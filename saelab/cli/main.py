@@ -25,6 +25,7 @@ from saelab.cli.bench_commands import BENCHES
 from saelab.cli.commands import Run, StreamFlags, check_has_cache, train
 from saelab.cli.feature_commands import FEATURES
 from saelab.cli.find_command import FIND
+from saelab.cli.finetune_command import FINETUNE
 from saelab.cli.interop_commands import INTEROP
 from saelab.cli.messages import shown
 from saelab.cli.notebook_command import NOTEBOOKS
@@ -33,7 +34,7 @@ from saelab.cli.serving_commands import SERVING
 from saelab.cli.steer_command import STEER
 from saelab.errors import explain
 
-COMMANDS = commands.COMMANDS | STEER | FEATURES | FIND | INTEROP | PROBE | SERVING | NOTEBOOKS
+COMMANDS = commands.COMMANDS | FINETUNE | STEER | FEATURES | FIND | INTEROP | PROBE | SERVING | NOTEBOOKS
 
 
 def _variant(args: Sequence[str]) -> str:
@@ -71,6 +72,7 @@ def _train_arguments(args: Sequence[str]) -> type:
         ("variant", Literal[tuple(saelab.VARIANTS)], "SAE variant; determines which config flags exist.", "topk"),
         ("name", str | None, "Write to RUN/sae-NAME instead of RUN/sae.", None),
         ("hook_name", str | None, "Hook to train on, if the cache holds several.", None),
+        ("control", Path | None, "RUN whose cache normalize=whiten whitens by; None: the rows trained on.", None),
         (
             "stream",
             Annotated[tuple[str, ...], arg(help_behavior_hint="(default: none)")],

@@ -44,9 +44,8 @@ def norm_pairs(sae: SAE, x: Float[Tensor, "n d_in"]) -> NormPairs:
             "norms cannot be compared; use an SAE on one hook, such as topk."
         )
     feature_acts = sae.encode(x)
-    lengths = (
-        feature_acts.values.double().abs() * (sae.decoder_norms.double() / sae.scale.double())[feature_acts.features]
-    )
+    rows, scale = sae.decoder()
+    lengths = feature_acts.values.double().abs() * (rows.double().norm(dim=1) / scale.double())[feature_acts.features]
     lengths = feature_acts.with_values(lengths * sae.token_sizes(x).double().squeeze(1)[feature_acts.rows]).to_dense()
     nothing = feature_acts.where(torch.zeros_like(feature_acts.features, dtype=torch.bool))
     f = torch.cat([lengths, sae.decode(nothing, x).double().norm(dim=1)[:, None]], dim=1)

@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from saelab.evaluation.labels import numbered
 from saelab.kernels.encode_topk import encode_topk
 from saelab.kernels.ragged import keep_largest
 from saelab.saes import SAE
@@ -53,7 +54,7 @@ class Retrieval(NamedTuple):
 def compare_retrieval(
     sae: SAE,
     x: Float[Tensor, "n d_in"],
-    labels: Sequence[Any],
+    labels: Sequence[Any] | Tensor,
     ks: Sequence[int] = (4, 8, 16, 32),
     *,
     fit: Float[Tensor, "n_fit d_in"] | None = None,
@@ -72,7 +73,7 @@ def compare_retrieval(
         check_integer("k", k, 1)
         if k > min(sae.d_in, sae.d_sae):
             raise ValueError(f"k={k} must be at most d_in={sae.d_in} and d_sae={sae.d_sae}.")
-    groups = _numbered(labels)
+    _, groups = numbered(labels)
     center, axes = _principal_axes(x if fit is None else fit)
     generator = torch.Generator().manual_seed(_DIRECTIONS + seed)
     directions = normalize(torch.randn(sae.d_sae, sae.d_in, generator=generator)).to(sae.center)
@@ -107,12 +108,6 @@ def _principal_axes(x: Tensor) -> tuple[Float[Tensor, " d_in"], Float[Tensor, "d
     center = x.double().mean(0)
     _, axes = torch.linalg.eigh(torch.cov(x.double().T, correction=0))
     return center, axes.flip(1)
-
-
-def _numbered(labels: Sequence[Any]) -> Int[Tensor, " n"]:
-    values = labels.tolist() if isinstance(labels, Tensor) else list(labels)
-    number = {label: i for i, label in enumerate(dict.fromkeys(values))}
-    return torch.tensor([number[label] for label in values])
 
 
 def _measured(name: str, k: int, embedding: Float[Tensor, "n width"], groups: Int[Tensor, " n"]) -> Retrieval:

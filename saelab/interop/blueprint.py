@@ -23,7 +23,7 @@ from saelab.saes.provenance import Provenance
 
 SMALLEST_THRESHOLD = 1e-30
 """Stands for a JumpReLU threshold of 0 or less, which keeps every positive pre-activation; the logarithm of 0 is infinite."""
-TRANSCODERS = ("transcoder", "skip_transcoder", "relu_transcoder", "jumprelu_transcoder")
+TRANSCODERS = ("transcoder", "skip_transcoder", "batch_topk_transcoder", "relu_transcoder", "jumprelu_transcoder")
 _CENTERED = ("topk", "abs_topk", "relu", "jumprelu", "gated")
 """Variants for which `pre_bias` is a switch; the others always or never subtract b_dec."""
 

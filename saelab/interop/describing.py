@@ -59,9 +59,14 @@ def blueprint_of(sae: SAE) -> Blueprint:
 
 def _refuse_other_units(sae: SAE) -> None:
     """Raise `SaelabError` for what is no encoder and decoder of raw activations."""
-    if sae.variant in ("crosscoder", "codebook", "top_afa"):
+    if sae.variant in ("crosscoder", "codebook", "top_afa", "icfl"):
         raise SaelabError(
             f"A {sae.variant} is in no other library's format; save it in saelab's own (format='saelab')."
+        )
+    if sae.whitening is not None:
+        raise SaelabError(
+            f"This {sae.variant} whitens its input by control data, which no other library's format can hold; save it in "
+            "saelab's own (format='saelab')."
         )
     if getattr(sae, "folded", None) is not None:
         raise SaelabError(
@@ -113,9 +118,10 @@ def as_thresholds(plan: Blueprint) -> Blueprint:
     if plan.variant in ("relu", "relu_transcoder"):
         kind = plan.variant.replace("relu", "jumprelu")
         return dataclasses.replace(plan, variant=kind, threshold=torch.zeros(plan.d_sae))
-    if plan.variant in ("batch_topk", "matryoshka", "mutual_choice", "feature_choice"):
+    if plan.variant in ("batch_topk", "matryoshka", "mutual_choice", "feature_choice", "batch_topk_transcoder"):
+        kind = "jumprelu_transcoder" if plan.variant in TRANSCODERS else "jumprelu"
         threshold = torch.as_tensor(plan.threshold, dtype=torch.float32).expand(plan.d_sae).clone()
-        return dataclasses.replace(plan, variant="jumprelu", threshold=threshold)
+        return dataclasses.replace(plan, variant=kind, threshold=threshold)
     return plan
 
 

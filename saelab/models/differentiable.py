@@ -1,4 +1,4 @@
-"""Activations of a language model with gradients, for edits that are learned through it."""
+"""Activations and logits of a language model with gradients, for what is learned through it: edits, and SAEs in their place."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from saelab.models.applying import Block
+from saelab.models.applying import Block, Pass
 from saelab.models.families import in_eval_mode
 from saelab.models.hooks import tapped, unknown_hook
 from saelab.models.language_model import LanguageModel
@@ -26,17 +27,38 @@ def differentiable_activations(
     The pass ends after the last hook. Weights get no gradients, and keep their `requires_grad`. Raises `ValueError` for a
     hook that cannot be edited.
     """
-    for name in (*hook_names, *(edit.hook_name for edit in edits)):
-        if name not in lm.backend.hook_places:
-            raise unknown_hook(name, lm.hook_names, f"the editable hooks of {lm.name}")
+    check_editable(lm, [*hook_names, *(edit.hook_name for edit in edits)])
     lm.backend.prepare(batch.positions)
     captured: dict[str, Tensor] = {}
     with _frozen(lm):
         ids, positions = (x.clone().to(lm.device) for x in batch)  # inference tensors cannot be saved for a gradient
-        under = lm._pass(ids, positions, blocks=[Block(Steering(edits))] if edits else [])
-        with tapped(lm.backend.hook_places, under, hook_names, captured):
+        with tapped(lm.backend.hook_places, _under(edits, lm, ids, positions), hook_names, captured):
             lm.backend.trunk(ids, positions)
         return {name: captured[name].flatten(2) for name in hook_names}
+
+
+def differentiable_logits(
+    lm: LanguageModel, batch: Batch, edits: Sequence[Edit] = ()
+) -> Float[Tensor, "batch seq vocab"]:
+    """Logits under `edits` alone, with gradients as in `differentiable_activations`."""
+    check_editable(lm, [edit.hook_name for edit in edits])
+    lm.backend.prepare(batch.positions)
+    with _frozen(lm):
+        ids, positions = (x.clone().to(lm.device) for x in batch)
+        with tapped(lm.backend.hook_places, _under(edits, lm, ids, positions)):
+            return lm.backend.logits(ids, positions)
+        raise AssertionError("no capture can cut this pass")
+
+
+def check_editable(lm: LanguageModel, hook_names: Sequence[str]) -> None:
+    """Raise `ValueError` for a hook that cannot be edited, naming the nearest that can."""
+    for name in hook_names:
+        if name not in lm.backend.hook_places:
+            raise unknown_hook(name, lm.hook_names, f"the editable hooks of {lm.name}")
+
+
+def _under(edits: Sequence[Edit], lm: LanguageModel, ids: Tensor, positions: Tensor) -> Pass | None:
+    return lm._pass(ids, positions, blocks=[Block(Steering(edits))] if edits else [])
 
 
 @contextmanager

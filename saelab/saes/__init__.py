@@ -3,11 +3,13 @@
 from saelab.saes.abs_topk import AbsTopKConfig, AbsTopKSAE
 from saelab.saes.base import SAE
 from saelab.saes.batch_topk import BatchTopKConfig, BatchTopKSAE
+from saelab.saes.batch_topk_transcoder import BatchTopKTranscoderConfig, BatchTopKTranscoderSAE
 from saelab.saes.codebook import CodebookConfig, CodebookSAE
 from saelab.saes.crosscoder import CrosscoderConfig, CrosscoderSAE
 from saelab.saes.csr import CSRSAE, CSRConfig
 from saelab.saes.feature_choice import FeatureChoiceConfig, FeatureChoiceSAE
 from saelab.saes.gated import GatedConfig, GatedSAE
+from saelab.saes.icfl import ICFLSAE, ICFLConfig
 from saelab.saes.jumprelu import JumpReLUConfig, JumpReLUSAE
 from saelab.saes.jumprelu_transcoder import JumpReLUTranscoderConfig, JumpReLUTranscoderSAE
 from saelab.saes.masked_topk import MaskedTopKConfig, MaskedTopKSAE
@@ -36,10 +38,12 @@ VARIANTS: dict[str, type[SAE]] = {
     "feature_choice": FeatureChoiceSAE,
     "matryoshka": MatryoshkaSAE,
     "matching_pursuit": MatchingPursuitSAE,
+    "icfl": ICFLSAE,
     "codebook": CodebookSAE,
     "crosscoder": CrosscoderSAE,
     "transcoder": TranscoderSAE,
     "skip_transcoder": SkipTranscoderSAE,
+    "batch_topk_transcoder": BatchTopKTranscoderSAE,
     "relu_transcoder": ReLUTranscoderSAE,
     "jumprelu_transcoder": JumpReLUTranscoderSAE,
 }
@@ -54,6 +58,8 @@ __all__ = [
     "CSRSAE",
     "BatchTopKConfig",
     "BatchTopKSAE",
+    "BatchTopKTranscoderConfig",
+    "BatchTopKTranscoderSAE",
     "CodebookConfig",
     "CodebookSAE",
     "CrosscoderConfig",
@@ -62,6 +68,8 @@ __all__ = [
     "FeatureChoiceSAE",
     "GatedConfig",
     "GatedSAE",
+    "ICFLConfig",
+    "ICFLSAE",
     "JumpReLUConfig",
     "JumpReLUSAE",
     "JumpReLUTranscoderConfig",

@@ -18,22 +18,19 @@ from saelab.kernels.decode import decode
 from saelab.kernels.precision import widened
 from saelab.kernels.primitives import unit_norm_
 from saelab.kernels.sparse_acts import SparseActs
-from saelab.saes.config import normalization
+from saelab.saes.config import SHORT_RUN, normalization
 from saelab.saes.hooks_used import HooksUsed, one_hook
-from saelab.saes.inputs import HALF, as_activations, check_dtype, check_finite
+from saelab.saes.inputs import HALF, as_activations, check_dtype, check_finite, tokens_given
 from saelab.saes.provenance import Provenance
 from saelab.saes.step import Batch, Loss, SAEOutput, StepInfo
 from saelab.saes.token_norm import TOKEN_NORMS, normalize_tokens, normalized_moments, restore_tokens, token_sizes
-
-SHORT_RUN = 4_000_000
-"""Runs of up to this many tokens count as short: they are likely to see rows several times."""
+from saelab.saes.whitening import WHITEN, Whitening
 
 
 class SAE(nn.Module):
     """A sparse autoencoder. `W_enc` and `W_dec` are both `(d_sae, d_in)`, one row per feature.
 
-    A variant overrides `encode_normalized` and `loss`, plus whichever other `extension_points` it needs: weights
-    (`make_weights` to `fold`), units (`set_normalization` to `denormalize`), or what other modules query on the class.
+    A variant overrides `encode_normalized` and `loss`, plus whichever other `extension_points` it needs.
     """
 
     # fmt: off
@@ -72,8 +69,7 @@ class SAE(nn.Module):
 
     def __init__(self, config: Any, d_in: int, seed: int = 0) -> None:
         super().__init__()
-        self.config = config
-        self.d_in, self.d_sae = d_in, int(config.d_sae)
+        self.config, self.d_in, self.d_sae = config, d_in, int(config.d_sae)
         rows = torch.randn(self.d_sae, d_in, generator=torch.Generator().manual_seed(seed))
         rows /= rows.norm(dim=1, keepdim=True)
         self.make_weights(rows)
@@ -81,6 +77,7 @@ class SAE(nn.Module):
         self.scale: Tensor
         self.register_buffer("center", torch.zeros(d_in))
         self.register_buffer("scale", torch.ones(()))
+        self.whitening = Whitening(d_in) if config.normalize == WHITEN else None
         self.provenance = Provenance()
 
     def make_weights(self, rows: Float[Tensor, "d_sae d_in"]) -> None:
@@ -137,8 +134,11 @@ class SAE(nn.Module):
     def set_normalization(self, mean: Float[Tensor, "*sources d_in"], mean_square: float | Tensor) -> None:
         """Set the input normalisation from the data's mean and mean squared norm, according to `config.normalize`.
 
-        "center_and_scale": subtract the mean, scale to root-mean-square norm sqrt(d_in); "scale": scale only.
+        "center_and_scale": subtract the mean, scale to root-mean-square norm sqrt(d_in); "scale": scale only; "whiten":
+        subtract the mean, until `whitening.fit` is given a covariance.
         """
+        if self.whitening is not None:
+            self.whitening.fit(mean, torch.eye(self.d_in))
         center, scale = normalization(self.config.normalize, mean, mean_square)
         self.center.copy_(center)
         self.scale.copy_(scale)
@@ -154,6 +154,8 @@ class SAE(nn.Module):
                 f"This SAE reads activations of width d_in={self.d_in}, got a tensor of shape {tuple(x.shape)}; "
                 "pass (n_tokens, d_in) from the hook it was trained on."
             )
+        if self.whitening is not None:
+            return self.whitening.normalize(x.to(self.center))
         return (normalize_tokens(self.config.normalize, x.to(self.center)) - self.center).mul_(self.scale)
 
     @torch.no_grad()
@@ -166,8 +168,7 @@ class SAE(nn.Module):
     ) -> None:
         """Initialise biases and thresholds as if the data were centred, with standard deviation 1 (`start_at`).
 
-        Call before the first step, after `set_normalization` with the same arguments. Does nothing for "center_and_scale",
-        which already removes mean and scale.
+        Call before the first step, after `set_normalization` with the same arguments; "center_and_scale" needs nothing.
         """
         if self.config.normalize == "center_and_scale":
             return
@@ -206,16 +207,14 @@ class SAE(nn.Module):
         raw = x_norm / self.scale + self.center
         if self.config.normalize not in TOKEN_NORMS:
             return raw
-        if x is None:
-            raise ValueError(
-                f"This SAE normalises every token by its own size (normalize={self.config.normalize!r}): pass the "
-                "activations too, sae.decode(feature_acts, x), or call sae(x)."
-            )
-        return restore_tokens(self.config.normalize, raw, as_activations(x).to(raw))
+        tokens = tokens_given(self.config.normalize, x).to(raw)
+        if self.whitening is not None:
+            return self.whitening.restore(raw, tokens)
+        return restore_tokens(self.config.normalize, raw, tokens)
 
     def token_sizes(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch 1"]:
         """Size in raw units, at each token, of 1 in the decoder's units over its scale: 1 unless tokens are normalised."""
-        return token_sizes(self.config.normalize, x)
+        return token_sizes(self.config.normalize, x) if self.whitening is None else self.whitening.sizes(x)
 
     def encode(self, x: Any) -> SparseActs:
         """Feature activations of raw activations `x (batch, d_in)`, a tensor or NumPy array of floats.
@@ -285,7 +284,7 @@ class SAE(nn.Module):
 
     def decoder(self, source: int = -1) -> tuple[Float[Tensor, "d_sae d_out"], Float[Tensor, ""]]:
         """Decoder rows and their scale at the hook that features write to (`source` indexes a crosscoder's sources)."""
-        return self.W_dec, self.scale
+        return self.W_dec if self.whitening is None else self.whitening.raw_rows(self.W_dec), self.scale
 
     @property
     def decoder_norms(self) -> Float[Tensor, " d_sae"]:

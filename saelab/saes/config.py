@@ -15,6 +15,8 @@ from saelab.validation import check_choices, check_integer, check_numbers
 LATER = {"since": 2}
 """Metadata of config fields that the first version did not have (see `settings`)."""
 _MIN_SQUARE = 1e-70  # keeps the scale finite in float32
+SHORT_RUN = 4_000_000
+"""Runs of up to this many tokens count as short: they are likely to see rows several times."""
 NORMALIZATIONS = ("center_and_scale", "scale", "none", *TOKEN_NORMS)
 
 

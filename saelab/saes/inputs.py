@@ -29,6 +29,16 @@ def as_activations(x: Any) -> Tensor:
     )
 
 
+def tokens_given(kind: str, x: Any) -> Tensor:
+    """The raw activations that sizes are taken from. Raises `ValueError` if they were not passed."""
+    if x is None:
+        raise ValueError(
+            f"This SAE normalises every token by its own size (normalize={kind!r}): pass the activations too, "
+            "sae.decode(feature_acts, x), or call sae(x)."
+        )
+    return as_activations(x)
+
+
 def check_dtype(dtype: torch.dtype) -> None:
     """Raises `ValueError` for a dtype that weights cannot have."""
     if dtype not in DTYPES:

@@ -52,6 +52,7 @@ class MaskedTopKSAE(SelectionSAE):
     config: MaskedTopKConfig
     exported_as = "topk"
     selection_rule = "the k largest u of the token, where positive"
+    trains_in_model = False  # its loss reads a part of the coordinates
 
     def __init__(self, config: MaskedTopKConfig, d_in: int, seed: int = 0) -> None:
         if d_in < 2:

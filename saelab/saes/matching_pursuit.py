@@ -100,7 +100,7 @@ class MatchingPursuitSAE(SAE):
         start = x - self.b_dec
         if rules < 2 or not torch.is_grad_enabled():
             choices, residuals = self._choose(start, n_steps)
-            return _sum(choices, self.d_sae, start), residuals[-1]
+            return sum_of_choices(choices, self.d_sae, start), residuals[-1]
         with torch.no_grad():
             choices, residuals = self._choose(start, n_steps)
         values = torch.cat([start.new_zeros(0), *(choice.values for choice in choices)])
@@ -108,7 +108,7 @@ class MatchingPursuitSAE(SAE):
         residual, values = Pursuit.apply(start, W_dec, values, residuals, choices)  # pyright: ignore
         chunks = values.split([choice.nnz for choice in choices]) if choices else ()
         choices = [choice.with_values(chunk) for choice, chunk in zip(choices, chunks, strict=True)]
-        return _sum(choices, self.d_sae, start), residual
+        return sum_of_choices(choices, self.d_sae, start), residual
 
     def _choose(self, residual: Tensor, n_steps: int) -> tuple[list[SparseActs], list[Tensor]]:
         """The choices of each step, and the residuals before the first step and after each."""
@@ -159,7 +159,7 @@ def _chosen(choice: SparseActs, rows: Tensor) -> Tensor:
     return by_row[rows]
 
 
-def _sum(choices: list[SparseActs], d_sae: int, like: Float[Tensor, "batch d_in"]) -> SparseActs:
+def sum_of_choices(choices: list[SparseActs], d_sae: int, like: Float[Tensor, "batch d_in"]) -> SparseActs:
     """The sum of all choices; activations of one feature are added in list order, zeros are dropped."""
     if len(choices) == 1:
         return choices[0]

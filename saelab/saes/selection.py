@@ -67,11 +67,15 @@ class SelectionSAE(SAE):
         "zipf_law",
         "rows",
         "signed",
+        "trains_in_model",
     }
     config: Any
     short_preset: ClassVar[dict[str, Any]] = {"encoder_decay": 1.0}
     signed: ClassVar[bool] = False
     """Whether feature activations may be negative (the aux loss then ranks by magnitude, without a ReLU)."""
+    trains_in_model: ClassVar[bool] = True
+    """Whether `decode` of the activations that `loss` returns is the reconstruction of what was read, so that the SAE can be
+    trained spliced into its model (`saelab.finetune`)."""
 
     def __init__(self, config: Any, d_in: int, seed: int = 0) -> None:
         super().__init__(config, d_in, seed)

@@ -1,4 +1,4 @@
-"""Normalisation of each token by its own statistics (`normalize="layer_norm"` or "constant_norm"):
+"""Normalisation of each token by its own statistics (`normalize="layer_norm"` or "constant_norm"; for "whiten" see `whitening`):
 
     layer_norm:     x_norm = (x - mean(x)) / (std(x) + 1e-5),   x_hat = x_hat_norm std(x) + mean(x)
     constant_norm:  x_norm = x sqrt(d_in) / |x|,                x_hat = x_hat_norm |x| / sqrt(d_in)
@@ -17,8 +17,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelab.kernels.primitives import sddmm
+from saelab.saes.whitening import WHITEN
 
-TOKEN_NORMS = ("layer_norm", "constant_norm")
+TOKEN_NORMS = ("layer_norm", "constant_norm", WHITEN)
 _EPS = 1e-5
 
 
@@ -49,6 +50,8 @@ def token_sizes(kind: str, x: Float[Tensor, "batch d"]) -> Float[Tensor, "batch 
 def normalized_moments(kind: str, mean: Float[Tensor, " d"], mean_square: float | Tensor) -> tuple[Tensor, Tensor]:
     """Mean `(d)` and mean squared norm (fp64) of normalised tokens, from the moments of the raw ones, as if all had one size."""
     d, square = len(mean), float(mean_square)
+    if kind == WHITEN:
+        return torch.zeros_like(mean), torch.tensor(float(d), dtype=torch.float64)
     middle = float(mean.mean()) if kind == "layer_norm" else 0.0
     size = max((square - d * middle**2) / d, torch.finfo(torch.float32).tiny) ** 0.5
     return (mean - middle) / size, torch.tensor(float(d), dtype=torch.float64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from saelab.activation_cache.streaming import ActivationStream
 from saelab.saes import Batch
 from saelab.saes.hooks_used import HooksUsed
 from saelab.saes.step import RULES
-from saelab.training.data_source import DataSource, Moments, Rows
+from saelab.training.data_source import MOST_ROWS, DataSource, Moments, Rows
 from saelab.training.kept_out import n_kept_out
 from saelab.training.tensor_data import as_rows, from_iterator, from_tensors
 
@@ -30,6 +31,8 @@ def open_data(data: Any, hook_name: str | None, rules: int = RULES, device: torc
     `rules` are the training rules of the run, which determine whether rows are held out of the batches.
     For a CUDA `device` the rows of a cache or stream come in the dtype they are stored in, those of a cache in pinned memory.
     """
+    if isinstance(data, DataSource):
+        return data
     if isinstance(data, str | Path):
         data = ActivationCache(data)
     if isinstance(data, ActivationCache | ActivationStream):
@@ -67,10 +70,6 @@ def _from_cache(cache: _Cache, hook_name: str | None, rules: int, for_cuda: bool
         rounded = "" if storage == "bfloat16" else f" {storage}"  # rounds rows differently
         return f"cache {origin['dataset_fingerprint']}{rounded} {hooks}", origin
 
-    def kept_out(names: Sequence[str]) -> Rows:
-        assert isinstance(cache, ActivationCache)
-        return cache.left_out(leave_out, list(names))
-
     streamed = isinstance(cache, ActivationStream)
     return DataSource(
         moments=moments,
@@ -82,8 +81,22 @@ def _from_cache(cache: _Cache, hook_name: str | None, rules: int, for_cuda: bool
         rows="" if isinstance(cache, ActivationStream) else config_hash(cache.manifest["config"]),
         held_bytes=cache.held_bytes if streamed else 0,
         pinned=options.get("pin_memory", False),
-        kept_out=kept_out if leave_out else None,
+        kept_out=functools.partial(_left_out, cache, leave_out) if leave_out else None,
+        sample=None if isinstance(cache, ActivationStream) else functools.partial(_sample, cache, leave_out),
     )
+
+
+def _left_out(cache: _Cache, leave_out: int, names: Sequence[str]) -> Rows:
+    assert isinstance(cache, ActivationCache)
+    return cache.left_out(leave_out, list(names))
+
+
+def _sample(cache: ActivationCache, leave_out: int, name: str) -> Tensor:
+    """The first rows of a hook in the shuffled order of seed 0."""
+    n = min(cache.n_rows - leave_out, MOST_ROWS)
+    size = min(n, 4096)
+    drawn = cache.batches(size, seed=0, hook_name=[name], leave_out=leave_out)
+    return torch.cat([rows[name].float() for rows in itertools.islice(drawn, -(-n // size))])[:n]
 
 
 def _reading(cache: _Cache, leave_out: int, for_cuda: bool) -> dict[str, Any]:

@@ -15,9 +15,12 @@ from torch import Tensor
 
 from saelab.saes import SAE
 from saelab.saes.hooks_used import HooksUsed
+from saelab.saes.whitening import WHITEN
 
 MIN_VARIANCE = 5e-7
 """As a fraction of the mean square: below this variance, rows differ by float32 rounding only."""
+MOST_ROWS = 32_768
+"""From which mean and covariance of control data are estimated."""
 Rows = Mapping[str, Tensor]
 """Rows by hook name; row i is the same token in each."""
 Stream = Callable[[Sequence[str], int, int, int], Iterator[Rows]]
@@ -80,6 +83,14 @@ class DataSource:
     """Whether batches are in pinned memory, each in its own."""
     kept_out: Callable[[Sequence[str]], Rows] | None = None
     """Hook names -> the rows held out of all batches; None if none are."""
+    sample: Callable[[str], Tensor] | None = None
+    """Hook name -> rows to estimate its covariance from; None if they cannot be read before training."""
+    control: DataSource | None = None
+    """Rows to whiten by (`control.py`); None for those of the data itself."""
+    start: SAE | None = None
+    """The SAE whose weights, thresholds and normalisation training begins with; None: a new one."""
+    make_step: Callable[[Any], Any] | None = None
+    """What makes the steps (as `steps.make_step`, which is used if it is None)."""
 
     def view(self, variant: type[SAE], config: Any) -> View:
         """What an SAE of this config reads. Raises `ValueError` if the data does not fit it."""
@@ -94,7 +105,15 @@ class DataSource:
                 "crosscoder reads (n, n_sources, d_in)."
             )
         moments = (*x, *y) if hooks.inputs != hooks.outputs else tuple(x)
-        return View(hooks, x.mean.shape[-1], shape, moments, *self.identity(hooks), self.rows)
+        fingerprint, origin = self.identity(hooks)
+        if self.control is not None and self.whitens(config):
+            fingerprint += f" whitened by {self.control.identity(self.control.choose(variant, config))[0]}"
+        return View(hooks, x.mean.shape[-1], shape, moments, fingerprint, origin, self.rows)
+
+    @staticmethod
+    def whitens(config: Any) -> bool:
+        """Whether an SAE of this config whitens its input."""
+        return config.normalize == WHITEN
 
     def _moments(self, names: Sequence[str]) -> Moments:
         """Moments of one hook; several hooks of equal width are stacked along a source axis."""

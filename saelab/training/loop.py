@@ -19,6 +19,7 @@ from saelab.kernels.allocator import keep_freed_memory
 from saelab.saes import SAE
 from saelab.training.checkpoint import claimed
 from saelab.training.config import TrainConfig
+from saelab.training.control import with_control
 from saelab.training.data import open_data
 from saelab.training.data_source import DataSource, Rows
 from saelab.training.device_rows import ahead_on, common_device
@@ -39,6 +40,7 @@ def train(
     out_dir: str | Path | None = None,
     *,
     hook_name: str | None = None,
+    control: Any = None,
     progress: bool = True,
     wandb_project: str | None = None,
 ) -> list[SAE]: ...
@@ -50,6 +52,7 @@ def train(
     out_dir: str | Path | None = None,
     *,
     hook_name: str | None = None,
+    control: Any = None,
     progress: bool = True,
     wandb_project: str | None = None,
 ) -> SAE: ...
@@ -60,6 +63,7 @@ def train(
     out_dir: str | Path | None = None,
     *,
     hook_name: str | None = None,
+    control: Any = None,
     progress: bool = True,
     wandb_project: str | None = None,
 ) -> SAE | list[SAE]:
@@ -73,6 +77,8 @@ def train(
     `out_dir` is the SAE's folder (for a list: the RUN folder, in which each gets `sae-NAME/`); without it nothing is written.
     Repeating the call resumes where it stopped, bit for bit, and returns at once if it had finished; Ctrl-C writes a
     checkpoint first.
+
+    `control` are rows that an SAE with `normalize="whiten"` whitens by, given like `data`; by default `data` itself.
 
     Under `torchrun` every rank makes this call with the same arguments and takes its share of the rows of each batch; only
     rank 0 writes. With `feature_shards` S the features of each SAE are sharded over S ranks, and rank 0 returns the whole
@@ -97,6 +103,7 @@ def train(
     )
     rules = rules_of(folders, ranks, device_of(trains[0]))
     source = open_data(data, hook_name, rules, common_device(map(device_of, trains)))
+    source = with_control(source, None if control is None else open_data(control, hook_name, rules), configs)
     if ranks.is_main_process:
         _warn_if_few(source, trains[0].batch_size)
     with ExitStack() as stack:
@@ -204,8 +211,9 @@ def _summary(runs: list[Run], bar: Any, batch_size: int) -> str:
         return "/".join(form.format(run.last.get(key, float("nan"))) for run in runs)
 
     rate = (bar.format_dict["rate"] or 0) * batch_size
+    kl = f"kl {each('kl', '{:.4f}')}, " if any("kl" in run.last for run in runs) else ""
     return (
-        f"fvu {each('fvu', '{:.3f}')}, l0 {each('l0', '{:.1f}')}, "
+        f"{kl}fvu {each('fvu', '{:.3f}')}, l0 {each('l0', '{:.1f}')}, "
         f"dead {each('dead_fraction_train', '{:.1%}')}, {rate:,.0f} tokens/s"
     )
 

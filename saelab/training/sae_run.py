@@ -21,6 +21,7 @@ from saelab.saes.step import RULES
 from saelab.training.adam import EPS, Adam, default_eps
 from saelab.training.checkpoint import State, claim_run, list_checkpoints
 from saelab.training.config import TrainConfig
+from saelab.training.control import whiten_by_control
 from saelab.training.data_source import DataSource, Rows, View
 from saelab.training.dead_features import DeadFeatures, dead_window
 from saelab.training.environment import environment, warn_if_elsewhere
@@ -62,12 +63,12 @@ class Run:
         self.ranks = self.mesh.world
         self.train, self.folder = train, folder if self.ranks.is_main_process else None
         self.device = device_of(train)
-        variant = variant_of(config)
-        _check_shares(variant, config, train, self.mesh.data)
+        _check_shares(variant := variant_of(config), config, train, self.mesh.data)
         view = source.view(variant, config)
         self.hooks = view.hooks
         self.sae = variant(config, view.d_in, seed=train.seed, **view.shape)
-        self._place(view.moments)
+        self._place(view.moments, source)
+        self._make_step = source.make_step or make_step
         self.sae.provenance, self._documents = Provenance(origin=view.origin), source.documents
         self._unsharded: SAE | None = None
         if train.feature_shards > 1:
@@ -105,14 +106,17 @@ class Run:
                 device=self.device,
                 rules=self.rules,
             )
-            self._step = make_step(trained)
+            self._step = self._make_step(trained)
             self.log = MetricsLog(self.folder, self.step, wandb_project)
 
-    def _place(self, moments: tuple[torch.Tensor, ...]) -> None:
-        """Fit the normalisation, and the initial biases and thresholds, to the data."""
+    def _place(self, moments: tuple[torch.Tensor, ...], source: DataSource) -> None:
+        """Fit the normalisation, and the initial biases and thresholds, to the data; or take all from `source.start`."""
         self.sae.set_normalization(*moments)
         if self.rules >= 2:
             self.sae.start_from(*moments)
+        whiten_by_control(self.sae, source)
+        if source.start is not None:
+            self.sae.load_state_dict(source.start.state_dict())
 
     def _continue(self, config: Any, view: View) -> None:
         """Resume from what the folder holds; a finished run is loaded, at its last step."""

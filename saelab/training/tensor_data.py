@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saelab.saes import SAE, Batch
 from saelab.saes.hooks_used import HooksUsed
-from saelab.training.data_source import DataSource, Moments, Rows
+from saelab.training.data_source import MOST_ROWS, DataSource, Moments, Rows
 from saelab.training.kept_out import n_kept_out
 
 
@@ -48,8 +48,13 @@ def from_tensors(rows: Rows, rules: int) -> DataSource:
         x = rows[name].double()
         return Moments(x.mean(0).float(), x.square().sum(-1).mean(0))
 
+    def sample(name: str) -> Tensor:
+        return rows[name][mixed] if n > MOST_ROWS else rows[name]
+
     choose = functools.partial(_tensor_hooks, rows=rows)
-    return DataSource(moments, batches, choose, identity, len(first), kept_out=kept_out if len(last) else None)
+    return DataSource(
+        moments, batches, choose, identity, len(first), kept_out=kept_out if len(last) else None, sample=sample
+    )
 
 
 def _tensor_hooks(variant: type[SAE], config: Any, rows: Rows) -> HooksUsed:
@@ -141,4 +146,4 @@ def from_iterator(chunks: Iterator[Any]) -> DataSource:
         fingerprint, origin = start.identity(hooks)
         return f"iterator from {fingerprint}", origin
 
-    return DataSource(start.moments, batches, start.choose, identity)
+    return DataSource(start.moments, batches, start.choose, identity, sample=start.sample)

@@ -2,6 +2,7 @@
 
     python tests/crash/run.py                    # 30 + 30 on a tiny model, some minutes
     python tests/crash/run.py --kinds stream     # a training that harvests by the way
+    python tests/crash/run.py --kinds finetune   # a training inside the model
     python tests/crash/run.py --kills 3 --model smollm2
 
 Two trials run at once, each process with one thread. Exit status 1 when a resumed run differs from one that was left alone.
@@ -34,7 +35,7 @@ import saelab  # noqa: E402
 
 _AT_ONCE = 2
 _LATEST = 1.1  # of the seconds of the run left alone: two at once are slower
-_COMPARED = {"harvest": ["cache"], "train": ["cache", "sae"], "stream": ["streamed"]}
+_COMPARED = {"harvest": ["cache"], "train": ["cache", "sae"], "stream": ["streamed"], "finetune": ["finetuned"]}
 _FORKS = multiprocessing.get_context("fork")  # a process of its own for each, without importing torch in each
 
 

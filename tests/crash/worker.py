@@ -14,6 +14,7 @@ import torch
 
 from saelab import TrainConfig, harvest, load_model, saes, train
 from saelab.activation_cache.streaming import stream
+from saelab.training.finetune import train_end_to_end
 
 SENTENCE = "the river runs past an old mill where nobody came to see what the light of morning had made of it"
 WORDS = SENTENCE.split()
@@ -39,13 +40,21 @@ def run_stream(lm: Any, folder: Path) -> None:
     _train(large, stream(lm, "demo" if large else TEXTS, HOOK, **sizes), folder / "streamed")
 
 
+def run_finetune(lm: Any, folder: Path) -> None:
+    large = lm.name == "smollm2"
+    texts: Any = "demo" if large else TEXTS
+    config = TrainConfig(n_tokens=128 * (10 if large else 60), batch_size=128, checkpoint_every=7, log_every=5)
+    data = stream(lm, texts, HOOK, ctx_len=64)
+    train_end_to_end(saes.BatchTopKConfig(96, 8), data, lm, config, folder / "finetuned", texts=texts, progress=False)
+
+
 def _train(large: bool, data: Any, folder: Path) -> None:
     sae = saes.BatchTopKConfig(d_sae=512 if large else 96, k=8)  # its threshold is part of the state
     config = TrainConfig(n_tokens=128 * (120 if large else 300), batch_size=128, checkpoint_every=7, log_every=5)
     train(sae, data, config, out_dir=folder, progress=False)
 
 
-WORK = {"harvest": run_harvest, "train": run_train, "stream": run_stream}
+WORK = {"harvest": run_harvest, "train": run_train, "stream": run_stream, "finetune": run_finetune}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

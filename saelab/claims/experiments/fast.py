@@ -11,7 +11,8 @@ from typing import Any
 from saelab.activation_cache.harvest import harvest
 from saelab.activation_cache.reader import ActivationCache
 from saelab.benchmarks.claims import Claim, Side
-from saelab.claims.smollm2 import HOOK, config_at, harvested, language_model, scratch, trained
+from saelab.claims.smollm2 import HOOK, config_at, harvested, language_model, trained
+from saelab.claims.workspace import workspace
 from saelab.evaluation.document_error import document_error
 from saelab.tokens import load_texts
 
@@ -46,8 +47,8 @@ def _data() -> dict[str, ActivationCache]:
     """About as many rows for each."""
     lm, dialogues = language_model(), _dialogues()[:N_TRAIN]
     packed = [lm.tokenizer.apply_chat_template(one, tokenize=False) for one in dialogues]
-    apart = harvest(lm, dialogues, HOOK, 10**7, scratch() / "fast", ctx_len=512, chat=True, progress=False)
-    blocks = harvest(lm, packed, HOOK, 10**7, scratch() / "blocks", ctx_len=512, progress=False)
+    apart = harvest(lm, dialogues, HOOK, 10**7, workspace() / "fast", ctx_len=512, chat=True, progress=False)
+    blocks = harvest(lm, packed, HOOK, 10**7, workspace() / "blocks", ctx_len=512, progress=False)
     return {"alone": apart, "in blocks": blocks, "other text": harvested((HOOK,), apart.n_rows)}
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 from statistics import fmean
 
 from saelab.benchmarks.claims import Claim, Side
-from saelab.claims.smollm2 import config_at, harvested, language_model, scratch, trained
+from saelab.claims.smollm2 import config_at, harvested, language_model, trained
+from saelab.claims.workspace import workspace
 from saelab.probing import ProbeConfig, ProbeReport, probe_sets
 
 BELIEVED = 0.005
@@ -17,7 +18,7 @@ BELIEVED = 0.005
 def measure(seed: int) -> dict[str, dict[str, float]]:
     (sae,) = trained({"topk": config_at("topk", 32)}, harvested(), seed).values()
     config = ProbeConfig(n_splits=3)
-    report = probe_sets(sae, language_model(), ["concepts"], config, folder=scratch() / "probing", progress=False)
+    report = probe_sets(sae, language_model(), ["concepts"], config, folder=workspace() / "probing", progress=False)
     gains = {regime: _gain(report, regime) for regime in report.regimes}
     hard = [gain for regime, gain in gains.items() if regime != "standard"]
     return {"standard regime": {"gain": gains["standard"]}, "hard regimes": {"gain": fmean(hard)}}
