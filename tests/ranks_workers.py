@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tiny_saes import config_of
+from tiny_saes import config_of, data
 
 from saelab import TrainConfig, train
 from saelab.distributed import SINGLE_PROCESS, init_distributed
@@ -63,7 +63,7 @@ def train_each(rank: int, folder: Path) -> None:
     with fp64():
         for name, config in CONFIGS.items():
             own = folder / name / ("here" if rank == 0 else f"never-{rank}")
-            sae = train(config, planted(), TRAIN, own, progress=False)
+            sae = train(config, data(name, planted()), TRAIN, own, progress=False)
             save_file(
                 {key: x.contiguous() for key, x in sae.state_dict().items()}, folder / f"{name}-{rank}.safetensors"
             )

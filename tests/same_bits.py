@@ -87,6 +87,8 @@ def make(out: Path) -> None:
     cache = saelab.harvest(lm, texts, HOOKS, n_tokens=4_096, out_dir=out / "cache", **options)
     train = saelab.TrainConfig(n_tokens=30 * 128, batch_size=128, seed=1, device="cpu", checkpoint_every=20)
     for name, variant in saelab.VARIANTS.items():
+        if getattr(variant, "needs_gradients", False):
+            continue
         fields = {"hook_names": HOOKS} if name.startswith("cross") else {"hook_name_out": HOOKS[1]}
         known = {field: value for field, value in fields.items() if field in variant.Config.__dataclass_fields__}
         hook: dict[str, Any] = {} if name.startswith("cross") else {"hook_name": HOOKS[0]}

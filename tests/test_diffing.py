@@ -255,6 +255,14 @@ def test_what_it_concludes(report):
     assert "artefacts" in shown
 
 
+def test_without_candidates_it_says_how_far_norms_lean():
+    sae = crosscoder()
+    with torch.no_grad():
+        sae.W_dec[0, ONLY_B], sae.W_dec[1, ONLY_A] = PLANTED.features[ONLY_B, 1], PLANTED.features[ONLY_A, 0]
+    said = judged_report(sae, found_in(sae), ABOUT).conclusions()
+    assert said[2:] == ["Relative norms range from 0.50 to 0.85."] and said[0].startswith("Only base: 0 of 36")
+
+
 def test_the_html_is_one_safe_file(report, tmp_path):
     evil = "".join(HOSTILE)
     features = tuple(one._replace(label=evil, tokens=(evil, "</code>")) for one in report.features)

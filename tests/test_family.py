@@ -134,7 +134,13 @@ def test_other_targets_come_where_the_cache_has_what_they_need():
         ("codebook", 8): CodebookConfig(64),
     }
     alone = family._configs(None, FamilyConfig(64), (4,), n_hooks=1)
-    assert {name for name, _ in alone} == set(VARIANTS) - {"crosscoder", "top_afa", *family.TRANSCODERS, *family.LAYERS}
+    assert {name for name, _ in alone} == set(VARIANTS) - {
+        "crosscoder",
+        "top_afa",
+        "gradient",
+        *family.TRANSCODERS,
+        *family.LAYERS,
+    }
     for name, needs in (("crosscoder", "a cache with at least two hooks"), ("transcoder", "hook_name_out")):
         with pytest.raises(ValueError, match=f"'{name}', which needs {needs}"):
             family._configs([name], FamilyConfig(64), (4,), n_hooks=1)

@@ -13,6 +13,7 @@ from tiny_saes import build
 
 import saelab
 from saelab.app import state
+from saelab.benchmarks.interactions import interactions_picture
 from saelab.evaluation.interactions import pair_table, pearson
 from saelab.features import load_features
 from saelab.features.interactions import sampled_feature_acts
@@ -113,7 +114,7 @@ def test_pairs_against_firing_together(store):
     x, y = table.norms.double().numpy(), table.together.double().numpy()
     assert table.correlation == pytest.approx(np.corrcoef(x, y)[0, 1])
     assert np.isnan(pearson(table.norms, torch.ones(len(want))))
-    drawn = ElementTree.fromstring(table.picture(20))
+    drawn = ElementTree.fromstring(interactions_picture(table, 20))
     dots = [one for one in drawn.iter() if one.tag.endswith("circle")]
     assert len(dots) == min(20, int((table.together > 0).sum()))
     assert "share of tokens on which both fire" in [one.text for one in drawn.iter()]

@@ -27,14 +27,15 @@ WRITTEN_AS = {"gba": "relu"}  # a variant that only saelab has, written as one t
 PLAIN = ("crosscoder", "codebook", "top_afa", "poly", "icfl", "itda", "cross_layer_transcoder")
 NO_PLAIN = {name: f"An? {name} is in no other library's format" for name in PLAIN}
 ONLY_THRESHOLDS = {
-    name: "only thresholds" for name in ("topk", "masked_topk", "csr", "abs_topk", "gated", "matching_pursuit")
+    name: "only thresholds"
+    for name in ("topk", "masked_topk", "csr", "gradient", "abs_topk", "gated", "matching_pursuit")
 }
 CANNOT: dict[str, dict[str, str]] = {
     "sae_lens": {"transcoder": "a TopK transcoder", "skip_transcoder": "a TopK transcoder"},
     "sparsify": {
         name: f"a {WRITTEN_AS.get(name, name)} \\(only a k per token\\)"
         for name in VARIANTS
-        if name not in ("topk", "masked_topk", "csr", "transcoder", "skip_transcoder", *NO_PLAIN)
+        if name not in ("topk", "masked_topk", "csr", "gradient", "transcoder", "skip_transcoder", *NO_PLAIN)
     },
     "dictionary_learning": {
         name: f"a {name}"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_saes import config_of
+from tiny_saes import config_of, data
 
 from saelab.errors import TrainingError
 from saelab.saes import VARIANTS, ReLUConfig, TopKConfig
@@ -25,7 +25,7 @@ BATCH = TrainConfig(n_tokens=4_000, batch_size=500)
 def plan_of(config, d_in=64, device=CPU, train=BATCH, **shape) -> Plan:
     variant = next(one for one in VARIANTS.values() if type(config) is one.Config)
     x = torch.randn(4, *([shape["n_sources"]] if shape else []), d_in)
-    return plan_memory(variant, config, open_data(x, None).view(variant, config), train, device)
+    return plan_memory(variant, config, open_data(data(variant.variant, x), None).view(variant, config), train, device)
 
 
 MEASURE = """

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny_saes import data
 
 from saelab import TrainConfig, presets, train
 from saelab.saes import VARIANTS
@@ -13,7 +14,7 @@ def test_every_variant_has_a_cpu_preset(name):
     assert type(config) is VARIANTS[name].Config and config.d_sae == 4096
     small = presets.cpu(name, d_sae=64, **({"k": 4} if hasattr(config, "k") else {}))
     x = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
-    assert train(small, x, TrainConfig(n_tokens=640, batch_size=64), progress=False).d_sae == 64
+    assert train(small, data(name, x), TrainConfig(n_tokens=640, batch_size=64), progress=False).d_sae == 64
 
 
 @pytest.mark.parametrize("name", [name for name, one in VARIANTS.items() if hasattr(one.Config, "encoder_decay")])

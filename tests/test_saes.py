@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_saes import D_IN, D_SAE, build, config_of, info, rows
+from tiny_saes import D_IN, D_SAE, build, config_of, data, info, rows
 
 from saelab.io import load_sae
 from saelab.kernels.encode_batch_topk import encode_batch_topk
@@ -204,11 +204,11 @@ def test_training_ends_with_decoder_norms_folded_unless_it_began_before(name, tm
     config = config_of(name, **changes)
     train = TrainConfig(n_tokens=4 * 64, batch_size=64, lr=0.1, device="cpu")
     for rules in (2, 1):
-        run = Run(config, open_data(rows(200), None), train, tmp_path / str(rules), None, rules=rules)
+        run = Run(config, open_data(data(name, rows(200)), None), train, tmp_path / str(rules), None, rules=rules)
         for step in range(4):
-            run.train_step({"x": rows(64, step)})
-        x_hat = run.sae(rows(50)).x_hat
-        run.finish({"x": rows(64)}, {"x": rows(64)[:0]}, kept_out=False)  # no row to calibrate on
+            run.train_step({"x": rows(64, step), "x.gradient": rows(64, step + 9)})
+        x_hat, none = run.sae(rows(50)).x_hat, rows(64)[:0]
+        run.finish({"x": rows(64), "x.gradient": rows(64)}, {"x": none, "x.gradient": none}, kept_out=False)
         sae = load_sae(tmp_path / str(rules))
         torch.testing.assert_close(sae(rows(50)).x_hat, x_hat, rtol=1e-3, atol=1e-3)
         norms = sae.decoder_norms.detach()

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_saes
 import torch
 from tiny_runs import HOOK, make_run
 
@@ -123,7 +124,7 @@ def test_every_variant_can_be_watched(tmp_path):
     few = dataclasses.replace(KEEPING, n_tokens=64 * 4, snapshot_every=3, device="cpu", checkpoint_every=0)
     for name, variant in saelab.VARIANTS.items():
         x = rows()[:300]
-        data = torch.stack([x, x.flip(1)], 1) if name == "crosscoder" else x
+        data = torch.stack([x, x.flip(1)], 1) if name == "crosscoder" else tiny_saes.data(name, x)
         if "d_out" in variant.extra_dims:
             data = Batch(x, x.flip(1))
         config = variant.Config(d_sae=32)

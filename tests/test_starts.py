@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_saes import config_of
+from tiny_saes import config_of, data
 
 from saelab.errors import TrainingError
 from saelab.saes import VARIANTS, Batch, JumpReLUConfig, StepInfo
@@ -85,5 +85,5 @@ def test_a_run_of_the_first_rules_starts_where_it_did():
         config = config_of(name, D_SAE, normalize="scale")
         plain = VARIANTS[name](config, D_IN, seed=STEPS.seed)
         plain.set_normalization(x.double().mean(0).float(), x.double().square().sum(1).mean())
-        run = Run(config, open_data(x, None), STEPS, None, None, rules=1)
+        run = Run(config, open_data(data(name, x), None), STEPS, None, None, rules=1)
         assert run.sae.hash == plain.hash, name

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_saes import config_of
+from tiny_saes import config_of, data
 
 from saelab import TrainConfig, load_sae, train
 from saelab.saes import VARIANTS
@@ -25,8 +25,9 @@ def planted(n: int = 3000, d_in: int = 16) -> torch.Tensor:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_it_learns_loads_and_resumes_bit_for_bit(tmp_path, name, device):
     x, config, folder = planted(), config_of(name, D_SAE), tmp_path / "sae"
-    sae = train(config, x, SHORT, folder, progress=False)
-    untrained = train(config, x, TrainConfig(n_tokens=128, batch_size=128), progress=False)
+    given = data(name, x)
+    sae = train(config, given, SHORT, folder, progress=False)
+    untrained = train(config, given, TrainConfig(n_tokens=128, batch_size=128), progress=False)
     there = x.to(device)  # where training went by itself
     error, before = ((one(there).x_hat - there).square().sum().item() for one in (sae, untrained))
     assert error < LEAST.get(name, 0.6) * before
@@ -36,4 +37,4 @@ def test_it_learns_loads_and_resumes_bit_for_bit(tmp_path, name, device):
     assert torch.equal(sae.encode(there[7:8]).to_dense(), sae.encode(there).to_dense()[7:8])
     for file in ("sae.json", "sae.safetensors", "golden.safetensors"):
         (folder / file).unlink()  # as if killed after the last checkpoint, which is of step 40
-    assert train(config, x, SHORT, folder, progress=False).hash == sae.hash
+    assert train(config, given, SHORT, folder, progress=False).hash == sae.hash

@@ -27,7 +27,9 @@ def run(tmp_path_factory, tiny_folder) -> Path:
     folder = tmp_path_factory.mktemp("family") / "run"
     texts = write_texts(folder.parent / "notes.jsonl")
     source = ["--model", str(tiny_folder), "--dtype", "float32", "--texts", str(texts), "--ctx-len", "64"]
-    assert main.main(["harvest", str(folder), "--hook-name", *HOOKS, "--n-tokens", "4_000", *source]) == 0
+    assert (
+        main.main(["harvest", str(folder), "--hook-name", *HOOKS, "--n-tokens", "4_000", "--gradients", *source]) == 0
+    )
     return folder
 
 

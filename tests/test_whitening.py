@@ -4,12 +4,17 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_runs import make_run
 from tiny_saes import D_IN, D_SAE, build, config_of, rows
 
 from saelab import TrainConfig, load_sae, train
+from saelab.activation_cache.reader import ActivationCache
+from saelab.cli.main import main
 from saelab.edits.feature_handle import FeatureHandle
 from saelab.errors import TrainingError
+from saelab.saes.step import RULES
 from saelab.saes.whitening import FLOOR, Whitening
+from saelab.training.kept_out import n_kept_out
 
 MIX = torch.randn(D_IN, D_IN, generator=torch.Generator().manual_seed(7)) + torch.eye(D_IN)
 STEPS = TrainConfig(n_tokens=20 * 64, batch_size=64, checkpoint_every=8)
@@ -96,3 +101,17 @@ def test_control_data_that_do_not_serve_are_refused():
         train(config, x, STEPS, control=x[:, 1:], progress=False)
     with pytest.raises(ValueError, match="normalize='whiten'"):
         config_of("crosscoder", normalize="whiten")
+
+
+def test_the_command_whitens_by_the_cache_of_another_run(tmp_path, tiny_lm, capsys):
+    run = make_run(tmp_path / "run", tiny_lm)
+    cache = ActivationCache(run / "cache")
+    kept = cache.n_rows - n_kept_out(cache.n_rows, RULES)
+    x = next(cache.batches(kept, leave_out=cache.n_rows - kept))
+    words = ["train", f"{run}", "--variant", "topk", "--normalize", "whiten", "--d-sae", "64", "--k", "4"]
+    words += ["--n-tokens", "200", "--batch-size", "100"]
+    assert main([*words, "--name", "itself"]) == 0 and main([*words, "--name", "other", "--control", f"{run}"]) == 0
+    itself, other = load_sae(run / "sae-itself"), load_sae(run / "sae-other")
+    assert itself.hash == other.hash
+    torch.testing.assert_close(itself.whitening.mean, x.mean(0), rtol=1e-4, atol=1e-5)
+    assert main([*words, "--name", "other"]) == 2 and "different arguments" in capsys.readouterr().err

@@ -41,6 +41,12 @@ def rows(n: int, seed: int = 0) -> torch.Tensor:
     return 3 * torch.randn(n, D_IN, generator=torch.Generator().manual_seed(seed)) + torch.linspace(-2, 2, D_IN)
 
 
+def data(name: str, x: torch.Tensor) -> Any:
+    """`x` as `saelab.train` takes it for this variant: with a gradient if it reads one."""
+    gradient = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(1))
+    return Batch(x, x, gradient) if VARIANTS[name].needs_gradients else x
+
+
 def info(dead: torch.Tensor | None = None) -> StepInfo:
     """Step 10 of 100."""
     return StepInfo(torch.zeros(D_SAE, dtype=torch.bool) if dead is None else dead, 10, 100)

@@ -76,7 +76,7 @@ def run_family(
         raise ValueError("seeds is empty: list at least one.")
     config, cache = config or FamilyConfig(), ActivationCache(Path(run) / "cache")
     trained = None if variants is None else [name for name in variants if name not in BASELINES]
-    configs = {} if trained == [] else _configs(trained, config, l0, len(cache.hook_names))
+    configs = {} if trained == [] else _configs(trained, config, l0, len(cache.hook_names), cache.gradients is not None)
     untrained = [name for name in BASELINES if variants is None or name in variants]
     out_dir = Path(out_dir) if out_dir is not None else Path(run) / "family"
     origin = cache.origin(config.hook_name)
@@ -93,33 +93,40 @@ def run_family(
 
 
 def _configs(
-    variants: Sequence[str] | None, config: FamilyConfig, l0: Sequence[int], n_hooks: int
+    variants: Sequence[str] | None, config: FamilyConfig, l0: Sequence[int], n_hooks: int, gradients: bool = False
 ) -> dict[tuple[str, int], Any]:
     """The config of each (variant, L0)."""
     if not l0:
         raise ValueError("l0 is empty: list at least one number of active features per token.")
     check_variants(variants or ())
     for name in variants or ():
-        if _config(name, config, l0[0], n_hooks) is None:
+        if _config(name, config, l0[0], n_hooks, gradients) is None:
             raise ValueError(f"variants contains {name!r}, which {_NEEDS.get(name, 'has no setting for its L0')}.")
     wanted = [(name, level) for name in variants or VARIANTS for level in (l0 if name in ALL_L0 else l0[:1])]
-    configs = {(name, level): _config(name, config, level, n_hooks) for name, level in wanted}
+    configs = {(name, level): _config(name, config, level, n_hooks, gradients) for name, level in wanted}
     return {(name, getattr(one, "k", level)): one for (name, level), one in configs.items() if one is not None}
 
 
 _NEEDS = {
     "crosscoder": "needs a cache with at least two hooks",
+    **{
+        name: "needs a cache with gradients: saelab harvest --gradients"
+        for name, one in VARIANTS.items()
+        if one.needs_gradients
+    },
     **dict.fromkeys(TRANSCODERS, "needs hook_name_out: a second hook of the cache"),
     **dict.fromkeys(LAYERS, "needs the inputs and outputs of several layers, which this benchmark does not take"),
 }
 
 
-def _config(variant: str, config: FamilyConfig, level: int, n_hooks: int) -> Any:
+def _config(variant: str, config: FamilyConfig, level: int, n_hooks: int, gradients: bool) -> Any:
     """The config of a variant at an L0; None if it cannot be trained on this cache."""
     table = TABLES.get(variant, "sae")
     if variant in LAYERS or (table == "crosscoder" and n_hooks < 2):
         return None
     if table == "transcoder" and config.hook_name_out is None:
+        return None
+    if VARIANTS[variant].needs_gradients and not gradients:
         return None
     if table == "codebook":  # its codes have no values, so its k is not comparable with an L0
         return VARIANTS[variant].Config(d_sae=config.d_sae)

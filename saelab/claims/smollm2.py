@@ -51,6 +51,13 @@ def trained(configs: Mapping[str, Any], data: ActivationCache, seed: int) -> dic
     return dict(zip(configs, saes, strict=True))
 
 
+@cache
+def topk_sae(seed: int) -> SAE:
+    """A TopK SAE at an L0 of 32, which several experiments look at."""
+    (sae,) = trained({"topk": config_at("topk", 32)}, harvested(), seed).values()
+    return sae
+
+
 def scored(saes: Mapping[str, SAE], measures: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Measures of `saelab.evaluate` on held-out documents, by label; `bias` is the relative reconstruction bias."""
     found = {}

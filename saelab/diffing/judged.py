@@ -114,6 +114,8 @@ class Judged:
     def conclusions(self) -> list[str]:
         """What came out, a sentence for each side and one for each caution."""
         said = [self._of_side(side) for side in "ab"]
+        if not self.features:
+            said.append("Relative norms range from {:.2f} to {:.2f}.".format(*self.about["norms"]))
         if self.about["kind"] == "layers":
             said.append("Both sources are of one model: what differs is the layer, and no training lies between them.")
         base = self.about["baseline"]

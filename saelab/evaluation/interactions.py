@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saelab.benchmarks.svg import scatter
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.saes.interactions import pair_norms
 from saelab.validation import check_integer
@@ -28,14 +27,6 @@ class PairTable(NamedTuple):
     def correlation(self) -> float:
         """Pearson's r of both columns; NaN where one is constant."""
         return pearson(self.norms, self.together)
-
-    def picture(self, n_pairs: int = 800) -> str:
-        """Both columns against each other as SVG: `n_pairs` of the pairs that fire together, drawn at random. Raises `ValueError`
-        where none does."""
-        drawn = torch.randperm(len(self.pairs), generator=torch.Generator().manual_seed(0))
-        drawn = drawn[(self.together[drawn] > 0) & (self.norms[drawn] > 0)][:n_pairs]
-        points = list(zip(self.together[drawn].tolist(), self.norms[drawn].tolist(), strict=True))
-        return scatter(points, "share of tokens on which both fire", "norm of their interaction")
 
 
 def pair_table(sae: Any, feature_acts: SparseActs, n_features: int = 1000) -> PairTable:

@@ -11,6 +11,7 @@ from saelab.saes.csr import CSRSAE, CSRConfig
 from saelab.saes.feature_choice import FeatureChoiceConfig, FeatureChoiceSAE
 from saelab.saes.gated import GatedConfig, GatedSAE
 from saelab.saes.gba import GBASAE, GBAConfig
+from saelab.saes.gradient import GradientConfig, GradientSAE
 from saelab.saes.icfl import ICFLSAE, ICFLConfig
 from saelab.saes.itda import ITDASAE, ITDAConfig
 from saelab.saes.jumprelu import JumpReLUConfig, JumpReLUSAE
@@ -34,6 +35,7 @@ VARIANTS: dict[str, type[SAE]] = {
     "abs_topk": AbsTopKSAE,
     "masked_topk": MaskedTopKSAE,
     "csr": CSRSAE,
+    "gradient": GradientSAE,
     "top_afa": TopAFASAE,
     "poly": PolySAE,
     "relu": ReLUSAE,
@@ -84,6 +86,8 @@ __all__ = [
     "ICFLConfig",
     "ICFLSAE",
     "ITDAConfig",
+    "GradientConfig",
+    "GradientSAE",
     "JumpReLUConfig",
     "JumpReLUSAE",
     "JumpReLUTranscoderConfig",

@@ -40,13 +40,12 @@ class SAE(nn.Module):
         "set_normalization", "normalize", "normalize_target", "normalized", "denormalize", "token_sizes", "sparse_target",
         "variant", "Config", "selection_rule", "extra_dims", "tied", "unit_norm", "supports_data_parallel",
         "takes_view", "additive", "base_lr", "cpu_preset", "short_preset", "expected_l0", "peak_l0", "has_dense_aux", "hooks",
-        "as_exported", "reads_labels",
+        "as_exported", "reads_labels", "needs_gradients",
     })
     # fmt: on
     """What a variant may override; the contract suite rejects anything else."""
     extra_dims: ClassVar[tuple[str, ...]] = ()
     """Sizes besides `d_in` that the data determines: attributes, arguments of `__init__` and keys of `sae.json`."""
-
     variant: ClassVar[str]
     Config: ClassVar[type]
     tied: ClassVar[bool] = False
@@ -61,6 +60,8 @@ class SAE(nn.Module):
     """Whether y of a training `Batch(x, y)` is a second view of x, which is not reconstructed."""
     reads_labels: ClassVar[bool] = False
     """Whether training passes `Batch.labels`."""
+    needs_gradients: ClassVar[bool] = False
+    """Whether it is trained with the gradient of the model's loss at each activation."""
     base_lr: ClassVar[float] = 3e-3
     """Adam's learning rate at d_sae 4096 when `TrainConfig.lr` is None; scaled by sqrt(4096 / d_sae)."""
     cpu_preset: ClassVar[dict[str, Any]] = {}

@@ -78,7 +78,6 @@ class CrosscoderSAE(ThresholdSAE):
     config: CrosscoderConfig
     extra_dims = ("n_sources",)
     unit_norm = False
-    trains_in_model = False  # it reconstructs several hooks
     base_lr = 1e-3
     selection_rule = "u sum_s |d_s| > threshold; with sparsity l1: u > 0"
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from saelab.kernels.decode import decode_error
@@ -80,6 +80,14 @@ class GatedSAE(L1SAE):
         shift = b_mag - gain * b_gate
         pi_mag = gain[gates.features] * gates.values + shift[gates.features]
         return gates.with_values(pi_mag).where(pi_mag > 0)
+
+    @torch.no_grad()
+    def restart(
+        self, features: Int[Tensor, " n"], directions: Float[Tensor, "n d_in"], length: Tensor
+    ) -> list[nn.Parameter]:
+        for of_magnitudes in (self.r_mag, self.b_mag):
+            of_magnitudes[features] = 0
+        return [*super().restart(features, directions, length), self.r_mag, self.b_mag]
 
     def loss(self, batch: Batch, info: StepInfo) -> Loss:
         x, target = self.normalized(batch)

@@ -22,6 +22,8 @@ class HooksUsed(NamedTuple):
     outputs: tuple[str, ...]
     views: tuple[str, ...] = ()
     """The second view of the input, which only training reads."""
+    gradients: tuple[str, ...] = ()
+    """Columns of the training data with the gradients at the inputs, for variants that read them."""
 
     def __str__(self) -> str:
         inputs, output = ", ".join(self.inputs), ", ".join(self.outputs)
@@ -32,13 +34,18 @@ class HooksUsed(NamedTuple):
         """Each hook once."""
         return tuple(dict.fromkeys(self.inputs + self.outputs + self.views))
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What is read in training: the hooks, and the gradients at them."""
+        return self.all + self.gradients
+
     def batch(self, rows: Mapping[str, Tensor]) -> Batch:
-        """`Batch(x, y)` from rows `(..., d)` by hook; several hooks are stacked to `(..., n_sources, d)`. y is the second view if
-        there is one."""
+        """`Batch(x, y, gradient)` from rows `(..., d)` by column; several hooks are stacked to `(..., n_sources, d)`. y is the
+        second view if there is one."""
         x = _joined([rows[name] for name in self.inputs])
-        if self.views:
-            return Batch(x, _joined([rows[name] for name in self.views]))
-        return Batch(x, x if self.inputs == self.outputs else _joined([rows[name] for name in self.outputs]))
+        others = self.views or self.outputs
+        y = x if others == self.inputs else _joined([rows[name] for name in others])
+        return Batch(x, y, _joined([rows[name] for name in self.gradients]) if self.gradients else None)
 
     def origin(self) -> dict[str, Any]:
         """The entries of `sae.json`: `hook_name` (the last one read), `hook_name_out` (the last one predicted, if it is another),

@@ -14,18 +14,19 @@ where I stays within `INTEGRAL_LIMITS` times the start (anti-windup), and the in
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import NormalDist
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.saes.base import SAE
-from saelab.saes.config import check_config
+from saelab.saes.config import LATER, check_config
 from saelab.saes.step import StepInfo
+from saelab.validation import check_integer
 
 RAMP_FRACTION = 0.5
 ANNEAL_FRACTION = 0.1
@@ -145,14 +146,20 @@ class L1Config:
     """Adapt lambda during the run, from `l1_coefficient`, so that this many features fire per token; None keeps it fixed."""
     normalize: str = "center_and_scale"
     """Input normalisation: "center_and_scale", "scale" or "none"; stored with the SAE."""
+    resample_every: int | None = field(default=None, metadata=LATER)
+    """Steps between resamplings, at most four, in which dead features start again from badly reconstructed rows; None: none."""
 
     def __post_init__(self) -> None:
         check_config(self)
         check_sparsity(self, "l1")
+        if self.resample_every is not None:
+            check_integer("resample_every", self.resample_every, 1)
 
 
 class L1SAE(SAE):
     """What the variants with an `L1Config` promise."""
+
+    extension_points = SAE.extension_points | {"restart"}
 
     @classmethod
     def expected_l0(cls, config: L1Config) -> float | None:
@@ -161,3 +168,14 @@ class L1SAE(SAE):
     @classmethod
     def peak_l0(cls, config: L1Config) -> float:
         return start_l0(config.d_sae, config.target_l0)
+
+    @torch.no_grad()
+    def restart(
+        self, features: Int[Tensor, " n"], directions: Float[Tensor, "n d_in"], length: Tensor
+    ) -> list[nn.Parameter]:
+        """Set the weights of these features anew: decoder rows `directions`, encoder rows `length` times these, biases 0
+        (`training/resampling.py`). Returns the parameters that it changed."""
+        self.W_dec[features] = directions
+        self.W_enc[features] = length * directions
+        self.b_enc[features] = 0
+        return [self.W_dec, self.W_enc, self.b_enc]

@@ -29,6 +29,10 @@ class ReLUTranscoderConfig(ReLUConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_no_pre_bias(self.pre_bias)
+        if self.resample_every is not None:
+            raise ValueError(
+                f"resample_every={self.resample_every} is for SAEs that reconstruct what they read: leave it at None."
+            )
 
 
 class ReLUTranscoderSAE(Transcoding, ReLUSAE):

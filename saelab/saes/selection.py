@@ -120,7 +120,16 @@ class SelectionSAE(SAE):
 
     def loss(self, batch: Batch, info: StepInfo) -> Loss:
         x, target = self.normalized(batch)
-        feature_acts = self.select(x, info)
+        return self.loss_of(x, target, self.select(x, info), info)
+
+    def loss_of(
+        self,
+        x: Float[Tensor, "batch d_in"],
+        target: Float[Tensor, "batch d_out"],
+        feature_acts: SparseActs,
+        info: StepInfo,
+    ) -> Loss:
+        """The loss of a normalised batch with these feature activations."""
         error, residual = self.rebuild(feature_acts, self.sparse_target(x, target))
         terms = {"fvu": error / total_variance(target, info.ranks)}
         terms |= self.aux_term(x, residual, feature_acts, info)

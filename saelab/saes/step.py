@@ -28,6 +28,8 @@ class Batch(NamedTuple):
 
     x: Tensor
     y: Tensor
+    gradient: Tensor | None = None
+    """That of the language model's loss with respect to each row of `x`, for variants that read it."""
     labels: Tensor | None = None
     """Which token each row is, `(batch, 2)` (`atoms.py`); only for variants with `reads_labels`."""
 

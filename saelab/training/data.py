@@ -44,7 +44,7 @@ def open_data(data: Any, hook_name: str | None, rules: int = RULES, device: torc
         return from_iterator(iter(data))
     raise ValueError(
         f"Cannot train on {type(data).__name__}: pass a cache, its path, a stream, a tensor or NumPy array (n, d_in), a "
-        "Batch(x, y) of them, or an iterator of these."
+        "Batch(x, y) or Batch(x, x, gradient) of them, or an iterator of these."
     )
 
 
@@ -55,8 +55,7 @@ def _from_cache(cache: _Cache, hook_name: str | None, rules: int, for_cuda: bool
 
     @functools.cache
     def moments(name: str) -> Moments:
-        stats = cache.stats(name)
-        return Moments(stats["mean"].float(), stats["second_moment"].sum())
+        return Moments((stats := cache.stats(name))["mean"].float(), stats["second_moment"].sum())
 
     options = _reading(cache, leave_out, for_cuda)
 
@@ -85,6 +84,7 @@ def _from_cache(cache: _Cache, hook_name: str | None, rules: int, for_cuda: bool
         labels=row_numbers if streamed else functools.partial(_labels, cache, leave_out),
         kept_out=functools.partial(_left_out, cache, leave_out) if leave_out else None,
         sample=None if isinstance(cache, ActivationStream) else functools.partial(_sample, cache, leave_out),
+        lacks_gradients=_lacks_gradients(cache),
     )
 
 
@@ -104,6 +104,15 @@ def _sample(cache: ActivationCache, leave_out: int, name: str) -> Tensor:
     size = min(n, 4096)
     drawn = cache.batches(size, seed=0, hook_name=[name], leave_out=leave_out)
     return torch.cat([rows[name].float() for rows in itertools.islice(drawn, -(-n // size))])[:n]
+
+
+def _lacks_gradients(cache: _Cache) -> str | None:
+    again = f"--hook-name {' '.join(cache.hook_names)} --n-tokens NUMBER --gradients"
+    if isinstance(cache, ActivationStream):
+        return f"a stream supplies none: train on a cache, saelab harvest RUN {again}"
+    if cache.gradients is None:
+        return f"{cache.path} holds none: harvest again into another RUN, saelab harvest RUN {again}"
+    return None
 
 
 def _reading(cache: _Cache, leave_out: int, for_cuda: bool) -> dict[str, Any]:

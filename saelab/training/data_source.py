@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from saelab.activation_cache.columns import gradient_of
 from saelab.saes import SAE
 from saelab.saes.atoms import numbered
 from saelab.saes.hooks_used import HooksUsed
@@ -102,10 +103,12 @@ class DataSource:
     """The SAE whose weights, thresholds and normalisation training begins with; None: a new one."""
     make_step: Callable[[Any], Any] | None = None
     """What makes the steps (as `steps.make_step`, which is used if it is None)."""
+    lacks_gradients: str | None = None
+    """Why there is no gradient at each activation, and what to do; None if there is (`columns.gradient_of`)."""
 
     def view(self, variant: type[SAE], config: Any) -> View:
         """What an SAE of this config reads. Raises `ValueError` if the data does not fit it."""
-        hooks = self.choose(variant, config)
+        hooks = self._with_gradients(variant, self.choose(variant, config))
         x, y = self._moments(hooks.inputs), self._moments(hooks.outputs)
         n_sources = max(one.mean.shape[0] if one.mean.ndim == 2 else 1 for one in (x, y))
         sizes = {"n_sources": n_sources, "d_out": y.mean.shape[-1]}
@@ -125,6 +128,17 @@ class DataSource:
     def whitens(config: Any) -> bool:
         """Whether an SAE of this config whitens its input."""
         return config.normalize == WHITEN
+
+    def _with_gradients(self, variant: type[SAE], hooks: HooksUsed) -> HooksUsed:
+        """The hooks and, if the variant reads them, the gradients at its inputs. Raises `ValueError` if there are none."""
+        if not variant.needs_gradients:
+            return hooks
+        if self.lacks_gradients is not None:
+            raise ValueError(
+                f"The variant {variant.variant} is trained with the gradient of the language model's loss at each activation, "
+                f"and {self.lacks_gradients}."
+            )
+        return hooks._replace(gradients=tuple(map(gradient_of, hooks.inputs)))
 
     def _moments(self, names: Sequence[str]) -> Moments:
         """Moments of one hook; several hooks of equal width are stacked along a source axis."""

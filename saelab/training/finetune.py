@@ -93,7 +93,7 @@ def train_end_to_end(
 ) -> SAE:
     """Train a new SAE of `config` inside `lm` from its first step on. `data`, a cache, its path or a stream, says which hook,
     texts and mask, and what the input's mean and scale are; its rows are not read. All else is as in `finetune`."""
-    if getattr(variant_of(config), "trains_in_model", False) is False:
+    if not _can_be_trained(variant_of(config)):
         raise _cannot_be_trained(variant_of(config).variant)
     view = open_data(data, hook_name).view(variant_of(config), config)
     sae = variant_of(config)(config, view.d_in, seed=train_config.seed)
@@ -139,7 +139,7 @@ def _train(
 def _check_sae(sae: SAE, lm: LanguageModel) -> None:
     """Raise `ValueError` for an SAE that cannot be trained in this model."""
     check_is_sae(sae, "finetune")
-    if not (isinstance(sae, SelectionSAE) and sae.trains_in_model):
+    if not _can_be_trained(type(sae)):
         raise _cannot_be_trained(sae.variant)
     then = sae.provenance.origin.get("model") or {}
     if then.get("hash", lm.hash) != lm.hash:
@@ -148,8 +148,13 @@ def _check_sae(sae: SAE, lm: LanguageModel) -> None:
         )
 
 
+def _can_be_trained(variant: type[SAE]) -> bool:
+    """Whether it selects, and reconstructs the one hook that it reads."""
+    return issubclass(variant, SelectionSAE) and variant.trains_in_model and not variant.extra_dims
+
+
 def _cannot_be_trained(variant: str) -> ValueError:
-    able = ", ".join(name for name, one in VARIANTS.items() if getattr(one, "trains_in_model", False))
+    able = ", ".join(name for name, one in VARIANTS.items() if _can_be_trained(one))
     return ValueError(f"{variant} cannot be trained inside a model; {able} can.")
 
 

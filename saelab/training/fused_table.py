@@ -44,8 +44,8 @@ def _batch_topk(config: BatchTopKConfig) -> Fused | None:
     return Fused("fused_batch_topk", "FusedBatchTopK", 6) if plain else None
 
 
-def _relu(config: ReLUConfig) -> Fused:
-    return Fused("fused_threshold", "FusedThreshold", 6)
+def _relu(config: ReLUConfig) -> Fused | None:
+    return Fused("fused_threshold", "FusedThreshold", 6) if config.resample_every is None else None
 
 
 def _jumprelu(config: JumpReLUConfig) -> Fused:

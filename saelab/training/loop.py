@@ -73,8 +73,9 @@ def train(
     `data` is a cache, a cache's path, a stream, a tensor or NumPy array `(n, d_in)` (shuffled, repeated as needed) or an
     iterator of such tensors; `hook_name` selects the hook that an SAE or transcoder reads if there are several. A crosscoder
     reads the hooks that its config names, or tensors `(n, n_sources, d_in)`; a transcoder predicts its config's
-    `hook_name_out`, or the y of a `Batch(x, y)` of tensors; for csr, y is a second view of each row. For a list,
-    `train_config` may be a list too, one for each SAE, with the same `n_tokens`, `batch_size`, `seed` and `feature_shards`.
+    `hook_name_out`, or the y of a `Batch(x, y)` of tensors; for csr, y is a second view of each row; a gradient SAE reads
+    a cache with gradients, or a `Batch(x, x, gradient)`. For a list, `train_config` may be a list too, one for each SAE, with
+    the same `n_tokens`, `batch_size`, `seed` and `feature_shards`.
     `out_dir` is the SAE's folder (for a list: the RUN folder, in which each gets `sae-NAME/`); without it nothing is written.
     Repeating the call resumes where it stopped, bit for bit, and returns at once if it had finished; Ctrl-C writes a
     checkpoint first.
@@ -169,7 +170,7 @@ def _train_all(runs: list[Run], source: DataSource, config: TrainConfig, progres
     if not runs:
         return
     first, ranks = min(run.step for run in runs), runs[0].ranks
-    hooks = list(dict.fromkeys(hook for run in runs for hook in run.hooks.all))
+    hooks = list(dict.fromkeys(hook for run in runs for hook in run.hooks.columns))
     batches = source.batches(hooks, config.batch_size, config.seed, first)
     if any(run.sae.reads_labels for run in runs):
         batches = _with_labels(batches, source.labels(config.batch_size, config.seed, first))

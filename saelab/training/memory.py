@@ -29,6 +29,7 @@ DEAD = 0.05
 _ACTIVE_BYTES = 120  # ids, values, their sorted copies and gradients, of one feature that fires on one token
 _ROW_COPIES = 8  # of a step's input and output
 _AUX_COPIES = 7  # of the dense pre-activations of dead features
+_WEIGHT_COPIES = 3  # of what feature activations are weighted by
 _SCREEN_BYTES = 36 << 20  # kernels/torch_backend/screen.py
 _BATCHES = 6  # read ahead, and the one in use
 
@@ -50,7 +51,7 @@ def plan_memory(variant: type[SAE], config: Any, view: View, train: TrainConfig,
         "weights": weights,
         "gradients": weights,
         "Adam": 2 * weights,
-        "batches": _BATCHES * train.batch_size * max(width, width_out) * 4,
+        "batches": _BATCHES * train.batch_size * max(width, width_out) * 4 * (2 if variant.needs_gradients else 1),
         "snapshot": weights if train.snapshot_every else 0,
         "workspace": screen + rounded + again + _step_bytes(variant, config, n_rows, width, weights),
     }
@@ -66,6 +67,8 @@ def _step_bytes(variant: type[SAE], config: Any, n_rows: int, width: int, weight
     total = n_rows * width * 4 * (_ROW_COPIES + 4 * steps) + n_rows * variant.peak_l0(config) * _ACTIVE_BYTES
     if variant.has_dense_aux(config):
         total += DEAD * (_AUX_COPIES * 4 * n_rows * config.d_sae + 3 * weights)
+    if variant.needs_gradients:
+        total += _WEIGHT_COPIES * 4 * n_rows * config.d_sae
     return int(total)
 
 

@@ -251,7 +251,7 @@ class Run:
 
     def _explain(self, step: int, rows: Rows) -> str:
         cause = f"the loss of batch {step} is not finite though its activations are; lower lr"
-        for name in self.hooks.all:
+        for name in self.hooks.columns:
             x = rows[name].flatten(1)
             bad = (~x.isfinite().all(1)).nonzero().flatten().tolist()
             if bad:

@@ -17,6 +17,7 @@ from saelab.kernels.dispatch import backend_name
 from saelab.losses import sum_of_squares, total_variance
 from saelab.saes import SAE, StepInfo
 from saelab.saes.hooks_used import HooksUsed
+from saelab.saes.l0_controller import L1SAE
 from saelab.saes.token_norm import TOKEN_NORMS
 from saelab.training.adam import Adam
 from saelab.training.config import TrainConfig
@@ -29,6 +30,7 @@ from saelab.training.exchange import Exchange
 from saelab.training.fused_table import fused_step_of
 from saelab.training.late_records import LAG, LateRecords, Record
 from saelab.training.optimizer import apply_step
+from saelab.training.resampling import is_due, resample
 from saelab.training.running_norm import RunningNorm
 
 Found = list[tuple[int, dict[str, Any]]]
@@ -72,6 +74,11 @@ class AutogradTraining:
 
     def __init__(self, of: Trained) -> None:
         self._of, self._exchange = of, Exchange(of.sae, of.mesh)
+        if of.mesh.world.size > 1 and isinstance(of.sae, L1SAE) and of.sae.config.resample_every is not None:
+            raise ValueError(
+                f"resample_every={of.sae.config.resample_every} works in a single process; this job has "
+                f"{of.mesh.world.size}: start it without torchrun, or leave it at None."
+            )
 
     def __call__(self, rows: Rows, step: int, lr: float, logged: bool) -> Found:
         of = self._of
@@ -84,6 +91,8 @@ class AutogradTraining:
         self._exchange.sum_gradients()
         shards = of.mesh.feature
         sums["grad_norm"] = apply_step(of.sae, of.adam, lr, of.train.clip_norm, shards, of.running)
+        if is_due(of.sae, step, of.train.n_steps):
+            sums["resampled"] = self._resample(rows, info)
         if logged:
             dead = shards.all_reduce_sum(of.dead.dead.float().mean()) / shards.size
             sums["dead_fraction_train"] = float(dead)
@@ -92,13 +101,18 @@ class AutogradTraining:
     def settle(self, step: int) -> Found:
         return []
 
+    def _resample(self, rows: Rows, info: StepInfo) -> int:
+        of, (name,) = self._of, self._of.hooks.all
+        assert isinstance(of.sae, L1SAE)
+        return resample(of.sae, of.adam, of.dead, device_rows(rows, name, slice(None), of.device), of.train.seed, info)
+
     def _forward_backward(self, rows: Rows, micro_batch: range, info: StepInfo, logged: bool) -> dict[str, float]:
         """Accumulate gradients of this rank's rows of `micro_batch`; returns their part of the metrics of the full batch."""
         of = self._of
         ranks = of.mesh.data.sharing(len(micro_batch))
         local = micro_batch[ranks.local_rows]
         here = slice(local.start, local.stop)
-        batch = of.hooks.batch({name: device_rows(rows, name, here, of.device) for name in of.hooks.all})
+        batch = of.hooks.batch({name: device_rows(rows, name, here, of.device) for name in of.hooks.columns})
         if of.sae.reads_labels:
             batch = batch._replace(labels=rows[ROW_LABELS][here])
         share = len(local) / of.train.batch_size

@@ -11,11 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saelab.activation_cache.columns import gradient_of
 from saelab.saes import SAE, Batch
 from saelab.saes.atoms import numbered
 from saelab.saes.hooks_used import HooksUsed
 from saelab.training.data_source import MOST_ROWS, DataSource, Moments, Rows
 from saelab.training.kept_out import n_kept_out
+
+_GRADIENT = gradient_of("x")
+_LACKS_GRADIENTS = "these rows come without: pass a Batch(x, x, gradient)"
 
 
 def from_tensors(rows: Rows, rules: int) -> DataSource:
@@ -51,8 +55,9 @@ def from_tensors(rows: Rows, rules: int) -> DataSource:
         return rows[name][mixed] if n > MOST_ROWS else rows[name]
 
     choose = functools.partial(_tensor_hooks, rows=rows)
-    held = kept_out if len(last) else None
-    return DataSource(moments, batches, choose, identity, len(first), labels=labels, kept_out=held, sample=sample)
+    held, lacks = kept_out if len(last) else None, None if _GRADIENT in rows else _LACKS_GRADIENTS
+    more = {"labels": labels, "kept_out": held, "sample": sample, "lacks_gradients": lacks}
+    return DataSource(moments, batches, choose, identity, len(first), **more)
 
 
 def _check_rows(rows: Rows) -> None:
@@ -97,7 +102,7 @@ def _tensor_hooks(variant: type[SAE], config: Any, rows: Rows) -> HooksUsed:
 
 def as_rows(data: Any, like: Rows | None = None) -> Rows:
     """fp32 rows, named "x" and "y", of a tensor, an array, or a Batch of them. Raises `ValueError` for a wrong shape or type."""
-    given = {"x": data.x, "y": data.y} if isinstance(data, Batch) else {"x": data}
+    given = _named(data) if isinstance(data, Batch) else {"x": data}
     if like is not None and given.keys() != like.keys():
         raise ValueError(f"Every chunk to train on must have {' and '.join(like)}; this one has {' and '.join(given)}.")
     rows = {name: _as_floats(one, None if like is None else like[name].shape[1:]) for name, one in given.items()}
@@ -106,6 +111,17 @@ def as_rows(data: Any, like: Rows | None = None) -> Rows:
             f"x and y to train on must have the same number of rows, got {[len(x) for x in rows.values()]}."
         )
     return rows
+
+
+def _named(batch: Batch) -> dict[str, Any]:
+    """What a Batch holds, by name. Raises `ValueError` for a gradient that is not one of x."""
+    if batch.gradient is None:
+        return {"x": batch.x, "y": batch.y}
+    shapes = [tuple(getattr(one, "shape", ())) for one in (batch.x, batch.gradient)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"The gradient of a Batch must have the shape of x, {shapes[0]}; got {shapes[1]}.")
+    given = {"x": batch.x, _GRADIENT: batch.gradient}
+    return given if batch.y is batch.x else given | {"y": batch.y}
 
 
 def _as_floats(rows: Any, row_shape: Sequence[int] | None = None) -> Tensor:
@@ -160,4 +176,5 @@ def from_iterator(chunks: Iterator[Any]) -> DataSource:
         fingerprint, origin = start.identity(hooks)
         return f"iterator from {fingerprint}", origin
 
-    return DataSource(start.moments, batches, start.choose, identity, sample=start.sample)
+    kept = {"sample": start.sample, "lacks_gradients": start.lacks_gradients}
+    return DataSource(start.moments, batches, start.choose, identity, **kept)

@@ -7,7 +7,7 @@ from __future__ import annotations
 from statistics import fmean
 
 from saelab.benchmarks.claims import Claim, Side
-from saelab.claims.smollm2 import config_at, harvested, language_model, trained
+from saelab.claims.smollm2 import language_model, topk_sae
 from saelab.claims.workspace import workspace
 from saelab.probing import ProbeConfig, ProbeReport, probe_sets
 
@@ -16,7 +16,7 @@ BELIEVED = 0.005
 
 
 def measure(seed: int) -> dict[str, dict[str, float]]:
-    (sae,) = trained({"topk": config_at("topk", 32)}, harvested(), seed).values()
+    sae = topk_sae(seed)
     config = ProbeConfig(n_splits=3)
     report = probe_sets(sae, language_model(), ["concepts"], config, folder=workspace() / "probing", progress=False)
     gains = {regime: _gain(report, regime) for regime in report.regimes}
