@@ -109,12 +109,13 @@ def test_dead_rare_and_absent_features_are_named_as_such():
     with torch.no_grad():
         sae.W_dec[1, 36:] = PLANTED.features[:3, 1]
         sae.W_enc[:, 37] = sae.W_enc[:, 1]
-        sae.b_enc[37] = -1.45  # only the largest of its activations
+        sae.b_enc[37] = -1.25  # only the largest of its activations
         sae.W_enc[:, 38] = sae.W_enc[:, 2]
         sae.W_dec[1, 38] *= -1
     found = {one.feature: one for one in judging.judge(found_in(sae))}
     assert [found[i].verdict for i in (36, 37, 38)] == [DEAD, RARE, NOT_HELD]
     assert found[36].n_fired == 0 and 0 < found[37].n_fired < judging.MIN_TOKENS
+    assert (found_in(sae).n_fired[:, 37] > 0).sum() >= judging.MIN_BLOCKS  # in several places, but seldom
     assert math.isnan(found[36].nu_error.value) and not found[37].sure
     report = judged_report(sae, found_in(sae), ABOUT)
     assert "1 too rare to judge, 1 dead" in report.conclusions()[1] and report.about["n_dead"] == 1
@@ -205,7 +206,8 @@ def test_features_of_the_change_fire_in_documents_that_show_it():
     assert change is not None and change.related and (change.n_changed, change.n_other) == (20, 0)
     assert change.difference.value == 1 and change.q < 1e-6
     assert not any(one.related for feature, one in of.items() if one and feature != ONLY_B.start)
-    few = measure(crosscoder(), tokens(document=(document * 9 // 60).split(500)), n_blocks=BLOCKS, changed=range(3))
+    document = torch.where(has, torch.arange(N) % 3, 3 + torch.arange(N) % 20)
+    few = measure(crosscoder(), tokens(document=document.split(500)), n_blocks=BLOCKS, changed=range(3))
     assert not any(one.related.related for one in judging.judge(few) if one.related)  # too few documents for a claim
 
 
