@@ -113,5 +113,6 @@ def test_the_command_whitens_by_the_cache_of_another_run(tmp_path, tiny_lm, caps
     assert main([*words, "--name", "itself"]) == 0 and main([*words, "--name", "other", "--control", f"{run}"]) == 0
     itself, other = load_sae(run / "sae-itself"), load_sae(run / "sae-other")
     assert itself.hash == other.hash
+    assert itself.whitening is not None
     torch.testing.assert_close(itself.whitening.mean, x.mean(0), rtol=1e-4, atol=1e-5)
     assert main([*words, "--name", "other"]) == 2 and "different arguments" in capsys.readouterr().err
