@@ -148,6 +148,7 @@ def test_its_control_is_as_large_at_every_token(tiny_lm, name):
 def test_columns_are_added_and_what_becomes_0_is_dropped():
     dense = torch.tensor([[0.0, 2.0, 0.0, 1.0], [3.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
     few = columns(torch.tensor([[1.0, -2.0], [0.0, 5.0], [0.5, 0.0]]), [3, 1], 4)
+    assert few.features.tolist() == [1, 3, 1, 3] and few.values.tolist() == [-2.0, 1.0, 5.0, 0.5]
     total = summed([SparseActs.from_dense(dense), few])
     want = torch.tensor([[0.0, 0.0, 0.0, 2.0], [3.0, 5.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.5]])
     assert torch.equal(total.to_dense(), want) and total.features.tolist() == [3, 0, 1, 3]

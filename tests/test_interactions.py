@@ -49,6 +49,7 @@ def test_the_largest_products_with_what_they_are(store, tiny_lm):
     fired, p99 = store.column("n_fired") > 0, store.column("p99")
     order = [i for i in directions.norm(dim=1).argsort(descending=True).tolist() if fired[i] and i != this]
     assert [one["feature"] for one in found] == order[:6]
+    assert [one["feature"] for one in store.interactions(this, len(order))] == order
     together = {one["feature"]: one for one in store.coactivation(this, 47)}
     unit = torch.nn.functional.normalize
     for one in found:
