@@ -49,7 +49,7 @@ class SAE(nn.Module):
         "set_normalization", "normalize", "normalize_target", "normalized", "denormalize", "token_sizes", "sparse_target",
         "variant", "Config", "selection_rule", "extra_dims", "tied", "unit_norm", "supports_data_parallel",
         "base_lr", "cpu_preset", "short_preset", "expected_l0", "peak_l0", "has_dense_aux", "hooks", "as_exported",
-        "reads_labels",
+        "needs_labels",
     })
     # fmt: on
     """What a variant may override; the contract suite rejects anything else."""
@@ -64,7 +64,7 @@ class SAE(nn.Module):
     """Whether decoder rows are kept at norm 1 (training then removes the gradient component parallel to each row)."""
     supports_data_parallel: ClassVar[bool] = True
     """Whether it can be trained data-parallel, each rank on its share of every batch."""
-    reads_labels: ClassVar[bool] = False
+    needs_labels: ClassVar[bool] = False
     """Whether training passes `Batch.labels`."""
     base_lr: ClassVar[float] = 3e-3
     """Adam's learning rate at d_sae 4096 when `TrainConfig.lr` is None; scaled by sqrt(4096 / d_sae)."""

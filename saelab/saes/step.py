@@ -29,7 +29,7 @@ class Batch(NamedTuple):
     x: Tensor
     y: Tensor
     labels: Tensor | None = None
-    """Which token each row is, `(batch, 2)` (`atoms.py`); only for variants with `reads_labels`."""
+    """Which token each row is, `(batch, 2)` (`atoms.py`); only for variants with `needs_labels`."""
 
 
 class StepInfo(NamedTuple):

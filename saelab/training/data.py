@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +71,6 @@ def _from_cache(cache: _Cache, hook_name: str | None, rules: int, for_cuda: bool
         rounded = "" if storage == "bfloat16" else f" {storage}"  # rounds rows differently
         return f"cache {origin['dataset_fingerprint']}{rounded} {hooks}", origin
 
-    def labels(batch_size: int, seed: int, start_step: int) -> Iterator[Tensor]:
-        assert isinstance(cache, ActivationCache)
-        return row_labels(cache, batch_size, seed, start_step, leave_out)
-
-    def kept_out(names: Sequence[str]) -> Rows:
-        assert isinstance(cache, ActivationCache)
-        return cache.left_out(leave_out, list(names))
-
     streamed = isinstance(cache, ActivationStream)
     return DataSource(
         moments=moments,
@@ -89,8 +82,8 @@ def _from_cache(cache: _Cache, hook_name: str | None, rules: int, for_cuda: bool
         rows="" if isinstance(cache, ActivationStream) else config_hash(cache.manifest["config"]),
         held_bytes=cache.held_bytes if streamed else 0,
         pinned=options.get("pin_memory", False),
-        labels=row_numbers if streamed else labels,
-        kept_out=kept_out if leave_out else None,
+        labels=row_numbers if isinstance(cache, ActivationStream) else partial(row_labels, cache, leave_out),
+        kept_out=partial(cache.left_out, leave_out) if isinstance(cache, ActivationCache) and leave_out else None,
     )
 
 
