@@ -12,7 +12,7 @@ from saelab.activation_cache.reader import ActivationCache
 
 
 def row_labels(
-    cache: ActivationCache, batch_size: int, seed: int, start_step: int = 0, leave_out: int = 0
+    cache: ActivationCache, leave_out: int, batch_size: int, seed: int, start_step: int = 0
 ) -> Iterator[Int[Tensor, "batch 2"]]:
     """Endlessly, for the rows of `cache.batches` with the same arguments: the document's id, and the token's distance from the
     document's first token in the packed contexts."""

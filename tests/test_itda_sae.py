@@ -200,7 +200,7 @@ def test_atoms_are_labelled_with_document_and_place_in_a_cache(tmp_path, tiny_lm
             here.add((int(cache.document_ids[number]), place))
     hook = cache.hook_names[0]
     batches = cache.batches(50, seed=3, start_step=2, hook_name=hook, leave_out=10)
-    for _, x, found in zip(range(2 * cache.n_rows // 50), batches, row_labels(cache, 50, 3, 2, 10), strict=False):
+    for _, x, found in zip(range(2 * cache.n_rows // 50), batches, row_labels(cache, 10, 50, 3, 2), strict=False):
         for row, label in zip(x, found.tolist(), strict=True):
             assert tuple(label) in where[row.numpy().tobytes()]
     sae: Any = train(ITDAConfig(30, 3, normalize="none"), cache, SHORT, hook_name=hook, progress=False)

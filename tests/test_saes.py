@@ -132,7 +132,7 @@ def test_a_wrong_width_names_both(name, shape):
         build(name).encode(torch.zeros(shape))
 
 
-@every
+@by_gradient
 def test_seed_decides_the_weights(name):
     one, same, other = (VARIANTS[name](config_of(name), D_IN, seed=s) for s in (1, 1, 2))
     assert one.hash == same.hash != other.hash

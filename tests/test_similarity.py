@@ -34,6 +34,8 @@ def test_layers_are_matched_in_both_directions():
     first, second = [of(1, 2), of(3, 4), of(5, 6)], [of(1, 2, 9), of(5, 4), of(5, 6)]
     assert layer_matching_accuracy([first, second]) == 1
     assert layer_matching_accuracy([first, [second[0], second[2], second[1]]]) == pytest.approx(2 / 6)
+    one_sided = [of(1, 2), of(3, 4), of(1, 2, 3, 4, 9)], [of(1, 2), of(3, 4), of(9)]
+    assert layer_matching_accuracy(one_sided) == pytest.approx(5 / 6)
     with pytest.raises(ValueError, match="two models or more with as many SAEs each; these have 3, 2"):
         layer_matching_accuracy([first, second[:2]])
     with pytest.raises(ValueError, match="these have 3\\."):

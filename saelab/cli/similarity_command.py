@@ -82,8 +82,8 @@ def _table(saes: list[dict[str, Any]], owner: list[int], matrix: Any) -> Any:
 
 def _between(data: dict[str, Any]) -> list[str]:
     """What several RUNs have in common."""
-    whole, accuracy = data["model_jaccard"], data["layer_matching_accuracy"]
-    lines = [f"Jaccard of the first two RUNs, all layers together: {whole[0][1]:.3f}"] if len(whole) > 1 else []
+    models, accuracy = data["model_jaccard"], data["layer_matching_accuracy"]
+    lines = [f"Jaccard of the first two RUNs, all layers together: {models[0][1]:.3f}"] if len(models) > 1 else []
     return [*lines, *([f"Layer matching accuracy: {accuracy:.3f}"] if accuracy is not None else [])]
 
 

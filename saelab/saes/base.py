@@ -40,7 +40,7 @@ class SAE(nn.Module):
         "set_normalization", "normalize", "normalize_target", "normalized", "denormalize", "token_sizes", "sparse_target",
         "variant", "Config", "selection_rule", "extra_dims", "tied", "unit_norm", "supports_data_parallel",
         "takes_view", "additive", "base_lr", "cpu_preset", "short_preset", "expected_l0", "peak_l0", "has_dense_aux", "hooks",
-        "as_exported", "reads_labels", "needs_gradients",
+        "as_exported", "needs_labels", "needs_gradients",
     })
     # fmt: on
     """What a variant may override; the contract suite rejects anything else."""
@@ -58,7 +58,7 @@ class SAE(nn.Module):
     """Whether `decode` is linear plus a constant; otherwise an edit adds the difference of two decodes (`edits/rows.py`)."""
     takes_view: ClassVar[bool] = False
     """Whether y of a training `Batch(x, y)` is a second view of x, which is not reconstructed."""
-    reads_labels: ClassVar[bool] = False
+    needs_labels: ClassVar[bool] = False
     """Whether training passes `Batch.labels`."""
     needs_gradients: ClassVar[bool] = False
     """Whether it is trained with the gradient of the model's loss at each activation."""

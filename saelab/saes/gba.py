@@ -43,7 +43,7 @@ class GBAConfig:
     d_sae: int
     """Number of features."""
     target_l0: float | None = None
-    """Sum of the target frequencies, at most half of `d_sae`. Fewer features fire per token, as a feature may fire less often
+    """Sum of the target frequencies, at most half of `d_sae`. In the end fewer fire per token, as one may fire less often
     than its target. None: the first group's target is 0.5, as in the paper, and the sum about a tenth of `d_sae`."""
     n_groups: int = 10
     """Groups of equal size, from frequent (the first features) to rare."""
@@ -79,7 +79,7 @@ class GBASAE(SAE):
     tied = True
     selection_rule = "u > 0"
     cpu_preset: ClassVar[dict[str, Any]] = {"target_l0": 32.0}
-    short_preset: ClassVar[dict[str, Any]] = {"adapt_every": 5}
+    short_preset: ClassVar[dict[str, Any]] = {"adapt_every": 1}
     b_enc: Tensor  # pyright: ignore[reportIncompatibleVariableOverride]
     b_dec: Tensor  # pyright: ignore[reportIncompatibleVariableOverride]
     input_norm: Tensor

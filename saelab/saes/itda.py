@@ -3,9 +3,9 @@ activations, and nothing is learned by gradient. Rows are read once, in order:
 
     a = pursuit(x, D, k),   e = |x - D^T a|^2 / |x|^2,   D gains x / |x| where e > tau
 
-Encoding is a signed matching pursuit (`matching_pursuit.py`; the paper's pseudocode says orthogonal matching pursuit, its text
-matching pursuit), decoding D^T a, without a bias. Each atom keeps the label of its row, so that dictionaries of different models
-can be compared by which tokens they consist of (`saelab.evaluation.atoms`).
+Encoding is a signed matching pursuit (orthogonal in the paper's pseudocode, not in its text), decoding D^T a without a bias. Each
+atom keeps the label of its row, so that dictionaries of different models can be compared by which tokens they consist of
+(`saelab.evaluation.similarity`).
 
 Ours, as the paper leaves it open: the error is relative to |x|^2 (or not: `error="absolute"`); a row is tested against all
 earlier rows rather than those of earlier batches, so that the dictionary does not depend on the batch size; a row whose cosine
@@ -75,7 +75,7 @@ class ITDASAE(MatchingPursuitSAE):
     Config: ClassVar[Any] = ITDAConfig
     config: ITDAConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     supports_data_parallel = False
-    reads_labels = True
+    needs_labels = True
     selection_rule = "k times the largest |<r, d_i>|, which is then taken from r"
     labels: Tensor
     n_atoms: Tensor
@@ -119,9 +119,7 @@ class ITDASAE(MatchingPursuitSAE):
     def grow(self, x: Float[Tensor, "n d_in"], labels: Int[Tensor, "n 2"]) -> int:
         """Read rows in order, each against the atoms of all earlier ones; returns how many had an error above tau.
 
-        Rows are tested in blocks. The rows after one that became an atom are tested again, in a block as long as the distance
-        to it suggests.
-        """
+        Rows are tested in blocks; those after a new atom again, in a block as long as the distance to it suggests."""
         start, length, above = 0, len(x), 0
         while start < len(x):
             block = x[start : start + length]

@@ -31,7 +31,7 @@ class Batch(NamedTuple):
     gradient: Tensor | None = None
     """That of the language model's loss with respect to each row of `x`, for variants that read it."""
     labels: Tensor | None = None
-    """Which token each row is, `(batch, 2)` (`atoms.py`); only for variants with `reads_labels`."""
+    """Which token each row is, `(batch, 2)` (`atoms.py`); only for variants with `needs_labels`."""
 
 
 class StepInfo(NamedTuple):

@@ -81,16 +81,11 @@ def _from_cache(cache: _Cache, hook_name: str | None, rules: int, for_cuda: bool
         rows="" if isinstance(cache, ActivationStream) else config_hash(cache.manifest["config"]),
         held_bytes=cache.held_bytes if streamed else 0,
         pinned=options.get("pin_memory", False),
-        labels=row_numbers if streamed else functools.partial(_labels, cache, leave_out),
+        labels=row_numbers if isinstance(cache, ActivationStream) else functools.partial(row_labels, cache, leave_out),
         kept_out=functools.partial(_left_out, cache, leave_out) if leave_out else None,
         sample=None if isinstance(cache, ActivationStream) else functools.partial(_sample, cache, leave_out),
         lacks_gradients=_lacks_gradients(cache),
     )
-
-
-def _labels(cache: _Cache, leave_out: int, batch_size: int, seed: int, start_step: int) -> Iterator[Tensor]:
-    assert isinstance(cache, ActivationCache)
-    return row_labels(cache, batch_size, seed, start_step, leave_out)
 
 
 def _left_out(cache: _Cache, leave_out: int, names: Sequence[str]) -> Rows:

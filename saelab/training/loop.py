@@ -172,7 +172,7 @@ def _train_all(runs: list[Run], source: DataSource, config: TrainConfig, progres
     first, ranks = min(run.step for run in runs), runs[0].ranks
     hooks = list(dict.fromkeys(hook for run in runs for hook in run.hooks.columns))
     batches = source.batches(hooks, config.batch_size, config.seed, first)
-    if any(run.sae.reads_labels for run in runs):
+    if any(run.sae.needs_labels for run in runs):
         batches = _with_labels(batches, source.labels(config.batch_size, config.seed, first))
     if ranks.size == 1:  # several ranks each copy only their own rows
         batches = ahead_on(common_device(run.device for run in runs), batches, source.pinned)

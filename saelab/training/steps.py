@@ -113,7 +113,7 @@ class AutogradTraining:
         local = micro_batch[ranks.local_rows]
         here = slice(local.start, local.stop)
         batch = of.hooks.batch({name: device_rows(rows, name, here, of.device) for name in of.hooks.columns})
-        if of.sae.reads_labels:
+        if ROW_LABELS in rows:
             batch = batch._replace(labels=rows[ROW_LABELS][here])
         share = len(local) / of.train.batch_size
         loss = of.sae.loss(batch, info._replace(ranks=ranks))
