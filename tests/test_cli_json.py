@@ -22,7 +22,20 @@ from saelab.saes import ITDAConfig
 
 pytestmark = pytest.mark.usefixtures("models_load_in_fp32")
 
-MAKE = {"demo", "harvest", "train", "dash", "export", "push", "map", "mcp", "serve", "notebooks", "cache repair"}
+MAKE = {
+    "demo",
+    "harvest",
+    "train",
+    "finetune",
+    "dash",
+    "export",
+    "push",
+    "map",
+    "mcp",
+    "serve",
+    "notebooks",
+    "cache repair",
+}
 """Commands that only make something, or serve."""
 _SMALL = "--d-in 16 --n-features 32 --n-active 2 --d-sae 32 --k 2 --n-tokens 512 --batch-size 256 --variants topk --device cpu"
 ANSWERS: dict[str, tuple[str, set[str]]] = {
