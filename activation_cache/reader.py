@@ -199,7 +199,12 @@ class ActivationCache:
     def plan(self, seed: int | None, skip: int, leave_out: int) -> Iterator[tuple[int, Int[Tensor, " n"]]]:
         """Endlessly, a shard and the order of those of its rows that are not left out, after skipping `skip` rows of the
         stream; stored order if `seed` is None."""
-        kept = self._kept_rows(leave_out)
+        return self._planned(
+            seed, skip, self._kept_rows(leave_out)
+        )  # a bad `leave_out` is refused here, not at the first row
+
+    @staticmethod
+    def _planned(seed: int | None, skip: int, kept: Sequence[int]) -> Iterator[tuple[int, Int[Tensor, " n"]]]:
 
         def order(n: int, *what: object) -> Tensor:
             return torch.arange(n) if seed is None else torch.randperm(n, generator=layout.seeded(*what))

@@ -37,11 +37,11 @@ def test_two_ranks_equal_one_on_the_whole_batch(trained, name):
         load_file(trained / f"{folder}-{rank}.safetensors")
         for folder, rank in ((f"one/{name}", 0), (f"two/{name}", 0), (f"two/{name}", 1))
     )
-    assert one["W_dec"].dtype == torch.float64
+    assert torch.float64 in {value.dtype for value in one.values()}
     for key, expected in one.items():
         assert torch.equal(first[key], second[key]), f"{key} differs between the ranks"
         torch.testing.assert_close(
-            first[key], expected, rtol=1e-12, atol=1e-14, msg=lambda said, key=key: f"{key}: {said}"
+            first[key], expected, rtol=1e-12, atol=1e-13, msg=lambda said, key=key: f"{key}: {said}"
         )
 
 

@@ -48,7 +48,7 @@ def test_dictionaries_of_other_tokens_are_refused():
     for part in (x, x[:5]):
         longer.loss(Batch(part, part), info())
     labels = torch.stack([torch.full((60,), 7), torch.arange(60)], 1)
-    other.loss(Batch(x, x, labels), info())
+    other.loss(Batch(x, x, labels=labels), info())
     assert jaccard(one, one) == 1
     for wrong in (longer, other):
         with pytest.raises(ValueError, match="were not built from the same tokens in the same order"):

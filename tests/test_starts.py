@@ -47,12 +47,11 @@ def test_something_fires_at_the_start(name, normalize, offset, size):
     batch = Batch(x, x)
     loss = sae.loss(batch, StepInfo(torch.zeros(D_SAE, dtype=torch.bool), 0, 100))
     l0 = loss.feature_acts.nnz / len(x)
-    assert 1 < l0 < 40
+    assert (0.99 if name == "itda" else 1) < l0 < 40  # one atom explains rows that hardly vary
     if name in TARGETS:
         assert 8 * 4 * 0.7 < l0 < 8 * 4 * 1.3
-    if hasattr(
-        sae, "b_dec"
-    ):  # no reconstruction starts further from the rows than their mean is, by more than its codes
+    if hasattr(sae, "b_dec") and name != "itda":  # whose bias stays 0
+        # no reconstruction starts further from the rows than their mean is, by more than its codes
         assert float(loss.residual.square().sum()) < 30 * float((loss.y - loss.y.mean(0)).square().sum())
         exact = normalize not in TOKEN_NORMS  # those start as if all tokens had one size
         bounds: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4 * size} if exact else {"rtol": 0.1, "atol": 0.1}

@@ -11,6 +11,7 @@ blocks can be resampled.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -41,7 +42,7 @@ class ScalingSums:
         """`sum_t z^2` and the number of tokens with z not 0, by block and feature."""
 
     @torch.no_grad()
-    def add(self, raw: Float[Tensor, "n n_sources d_in"], block: Int[Tensor, " n"] | None = None) -> SparseActs:
+    def add(self, raw: Float[Any, "n n_sources d_in"], block: Int[Tensor, " n"] | None = None) -> SparseActs:
         """Add tokens, each to its block (None: the first); returns their feature activations."""
         x = self.sae.checked(self.sae.normalize(raw))
         feature_acts = self.sae.encode_normalized(x)

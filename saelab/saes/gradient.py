@@ -51,6 +51,7 @@ class GradientSAE(SelectionSAE):
     config: GradientConfig
     needs_gradients: ClassVar[bool] = True
     selection_rule = "the k largest u of the token, where positive"
+    trains_in_model = False  # its selection reads a cache's gradients
 
     def encode_normalized(self, x: Float[Tensor, "batch d_in"]) -> SparseActs:
         return encode_topk(x, self.W_enc, self.b_enc, self.config.k, center=self.b_dec)
