@@ -143,7 +143,7 @@ def test_defaults_are_not_recorded_and_bad_options_are_refused():
     assert not {"select", "group_weights", "sampled_prefixes", "level_aux"} & settings(MatryoshkaConfig(32, 2)).keys()
     bad: list[tuple[dict[str, Any], str]] = [
         ({"group_weights": (1.0, 2.0)}, r"group_weights=\(1.0, 2.0\).*each of the 5 groups"),
-        ({"group_weights": (1.0, -1.0, 1.0, 1.0, 1.0)}, "number from 0 on"),
+        ({"group_weights": (1.0, -1.0, 1.0, 1.0, 1.0)}, "finite number from 0 on"),
         ({"group_weights": (1.0, 1.0, 1.0, 1.0, 0.0)}, "more than 0 for the last"),
         ({"sampled_prefixes": 0}, "sampled_prefixes=0 must be at least 1"),
         ({"sampled_prefixes": 2, "group_weights": (1.0,) * 5}, "belong to fixed groups"),

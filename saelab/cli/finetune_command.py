@@ -52,8 +52,8 @@ class New:
         if (variant := self.variant or "topk") not in VARIANTS:
             raise ValueError(f"--variant {variant}: choose one of {', '.join(VARIANTS)}.")
         Config = VARIANTS[variant].Config
-        sizes = {"k": self.k or 32} if "k" in {field.name for field in fields(Config)} else {}
-        return Config(d_sae=self.d_sae or 4096, **sizes)
+        sizes = {"k": 32 if self.k is None else self.k} if "k" in {field.name for field in fields(Config)} else {}
+        return Config(d_sae=4096 if self.d_sae is None else self.d_sae, **sizes)
 
 
 def finetune(

@@ -167,7 +167,7 @@ class CrossLayerTranscoderSAE(CrossLayer, ThresholdSAE):
             return self.encode_above(x, self.known_threshold())
         k, ranked = self.config.k, (1 / self.folded).split(self.per_layer)
         # The best of all layers are among the best of each.
-        in_layer = k // self.n_sources if self.config.k_over == "each_layer" else k
+        in_layer = k // self.n_sources if self.config.k_over == "each_layer" else min(k, self.per_layer)
         pairs = zip(self.layers(x), ranked, strict=True)
         found = join_features([encode_topk(*layer, in_layer, "decoder_norm", by) for layer, by in pairs])
         return _at(found, keep_largest(found.values.detach() / self.folded[found.features], found.offsets, k)[0])

@@ -143,6 +143,7 @@ class GBASAE(SAE):
         """z = ReLU(a W_dec (x - b_dec) + a b_enc)."""
         sae = ReLUSAE(ReLUConfig(self.d_sae, pre_bias=True, normalize=self.config.normalize), self.d_in)
         scaled = {"W_enc": self.output_scale[:, None] * self.W_dec, "b_enc": self.output_scale * self.b_enc}
-        sae.to(self.W_dec.dtype).load_state_dict({name: getattr(self, name) for name in sae.state_dict()} | scaled)
+        kept = {name: value for name, value in self.state_dict().items() if name in sae.state_dict()}
+        sae.to(self.W_dec.dtype).load_state_dict(kept | scaled)
         sae.provenance = self.provenance
         return sae

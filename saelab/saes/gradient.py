@@ -23,6 +23,7 @@ from saelab.kernels.encode_topk import encode_topk
 from saelab.kernels.encode_weighted_topk import encode_weighted_topk
 from saelab.kernels.precision import widened
 from saelab.kernels.sparse_acts import SparseActs
+from saelab.saes.inputs import as_activations
 from saelab.saes.selection import SelectionConfig, SelectionSAE
 from saelab.saes.step import Batch, Loss, StepInfo
 from saelab.saes.topk import TopKSAE, as_topk
@@ -56,9 +57,16 @@ class GradientSAE(SelectionSAE):
     def encode_normalized(self, x: Float[Tensor, "batch d_in"]) -> SparseActs:
         return encode_topk(x, self.W_enc, self.b_enc, self.config.k, center=self.b_dec)
 
-    def encode_with(self, x: Any, gradient: Float[Tensor, "batch d_in"]) -> SparseActs:
-        """Feature activations of raw activations, selected as in training: with the gradient of the loss at them."""
-        return self._weighted(self.checked(self.normalize(x)), gradient)
+    def encode_with(self, x: Any, gradient: Any) -> SparseActs:
+        """Feature activations of raw activations, selected as in training: with the gradient of the loss at them.
+
+        Raises `ValueError` for a gradient of another shape, and for one that is NaN or infinite."""
+        x, gradient = self.checked(self.normalize(x)), as_activations(gradient)
+        if gradient.shape != x.shape or not bool(gradient.isfinite().all()):
+            raise ValueError(
+                f"The gradient must be finite and of the activations' shape, {tuple(x.shape)}; got {tuple(gradient.shape)}."
+            )
+        return self._weighted(x, gradient)
 
     def as_exported(self) -> TopKSAE:
         return as_topk(self)
@@ -77,8 +85,12 @@ class GradientSAE(SelectionSAE):
     def weights_of(self, gradient: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
         """Factors on z when features are ranked. The scale of the input, also that of a token, cancels in them; without any
         effect on the loss they are the same for all features."""
-        (W_dec,) = widened(self.W_dec)
-        effect = (gradient.to(W_dec) @ W_dec.T).abs_()
+        (rows,) = widened(self.decoder()[0])
+        gradient = gradient.to(rows)
+        gradient = gradient / gradient.abs().amax(1, keepdim=True).clamp_min(
+            torch.finfo(rows.dtype).tiny
+        )  # no overflow
+        effect = (gradient @ rows.T).abs_()
         mean = effect.mean(1, keepdim=True)
         effect = torch.where(mean > 0, effect / mean, 1.0)
         return effect if self.config.mode == "only" else effect.mul_(self.config.beta).add_(1)

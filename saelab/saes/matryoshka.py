@@ -11,7 +11,6 @@ l^-1/2 - d_sae^-1/2. TopK in place of BatchTopK, the weights and the aux loss pe
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -34,6 +33,9 @@ from saelab.validation import check_integer
 POWER = 0.5
 """Of the Pareto distribution of sampled prefixes."""
 _DRAWS = 1_000_000_007
+
+
+_MOST_WEIGHT = 1e30  # in float32, sums of such weights times errors are finite
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,14 @@ class MatryoshkaConfig(BatchTopKConfig):
     def _check_levels(self) -> None:
         weights = self.group_weights
         if weights is not None and (
-            len(weights) != len(self.group_fractions) or min(weights) < 0 or not 0 < weights[-1] < math.inf
+            not isinstance(weights, tuple | list)
+            or len(weights) != len(self.group_fractions)
+            or not all(0 <= weight < _MOST_WEIGHT for weight in weights)
+            or not weights[-1]
         ):
             raise ValueError(
-                f"group_weights={weights} must hold a number from 0 on for each of the {len(self.group_fractions)} groups, and "
-                "more than 0 for the last, with which all features reconstruct."
+                f"group_weights={weights} must hold a finite number from 0 on for each of the {len(self.group_fractions)} "
+                "groups, and more than 0 for the last, with which all features reconstruct."
             )
         if self.sampled_prefixes is not None:
             check_integer("sampled_prefixes", self.sampled_prefixes, 1)

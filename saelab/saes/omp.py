@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelab.kernels.encode_topk import encode_topk
+from saelab.kernels.precision import widened
 from saelab.kernels.primitives import sddmm
 from saelab.kernels.ragged import stable_argsort
 from saelab.kernels.sparse_acts import SparseActs, offsets_of
@@ -24,7 +25,8 @@ SPANNED = 1e-3
 @torch.no_grad()
 def orthogonal_pursuit(x: Float[Tensor, "batch d_in"], W: Float[Tensor, "d_sae d_in"], n_steps: int) -> SparseActs:
     """The feature activations of `x` after `n_steps`; a row's result is independent of the rest of the batch."""
-    ids = torch.arange(len(x) + 1, device=x.device)
+    (W,) = widened(W)
+    x, ids = x.to(W), torch.arange(len(x) + 1, device=x.device)
     inner = lambda a, b: sddmm(a, b, ids[:-1], ids)  # noqa: E731
     residual, going = x, torch.ones(len(x), dtype=torch.bool, device=x.device)
     chosen, bases, shares, components = [], [], [], []

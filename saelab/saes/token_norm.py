@@ -32,8 +32,12 @@ def normalize_tokens(kind: str, x: Float[Tensor, "batch d"]) -> Float[Tensor, "b
     return x
 
 
-def restore_tokens(kind: str, normalized: Float[Tensor, "batch d"], x: Float[Tensor, "batch d"]) -> Tensor:
+def restore_tokens(kind: str, normalized: Float[Tensor, "batch d"], x: Float[Tensor, "tokens d"]) -> Tensor:
     """`(batch, d)` in normalised units, mapped to mean and size of the tokens `x`."""
+    if len(x) != len(normalized):
+        raise ValueError(
+            f"These are feature activations of {len(normalized)} tokens, and x has {len(x)}: pass their own x."
+        )
     restored = normalized * token_sizes(kind, x)
     return restored + _means(x) if kind == "layer_norm" else restored
 

@@ -112,6 +112,8 @@ def check_groups(select: str, d_sae: int, k: int) -> None:
 def as_topk(sae: Any) -> TopKSAE:
     """The TopK SAE with the weights of one that computes the same at inference, which other libraries' formats can hold."""
     topk = TopKSAE(TopKConfig(sae.d_sae, sae.config.k, normalize=sae.config.normalize), sae.d_in)
-    topk.to(sae.W_dec.dtype).load_state_dict({name: getattr(sae, name) for name in topk.state_dict()})
+    state = sae.state_dict()  # without the aliases of tied weights
+    kept = {name: state[name] if name in state else getattr(sae, name) for name in topk.state_dict()}
+    topk.to(sae.W_dec.dtype).load_state_dict(kept)
     topk.provenance = sae.provenance
     return topk

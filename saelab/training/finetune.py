@@ -95,6 +95,11 @@ def train_end_to_end(
     texts and mask, and what the input's mean and scale are; its rows are not read. All else is as in `finetune`."""
     if not _can_be_trained(variant_of(config)):
         raise _cannot_be_trained(variant_of(config).variant)
+    if DataSource.whitens(config):
+        raise ValueError(
+            f"normalize={config.normalize!r} needs rows to whiten by, which are not read here: use 'center_and_scale', or train "
+            "with saelab.train and finetune that."
+        )
     view = open_data(data, hook_name).view(variant_of(config), config)
     sae = variant_of(config)(config, view.d_in, seed=train_config.seed)
     sae.set_normalization(*view.moments)
