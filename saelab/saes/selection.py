@@ -139,6 +139,8 @@ class SelectionSAE(SAE):
     def aux_term(self, x: Tensor, residual: Tensor, feature_acts: SparseActs, info: StepInfo) -> dict[str, Tensor]:
         """The aux loss under its name; empty if it is off or no feature needs it."""
         centered, helped = x if self.pre_bias is None else x - self.pre_bias, self.helped(feature_acts, info)
+        if not self.config.auxk_alpha:  # no rows are gathered for it
+            return {}
         W_enc, W_dec, _ = self.rows
         return self.aux_of(helped, centered, W_enc[helped], W_dec[helped], residual, info)
 
