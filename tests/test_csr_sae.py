@@ -129,7 +129,7 @@ def test_kept_coordinates_depend_on_the_step_alone():
         ({"k": 17}, "k=17 must be between 1 and d_sae=16"),
         ({"contrast": -1.0}, "contrast=-1.0 must not be negative"),
         ({"auxk_alpha": float("nan")}, "auxk_alpha"),
-        ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
+        ({"temperature": 0.0}, "temperature=0.0 must be positive"),
         ({"view_dropout": 1.0}, "view_dropout=1.0 must be at least 0 and below 1"),
         ({"k_aux": 0}, "k_aux=0"),
     ],

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from saelab.probing.regimes import Regime
-from saelab.validation import check_integer, check_numbers
+from saelab.validation import check_fields, check_integer
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class ProbeConfig:
     """Sets, spread evenly over those of the run, that these three regimes are measured on."""
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        check_fields(self)
         for name, least in (("n_train", 32), ("n_test", 16), ("n_splits", 1), ("max_tokens", 2), ("n_hard_sets", 0)):
             check_integer(name, getattr(self, name), least)
         for name, least in (("ks", 1), ("few", 4)):

@@ -10,11 +10,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelab.saes.token_norm import TOKEN_NORMS
-from saelab.validation import check_choices, check_integer, check_numbers
+from saelab.validation import check_at_least, check_fields, check_integer
 
 LATER = {"since": 2}
 """Metadata of config fields that the first version did not have (see `settings`)."""
 _MIN_SQUARE = 1e-70  # keeps the scale finite in float32
+TURNS_OFF = "; 0 turns it off"
+"""What errors about weights of a loss end with."""
 SHORT_RUN = 4_000_000
 """Runs of up to this many tokens count as short: they are likely to see rows several times."""
 NORMALIZATIONS = ("center_and_scale", "scale", "none", *TOKEN_NORMS)
@@ -42,10 +44,16 @@ def settings(config: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in later or value != later[name]}
 
 
+def check_k(config: Any) -> None:
+    """Check that `k` is a number of features that a config has. Raises `ValueError` with the value and the fix."""
+    check_at_least(config, 1, "k")
+    if config.k > config.d_sae:
+        raise ValueError(f"k={config.k} must be between 1 and d_sae={config.d_sae}; lower k or raise d_sae.")
+
+
 def check_config(config: Any) -> None:
     """Check the bounds that every config shares. Raises `ValueError` with the value and the fix."""
     check_integer("d_sae", config.d_sae, 1)
-    check_numbers(config)
-    check_choices(config)
+    check_fields(config)
     if config.normalize not in NORMALIZATIONS:
         raise ValueError(f"normalize={config.normalize!r} must be one of {', '.join(NORMALIZATIONS)}.")

@@ -29,6 +29,7 @@ from saelab.kernels.jump_relu import jump_relu
 from saelab.kernels.precision import widened
 from saelab.kernels.ragged import keep_largest
 from saelab.kernels.sparse_acts import SparseActs, join_features
+from saelab.saes.config import TURNS_OFF
 from saelab.saes.cross_layer import CrossLayer
 from saelab.saes.hooks_used import set_hook_names
 from saelab.saes.jumprelu import DEFAULT_L0
@@ -37,6 +38,7 @@ from saelab.saes.selection import SelectionConfig
 from saelab.saes.step import Batch, Loss, StepInfo
 from saelab.saes.threshold import ThresholdSAE, smallest
 from saelab.saes.token_norm import TOKEN_NORMS
+from saelab.validation import check_at_least, check_positive
 
 SELECTION_RULES = {
     "topk": "the k largest u / folded of the token, where positive",
@@ -80,11 +82,8 @@ class CrossLayerTranscoderConfig(SelectionConfig):
             raise ValueError(
                 f"normalize={self.normalize!r} is not supported by cross-layer transcoders: use 'center_and_scale'."
             )
-        for name in ("bandwidth", "tanh_scale"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be positive.")
-        if not self.pre_act_coefficient >= 0:
-            raise ValueError(f"pre_act_coefficient={self.pre_act_coefficient} must not be negative; 0 turns it off.")
+        check_positive(self, "bandwidth", "tanh_scale")
+        check_at_least(self, 0, "pre_act_coefficient", fix=TURNS_OFF)
 
 
 class CrossLayerTranscoderSAE(CrossLayer, ThresholdSAE):

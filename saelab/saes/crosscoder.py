@@ -36,6 +36,7 @@ from saelab.saes.sources import as_row, as_sources, by_source
 from saelab.saes.step import Batch, Loss, StepInfo
 from saelab.saes.threshold import ThresholdSAE, smallest
 from saelab.saes.token_norm import TOKEN_NORMS
+from saelab.validation import check_positive
 
 INIT_NORMS = {"batch_topk": 1.0, "l1": 0.08}  # of a decoder row in each source; Kissane et al.'s code for L1
 
@@ -65,8 +66,7 @@ class CrosscoderConfig(SelectionConfig):
         check_sparsity(self, "l1")
         if self.normalize in TOKEN_NORMS:
             raise ValueError(f"normalize={self.normalize!r} is not supported by crosscoders: use 'center_and_scale'.")
-        if self.init_norm is not None and not self.init_norm > 0:
-            raise ValueError(f"init_norm={self.init_norm} must be positive, or None.")
+        check_positive(self, "init_norm", fix=", or None")
 
 
 class CrosscoderSAE(ThresholdSAE):

@@ -25,11 +25,11 @@ from saelab.kernels.decode import decode_error
 from saelab.kernels.encode_topk import encode_topk
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.losses import info_nce, total_variance
-from saelab.saes.config import check_config
+from saelab.saes.config import TURNS_OFF, check_config, check_k
 from saelab.saes.selection import SelectionSAE
 from saelab.saes.step import Batch, Loss, StepInfo
 from saelab.saes.topk import TopKSAE, as_topk
-from saelab.validation import check_integer
+from saelab.validation import check_at_least, check_positive
 
 _VIEWS = 6 << 29
 """Added to the step, so that views share no random numbers with weights or data."""
@@ -60,16 +60,10 @@ class CSRConfig:
 
     def __post_init__(self) -> None:
         check_config(self)
-        check_integer("k", self.k, 1)
-        if self.k > self.d_sae:
-            raise ValueError(f"k={self.k} must be between 1 and d_sae={self.d_sae}; lower k or raise d_sae.")
-        if self.k_aux is not None:
-            check_integer("k_aux", self.k_aux, 1)
-        for name in ("contrast", "auxk_alpha"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative or NaN; 0 turns it off.")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature} must be above 0; the paper's is 0.2.")
+        check_k(self)
+        check_at_least(self, 1, "k_aux")
+        check_at_least(self, 0, "contrast", "auxk_alpha", fix=TURNS_OFF)
+        check_positive(self, "temperature", fix="; the paper's is 0.2")
         if not 0 <= self.view_dropout < 1:
             raise ValueError(f"view_dropout={self.view_dropout} must be at least 0 and below 1; 0 drops nothing.")
 

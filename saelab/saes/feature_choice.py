@@ -24,6 +24,7 @@ from saelab.saes.selection import SelectionConfig
 from saelab.saes.step import StepInfo
 from saelab.saes.threshold import ThresholdSAE
 from saelab.saes.zipf import Density, zipf_capacity
+from saelab.validation import check_at_least
 
 RANK_EVERY = 100
 PURE_FROM = 0.75
@@ -46,10 +47,7 @@ class FeatureChoiceConfig(SelectionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.zipf_exponent < 0 or self.zipf_shift < 0:
-            raise ValueError(
-                f"zipf_exponent={self.zipf_exponent} and zipf_shift={self.zipf_shift} must not be negative."
-            )
+        check_at_least(self, 0, "zipf_exponent", "zipf_shift")
 
 
 class FeatureChoiceSAE(ThresholdSAE):

@@ -31,7 +31,7 @@ from saelab.saes.config import check_config
 from saelab.saes.relu import ReLUConfig, ReLUSAE
 from saelab.saes.step import Batch, Loss, StepInfo
 from saelab.saes.target_frequencies import MOST, FiringCounts, bias_moves, groups_of, target_frequencies
-from saelab.validation import check_integer
+from saelab.validation import check_at_least
 
 MIN_SCALE = 1e-3
 
@@ -58,12 +58,10 @@ class GBAConfig:
 
     def __post_init__(self) -> None:
         check_config(self)
-        check_integer("n_groups", self.n_groups, 1)
-        check_integer("adapt_every", self.adapt_every, 1)
+        check_at_least(self, 1, "n_groups", "adapt_every")
+        check_at_least(self, 1, "frequency_ratio", fix=", the same target for all")
         if self.n_groups > self.d_sae:
             raise ValueError(f"n_groups={self.n_groups} must be at most d_sae={self.d_sae}; lower it.")
-        if not 1 <= self.frequency_ratio < math.inf:
-            raise ValueError(f"frequency_ratio={self.frequency_ratio} must be 1 (the same target for all) or more.")
         if not 0 < self.bias_rate < 1:
             raise ValueError(f"bias_rate={self.bias_rate} must be between 0 and 1.")
         if self.target_l0 is not None and not 0 < self.target_l0 <= MOST * self.d_sae:

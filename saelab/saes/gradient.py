@@ -11,7 +11,6 @@ available: the division by the mean (so that a is independent of the size of g),
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -27,6 +26,7 @@ from saelab.saes.inputs import as_activations
 from saelab.saes.selection import SelectionConfig, SelectionSAE
 from saelab.saes.step import Batch, Loss, StepInfo
 from saelab.saes.topk import TopKSAE, as_topk
+from saelab.validation import check_at_least
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,7 @@ class GradientConfig(SelectionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (self.beta >= 0 and math.isfinite(self.beta)):
-            raise ValueError(f"beta={self.beta} must be a number of 0 or more; 0 ranks by feature activations alone.")
+        check_at_least(self, 0, "beta", fix="; 0 ranks by feature activations alone")
 
 
 class GradientSAE(SelectionSAE):

@@ -23,11 +23,11 @@ from saelab.kernels.encode_topk import encode_topk
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.losses import total_variance
 from saelab.saes.base import SAE
-from saelab.saes.config import check_config
+from saelab.saes.config import check_config, check_k
 from saelab.saes.least_squares import least_squares
 from saelab.saes.matching_pursuit import sum_of_choices
 from saelab.saes.step import Batch, Loss, StepInfo
-from saelab.validation import check_integer
+from saelab.validation import check_at_least
 
 RESTART_EVERY = 100
 TOO_SIMILAR = 0.9
@@ -51,8 +51,8 @@ class ICFLConfig:
 
     def __post_init__(self) -> None:
         check_config(self)
-        check_integer("k", self.k, 1)
-        check_integer("per_round", self.per_round, 1)
+        check_k(self)
+        check_at_least(self, 1, "per_round")
 
 
 class ICFLSAE(SAE):

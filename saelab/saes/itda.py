@@ -33,7 +33,7 @@ from saelab.saes.config import check_config
 from saelab.saes.matching_pursuit import MatchingPursuitSAE
 from saelab.saes.omp import orthogonal_pursuit
 from saelab.saes.step import Batch, Loss, StepInfo
-from saelab.validation import check_integer
+from saelab.validation import check_at_least
 
 DUPLICATE = 0.999
 """A row of a higher cosine with an atom, or with its opposite, is that atom again."""
@@ -63,9 +63,8 @@ class ITDAConfig:
 
     def __post_init__(self) -> None:
         check_config(self)
-        check_integer("k", self.k, 1)
-        if not self.tau >= 0:
-            raise ValueError(f"tau={self.tau} must be 0 (every activation becomes an atom) or more.")
+        check_at_least(self, 1, "k")
+        check_at_least(self, 0, "tau", fix="; at 0 every activation becomes an atom")
 
 
 class ITDASAE(MatchingPursuitSAE):

@@ -37,9 +37,10 @@ from saelab.kernels.sparse_acts import SparseActs
 from saelab.losses import auxk, total_variance
 from saelab.saes.base import SAE
 from saelab.saes.calibration import LOOSER_FACTORS, level_for
-from saelab.saes.config import LATER, check_config
+from saelab.saes.config import LATER, TURNS_OFF, check_config
 from saelab.saes.l0_controller import L0Controller, check_sparsity, quiet_level, start_l0
 from saelab.saes.step import Batch, Loss, StepInfo
+from saelab.validation import check_at_least, check_positive
 
 AUXK_ALPHA = 1 / 32
 
@@ -84,12 +85,8 @@ class JumpReLUConfig:
     def __post_init__(self) -> None:
         check_config(self)
         check_sparsity(self, "sparsity")
-        for name in ("bandwidth", "initial_threshold", "tanh_scale"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}={value} must be positive.")
-        if not self.pre_act_coefficient >= 0:
-            raise ValueError(f"pre_act_coefficient={self.pre_act_coefficient} must not be negative; 0 turns it off.")
+        check_positive(self, "bandwidth", "initial_threshold", "tanh_scale")
+        check_at_least(self, 0, "pre_act_coefficient", fix=TURNS_OFF)
         if self.loss == "l0_target" and self.target_l0 is None:
             raise ValueError(
                 "loss='l0_target' needs target_l0: set it to the number of features that should fire per token."

@@ -26,7 +26,7 @@ from saelab.kernels.sparse_acts import SparseActs
 from saelab.saes.base import SAE
 from saelab.saes.config import LATER, check_config
 from saelab.saes.step import StepInfo
-from saelab.validation import check_integer
+from saelab.validation import check_at_least
 
 RAMP_FRACTION = 0.5
 ANNEAL_FRACTION = 0.1
@@ -116,8 +116,7 @@ def check_sparsity(config: Any, kind: str) -> None:
     coefficient, warmup, target = (
         getattr(config, name) for name in (f"{kind}_coefficient", f"{kind}_warmup", "target_l0")
     )
-    if coefficient < 0:
-        raise ValueError(f"{kind}_coefficient={coefficient} must not be negative.")
+    check_at_least(config, 0, f"{kind}_coefficient")
     if not 0 <= warmup <= 1:
         raise ValueError(f"{kind}_warmup={warmup} is a fraction of the run: use a value from 0 to 1.")
     if target is None:
@@ -152,8 +151,7 @@ class L1Config:
     def __post_init__(self) -> None:
         check_config(self)
         check_sparsity(self, "l1")
-        if self.resample_every is not None:
-            check_integer("resample_every", self.resample_every, 1)
+        check_at_least(self, 1, "resample_every")
 
 
 class L1SAE(SAE):

@@ -28,9 +28,9 @@ from saelab.kernels.primitives import sddmm, spmm, spmm_transposed
 from saelab.kernels.sparse_acts import SparseActs, offsets_of, summed
 from saelab.losses import auxk, sum_of_squares, total_variance
 from saelab.saes.base import SAE
-from saelab.saes.config import LATER, check_config
+from saelab.saes.config import LATER, TURNS_OFF, check_config
 from saelab.saes.step import RULES, Batch, Loss, StepInfo
-from saelab.validation import check_integer
+from saelab.validation import check_at_least, check_integer
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,8 @@ class MatchingPursuitConfig:
 
     def __post_init__(self) -> None:
         check_config(self)
-        check_integer("k", self.k, 1)
-        for name in ("residual_threshold", "auxk_alpha"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative; 0 turns it off.")
+        check_at_least(self, 1, "k")
+        check_at_least(self, 0, "residual_threshold", "auxk_alpha", fix=TURNS_OFF)
 
 
 class MatchingPursuitSAE(SAE):

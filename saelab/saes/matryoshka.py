@@ -5,7 +5,7 @@ prefix of groups has to reconstruct the input by itself, so that general feature
     L = (|x - b_dec|^2 + sum_g w_g |x - x_hat_g|^2) / (1 + sum_g w_g) + auxk_alpha * AuxK,   all as fractions of variance
 
 with all w_g 1 in the paper's code. `sampled_prefixes` draws the prefixes anew in each step, from a truncated Pareto distribution
-(Nabeshima 2024, "Matryoshka sparse autoencoders", whose SAEs have an L1 penalty): P(length > l) is proportional to
+(Nabeshima 2024, "Matryoshka sparse autoencoders", whose SAEs have an L1 penalty): P(length >= l) is proportional to
 l^-1/2 - d_sae^-1/2. TopK in place of BatchTopK, the weights and the aux loss per level are options of ours.
 """
 
@@ -28,14 +28,11 @@ from saelab.saes.batch_topk import BatchTopKConfig, BatchTopKSAE
 from saelab.saes.config import LATER
 from saelab.saes.step import Batch, Loss, StepInfo
 from saelab.saes.topk import as_topk
-from saelab.validation import check_integer
+from saelab.validation import MOST, check_at_least
 
 POWER = 0.5
 """Of the Pareto distribution of sampled prefixes."""
 _DRAWS = 1_000_000_007
-
-
-_MOST_WEIGHT = 1e30  # in float32, sums of such weights times errors are finite
 
 
 @dataclass(frozen=True)
@@ -68,17 +65,16 @@ class MatryoshkaConfig(BatchTopKConfig):
         if weights is not None and (
             not isinstance(weights, tuple | list)
             or len(weights) != len(self.group_fractions)
-            or not all(0 <= weight < _MOST_WEIGHT for weight in weights)
+            or not all(0 <= weight <= MOST for weight in weights)
             or not weights[-1]
         ):
             raise ValueError(
                 f"group_weights={weights} must hold a finite number from 0 on for each of the {len(self.group_fractions)} "
                 "groups, and more than 0 for the last, with which all features reconstruct."
             )
-        if self.sampled_prefixes is not None:
-            check_integer("sampled_prefixes", self.sampled_prefixes, 1)
-            if weights is not None:
-                raise ValueError(f"group_weights={weights} belong to fixed groups; leave sampled_prefixes at None.")
+        check_at_least(self, 1, "sampled_prefixes")
+        if self.sampled_prefixes is not None and weights is not None:
+            raise ValueError(f"group_weights={weights} belong to fixed groups; leave sampled_prefixes at None.")
 
     @property
     def prefixes(self) -> list[int]:

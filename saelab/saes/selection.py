@@ -17,10 +17,10 @@ from saelab.kernels.decode import decode_error
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.losses import auxk, total_variance
 from saelab.saes.base import SAE
-from saelab.saes.config import check_config
+from saelab.saes.config import TURNS_OFF, check_config, check_k
 from saelab.saes.step import Batch, Loss, StepInfo
 from saelab.saes.zipf import Density, underused
-from saelab.validation import check_integer
+from saelab.validation import check_at_least
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,9 @@ class SelectionConfig:
 
     def __post_init__(self) -> None:
         check_config(self)
-        check_integer("k", self.k, 1)
-        if self.k > self.d_sae:
-            raise ValueError(f"k={self.k} must be between 1 and d_sae={self.d_sae}; lower k or raise d_sae.")
-        if self.k_aux is not None:
-            check_integer("k_aux", self.k_aux, 1)
-        if not self.encoder_decay >= 0:
-            raise ValueError(f"encoder_decay={self.encoder_decay} must not be negative.")
-        if not self.auxk_alpha >= 0:
-            raise ValueError(f"auxk_alpha={self.auxk_alpha} must not be negative or NaN; 0 turns the aux loss off.")
+        check_k(self)
+        check_at_least(self, 1, "k_aux")
+        check_at_least(self, 0, "auxk_alpha", "encoder_decay", fix=TURNS_OFF)
 
 
 class SelectionSAE(SAE):

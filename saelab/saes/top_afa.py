@@ -22,10 +22,10 @@ from saelab.kernels.encode_threshold import encode_threshold
 from saelab.kernels.primitives import sddmm
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.losses import sum_of_squares, total_variance
-from saelab.saes.config import check_config
+from saelab.saes.config import TURNS_OFF, check_config
 from saelab.saes.selection import SelectionSAE
 from saelab.saes.step import Batch, Loss, StepInfo
-from saelab.validation import check_integer
+from saelab.validation import check_at_least
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,8 @@ class TopAFAConfig:
 
     def __post_init__(self) -> None:
         check_config(self)
-        if self.k_aux is not None:
-            check_integer("k_aux", self.k_aux, 1)
-        for name in ("afa_coefficient", "auxk_alpha", "encoder_decay"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative or NaN; 0 turns it off.")
+        check_at_least(self, 1, "k_aux")
+        check_at_least(self, 0, "afa_coefficient", "auxk_alpha", "encoder_decay", fix=TURNS_OFF)
 
 
 class TopAFASAE(SelectionSAE):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 
-from saelab.validation import check_integer, check_numbers
+from saelab.validation import MAY_BE_INFINITE, check_fields, check_integer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,11 +19,11 @@ class OptimizerConfig:
     """Clip gradients at this multiple of the running mean of their norm, e.g. 3, in addition to clip_norm; None: no limit."""
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        check_fields(self)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas={self.betas} must be two numbers from 0 to below 1, such as (0.9, 0.999).")
         object.__setattr__(self, "betas", tuple(map(float, self.betas)))
-        if self.eps is not None and not (self.eps > 0 and math.isfinite(self.eps)):
+        if self.eps is not None and not self.eps > 0:
             raise ValueError(
                 f"eps={self.eps} must be a positive number, or None: Adam divides by it where nothing fires."
             )
@@ -52,7 +51,7 @@ class TrainConfig(OptimizerConfig):
     """Steps of linear warm-up."""
     decay_fraction: float = 0.2
     """Final fraction of the run, over which the learning rate falls linearly to 0."""
-    clip_norm: float = 1.0
+    clip_norm: float = field(default=1.0, metadata=MAY_BE_INFINITE)
     """Largest global gradient norm, after the decoder projection; float('inf') disables clipping."""
     dead_after_tokens: int | None = None
     """A feature that has not fired for this many tokens is dead; None: 400 * d_sae / L0, at most a twentieth of the run."""
@@ -97,7 +96,7 @@ class TrainConfig(OptimizerConfig):
                 f"batch_size={self.batch_size} with grad_accumulation={self.grad_accumulation} leaves a micro-batch of one row, "
                 "whose FVU is undefined (one row has no variance): raise batch_size or lower grad_accumulation."
             )
-        if self.lr is not None and not (self.lr > 0 and math.isfinite(self.lr)):
+        if self.lr is not None and not self.lr > 0:
             raise ValueError(f"lr={self.lr} must be a positive number, or None for the variant's own.")
         if not 0 <= self.decay_fraction <= 1:
             raise ValueError(f"decay_fraction={self.decay_fraction} is a fraction of the run: use a value from 0 to 1.")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
-from saelab.saes.config import check_config
-from saelab.validation import check_integer
+from saelab.saes.config import TURNS_OFF, check_config
+from saelab.validation import check_at_least
 
 Similarity = Literal["inner_product", "euclidean"]
 Reduction = Literal["mean", "sum"]
@@ -49,21 +49,8 @@ class CodebookConfig:
 
     def __post_init__(self) -> None:
         check_config(self)
-        for name, minimum in (("k", 1), ("replace_every", 1), ("n_groups", 1)):
-            if getattr(self, name) is not None:
-                check_integer(name, getattr(self, name), minimum)
-        if not self.beta >= 0:
-            raise ValueError(f"beta={self.beta} must not be negative.")
-        kinds = {
-            "similarity": Similarity,
-            "reduction": Reduction,
-            "gradient": Gradient,
-            "start": Start,
-            "revive": Revive,
-        }
-        for name, kind in kinds.items():
-            if getattr(self, name) not in get_args(kind):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(get_args(kind))}.")
+        check_at_least(self, 1, "k", "replace_every", "n_groups")
+        check_at_least(self, 0, "beta", fix=TURNS_OFF)
         self.check_groups(self.n_groups or 1)
 
     def check_groups(self, n_groups: int, d_in: int | None = None) -> None:
