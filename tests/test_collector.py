@@ -245,3 +245,23 @@ def test_memory_does_not_grow_with_the_number_of_tokens():
         )  # small blocks between the large ones of a pass keep its memory from reuse
     assert max(sizes[40:]) <= 1.1 * max(sizes[25:40])
     assert sae.d_in == D_IN
+
+
+NO_NORMS = ["topk", "masked_topk", "csr", "gradient", "relu", "gba", "jumprelu", "batch_topk"]
+
+
+@pytest.mark.parametrize("name", NO_NORMS)
+@torch.no_grad()
+def test_a_bias_that_makes_up_for_a_margin_makes_the_feature_fire(name):
+    changes = {"target_l0": 4.0} if name in ("relu", "jumprelu") else {}
+    sae, x = build(name, **changes), rows(24, 7)
+    sae.b_enc -= 1.0  # on some tokens fewer than k are positive
+    acts = sae.encode(x)
+    margins = Margins(sae, x, acts).dense().masked_fill(acts.to_dense() != 0, -torch.inf)
+    for row in range(len(x)):
+        margin, feature = (int(one) if one.dtype == torch.int64 else float(one) for one in margins[row].max(0))
+        assert margin <= 0
+        for part, fires in ((0.99, False), (1.01, True)):
+            sae.b_enc[feature] -= part * margin - (1e-5 if fires else -1e-5)
+            assert bool(sae.encode(x[row : row + 1]).to_dense()[0, feature]) == fires, (row, margin)
+            sae.b_enc[feature] += part * margin - (1e-5 if fires else -1e-5)

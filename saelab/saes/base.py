@@ -39,8 +39,8 @@ class SAE(nn.Module):
         "make_weights", "decoder", "decoder_norms", "pre_bias", "weight_decay", "start_at", "fold",
         "set_normalization", "normalize", "normalize_target", "normalized", "denormalize", "token_sizes", "sparse_target",
         "variant", "Config", "selection_rule", "extra_dims", "tied", "unit_norm", "supports_data_parallel",
-        "takes_view", "additive", "base_lr", "cpu_preset", "short_preset", "expected_l0", "peak_l0", "has_dense_aux", "hooks",
-        "as_exported", "needs_labels", "needs_gradients",
+        "takes_view", "additive", "competes", "base_lr", "cpu_preset", "short_preset", "expected_l0", "peak_l0",
+        "has_dense_aux", "hooks", "as_exported", "needs_labels", "needs_gradients",
     })
     # fmt: on
     """What a variant may override; the contract suite rejects anything else."""
@@ -56,6 +56,8 @@ class SAE(nn.Module):
     """Whether it can be trained data-parallel, each rank on its share of every batch."""
     additive: ClassVar[bool] = True
     """Whether `decode` is linear plus a constant; otherwise an edit adds the difference of two decodes (`edits/rows.py`)."""
+    competes: ClassVar[bool] = True
+    """Without thresholds, whether a feature fires by being among the largest of its token, and not by being positive."""
     takes_view: ClassVar[bool] = False
     """Whether y of a training `Batch(x, y)` is a second view of x, which is not reconstructed."""
     needs_labels: ClassVar[bool] = False

@@ -72,6 +72,7 @@ class GBASAE(SAE):
     """Keeps every positive pre-activation; sparsity comes from biases that follow target frequencies."""
 
     variant = "gba"
+    competes = False
     Config = GBAConfig
     config: GBAConfig
     tied = True

@@ -158,6 +158,7 @@ class L1SAE(SAE):
     """What the variants with an `L1Config` promise."""
 
     extension_points = SAE.extension_points | {"restart"}
+    competes = False
 
     @classmethod
     def expected_l0(cls, config: L1Config) -> float | None:

@@ -24,7 +24,7 @@ SOURCE, TARGET, OTHER = "chat", "bible_kjv", "python_docs"
 HOOKS = ("blocks.4.mlp.hook_in", "blocks.6.mlp.hook_in", "blocks.8.mlp.hook_in")
 READ_AT = "blocks.16.hook_resid_post"
 N_FIT, N_PROBE, N_TEST, N_CHARS = 24, 48, 32, 100
-STEPS, GAMMA = 60, 1.0
+STEPS, GAMMA = 60, 4.0
 """`GAMMA` is the weight of the lasso for the sparse maps."""
 SPARSE = "lineas, sparse"
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)

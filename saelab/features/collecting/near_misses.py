@@ -58,8 +58,8 @@ class NearMisses(Kept):
 
 class Margins:
     """Pre-activations of raw activations `x` minus what each had to exceed to fire: the feature's threshold, or the smallest
-    pre-activation that fired on the token where k of them are kept, or 0. They are 0 or less where a feature is silent, except
-    in a matching pursuit, of whose steps only the first is looked at."""
+    pre-activation that fired on the token where the largest are kept and no room is left, or 0. They are 0 or less where a
+    feature is silent, except in a matching pursuit, of whose steps only the first is looked at."""
 
     def __init__(self, sae: SAE, x: Tensor, feature_acts: SparseActs) -> None:
         config: Any = sae.config
@@ -73,11 +73,12 @@ class Margins:
         self._norms = sae.decoder_norms.detach().float() if by_norm else None if folded is None else 1 / folded.float()
         self._threshold = None if threshold is None else threshold.detach().float()
         self._lowest = None
-        if threshold is None and sae.expected_l0(config) is not None:
+        if threshold is None and sae.competes:
             fired = self._scores_at(feature_acts.rows, feature_acts.features)
             lowest = fired.new_full((len(x),), torch.inf)
             lowest.scatter_reduce_(0, feature_acts.rows.to(fired.device), fired, "amin")
-            self._lowest = lowest.where(lowest < torch.inf, 0)
+            n_fired = feature_acts.counts.to(fired.device)
+            self._lowest = lowest.where((n_fired > 0) & (n_fired >= (sae.expected_l0(config) or 0)), 0)
 
     def dense(self) -> Float[Tensor, "n d_sae"]:
         """All of them, to the rounding of a matrix product, which depends on the batch."""
