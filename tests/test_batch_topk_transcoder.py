@@ -1,7 +1,11 @@
 """The BatchTopK transcoder: its selection, loss and gradients against a dense formula, a BatchTopK SAE where y is x, folding."""
 
+from functools import partial
+
 import pytest
+import tiny_saes
 import torch
+from tiny_saes import away_from_start, moments
 
 import saelab
 from saelab.io import load_sae, save_sae
@@ -10,11 +14,11 @@ from saelab.saes import (
     BatchTopKSAE,
     BatchTopKTranscoderConfig,
     BatchTopKTranscoderSAE,
-    StepInfo,
 )
 from saelab.training import TrainConfig, train
 
 D_IN, D_OUT, D_SAE, K = 6, 4, 20, 3
+info = partial(tiny_saes.info, d_sae=D_SAE)
 
 
 def pairs(n: int, seed: int = 0) -> Batch:
@@ -24,25 +28,12 @@ def pairs(n: int, seed: int = 0) -> Batch:
     return Batch(x + torch.linspace(-1, 3, D_IN), 5 * (x @ mix).relu() - 7)
 
 
-def moments(x):
-    return x.double().mean(0).float(), x.double().square().sum(-1).mean(0)
-
-
 def build(**changes) -> BatchTopKTranscoderSAE:
     """In float64, with weights moved off 0 and a threshold from one batch."""
     batch = pairs(256, 5)
     sae = BatchTopKTranscoderSAE(BatchTopKTranscoderConfig(D_SAE, K, **changes), D_IN, seed=3, d_out=D_OUT).double()
-    sae.set_normalization(*moments(batch.x), *moments(batch.y))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in sae.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
-        sae.loss(batch, info())
+    away_from_start(sae, batch).loss(batch, info())
     return sae
-
-
-def info(dead=None) -> StepInfo:
-    return StepInfo(torch.zeros(D_SAE, dtype=torch.bool) if dead is None else dead, 10, 100)
 
 
 @pytest.mark.parametrize("skip", [False, True])

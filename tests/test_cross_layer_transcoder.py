@@ -1,11 +1,13 @@
 """Cross-layer transcoders: against the dense formula, causality, the transcoders they are with one layer, training, steering."""
 
+from functools import partial
 from typing import Any
 
 import pytest
+import tiny_saes
 import torch
 from test_activation_cache import make_cache
-from tiny_saes import interrupt_before
+from tiny_saes import away_from_start, interrupt_before
 
 import saelab
 from saelab.edits.feature_handle import FeatureHandle
@@ -19,7 +21,6 @@ from saelab.saes import (
     CrossLayerTranscoderSAE,
     JumpReLUTranscoderConfig,
     JumpReLUTranscoderSAE,
-    StepInfo,
     TranscoderConfig,
     TranscoderSAE,
 )
@@ -28,6 +29,7 @@ from saelab.training import TrainConfig, train
 
 D_IN, D_OUT, D_SAE, K, L = 6, 5, 24, 4, 3
 EACH = D_SAE // L
+info = partial(tiny_saes.info, d_sae=D_SAE)
 KINDS = pytest.mark.parametrize("sparsity", ["topk", "batch_topk", "jumprelu"])
 
 
@@ -43,26 +45,13 @@ def pairs(n: int, seed: int = 0, n_layers: int = L) -> Batch:
     return Batch(sizes * x + torch.linspace(-1, 3, D_IN), sizes * y - 7)
 
 
-def moments(x):
-    return x.double().mean(0).float(), x.double().square().sum(-1).mean(0)
-
-
 def build(sparsity: str = "batch_topk", n_layers: int = L, **changes: Any) -> CrossLayerTranscoderSAE:
     """In float64, with weights moved off 0 and a threshold from one batch."""
     options: dict[str, Any] = {"k": K, "sparsity": sparsity, **changes}
     batch, config = pairs(256, 5, n_layers), CrossLayerTranscoderConfig(D_SAE, **options)
     sae = CrossLayerTranscoderSAE(config, D_IN, seed=3, n_sources=n_layers, d_out=D_OUT).double()
-    sae.set_normalization(*moments(batch.x), *moments(batch.y))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in sae.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
-        sae.loss(batch, info())
+    away_from_start(sae, batch).loss(batch, info())
     return sae
-
-
-def info(dead=None) -> StepInfo:
-    return StepInfo(torch.zeros(D_SAE, dtype=torch.bool) if dead is None else dead, 10, 100)
 
 
 def dense(sae: CrossLayerTranscoderSAE, batch: Batch):

@@ -3,11 +3,13 @@
 import copy
 import json
 import math
+from functools import partial
 
 import pytest
+import tiny_saes
 import torch
 from test_activation_cache import make_cache
-from tiny_saes import interrupt_before
+from tiny_saes import interrupt_before, moments
 
 from saelab.evaluation.crosscoder import CLASSES, LatentScaling, compare_decoders, latent_scaling
 from saelab.io import load_sae, save_sae
@@ -20,7 +22,6 @@ from saelab.saes import (
     CrosscoderSAE,
     ReLUConfig,
     ReLUSAE,
-    StepInfo,
     TopKConfig,
 )
 from saelab.saes.hooks_used import HooksUsed
@@ -29,16 +30,13 @@ from saelab.training import TrainConfig, train
 from saelab.training.adam import Adam
 
 D_IN, D_SAE, S = 6, 20, 3
+info = partial(tiny_saes.info, d_sae=D_SAE)
 
 
 def rows(n: int, seed: int = 0, n_sources: int = S) -> torch.Tensor:
     """Sources of different size and mean."""
     x = torch.randn(n, n_sources, D_IN, generator=torch.Generator().manual_seed(seed))
     return x * torch.arange(1.0, n_sources + 1)[:, None] + torch.linspace(-1, 3, D_IN)
-
-
-def moments(x):
-    return x.double().mean(0).float(), x.double().square().sum(-1).mean(0)
 
 
 def build(n_sources: int = S, k: int = 4, **changes) -> CrosscoderSAE:
@@ -49,10 +47,6 @@ def build(n_sources: int = S, k: int = 4, **changes) -> CrosscoderSAE:
         sae.b_dec.add_(0.1 * torch.randn(sae.b_dec.shape, generator=torch.Generator().manual_seed(1)))
         sae.loss(Batch(x, x), info())
     return sae
-
-
-def info(dead=None, step=10) -> StepInfo:
-    return StepInfo(torch.zeros(D_SAE, dtype=torch.bool) if dead is None else dead, step, 100)
 
 
 def by_hand(**changes) -> CrosscoderSAE:
@@ -70,7 +64,7 @@ def by_hand(**changes) -> CrosscoderSAE:
 def test_l1_loss_by_hand():
     """x = (1, 2): u = (1 + 4, 1 - 2), z = (5, 0), x_hat = (15, 20); error 14^2 + 18^2, penalty 5 * (3 + 4)."""
     sae, x = by_hand(sparsity="l1", l1_coefficient=0.5), torch.tensor([[[1.0], [2.0]]])
-    loss = sae.loss(Batch(x, x), StepInfo(torch.zeros(2, dtype=torch.bool), 0, 10))
+    loss = sae.loss(Batch(x, x), info(step=0, d_sae=2))
     assert loss.feature_acts.to_dense().tolist() == [[5.0, 0.0]]
     assert loss.total.item() == 14**2 + 18**2 + 0.5 * 5 * 7
     assert sae(x).x_hat.tolist() == [[[15.0], [20.0]]]
@@ -80,7 +74,7 @@ def test_batch_topk_ranks_by_the_sum_of_norms_and_stores_the_plain_code():
     """u = (2, 9) on x = (20/3, -7/3): scores 2 * 7 and 9 * 1, so feature 0 wins with the code 2 and threshold 14."""
     sae, x = by_hand(), torch.tensor([[[20 / 3], [-7 / 3]]])
     assert sae.decoder_norms.tolist() == [7.0, 1.0]
-    acts = sae.select(sae.normalize(x), StepInfo(torch.zeros(2, dtype=torch.bool), 0, 10))
+    acts = sae.select(sae.normalize(x), info(step=0, d_sae=2))
     torch.testing.assert_close(acts.to_dense(), torch.tensor([[2.0, 0.0]]))
     assert sae.threshold.item() == pytest.approx(14)
     dense = sae.encode(torch.cat([x * 1.01, x * 0.99])).to_dense()  # strictly above 14 / 7, and 9 is under 14

@@ -7,12 +7,10 @@ import torch
 from tiny_saes import D_SAE, build, info, rows
 
 from saelab import TrainConfig, train
-from saelab.saes import GBASAE, Batch, GBAConfig, StepInfo
-from saelab.saes.target_frequencies import bias_moves, groups_of, target_frequencies
-
-
-def at_step(step: int) -> StepInfo:
-    return StepInfo(torch.zeros(D_SAE, dtype=torch.bool), step, 100)
+from saelab.distributed import SINGLE_PROCESS
+from saelab.kernels.sparse_acts import SparseActs
+from saelab.saes import GBASAE, Batch, GBAConfig
+from saelab.saes.target_frequencies import FiringCounts, bias_moves, groups_of, target_frequencies
 
 
 def targets(d_sae: int, n_groups: int, ratio: float, total: float | None = None) -> torch.Tensor:
@@ -81,6 +79,15 @@ def expected(sae: Any, x: torch.Tensor) -> torch.Tensor:
     return moved.clamp(-(12**0.5), 0)
 
 
+def test_counts_add_up_until_they_are_taken():
+    counts = FiringCounts(3)
+    for acts in ([[1.0, 0, 2], [3, 0, 0]], [[0, 0, 5.0]]):
+        counts.add(SparseActs.from_dense(torch.tensor(acts)), SINGLE_PROCESS)
+    frequencies, largest = counts.take()
+    assert frequencies.tolist() == pytest.approx([2 / 3, 0, 2 / 3]) and largest.tolist() == [3, 0, 5]
+    assert [one.tolist() for one in counts.take()] == [[0, 0, 0]] * 2
+
+
 def test_biases_adapt_to_all_micro_batches_of_their_step_and_to_no_other():
     sae, raw = build("gba", adapt_every=3, bias_rate=0.1).double(), rows(70).double()
     x = sae.normalize(raw)
@@ -88,11 +95,11 @@ def test_biases_adapt_to_all_micro_batches_of_their_step_and_to_no_other():
         sae.b_enc[:8] = -5  # they are silent, and outside the range
     want, before = expected(sae, x), sae.b_enc.clone()
     for step in (0, 1, 3, 4):
-        sae.loss(Batch(raw[:30], raw[:30]), at_step(step))
+        sae.loss(Batch(raw[:30], raw[:30]), info(step=step))
         sae.after_step()
         assert torch.equal(sae.b_enc, before)
     for part in (raw[:30], raw[30:]):
-        sae.loss(Batch(part, part), at_step(5))
+        sae.loss(Batch(part, part), info(step=5))
     with torch.no_grad():
         sae.W_dec.copy_(sae.W_dec.roll(1, 0))  # the optimiser's step: what counts are the weights of the gradient
     sae.after_step()
@@ -110,13 +117,13 @@ def test_a_rare_feature_rises_strictly_up_to_zero_and_a_frequent_one_falls():
         sae.b_enc[:4], sae.b_enc[4:36], sae.b_enc[36:] = -3.4, -1.0, -0.001
         sae.W_dec[:4] /= 5
     before = sae.b_enc.clone()
-    sae.loss(Batch(x, x), at_step(0))
+    sae.loss(Batch(x, x), info(step=0))
     sae.after_step()
     assert (sae.b_enc[:4] > before[:4]).all() and (sae.b_enc[36:] < before[36:]).all()
     with torch.no_grad():
         sae.b_enc[:4] = -0.001
         sae.W_dec[:4] = 0
-    sae.loss(Batch(x, x), at_step(1))
+    sae.loss(Batch(x, x), info(step=1))
     sae.after_step()
     assert torch.equal(sae.b_enc[:4], torch.zeros(4))
 
@@ -129,7 +136,7 @@ def test_on_gaussian_data_every_feature_ends_at_its_target():
     generator = torch.Generator().manual_seed(0)
     for step in range(150):
         x = torch.randn(1500, 16, generator=generator)
-        sae.loss(Batch(x, x), at_step(step))
+        sae.loss(Batch(x, x), info(step=step))
         sae.after_step()
     fired = sae.encode(torch.randn(40_000, 16, generator=generator)).features
     frequency = torch.bincount(fired, minlength=20) / 40_000

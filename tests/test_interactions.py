@@ -70,6 +70,15 @@ def test_the_largest_products_with_what_they_are(store, tiny_lm):
     assert {key: named[key] for key in found[0]} == found[0]
 
 
+def test_a_feature_that_never_fired_takes_no_place(store, monkeypatch):
+    this, column = busiest(store), store.column
+    strongest, *others = (one["feature"] for one in store.interactions(this, 6))
+    n_fired = column("n_fired").copy()
+    n_fired[strongest] = 0
+    monkeypatch.setattr(store, "column", lambda name: n_fired if name == "n_fired" else column(name))
+    assert [one["feature"] for one in store.interactions(this, 5)] == others
+
+
 def test_what_has_no_interactions_is_refused(store, hostile_run):
     linear = load_features(hostile_run)
     assert linear.additive and not store.additive

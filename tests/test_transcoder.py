@@ -2,11 +2,13 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
+import tiny_saes
 import torch
 from test_activation_cache import make_cache
-from tiny_saes import interrupt_before
+from tiny_saes import away_from_start, interrupt_before, moments
 
 from saelab.errors import TrainingError
 from saelab.io import load_sae, save_sae
@@ -15,7 +17,6 @@ from saelab.saes import (
     Batch,
     SkipTranscoderConfig,
     SkipTranscoderSAE,
-    StepInfo,
     TopKConfig,
     TopKSAE,
     TranscoderConfig,
@@ -25,6 +26,7 @@ from saelab.saes.trained_hooks import hooks_of
 from saelab.training import TrainConfig, train
 
 D_IN, D_OUT, D_SAE = 6, 4, 20
+info = partial(tiny_saes.info, d_sae=D_SAE)
 BOTH = pytest.mark.parametrize("name", ["transcoder", "skip_transcoder"])
 CLASSES = {"transcoder": TranscoderSAE, "skip_transcoder": SkipTranscoderSAE}
 
@@ -36,24 +38,10 @@ def pairs(n: int, seed: int = 0) -> Batch:
     return Batch(x, 5 * (x @ mix).relu() - 7)
 
 
-def moments(x):
-    return x.double().mean(0).float(), x.double().square().sum(-1).mean(0)
-
-
 def build(name: str = "transcoder", **changes):
     """Weights moved off 0."""
     cls, batch = CLASSES[name], pairs(256, 5)
-    sae = cls(cls.Config(D_SAE, 4, **changes), D_IN, seed=3, d_out=D_OUT)
-    sae.set_normalization(*moments(batch.x), *moments(batch.y))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in sae.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return sae
-
-
-def info(dead=None) -> StepInfo:
-    return StepInfo(torch.zeros(D_SAE, dtype=torch.bool) if dead is None else dead, 10, 100)
+    return away_from_start(cls(cls.Config(D_SAE, 4, **changes), D_IN, seed=3, d_out=D_OUT), batch)
 
 
 def test_prediction_and_loss_by_hand():
@@ -65,7 +53,7 @@ def test_prediction_and_loss_by_hand():
         sae.b_dec.copy_(torch.tensor([0.0, 1.0]))
     x, y = torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0, -2.0], [7.0, -6.0]])
     assert sae(x).x_hat.tolist() == [[3.0, -2.0], [6.0, -5.0]]
-    assert sae.loss(Batch(x, y), StepInfo(torch.zeros(2, dtype=torch.bool), 0, 10)).total.item() == (1 + 1) / 16
+    assert sae.loss(Batch(x, y), info(step=0, d_sae=2)).total.item() == (1 + 1) / 16
 
 
 def test_it_starts_as_the_zero_function_at_the_mean_of_y():

@@ -47,9 +47,24 @@ def data(name: str, x: torch.Tensor) -> Any:
     return Batch(x, x, gradient) if VARIANTS[name].needs_gradients else x
 
 
-def info(dead: torch.Tensor | None = None) -> StepInfo:
-    """Step 10 of 100."""
-    return StepInfo(torch.zeros(D_SAE, dtype=torch.bool) if dead is None else dead, 10, 100)
+def info(dead: torch.Tensor | None = None, step: int = 10, d_sae: int = D_SAE) -> StepInfo:
+    """That step of 100."""
+    return StepInfo(torch.zeros(d_sae, dtype=torch.bool) if dead is None else dead, step, 100)
+
+
+def moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `set_normalization` takes of `x`."""
+    return x.double().mean(0).float(), x.double().square().sum(-1).mean(0)
+
+
+def away_from_start(sae: Any, batch: Batch) -> Any:
+    """This transcoder, normalised by that batch, with weights moved off 0."""
+    sae.set_normalization(*moments(batch.x), *moments(batch.y))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+    return sae
 
 
 def interrupt_before(step: int, monkeypatch: Any) -> None:
