@@ -13,6 +13,7 @@ from saelab.diffing.judged import MEANING, DiffFeature
 from saelab.diffing.report_html import numbers_of
 from saelab.errors import SaelabError
 from saelab.features import FeatureStore
+from saelab.hints.next_commands import command
 from saelab.runs import SaeRun
 
 _SHOWN = 50
@@ -34,19 +35,19 @@ def found_report(first: SaeRun) -> DiffReport | None:
 def show(first: SaeRun, store: FeatureStore, pair: tuple[str, str], several: bool, address: str) -> None:
     """Render this part of the page; `several`: the crosscoder has more sources than these two."""
     report = found_report(first)
-    command = f"saelab diff {first.sae_dir}" + (f" --a {pair[0]} --b {pair[1]}" if several else "")
+    again = command("diff", first.sae_dir, *(("--a", pair[0], "--b", pair[1]) if several else ()))
     if report is None:
         _offer(
             "A small norm does not prove that a source lacks a feature. This command checks it on held-out text "
-            "(Latent Scaling); then the result stands here:", command
+            "(Latent Scaling); then the result stands here:", again
         )  # fmt: skip
         return
     if report.about["sae"] != store.manifest["sae"]["hash"]:
-        _offer("The saved diff report is of other weights than these features. This makes it again:", command)
+        _offer("The saved diff report is of other weights than these features. This makes it again:", again)
         return
     if {report.about["a"], report.about["b"]} != set(pair):
         compared = f"{markdown.plain(report.about['a'])} and {markdown.plain(report.about['b'])}"
-        _offer(f"The saved diff report compares {compared}. This makes one of the two that are chosen:", command)
+        _offer(f"The saved diff report compares {compared}. This makes one of the two that are chosen:", again)
         return
     for line in report.conclusions():
         st.markdown(markdown.plain(line))
@@ -57,9 +58,9 @@ def show(first: SaeRun, store: FeatureStore, pair: tuple[str, str], several: boo
     _tables(report, store, address)
 
 
-def _offer(text: str, command: str) -> None:
+def _offer(text: str, again: str) -> None:
     st.caption(text)
-    st.code(command, language=None, wrap_lines=True)
+    st.code(again, language=None, wrap_lines=True)
 
 
 def _tables(report: DiffReport, store: FeatureStore, address: str) -> None:

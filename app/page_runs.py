@@ -11,6 +11,7 @@ import streamlit as st
 from saelab.app import as_python, markdown, run_curves, run_table, state
 from saelab.app.curves import scatter
 from saelab.features.render import model_label, number, percent
+from saelab.hints.next_commands import command
 from saelab.run_folder import summary
 from saelab.run_folder.summary import Summary
 from saelab.runs import SaeRun
@@ -87,7 +88,8 @@ def _one(sae: SaeRun, row: Summary) -> None:
         _measures(row.report)
     else:
         st.info(
-            f"No report yet. `saelab eval {sae.sae_dir}` measures this SAE on held-out text.", icon=":material/info:"
+            f"No report yet. `{command('eval', sae.sae_dir)}` measures this SAE on held-out text.",
+            icon=":material/info:",
         )
     _settings(row.config)
 

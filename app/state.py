@@ -20,6 +20,7 @@ from saelab.features.render import model_label
 from saelab.features.schema import MANIFEST
 from saelab.features.steer_scores import STEER_SCORE, STEERS
 from saelab.features.visible import escape
+from saelab.hints.next_commands import command
 from saelab.runs import SaeRun, find_saes, find_snapshots
 
 MODEL_LOCK = threading.Lock()  # one session generates at a time: two would compete for the same cores
@@ -30,7 +31,7 @@ class NoFeaturesError(StoreError):
 
     def __init__(self, sae: SaeRun) -> None:
         super().__init__(f"No features have been collected for {sae.name} yet.")
-        self.command = f"saelab features {sae.sae_dir}"
+        self.command = command("features", sae.sae_dir)
 
 
 @contextmanager

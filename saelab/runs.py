@@ -96,8 +96,17 @@ def _what_is_missing(run: Path) -> str:
     if not run.exists():
         return "holds no SAE, as it does not exist: saelab demo creates runs/demo, saelab harvest starts your own RUN."
     if (run / "cache").is_dir():
-        return f"holds no SAE yet: saelab train {run} --d-sae 4096 --k 32 --n-tokens 2_000_000"
+        return f"holds no SAE yet: {_how_to_train(run)}"
     return "holds no SAE: pass a RUN folder (with sae/ or sae-NAME/ in it) or one SAE folder."
+
+
+def _how_to_train(run: Path) -> str:
+    from saelab.hints.next_commands import trainings
+
+    try:
+        return " or ".join(trainings(run))
+    except SaelabError as error:
+        return str(error)  # an unfinished cache
 
 
 def _is_sae(entry: Path) -> bool:

@@ -220,3 +220,15 @@ def test_nothing_of_it_has_a_gradient():
 def test_bad_settings_are_refused(changes, says):
     with pytest.raises(ValueError, match=says):
         ITDAConfig(16, **changes)
+
+
+def test_a_run_shows_its_rows_and_advises_what_helps_a_dictionary_built_in_one_pass(monkeypatch, capsys, caplog):
+    monkeypatch.setattr("saelab.saes.itda._PATIENCE", 0.0)
+    config, training = ITDAConfig(64, k=8, tau=0.9), TrainConfig(n_tokens=128, batch_size=64, device="cpu")
+    with caplog.at_level("WARNING", "saelab"):
+        train(config, rows(400), training)
+    assert "Rows of this step" in capsys.readouterr().err
+    (said,) = [record.message for record in caplog.records if "features fire per token" in record.message]
+    assert "Lower tau" in said and "Train longer" not in said
+    train(config, rows(400), training, progress=False)
+    assert not capsys.readouterr().err

@@ -25,7 +25,7 @@ LAYERS = [
     {"app", "cli", "serving", "jobs"},
     {"claims"},
     {"labels", "steering", "probing", "diffing"},
-    {"benchmarks", "features", "training", "evaluation", "interop", "runs", "run_folder", "presets"},
+    {"benchmarks", "features", "training", "evaluation", "interop", "runs", "run_folder", "presets", "hints"},
     {"edits"},
     {"activation_cache", "io", "identity"},
     {"saes", "losses", "models", "tokens"},

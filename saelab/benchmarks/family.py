@@ -110,7 +110,7 @@ def _configs(
 _NEEDS = {
     "crosscoder": "needs a cache with at least two hooks",
     **{
-        name: "needs a cache with gradients: saelab harvest --gradients"
+        name: "needs a cache with gradients: saelab harvest RUN --hook-name HOOK --n-tokens NUMBER --gradients"
         for name, one in VARIANTS.items()
         if one.needs_gradients
     },

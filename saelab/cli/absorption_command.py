@@ -14,7 +14,7 @@ from saelab.run_folder.opening import with_model
 
 def absorption(
     run: Run,
-    n_words: Annotated[int, arg(help="Most words of a letter; a third of them is held out.")] = 180,
+    n_words: Annotated[int, arg(help="Most words of a letter, 60 or more; a third of them is held out.")] = 180,
     max_k: Annotated[int, arg(help="Most features of a k-sparse probe.")] = 10,
     examples: Annotated[tuple[str, ...], arg(help="Words that are spelled before every word.")] = ("time", "house"),
     seed: Annotated[int, arg(help="Seed of the draw of the words.")] = 0,
@@ -34,7 +34,7 @@ def absorption(
             folder = found.report_path.parent / "probing"
             report = first_letters(sae, lm, config, folder=folder)
             path = save(report, folder / found.report_path.name.replace("report", "letters"))
-            answer(report.data(), f"{found.name} of {run}", *told(report), f"The report is in {path}")
+            answer(report.data(), f"SAE {found.sae_dir}", *told(report), f"The report is in {path}")
 
 
 ABSORPTION: dict[str, tuple[Callable[..., None], str]] = {

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg, subcommand
 
 from saelab.cli.answers import AsJson, answering
+from saelab.hints.next_commands import check_has_cache, command, in_turn
 
 LOSS_TOKENS = (
     "Of these, tokens to measure the loss on: four passes of the model each, most of the time; 0 measures none."
@@ -75,6 +76,7 @@ class Family:
         from saelab.benchmarks.family import FamilyConfig, run_family
         from saelab.benchmarks.tables import comparisons, family_picture, family_tables
 
+        check_has_cache(self.run_folder)
         sizes = self.d_sae, self.steps, self.batch_size, self.eval_tokens
         config = FamilyConfig(*sizes, self.hook_name, self.hook_name_out)
         out_dir = self.out_dir or self.run_folder / "family"
@@ -213,6 +215,7 @@ def sweep(
     from saelab.benchmarks.tables import sweep_table
     from saelab.distributed import is_main_process
 
+    check_has_cache(run)
     config = SweepConfig(n_tokens, batch_size, eval_tokens, hook_name, hook_name_out, eval_tokens_ce)
     lists: dict[str, Any] = {"variants": variants, "d_sae": d_sae, "k": k, "lr": lr, "seeds": seeds}
     home = out_dir or run
@@ -221,7 +224,7 @@ def sweep(
         if not is_main_process():
             return
         kept = f"The SAEs are in {home}, and the table in {home / 'sweep.csv'} and {home / 'sweep.json'}"
-        following = f"Next: saelab features {home}; saelab dash {home}"
+        following = in_turn(command("features", home), command("dash", home))
         answer({"folder": home, "rows": rows}, sweep_table(rows), kept, following)
 
 

@@ -17,6 +17,7 @@ from saelab.cli.answers import AsJson, answering
 from saelab.cli.bench_commands import LOSS_TOKENS, bench, sweep
 from saelab.cli.cache_commands import cache
 from saelab.cli.demo import demo
+from saelab.hints.next_commands import after_training, check_is_run, one_of, trainings
 from saelab.run_folder.opening import load_lm, with_model
 
 Run = Annotated[Positional[Path], arg(metavar="RUN", help="Run folder, or that of one of its trained SAEs.")]
@@ -65,6 +66,7 @@ def harvest(
     import saelab
     from saelab.distributed import is_main_process, set_local_device
 
+    check_is_run(run)
     set_local_device()
     options: dict[str, Any] = {"hook_names": list(hook_name), "n_tokens": n_tokens, "out_dir": run / "cache"}
     options |= {"ctx_len": ctx_len, "batch_size": batch_size, "seed": seed, "split": split, "prepend_bos": prepend_bos}
@@ -75,7 +77,7 @@ def harvest(
     cache = saelab.harvest(template or load_lm(model, dtype), corpus, **options)
     if options["progress"]:
         print(f"{cache.n_rows:,} activations of {', '.join(cache.hook_names)} are in {run / 'cache'}")
-        print(f"Next: saelab train {run} --d-sae 4096 --k 32 --n-tokens 2_000_000")
+        print(one_of(trainings(run)))
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ def train(
     import saelab
     from saelab.distributed import is_main_process
 
+    check_is_run(run)
     folder = run / (f"sae-{name}" if name else "sae")
     data = run / "cache" if reading is None else _open_stream(stream, **asdict(reading))
     other = None if control is None else control / "cache"
@@ -114,7 +117,7 @@ def train(
     if not is_main_process():
         return
     print(f"The {variant} SAE is in {folder}")
-    print(f"Next: saelab eval {folder}; saelab features {folder}; saelab dash {run}")
+    print(after_training(folder))
 
 
 def _open_stream(hooks: tuple[str, ...], model: str, texts: str, column: str, dtype: str | None, **options: Any) -> Any:
@@ -123,14 +126,6 @@ def _open_stream(hooks: tuple[str, ...], model: str, texts: str, column: str, dt
 
     corpus = saelab.load_texts(texts, column=column)  # before the model, which takes longer to load
     return stream(load_lm(model, dtype), corpus, list(hooks), **options)
-
-
-def check_has_cache(run: Path) -> None:
-    if not (run / "cache").is_dir():
-        raise ValueError(
-            f"{run} holds no cache; create one: saelab harvest {run} --hook-name HOOK --n-tokens NUMBER; or train without one: "
-            f"saelab train {run} --stream HOOK"
-        )
 
 
 def evaluate(

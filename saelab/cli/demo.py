@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import arg
 
+from saelab.hints.next_commands import check_is_run, command, in_turn
+
 if TYPE_CHECKING:
     from saelab.models import LanguageModel
     from saelab.saes import SAE
@@ -34,6 +36,7 @@ def demo(
     import saelab
     from saelab import presets
 
+    check_is_run(out_dir)
     _say(1, f"Load the language model {model!r} and the texts {texts!r}")
     corpus, lm = saelab.load_texts(texts), saelab.load_model(model)
     _say(2, f"Run the model over {n_tokens:,} tokens and store the activations of {hook_name}: {out_dir / 'cache'}")
@@ -44,7 +47,7 @@ def demo(
     sae: Any = saelab.train(presets.cpu("topk", d_sae, config.n_tokens, k=k), cache, config, out_dir=out_dir / "sae")
     _look_at(sae, lm, out_dir, eval_tokens)
     print(f"\nDone. Everything is in {out_dir}.")
-    print(f"Next: saelab dash {out_dir}; saelab verify {out_dir}", flush=True)
+    print(in_turn(command("dash", out_dir), command("verify", out_dir)), flush=True)
     if serve:
         from saelab.app.serve import serve as serve_dashboard
 

@@ -12,6 +12,7 @@ from saelab.cli.answers import AsJson, answering
 from saelab.cli.commands import Column, Dtype, OwnTexts, Run, Split, runs_of
 from saelab.errors import SaelabError
 from saelab.files import check_writable, read_json
+from saelab.hints.next_commands import command
 from saelab.run_folder.opening import with_model
 
 _SOURCE = "Source to compare, as a number or a hook name; needed where there are three or more."
@@ -58,7 +59,7 @@ def diff(
         sae, lm = with_model(found.sae_dir, model, dtype)
         made = diff_report(sae, lm, corpus, store=_store(found, sae), n_tokens=n_tokens, **options)
         path = made.save(diff_path(found))
-        kept = [f"The report is in {path}; the dashboard's Compare page shows it: saelab dash {run}"]
+        kept = [f"The report is in {path}; the dashboard's Compare page shows it: {command('dash', run)}"]
         kept += [f"The HTML is in {made.save_html(report)}"] if report is not None else []
         answer(made.data() | {"path": str(path)}, *told(made), *kept)
 
@@ -68,7 +69,7 @@ def _crosscoder(run: Path) -> Any:
     runs = runs_of(run)
     found = [one for one in runs if _variant(one.sae_dir) == "crosscoder"] or runs[:1]
     if len(found) > 1:
-        names = " or ".join(f"saelab diff {one.sae_dir}" for one in found)
+        names = " or ".join(command("diff", one.sae_dir) for one in found)
         raise ValueError(f"{run} holds {len(found)} crosscoders; name one of them: {names}")
     return found[0]
 

@@ -14,6 +14,7 @@ from saelab.cli import feature_answers
 from saelab.cli.answers import AsJson, answering
 from saelab.cli.commands import Column, Dtype, OwnModel, OwnTexts, Run, Split, runs_of
 from saelab.cli.messages import on_stderr
+from saelab.hints.next_commands import command, in_turn
 from saelab.run_folder.opening import with_model
 from saelab.runs import find_snapshots
 
@@ -54,6 +55,7 @@ def features(
     """Collect examples, label and histogram of every feature, or read what was collected: --find, --feature, --contrast. An
     interrupted pass goes on; more tokens extend a finished one."""
     import saelab
+    from saelab.distributed import is_main_process
 
     with answering(as_json) as answer:
         if find is not None or feature or contrast:
@@ -63,7 +65,8 @@ def features(
         options["texts"] = saelab.load_texts(texts, column=column) if texts else None
         for found in runs_of(run, one=as_json):
             (_collect_snapshots if snapshots else _collect)(answer, found, model, dtype, **options)
-        print(f"Next: saelab dash {run}")
+        if is_main_process():
+            print(in_turn(command("dash", run)))
 
 
 def _read(

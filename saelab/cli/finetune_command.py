@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 from tyro.conf import OmitArgPrefixes, arg
 
-from saelab.cli.commands import Column, Dtype, OwnModel, OwnTexts, Run, check_has_cache, runs_of
+from saelab.cli.commands import Column, Dtype, OwnModel, OwnTexts, Run, runs_of
+from saelab.hints.next_commands import after_training, check_has_cache
 from saelab.run_folder.opening import load_lm, with_model
 
 _WEIGHT = "Weight of the SAE's own loss (FVU + AuxK) beside the KL; 0 trains by the KL alone."
@@ -85,7 +86,7 @@ def finetune(
         sae, lm = with_model(start, model, dtype)
         saelab.finetune(sae, lm, train_config, folder, fvu_weight=fvu_weight, **read)
     print(f"The SAE is in {folder}")
-    print(f"Next: saelab eval {folder}; saelab features {folder}")
+    print(after_training(folder))
 
 
 def _new_folder(run: Path, name: str | None) -> tuple[Path, None]:

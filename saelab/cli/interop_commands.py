@@ -12,6 +12,7 @@ from tyro.conf import Positional, arg
 
 from saelab.cli.answers import AsJson, answering
 from saelab.files import check_writable
+from saelab.hints.next_commands import after_training
 
 _SOURCE = "A folder or file, or a hub id with the path of the SAE behind it (org/repo/path)."
 _ASSUME = (
@@ -51,8 +52,8 @@ def import_(
             model = str(known["name"])
         lm = saelab.load_model(model, dtype=getattr(torch, dtype) if dtype else None)
         found = import_sae(source, run, lm, texts, n_tokens=n_tokens, **options)
-        after = f"Next: saelab eval {run}; saelab features {run}; saelab dash {run}"
-        answer(_content(found), _described(found), f"The SAE is in {found.folder}", after)
+        kept = f"The SAE is in {found.folder}"
+        answer(_content(found), _described(found), kept, after_training(found.folder))
 
 
 StoreOrSaeFormat = Annotated[

@@ -23,7 +23,7 @@ from tyro.conf import OmitArgPrefixes, arg
 from saelab.cli import commands
 from saelab.cli.absorption_command import ABSORPTION
 from saelab.cli.bench_commands import BENCHES
-from saelab.cli.commands import Run, StreamFlags, check_has_cache, train
+from saelab.cli.commands import Run, StreamFlags, train
 from saelab.cli.diff_command import DIFF
 from saelab.cli.feature_commands import FEATURES
 from saelab.cli.find_command import FIND
@@ -36,6 +36,7 @@ from saelab.cli.serving_commands import SERVING
 from saelab.cli.similarity_command import SIMILARITY
 from saelab.cli.steer_command import STEER
 from saelab.errors import explain
+from saelab.hints.next_commands import check_has_cache, command
 
 COMMANDS = commands.COMMANDS | FINETUNE | STEER | FEATURES | FIND | DIFF | INTEROP | PROBE | ABSORPTION | SIMILARITY
 COMMANDS |= SERVING | NOTEBOOKS
@@ -183,17 +184,21 @@ def _run(args: list[str]) -> int:
             and rest
             and not any(word.startswith("-") for word in (rest[0], *{"-h", "--help"}.intersection(rest)))
         ):
-            check_has_cache(Path(rest[0]))  # before parsing flags, whose errors would hide the missing run
+            _check_has_cache(Path(rest[0]))  # before parsing flags, whose errors would hide the missing run
         arguments = tyro.cli(_train_arguments(rest), **options)
         if needs_cache:
-            check_has_cache(arguments.run)  # pyright: ignore[reportAttributeAccessIssue]
+            _check_has_cache(arguments.run)  # pyright: ignore[reportAttributeAccessIssue]
         train(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(arguments)})
     elif name == "bench" and rest and rest[0] in BENCHES:  # without tyro's "[SYNTHETIC OPTIONS]"
-        command, text = BENCHES[rest[0]]
-        tyro.cli(command, prog=f"saelab bench {rest[0]}", description=text, args=rest[1:]).run()
+        bench, text = BENCHES[rest[0]]
+        tyro.cli(bench, prog=f"saelab bench {rest[0]}", description=text, args=rest[1:]).run()
     else:
         tyro.cli(function, **options)
     return 0
+
+
+def _check_has_cache(run: Path) -> None:
+    check_has_cache(run, f"; or train without one: {command('train', run)} --stream HOOK")
 
 
 def _summary(function: Callable[..., None]) -> str:

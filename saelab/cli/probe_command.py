@@ -60,8 +60,12 @@ def probe(
             folder = found.report_path.parent / "probing"
             report = probe_sets(sae, lm, names, config, folder=folder)
             path, page = save(report, folder / found.report_path.name)
-            title = f"{found.name} of {run}"
-            answer(report.data(), title, *told(report), f"The report is in {path} and, with the quiver, in {page}")
+            answer(
+                report.data(),
+                f"SAE {found.sae_dir}",
+                *told(report),
+                f"The report is in {path} and, with the quiver, in {page}",
+            )
 
 
 PROBE: dict[str, tuple[Callable[..., None], str]] = {

@@ -13,6 +13,7 @@ from saelab.cli.answers import AsJson, answering
 from saelab.cli.commands import Dtype, OwnModel, Run, runs_of
 from saelab.cli.steer_report import report
 from saelab.files import check_writable
+from saelab.hints.next_commands import command
 from saelab.run_folder.opening import load_lm
 
 _WITHOUT_STRENGTH = ("ablate", "project_out")
@@ -143,7 +144,7 @@ def _stores(run: Path, several: bool) -> list[Any]:
 
     found = runs_of(run)
     if len(found) > 1 and not several:
-        named = " or ".join(f"saelab steer {one.sae_dir}" for one in found)
+        named = " or ".join(command("steer", one.sae_dir) for one in found)
         raise ValueError(f"{run} holds {len(found)} SAEs, each with its own features; choose one: {named}")
     if len(found) == 1:
         return [saelab.load_features(run)]

@@ -8,8 +8,9 @@ from typing import Any
 from saelab.errors import SaelabError, StoreError
 from saelab.features import schema
 from saelab.files import read_json
+from saelab.hints.next_commands import command
 
-COLLECT_AGAIN = "Collect it again with saelab.collect_features(...) or `saelab features RUN`."
+COLLECT_AGAIN = "Collect it again with saelab.collect_features(..., renew=True) or `saelab features RUN --renew`."
 SIGNS_MIXED = (
     "this store was collected by an earlier saelab that mixed the two ends of signed features, so it has no steering unit, "
     "maximum or examples for either end. Remove its folder and collect it again with saelab.collect_features(...) or "
@@ -23,8 +24,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / schema.MANIFEST
     if not path.exists():
         raise StoreError(
-            f"{folder} holds no feature store ({schema.MANIFEST} is missing). Collect one: `saelab features {folder.parent}`, or "
-            "saelab.collect_features(...) in Python."
+            f"{folder} holds no feature store ({schema.MANIFEST} is missing). Collect one: "
+            f"`{command('features', _sae_of(folder))}`, or saelab.collect_features(...) in Python."
         )
     try:
         manifest = read_json(path)
@@ -47,6 +48,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (SaelabError, KeyError, TypeError, AttributeError) as error:
         raise StoreError(f"{path} is not a feature manifest ({error}). {COLLECT_AGAIN}") from error
     return manifest
+
+
+def _sae_of(folder: Path) -> Path | str:
+    """The SAE whose features would be in this folder, or a snapshot of one; where neither is there, what to put for it."""
+    folders = (
+        folder.with_name(folder.name.replace("features", "sae", 1)),
+        folder.with_name(folder.name.removeprefix("features-")),
+    )
+    return next((one for one in folders if (one / "sae.json").exists()), "RUN")
 
 
 def signed_features(manifest: dict[str, Any], config: dict[str, Any] | None) -> bool | None:

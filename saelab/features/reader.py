@@ -25,6 +25,7 @@ from saelab.features.quantiles import chosen
 from saelab.features.records import Example, Histogram, Logits
 from saelab.features.token_text import trim_to_characters
 from saelab.files import read_json
+from saelab.hints.next_commands import command
 
 if TYPE_CHECKING:
     from saelab.saes import SAE
@@ -120,7 +121,7 @@ class StoreReader:
         if self.manifest["version"] < 3:
             raise StoreError(
                 f"{self.folder} was collected by an earlier saelab and holds no {what}: renew it with "
-                f"`saelab features {self.sae_folder or 'RUN'} --renew`."
+                f"`{command('features', self.sae_folder or 'RUN', '--renew')}`."
             )
 
     def histogram(self, feature: int, sign: int = 1) -> Histogram:

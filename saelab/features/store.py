@@ -20,6 +20,7 @@ from saelab.features.peak_words import is_word, word_at_peak
 from saelab.features.records import Promoted, PromotedToken
 from saelab.features.search import Search
 from saelab.features.steer_scores import STEER_SCORE, source, steer_scores
+from saelab.hints.next_commands import command
 
 if TYPE_CHECKING:
     from saelab.saes import SAE
@@ -234,15 +235,16 @@ def load_features(path: str | Path, sae: SAE | None = None) -> FeatureStore:
 
     try:
         runs = find_saes(path)
-    except (SaelabError, ValueError):
-        runs = []
+    except (SaelabError, ValueError) as error:
+        raise StoreError(f"{path} holds no feature store: {error}") from error
     folders = [run.features_dir for run in runs if run.features_dir and (run.features_dir / schema.MANIFEST).exists()]
     if len(folders) > 1:
         names = ", ".join(str(folder) for folder in folders)
         raise ValueError(f"{path} holds several feature stores; open one of them: {names}.")
     if not folders:
         raise StoreError(
-            f"{path} holds no feature store. Collect one: `saelab features {path}`, or saelab.collect_features(...) in Python."
+            f"{path} holds no feature store. Collect one: `{command('features', path)}`, or saelab.collect_features(...) in "
+            "Python."
         )
     return FeatureStore(folders[0], sae)
 

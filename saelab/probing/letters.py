@@ -55,8 +55,13 @@ class LetterConfig:
     """Of the draw of the words."""
 
     def __post_init__(self) -> None:
-        for name, least in (("n_words", 2), ("max_k", 1), ("seed", 0)):
+        for name, least in (("n_words", 1), ("max_k", 1), ("seed", 0)):
             check_integer(name, getattr(self, name), least)
+        if self.n_words < 3 * MIN_WORDS:
+            raise ValueError(
+                f"n_words={self.n_words} must be at least {3 * MIN_WORDS}: a third of the words of a letter is held out, and a "
+                f"letter is measured on {MIN_WORDS} of those or more."
+            )
         if not all(isinstance(word, str) and word.isalpha() for word in self.examples):
             raise ValueError(f"examples={self.examples!r}; expected words of letters, such as ('time', 'house').")
 

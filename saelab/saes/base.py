@@ -64,6 +64,8 @@ class SAE(nn.Module):
     """Whether training passes `Batch.labels`."""
     needs_gradients: ClassVar[bool] = False
     """Whether it is trained with the gradient of the model's loss at each activation."""
+    shows_progress: bool = False
+    """Whether a step that takes long shows a bar of its own."""
     base_lr: ClassVar[float] = 3e-3
     """Adam's learning rate at d_sae 4096 when `TrainConfig.lr` is None; scaled by sqrt(4096 / d_sae)."""
     cpu_preset: ClassVar[dict[str, Any]] = {}

@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from saelab.errors import SaelabError
 from saelab.kernels.decode import decode
@@ -37,6 +38,8 @@ from saelab.validation import check_at_least
 
 DUPLICATE = 0.999
 """A row of a higher cosine with an atom, or with its opposite, is that atom again."""
+_PATIENCE = 1.0
+"""Seconds before a step shows how many of its rows it has read: the first ones, which make most atoms, take long."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,9 @@ class ITDASAE(MatchingPursuitSAE):
 
         Rows are tested in blocks; those after a new atom again, in a block as long as the distance to it suggests."""
         start, length, above = 0, len(x), 0
+        bar = tqdm(
+            total=len(x), desc="Rows of this step", leave=False, delay=_PATIENCE, disable=not self.shows_progress
+        )
         while start < len(x):
             block = x[start : start + length]
             n_passed, length = len(block), len(x)
@@ -129,6 +135,8 @@ class ITDASAE(MatchingPursuitSAE):
                     n_passed, length = row + 1, 2 * (row + 1)
                     break
             start += n_passed
+            bar.update(n_passed)
+        bar.close()
         self.fingerprint.copy_(extended(self.fingerprint, labels))
         self.n_rows += len(x)
         return above

@@ -178,6 +178,8 @@ def _train_all(runs: list[Run], source: DataSource, config: TrainConfig, progres
         batches = ahead_on(common_device(run.device for run in runs), batches, source.pinned)
     options: dict[str, Any] = {"desc": "Training", "unit": "step", "disable": not progress}
     with tqdm(total=config.n_steps, initial=first, **options) as bar, interrupt_between_steps() as interrupt:
+        for run in runs:
+            run.sae.shows_progress = progress
         rows: Rows | None = None
         for step in range(first, config.n_steps):
             if ranks.any_rank(interrupt.asked, runs[0].device):

@@ -44,9 +44,11 @@ def check_promise(sae: SAE, x: Float[Tensor, "n ..."]) -> None:
         return
     l0 = sum(sae.encode_normalized(sae.normalize(rows)).nnz for rows in x.split(ROWS_AT_ONCE)) / len(x)
     if abs(l0 / promised - 1) > 0.05:
+        learned = any(weights.requires_grad for weights in sae.parameters())
+        fix = "Train longer, or change the L0." if learned else "Lower tau, which gives it more atoms, or change k."
         _LOG.warning(
             f"{sae.variant}: {l0:.2f} features fire per token on {len(x):,} rows after training; the config asks for "
-            f"{promised:g}. Train longer, or change the L0."
+            f"{promised:g}. {fix}"
         )
 
 

@@ -1,0 +1,1 @@
+"""What commands and errors say last: the commands that come next."""
