@@ -138,11 +138,8 @@ class SAE(nn.Module):
         return {name: getattr(self, name) for name in self.extra_dims}
 
     def set_normalization(self, mean: Float[Tensor, "*sources d_in"], mean_square: float | Tensor) -> None:
-        """Set the input normalisation from the data's mean and mean squared norm, according to `config.normalize`.
-
-        "center_and_scale": subtract the mean, scale to root-mean-square norm sqrt(d_in); "scale": scale only; "whiten":
-        subtract the mean, until `whitening.fit` is given a covariance.
-        """
+        """Set the input normalisation from the data's mean and mean squared norm. "center_and_scale": subtract the mean, scale to
+        root-mean-square norm sqrt(d_in); "scale": scale only; "whiten": subtract the mean, until `whitening.fit` has more."""
         if self.whitening is not None:
             self.whitening.fit(mean, torch.eye(self.d_in))
         center, scale = normalization(self.config.normalize, mean, mean_square)
@@ -181,9 +178,8 @@ class SAE(nn.Module):
             x = self.normalize(mean[None])[0]
             square = torch.as_tensor(mean_square, dtype=torch.float64) * self.scale.cpu().double().square()
         variance = (square.sum() - x.cpu().double().square().sum()).clamp_min(0)
-        self.start_at(
-            x, x if mean_out is None else self.normalize_target(mean_out[None])[0], math.sqrt(variance / len(x))
-        )
+        y = x if mean_out is None else self.normalize_target(mean_out[None])[0]
+        self.start_at(x, y, math.sqrt(variance / len(x)))
 
     def start_at(self, x: Float[Tensor, " width"], y: Float[Tensor, " width_out"], spread: float) -> None:
         """Absorb the means `x` of the input and `y` of the target, and the initial standard deviation of pre-activations."""
