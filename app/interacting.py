@@ -8,6 +8,7 @@ import streamlit as st
 
 from saelab.app import related, state
 from saelab.features import Feature
+from saelab.features.interactions import MIN_BOTH
 from saelab.features.numbers import number, percent
 from saelab.features.visible import chip_text
 
@@ -21,10 +22,15 @@ def show(feature: Feature, parameters: dict[str, str]) -> None:
     st.subheader("Interacts with")
     st.caption(
         "What the decoder adds for the product of both activations. Size: its norm where both are at their p99; Norm: per unit "
-        "of both; Cosine: with this decoder row, and with the other's; P(it | this) and lift: how often they fire together."
+        "of both; Cosine: with this decoder row, and with the other's; P(it | this) and lift: how often they fire together. The "
+        f"largest Size first; pairs that fire together on fewer than {MIN_BOTH} tokens of the store's sample are left out, as "
+        "nothing is known of them there."
     )
     named = st.session_state.get("interactions_named") == (str(feature.store.folder), feature.feature)
     rows = _with_tokens(feature) if named else feature.interactions(_SHOWN)
+    if not rows:
+        st.caption("No other feature fires together with this one that often.")
+        return
     heads = ("Feature", "Size", "Norm", "Cosine", "P(it | this)", "Lift", *(["Promote together"] if named else []))
     st.html(related.table(feature.store, heads, [_row(one) for one in rows], parameters))
     if not named and st.button("Name the tokens they promote", icon=":material/abc:", key="name-interactions"):

@@ -52,3 +52,13 @@ def test_rows_beside_trained_saes(tmp_path, tiny_lm):
     assert load_sae(run / "family" / by_name["pca"]["folder"]).provenance.trained["baseline"] == "pca"
     again = run_family(run, config, variants=BASELINES, l0=(4,), lm=tiny_lm, progress=False)
     assert again == rows
+
+
+@pytest.mark.usefixtures("models_load_in_fp32")
+def test_baselines_have_a_bar_and_the_loss_can_be_left_out(tmp_path, tiny_lm, capsys):
+    run = make_run(tmp_path / "run", tiny_lm)
+    config = FamilyConfig(d_sae=48, eval_tokens=400, eval_tokens_ce=0)
+    (row,) = run_family(run, config, variants=("pca",), l0=(4,), lm=tiny_lm)
+    assert row["ce_loss_recovered"] is None and "Measuring baselines" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="eval_tokens_ce=-1"):
+        FamilyConfig(eval_tokens_ce=-1)

@@ -64,8 +64,10 @@ def test_a_stopped_run_goes_on_where_it_was(small, tmp_path):
     assert [verdict.word for verdict in again] == ["not held", "held", "held"]  # 0.4 of seed 3 is not below 0.35
 
 
-def test_what_was_not_asked_for_is_not_run(small, tmp_path):
-    verdicts = run_claims(tmp_path, (1,), only=["other"], progress=False)
+def test_what_was_not_asked_for_is_not_run(small, tmp_path, caplog):
+    with caplog.at_level("INFO", "saelab"):
+        verdicts = run_claims(tmp_path, (1,), only=["other"])
+    assert "other, seed 1: One number." in caplog.text
     assert not small.seen
     assert [verdict.word for verdict in verdicts] == ["not run", "not run", "held"]
 

@@ -96,6 +96,23 @@ def test_eval_can_leave_the_loss_out(run: Path, capsys):
     assert main.main(["eval", str(run / "sae-l1")]) == 0  # as it was
 
 
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("50", "tokens, the whole contexts that hold the 50 asked for."),
+        ("90_000", "tokens, all there are, not 90,000."),
+    ],
+)
+def test_eval_says_on_how_many_tokens_the_loss_was_measured(run: Path, capsys, asked, said):
+    assert main.main(["eval", str(run / "sae"), "--n-tokens", "200", "--n-tokens-ce", asked]) == 0
+    shown = capsys.readouterr().out
+    measured = json.loads((run / "report.json").read_text(encoding="utf-8"))["n_tokens_ce"]
+    assert f"The loss was measured on {measured:,} {said}" in shown
+    assert main.main(["eval", str(run / "sae"), "--n-tokens", "200", "--n-tokens-ce", str(measured)]) == 0
+    assert "The loss was measured on" not in capsys.readouterr().out
+    assert main.main(["eval", str(run / "sae")]) == 0  # as it was
+
+
 def test_a_run_without_features_names_the_command_with_its_folder(run: Path, tmp_path, capsys):
     (tmp_path / "sae").symlink_to(run / "sae")
     assert main.main(["steer", str(tmp_path), "--feature", "1"]) == 2
@@ -364,3 +381,4 @@ def test_crosscoders_and_transcoders_are_trained_from_flags(tmp_path, tiny_folde
     assert main.main(["eval", str(run / "sae-trans"), "--json", "--dtype", "float32"]) == 0
     assert json.loads(capsys.readouterr().out)["hook_name"] == f"{HOOK} -> {out}"
     assert main.main(["features", str(run / "sae-both"), "--top-k", "3", "--n-tokens", "500"]) == 0
+    assert "Labelling 40 features and writing their store" in capsys.readouterr().out

@@ -15,7 +15,7 @@ from pages import html_of
 import saelab
 from saelab.benchmarks.planted import diffing
 from saelab.cli.main import main
-from saelab.diffing import judging, load_diff
+from saelab.diffing import DiffReport, judging, load_diff
 from saelab.diffing.judged import DEAD, DECOUPLED, NOT_HELD, RARE, SHRUNK, SPECIFIC, Interval
 from saelab.diffing.measuring import N_RANDOM, Tokens, measure
 from saelab.diffing.report_html import card, told
@@ -23,6 +23,7 @@ from saelab.diffing.running import diff_report, judged_report, sources_to_compar
 from saelab.errors import SaelabError
 from saelab.evaluation import latent_scaling
 from saelab.features.sides import CLASSES, sides
+from saelab.hints.next_commands import after_training, command, trainings
 from saelab.saes import CrosscoderConfig, CrosscoderSAE, TopKConfig, TopKSAE
 
 N, BLOCKS = 6144, 24
@@ -257,12 +258,26 @@ def test_what_it_concludes(report):
     assert "artefacts" in shown
 
 
+def test_it_tells_how_good_the_crosscoder_is_at_either_side(report):
+    sae = crosscoder()
+    x_hat, y = sae(X).x_hat.detach(), X
+    fvu = [float((y - x_hat)[:, s].square().sum() / (y - y.mean(0))[:, s].square().sum()) for s in (0, 1)]
+    for pair, order in (((0, 1), fvu), ((1, 0), fvu[::-1])):
+        made = judged_report(sae, measure(sae, tokens(), *pair, n_blocks=BLOCKS), ABOUT)
+        assert [made.about["fvu"][side] for side in "ab"] == pytest.approx(order, rel=1e-4) and fvu[0] != fvu[1]
+        assert made.about["l0"] == pytest.approx(sae.encode(X).nnz / N)
+        line = f"leaves {order[0]:.1%} of base and {order[1]:.1%} of tuned unexplained (FVU, all), with an L0 of "
+        assert line in str(made) and line in card(made) and made.data()["fvu"]["a"] == made.about["fvu"]["a"]
+    before = {name: one for name, one in report.about.items() if name not in ("fvu", "l0")}
+    assert "unexplained" not in "".join(DiffReport(before, report.features, report.cloud).conclusions())
+
+
 def test_without_candidates_it_says_how_far_norms_lean():
     sae = crosscoder()
     with torch.no_grad():
         sae.W_dec[0, ONLY_B], sae.W_dec[1, ONLY_A] = PLANTED.features[ONLY_B, 1], PLANTED.features[ONLY_A, 0]
     said = judged_report(sae, found_in(sae), ABOUT).conclusions()
-    assert said[2:] == ["Relative norms range from 0.50 to 0.85."] and said[0].startswith("Only base: 0 of 36")
+    assert said[2:-1] == ["Relative norms range from 0.50 to 0.85."] and said[0].startswith("Only base: 0 of 36")
 
 
 def test_the_html_is_one_safe_file(report, tmp_path):
@@ -334,6 +349,7 @@ def test_the_command_reads_held_out_text_of_both_models(run, saved, capsys):
         row = store.row_of(one.feature)
         assert one.n_fired == row["n_fired"] and one.label == row["label"] and (one.tokens or not one.n_fired)
     assert (run / "diff.html").stat().st_size > 1000
+    assert "--variant crosscoder" in trainings(run)[0] and command("diff", run / "sae") in after_training(run / "sae")
 
 
 def test_refusals_name_what_is_wrong(run, tiny_lm, capsys):

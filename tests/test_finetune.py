@@ -346,7 +346,9 @@ def test_the_command(run, tiny_lm, tiny_folder, tmp_path, capsys):
     ]
     before = saved(tmp_path / "sae")
     assert main(["finetune", str(tmp_path), *options]) == 0
-    assert "sae-finetuned" in capsys.readouterr().out and saved(tmp_path / "sae") == before
+    said = capsys.readouterr().out
+    assert "Reading texts.jsonl, split 'train'" in said and "Reading contexts that were held out" in said
+    assert "sae-finetuned" in said and saved(tmp_path / "sae") == before
     stamp = (tmp_path / "sae-finetuned" / "sae.safetensors").stat().st_mtime_ns
     assert main(["finetune", str(tmp_path), *options]) == 0  # the same call again: there is nothing left to do
     assert (tmp_path / "sae-finetuned" / "sae.safetensors").stat().st_mtime_ns == stamp

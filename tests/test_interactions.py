@@ -44,12 +44,20 @@ def busiest(store: Any) -> int:
 
 def test_the_largest_products_with_what_they_are(store, tiny_lm):
     this = busiest(store)
-    found = store.feature(this).interactions(6)
+    found = store.feature(this).interactions(6, min_both=0)
     directions, rows = pair_directions(store.sae, this).float(), store.sae.decoder()[0].detach().float()
     fired, p99 = store.column("n_fired") > 0, store.column("p99")
-    order = [i for i in directions.norm(dim=1).argsort(descending=True).tolist() if fired[i] and i != this]
+    sizes = directions.norm(dim=1).numpy() * np.abs(p99)
+    order = [i for i in np.argsort(-sizes).tolist() if fired[i] and i != this]
     assert [one["feature"] for one in found] == order[:6]
-    assert [one["feature"] for one in store.interactions(this, len(order))] == order
+    assert [one["feature"] for one in store.interactions(this, len(order), min_both=0)] == order
+    both = store.firing_together(this)[0]
+    for least in (10, 30):  # of those that fire together often enough to be believed
+        kept = [i for i in order if both[i] >= least]
+        assert [one["feature"] for one in store.interactions(this, 48, min_both=least)] == kept and len(kept) < len(
+            order
+        )
+    assert store.interactions(this, 48) == store.interactions(this, 48, min_both=10)
     together = {one["feature"]: one for one in store.coactivation(this, 47)}
     unit = torch.nn.functional.normalize
     for one in found:
@@ -63,7 +71,7 @@ def test_the_largest_products_with_what_they_are(store, tiny_lm):
         assert [one[name] for name in ("n_both", "lift", "p_given_this")] == pytest.approx(
             [counted[name] for name in ("n_both", "lift", "p_given_this")]
         )
-    (named,) = store.interactions(this, 1, tiny_lm)
+    (named,) = store.interactions(this, 1, tiny_lm, min_both=0)
     ids = (directions[named["feature"]] @ tiny_lm.logit_weights().float().T).topk(5).indices
     spelled = token_bytes(tiny_lm.tokenizer, ids.tolist())
     assert named["promoted"] == [spelled[one].decode("utf-8", "backslashreplace") for one in ids.tolist()]

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -29,6 +30,12 @@ def test_rows_are_zipf_features_as_many_as_asked():
     assert float(codes[codes != 0].mean()) == pytest.approx(1, rel=0.02)
     assert torch.equal(next(data.stream(0)), next(data.stream(0)))
     assert not torch.equal(next(data.stream(0)), codes)
+
+
+def test_it_says_how_many_tokens_whole_batches_are(tmp_path):
+    said: list[str] = []
+    run_large(replace(TINY, n_tokens=65), tmp_path, variants=("topk",), progress=False, say=said.append)
+    assert said[0] == "Training reads 128 tokens, whole batches, where 65 were asked for."
 
 
 def test_a_bench_that_was_stopped_goes_on_to_the_same_rows(tmp_path, monkeypatch):

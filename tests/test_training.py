@@ -625,3 +625,10 @@ def test_train_takes_a_train_config_for_each_sae_of_one_stream(tmp_path):
     ):
         with pytest.raises(ValueError, match=says):
             train(configs, x, other, progress=False)
+
+
+@pytest.mark.parametrize(("n_tokens", "said"), [(150, True), (128, False)])
+def test_it_says_how_many_tokens_whole_batches_are(n_tokens, said, caplog):
+    with caplog.at_level("INFO", "saelab"):
+        train(TopKConfig(16, 2), torch.randn(300, 8), TrainConfig(n_tokens, 64, device="cpu"))
+    assert ("Training reads 128 of the 150 tokens asked for: 2 whole batches." in caplog.text) == said

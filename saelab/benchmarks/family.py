@@ -22,6 +22,7 @@ from saelab.models import LanguageModel, load_model
 from saelab.models.caching import Remembered
 from saelab.saes import SAE, VARIANTS
 from saelab.training import TrainConfig, train
+from saelab.validation import check_integer
 
 ALL_L0 = ("topk", "batch_topk", "jumprelu", "relu")
 """Variants that are trained at every L0; the others only at the first."""
@@ -49,6 +50,11 @@ class FamilyConfig:
     """Hook to train on, if the cache holds several."""
     hook_name_out: str | None = None
     """Hook of the cache that transcoders predict; None skips the transcoders."""
+    eval_tokens_ce: int = 4096
+    """Of the held-out tokens, those to measure the loss on; 0 measures none."""
+
+    def __post_init__(self) -> None:
+        check_integer("eval_tokens_ce", self.eval_tokens_ce, 0)
 
 
 def run_family(
@@ -87,8 +93,7 @@ def run_family(
         for seed in seeds:
             if any(rows.find(variant=name, target_l0=level, seed=seed) is None for name, level in configs):
                 _run_seed(rows, configs, cache, config, seed, out_dir / f"seed-{seed}", lm, progress)
-            for name in untrained:
-                _measure_baseline(rows, name, l0, cache, config, seed, lm)
+            _measure_baselines(rows, untrained, l0, cache, config, seed, lm, progress)
         return list(rows.rows)
 
 
@@ -155,7 +160,7 @@ def _run_seed(
 
     def columns(sae: SAE, level: int) -> Row:
         assert rows.folder is not None
-        return {"table": TABLES.get(sae.variant, "sae"), **measure(sae, lm, level, config.eval_tokens, rows.folder)}
+        return {"table": TABLES.get(sae.variant, "sae"), **_measured(sae, lm, level, config, rows.folder)}
 
     pairs = tqdm(zip(configs, saes, strict=True), "Measuring", len(saes), unit="SAE", disable=not progress)
     for (variant, level), sae in pairs:
@@ -163,17 +168,29 @@ def _run_seed(
         rows.get(lambda sae=sae, level=level: columns(sae, level), **key)
 
 
-def _measure_baseline(
-    rows: Rows, name: str, l0: Sequence[int], cache: ActivationCache, config: FamilyConfig, seed: int, lm: LanguageModel
+def _measured(sae: SAE, lm: LanguageModel, level: int, config: FamilyConfig, home: Path) -> Row:
+    return measure(sae, lm, level, config.eval_tokens, home, n_tokens_ce=config.eval_tokens_ce)
+
+
+def _measure_baselines(
+    rows: Rows,
+    names: Sequence[str],
+    l0: Sequence[int],
+    cache: ActivationCache,
+    config: FamilyConfig,
+    seed: int,
+    lm: LanguageModel,
+    progress: bool,
 ) -> None:
-    """Add the rows of a baseline; its SAEs stand beside the trained ones."""
+    """Add the rows of the baselines; their SAEs stand beside the trained ones."""
     assert rows.folder is not None
     hook_name, home = config.hook_name or cache.hook_names[0], rows.folder
 
-    def measured(level: int) -> Row:
+    def measured(name: str, level: int) -> Row:
         sae = baseline(name, cache, hook_name, level, config.d_sae, seed)
         folder = save_sae(sae, home / f"seed-{seed}" / f"sae-{name}-{level}")
-        return {"table": "baseline", **measure(load_sae(folder), lm, level, config.eval_tokens, home)}
+        return {"table": "baseline", **_measured(load_sae(folder), lm, level, config, home)}
 
-    for level in levels(name, l0, lm.d_in(hook_name)):
-        rows.get(lambda level=level: measured(level), variant=name, target_l0=level, seed=seed)
+    each = [(name, level) for name in names for level in levels(name, l0, lm.d_in(hook_name))]
+    for name, level in tqdm(each, "Measuring baselines", unit="SAE", disable=not (progress and each)):
+        rows.get(lambda name=name, level=level: measured(name, level), variant=name, target_l0=level, seed=seed)

@@ -132,6 +132,8 @@ def run_large(
     check_variants(variants)
     configs = {name: at_l0(name, config.d_sae, config.k) for name in variants}
     n_tokens = -(-config.n_tokens // config.batch_size) * config.batch_size  # whole steps
+    if n_tokens != config.n_tokens:
+        say(f"Training reads {n_tokens:,} tokens, whole batches, where {config.n_tokens:,} were asked for.")
     training = TrainConfig(n_tokens, config.batch_size, seed=config.seed, device=config.device, checkpoint_every=500)
     data = ZipfRows(config, device_of(training))
     settings = dataclasses.asdict(config) | {"every": every}

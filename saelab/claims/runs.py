@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten
 
 from tqdm.auto import tqdm
 
@@ -12,6 +14,8 @@ from saelab.benchmarks.claims import Verdict, check_all
 from saelab.benchmarks.results import Rows, open_rows
 from saelab.claims.registry import Experiment, experiments, labels
 from saelab.claims.workspace import kept_in
+
+_LOG = logging.getLogger("saelab")
 
 KEYS = ("data", "sae", "seed")
 
@@ -40,6 +44,8 @@ def run_claims(
         with kept_in(Path(out_dir) / "data"):
             for experiment, seed in bar:
                 bar.set_postfix_str(f"{experiment.name}, seed {seed}")
+                if progress:
+                    _LOG.info(f"{experiment.name}, seed {seed}: {shorten(experiment.about, 100)}")
                 _run(rows, experiment, seed)
         found = list(rows.rows)
     return [verdict for experiment in known.values() for verdict in check_all(experiment.claims, found)]

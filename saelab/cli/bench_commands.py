@@ -66,6 +66,7 @@ class Family:
     batch_size: Annotated[int, arg(help="Activations per step.")] = 2048
     seeds: Seeds = (0,)
     eval_tokens: Annotated[int | None, arg(help="Held-out tokens to evaluate on; None uses all.")] = None
+    eval_tokens_ce: Annotated[int, arg(help=LOSS_TOKENS)] = 4096
     hook_name: Annotated[str | None, arg(help="Hook to train on, if the cache holds several.")] = None
     hook_name_out: Annotated[str | None, arg(help="Hook that transcoders predict; None skips transcoders.")] = None
     out_dir: Annotated[Path | None, arg(help="Folder for rows, SAEs and plot; None means RUN/family.")] = None
@@ -78,7 +79,7 @@ class Family:
 
         check_has_cache(self.run_folder)
         sizes = self.d_sae, self.steps, self.batch_size, self.eval_tokens
-        config = FamilyConfig(*sizes, self.hook_name, self.hook_name_out)
+        config = FamilyConfig(*sizes, self.hook_name, self.hook_name_out, self.eval_tokens_ce)
         out_dir = self.out_dir or self.run_folder / "family"
         options: dict[str, Any] = {"variants": self.variants or None, "l0": self.l0, "seeds": self.seeds}
         with answering(self.as_json) as answer:

@@ -151,7 +151,17 @@ def evaluate(
         for found in runs:
             sae, lm = with_model(found.sae_dir, model, dtype)
             report = saelab.evaluate(sae, lm, corpus, path=found.report_path, **options)
-            answer(json.loads(report.to_json()), str(report), f"The report is in {found.report_path}")
+            kept = [*_other_tokens(report, n_tokens_ce), f"The report is in {found.report_path}"]
+            answer(json.loads(report.to_json()), str(report), *kept)
+
+
+def _other_tokens(report: Any, asked: int) -> list[str]:
+    """How many tokens the loss was measured on, where that is not as many as were asked for."""
+    n = report.n_tokens_ce
+    if n == asked:
+        return []
+    why = f"the whole contexts that hold the {asked:,} asked for" if n > asked else f"all there are, not {asked:,}"
+    return [f"The loss was measured on {n:,} tokens, {why}."]
 
 
 def dash(

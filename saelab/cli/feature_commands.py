@@ -107,7 +107,7 @@ def _collect(answer: Callable[..., None], found: Any, model: str | None, dtype: 
     sae, lm = with_model(found.sae_dir, model, dtype)
     store = saelab.collect_features(sae, lm, out_dir=found.features_dir, **options)
     if is_main_process():
-        answer(store_data(store), f"The features are in {found.features_dir}")
+        answer(store_data(store), f"The features, on {store.n_tokens:,} tokens, are in {found.features_dir}")
 
 
 def _collect_snapshots(

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from tyro.conf import Positional, arg
 
 from saelab.cli.answers import AsJson, answering
+from saelab.errors import SaelabError
 from saelab.hints.next_commands import check_has_cache, one_hook_training
 
 Runs = Annotated[
@@ -33,15 +34,19 @@ def similarity(runs: Runs, as_json: AsJson = False) -> None:
         if len(models) > 1:
             _refuse_twice(models)
         owner = [number for number, layers in enumerate(models) for _ in layers]
-        matrix = jaccard_matrix(flat, flat)
+        matrix, stopped = jaccard_matrix(flat, flat), full(flat)
         equal = len(models) > 1 and len({len(layers) for layers in models}) == 1 < len(models[0])
         data: dict[str, Any] = {
-            "saes": [{"run": run, **_about(sae)} for run, layers in zip(runs, models, strict=True) for sae in layers],
+            "saes": [
+                {"run": run, **_about(sae), "full": sae in stopped}
+                for run, layers in zip(runs, models, strict=True)
+                for sae in layers
+            ],
             "jaccard": matrix,
             "model_jaccard": [[model_jaccard(one, other) for other in models] for one in models],
             "layer_matching_accuracy": layer_matching_accuracy(models) if equal else None,
         }
-        answer(data, _table(data["saes"], owner, matrix), *_between(data), *_stopped(full(flat)))
+        answer(data, _table(data["saes"], owner, matrix), *_between(data), *_stopped(stopped))
 
 
 def _layers(run: Path) -> list[Any]:
@@ -52,11 +57,18 @@ def _layers(run: Path) -> list[Any]:
 
     found = [sae for each in find_saes(run) if isinstance(sae := load_sae(each.sae_dir), ITDASAE)]
     if not found:
-        home = run.parent if (run / "sae.json").exists() else run
-        check_has_cache(home)
-        train = one_hook_training(home, "itda", ("--d-sae", 4096, "--n-tokens", "250_000"))
-        raise ValueError(f"{run} holds no itda SAE: {train}")
+        raise ValueError(
+            f"{run} holds no itda SAE: {_how_to_train(run.parent if (run / 'sae.json').exists() else run)}"
+        )
     return sorted(found, key=lambda sae: [int(part) if part.isdigit() else part for part in _parts(sae)])
+
+
+def _how_to_train(run: Path) -> str:
+    try:
+        check_has_cache(run)
+        return one_hook_training(run, "itda", ("--d-sae", 4096, "--n-tokens", "250_000"))
+    except (SaelabError, ValueError) as error:
+        return str(error)
 
 
 def _parts(sae: Any) -> list[str]:
@@ -69,7 +81,6 @@ def _about(sae: Any) -> dict[str, Any]:
         "hook_name": sae.provenance.origin.get("hook_name"),
         "n_atoms": int(sae.n_atoms),
         "n_rows": int(sae.n_rows),
-        "full": int(sae.n_atoms) == sae.d_sae,
     }
 
 

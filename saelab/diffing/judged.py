@@ -124,12 +124,22 @@ class Judged:
                 f"Random directions of their norms in the place of those judged have |nu_error| below {base['nu_error']:.2f} and "
                 f"|nu_reconstruction| below {base['nu_reconstruction']:.2f}, 95 % of {base['n']:,} of them."
             )
+        said += self._of_fit()
         if changed := self.about["changed"]:
             said.append(self._of_change(changed))
         return said
 
     def __str__(self) -> str:
         return "\n".join(self.conclusions())
+
+    def _of_fit(self) -> list[str]:
+        """How good the crosscoder is on this text; reports of an earlier version do not tell."""
+        fvu, l0 = self.about.get("fvu"), self.about.get("l0")
+        if fvu is None or l0 is None or None in fvu.values():
+            return []
+        each = " and ".join(f"{fvu[side]:.1%} of {self.about[side]}" for side in "ab")
+        text = self.about["split"].replace("_", "-")
+        return [f"The crosscoder leaves {each} unexplained (FVU, {text}), with an L0 of {l0:.1f}."]
 
     def _of_change(self, changed: dict[str, Any]) -> str:
         text = f"{changed['n_changed']:,} of {changed['n_changed'] + changed['n_other']:,} documents show the change"

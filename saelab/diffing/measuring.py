@@ -55,6 +55,8 @@ class Measured(NamedTuple):
     n_tokens: np.ndarray
     """`(n_blocks,)`"""
     documents: Documents | None = None
+    fvu: tuple[float | None, float | None] = (None, None)
+    """Of the crosscoder's reconstruction of a and of b; None where the activations do not vary."""
 
 
 def measure(
@@ -90,6 +92,7 @@ def measure(
         sums.n_fired.cpu().numpy(),
         n_tokens.double().numpy(),
         None if changed is None else tally.documents,
+        (sums.variances[0].fvu, sums.variances[1].fvu),
     )
 
 

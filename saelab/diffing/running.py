@@ -142,6 +142,8 @@ def judged_report(
         "sae": sae.hash, "d_sae": sae.d_sae, "n_tokens": int(found.n_tokens.sum()), "n_blocks": len(found.n_tokens),
         "counts": dict(zip(CLASSES, counts, strict=True)), "n_dead": int((fired == 0).sum()),
         "n_rare": int(((fired > 0) & ~often).sum()), "baseline": judging.baseline(found), "changed": changed,
+        "fvu": dict(zip("ab", found.fvu, strict=True)),
+        "l0": float(found.n_fired.sum() / max(found.n_tokens.sum(), 1)),
         "norms": [float(np.nanmin(found.delta)), float(np.nanmax(found.delta))],
         "thresholds": {"nu_error": judging.NU_ERROR, "nu_reconstruction": judging.NU_RECONSTRUCTION,
                        "min_tokens": judging.MIN_TOKENS, "min_blocks": judging.MIN_BLOCKS},

@@ -18,6 +18,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saelab.evaluation.reconstruction import VarianceSums
 from saelab.kernels.decode import decode
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.saes import CrosscoderSAE
@@ -40,6 +41,8 @@ class ScalingSums:
         self._along_error, self._along_hat = torch.zeros(2, *shape, dtype=torch.float64, device=directions.device)
         self.squares, self.n_fired = torch.zeros(2, n_blocks, sae.d_sae, dtype=torch.float64, device=directions.device)
         """`sum_t z^2` and the number of tokens with z not 0, by block and feature."""
+        self.variances = [VarianceSums() for _ in self.sources]
+        """How well each source is reconstructed."""
 
     @torch.no_grad()
     def add(self, raw: Float[Any, "n n_sources d_in"], block: Int[Tensor, " n"] | None = None) -> SparseActs:
@@ -50,6 +53,8 @@ class ScalingSums:
             rearrange(rows, "token (source d) -> token source d", source=self.sae.n_sources).double()
             for rows in (x, decode(feature_acts, *self.sae.rows[1:]))
         )
+        for source, sums in zip(self.sources, self.variances, strict=True):
+            sums.add(x[:, source], x_hat[:, source])
         error = x - x_hat
         for entries in torch.arange(feature_acts.nnz, device=x.device).split(_ENTRIES):
             z, rows = feature_acts.values[entries].double(), feature_acts.rows[entries]

@@ -74,9 +74,9 @@ class Feature(Steerable):
         """As `store.neighbours`."""
         return self.store.neighbours(self.feature, by=by, k=k)
 
-    def interactions(self, k: int = 20, lm: Any = None) -> list[dict[str, Any]]:
+    def interactions(self, k: int = 20, lm: Any = None, **options: Any) -> list[dict[str, Any]]:
         """As `store.interactions`."""
-        return self.store.interactions(self.feature, k, lm)
+        return self.store.interactions(self.feature, k, lm, **options)
 
     @property
     def ends(self) -> tuple[End, ...]:

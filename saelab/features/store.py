@@ -207,11 +207,11 @@ class FeatureStore(Search):
         """Whether the SAE's decoder adds up features; otherwise it has products of them (`interactions`)."""
         return self.manifest["sae"].get("additive", True)
 
-    def interactions(self, feature: int, k: int = 20, lm: Any = None) -> list[dict[str, Any]]:
+    def interactions(self, feature: int, k: int = 20, lm: Any = None, **options: Any) -> list[dict[str, Any]]:
         """The features whose products with this one a `poly` SAE decodes to most: see `interactions.interactions`."""
         from saelab.features.interactions import interactions
 
-        return interactions(self, feature, k, lm)
+        return interactions(self, feature, k, lm, **options)
 
     def column(self, name: str) -> np.ndarray:
         """One metric of every feature, `(d_sae,)` float64 in feature order; NaN where a feature never fired

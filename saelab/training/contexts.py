@@ -7,6 +7,7 @@ number of the block) alone, so that a step's contexts follow from its number. Ev
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -25,6 +26,8 @@ from saelab.tokens.documents import Document
 from saelab.tokens.mask import Mask
 from saelab.tokens.packing import contexts
 from saelab.training.kept_out import ENOUGH, LARGEST_SHARE
+
+_LOG = logging.getLogger("saelab")
 
 BLOCK = 1024
 
@@ -133,6 +136,7 @@ class Contexts:
 
     def kept_out(self, hook_names: Sequence[str]) -> dict[str, Tensor]:
         """Rows of the contexts that no batch holds, 8,192 if there are as many."""
+        _LOG.info("Reading contexts that were held out of training.")
         found = [torch.zeros(0)]
         for block in self._blocks():
             held_out = _held_out(block)

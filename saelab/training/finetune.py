@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ from saelab.training.loop import train
 from saelab.training.optimizer import learning_rate
 from saelab.training.sae_run import device_of, variant_of
 from saelab.training.spliced_step import SplicedTraining
+
+_LOG = logging.getLogger("saelab")
 
 LR_SHARE = 0.1
 """Learning rate of a finetuning, as a fraction of the one that a new SAE is trained at."""
@@ -129,6 +132,8 @@ def _train(
         raise ValueError("kl_weight and fvu_weight are both 0: there is nothing to train by.")
     check_split(split)
     source = own_texts(sae.provenance.origin, lm) if texts is None else load_texts(texts)
+    if progress:
+        _LOG.info(f"Reading {source.describe(split)}")
     contexts = _open_contexts(sae, lm, source, split, predicts=kl_weight > 0)
     _check_sizes(train_config, contexts.ctx_len)
     if train_config.device is None and device_of(train_config) != lm.device:

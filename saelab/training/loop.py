@@ -120,7 +120,7 @@ def train(
 
 
 def _check_memory(each: list[tuple[Any, TrainConfig, Path | None]], source: DataSource, progress: bool) -> None:
-    """Log the memory that unfinished SAEs will need. Raises `TrainingError` if it exceeds what is free."""
+    """Log what memory unfinished SAEs will need, and what they read. Raises `TrainingError` if it exceeds what is free."""
     left = [(one, train) for one, train, folder in each if folder is None or not (folder / "sae.json").exists()]
     if not left:
         return
@@ -129,6 +129,16 @@ def _check_memory(each: list[tuple[Any, TrainConfig, Path | None]], source: Data
     said = check_memory([*plans, {"cpu": {"reading": source.held_bytes}}], free_bytes(device))
     if progress:
         _LOG.info(said)
+        _say_tokens(left[0][1])
+
+
+def _say_tokens(config: TrainConfig) -> None:
+    """Log how many tokens are read where that is not as many as were asked for."""
+    n_read = config.n_steps * config.batch_size
+    if n_read != config.n_tokens:
+        _LOG.info(
+            f"Training reads {n_read:,} of the {config.n_tokens:,} tokens asked for: {config.n_steps:,} whole batches."
+        )
 
 
 _COMMON = ("n_tokens", "batch_size", "seed", "feature_shards")

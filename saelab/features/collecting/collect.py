@@ -106,6 +106,8 @@ def _collected(
         raise ValueError(f"The mask leaves no token of {stream.texts.name}: {masked}. Give more text.")
     stream.n_tokens, stream.n_masked = state.n_tokens, masked
     manifest = _manifest(sae, stream, state, out_dir) | {"request": request, "top_k": top_k}
+    if progress:
+        _LOG.info(f"Labelling {sae.d_sae:,} features and writing their store to {out_dir}")
     logits = top_logits(sae, stream.lm, stream.hook_name)
     (out_dir / schema.MANIFEST).unlink(missing_ok=True)  # that of the store which is extended
     with writing(out_dir):
