@@ -6,8 +6,10 @@ import contextlib
 import copy
 import os
 import signal
+import sys
 from pathlib import Path
 
+import interpreter
 import pytest
 import runtime_types
 import torch
@@ -69,6 +71,12 @@ def pytest_collection_modifyitems(items):
     """Files that take minutes come first, so that no process ends up alone with one of them."""
     places = {name: place for place, name in enumerate(LONG_FILES)}
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
+def pytest_collection_finish():
+    """Where a test file has imported Triton, its interpreter is made faster; another file's tests may do without."""
+    if os.environ.get("TRITON_INTERPRET") == "1" and "triton.runtime.interpreter" in sys.modules:
+        interpreter.replace_once()
 
 
 def build_tokenizer():

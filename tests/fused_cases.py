@@ -20,6 +20,7 @@ from saelab.saes.step import RULES, Batch, StepInfo
 from saelab.training import fused_step
 from saelab.training.adam import Adam
 from saelab.training.dead_features import DeadFeatures
+from saelab.training.sae_run import Run
 from saelab.training.steps import AutogradTraining, FusedTraining, Trained, make_step
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # there compiled, here in the interpreter
@@ -165,6 +166,11 @@ def nan_step(config: Any, n_rows=6, d_in=12) -> None:
     found = one_step(fused_training(of), x, 0, 1e-2, "triton")
     assert all(torch.equal(p, q) for p, q in zip(of.sae.parameters(), before, strict=True))
     assert not torch.isfinite(torch.tensor(found["grad_norm"]))
+
+
+def finish_in_torch(monkeypatch: Any) -> None:
+    """What follows the last step, calibration and golden outputs, is no fused step: PyTorch does it sooner."""
+    monkeypatch.setattr(Run, "finish", using("torch")(Run.finish))
 
 
 def replaced(config: Any, **changes: Any) -> Any:

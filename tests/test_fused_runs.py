@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fused_cases import DEVICE
+from fused_cases import DEVICE, finish_in_torch
 
 from saelab import TrainConfig, train
 from saelab.kernels.dispatch import using
@@ -25,6 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:invalid value")  # numpy runs th
 def small(monkeypatch):
     monkeypatch.setattr(fused_step, "dense_pays", lambda d_sae, k: False)
     monkeypatch.setattr(steps, "LAG", 1)
+    finish_in_torch(monkeypatch)
 
 
 def run(config, folder, backend):

@@ -4,7 +4,15 @@ import dataclasses
 
 import pytest
 import torch
-from fused_cases import all_negative, by_feature, equal_features, in_parts, mostly_negative, on_every_token
+from fused_cases import (
+    all_negative,
+    by_feature,
+    equal_features,
+    finish_in_torch,
+    in_parts,
+    mostly_negative,
+    on_every_token,
+)
 
 from saelab import TrainConfig, train
 from saelab.distributed.mesh import Mesh
@@ -49,6 +57,7 @@ def make_small(monkeypatch):
     monkeypatch.setattr(fused_step, "dense_pays", lambda d_sae, k: False)
     monkeypatch.setattr(fused_step, "HORIZON", 2)
     monkeypatch.setattr(steps, "LAG", 1)
+    finish_in_torch(monkeypatch)
 
 
 def trained(d_in, d_sae, k, window=10**9, **options):

@@ -69,8 +69,8 @@ def _counts(step: Callable[[], Any], n: int) -> Counts:
 
 def allocated(device: str) -> int:
     """Bytes of tensors on the GPU, after freeing what nothing refers to; 0 on a CPU."""
-    gc.collect()
     if torch.device(device).type != "cuda":
         return 0
+    gc.collect()
     torch.cuda.empty_cache()
     return torch.cuda.memory_allocated()
