@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any
+from typing import Any, Literal
 
 from saelab.saes import VARIANTS, TopKConfig
 from saelab.training import TrainConfig
 from saelab.validation import check_integer
+
+Preset = Literal["k_sparse", "fast"]
+"""Presets of a paper that the command line takes."""
 
 
 def cpu(variant: str, d_sae: int = 4096, n_tokens: int = 2_000_000, **changes: Any) -> Any:
@@ -34,8 +37,9 @@ def k_sparse(d_sae: int = 4096, k: int = 32, k_start: int | None = None, **chang
     `k_start` defaults to the ratio of the paper's example, which falls from 100 to 15. Unlike theirs, the decoder is not tied to
     the encoder (but starts equal to it) and has rows of norm 1, and what is negative does not fire.
     """
-    start = min(round(k * 100 / 15), d_sae) if k_start is None else k_start
-    return TopKConfig(d_sae, k, **({"k_start": start, "auxk_alpha": 0.0, "pre_bias": False} | changes))
+    start = {} if k_start is None else {"k_start": k_start}
+    fields: dict[str, Any] = _k_sparse(d_sae, k) | start | changes
+    return TopKConfig(d_sae, k, **fields)
 
 
 def fast(
@@ -47,11 +51,31 @@ def fast(
     to 0 (cosine to a tenth), inputs are normalised, `b_dec` starts at the mean, and training leaves special tokens out: score
     those with `saelab.evaluation.document_error`. Raises `ValueError` for another variant.
     """
-    if variant not in _FAST:
-        raise ValueError(f"variant={variant!r} must be one of {', '.join(_FAST)}: those that FAST was published with.")
+    check_variant("fast", variant)
     config = VARIANTS[variant].Config(d_sae=expansion * d_in, **(_FAST[variant] | changes))
+    return config, TrainConfig(n_tokens, **_fast_run(n_tokens))
+
+
+def check_variant(name: Preset, variant: str) -> None:
+    """Raise `ValueError` if the preset `name` is not for this variant."""
+    if variant not in PRESETS[name]:
+        raise ValueError(f"variant={variant!r} must be one of {', '.join(PRESETS[name])}: those of the preset {name}.")
+
+
+def settings(name: Preset, variant: str, d_sae: int, n_tokens: int, k: int | None) -> dict[str, Any]:
+    """The fields of the variant's config and of `TrainConfig` that the preset `name` sets, for the command line. Raises
+    `ValueError` for a variant that it is not for."""
+    check_variant(name, variant)
+    return _k_sparse(d_sae, k or 1) if name == "k_sparse" else _FAST[variant] | _fast_run(n_tokens)
+
+
+def _k_sparse(d_sae: int, k: int) -> dict[str, Any]:
+    return {"k_start": min(round(k * 100 / 15), d_sae), "auxk_alpha": 0.0, "pre_bias": False}
+
+
+def _fast_run(n_tokens: int) -> dict[str, Any]:
     warmup = round(n_tokens / 128 * 16_000 / 320_000)
-    return config, TrainConfig(n_tokens, 128, lr=7e-5, seed=42, warmup_steps=warmup, decay_fraction=0.95)
+    return {"batch_size": 128, "lr": 7e-5, "seed": 42, "warmup_steps": warmup, "decay_fraction": 0.95}
 
 
 _FAST: dict[str, dict[str, Any]] = {
@@ -63,3 +87,5 @@ _FAST: dict[str, dict[str, Any]] = {
         "sparsity_warmup": 10_000 / 320_000,
     },
 }
+PRESETS: dict[Preset, tuple[str, ...]] = {"k_sparse": ("topk",), "fast": tuple(_FAST)}
+"""The variants that each preset of a paper is for."""

@@ -1,10 +1,14 @@
 """A k that falls from `k_start` to `k`: by hand, in what a training step keeps, in a resumed run, and refused where it cannot."""
 
+from typing import Any
+
 import pytest
 import torch
 from tiny_saes import D_SAE, build, config_of, rows
 
-from saelab import TrainConfig, presets, train
+from saelab import TrainConfig, harvest, load_sae, presets, train
+from saelab.cli.main import main
+from saelab.files import read_json
 from saelab.saes import BatchTopKConfig, StepInfo, TopKConfig
 from saelab.saes.annealing import annealed_k
 from saelab.training.feature_shards import check_shardable
@@ -95,3 +99,26 @@ def test_the_k_sparse_preset():
     assert presets.k_sparse(1000, 15, 50, normalize="none") == TopKConfig(
         1000, 15, k_start=50, auxk_alpha=0.0, pre_bias=False, normalize="none"
     )
+
+
+def test_presets_on_the_command_line_give_way_to_flags(tmp_path, tiny_lm):
+    texts = [f"{i} " + "the river runs past an old mill " * 9 for i in range(60)]
+    harvest(tiny_lm, texts, ["blocks.0.hook_resid_post"], 2000, tmp_path / "cache", ctx_len=64)
+
+    def trained(name: str, *words: str) -> tuple[Any, dict[str, Any]]:
+        size = ["--d-sae", "48", "--n-tokens", "2560", "--checkpoint-every", "0"]
+        assert main(["train", str(tmp_path), "--name", name, *size, *words]) == 0
+        folder = tmp_path / f"sae-{name}"
+        return load_sae(folder).config, read_json(folder / "checkpoints" / "run.json")["train"]
+
+    config, _ = trained("k", "--preset", "k_sparse", "--k", "4", "--batch-size", "128", "--auxk_alpha=0.5")
+    assert config == TopKConfig(48, 4, k_start=27, auxk_alpha=0.5, pre_bias=False)
+    config, run = trained("fast", "--variant", "relu", "--preset=fast", "--lr", "1e-3")
+    assert config == presets.fast("relu", 6)[0] and config.l1_warmup == 1 / 32
+    assert [run[name] for name in ("batch_size", "lr", "seed", "decay_fraction")] == ["128", "0.001", "42", "0.95"]
+
+
+def test_a_preset_of_another_variant_is_refused(tmp_path, capsys):
+    (tmp_path / "cache").mkdir()
+    assert main(["train", str(tmp_path), "--preset", "fast"]) == 2
+    assert "variant='topk' must be one of relu, jumprelu: those of the preset fast" in capsys.readouterr().err

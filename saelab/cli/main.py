@@ -35,6 +35,7 @@ from saelab.cli.probe_command import PROBE
 from saelab.cli.serving_commands import SERVING
 from saelab.cli.similarity_command import SIMILARITY
 from saelab.cli.steer_command import STEER
+from saelab.cli.train_presets import apply_preset
 from saelab.errors import explain
 from saelab.hints.next_commands import check_has_cache, command
 
@@ -71,10 +72,17 @@ def _flags(config: type) -> list[str]:
 def _train_arguments(args: Sequence[str]) -> type:
     """A dataclass of the arguments of `train`, with the fields of the variant's config and of `TrainConfig` as flags."""
     import saelab
+    from saelab.presets import Preset
 
     variant = _variant(args)
     optional = [
         ("variant", Literal[tuple(saelab.VARIANTS)], "SAE variant; determines which config flags exist.", "topk"),
+        (
+            "preset",
+            Preset | None,
+            "Settings of a paper, where no flag says otherwise: k_sparse (topk), fast (relu, jumprelu).",
+            None,
+        ),
         ("name", str | None, "Write to RUN/sae-NAME instead of RUN/sae.", None),
         ("hook_name", str | None, "Hook to train on, if the cache holds several.", None),
         ("control", Path | None, "RUN whose cache normalize=whiten whitens by; None: the rows trained on.", None),
@@ -185,10 +193,13 @@ def _run(args: list[str]) -> int:
             and not any(word.startswith("-") for word in (rest[0], *{"-h", "--help"}.intersection(rest)))
         ):
             _check_has_cache(Path(rest[0]))  # before parsing flags, whose errors would hide the missing run
-        arguments = tyro.cli(_train_arguments(rest), **options)
+        arguments: Any = tyro.cli(_train_arguments(rest), **options)
         if needs_cache:
-            _check_has_cache(arguments.run)  # pyright: ignore[reportAttributeAccessIssue]
-        train(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(arguments)})
+            _check_has_cache(arguments.run)
+        if arguments.preset is not None:
+            apply_preset(arguments, rest)
+        given = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(arguments)}
+        train(**{name: value for name, value in given.items() if name != "preset"})
     elif name == "bench" and rest and rest[0] in BENCHES:  # without tyro's "[SYNTHETIC OPTIONS]"
         bench, text = BENCHES[rest[0]]
         tyro.cli(bench, prog=f"saelab bench {rest[0]}", description=text, args=rest[1:]).run()
