@@ -1,6 +1,7 @@
 """The fused step computes what autograd and `apply_step` compute, exactly selected, whatever the data; and it never waits."""
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
@@ -257,6 +258,18 @@ def interrupt_at(monkeypatch, at):
     monkeypatch.setattr(FusedStep, "load", load)
 
 
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory):
+    """The folder of the same run, interrupted before step 5. Do not change it."""
+    folder = tmp_path_factory.mktemp("fused") / "cut"
+    with pytest.MonkeyPatch.context() as patch:
+        make_small(patch)
+        interrupt_at(patch, 5)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder)
+    return folder
+
+
 def lines(folder):
     from saelab.training.metrics_log import read_lines
 
@@ -266,12 +279,10 @@ def lines(folder):
 
 
 @pytest.mark.parametrize("room", [None, 64])
-def test_a_run_is_logged_in_full_and_resumes_bit_for_bit(tmp_path, monkeypatch, full, room):
+def test_a_run_is_logged_in_full_and_resumes_bit_for_bit(tmp_path, monkeypatch, full, cut, room):
     """What a resumed run knows of the dead features, and so whether there is room for any and how much, changes no bit."""
     folder, sae = full
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt_at(patch, 5)
-        run(tmp_path / "cut")
+    shutil.copytree(cut, tmp_path / "cut")
     if room is not None:
         monkeypatch.setattr(fused_step, "capacity_for", lambda n_dead, d_sae: room)
         monkeypatch.setattr(DeadBound, "at_most", property(lambda self: 1, lambda self, value: None), raising=False)
