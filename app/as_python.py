@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import streamlit as st
 
 from saelab.app import state
@@ -11,12 +13,13 @@ from saelab.features import FeatureStore
 _KEY = "as_python"
 
 
-def offer(*lines: str, store: FeatureStore | None = None, model: bool = False) -> None:
-    """Hand over a page's lines. With `store` they may use `store`, with `model` also `lm`, the model it was collected from.
-    Foreign text belongs in them as `repr(text)`."""
+def offer(*lines: str, store: FeatureStore | None = None, models: Sequence[str] = ()) -> None:
+    """Hand over a page's lines. With `store` they may use `store`, with the names of `models` also `lm`, that model or the
+    list of them. Foreign text belongs in them as `repr(text)`."""
     head = ["import saelab", "", f"store = saelab.load_features({str(store.folder)!r})"] if store else []
-    if store and model:
-        head.append(f"lm = saelab.load_model({store.manifest['model']['name']!r})")
+    if models:
+        calls = [f"saelab.load_model({name!r})" for name in models]
+        head.append(f"lm = {calls[0] if len(calls) == 1 else '[' + ', '.join(calls) + ']'}")
     st.session_state[_KEY] = "\n".join([*head, *lines])
 
 

@@ -10,6 +10,7 @@ import streamlit as st
 from saelab.app import as_python, markdown, state, url
 from saelab.app.feature_rows import DASH
 from saelab.features import FeatureStore
+from saelab.features.collected_with import model_names
 from saelab.features.records import Example
 from saelab.features.render import examples_html
 from saelab.features.text_size import MAX_CHARACTERS, bounded_ids, check_text
@@ -39,7 +40,7 @@ def show() -> None:
         f"top = reading.top({_PER_TOKEN}, by={by!r})  # for each token",
         *along,
         store=store,
-        model=True,
+        models=model_names(store),
     )
     if pressed:
         url.keep_texts({"text": text})
@@ -65,7 +66,7 @@ def _read(store: FeatureStore, text: str) -> Any:
     from saelab.features.reading import read_text
 
     with st.spinner("Reading ..."), state.MODEL_LOCK:
-        lm = state.load_model(store.manifest["model"]["name"])
+        lm = state.load_models(store)
         return read_text(store, lm, bounded_ids(lm, text))
 
 

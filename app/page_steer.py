@@ -39,7 +39,7 @@ def show() -> None:
         st.caption(f"The first run loads {model}; it stays in memory until the dashboard stops.")
         request |= _more(store, request)
     state.page_title(f"Steer with feature {feature.feature}")
-    as_python.offer(*steered_text.as_python(request), store=store, model=True)
+    as_python.offer(*steered_text.as_python(request), store=store, models=[store.manifest["model"]["name"]])
     with right:
         _texts(store, request, pressed)
         st.subheader(f"Feature {feature.feature} fires on")

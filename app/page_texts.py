@@ -9,6 +9,7 @@ import streamlit as st
 
 from saelab.app import as_python, markdown, state, url
 from saelab.features import FeatureStore
+from saelab.features.collected_with import model_names
 from saelab.features.contrast import MIN_TEXTS, lines
 from saelab.features.visible import escape
 
@@ -42,7 +43,7 @@ def show() -> None:
     if not url.fits_address(texts):
         st.caption(f"Texts of over {url.MAX_ADDRESS:,} characters are not in the address, which does not restore them.")
     _result(found)
-    as_python.offer(*_python(texts), store=store, model=True)
+    as_python.offer(*_python(texts), store=store, models=model_names(store))
 
 
 def _boxes() -> tuple[dict[str, str], bool]:
@@ -76,7 +77,7 @@ def _read(store: FeatureStore, texts: dict[str, str]) -> Any:
         from saelab.features.text_sets import contrast_texts
 
         with state.MODEL_LOCK:
-            lm = state.load_model(store.manifest["model"]["name"])
+            lm = state.load_models(store)
             return contrast_texts(
                 store, lm, sets["a"], sets["b"], progress=lambda done, n: bar.progress(done / n, f"{done} of {n} texts")
             )

@@ -101,6 +101,14 @@ def load_model(name: str) -> Any:
     return saelab.load_model(name)
 
 
+def load_models(store: FeatureStore) -> Any:
+    """The model that reads texts for the store's SAE, or all of them as one."""
+    from saelab.features.collected_with import model_names
+    from saelab.models.multi_model import together
+
+    return together([load_model(name) for name in model_names(store)])
+
+
 def show_sidebar() -> None:
     """Show the SAE picker and a summary of the current run, SAE and store."""
     found, sae = saes(), chosen_sae()

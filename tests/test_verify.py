@@ -132,7 +132,7 @@ def test_another_model_is_refused(run, tmp_path):
     from conftest import build_tiny_llama
 
     other = saelab.load_model(build_tiny_llama(tmp_path / "other", seed=5))
-    with pytest.raises(ValueError, match="weights differ"):
+    with pytest.raises(ValueError, match="other weights"):
         saelab.load_features(run).verify(other, progress=False)
 
 

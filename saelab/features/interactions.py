@@ -10,10 +10,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from saelab.features.collected_with import steered_model
 from saelab.features.token_text import token_bytes
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.models.hooks import writes_to_residual
-from saelab.models.multi_model import locate, together
 from saelab.saes.interactions import pair_directions
 from saelab.validation import check_integer
 
@@ -81,11 +81,7 @@ def _promoted(store: Any, lm: Any, directions: Float[Tensor, "n d_in"]) -> Seque
     """The tokens whose logits each direction raises most."""
     if not writes_to_residual(store.hook_name):
         return [[] for _ in directions]
-    lm, _ = locate(together(lm), store.hook_name)
-    if lm.hash != store.manifest["model"]["hash"]:
-        raise ValueError(
-            f"The store was collected with {store.manifest['model']['name']}: {lm.name} has other weights."
-        )
+    lm = steered_model(store, lm)
     ids = (directions @ lm.logit_weights().float().cpu().T).topk(N_TOKENS, 1).indices.tolist()
     spelled = token_bytes(lm.tokenizer, {one for row in ids for one in row})
     return [[spelled[one].decode("utf-8", "backslashreplace") for one in row] for row in ids]

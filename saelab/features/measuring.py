@@ -17,11 +17,11 @@ from torch import Tensor
 from saelab.activation_cache.checks import refuse_steered
 from saelab.errors import SaelabError
 from saelab.evaluation.loss_recovered import MAX_LOGITS
+from saelab.features.collected_with import steered_model
 from saelab.features.effect import Estimate, MeasuredEffect, TokenChange, not_measurable
 from saelab.features.records import Example
 from saelab.features.token_text import token_bytes
 from saelab.models import Edit, LanguageModel
-from saelab.models.multi_model import locate, together
 
 N_SCORED = 16
 """Tokens of an example whose predictions are scored, at most."""
@@ -67,12 +67,7 @@ def measure_effect(
     store = feature.store
     if reason := not_measurable(store.manifest):
         raise ValueError(f"Feature {feature.feature}: {reason}")
-    lm, _ = locate(together(lm), store.hook_name)
-    refuse_steered(lm)
-    if lm.hash != store.manifest["model"]["hash"]:
-        raise ValueError(
-            f"The store was collected with {store.manifest['model']['name']}: {lm.name} has other weights."
-        )
+    refuse_steered(lm := steered_model(store, lm))
     examples = feature.examples(n_examples)
     cases = [case for one in examples if (case := _case(store, one)) is not None]
     if not cases:

@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from saelab.features.collected_with import all_models
 from saelab.features.quantiles import share_below
 from saelab.features.search import Search
 from saelab.features.token_text import token_bytes
 from saelab.kernels.sparse_acts import SparseActs
-from saelab.models.multi_model import together
 from saelab.saes.hooks_used import HooksUsed
 
 _SCORES: dict[str, Callable[[dict[str, Any]], float]] = {
@@ -98,12 +98,8 @@ def read_text(store: Search, lm: Any, text: Any) -> Reading:
     return Reading(store, token_ids, [spelled[index] for index in token_ids], feature_acts, (1 - error / spread).cpu())
 
 
-def model_and_hooks(store: Search, lm: Any) -> tuple[Any, HooksUsed]:
-    """The model (or models, as one) and the hooks that a store was collected with. Raises `ValueError` for a model of other
-    weights."""
-    lm = together(lm)
-    if lm.hash != store.manifest["model"]["hash"]:
-        raise ValueError(
-            f"The store was collected with {store.manifest['model']['name']}: {lm.name} has other weights."
-        )
-    return lm, HooksUsed(tuple(store.manifest["sites"]["reads"]), tuple(store.manifest["sites"]["writes"]))
+def model_and_hooks(store: Any, lm: Any) -> tuple[Any, HooksUsed]:
+    """The model (or models, as one) and the hooks that a store was collected with. Raises `ValueError` for others."""
+    return all_models(store, lm), HooksUsed(
+        tuple(store.manifest["sites"]["reads"]), tuple(store.manifest["sites"]["writes"])
+    )

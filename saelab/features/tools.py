@@ -10,6 +10,7 @@ from saelab.features.plain import feature_data, rows_data
 from saelab.features.store import FeatureStore
 from saelab.features.text_size import bounded_ids, check_text
 from saelab.features.visible import visible
+from saelab.models.multi_model import together
 
 MOST_ROWS, MOST_EXAMPLES = 50, 20
 _MOST_CHARACTERS, _MOST_ENTRIES, _DIGITS = 600, 60, 4
@@ -19,7 +20,7 @@ class Tools:
     """The questions. Each public method is one; its docstring is what an agent reads of it."""
 
     def __init__(self, store: FeatureStore, load_model: Callable[[], Any]) -> None:
-        """`load_model` is called at the first question about a text."""
+        """`load_model` is called at the first question about a text, for the model or the list of all that the SAE reads."""
         self._store, self._load_model, self._lock = store, load_model, threading.Lock()
         self._lm: Any = None
 
@@ -57,7 +58,7 @@ class Tools:
         n = _at_most("limit", limit)
         check_text(text)
         with self._lock:
-            self._lm = self._lm or self._load_model()
+            self._lm = self._lm or together(self._load_model())
             reading = read_text(self._store, self._lm, bounded_ids(self._lm, text))
         rows = rows_data(self._store, reading.best(n, by=order))
         for row in rows:

@@ -18,9 +18,8 @@ from saelab.errors import StoreError
 from saelab.features import schema
 from saelab.features.collecting.near_misses import Margins
 from saelab.features.reader import StoreReader
-from saelab.models.multi_model import together
+from saelab.features.reading import model_and_hooks
 from saelab.saes import SAE
-from saelab.saes.hooks_used import HooksUsed
 
 _KINDS = ("examples", "uniform", "octave")
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
@@ -61,7 +60,7 @@ def verify(store: StoreReader, lm: Any, n_examples: int = 100, *, seed: int = 0,
     check_hashes(store)
     ends = {feature: check_numbers(store, feature) for feature in range(store.d_sae)}
     by_context = _chosen(store, ends, n_examples, seed)
-    n, error = _recomputed(store, together(lm), by_context, progress)
+    n, error = _recomputed(store, lm, by_context, progress)
     return Verified(store.d_sae, n, len(by_context), error)
 
 
@@ -138,13 +137,8 @@ def _recomputed(
     store: StoreReader, lm: Any, by_context: Mapping[int, list[_Stored]], progress: bool
 ) -> tuple[int, float]:
     """The number of activations that were compared and the largest error."""
-    if lm.hash != store.manifest["model"]["hash"]:
-        raise ValueError(
-            f"{store.folder} was collected with {store.manifest['model']['name']}, whose weights differ from those of {lm.name}: "
-            "give the same model."
-        )
+    lm, hooks = model_and_hooks(store, lm)
     sae: SAE = store.sae
-    hooks = HooksUsed(tuple(store.manifest["sites"]["reads"]), tuple(store.manifest["sites"]["writes"]))
     contexts = sorted(by_context)
     batches = (torch.from_numpy(store.sequence(context).astype(np.int64))[None] for context in contexts)
     stream = lm.stream_activations(batches, list(hooks.all))

@@ -87,12 +87,16 @@ class ModelsTogether(LanguageModel):
             found |= {f"{label}/{hook}": x.to(self.device) for hook, x in activations.items()}
         return found
 
+    def to_ids(self, prompt: Any) -> Int[Tensor, "batch seq"]:
+        """As for one model: all have the same tokenizer."""
+        return next(iter(self.models.values())).to_ids(prompt)
+
     def _only_one(self, *_: Any, **__: Any) -> Any:
         """Raises `ValueError`: several models cannot do that as one."""
         raise ValueError(f"{self.name} are separate models: steer, run and generate with one of them.")
 
     steer = logits = generate = generate_ids = run_with_edit = _only_one  # pyright: ignore[reportAssignmentType]
-    to_batch = to_ids = chat = logit_weights = _only_one  # pyright: ignore[reportAssignmentType]
+    to_batch = chat = logit_weights = _only_one  # pyright: ignore[reportAssignmentType]
 
 
 def together(lm: LanguageModel | Sequence[LanguageModel]) -> LanguageModel:
