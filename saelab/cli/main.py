@@ -186,26 +186,27 @@ def _run(args: list[str]) -> int:
     description = f"{_summary(function)}\n\nExamples:\n" + "".join(f"  {line}\n" for line in examples.split("\n"))
     options: dict[str, Any] = {"prog": f"saelab {name}", "description": description, "args": rest}
     if function is train:
-        needs_cache = not _streams(rest)
-        if (
-            needs_cache
-            and rest
-            and not any(word.startswith("-") for word in (rest[0], *{"-h", "--help"}.intersection(rest)))
-        ):
-            _check_has_cache(Path(rest[0]))  # before parsing flags, whose errors would hide the missing run
-        arguments: Any = tyro.cli(_train_arguments(rest), **options)
-        if needs_cache:
-            _check_has_cache(arguments.run)
-        if arguments.preset is not None:
-            apply_preset(arguments, rest)
-        given = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(arguments)}
-        train(**{name: value for name, value in given.items() if name != "preset"})
+        _train(rest, options)
     elif name == "bench" and rest and rest[0] in BENCHES:  # without tyro's "[SYNTHETIC OPTIONS]"
         bench, text = BENCHES[rest[0]]
         tyro.cli(bench, prog=f"saelab bench {rest[0]}", description=text, args=rest[1:]).run()
     else:
         tyro.cli(function, **options)
     return 0
+
+
+def _train(args: list[str], options: dict[str, Any]) -> None:
+    needs_cache = not _streams(args)
+    asks_for_help = bool({"-h", "--help"}.intersection(args))
+    if needs_cache and args and not args[0].startswith("-") and not asks_for_help:
+        _check_has_cache(Path(args[0]))  # before parsing flags, whose errors would hide the missing run
+    arguments: Any = tyro.cli(_train_arguments(args), **options)
+    if needs_cache:
+        _check_has_cache(arguments.run)
+    if arguments.preset is not None:
+        apply_preset(arguments, args)
+    given = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(arguments)}
+    train(**{name: value for name, value in given.items() if name != "preset"})
 
 
 def _check_has_cache(run: Path) -> None:
