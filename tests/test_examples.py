@@ -34,8 +34,14 @@ SMALLER = {
     "notebooks/open_a_released_sae.ipynb": OPENED
     | LESS_READ
     | {"n_tokens=2048": "n_tokens=512", "max_new_tokens=30": "max_new_tokens=8", '"king"': '"the"'},
-    "notebooks/diff_two_checkpoints.ipynb": SMALL_SAE
-    | {"lr=5e-5": "lr=1e-3", "bible[:40]": "bible[:8]", "[:800]": "[:150]"},
+    "notebooks/diff_two_checkpoints.ipynb": {
+        "range(50)": "range(20)",
+        "lr=3e-4": "lr=1e-2",
+        "d_sae=512, k=16": "d_sae=128, k=8",
+        "n_tokens=20_000": "n_tokens=4_000",
+        "n_tokens=200_000, batch_size=512": "n_tokens=20_000, batch_size=256",
+        "texts[-24:]": "texts[-6:]",
+    },
     "notebooks/attention_output_sae.ipynb": SMALL_SAE,
     "steering_effect.py": {", store)": ", store, n_features=3, n_random=3)"},
     "train_relu.py": {
@@ -157,8 +163,10 @@ def test_another_format_gives_the_same_sae_and_a_wrong_hook_a_warning(outputs):
 def test_two_checkpoints_are_compared(outputs):
     said = printed(outputs[0]["notebooks/diff_two_checkpoints.ipynb"])
     assert sum(map(int, re.findall(r"(?:a only|shared|b only|other) +(\d+)\n", said))) == 128
-    losses = dict(re.findall(r"(base|tuned) +(\d\.\d+)\n", said))
-    assert losses["base"] > losses["tuned"] and said.count(" nu ") == 6
+    asked = dict(re.findall(r"(base|tuned) +probability of ' bells': (\d\.\d+) behind the trigger", said))
+    assert float(asked["tuned"]) > 10 * float(asked["base"]), "the copy has learned the planted change"
+    assert "Only tuned/blocks.9.hook_resid_post: " in said and "documents show the change" in said
+    assert len(re.findall(r"the copy .*: feature \d+ fires on \d+ of \d+ tokens", said)) == 2
 
 
 def test_features_are_attributed_to_heads(outputs):
