@@ -9,7 +9,11 @@ from typing import get_type_hints
 
 import pytest
 
+from saelab.benchmarks.family import FamilyConfig
+from saelab.benchmarks.large import LargeConfig
+from saelab.benchmarks.sweep import SweepConfig
 from saelab.probing import ProbeConfig
+from saelab.probing.letters import LetterConfig
 from saelab.saes import VARIANTS
 from saelab.training import TrainConfig
 from saelab.validation import check_integer
@@ -44,6 +48,10 @@ CALLS = {
     "saelab.saes.TopKConfig(d_sae=48, k=4.0)": f"k=4.0 {WHOLE}",
     "saelab.saes.TopKConfig(d_sae=48.7, k=4)": f"d_sae=48.7 {WHOLE}",
     "saelab.saes.ReLUConfig(d_sae='48')": f"d_sae='48' {WHOLE}",
+    "saelab.benchmarks.family.FamilyConfig(eval_tokens=0)": "eval_tokens=0 must be at least 1",
+    "saelab.benchmarks.sweep.SweepConfig(2000, eval_tokens_ce=-1)": "eval_tokens_ce=-1 must not be negative",
+    "saelab.benchmarks.large.LargeConfig(k=0)": "k=0 must be at least 1",
+    "saelab.probing.letters.LetterConfig(max_k=0)": "max_k=0 must be at least 1",
     # numbers
     "saelab.TrainConfig(n_tokens=2000, batch_size=256, lr='1e-3')": "lr='1e-3' must be a number.",
     "saelab.TrainConfig(n_tokens=2000, batch_size=256, clip_norm=None)": "clip_norm=None must be a number.",
@@ -52,7 +60,7 @@ CALLS = {
     "saelab.saes.ReLUConfig(d_sae=48, l1_coefficient=True)": "l1_coefficient=True must be a number.",
 }
 BARE = """
-import json, sys, saelab, saelab.probing
+import json, sys, saelab, saelab.benchmarks.family, saelab.benchmarks.large, saelab.benchmarks.sweep, saelab.probing.letters
 said = []
 for call in json.load(sys.stdin):
     try:
@@ -76,6 +84,10 @@ CONFIGS = {
     **{f"saelab.saes.{one.Config.__name__}(d_sae=48, ": one.Config for one in VARIANTS.values()},
     "saelab.TrainConfig(n_tokens=2000, batch_size=256, ": TrainConfig,
     "saelab.probing.ProbeConfig(": ProbeConfig,
+    "saelab.probing.letters.LetterConfig(": LetterConfig,
+    "saelab.benchmarks.family.FamilyConfig(": FamilyConfig,
+    "saelab.benchmarks.sweep.SweepConfig(n_tokens=2000, ": SweepConfig,
+    "saelab.benchmarks.large.LargeConfig(": LargeConfig,
 }
 
 

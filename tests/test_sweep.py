@@ -180,7 +180,7 @@ def test_the_command_prints_one_table_and_says_where(run, tmp_path, capsys):
         (["--variants", "sparseless"], "variants contains 'sparseless', which has neither k nor target_l0"),
         (["--variants", "transcoder", "--hook-name-out", "nowhere"], "hook_name_out='nowhere' is not in the cache"),
         (["--hook-name", "nowhere"], "hook_name='nowhere' is not in the cache"),
-        (["--eval-tokens-ce", "-1"], "eval_tokens_ce=-1 must be at least 0."),
+        (["--eval-tokens-ce", "-1"], "eval_tokens_ce=-1 must not be negative."),
         (["--eval-tokens", "0"], "eval_tokens=0 must be at least 1."),
         (["--seeds", "-1"], "seed=-1 must be between"),
         (["--n-tokens", "100"], "n_tokens=100 is less than one batch of 200"),

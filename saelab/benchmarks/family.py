@@ -22,7 +22,7 @@ from saelab.models import LanguageModel, load_model
 from saelab.models.caching import Remembered
 from saelab.saes import SAE, VARIANTS
 from saelab.training import TrainConfig, train
-from saelab.validation import check_integer
+from saelab.validation import check_at_least, check_fields
 
 ALL_L0 = ("topk", "batch_topk", "jumprelu", "relu")
 """Variants that are trained at every L0; the others only at the first."""
@@ -54,7 +54,9 @@ class FamilyConfig:
     """Of the held-out tokens, those to measure the loss on; 0 measures none."""
 
     def __post_init__(self) -> None:
-        check_integer("eval_tokens_ce", self.eval_tokens_ce, 0)
+        check_fields(self)
+        check_at_least(self, 1, "d_sae", "steps", "batch_size", "eval_tokens")
+        check_at_least(self, 0, "eval_tokens_ce")
 
 
 def run_family(

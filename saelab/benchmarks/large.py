@@ -23,7 +23,7 @@ from saelab.saes import SAE
 from saelab.training import TrainConfig, train
 from saelab.training.metrics_log import read_lines
 from saelab.training.sae_run import device_of
-from saelab.validation import check_integer
+from saelab.validation import check_at_least, check_fields
 
 KEYS = ("variant", "tokens")
 MILLION = 1_000_000
@@ -56,8 +56,8 @@ class LargeConfig:
     """Device for data and training; None uses a GPU if there is one."""
 
     def __post_init__(self) -> None:
-        for name in ("d_in", "n_features", "n_active", "d_sae", "k", "n_tokens", "batch_size"):
-            check_integer(name, getattr(self, name), 1)
+        check_fields(self)
+        check_at_least(self, 1, "d_in", "n_features", "n_active", "d_sae", "k", "n_tokens", "batch_size")
         if self.n_active >= self.n_features:
             raise ValueError(f"n_active={self.n_active} must be less than n_features={self.n_features}.")
 

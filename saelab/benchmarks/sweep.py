@@ -27,7 +27,7 @@ from saelab.training import TrainConfig, train
 from saelab.training.checkpoint import AnotherRunError
 from saelab.training.data import open_data
 from saelab.training.loop import folder_name
-from saelab.validation import check_integer
+from saelab.validation import check_at_least, check_fields
 
 KEYS = ("variant", "d_sae", "target_l0", "lr", "seed")
 """The swept columns; `target_l0` is the requested L0, set by `k` or by the config's `target_l0`."""
@@ -51,9 +51,9 @@ class SweepConfig:
     """Of the tokens to evaluate on, those whose loss is measured: four passes of the model each; 0 measures none."""
 
     def __post_init__(self) -> None:
-        check_integer("eval_tokens_ce", self.eval_tokens_ce, 0)
-        if self.eval_tokens is not None:  # otherwise it would be rejected only after training
-            check_integer("eval_tokens", self.eval_tokens, 1)
+        check_fields(self)  # what is wrong here would be rejected only after training
+        check_at_least(self, 1, "n_tokens", "batch_size", "eval_tokens")
+        check_at_least(self, 0, "eval_tokens_ce")
 
 
 class Point(NamedTuple):

@@ -29,7 +29,7 @@ from saelab.saes.trained_hooks import hooks_of
 from saelab.steering.logistic import fit_logistic
 from saelab.steering.trial_file import TrialFile
 from saelab.tokens.tokenizing import context_start
-from saelab.validation import check_integer
+from saelab.validation import check_at_least, check_fields
 
 PENALTY = 1e-5
 """L2 penalty of the probes on activations."""
@@ -55,8 +55,9 @@ class LetterConfig:
     """Of the draw of the words."""
 
     def __post_init__(self) -> None:
-        for name, least in (("n_words", 1), ("max_k", 1), ("seed", 0)):
-            check_integer(name, getattr(self, name), least)
+        check_fields(self)
+        check_at_least(self, 1, "n_words", "max_k")
+        check_at_least(self, 0, "seed")
         if self.n_words < 3 * MIN_WORDS:
             raise ValueError(
                 f"n_words={self.n_words} must be at least {3 * MIN_WORDS}: a third of the words of a letter is held out, and a "
