@@ -1,6 +1,7 @@
 """`saelab bench claims`: experiments, what is kept of a run that is stopped, verdicts, and the page."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from saelab.claims.runs import run_claims
 from saelab.claims.workspace import workspace
 from saelab.cli.main import main
 
+PAGE = Path(__file__).parents[1] / "docs" / "claims.md"
 LOWER = Claim("A has less", "small", Side("a", "fvu"), Side("b", "fvu"), paper="Doe 2020: A | B.")
 AGAINST = Claim("A has much", "small", Side("a", "l0"), 3.0, below=False, paper="Doe 2020.")
 OTHER = Claim("C is there", "other", Side("c", "fvu"), 0.5, paper="Roe 2021.")
@@ -124,3 +126,13 @@ def test_a_parent_that_its_child_replaces_is_absorbed():
     lazy = fired.clone()
     lazy[:, 3] &= fired[:, 8 + 12 : 8 + 16].any(1)
     assert absorption(planted.features, planted.features, acts, lazy, 8) == {"absorption": 0, "missed": 1 / 8}
+
+
+def test_the_page_of_the_docs_has_a_verdict_for_every_claim():
+    lines = PAGE.read_text().splitlines()
+    for experiment in experiments().values():
+        for claim in experiment.claims:
+            (line,) = (one for one in lines if one.startswith("|") and f"| {claim.text} | `{claim.data}` |" in one)
+            assert "| **held** |" in line or "| **not held** |" in line, line
+            assert claim.paper.replace("|", "\\|") in line
+    assert not [line for line in lines if "**not run**" in line]
