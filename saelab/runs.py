@@ -35,6 +35,16 @@ def sae_run(sae_dir: str | Path) -> SaeRun:
     return SaeRun(sae_dir.name, sae_dir, sae_dir.parent / f"features{suffix}", sae_dir.parent / f"report{suffix}.json")
 
 
+def named_sae(run: Path, name: str | None, unnamed: str = "sae") -> Path:
+    """The folder of an SAE that is called `name`, or of the one without a name. Raises `ValueError` for a name that would not be
+    part of a file name."""
+    if name is None:
+        return run / unnamed
+    if not re.fullmatch(r"\w[\w.+-]*", name):
+        raise ValueError(f"--name {name!r} must be letters, digits and '_', '.', '+' or '-', such as wide-2.")
+    return run / f"sae-{name}"
+
+
 def find_saes(run: str | Path) -> list[SaeRun]:
     """The SAEs of a RUN, or the one SAE if `run` is an SAE folder. Raises `SaelabError` if there is none."""
     run = Path(run)

@@ -67,7 +67,7 @@ def _check_kind(name: str, value: Any, kind: Any, may_be_infinite: bool) -> None
         raise ValueError(f"{name}={value!r} must be a finite number, of magnitude at most {MOST:g}.")
     elif get_origin(kind) is Literal and value not in get_args(kind):
         raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, get_args(kind)))}.")
-    elif get_args(kind) == (float, ...) and not (isinstance(value, tuple | list) and all(map(_is_bounded, value))):
+    elif float in get_args(kind) and not (isinstance(value, tuple | list) and all(map(_is_bounded, value))):
         raise ValueError(f"{name}={value!r} must be numbers.")
 
 

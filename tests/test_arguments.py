@@ -43,6 +43,7 @@ CALLS = {
     "saelab.saes.TopKConfig(16, 4, aux=None)": "aux=None must be one of 'auxk', 'aux_zipf'.",
     "saelab.saes.MatryoshkaConfig(16, 4, group_fractions=('a', 0.5))": "group_fractions=('a', 0.5) must be numbers.",
     # whole numbers
+    "saelab.saes.ICFLConfig(48, k=8, per_round=9)": "per_round=9 must be at most k=8",
     "saelab.TrainConfig(n_tokens=2e3, batch_size=256)": f"n_tokens=2000.0 {WHOLE}",
     "saelab.TrainConfig(n_tokens=2000, batch_size=256, seed=0.5)": f"seed=0.5 {WHOLE}",
     "saelab.saes.TopKConfig(d_sae=48, k=4.0)": f"k=4.0 {WHOLE}",
@@ -78,6 +79,7 @@ BAD = {
     bool: ["'yes'", "1", "0.0"],
     int: ["2.5", "True", "'3'"],
     float: ["float('inf')", "-float('inf')", "float('nan')", "1e39", "'0.1'", "False"],
+    tuple[float, float]: ["'ab'", "('a', 0.5)", "(float('nan'), 0.5)"],
     tuple[float, ...]: ["(float('inf'), 0.5)", "(1e39,)", "0.5", "('a',)"],
 }
 CONFIGS = {
@@ -120,5 +122,15 @@ def test_callers_check_theirs(said):
 
 def test_the_table_has_flags_counts_numbers_and_tuples_of_them():
     asked = "\n".join(CALLS)
-    for name in ("level_aux", "per_round", "temperature", "tau", "group_weights", "imbalance", "tanh_scale", "lr"):
+    for name in (
+        "level_aux",
+        "per_round",
+        "temperature",
+        "tau",
+        "group_weights",
+        "imbalance",
+        "tanh_scale",
+        "lr",
+        "betas",
+    ):
         assert f"{name}=" in asked

@@ -79,6 +79,8 @@ def test_unknown_experiments_and_no_seeds_are_refused_by_name(small, tmp_path):
         run_claims(tmp_path, only=["other", "big"])
     with pytest.raises(ValueError, match="seeds is empty"):
         run_claims(tmp_path, ())
+    with pytest.raises(ValueError, match="seed=-1 must be between 0"):
+        run_claims(tmp_path, (0, -1))
     assert not small.seen
 
 
@@ -87,6 +89,7 @@ def test_the_page_has_every_figure():
     rows += [{"data": "small", "sae": "b", "seed": s, "fvu": 0.35, "l0": 4} for s in (0, 1, 2)]
     page = claims_page([check(claim, rows) for claim in (LOWER, AGAINST, OTHER)], [("small", "Two numbers.")])
     assert "2 of 2 claims held; 1 were not run." in page
+    assert "made this page, on seeds 0, 1, 2." in page
     figures = "`fvu` of a 0.200 ± 0.100 (0.1, 0.2, 0.3); claimed < b 0.350 ± 0.000 (0.35, 0.35, 0.35)"
     assert f"| Doe 2020: A \\| B. | A has less | `small` | **held** | {figures} |" in page
     assert "| **held** | `l0` of a 4.000 ± 0.000 (4, 4, 4); claimed > 3 |" in page

@@ -100,7 +100,7 @@ def test_eval_can_leave_the_loss_out(run: Path, capsys):
     ("asked", "said"),
     [
         ("50", "tokens, the whole contexts that hold the 50 asked for."),
-        ("90_000", "tokens, all there are, not 90,000."),
+        ("90_000", "tokens, all that were read, not 90,000."),
     ],
 )
 def test_eval_says_on_how_many_tokens_the_loss_was_measured(run: Path, capsys, asked, said):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -253,7 +254,7 @@ NO_NORMS = ["topk", "masked_topk", "csr", "gradient", "relu", "gba", "jumprelu",
 @pytest.mark.parametrize("name", NO_NORMS)
 @torch.no_grad()
 def test_a_bias_that_makes_up_for_a_margin_makes_the_feature_fire(name):
-    changes = {"target_l0": 4.0} if name in ("relu", "jumprelu") else {}
+    changes: dict[str, Any] = {"target_l0": 4.0} if name in ("relu", "jumprelu") else {}
     sae, x = build(name, **changes), rows(24, 7)
     sae.b_enc -= 1.0  # on some tokens fewer than k are positive
     acts = sae.encode(x)

@@ -229,10 +229,10 @@ def test_a_word_that_the_prompt_breaks_is_an_error():
 def test_the_same_call_reads_and_measures_once(tiny_lm, tmp_path, monkeypatch):
     hook = "blocks.1.hook_resid_post"
     sae = ReLUSAE(ReLUConfig(64, normalize="none"), 32, 3)
-    first = first_letters(sae, tiny_lm, LetterConfig(60, examples=()), folder=tmp_path, hook_name=hook, progress=False)
+    first = first_letters(sae, tiny_lm, LetterConfig(80, examples=()), folder=tmp_path, hook_name=hook, progress=False)
     assert sum(one.n_words for one in first.letters) > 3 and not first.measured
     monkeypatch.setattr(type(tiny_lm), "stream_activations", None)
-    again = first_letters(sae, tiny_lm, LetterConfig(60, examples=()), folder=tmp_path, hook_name=hook, progress=False)
+    again = first_letters(sae, tiny_lm, LetterConfig(80, examples=()), folder=tmp_path, hook_name=hook, progress=False)
     assert again.data() == first.data() and first.data()["absorption"] == {"full": None, "fraction": None}
     assert "No letter has enough words" in told(first)[-1]
 
@@ -241,7 +241,7 @@ def test_the_same_call_reads_and_measures_once(tiny_lm, tmp_path, monkeypatch):
     ("change", "said"),
     [
         ({"n_words": 0}, "n_words=0"),
-        ({"n_words": 59}, "n_words=59 must be at least 60"),
+        ({"n_words": 79}, "n_words=79 must be at least 80"),
         ({"max_k": 0}, "max_k=0"),
         ({"examples": ("a b",)}, "examples="),
     ],

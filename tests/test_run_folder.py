@@ -1,16 +1,18 @@
 """A RUN as the Runs page and notebooks read it: rows of its SAEs, curves that keep their ends, whether training is running."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
+from saelab.cli.main import main
 from saelab.errors import SaelabError
 from saelab.files import is_locked, locked
 from saelab.run_folder import summary, training
 from saelab.run_folder.curves import curve, read_metrics
 from saelab.run_folder.summary import ordered, scored_apart
-from saelab.runs import find_saes, sae_run
+from saelab.runs import find_saes, named_sae, sae_run
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 399, 400, 401, 800, 1001, 12_345])
@@ -119,3 +121,15 @@ def test_a_lock_is_shared_by_readers_and_kept_from_writers(tmp_path):
     with locked(tmp_path, "busy"):
         assert refused(shared=False) and refused(shared=True)
     assert not refused(shared=False)
+
+
+@pytest.mark.parametrize("name", ["", "../y", "a/b", ".x", "-x", "a b"])
+def test_a_name_is_part_of_a_file_name(name, tmp_path):
+    (tmp_path / "cache").mkdir()
+    with pytest.raises(ValueError, match=re.escape(f"--name {name!r} must be letters")):
+        named_sae(tmp_path, name)
+    assert main(["train", str(tmp_path), f"--name={name}"]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+    assert (
+        named_sae(tmp_path, "wide-2.b") == tmp_path / "sae-wide-2.b" and named_sae(tmp_path, None) == tmp_path / "sae"
+    )

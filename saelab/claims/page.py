@@ -10,10 +10,10 @@ from saelab.benchmarks.results import spread
 
 HEAD = """# Claims of the papers, tested here
 
-`saelab bench claims --page docs/claims.md` made this page. It runs every experiment below on seeds 0, 1 and 2, keeps what is
-finished (`runs/claims`), and judges each claim: **held** if the comparison comes out as claimed on every seed ("at equal L0": an
-L0 at most 5 % higher), else **not held**. Nothing was tuned until a claim held. These are small experiments on a CPU: they
-tell whether an effect is there in principle, not how large it is in a large model.
+`saelab bench claims` made this page{seeds}. It keeps each experiment that is finished, and judges each claim: **held** if the
+comparison comes out as claimed on every seed ("at equal L0": an L0 at most 5 % higher), else **not held**. Nothing was tuned
+until a claim held. These are small experiments on a CPU: they tell whether an effect is there in principle, not how large it is
+in a large model.
 
 {held} of {run} claims held{missing}.
 
@@ -55,7 +55,9 @@ def claims_page(verdicts: Sequence[Verdict], about: Iterable[tuple[str, str]]) -
     """The page as Markdown; `about` has the name of each experiment and what it does."""
     run = [verdict for verdict in verdicts if verdict.pairs]
     missing = f"; {len(verdicts) - len(run)} were not run" if len(run) < len(verdicts) else ""
-    head = HEAD.format(held=sum(verdict.held for verdict in run), run=len(run), missing=missing)
+    seeds = sorted({pair.seed for verdict in run for pair in verdict.pairs})
+    told = f", on seeds {', '.join(map(str, seeds))}" if seeds else ""
+    head = HEAD.format(seeds=told, held=sum(verdict.held for verdict in run), run=len(run), missing=missing)
     lines = [f"| {' | '.join(map(_cell, _row(verdict)))} |\n" for verdict in verdicts]
     tail = TAIL.format(not_tested="".join(f"- {claim}: {why}.\n" for claim, why in NOT_TESTED))
     return head + "".join(lines) + tail + "".join(f"- **{name}**: {what}\n" for name, what in about)

@@ -14,6 +14,7 @@ from saelab.benchmarks.claims import Verdict, check_all
 from saelab.benchmarks.results import Rows, open_rows
 from saelab.claims.registry import Experiment, experiments, labels
 from saelab.claims.workspace import kept_in
+from saelab.validation import check_integer
 
 _LOG = logging.getLogger("saelab")
 
@@ -31,10 +32,12 @@ def run_claims(
     of `out_dir`; a claim without rows is "not run".
 
     `rows.json` and `rows.csv` grow with each finished experiment and seed, which is not computed again. Raises `ValueError`
-    for an unknown experiment and for empty `seeds`.
+    for an unknown experiment, and for `seeds` that are none or empty.
     """
     if not seeds:
         raise ValueError("seeds is empty: list at least one.")
+    for seed in seeds:
+        check_integer("seed", seed, 0, 2**32 - 1)
     known = experiments()
     if unknown := [name for name in only if name not in known]:
         raise ValueError(f"only contains {unknown[0]!r}, which is no experiment; choose from {', '.join(known)}.")

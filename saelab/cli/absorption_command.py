@@ -14,7 +14,7 @@ from saelab.run_folder.opening import with_model
 
 def absorption(
     run: Run,
-    n_words: Annotated[int, arg(help="Most words of a letter, 60 or more; a third of them is held out.")] = 180,
+    n_words: Annotated[int, arg(help="Most words of a letter, 80 or more; a third of them is held out.")] = 180,
     max_k: Annotated[int, arg(help="Most features of a k-sparse probe.")] = 10,
     examples: Annotated[tuple[str, ...], arg(help="Words that are spelled before every word.")] = ("time", "house"),
     seed: Annotated[int, arg(help="Seed of the draw of the words.")] = 0,

@@ -108,9 +108,10 @@ def train(
     """Train an SAE on RUN/cache, or harvest while training with --stream; writes RUN/sae, or RUN/sae-NAME with --name."""
     import saelab
     from saelab.distributed import is_main_process
+    from saelab.runs import named_sae
 
     check_is_run(run)
-    folder = run / (f"sae-{name}" if name else "sae")
+    folder = named_sae(run, name)
     data = run / "cache" if reading is None else _open_stream(stream, **asdict(reading))
     other = None if control is None else control / "cache"
     saelab.train(config, data, train, out_dir=folder, hook_name=hook_name, control=other, wandb_project=wandb_project)
@@ -160,7 +161,7 @@ def _other_tokens(report: Any, asked: int) -> list[str]:
     n = report.n_tokens_ce
     if n == asked:
         return []
-    why = f"the whole contexts that hold the {asked:,} asked for" if n > asked else f"all there are, not {asked:,}"
+    why = f"the whole contexts that hold the {asked:,} asked for" if n > asked else f"all that were read, not {asked:,}"
     return [f"The loss was measured on {n:,} tokens, {why}."]
 
 

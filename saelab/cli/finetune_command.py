@@ -12,6 +12,7 @@ from tyro.conf import OmitArgPrefixes, arg
 from saelab.cli.commands import Column, Dtype, OwnModel, OwnTexts, Run, runs_of
 from saelab.hints.next_commands import after_training, check_has_cache
 from saelab.run_folder.opening import load_lm, with_model
+from saelab.runs import named_sae
 
 _WEIGHT = "Weight of the SAE's own loss (FVU + AuxK) beside the KL; 0 trains by the KL alone."
 _LR = "Peak learning rate; None: the variant's own, for a trained SAE a tenth of it."
@@ -91,13 +92,13 @@ def finetune(
 
 def _new_folder(run: Path, name: str | None) -> tuple[Path, None]:
     check_has_cache(run)
-    return run / f"sae-{name or 'end-to-end'}", None
+    return named_sae(run, name, "sae-end-to-end"), None
 
 
 def _beside(run: Path, name: str | None) -> tuple[Path, Path]:
     """Where the finetuned SAE goes, and the SAE to finetune: the only one of RUN that this command has not written itself."""
     found = [one.sae_dir for one in runs_of(run)]
-    folders = {start: start.with_name(f"sae-{name}" if name else f"{start.name}-finetuned") for start in found}
+    folders = {start: named_sae(start.parent, name, f"{start.name}-finetuned") for start in found}
     starts = [start for start in found if start not in folders.values()]
     if not starts:
         raise ValueError(f"--name {name}: {found[0]} is the SAE to finetune, which is left as it is; use another name.")

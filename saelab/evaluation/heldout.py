@@ -175,12 +175,13 @@ def _check_fit(sae: SAE, lm: LanguageModel, hooks: HooksUsed) -> None:
 
 
 def check_scoring(sae: SAE, lm: LanguageModel, **sizes: Any) -> None:
-    """Raise `ValueError` for what is not an SAE, a steered model, and sizes that are not positive integers (or None)."""
+    """Raise `ValueError` for what is not an SAE, a steered model, and sizes that are not positive integers (or None, or 0 for
+    `n_tokens_ce`, which measures no loss)."""
     check_is_sae(sae, "scoring")
     refuse_steered(lm)
     for name, value in sizes.items():
         if value is not None:
-            check_integer(name, value, 1)
+            check_integer(name, value, 0 if name == "n_tokens_ce" else 1)
 
 
 def own_texts(origin: Mapping[str, Any], lm: LanguageModel) -> Texts:

@@ -120,7 +120,7 @@ def evaluate(
     arguments is returned as is. Raises `ValueError` if the SAE was trained on a scored document (`allow_train=True` overrides)
     or does not fit. `lm` is a list for a crosscoder of several models; `hook_name` may list all hooks that the SAE uses.
     """
-    check_scoring(sae, lm := together(lm), n_tokens=n_tokens, n_tokens_ce=n_tokens_ce or None)
+    check_scoring(sae, lm := together(lm), n_tokens=n_tokens, n_tokens_ce=n_tokens_ce)
     refuse_partial(sae, "scored")
     source = own_texts(sae.provenance.origin, lm) if texts is None else load_texts(texts)
     request = {"split": split, "hook_name": _listed(hook_name), "n_tokens": n_tokens, "n_tokens_ce": n_tokens_ce}

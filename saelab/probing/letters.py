@@ -58,10 +58,10 @@ class LetterConfig:
         check_fields(self)
         check_at_least(self, 1, "n_words", "max_k")
         check_at_least(self, 0, "seed")
-        if self.n_words < 3 * MIN_WORDS:
+        if self.n_words < 4 * MIN_WORDS:
             raise ValueError(
-                f"n_words={self.n_words} must be at least {3 * MIN_WORDS}: a third of the words of a letter is held out, and a "
-                f"letter is measured on {MIN_WORDS} of those or more."
+                f"n_words={self.n_words} must be at least {4 * MIN_WORDS}: a third of the words of a letter is held out, and the "
+                f"probe must get {MIN_WORDS} of those right, or the letter is not measured."
             )
         if not all(isinstance(word, str) and word.isalpha() for word in self.examples):
             raise ValueError(f"examples={self.examples!r}; expected words of letters, such as ('time', 'house').")

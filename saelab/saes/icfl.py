@@ -53,6 +53,10 @@ class ICFLConfig:
         check_config(self)
         check_k(self)
         check_at_least(self, 1, "per_round")
+        if self.per_round > self.k:
+            raise ValueError(
+                f"per_round={self.per_round} must be at most k={self.k}: a round chooses no more than all."
+            )
 
 
 class ICFLSAE(SAE):
