@@ -52,7 +52,7 @@ ANSWERS: dict[str, tuple[str, set[str]]] = {
         {"sae", "hooks", "sets", "regimes", "draws", "config"},
     ),
     "diff": ("{layers} --n-tokens 512", {"a", "b", "kind", "features", "counts", "conclusions", "path"}),
-    "absorption": ("{run} --model {model} --n-words 60 --max-k 2", {"sae", "hooks", "letters", "absorption", "n_main"}),
+    "absorption": ("{run} --model {model} --n-words 80 --max-k 2", {"sae", "hooks", "letters", "absorption", "n_main"}),
     "similarity": ("{atoms}", {"saes", "jaccard", "model_jaccard", "layer_matching_accuracy"}),
     "label": ("{run} --address {server} --model m --feature {feature}", {"labelled", "left_out", "unusable"}),
     "verify": ("{run} --n-examples 5", {"n_examples", "n_features", "largest_error"}),
