@@ -8,8 +8,8 @@ import streamlit as st
 
 from saelab.app import related, state
 from saelab.features import Feature
-from saelab.features.interactions import MIN_BOTH
 from saelab.features.numbers import number, percent
+from saelab.features.schema import MIN_BOTH
 from saelab.features.visible import chip_text
 
 _SHOWN = 8

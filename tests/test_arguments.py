@@ -43,7 +43,6 @@ CALLS = {
     "saelab.saes.TopKConfig(16, 4, aux=None)": "aux=None must be one of 'auxk', 'aux_zipf'.",
     "saelab.saes.MatryoshkaConfig(16, 4, group_fractions=('a', 0.5))": "group_fractions=('a', 0.5) must be numbers.",
     # whole numbers
-    "saelab.saes.ICFLConfig(48, k=8, per_round=9)": "per_round=9 must be at most k=8",
     "saelab.TrainConfig(n_tokens=2e3, batch_size=256)": f"n_tokens=2000.0 {WHOLE}",
     "saelab.TrainConfig(n_tokens=2000, batch_size=256, seed=0.5)": f"seed=0.5 {WHOLE}",
     "saelab.saes.TopKConfig(d_sae=48, k=4.0)": f"k=4.0 {WHOLE}",

@@ -193,7 +193,7 @@ def test_it_is_exported_as_the_relu_sae_that_computes_the_same():
         ({"n_groups": 17}, "n_groups=17 must be at most d_sae=16"),
         ({"n_groups": 0}, "n_groups=0"),
         ({"adapt_every": 0}, "adapt_every=0"),
-        ({"frequency_ratio": 0.5}, "frequency_ratio=0.5 must be 1"),
+        ({"frequency_ratio": 0.5}, "frequency_ratio=0.5 must be at least 1"),
         ({"bias_rate": 1.0}, "bias_rate=1.0 must be between 0 and 1"),
     ],
 )

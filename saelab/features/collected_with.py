@@ -1,10 +1,9 @@
-"""The language models that a feature store was collected with: their names, and whether those given are the same."""
+"""The language models that a feature store was collected with: their names, and whether those given are the same. Torch
+is imported when models are compared."""
 
 from __future__ import annotations
 
 from typing import Any
-
-from saelab.models.multi_model import locate, together
 
 
 def model_names(store: Any) -> list[str]:
@@ -16,6 +15,8 @@ def model_names(store: Any) -> list[str]:
 def all_models(store: Any, lm: Any) -> Any:
     """The model or models that read a text for the store's SAE, as one. Raises `ValueError` for other weights, and for one model
     or another order where the SAE reads several."""
+    from saelab.models.multi_model import together
+
     manifest = store.manifest
     wanted = manifest["request"]["model_hash"] if (labels := _labels(store)) else manifest["model"]["hash"]
     if (lm := together(lm)).hash == wanted:
@@ -30,6 +31,8 @@ def all_models(store: Any, lm: Any) -> Any:
 def steered_model(store: Any, lm: Any) -> Any:
     """The model at whose hook the store's features are steered: the last that a crosscoder reads. Raises `ValueError` for other
     weights."""
+    from saelab.models.multi_model import locate, together
+
     lm, _ = locate(together(lm), store.hook_name)
     if lm.hash != store.manifest["model"]["hash"]:
         raise ValueError(

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from saelab.features.collected_with import steered_model
+from saelab.features.schema import MIN_BOTH
 from saelab.features.token_text import token_bytes
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.models.hooks import writes_to_residual
@@ -19,8 +20,6 @@ from saelab.validation import check_integer
 
 N_TOKENS = 5
 """Tokens named of each interaction."""
-MIN_BOTH = 10
-"""Tokens of the sample on which both features fire, below which a pair is not believed to work together."""
 
 
 def interactions(

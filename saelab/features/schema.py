@@ -60,6 +60,8 @@ INDEXES = [
     *(f'CREATE INDEX feature_{name} ON feature ("{name}", feature)' for name in SORTABLE if name != "feature"),
     "CREATE INDEX token_word ON token (word)",
 ]
+MIN_BOTH = 10
+"""Tokens of the sample on which both of two features fire, below which they are not believed to interact."""
 
 
 def blob_kind(kind: str, sign: int) -> str:

@@ -23,7 +23,7 @@ from saelab.kernels.encode_topk import encode_topk
 from saelab.kernels.sparse_acts import SparseActs
 from saelab.losses import total_variance
 from saelab.saes.base import SAE
-from saelab.saes.config import check_config, check_k
+from saelab.saes.config import check_config
 from saelab.saes.least_squares import least_squares
 from saelab.saes.matching_pursuit import sum_of_choices
 from saelab.saes.step import Batch, Loss, StepInfo
@@ -51,12 +51,7 @@ class ICFLConfig:
 
     def __post_init__(self) -> None:
         check_config(self)
-        check_k(self)
-        check_at_least(self, 1, "per_round")
-        if self.per_round > self.k:
-            raise ValueError(
-                f"per_round={self.per_round} must be at most k={self.k}: a round chooses no more than all."
-            )
+        check_at_least(self, 1, "k", "per_round")
 
 
 class ICFLSAE(SAE):
